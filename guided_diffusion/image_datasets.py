@@ -1,0 +1,292 @@
+"""Training images: folders of image files and IDX files (the format of MNIST and Fashion-MNIST).
+
+Batch `b` of a run is a function of (seed, b, rank, world_size) alone, so a resumed run sees the batches that an
+uninterrupted one would have seen, and two ranks with batch B see together what one rank with batch 2B sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import itertools
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import UserError
+
+FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+IDX_PREFIXES = {"train": "train", "test": "t10k"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif"}
+MIN_CROP_FRACTION = 0.8  # a random crop keeps at least this share of the smaller side
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+def load_data(
+    *, data_dir: str | os.PathLike, batch_size: int, image_size: int, class_cond: bool = False,
+    deterministic: bool = False, random_crop: bool = False, random_flip: bool = True, in_channels: int = 3,
+    split: str = "train", seed: int = 0, start_batch: int = 0, rank: int = 0, world_size: int = 1,
+) -> Iterator[Batch]:
+    """Endless batches of (images, {"y": labels}), or (images, {}) without class_cond.
+
+    images: (batch_size, in_channels, image_size, image_size), float32 in [-1, 1]; labels: (batch_size,), int64.
+
+    data_dir: a folder that is searched for jpg, jpeg, png and gif files at any depth, whose class is the file name
+        before the first underscore, numbered in sorted order; or a folder with IDX files; or "fashion-mnist" (or
+        nothing): where Debian's package dataset-fashion-mnist puts them.
+    deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
+    random_crop: cut folder images at random instead of from the centre; IDX images are padded, never cropped.
+    random_flip: mirror half of the images left to right.
+    in_channels: 3, or 1 for grey.
+    split: "train" or "test" of the IDX files; an image folder has only "train".
+    start_batch: number of the first batch, to go on where an interrupted run stopped.
+
+    The arguments and the names of the files are checked in this call, image files when they are read: UserError.
+    """
+    for name, value in (("batch_size", batch_size), ("image_size", image_size)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if in_channels not in (1, 3):
+        raise UserError(f"--in_channels {in_channels}: image data has 1 channel (grey) or 3")
+    folder = find_data(data_dir)
+    plan = functools.partial(BatchPlan, batch_size=batch_size, seed=seed, shuffle=not deterministic,
+                             flip=random_flip, crop=random_crop, rank=rank, world_size=world_size)
+    if holds_idx(folder):
+        images, labels = load_arrays(folder, split)
+        check_fits(images, image_size)
+        frame = (in_channels, image_size, image_size)
+        return _idx_batches(images, labels if class_cond else None, frame, plan(len(images)), start_batch)
+    if split != "train":
+        raise UserError(f"--data_dir {folder}: an image folder has no {split} split, name a folder of its own for it")
+    files = list_images(folder)
+    labels = classes_by_name(files) if class_cond else None
+    return _folder_batches(files, labels, in_channels, image_size, plan(len(files)), start_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Which images a rank sees in which batch, and the random numbers that each is augmented with.
+
+    The epochs, each a permutation of all images, follow each other in one long row. Batch b of all ranks together is
+    the b-th stretch of that row, so batches run on over the end of an epoch.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    flip: bool
+    crop: bool
+    rank: int
+    world_size: int
+
+    def indices(self, batch: int) -> np.ndarray:
+        """Images of this rank's batch: (batch_size,), int64 in [0, num_images)."""
+        first = (batch * self.world_size + self.rank) * self.batch_size
+        epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.num_images)
+        if not self.shuffle:
+            return places
+        pieces = [_epoch_order(self.seed, epoch, self.num_images)[places[epochs == epoch]]
+                  for epoch in np.unique(epochs).tolist()]
+        return np.concatenate(pieces)
+
+    def draws(self, batch: int) -> np.ndarray:
+        """(batch_size, 4), uniform in [0, 1): a row for each image's flip, crop size, crop top and crop left."""
+        rows = np.random.default_rng((self.seed, 1, batch)).random((self.world_size * self.batch_size, 4))
+        return rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
+
+    def flips(self, draws: np.ndarray) -> np.ndarray:
+        """Which images to mirror: (batch_size,), bool."""
+        return (draws[:, 0] < 0.5) & self.flip
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(num_images)
+
+
+# IDX files
+
+
+def find_data(data_dir: str | os.PathLike) -> Path:
+    """The folder that `data_dir` names; raises UserError where there is none."""
+    if str(data_dir) in ("", FASHION_MNIST):
+        if DEBIAN_FASHION_MNIST.is_dir():
+            return DEBIAN_FASHION_MNIST
+        raise UserError(f"--data_dir {FASHION_MNIST}: not found in {DEBIAN_FASHION_MNIST}; run `apt-get install "
+                        "dataset-fashion-mnist`, or name a folder with its four files (train-images-idx3-ubyte.gz, "
+                        "train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz)")
+    if not Path(data_dir).is_dir():
+        raise UserError(f"--data_dir {data_dir}: no such folder (a folder of images or IDX files, or {FASHION_MNIST})")
+    return Path(data_dir)
+
+
+def holds_idx(folder: Path) -> bool:
+    """Whether the folder holds IDX files under their usual names, plain or gzipped."""
+    return any(folder.glob("*-idx[13]-ubyte")) or any(folder.glob("*-idx[13]-ubyte.gz"))
+
+
+def load_arrays(data_dir: str | os.PathLike = FASHION_MNIST, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of a split of IDX files: (N, H, W) uint8 and (N,) int64.
+
+    Raises UserError where files are missing, damaged, or don't belong together.
+    """
+    if split not in IDX_PREFIXES:
+        raise UserError(f"split {split}: must be one of {', '.join(IDX_PREFIXES)}")
+    folder, prefix = find_data(data_dir), IDX_PREFIXES[split]
+    images = read_idx(_idx_file(folder, f"{prefix}-images-idx3-ubyte"), dimensions=3)
+    labels = read_idx(_idx_file(folder, f"{prefix}-labels-idx1-ubyte"), dimensions=1)
+    if len(images) != len(labels):
+        raise UserError(f"--data_dir {folder}: {len(images)} {split} images but {len(labels)} labels, "
+                        "the files don't belong together")
+    if len(images) == 0:
+        raise UserError(f"--data_dir {folder}: the {split} files hold no image")
+    return images, labels.astype(np.int64)
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise UserError(f"--data_dir {folder}: has neither {name} nor {name}.gz")
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array in an IDX file, plain or gzipped; raises UserError where it is damaged or of another shape.
+
+    The header is 0, 0, type (8: uint8), number of dimensions, then each dimension as a big-endian int32.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read, it is damaged or truncated ({error})") from None
+    start = 4 + 4 * dimensions
+    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise UserError(f"{path}: is not an IDX file of bytes with {dimensions} dimension(s)")
+    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4).tolist()
+    expected = start + int(np.prod(shape))
+    if len(content) != expected:
+        fault = "truncated" if len(content) < expected else "damaged"
+        raise UserError(f"{path}: is {fault}, it has {len(content)} bytes where its header says {expected}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def check_fits(images: np.ndarray, image_size: int) -> None:
+    """Raises UserError unless the (N, H, W) images fit in a square of image_size pixels."""
+    if max(images.shape[1:]) > image_size:
+        raise UserError(f"--image_size {image_size}: must be at least {max(images.shape[1:])}, the size of the IDX "
+                        "images, which are padded and never cut")
+
+
+def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
+    """(N, H, W) uint8 in the middle of black frames: (N, *frame), float32 in [-1, 1], grey repeated over channels."""
+    height, width = images.shape[1:]
+    top, left = (frame[1] - height) // 2, (frame[2] - width) // 2
+    framed = np.full((len(images), *frame), -1, np.float32)
+    framed[:, :, top:top + height, left:left + width] = _to_unit(images)[:, None]
+    return torch.from_numpy(framed)
+
+
+def _idx_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
+                 start_batch: int) -> Iterator[Batch]:
+    for number in itertools.count(start_batch):
+        indices, flips = plan.indices(number), plan.flips(plan.draws(number))
+        chosen = images[indices]
+        chosen[flips] = chosen[flips, :, ::-1]
+        yield pad_to_frame(chosen, frame), _conditions(labels, indices)
+
+
+# Image folders
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files at any depth below the folder, in sorted order; raises UserError where there is none."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not files:
+        raise UserError(f"--data_dir {folder}: holds neither image files (jpg, jpeg, png, gif) nor IDX files")
+    return files
+
+
+def classes_by_name(files: list[Path]) -> np.ndarray:
+    """Class of each file, the name before the first underscore: (N,) int64, numbered in sorted order."""
+    for path in files:
+        if "_" not in path.name:
+            raise UserError(f"{path}: has no class, with --class_cond True a name must be CLASS_anything{path.suffix}")
+    names = [path.name.split("_")[0] for path in files]
+    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+    return np.array([numbers[name] for name in names], np.int64)
+
+
+def read_image(path: Path, in_channels: int) -> Image.Image:
+    """The image in a file, RGB or grey; raises UserError where the file holds none."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB" if in_channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def resize_smaller_side(image: Image.Image, size: int) -> Image.Image:
+    """Halved by averaging while both sides stay at least `size`, then bicubic, so that the smaller side is `size`."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def crop_square(image: Image.Image, size: int, draws: tuple[float, float] | None = None) -> Image.Image:
+    """A size x size part: the centre, or where `draws` (top, left), uniform in [0, 1), put it."""
+    room_y, room_x = image.height - size, image.width - size
+    y, x = (room_y // 2, room_x // 2) if draws is None else (int(draws[0] * (room_y + 1)), int(draws[1] * (room_x + 1)))
+    return image.crop((x, y, x + size, y + size))
+
+
+def _decode(path: Path, in_channels: int, image_size: int, plan: BatchPlan, draw: np.ndarray) -> np.ndarray:
+    """One augmented image: (in_channels, image_size, image_size), float32 in [-1, 1]."""
+    image = read_image(path, in_channels)
+    if plan.crop:
+        _, size_draw, top_draw, left_draw = draw.tolist()
+        largest = math.ceil(image_size / MIN_CROP_FRACTION)
+        resized = resize_smaller_side(image, image_size + int(size_draw * (largest - image_size + 1)))
+        image = crop_square(resized, image_size, (top_draw, left_draw))
+    else:
+        image = crop_square(resize_smaller_side(image, image_size), image_size)
+    pixels = np.asarray(image).reshape(image_size, image_size, in_channels)
+    if plan.flips(draw[None])[0]:
+        pixels = pixels[:, ::-1]
+    return _to_unit(pixels).transpose(2, 0, 1)
+
+
+def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: int, image_size: int, plan: BatchPlan,
+                    start_batch: int) -> Iterator[Batch]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def begin(number: int) -> tuple[np.ndarray, list[Future]]:
+            indices, draws = plan.indices(number), plan.draws(number)
+            return indices, [pool.submit(_decode, files[index], in_channels, image_size, plan, draw)
+                             for index, draw in zip(indices, draws, strict=True)]
+
+        following = begin(start_batch)
+        for number in itertools.count(start_batch + 1):
+            (indices, decoding), following = following, begin(number)
+            images = torch.from_numpy(np.stack([future.result() for future in decoding]))
+            yield images, _conditions(labels, indices)
+
+
+def _to_unit(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def _conditions(labels: np.ndarray | None, indices: np.ndarray) -> dict[str, Tensor]:
+    return {} if labels is None else {"y": torch.from_numpy(labels[indices])}
