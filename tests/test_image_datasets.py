@@ -1,0 +1,239 @@
+"""Training data: which images come in which batch, what their pixels are, and what bad data says."""
+
+import gzip
+import itertools
+import struct
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import image_datasets
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import load_arrays, load_data
+
+HAS_FASHION_MNIST = image_datasets.DEBIAN_FASHION_MNIST.is_dir()
+
+
+def idx_bytes(array):
+    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    """50 training images whose pixels are all their number, class number % 10; 7 test images, gzipped."""
+    def images(count):
+        return np.repeat(np.arange(count, dtype=np.uint8), 28 * 28).reshape(count, 28, 28)
+
+    def labels(count):
+        return (np.arange(count) % 10).astype(np.uint8)
+
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(images(50)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(labels(50)))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images(7))))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx_bytes(labels(7))))
+    return tmp_path
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Twelve 24 x 20 images of 2 classes in 2 folders; image i has red 20 * i, and its left half has green 255."""
+    (tmp_path / "deeper").mkdir()
+    for i in range(12):
+        pixels = np.zeros((20, 24, 3), np.uint8)
+        pixels[:, :, 0] = 20 * i
+        pixels[:, :12, 1] = 255
+        folder = tmp_path / "deeper" if i % 3 == 0 else tmp_path
+        Image.fromarray(pixels).save(folder / f"{('dog', 'cat')[i % 2]}_{i:02d}.png")
+    return tmp_path
+
+
+def numbers(images):
+    """The numbers of IDX test images, read off their central pixel."""
+    return ((images[:, 0, 16, 16] + 1) * 127.5).round().int().tolist()
+
+
+def take(count, **options):
+    options = {"batch_size": 8, "image_size": 32, **options}
+    return list(itertools.islice(load_data(**options), count))
+
+
+def test_idx_batches_are_padded_with_black_and_labelled(idx_folder):
+    for channels in (1, 3):
+        images, conditions = take(1, data_dir=idx_folder, class_cond=True, deterministic=True, in_channels=channels)[0]
+        assert images.shape == (8, channels, 32, 32) and images.dtype == torch.float32
+        assert numbers(images) == list(range(8))
+        assert conditions["y"].tolist() == list(range(8)) and conditions["y"].dtype == torch.int64
+        inside = images[7, :, 2:30, 2:30]
+        assert torch.all(inside == torch.tensor(7 / 127.5 - 1))
+        assert images[7].sum() == pytest.approx(float(inside.sum()) - channels * (32 * 32 - 28 * 28), rel=1e-5)
+    assert take(1, data_dir=idx_folder)[0][1] == {}
+
+
+def test_test_split_and_gzip(idx_folder):
+    images, labels = load_arrays(idx_folder, "test")
+    assert images.shape == (7, 28, 28) and images.dtype == np.uint8 and images[6, 5, 5] == 6
+    assert labels.tolist() == list(range(7)) and labels.dtype == np.int64
+    assert numbers(take(1, data_dir=idx_folder, split="test", deterministic=True)[0][0]) == [0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_every_epoch_is_another_permutation_of_all_images(idx_folder):
+    seen = sum((numbers(images) for images, _ in take(25, data_dir=idx_folder)), [])
+    epochs = [seen[start:start + 50] for start in range(0, 200, 50)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert seen != sum((numbers(images) for images, _ in take(25, data_dir=idx_folder, seed=1)), [])
+
+
+@pytest.mark.parametrize("source", ["idx_folder", "image_folder"])
+def test_resumed_run_sees_the_same_batches(source, request):
+    options = {"data_dir": request.getfixturevalue(source), "class_cond": True, "random_crop": True, "image_size": 28}
+    whole, resumed = take(9, **options), take(4, start_batch=5, **options)
+    for (images, conditions), (again, again_conditions) in zip(whole[5:], resumed, strict=True):
+        assert torch.equal(images, again) and torch.equal(conditions["y"], again_conditions["y"])
+    assert not torch.equal(whole[0][0], resumed[0][0])
+
+
+@pytest.mark.parametrize("source", ["idx_folder", "image_folder"])
+def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(source, request):
+    options = {"data_dir": request.getfixturevalue(source), "class_cond": True, "random_crop": True, "image_size": 28}
+    one = take(7, batch_size=6, **options)
+    two = [take(7, batch_size=3, rank=rank, world_size=2, **options) for rank in (0, 1)]
+    for step, (images, conditions) in enumerate(one):
+        assert torch.equal(images, torch.cat([two[0][step][0], two[1][step][0]]))
+        assert torch.equal(conditions["y"], torch.cat([two[0][step][1]["y"], two[1][step][1]["y"]]))
+
+
+def test_half_of_the_images_are_mirrored(image_folder):
+    def left_is_green(batches):
+        return torch.cat([images[:, 1, 10, 2] > 0 for images, _ in batches])
+
+    options = {"data_dir": image_folder, "image_size": 20, "batch_size": 40}
+    assert left_is_green(take(3, random_flip=False, **options)).all()
+    assert 0.3 < left_is_green(take(3, **options)).float().mean() < 0.7
+
+
+def test_idx_images_are_mirrored_left_to_right(idx_folder):
+    pixels = np.zeros((50, 28, 28), np.uint8)
+    pixels[:, :, :14] = 255
+    (idx_folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(pixels))
+    left = torch.cat([images[:, 0, 4, 4] > 0 for images, _ in take(20, data_dir=idx_folder)])
+    right = torch.cat([images[:, 0, 4, 27] > 0 for images, _ in take(20, data_dir=idx_folder)])
+    assert torch.equal(left, ~right) and 0.3 < left.float().mean() < 0.7
+
+
+def test_folder_classes_order_and_pixels(image_folder):
+    (images, conditions), (more, _) = take(2, data_dir=image_folder, image_size=20, class_cond=True,
+                                           deterministic=True, random_flip=False)
+    # cat_01 05 07 11, then cat_03 09, dog_00 06 in the folder `deeper`, then the other dogs
+    assert conditions["y"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert ((images[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist() == [1, 5, 7, 11, 3, 9, 0, 6]
+    assert images.shape == (8, 3, 20, 20) and images.dtype == torch.float32
+    assert images.min() == -1 and images.max() == 1
+    assert torch.all(images[:, 1, :, :10] == 1) and torch.all(images[:, 1, :, 10:] == -1)    # the centre was cut out
+    assert ((more[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist() == [2, 4, 8, 10, 1, 5, 7, 11]
+
+
+def test_folder_images_in_grey_and_in_every_format(tmp_path):
+    for suffix in ("jpg", "JPEG", "png", "gif"):
+        Image.fromarray(np.full((40, 50, 3), 255, np.uint8)).save(tmp_path / f"image.{suffix}")
+    images, conditions = take(1, data_dir=tmp_path, in_channels=1, batch_size=4)[0]
+    assert images.shape == (4, 1, 32, 32) and torch.all(images > 0.99) and conditions == {}
+
+
+def test_large_images_are_averaged_before_they_are_resized(tmp_path):
+    rows, columns = np.indices((96, 128))
+    checks = np.where((rows + columns) % 2, 255, 0).astype(np.uint8)
+    Image.fromarray(checks).save(tmp_path / "checks.png")
+    images, _ = take(1, data_dir=tmp_path, batch_size=1)[0]
+    assert images.shape == (1, 3, 32, 32) and images.abs().max() < 0.02
+
+
+def test_random_crops_vary_in_place_and_size(tmp_path):
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8) * 2, (100, 100))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    images, _ = take(1, data_dir=tmp_path, batch_size=64, random_crop=True, random_flip=False)[0]
+    left, right = images[:, 0, 0, 0], images[:, 0, 0, -1]
+    assert left.std() > 0.02 and right.std() > 0.02
+    widths = (right - left) * 127.5 / 2
+    assert widths.min() > 70 and widths.max() < 100 and widths.std() > 2
+
+
+def break_file(folder, name, change):
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("train-images-idx3-ubyte", lambda content: content[:-5], "train-images-idx3-ubyte: is truncated"),
+    ("train-images-idx3-ubyte", lambda content: content + b"x", "is damaged"),
+    ("train-images-idx3-ubyte", lambda content: b"", "is not an IDX file"),
+    ("train-images-idx3-ubyte", lambda content: b"text" + content, "is not an IDX file"),
+    ("train-labels-idx1-ubyte", lambda content: idx_bytes(np.zeros(49, np.uint8)), "50 train images but 49 labels"),
+    ("t10k-images-idx3-ubyte.gz", lambda content: content[:-20], "damaged or truncated"),
+    ("t10k-images-idx3-ubyte.gz", lambda content: b"not gzip", "damaged or truncated"),
+])
+def test_damaged_idx_files(idx_folder, name, change, message):
+    break_file(idx_folder, name, change)
+    with pytest.raises(UserError, match=message):
+        load_arrays(idx_folder, "train" if name.startswith("train") else "test")
+
+
+def test_missing_idx_file(idx_folder):
+    (idx_folder / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte\.gz"):
+        load_data(data_dir=idx_folder, batch_size=4, image_size=32)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"image_size": 16}, "--image_size 16: must be at least 28"),
+    ({"batch_size": 0}, "--batch_size 0"),
+    ({"in_channels": 2}, "--in_channels 2"),
+    ({"split": "validation"}, "validation: must be one of train, test"),
+])
+def test_wrong_options_are_refused_before_the_first_batch(idx_folder, options, message):
+    with pytest.raises(UserError, match=message):
+        load_data(**{"data_dir": idx_folder, "batch_size": 4, "image_size": 32, **options})
+
+
+def test_wrong_folders_are_refused_before_the_first_batch(tmp_path, image_folder, monkeypatch):
+    def load(data_dir, **options):
+        load_data(data_dir=data_dir, batch_size=4, image_size=32, **options)
+
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds neither image files"):
+        load(tmp_path / "empty")
+    with pytest.raises(UserError, match="an image folder has no test split"):
+        load(image_folder, split="test")
+    Image.new("RGB", (32, 32)).save(image_folder / "nameless.png")
+    load(image_folder)
+    with pytest.raises(UserError, match=r"nameless\.png: has no class"):
+        load(image_folder, class_cond=True)
+    monkeypatch.setattr(image_datasets, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
+    with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
+        load("fashion-mnist")
+
+
+@pytest.mark.parametrize("change", [lambda content: b"no image", lambda content: content[:60], lambda content: b""])
+def test_file_that_is_no_image(image_folder, change):
+    break_file(image_folder, "dog_04.png", change)
+    with pytest.raises(UserError, match=r"dog_04\.png: cannot be read as an image"):
+        take(3, data_dir=image_folder)
+
+
+@pytest.mark.skipif(not HAS_FASHION_MNIST, reason="dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian():
+    images, labels = load_arrays("fashion-mnist", "test")
+    assert images.shape == (10000, 28, 28)
+    assert np.bincount(labels).tolist() == [1000] * 10
+    batches = load_data(data_dir="fashion-mnist", batch_size=64, image_size=32, split="test", in_channels=1)
+    next(batches)
+    durations = []
+    for _ in range(30):
+        started = time.perf_counter()
+        next(batches)
+        durations.append(time.perf_counter() - started)
+    assert min(durations) < 1e-3
