@@ -90,13 +90,12 @@ def to_grey(images: Images) -> Tensor:
         expected, channel_dim = "floating-point images must be (N, 3 or 1, 32, 32)", 1
     else:
         raise ValueError(f"images of type {images.dtype}: must be uint8 or floating point")
-    if images.ndim == 4:
-        images = images.movedim(channel_dim, 1)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
+    shapes = {(channels, IMAGE_SIZE, IMAGE_SIZE) for channels in (1, 3)}
+    if images.ndim != 4 or tuple(images.movedim(channel_dim, 1).shape[1:]) not in shapes:
         raise ValueError(f"images of shape {tuple(images.shape)}: {expected}")
     if len(images) == 0:
         raise ValueError("no images: at least one is needed")
-    grey = images.float().mean(dim=1, keepdim=True)
+    grey = images.movedim(channel_dim, 1).float().mean(dim=1, keepdim=True)
     return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
 
 
@@ -112,8 +111,10 @@ def load_embedded(path: str | os.PathLike | None = None) -> EmbeddedClassifier:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         model = EmbeddedClassifier(json.loads(metadata["widths"]), float(metadata["test_accuracy"]))
         model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise ValueError(f"{path}: cannot be read ({error})") from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         raise ValueError(f"{path}: does not hold an embedded classifier, or is damaged") from None
     return model.eval().to(memory_format=torch.channels_last)
