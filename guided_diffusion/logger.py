@@ -1,0 +1,80 @@
+"""Training logs: the mean of each named value since the last line, as a log line and as a row of progress.csv."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+class MetricLogger:
+    """Collects values and writes their means, one row per call of `write`.
+
+    folder: where progress.csv is kept, or None to keep no log (every rank but the first).
+    resume_step: rows after this step are dropped from an existing progress.csv: the run repeats them.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, resume_step: int = 0) -> None:
+        self._path = Path(folder) / "progress.csv" if folder is not None else None
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._columns: list[str] = []
+        if self._path and self._path.exists():
+            self._columns, rows = _read(self._path)
+            _rewrite(self._path, self._columns, [row for row in rows if int(row["step"]) <= resume_step])
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """Adds one value, or each element of a tensor, to the mean of `name`."""
+        if self._path:
+            self._values[name].append(torch.as_tensor(values).detach().float().flatten())
+
+    def write(self, step: int, **exact: float) -> dict[str, float]:
+        """Writes `step`, the `exact` values and the means of what was added since the last call; returns that row."""
+        means = {name: torch.cat(values).mean().item() for name, values in sorted(self._values.items())}
+        self._values.clear()
+        row = {"step": step, **exact, **means}
+        if self._path:
+            _log.info(" | ".join(f"{name} {_short(value)}" for name, value in row.items()))
+            self._append(row)
+        return row
+
+    def _append(self, row: dict[str, float]) -> None:
+        new_columns = [name for name in row if name not in self._columns]
+        if new_columns:
+            rows = _read(self._path)[1] if self._path.exists() else []
+            self._columns += new_columns
+            _rewrite(self._path, self._columns, rows)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and whole rows of a CSV file; a last line that a kill cut short is left out."""
+    text = path.read_text()
+    reader = csv.DictReader(text[:text.rfind("\n") + 1].splitlines())
+    columns = list(reader.fieldnames or [])
+    return columns, list(reader)
+
+
+def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
