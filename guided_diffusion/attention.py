@@ -1,0 +1,94 @@
+"""The attention block of ADM networks, and the attention its tokens receive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError
+from .nn import checkpoint, normalization, zero_module
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Observer = Callable[["AttentionBlock", Tensor, tuple[int, int]], None]
+
+
+def split_heads(qkv: Tensor, num_heads: int, new_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (N, heads, T, C / heads) each, of a projection (N, T, 3C).
+
+    The channels hold, per head, q, k and v (legacy order), or all q, all k and all v (new order).
+    """
+    n, tokens, width = qkv.shape
+    channels = width // (3 * num_heads)
+    if new_order:
+        return qkv.view(n, tokens, 3, num_heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.view(n, tokens, num_heads, 3, channels).permute(3, 0, 2, 1, 4).unbind(0)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(N, heads, T, C / heads) -> (N, T, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def received_attention(q: Tensor, k: Tensor) -> Tensor:
+    """Attention that each token receives: summed over the queries, averaged over the heads (SAG, section 4).
+
+    q, k: (N, heads, T, C / heads). Returns (N, T), float32, mean 1 over T. Only a few rows of the (T, T) map exist
+    at a time, also when a graph is kept (each group of rows is then computed again in the backward pass).
+    """
+    keys = (k.float() * q.shape[-1] ** -0.5).transpose(2, 3)
+
+    def received_from(rows: Tensor, keys: Tensor) -> Tensor:
+        return (rows.float() @ keys).softmax(dim=-1).sum(dim=(1, 2))
+
+    rows_at_once = max(1, 2**15 // q.shape[2])
+    total = torch.zeros(q.shape[0], q.shape[2], device=q.device)
+    for rows in q.split(rows_at_once, dim=2):
+        total = total + checkpoint(received_from, rows, keys, enabled=q.shape[2] > rows_at_once)
+    return total / q.shape[1]
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, with a residual connection (ADM).
+
+    `num_heads`, `new_order` and `grid` (height, width of the map at the model's own image size) describe its
+    attention. `flag_heads` is the number of heads that the official SAG code believes in (the `--num_heads` flag).
+    Observers and an override are set for the length of a `with` block by `guided_diffusion.capture`.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False,
+                 use_checkpoint: bool = False, grid: tuple[int, int] = (0, 0)) -> None:
+        super().__init__()
+        width = channels // num_heads if num_head_channels == -1 else num_head_channels
+        if width < 1 or channels % width:
+            flag = "num_heads" if num_head_channels == -1 else "num_head_channels"
+            value = num_heads if num_head_channels == -1 else num_head_channels
+            raise UserError(f"--{flag} {value}: must divide the {channels} channels of every attention block")
+        self.num_heads = channels // width
+        self.flag_heads = num_heads
+        self.new_order = new_order
+        self.use_checkpoint = use_checkpoint
+        self.grid = grid
+        self.norm = normalization(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+        self.observers: list[Observer] = []
+        self.override: Attention | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What is observed must be computed once, and its graph kept: no checkpoint then.
+        enabled = self.use_checkpoint and not self.observers and self.override is None
+        return checkpoint(self._forward, x, enabled=enabled)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[2:]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (N, T, C): no copy in channels_last
+        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        for observe in self.observers:
+            observe(self, qkv, tuple(grid))
+        attend = self.override or F.scaled_dot_product_attention
+        attended = merge_heads(attend(*split_heads(qkv, self.num_heads, self.new_order)))
+        out = F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + out.transpose(1, 2).unflatten(2, grid)

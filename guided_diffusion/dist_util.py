@@ -1,0 +1,130 @@
+"""Ranks: who am I, how many are we, and which device is mine.
+
+One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank this is,
+and torch.distributed connects them: nccl where every rank has a GPU, gloo elsewhere. CUDA_VISIBLE_DEVICES is respected.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checkpoint import load_state_dict as _load_state_dict
+from .errors import UserError
+
+# (rank, number of ranks, rank on this node) as launchers export them: torchrun, Hydra (MPICH, Intel), Open MPI, Slurm.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def _launched() -> tuple[int, int, int]:
+    """(rank, number of ranks, local rank) from the environment; (0, 1, 0) where there is no launcher.
+
+    An interactive Slurm allocation also sets SLURM_NTASKS: only a job step has SLURM_STEP_ID and more than one task.
+    """
+    for names in LAUNCHERS:
+        if all(name in os.environ for name in names[:2]):
+            if names[0].startswith("SLURM") and os.environ.get("SLURM_STEP_ID") is None:
+                continue
+            this, size = (int(os.environ[name]) for name in names[:2])
+            return this, size, int(os.environ.get(names[2], this))
+    return 0, 1, 0
+
+
+def setup_dist() -> None:
+    """Connect the ranks that the launcher started; nothing to do for one process, or a second time."""
+    this, size, _ = _launched()
+    if size == 1 or dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(dev())
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        dist.init_process_group(backend, rank=this, world_size=size)
+        return
+    store = _store_over_mpi(this, size)
+    dist.init_process_group(backend, store=store, rank=this, world_size=size)
+
+
+def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
+    """The ranks' meeting point: rank 0 listens on a port that the system picks and tells the others over MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError("running on several ranks with mpiexec needs mpi4py: install the extra `mpi`, or use "
+                        "torchrun") from None
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != size:
+        raise UserError(f"the launcher started {size} ranks but mpi4py sees {comm.Get_size()}: mpi4py and mpiexec "
+                        "must come from the same MPI")
+    one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
+    if this == 0:
+        host = "127.0.0.1" if one_node else _own_address()
+        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        comm.bcast((host, store.port))
+        return store
+    host, port = comm.bcast(None)
+    return dist.TCPStore(host, port, size, is_master=False)
+
+
+def _own_address() -> str:
+    """An address of this host that other nodes can reach."""
+    try:
+        return socket.gethostbyname(socket.getfqdn())
+    except OSError:
+        raise UserError(f"the host name {socket.getfqdn()!r} does not resolve: set MASTER_ADDR and MASTER_PORT") from None
+
+
+def rank() -> int:
+    return _launched()[0]
+
+
+def world_size() -> int:
+    return _launched()[1]
+
+
+def is_main() -> bool:
+    """True on the one rank that writes and shows progress."""
+    return rank() == 0
+
+
+def dev() -> torch.device:
+    """This rank's device: a GPU by its rank on the node, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", _launched()[2] % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def load_state_dict(path: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a checkpoint; every rank maps the file, so a node reads it once."""
+    return _load_state_dict(path, map_location)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sync_params(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            with torch.no_grad():
+                dist.broadcast(tensor, 0)
+
+
+def shutdown() -> None:
+    """Disconnect the ranks; nothing to do for one process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""Layer helpers shared by the networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as _checkpoint
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoidal embedding of step indices (ADM; Vaswani et al. 2017).
+
+    timesteps: (N,), fractions allowed. Returns (N, dim) float32: cosines, then sines, zero-padded where dim is odd.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32))
+    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm that computes in float32 whatever the input's type, and returns the input's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """The norm of every ADM layer: 32 groups."""
+    return GroupNorm32(32, channels)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """`module` with all parameters set to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch dimension: (N, ...) -> (N,)."""
+    return x.flatten(1).mean(dim=1)
+
+
+def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, enabled: bool) -> Tensor:
+    """`function(*inputs)`; if `enabled`, its activations are recomputed in the backward pass instead of kept.
+
+    The gradient also reaches `inputs` where every weight is frozen.
+    """
+    if not (enabled and torch.is_grad_enabled()):
+        return function(*inputs)
+    return _checkpoint(function, *inputs, use_reentrant=False)

@@ -1,0 +1,171 @@
+"""Typed options: frozen dataclasses that are filled from a YAML file and the command line.
+
+An options class states each field once, with its default, help and range; the command line, the YAML keys, the
+help text and the checks all come from there. Values take precedence in this order: command line, `--config` file,
+named preset, default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
+           above: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base of all options classes: checks every field against its type and range when it is made."""
+
+    def __post_init__(self) -> None:
+        for field in option_fields(type(self)):
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """One option as the command line sees it."""
+
+    name: str
+    type: type
+    optional: bool
+    default: Any
+    metadata: Any
+
+    @property
+    def help(self) -> str:
+        return f"{self.metadata.get('help', '')} (default: {'unset' if self.default in (None, '') else self.default})"
+
+
+def option_fields(cls: type) -> list[OptionField]:
+    hints = typing.get_type_hints(cls)
+    result = []
+    for field in dataclasses.fields(cls):
+        alternatives = [a for a in typing.get_args(hints[field.name]) if a is not type(None)]
+        kind = alternatives[0] if alternatives else hints[field.name]
+        result.append(OptionField(field.name, kind, bool(alternatives), field.default, field.metadata))
+    return result
+
+
+def checked(field: OptionField, value: Any) -> Any:
+    """`value`, converted to the field's type; raises UserError naming the option where it is not allowed."""
+    if field.optional and (value is None or value in ("", "None", "none")):
+        return None
+    value = _converted(field, value)
+    limits = field.metadata
+    shown = f"--{field.name} {value}"
+    if limits.get("choices") is not None and value not in limits["choices"]:
+        raise UserError(f"{shown}: must be one of {', '.join(map(str, limits['choices']))}")
+    if limits.get("minimum") is not None and value < limits["minimum"]:
+        raise UserError(f"{shown}: must be at least {limits['minimum']}")
+    if limits.get("above") is not None and value <= limits["above"]:
+        raise UserError(f"{shown}: must be greater than {limits['above']}")
+    if limits.get("maximum") is not None and value > limits["maximum"]:
+        raise UserError(f"{shown}: must be at most {limits['maximum']}")
+    return value
+
+
+_TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
+
+
+def parse_bool(text: Any) -> bool:
+    """True or False from the spellings people use; raises ValueError for any other."""
+    word = str(text).lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    raise ValueError(f"{text!r} is neither True nor False")
+
+
+def _converted(field: OptionField, value: Any) -> Any:
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[field.type]
+    refusal = UserError(f"--{field.name} {value!r}: must be {expected}")
+    try:
+        if field.type is bool:
+            return parse_bool(value)
+        if field.type is str:
+            if isinstance(value, (dict, list)):
+                raise refusal
+            return str(value)
+        if isinstance(value, bool):
+            raise refusal
+        number = field.type(value)
+    except (TypeError, ValueError, OverflowError):
+        raise refusal from None
+    if isinstance(value, float) and number != value or not math.isfinite(number):
+        raise refusal
+    return number
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)`, or the empty string where nothing is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises UserError where the file is missing or holds something else."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold option names and values, one a line")
+    return content
+
+
+def parse_options(
+    argv: Sequence[str] | None, *classes: type, description: str = "",
+    preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> list[Any]:
+    """One instance of each options class from the command line and the `--config` file it may name.
+
+    A name that several classes have is one option for all of them. `preset` receives what the user gave and
+    returns values that go before the defaults. Raises UserError for an unknown name or a value not allowed.
+    """
+    fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below")
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        for field in option_fields(cls):
+            if f"--{field.name}" in parser._option_string_actions:
+                continue
+            bare = {"nargs": "?", "const": "True"} if field.type is bool else {}
+            group.add_argument(f"--{field.name}", metavar=field.type.__name__.upper(), default=argparse.SUPPRESS,
+                               help=field.help.replace("%", "%%"), **bare)
+    parser.error = _refuse
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"{name}: no such option{nearest(name, [f'--{n}' for n in fields])}")
+    flags = vars(known)
+    config = flags.pop("config")
+    given = {**(read_yaml(config) if config else {}), **flags}
+    for name in given:
+        if name not in fields:
+            raise UserError(f"{name} in {config}: no such option{nearest(str(name), fields)}")
+    given = {name: checked(fields[name], value) for name, value in given.items()}
+    values = {**(preset(given) if preset else {}), **given}
+    return [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)

@@ -1,0 +1,361 @@
+"""ADM networks: the UNet, the encoder that classifies, and the UNet that upsamples (Dhariwal & Nichol, 2105.05233).
+
+Parameter names and shapes are those of the released checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import AttentionBlock, merge_heads, split_heads
+from .errors import UserError
+from .nn import checkpoint, normalization, timestep_embedding, zero_module
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+
+class StepSequential(nn.Sequential):
+    """A sequence that hands the timestep embedding to the residual blocks in it."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution where `convolve`."""
+
+    def __init__(self, channels: int, convolve: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2: a strided 3x3 convolution where `convolve`, else average pooling."""
+
+    def __init__(self, channels: int, convolve: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions with a residual connection, conditioned on the timestep embedding.
+
+    resample: "up" or "down" by 2 inside the block, or None. scale_shift: the embedding scales and shifts after the
+    second norm, else it is added before it.
+    """
+
+    def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float = 0.0,
+                 scale_shift: bool = False, resample: str | None = None, use_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.use_checkpoint = use_checkpoint
+        self.resample = {"up": Upsample, "down": Downsample}[resample](channels, False) if resample else None
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
+        self.out_layers = nn.Sequential(
+            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + emb)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class Encoder(nn.Module):
+    """What the UNet and the classifier share: step embedding, input blocks and middle block.
+
+    Arguments as in `UNetModel`. `image_size` fixes nothing but the grids that blocks report and the size of an
+    attention pool: every network runs on any height and width that its levels divide.
+    """
+
+    def __init__(self, *, image_size: int, in_channels: int, model_channels: int, num_res_blocks: int,
+                 attention_resolutions: Sequence[int], dropout: float, channel_mult: Sequence[float],
+                 use_checkpoint: bool, num_heads: int, num_head_channels: int, use_scale_shift_norm: bool,
+                 resblock_updown: bool, use_new_attention_order: bool) -> None:
+        super().__init__()
+        self.model_channels = model_channels
+        self.channel_mult = tuple(channel_mult)
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = tuple(attention_resolutions)
+        self.resblock_updown = resblock_updown
+        self.image_size = image_size
+        self.dtype = torch.float32
+        self.memory_format = torch.contiguous_format
+        self._emb_channels = 4 * model_channels
+        self._res_options = {"dropout": dropout, "scale_shift": use_scale_shift_norm, "use_checkpoint": use_checkpoint}
+        self._attention_options = {"num_head_channels": num_head_channels, "new_order": use_new_attention_order,
+                                   "use_checkpoint": use_checkpoint}
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, self._emb_channels), nn.SiLU(), nn.Linear(self._emb_channels, self._emb_channels))
+
+        channels = self.level_channels(0)
+        self.input_blocks = nn.ModuleList([StepSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self._input_channels = [channels]
+        for level in range(self.num_levels):
+            for _ in range(num_res_blocks):
+                layers = [self._res_block(channels, self.level_channels(level))]
+                channels = self.level_channels(level)
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(channels, level, num_heads))
+                self._append(self.input_blocks, layers, channels)
+            if level < self.num_levels - 1:
+                self._append(self.input_blocks, [self._resample(channels, "down")], channels)
+        top = self.num_levels - 1
+        self.middle_block = StepSequential(
+            self._res_block(channels, channels), self._attention(channels, top, num_heads),
+            self._res_block(channels, channels))
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.channel_mult)
+
+    def level_channels(self, level: int) -> int:
+        return int(self.channel_mult[level] * self.model_channels)
+
+    def _append(self, blocks: nn.ModuleList, layers: list[nn.Module], channels: int) -> None:
+        blocks.append(StepSequential(*layers))
+        self._input_channels.append(channels)
+
+    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
+        return ResBlock(channels, self._emb_channels, out_channels, resample=resample, **self._res_options)
+
+    def _resample(self, channels: int, direction: str) -> nn.Module:
+        if self.resblock_updown:
+            return self._res_block(channels, channels, direction)
+        return (Upsample if direction == "up" else Downsample)(channels, True)
+
+    def _attention(self, channels: int, level: int, num_heads: int) -> AttentionBlock:
+        grid = self.image_size // 2**level
+        return AttentionBlock(channels, num_heads=num_heads, grid=(grid, grid), **self._attention_options)
+
+    @property
+    def feature_blocks(self) -> dict[str, nn.Module]:
+        """Every block by name: `input.0` ..., `middle`, and, in a UNet, `output.0` ..."""
+        return {**{f"input.{i}": block for i, block in enumerate(self.input_blocks)}, "middle": self.middle_block}
+
+    @property
+    def attention_blocks(self) -> dict[str, AttentionBlock]:
+        """The attention block inside each block that has one, by that block's name."""
+        return {name: layer for name, block in self.feature_blocks.items() for layer in block
+                if isinstance(layer, AttentionBlock)}
+
+    @property
+    def _torso(self) -> list[nn.Module]:
+        return [self.input_blocks, self.middle_block]
+
+    def convert_to(self, dtype: torch.dtype) -> Encoder:
+        """Run the torso in `dtype`: its convolutions and attention projections; norms and the output stay float32."""
+        self.dtype = dtype
+        for part in self._torso:
+            for module in part.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.to(dtype)
+        return self
+
+    def convert_to_fp16(self) -> Encoder:
+        return self.convert_to(torch.float16)
+
+    def convert_to_fp32(self) -> Encoder:
+        return self.convert_to(torch.float32)
+
+    def channels_last(self) -> Encoder:
+        """Keep weights and feature maps in channels_last order: the faster one for convolutions on most devices."""
+        self.memory_format = torch.channels_last
+        return self.to(memory_format=torch.channels_last)
+
+    def _embed(self, timesteps: Tensor) -> Tensor:
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+
+    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The middle block's output, and what every input block gave."""
+        factor = 2 ** (self.num_levels - 1)
+        if x.shape[2] % factor or x.shape[3] % factor:
+            raise UserError(f"image size {x.shape[2]}x{x.shape[3]}: height and width must be multiples of {factor}, "
+                            f"since the network has {self.num_levels} levels")
+        h = x.to(dtype=self.dtype, memory_format=self.memory_format)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        return self.middle_block(h, emb), skips
+
+
+class UNetModel(Encoder):
+    """The ADM UNet.
+
+    image_size: pixels of the square images it was made for. in_channels, out_channels: of x_t and of the prediction
+    (twice in_channels where the variance is learned). model_channels: width of level 0 before channel_mult.
+    attention_resolutions: *downsampling factors* that have attention (1, 2, 4, ...), as in guided-diffusion.
+    num_classes: adds a label embedding; labels are then needed. num_heads_upsample: heads of the output blocks
+    (-1: num_heads). Call: (N, in_channels, H, W), timesteps (N,), y (N,) int64 -> (N, out_channels, H, W) in the
+    type of x.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions: Sequence[int], dropout: float = 0.0,
+                 channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
+                 use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
+                 num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
+                 use_new_attention_order: bool = False) -> None:
+        super().__init__(
+            image_size=image_size, in_channels=in_channels, model_channels=model_channels,
+            num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
+            channel_mult=channel_mult, use_checkpoint=use_checkpoint, num_heads=num_heads,
+            num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self._emb_channels)
+
+        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        skip_channels = list(self._input_channels)
+        channels = skip_channels[-1]
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(self.num_levels)):
+            for i in range(num_res_blocks + 1):
+                layers = [self._res_block(channels + skip_channels.pop(), self.level_channels(level))]
+                channels = self.level_channels(level)
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(channels, level, heads))
+                if level and i == num_res_blocks:
+                    layers.append(self._resample(channels, "up"))
+                self.output_blocks.append(StepSequential(*layers))
+        self.out = nn.Sequential(
+            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)))
+        if use_fp16:
+            self.convert_to_fp16()
+
+    @property
+    def feature_blocks(self) -> dict[str, nn.Module]:
+        return {**super().feature_blocks, **{f"output.{i}": block for i, block in enumerate(self.output_blocks)}}
+
+    @property
+    def _torso(self) -> list[nn.Module]:
+        return [*super()._torso, self.output_blocks]
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        if (y is None) != (self.num_classes is None):
+            raise UserError("the network is class-conditional: labels y are needed" if y is None
+                            else "the network is not class-conditional: it takes no labels y")
+        emb = self._embed(timesteps)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = self._encode(x, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.to(x.dtype)).contiguous()
+
+
+class SuperResModel(UNetModel):
+    """A UNet that also sees a low-resolution image, (N, C, h, w) in [-1, 1], upsampled and stacked under x."""
+
+    def __init__(self, image_size: int, in_channels: int, *args, **kwargs) -> None:
+        super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        if low_res is None:
+            raise UserError("an upsampling network needs the low-resolution images low_res")
+        upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+        return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
+
+
+class AttentionPool2d(nn.Module):
+    """Pools a (N, C, S, S) map to (N, out_channels) by attention from its mean (CLIP; Radford et al. 2021)."""
+
+    def __init__(self, size: int, channels: int, num_head_channels: int, out_channels: int) -> None:
+        super().__init__()
+        if channels % num_head_channels:
+            raise UserError(f"num_head_channels {num_head_channels}: must divide the {channels} pooled channels")
+        self.positional_embedding = nn.Parameter(torch.randn(channels, size**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+        self.num_heads = channels // num_head_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
+        q, k, v = split_heads(self.qkv_proj(x).transpose(1, 2), self.num_heads, new_order=True)
+        pooled = merge_heads(F.scaled_dot_product_attention(q[:, :, :1], k, v))
+        return self.c_proj(pooled.transpose(1, 2)).squeeze(-1)
+
+
+class EncoderUNetModel(Encoder):
+    """The half UNet that classifies noisy images.
+
+    pool: "adaptive", "attention", "spatial" or "spatial_v2". Arguments as in `UNetModel`.
+    Call: (N, in_channels, H, W), timesteps (N,) -> logits (N, out_channels).
+    """
+
+    def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
+                 attention_resolutions: Sequence[int], dropout: float = 0.0,
+                 channel_mult: Sequence[float] = (1, 2, 4, 8), use_checkpoint: bool = False, use_fp16: bool = False,
+                 num_heads: int = 1, num_head_channels: int = -1, use_scale_shift_norm: bool = False,
+                 resblock_updown: bool = False, use_new_attention_order: bool = False, pool: str = "adaptive") -> None:
+        super().__init__(
+            image_size=image_size, in_channels=in_channels, model_channels=model_channels,
+            num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
+            channel_mult=channel_mult, use_checkpoint=use_checkpoint, num_heads=num_heads,
+            num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
+        if pool not in POOLS:
+            raise UserError(f"pool {pool!r}: must be one of {', '.join(POOLS)}")
+        self.pool = pool
+        channels = self._input_channels[-1]
+        size = image_size // 2 ** (self.num_levels - 1)
+        # The pooled path sees the last map; the spatial ones the mean of every block's map.
+        features = sum(self._input_channels) + channels
+        self.out = {
+            "adaptive": lambda: nn.Sequential(
+                normalization(channels), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(nn.Conv2d(channels, out_channels, 1)), nn.Flatten()),
+            "attention": lambda: nn.Sequential(
+                normalization(channels), nn.SiLU(),
+                AttentionPool2d(size, channels, num_head_channels, out_channels)),
+            "spatial": lambda: nn.Sequential(
+                nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels)),
+            "spatial_v2": lambda: nn.Sequential(
+                nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels)),
+        }[pool]()
+        if use_fp16:
+            self.convert_to_fp16()
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        h, maps = self._encode(x, self._embed(timesteps))
+        if self.pool.startswith("spatial"):
+            return self.out(torch.cat([m.to(x.dtype).mean(dim=(2, 3)) for m in [*maps, h]], dim=-1))
+        return self.out(h.to(x.dtype))
