@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 IMAGE_SIZE = 32
@@ -130,7 +130,7 @@ def save_embedded(model: EmbeddedClassifier, path: str | os.PathLike, notes: dic
     metadata = {**notes, "widths": json.dumps(model.widths), "test_accuracy": f"{model.test_accuracy:.4f}"}
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
-        save_file(weights, temporary, metadata)
+        temporary.write_bytes(save(weights, metadata))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m evaluations.train_embedded
 
-makes the shipped evaluations/models/fmnist_embedded.safetensors (12 minutes on one CPU core) and, beside it, a log
+makes the shipped evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU core) and, beside it, a log
 with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
 """
 
