@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m evaluations.train_embedded
 
-makes the shipped evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU core) and, beside it, a log
-with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
+makes the shipped evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU core) and, beside it,
+a log with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
