@@ -1,4 +1,4 @@
-"""Training a network whose weights are float16: float32 master weights and a dynamic loss scale."""
+"""Training a network with float16 or bfloat16 weights: float32 master weights and a dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -13,39 +13,34 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 class MixedPrecisionTrainer:
     """The float32 weights that an optimiser updates, and the scaling of the loss that float16 gradients need.
 
-    `master_params` are the parameters themselves where these are float32, and float32 copies where they are float16.
-    With use_fp16=False nothing is copied and nothing is scaled.
+    `master_params` are the trained parameters themselves where these are float32, and float32 copies of the others.
+    In a network that is all float32 nothing is copied and nothing is scaled.
 
-    The loss is multiplied by 2**lg_loss_scale. After a step lg_loss_scale grows by `fp16_scale_growth`; where a
-    gradient overflowed, the step is left out and the scale halved.
+    Where there are float16 weights the loss is multiplied by 2**lg_loss_scale. After a step lg_loss_scale grows by
+    `fp16_scale_growth`; where a gradient overflowed, the step is left out and the scale halved.
     """
 
-    def __init__(self, model: nn.Module, use_fp16: bool = False, fp16_scale_growth: float = 1e-3) -> None:
-        names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-        full = [p.detach().float().clone() for p in params] if use_fp16 else []
-        if use_fp16:
-            model.convert_to_fp16()
-        self.use_fp16 = use_fp16
+    def __init__(self, model: nn.Module, fp16_scale_growth: float = 1e-3) -> None:
+        trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self.names = list(trained)
+        self.model_params = list(trained.values())
+        self.master_params = [param if param.dtype == torch.float32 else nn.Parameter(param.detach().float())
+                              for param in self.model_params]
+        self.scaled = any(param.dtype == torch.float16 for param in self.model_params)
+        self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE if self.scaled else 0.0
         self.fp16_scale_growth = fp16_scale_growth
-        self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE if use_fp16 else 0.0
-        self.names: list[str] = list(names)
-        self.model_params: list[nn.Parameter] = list(params)
-        self.master_params: list[nn.Parameter] = [
-            param if param.dtype == torch.float32 else nn.Parameter(copy)
-            for param, copy in zip(params, full or params, strict=True)]
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the (scaled) loss to those of the network."""
-        (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()
+        (loss * 2**self.lg_loss_scale if self.scaled else loss).backward()
 
     def collect_gradients(self) -> list[Tensor]:
         """Moves the network's gradients, unscaled, to the master parameters; returns them. Call once before a step."""
-        if self.use_fp16:
-            for param, master in zip(self.model_params, self.master_params, strict=True):
-                if param is not master and param.grad is not None:
-                    master.grad, param.grad = param.grad.float(), None
+        for param, master in zip(self.model_params, self.master_params, strict=True):
+            if param is not master and param.grad is not None:
+                master.grad, param.grad = param.grad.float(), None
         gradients = [master.grad for master in self.master_params if master.grad is not None]
-        if self.use_fp16:
+        if self.scaled:
             torch._foreach_mul_(gradients, 2**-self.lg_loss_scale)
         return gradients
 
@@ -54,12 +49,11 @@ class MixedPrecisionTrainer:
 
         Returns the norm of the gradients. Where it is not finite, no weight has changed.
         """
-        gradients = [master.grad for master in self.master_params if master.grad is not None]
-        norm = nn.utils.get_total_norm(gradients).item()
+        norm = nn.utils.get_total_norm([p.grad for p in self.master_params if p.grad is not None]).item()
         if math.isfinite(norm):
             optimizer.step()
             self.copy_to_model()
-        if self.use_fp16:
+        if self.scaled:
             self.lg_loss_scale += self.fp16_scale_growth if math.isfinite(norm) else -1
         optimizer.zero_grad(set_to_none=True)
         return norm

@@ -33,19 +33,16 @@ class MetricLogger:
     def add(self, name: str, values: Tensor | float) -> None:
         """Adds one value, or each element of a tensor, to the mean of `name`."""
         if self._path:
-            self._values[name].append(torch.as_tensor(values).detach().float().flatten())
+            self._values[name].append(torch.as_tensor(values).detach().double().flatten())
 
-    def write(self, step: int, **exact: float) -> dict[str, float]:
-        """Writes `step`, the `exact` values and the means of what was added since the last call; returns that row."""
+    def write(self, step: int, **exact: float) -> None:
+        """Writes a row: `step`, the `exact` values and the means of what was added since the last one."""
+        if not self._path:
+            return
         means = {name: torch.cat(values).mean().item() for name, values in sorted(self._values.items())}
         self._values.clear()
-        row = {"step": step, **exact, **means}
-        if self._path:
-            _log.info(" | ".join(f"{name} {_short(value)}" for name, value in row.items()))
-            self._append(row)
-        return row
-
-    def _append(self, row: dict[str, float]) -> None:
+        row = {name: _short(value) for name, value in {"step": step, **exact, **means}.items()}
+        _log.info(" | ".join(f"{name} {value}" for name, value in row.items()))
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
             rows = _read(self._path)[1] if self._path.exists() else []
@@ -56,7 +53,7 @@ class MetricLogger:
 
 
 def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.5g}"
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

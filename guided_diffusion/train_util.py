@@ -1,0 +1,525 @@
+"""Training of diffusion models and of noise-aware classifiers: one loop, which a kill at any moment does not harm.
+
+Step s is a function of (seed, s) and of the weights before it. Images, timesteps and noise belong to the global batch
+of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding.
+The output folder holds, each file replaced as a whole:
+    config.json              all options of the run
+    progress.csv             a row for each --log_interval steps
+    state.safetensors        all that a restart needs; the same command goes on from it
+    model.safetensors        the latest weights
+    ema_RATE.safetensors     their moving averages
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import checkpoint, dist_util
+from .errors import UserError
+from .fp16_util import MixedPrecisionTrainer
+from .image_datasets import find_data, holds_idx, load_data
+from .logger import MetricLogger
+from .options import Options, option
+from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
+from .script_util import (
+    ClassifierOptions,
+    DiffusionOptions,
+    ModelOptions,
+    build_classifier,
+    build_diffusion,
+    build_model,
+)
+
+_log = logging.getLogger(__name__)
+
+ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
+STREAMS = {"train": 0, "validation": 1, "weights": 2, "dropout": 3}
+
+Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
+
+
+@dataclass(frozen=True)
+class LoopOptions(Options):
+    """Options that every training has."""
+
+    data_dir: str = option("", "folder of images or IDX files to train on; fashion-mnist: where Debian installs it")
+    out: str = option("train", "folder that the run is kept in, and goes on from when started again")
+    seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
+    lr: float = option(1e-4, "learning rate of AdamW", above=0)
+    lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
+    batch_size: int = option(1, "images per step and process", minimum=1)
+    microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
+    random_flip: bool = option(True, "mirror half of the images left to right")
+    random_crop: bool = option(False, "cut images at random instead of from the centre")
+    log_interval: int = option(10, "steps between two lines of the log", minimum=1)
+    save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
+    resume_checkpoint: str = option("", "file of weights to start from")
+    fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale per step, in float16", above=0)
+    compile: bool = option(False, "compile the network with torch.compile")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.microbatch == 0:
+            raise UserError("--microbatch 0: must be at least 1, or -1 for the whole batch")
+
+    # What the loop asks of each kind of training.
+    total_steps = None      # int, or None: until it is stopped
+    decays = False          # the learning rate falls linearly to 0 at total_steps
+    ema_rates = ()          # of the moving averages of the weights
+    eval_interval = 1       # steps between two validation batches
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step (from 0): rises over lr_warmup_steps, and falls to 0 at total_steps if decays."""
+        rate = self.lr
+        if step < self.lr_warmup_steps:
+            rate *= (step + 1) / self.lr_warmup_steps
+        return rate * (1 - step / self.total_steps) if self.decays else rate
+
+
+@dataclass(frozen=True)
+class TrainOptions(LoopOptions):
+    """Options of the training of a diffusion model."""
+
+    schedule_sampler: str = option("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
+    lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
+                                  minimum=0)
+    ema_rate: str = option("0.9999", "decay per step of the moving average of the weights; several: 0.99,0.999")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.ema_rates
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.lr_anneal_steps or None
+
+    @property
+    def decays(self) -> bool:
+        return self.lr_anneal_steps > 0
+
+    @property
+    def ema_rates(self) -> tuple[float, ...]:
+        try:
+            rates = tuple(float(rate) for rate in self.ema_rate.split(",")) if self.ema_rate else ()
+        except ValueError:
+            rates = (math.nan,)
+        if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas")
+        return rates
+
+
+@dataclass(frozen=True)
+class ClassifierTrainOptions(LoopOptions):
+    """Options of the training of a classifier."""
+
+    iterations: int = option(150000, "steps of the training", minimum=1)
+    lr: float = option(3e-4, "learning rate of AdamW", above=0)
+    anneal_lr: bool = option(False, "let --lr decay linearly to 0 at --iterations")
+    batch_size: int = option(4, "images per step and process", minimum=1)
+    random_crop: bool = option(True, "cut images at random instead of from the centre")
+    noised: bool = option(True, "train on noised images, at uniformly drawn timesteps; False: on clean ones, at step 0")
+    val_data_dir: str = option("", "data to validate on: a folder of images, or IDX files, of which the test split")
+    eval_interval: int = option(5, "steps between two validation batches", minimum=1)
+
+    @property
+    def total_steps(self) -> int:
+        return self.iterations
+
+    @property
+    def decays(self) -> bool:
+        return self.anneal_lr
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank computes losses of.
+
+    images, noise: (N, C, H, W), in [-1, 1] and standard normal. t: (N,), original step indices. weights: (N,), what
+    the losses are multiplied with. cond: {"y": (N,)} or nothing.
+    """
+
+    images: Tensor
+    noise: Tensor
+    t: Tensor
+    weights: Tensor
+    cond: dict[str, Tensor]
+
+    def split(self, size: int) -> list[Batch]:
+        """Parts of at most `size` images; -1: the whole."""
+        size = len(self.t) if size == -1 else size
+        return [self._map(lambda x, start=start: x[start:start + size]) for start in range(0, len(self.t), size)]
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        cond = {name: function(value) for name, value in self.cond.items()}
+        return Batch(function(self.images), function(self.noise), function(self.t), function(self.weights), cond)
+
+
+Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
+
+
+class TrainLoop:
+    """Descends `losses(network, batch)["loss"]`, and logs, averages and saves, until `options.total_steps`.
+
+    losses: returns tensors (N,), all of which are logged, also by quarter of the timesteps (`loss_q0` ...).
+    data: called with a step, gives the batches from that step on; validation_data likewise, by number of validation.
+    config: the options of the network and the process by flag name, stored with the weights.
+    Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
+                 config: dict[str, Any], validation_data: Data | None = None) -> None:
+        self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
+        self.out = Path(options.out)
+        self._check_same_run()
+        self.model = model.to(dist_util.dev()).channels_last().train()
+        dist_util.sync_params(list(model.parameters()))
+        self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
+        if options.resume_checkpoint:
+            self._load_weights(options.resume_checkpoint)
+        self.network = torch.compile(self.model) if options.compile else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.precision.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        self.ema = {rate: [param.detach().clone() for param in self.precision.master_params]
+                    for rate in options.ema_rates}
+        self.step = 0
+        self._load_state()
+        self.data = data(self.step)
+        self.validation_data = validation_data(-(-self.step // options.eval_interval)) if validation_data else None
+
+    def run(self) -> None:
+        """Trains until the last step, or for ever."""
+        if dist_util.is_main():
+            self._begin_folder()
+        dist_util.barrier()
+        logger = MetricLogger(self.out if dist_util.is_main() else None, resume_step=self.step)
+        global_batch = self.options.batch_size * dist_util.world_size()
+        total = self.options.total_steps
+        start = logged = self.step
+        clock = time.monotonic()
+        progress = tqdm(
+            total=total and total * global_batch, initial=self.step * global_batch, unit="img", dynamic_ncols=True,
+            smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30, disable=not dist_util.is_main())
+        with progress:
+            while total is None or self.step < total:
+                with _explained_compilation(self.options.compile and self.step == start):
+                    self.run_step(logger)
+                if self.validation_data and (self.step - 1) % self.options.eval_interval == 0:
+                    self.validate(logger)
+                progress.update(global_batch)
+                if self.step % self.options.log_interval == 0 or self.step == total:
+                    images = (self.step - logged) * global_batch
+                    logger.write(self.step, samples=self.step * global_batch,
+                                 images_per_second=images / (time.monotonic() - clock))
+                    logged, clock = self.step, time.monotonic()
+                if self.step % self.options.save_interval == 0 or self.step == total:
+                    self.save()
+
+    def run_step(self, logger: MetricLogger) -> None:
+        """One update of the weights."""
+        batch = self._batch(*next(self.data), "train", self.step)
+        values = []
+        with _seeded(self.options.seed, "dropout", self.step, dist_util.rank()):
+            for part in batch.split(self.options.microbatch):
+                part = part.to(dist_util.dev())
+                losses = self.losses(self.network, part)
+                self.precision.backward((losses["loss"] * part.weights).sum() / len(batch.t))
+                values.append({name: value.detach() for name, value in losses.items()})
+        average_over_ranks(self.precision.collect_gradients())
+        rate = self.options.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        logger.add("lr", rate)
+        norm = self.precision.step(self.optimizer)
+        if math.isfinite(norm):
+            logger.add("grad_norm", norm)
+            self._update_ema()
+        elif self.precision.lg_loss_scale <= 0:
+            raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step {self.step}, "
+                            "start again from the last save with a smaller one")
+        if self.precision.scaled:
+            logger.add("lg_loss_scale", self.precision.lg_loss_scale)
+        batch, losses = self._gather(batch, {name: torch.cat([v[name] for v in values]) for name in values[0]})
+        self.sampler.update_with_losses(batch.t, losses["loss"])
+        self._log_losses(logger, "", batch, losses)
+        self.step += 1
+
+    @torch.no_grad()
+    def validate(self, logger: MetricLogger) -> None:
+        """Logs the losses of one batch of the validation data, names beginning with `val_`."""
+        batch = self._batch(*next(self.validation_data), "validation", (self.step - 1) // self.options.eval_interval)
+        self.model.eval()
+        parts = [self.losses(self.model, part.to(dist_util.dev())) for part in batch.split(self.options.microbatch)]
+        self.model.train()
+        self._log_losses(logger, "val_", *self._gather(batch, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
+
+    def save(self) -> None:
+        """Writes the weights, and last the state that a restart goes on from."""
+        if dist_util.is_main():
+            metadata = {"config": json.dumps(self.config), "step": str(self.step)}
+            weights = {"model": self._named(self.precision.master_params),
+                       **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
+            for name, tensors in weights.items():
+                checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
+            tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
+            checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
+        dist_util.barrier()
+
+    def _batch(self, images: Tensor, cond: dict[str, Tensor], stream: str, number: int) -> Batch:
+        """This rank's part of global batch `number`: t and weights are drawn for all of it, noise image by image."""
+        count, rank = len(images), dist_util.rank()
+        part = slice(rank * count, (rank + 1) * count)
+        t, weights = self.sampler.sample(count * dist_util.world_size(), self._rng(stream, number))
+        first = number * count * dist_util.world_size()
+        noise = [self._rng(stream, number, first + i).standard_normal(images.shape[1:], np.float32)
+                 for i in range(part.start, part.stop)]
+        return Batch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
+
+    def _rng(self, stream: str, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng((self.options.seed, STREAMS[stream], *numbers))
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        for rate, average in self.ema.items():
+            update_ema(average, self.precision.master_params, min(rate, (1 + self.step) / (10 + self.step)))
+
+    def _gather(self, batch: Batch, losses: dict[str, Tensor]) -> tuple[Batch, dict[str, Tensor]]:
+        """The t and weights, and the losses, of the global batch, on the CPU."""
+        rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
+        if dist_util.world_size() > 1:
+            rows = rows.to(dist_util.dev())
+            pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
+            dist.all_gather(pieces, rows)
+            rows = torch.cat(pieces, dim=1).cpu()
+        return replace(batch, t=rows[0].long(), weights=rows[1]), dict(zip(losses, rows[2:], strict=True))
+
+    def _log_losses(self, logger: MetricLogger, prefix: str, batch: Batch, losses: dict[str, Tensor]) -> None:
+        quarters = batch.t * 4 // self.sampler.num_timesteps
+        for name, values in losses.items():
+            values = values * batch.weights
+            logger.add(prefix + name, values)
+            for quarter in quarters.unique().tolist():
+                logger.add(f"{prefix}{name}_q{quarter}", values[quarters == quarter])
+
+    # The state on disk
+
+    def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Full weights of the network in float32, with `tensors` in place of its trained parameters."""
+        untrained = {name: value.float() for name, value in self.model.state_dict().items()
+                     if name not in self.precision.names}
+        trained = dict(zip(self.precision.names, tensors, strict=True))
+        return {**untrained, **trained}
+
+    def _other_state(self) -> dict[str, Tensor]:
+        moments = {f"optimizer/{key}/{name}": value
+                   for name, param in zip(self.precision.names, self.precision.master_params, strict=True)
+                   for key, value in self.optimizer.state[param].items()}
+        sampler = {f"sampler/{name}": value for name, value in self.sampler.state_dict().items()}
+        loop = {"loop/step": torch.tensor(self.step),
+                "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64)}
+        return {**moments, **sampler, **loop}
+
+    def _load_weights(self, path: str) -> None:
+        state, expected = checkpoint.load_state_dict(path), self.model.state_dict()
+        wrong = [name for name in {**expected, **state}
+                 if name not in state or name not in expected or state[name].shape != expected[name].shape]
+        if wrong:
+            raise UserError(f"--resume_checkpoint {path}: does not fit the network, {len(wrong)} of its weights differ "
+                            f"in name or shape ({wrong[0]} first)")
+        self.model.load_state_dict(state)
+        self._fill(self.precision.master_params, state)
+
+    def _load_state(self) -> None:
+        path = self.out / "state.safetensors"
+        if not path.exists():
+            return
+        groups: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.load_state_dict(path).items():
+            kind, name = key.split("/", 1)
+            groups.setdefault(kind, {})[name] = value
+        self._fill(self.precision.master_params, groups["model"])
+        self.precision.copy_to_model()
+        for rate, average in self.ema.items():
+            self._fill(average, groups[f"ema_{rate:g}"])
+        for name, param in zip(self.precision.names, self.precision.master_params, strict=True):
+            # In the layout of the parameter, which the fused optimiser takes for granted.
+            self.optimizer.state[param] = {
+                "step": groups["optimizer"][f"step/{name}"].to(param.device),
+                **{key: torch.empty_like(param).copy_(groups["optimizer"][f"{key}/{name}"])
+                   for key in ("exp_avg", "exp_avg_sq")}}
+        self.sampler.load_state_dict(groups.get("sampler", {}))
+        self.step = int(groups["loop"]["step"])
+        self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
+        _log.info("going on from step %d, saved in %s", self.step, self.out)
+
+    @torch.no_grad()
+    def _fill(self, tensors: Sequence[Tensor], values: dict[str, Tensor]) -> None:
+        for name, tensor in zip(self.precision.names, tensors, strict=True):
+            tensor.copy_(values[name])
+
+    def _record(self) -> dict[str, Any]:
+        return {"model": self.config, "training": asdict(self.options)}
+
+    def _begin_folder(self) -> None:
+        temporary = self.out / "config.json.tmp"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._record(), indent=2) + "\n")
+            os.replace(temporary, self.out / "config.json")
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+
+    def _check_same_run(self) -> None:
+        """Raises UserError where the output folder's run differs in what its state depends on."""
+        path = self.out / "config.json"
+        if not path.exists():
+            return
+        try:
+            saved = json.loads(path.read_text())
+            before = {**saved["training"], **saved["model"]}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"--out {self.out}: its config.json is not one of a training, name another") from None
+        now = {**asdict(self.options), **self.config}
+        for name in [*self.config, "schedule_sampler", "ema_rate"]:
+            if name in before and name in now and before[name] != now[name]:
+                raise UserError(f"--{name} {now[name]}: the run in {self.out} has {before[name]}, give that one or "
+                                "another --out")
+
+
+@torch.no_grad()
+def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> None:
+    """average = rate * average + (1 - rate) * params, in place.
+
+    The loop gives min(rate, (1 + step) / (10 + step)), so that the random start is soon forgotten.
+    """
+    torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
+
+
+def average_over_ranks(gradients: list[Tensor]) -> None:
+    """Replaces each gradient by its mean over the ranks."""
+    if dist_util.world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(g.numel() for g in bucket) >= ALL_REDUCE_ELEMENTS or gradient is gradients[-1]:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            flat /= dist_util.world_size()
+            for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(mean.view(g.shape))
+            bucket = []
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, stream: str, *numbers: int) -> Iterator[None]:
+    """Torch's global random numbers as a function of the arguments, put back as they were at the end."""
+    sequence = np.random.SeedSequence((seed, STREAMS[stream], *numbers))
+    with torch.random.fork_rng([dist_util.dev()] if dist_util.dev().type == "cuda" else []):
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        yield
+
+
+@contextlib.contextmanager
+def _explained_compilation(active: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not active:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({reason})") from error
+
+
+# What is trained
+
+
+def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOptions, options: TrainOptions) -> None:
+    """Trains a diffusion model."""
+    dist_util.setup_dist()
+    config = {**asdict(model_options), **asdict(diffusion_options)}
+    with _seeded(options.seed, "weights"):
+        model = build_model(model_options)
+    diffusion = build_diffusion(diffusion_options)
+    sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
+    data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
+
+    def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
+
+    TrainLoop(model, losses, sampler, data, options, config).run()
+
+
+def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
+                     options: ClassifierTrainOptions) -> None:
+    """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
+    dist_util.setup_dist()
+    config = {**asdict(classifier_options), **asdict(diffusion_options)}
+    with _seeded(options.seed, "weights"):
+        classifier = build_classifier(classifier_options)
+    diffusion = build_diffusion(diffusion_options)
+
+    def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        t = batch.t if options.noised else torch.zeros_like(batch.t)
+        x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
+        return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])
+
+    data = _numbered_data(options, config, options.data_dir, True)
+    validation = None
+    if options.val_data_dir:
+        split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
+        validation = _numbered_data(options, config, options.val_data_dir, True, split=split, random_flip=False,
+                                    random_crop=False)
+    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation).run()
+
+
+def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross entropy in nats, and whether the label is among the 1 and the 5 most likely.
+
+    logits: (N, num_classes); labels: (N,). Returns "loss", "acc@1" and "acc@5", each (N,).
+    """
+    better = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
+    return {"loss": F.cross_entropy(logits, labels, reduction="none"),
+            "acc@1": (better < 1).float(), "acc@5": (better < 5).float()}
+
+
+def _numbered_data(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool,
+                   **changes: Any) -> Data:
+    """Batches of `data_dir` by first batch; raises UserError for data that is not there."""
+    if not data_dir:
+        raise UserError("--data_dir: is missing, name a folder of images or IDX files, or fashion-mnist")
+    arguments = {
+        "data_dir": data_dir, "batch_size": options.batch_size, "image_size": config["image_size"],
+        "class_cond": class_cond, "in_channels": config["in_channels"], "random_flip": options.random_flip,
+        "random_crop": options.random_crop, "seed": options.seed, "rank": dist_util.rank(),
+        "world_size": dist_util.world_size(), **changes}
+
+    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        for images, cond in load_data(**arguments, start_batch=start):
+            if class_cond and int(cond["y"].max()) >= config["num_classes"]:
+                raise UserError(f"--num_classes {config['num_classes']}: {data_dir} has more classes")
+            yield images, cond
+
+    return batches
