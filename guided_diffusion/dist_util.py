@@ -82,7 +82,8 @@ def _own_address() -> str:
     try:
         return socket.gethostbyname(socket.getfqdn())
     except OSError:
-        raise UserError(f"the host name {socket.getfqdn()!r} does not resolve: set MASTER_ADDR and MASTER_PORT") from None
+        raise UserError(f"the host name {socket.getfqdn()!r} does not resolve: set MASTER_ADDR and "
+                        "MASTER_PORT") from None
 
 
 def rank() -> int:

@@ -202,17 +202,14 @@ class GaussianDiffusion:
         else:
             variance, log_variance = self._fixed_variance(x_t, t)
 
+        previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         if self.model_mean_type is ModelMeanType.EPSILON:
             eps, xstart = values, self.predict_xstart_from_eps(x_t, t, values)
         else:
-            previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
             xstart = self.predict_xstart_from_xprev(x_t, t, values) if previous else values
             eps = self.predict_eps_from_xstart(x_t, t, xstart)
         pred_xstart = process_xstart(xstart)
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            mean = values
-        else:
-            mean = self.posterior_mean(pred_xstart, x_t, t)
+        mean = values if previous else self.posterior_mean(pred_xstart, x_t, t)
         return Prediction(eps, pred_xstart, mean, variance, log_variance)
 
     def _learned_log_variance(self, values: Tensor, t: Tensor) -> Tensor:
@@ -290,7 +287,7 @@ class GaussianDiffusion:
 
     def p_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, **options) -> Tensor:
         """Images (N, C, H, W) by DDPM; options as in `p_sample_loop_progressive`."""
-        return _last(self.p_sample_loop_progressive(model, shape, noise, **options))["sample"]
+        return sampling.last(self.p_sample_loop_progressive(model, shape, noise, **options))["sample"]
 
     def ddim_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -302,9 +299,10 @@ class GaussianDiffusion:
         return self._loop(functools.partial(sampling.ddim_step, eta=eta), model, shape, noise, clip_denoised,
                           denoised_fn, cond_fn, model_kwargs, device, progress, guidance)
 
-    def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, **options) -> Tensor:
+    def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None,
+                         **options) -> Tensor:
         """Images (N, C, H, W) by DDIM; options as in `ddim_sample_loop_progressive`."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, noise, **options))["sample"]
+        return sampling.last(self.ddim_sample_loop_progressive(model, shape, noise, **options))["sample"]
 
     def ddim_reverse_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                             denoised_fn: Callable | None = None, model_kwargs: Mapping | None = None,
@@ -393,10 +391,3 @@ class GaussianDiffusion:
 
 def _with_function(guidance: Sequence[Guidance], cond_fn: Callable | None) -> list[Guidance]:
     return [*guidance, *([FunctionGuidance(cond_fn)] if cond_fn is not None else [])]
-
-
-def _last(steps: Iterator[Images]) -> Images:
-    out: Images = {}
-    for out in steps:  # noqa: B007
-        pass
-    return out

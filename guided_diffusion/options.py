@@ -104,7 +104,7 @@ def _converted(field: OptionField, value: Any) -> Any:
         number = field.type(value)
     except (TypeError, ValueError, OverflowError):
         raise refusal from None
-    if isinstance(value, float) and number != value or not math.isfinite(number):
+    if not math.isfinite(number) or (isinstance(value, float) and number != value):
         raise refusal
     return number
 

@@ -103,3 +103,12 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
             bad = ", ".join(str(n) for n in numbers.cpu()[~finite].tolist()[:8])
             raise NonFiniteError(f"step {index}: the network returned NaN or infinity for image {bad}")
         yield out
+
+
+def last(chain: Iterator[dict[str, Tensor]], on_step: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
+    """The last step of a chain; on_step is called after each."""
+    out: dict[str, Tensor] = {}
+    for step in chain:
+        out = step
+        on_step()
+    return out

@@ -175,7 +175,7 @@ def test_microbatches_do_what_the_batch_does(data_dir, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_do_what_one_does(data_dir, tmp_path):
     values = {**MODEL, **TRAIN, **DIFFUSION, "schedule_sampler": "loss-second-moment", "data_dir": data_dir}
-    command = ["torchrun", "--nproc-per-node=2", "--master-port=0", REPOSITORY / "scripts" / "image_train.py"]
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", REPOSITORY / "scripts" / "image_train.py"]
     subprocess.run([*command, *flags(**{**values, "batch_size": 2}, out=tmp_path / "two")], check=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
                         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, stderr=subprocess.DEVNULL)

@@ -1,0 +1,29 @@
+# make sample: images without guidance, with self-attention guidance, with a classifier, and with both
+# make test:   all tests
+# Both set up their own environment in .venv first.
+
+PYTHON ?= python3
+EXTRAS ?= dev
+NUM_SAMPLES ?= 40
+OUT ?= samples
+SETTINGS = unguided sag cg sag_cg
+
+.PHONY: sample test lint
+
+sample: .venv/ready
+	for setting in $(SETTINGS); do \
+		.venv/bin/python scripts/classifier_sample.py --config configs/fmnist32_$$setting.yaml \
+			--num_samples $(NUM_SAMPLES) --labels balanced --overwrite True --out $(OUT)/$$setting || exit $$?; \
+	done
+	.venv/bin/python scripts/compare.py $(SETTINGS:%=$(OUT)/%) --out $(OUT)/comparison.png
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+
+.venv/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@

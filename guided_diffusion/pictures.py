@@ -1,0 +1,61 @@
+"""Pictures of samples: a grid, and rows of the same images under several settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 12
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """(N, H, W, 3) uint8 images in rows of `columns`, on white."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        canvas[top:top + height, left:left + width] = image
+    return canvas
+
+
+def save_grid(images: np.ndarray, path: str | Path) -> None:
+    """A nearly square grid of (N, H, W, 3) uint8 images, small ones enlarged, as PNG."""
+    columns = max(1, round(len(images) ** 0.5))
+    _save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
+
+
+def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10) -> None:
+    """Blocks of images under their titles, one below the other; column i of every block is image number i.
+
+    rows: title -> (N, H, W, 3) uint8, the same N for all.
+    """
+    font = ImageFont.load_default(size=18)
+    blocks = [(title, _enlarged(grid(images, columns), images.shape[1])) for title, images in rows.items()]
+    width = max(block.width for _, block in blocks) + 2 * MARGIN
+    height = sum(block.height + 24 + MARGIN for _, block in blocks) + MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = MARGIN
+    for title, block in blocks:
+        draw.text((MARGIN + 2, top), title, fill="black", font=font)
+        canvas.paste(block, (MARGIN, top + 24))
+        top += block.height + 24 + MARGIN
+    _save(canvas, Path(path))
+
+
+def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
+    factor = max(1, 64 // image_size)
+    picture = Image.fromarray(canvas)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
