@@ -33,20 +33,21 @@ REPOSITORY = Path(__file__).parent.parent
 MODEL = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1",
          "attention_resolutions": "8", "num_heads": 1, "class_cond": True, "num_classes": 2, "learn_sigma": True}
 CLASSIFIER = {"image_size": 8, "in_channels": 1, "num_classes": 2, "classifier_width": 32, "classifier_depth": 1,
-              "classifier_attention_resolutions": "8", "classifier_pool": "adaptive", "classifier_channel_mult": "1"}
+              "classifier_num_head_channels": 32,
+              "classifier_attention_resolutions": "", "classifier_pool": "adaptive", "classifier_channel_mult": "1"}
 DIFFUSION = {"diffusion_steps": 10, "noise_schedule": "cosine"}
 TRAIN = {"batch_size": 4, "lr": 1e-3, "lr_anneal_steps": 3, "ema_rate": "0.9,0.99", "log_interval": 1}
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """IDX files of 32 images, 8x8: class 0 is bright above, class 1 below."""
+    """IDX files of 32 images, 8x8: class 0 has rows, class 1 columns of light."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     labels = np.arange(32, dtype=np.uint8) % 2
     images = rng.integers(0, 60, (32, 8, 8), dtype=np.uint8)
-    images[labels == 0, :4] += 190
-    images[labels == 1, 4:] += 190
+    images[labels == 0, ::2] += 190
+    images[labels == 1, :, ::2] += 190
     for prefix in ("train", "t10k"):
         (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
                                                              + images.tobytes())
@@ -125,6 +126,7 @@ RUN = {"lr_anneal_steps": 60, "save_interval": 5, "schedule_sampler": "loss-seco
        **DIFFUSION, "diffusion_steps": 4, "lr_warmup_steps": 4}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     script = [sys.executable, REPOSITORY / "scripts" / "image_train.py"]
@@ -229,7 +231,7 @@ def test_master_weights_keep_what_float16_would_lose():
     for _ in range(10):
         precision.backward((model.torso.float() + 3 * model.head).sum())
         precision.collect_gradients()
-        assert precision.step(optimizer) == pytest.approx(math.sqrt(10))
+        assert precision.step(optimizer) == pytest.approx(math.sqrt(10), rel=1e-3)
     assert precision.master_params[0].item() == pytest.approx(1 - 1e-3, abs=1e-6)     # 1e-4 alone rounds to 0 at 1
     assert model.torso.dtype == torch.float16 and model.torso.item() == pytest.approx(1 - 1e-3, abs=5e-4)
     assert model.head.item() == pytest.approx(1 - 3e-3, abs=1e-6)
@@ -256,10 +258,10 @@ def test_trains_in_half_precision(data_dir, tmp_path):
 
 
 def test_classifier_learns_and_is_validated(data_dir, tmp_path):
-    train_tiny_classifier(data_dir, tmp_path, iterations=30, lr=1e-2, diffusion_steps=100)
-    assert np.mean(log_of(tmp_path, "loss")[-5:]) < 0.6 * math.log(2)
-    assert np.mean(log_of(tmp_path, "val_acc@1")[-3:]) > 0.75
-    assert len(log_of(tmp_path, "val_loss")) == 15 and log_of(tmp_path, "acc@5") == [1.0] * 30
+    train_tiny_classifier(data_dir, tmp_path, iterations=70, lr=1e-2, batch_size=16, diffusion_steps=100)
+    assert np.mean(log_of(tmp_path, "loss")[-15:]) < 0.65 * math.log(2)
+    assert np.mean(log_of(tmp_path, "val_acc@1")[-8:]) > 0.75
+    assert len(log_of(tmp_path, "val_loss")) == 35 and log_of(tmp_path, "acc@5") == [1.0] * 70
     assert log_of(tmp_path, "val_acc@1_q0") and log_of(tmp_path, "acc@1_q3")
 
 
@@ -285,7 +287,7 @@ def test_classifier_goes_on_as_if_it_had_not_stopped(data_dir, tmp_path, monkeyp
 
 
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):
-    train_tiny_classifier(data_dir, tmp_path, noised=False, iterations=15, lr=1e-2)
+    train_tiny_classifier(data_dir, tmp_path, noised=False, iterations=25, lr=1e-2)
     assert log_of(tmp_path, "val_acc@1")[-1] == 1
 
 
