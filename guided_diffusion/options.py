@@ -96,16 +96,16 @@ def _converted(field: OptionField, value: Any) -> Any:
         if field.type is bool:
             return parse_bool(value)
         if field.type is str:
-            if isinstance(value, (dict, list)):
+            if value is None or isinstance(value, (dict, list)):
                 raise refusal
             return str(value)
         if isinstance(value, bool):
             raise refusal
         number = field.type(value)
+        if not math.isfinite(number) or (isinstance(value, float) and number != value):
+            raise refusal
     except (TypeError, ValueError, OverflowError):
         raise refusal from None
-    if not math.isfinite(number) or (isinstance(value, float) and number != value):
-        raise refusal
     return number
 
 
