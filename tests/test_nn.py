@@ -1,0 +1,79 @@
+"""Layer helpers: step embedding, norms in float32, checkpointing."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from guided_diffusion.nn import checkpoint, mean_flat, normalization, timestep_embedding, zero_module
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def test_the_step_embedding_is_cosines_then_sines_of_falling_frequency():
+    steps = torch.tensor([0, 7, 999])
+    embedding = timestep_embedding(steps, 8)
+    for row, step in zip(embedding.tolist(), steps.tolist(), strict=True):
+        angles = [step * 10000 ** (-i / 4) for i in range(4)]
+        assert row == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-4)
+
+
+def test_the_step_embedding_takes_fractions_and_pads_odd_widths():
+    assert timestep_embedding(torch.tensor([2.5]), 2).tolist()[0] == pytest.approx([math.cos(2.5), math.sin(2.5)])
+    odd = timestep_embedding(torch.tensor([3]), 5)
+    assert odd.shape == (1, 5) and odd[0, -1] == 0
+    torch.testing.assert_close(odd[:, :-1], timestep_embedding(torch.tensor([3]), 4))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_norms_compute_in_float32(dtype, memory_format):
+    """The squares of these values overflow a float16 sum, and a bfloat16 sum of them stalls."""
+    x = (30 + 3 * torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
+    norm = normalization(64)
+    got = norm(x.to(memory_format=memory_format))
+    expected = nn.functional.group_norm(x.double(), 32, eps=norm.eps)
+    assert got.dtype == dtype and norm.weight.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_zero_module_and_mean_flat():
+    assert all(not parameter.any() for parameter in zero_module(nn.Conv2d(2, 3, 3)).parameters())
+    x = torch.arange(12.0).view(2, 3, 2, 1)
+    assert mean_flat(x).tolist() == [2.5, 8.5]
+
+
+def counting(layer):
+    calls = []
+
+    def function(x):
+        calls.append(torch.is_grad_enabled())
+        return layer(x).sin()
+    return function, calls
+
+
+def test_checkpointing_computes_again_in_the_backward_pass_and_only_there():
+    function, calls = counting(nn.Linear(3, 3))
+    x = torch.randn(2, 3, requires_grad=True)
+    checkpoint(function, x, enabled=True).sum().backward()
+    assert len(calls) == 2
+    with torch.no_grad():
+        checkpoint(function, x, enabled=True)
+    checkpoint(function, x, enabled=False).sum().backward()
+    assert len(calls) == 4
+
+
+def test_checkpointing_lets_the_gradient_through_frozen_weights():
+    function, _ = counting(nn.Linear(3, 3).requires_grad_(False))
+    x = torch.randn(2, 3, requires_grad=True)
+    (expected,) = torch.autograd.grad(function(x).sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(function, x, enabled=True).sum(), x)
+    assert torch.equal(got, expected)
+
+
+def test_checkpointing_repeats_random_numbers():
+    x = torch.randn(100, requires_grad=True)
+    out = checkpoint(nn.functional.dropout, x, enabled=True)
+    out.sum().backward()
+    assert torch.equal(x.grad != 0, out != 0)
