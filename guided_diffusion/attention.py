@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     q, k: (N, heads, T, C / heads). Returns (N, T), float32, mean 1 over T. Only a few rows of the (T, T) map exist
     at a time, also when a graph is kept (each group of rows is then computed again in the backward pass).
     """
-    keys = (k.float() * q.shape[-1] ** -0.5).transpose(2, 3)
+    keys = k.contiguous().float().transpose(2, 3)       # contiguous: else every product below copies all of them
+    scale = q.shape[-1] ** -0.5
 
     def received_from(rows: Tensor, keys: Tensor) -> Tensor:
-        return (rows.float() @ keys).softmax(dim=-1).sum(dim=(1, 2))
+        return (rows.float() * scale @ keys).softmax(dim=-1).sum(dim=(1, 2))
 
     rows_at_once = max(1, 2**15 // q.shape[2])
     total = torch.zeros(q.shape[0], q.shape[2], device=q.device)
@@ -69,12 +70,11 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False,
                  use_checkpoint: bool = False, grid: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        width = channels // num_heads if num_head_channels == -1 else num_head_channels
-        if width < 1 or channels % width:
-            flag = "num_heads" if num_head_channels == -1 else "num_head_channels"
-            value = num_heads if num_head_channels == -1 else num_head_channels
-            raise UserError(f"--{flag} {value}: must divide the {channels} channels of every attention block")
-        self.num_heads = channels // width
+        flag = "num_heads" if num_head_channels == -1 else "num_head_channels"
+        divisor = num_heads if num_head_channels == -1 else num_head_channels
+        if divisor < 1 or channels % divisor:
+            raise UserError(f"--{flag} {divisor}: must divide the {channels} channels of every attention block")
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.flag_heads = num_heads
         self.new_order = new_order
         self.use_checkpoint = use_checkpoint
@@ -86,17 +86,17 @@ class AttentionBlock(nn.Module):
         self.override: Attention | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # What is observed must be computed once, and its graph kept: no checkpoint then.
-        enabled = self.use_checkpoint and not self.observers and self.override is None
-        return checkpoint(self._forward, x, enabled=enabled)
+        if self.observers or self.override is not None:
+            # What is observed must be computed once, and its graph kept: no checkpoint then.
+            return self._forward(x, self.override or attention, self.observers)
+        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, attend: Attention = attention, observers: Sequence[Observer] = ()) -> Tensor:
         grid = x.shape[2:]
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (N, T, C): no copy in channels_last
         qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        for observe in self.observers:
+        for observe in observers:
             observe(self, qkv, tuple(grid))
-        attend = self.override or attention
         attended = merge_heads(attend(*split_heads(qkv, self.num_heads, self.new_order)))
         out = F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
         return x + out.transpose(1, 2).unflatten(2, grid)
