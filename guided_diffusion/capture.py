@@ -26,6 +26,7 @@ class Received:
 
 def find_blocks(available: Mapping[str, nn.Module], names: Iterable[str], kind: str) -> dict[str, nn.Module]:
     """The named blocks; raises UserError listing what there is for a name that is not among them."""
+    names = list(names)
     for name in names:
         if name not in available:
             raise UserError(f"{name!r} is no {kind} of this network{nearest(name, available)}; "
@@ -48,6 +49,11 @@ def capture_attention(model: nn.Module, names: Iterable[str], *, heads: str = "e
     if heads not in HEADS:
         raise UserError(f"heads {heads!r}: must be one of {', '.join(HEADS)}")
     blocks = find_blocks(model.attention_blocks, names, "attention block")
+    for name, block in blocks.items():
+        channels = block.norm.num_channels
+        if heads == "official" and channels % block.flag_heads:
+            raise UserError(f"--num_heads {block.flag_heads}: must divide the {channels} channels of {name!r}, to split "
+                            "its map as the official code does")
     captured: dict[str, Received] = {}
 
     def observer(name: str) -> Callable[[AttentionBlock, Tensor, tuple[int, int]], None]:

@@ -299,7 +299,7 @@ class AttentionPool2d(nn.Module):
 
     def __init__(self, size: int, channels: int, num_head_channels: int, out_channels: int) -> None:
         super().__init__()
-        if channels % num_head_channels:
+        if num_head_channels < 1 or channels % num_head_channels:
             raise UserError(f"num_head_channels {num_head_channels}: must divide the {channels} pooled channels")
         self.positional_embedding = nn.Parameter(torch.randn(channels, size**2 + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
