@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,6 +27,13 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
+
+# A rank without a chunk of its own waits for one that has, on a CPU for hours; a rank that dies is noticed by others.
+PATIENCE = timedelta(days=2)
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and says why."""
 
 
 def _launched() -> tuple[int, int, int]:
@@ -50,10 +59,10 @@ def setup_dist() -> None:
     if backend == "nccl":
         torch.cuda.set_device(dev())
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, rank=this, world_size=size)
+        dist.init_process_group(backend, rank=this, world_size=size, timeout=PATIENCE)
         return
     store = _store_over_mpi(this, size)
-    dist.init_process_group(backend, store=store, rank=this, world_size=size)
+    dist.init_process_group(backend, store=store, rank=this, world_size=size, timeout=PATIENCE)
 
 
 def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
@@ -115,6 +124,29 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks leave the block when the last one has come, and if any failed in it, all fail.
+
+    The first rank that failed raises its exception and the others raise PeerError, so that none waits for a rank that
+    will never come. No rank may wait for others inside the block.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    first = world_size() if failure is None else rank()
+    if dist.is_initialized():
+        shared = torch.tensor(first, device=dev())
+        dist.all_reduce(shared, dist.ReduceOp.MIN)
+        first = int(shared)
+    if failure is not None and first == rank():
+        raise failure
+    if first < world_size():
+        raise PeerError(f"rank {first} failed") from failure
 
 
 def sync_params(tensors: Iterable[Tensor]) -> None:

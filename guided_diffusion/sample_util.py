@@ -121,19 +121,19 @@ class SamplingRun:
         return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
     def run(self) -> Path | None:
-        self._check_out()
         dist_util.setup_dist()
-        network, diffusion, guidance = self._build()
         shards = self.out / "shards"
-        if dist_util.is_main():
-            shutil.rmtree(shards, ignore_errors=True)
-            shards.mkdir(parents=True)
-        dist_util.barrier()
+        with dist_util.together():
+            self._check_out()
+            network, diffusion, guidance = self._build()
         try:
+            with dist_util.together():
+                if dist_util.is_main():
+                    shutil.rmtree(shards, ignore_errors=True)
+                    shards.mkdir()
             timing = self._sample_chunks(network, diffusion, guidance, shards)
-            dist_util.barrier()
-            path = self._finish(shards, timing) if dist_util.is_main() else None
-            dist_util.barrier()
+            with dist_util.together():
+                path = self._finish(shards, timing) if dist_util.is_main() else None
         finally:
             if dist_util.is_main():
                 shutil.rmtree(shards, ignore_errors=True)
@@ -147,7 +147,7 @@ class SamplingRun:
             probe = self.out / f".writable-{dist_util.rank()}"
             probe.touch()
             probe.unlink()
-            before = json.loads(record.read_text())["configuration"] if record.exists() else None
+            before = dict(json.loads(record.read_text())["configuration"]) if record.exists() else None
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):
@@ -161,25 +161,29 @@ class SamplingRun:
                             "name another folder, or pass --overwrite True")
 
     def _build(self) -> tuple[Callable[..., Tensor], GaussianDiffusion, list[Guidance]]:
+        """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
         if not self.sample.model_path:
-            raise UserError("--model_path is not given: name a checkpoint, or a shipped model with --model, like "
-                            "--model fmnist32")
+            url = checkpoint.find_preset(self.sample.model).url if self.sample.model else None
+            hint = f"it lies at {url}" if url else "or a shipped model with --model, like --model fmnist32"
+            raise UserError(f"--model_path is not given: name a checkpoint, {hint}")
+        if self.guided_by_classifier and not self.sample.classifier_path:
+            raise UserError("--classifier_path is not given: classifier guidance needs a classifier")
         diffusion = build_diffusion(self.diffusion)
-        model = build_model(self.model)
+        # Without memory: random weights of a large network take seconds, and would be overwritten.
+        with torch.device("meta"):
+            model = build_model(self.model)
+            classifier = build_classifier(self.classifier) if self.guided_by_classifier else None
         guidance: list[Guidance] = [self.sag.build(model)] if self.sag.guide_scale != 1 else []
-        checkpoint.load_into(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
-        self._ready(model)
-        if self.guided_by_classifier:
-            if not self.sample.classifier_path:
-                raise UserError("--classifier_path is not given: classifier guidance needs a classifier")
-            classifier = build_classifier(self.classifier)
-            checkpoint.load_into(classifier, self.sample.classifier_path, asdict(self.classifier))
-            guidance.append(ClassifierGuidance(self._ready(classifier), self.sample.classifier_scale))
+        if classifier is not None:
+            self._load(classifier, self.sample.classifier_path, asdict(self.classifier))
+            guidance.append(ClassifierGuidance(classifier, self.sample.classifier_scale))
+        self._load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
         network = model if self.model.class_cond else _without_labels(model)
         return network, diffusion, guidance
 
-    def _ready(self, network: nn.Module) -> nn.Module:
-        return network.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
+    def _load(self, network: nn.Module, path: str, options: dict[str, Any]) -> None:
+        checkpoint.load_into(network.to_empty(device=dist_util.dev()), path, options)
+        network.channels_last().eval().requires_grad_(False)
 
     @property
     def _chunks(self) -> list[range]:
@@ -188,19 +192,22 @@ class SamplingRun:
 
     def _sample_chunks(self, network: Callable[..., Tensor], diffusion: GaussianDiffusion, guidance: list[Guidance],
                        shards: Path) -> list[dict[str, Any]]:
-        """Samples this rank's chunks into files; returns the seconds that each took."""
-        mine = range(dist_util.rank(), len(self._chunks), dist_util.world_size())
-        timing = []
-        with _progress(len(mine) * diffusion.num_timesteps) as progress:
-            for index in mine:
-                start, numbers = time.monotonic(), self._chunks[index]
-                labels = self._labels(numbers)
-                images = self._chunk(network, diffusion, guidance, numbers, labels, progress)
-                arrays = {"images": to_uint8(images)} | ({} if labels is None else {"labels": labels.numpy()})
-                _save_npz(shards / f"{index:06d}.npz", arrays)
-                timing.append({"first": numbers.start, "images": len(numbers), "seconds": time.monotonic() - start})
-                ahead = self.sample.batch_size * (dist_util.world_size() - 1)
-                done = min(self.sample.num_samples, numbers.stop + ahead)
+        """Samples this rank's chunks into files, one a round; returns the seconds that each took."""
+        ranks, timing = dist_util.world_size(), []
+        rounds = range(0, len(self._chunks), ranks)
+        with _progress(len(rounds) * diffusion.num_timesteps) as progress:
+            for first in rounds:
+                index = first + dist_util.rank()
+                with dist_util.together():
+                    if index < len(self._chunks):
+                        start, numbers = time.monotonic(), self._chunks[index]
+                        labels = self._labels(numbers)
+                        images = self._chunk(network, diffusion, guidance, numbers, labels, progress)
+                        arrays = {"images": to_uint8(images)} | ({} if labels is None else {"labels": labels.numpy()})
+                        _save_npz(shards / f"{index:06d}.npz", arrays)
+                        seconds = time.monotonic() - start
+                        timing.append({"first": numbers.start, "images": len(numbers), "seconds": seconds})
+                done = min(self.sample.num_samples, (first + ranks) * self.sample.batch_size)
                 progress.set_postfix_str(f"{done} of {self.sample.num_samples} images")
         return timing
 
@@ -231,8 +238,9 @@ class SamplingRun:
     def _finish(self, shards: Path, timing: list[dict[str, Any]]) -> Path:
         """Packs the chunks, draws the picture, and writes the record last."""
         size, total = self.model.image_size, self.sample.num_samples
-        path = self.out / f"samples_{total}x{size}x{size}x3.npz"
+        record_path, path = self.out / "run.json", self.out / f"samples_{total}x{size}x{size}x3.npz"
         files = [shards / f"{index:06d}.npz" for index in range(len(self._chunks))]
+        record_path.unlink(missing_ok=True)
         pack(files, path)
         pictures.save_grid(first_images(path, 64), self.out / "grid.png")
         record = {
@@ -249,7 +257,7 @@ class SamplingRun:
         }
         temporary = self.out / "run.json.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, self.out / "run.json")
+        os.replace(temporary, record_path)
         return path
 
 
@@ -305,7 +313,7 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         record = json.loads((folder / "run.json").read_text())
         return first_images(folder / record["samples"], count), record["configuration"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import dist_util
 from .capture import HEADS
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
@@ -298,4 +299,6 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except dist_util.PeerError:
         sys.exit(2)
