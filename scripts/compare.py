@@ -24,7 +24,8 @@ def main() -> None:
     rows = {}
     for folder in arguments.folders:
         images, configuration = run_samples(folder, arguments.num_images)
-        rows[title(folder.name, configuration)] = images
+        name = title(folder.resolve().name, configuration)
+        rows[title(str(folder), configuration) if name in rows else name] = images
     save_comparison(rows, arguments.out)
     print(f"comparison: {arguments.out}")
 
