@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoint import load_state_dict as _load_state_dict
 from .errors import UserError
 
 # (rank, number of ranks, rank on this node) as launchers export them: torchrun, Hydra (MPICH, Intel), Open MPI, Slurm.
@@ -117,7 +116,9 @@ def dev() -> torch.device:
 
 def load_state_dict(path: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint; every rank maps the file, so a node reads it once."""
-    return _load_state_dict(path, map_location)
+    from . import checkpoint  # here, as networks and their options need no file format
+
+    return checkpoint.load_state_dict(path, map_location)
 
 
 def barrier() -> None:

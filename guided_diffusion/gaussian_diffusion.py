@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import sampling
 from .errors import UserError
@@ -274,7 +273,11 @@ class GaussianDiffusion:
         denoise = Denoiser(self, model, clip_denoised, denoised_fn, model_kwargs or {})
         chain = sampling.sample_chain(step, denoise, x_T, lambda index: torch.randn_like(x_T),
                                       _with_function(guidance, cond_fn))
-        return iter(tqdm(chain, total=self.num_timesteps, disable=not progress, unit="step"))
+        if not progress:
+            return chain
+        from tqdm.auto import tqdm
+
+        return iter(tqdm(chain, total=self.num_timesteps, unit="step"))
 
     def p_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
