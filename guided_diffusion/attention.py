@@ -70,11 +70,11 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False,
                  use_checkpoint: bool = False, grid: tuple[int, int] = (0, 0)) -> None:
         super().__init__()
-        flag = "num_heads" if num_head_channels == -1 else "num_head_channels"
-        divisor = num_heads if num_head_channels == -1 else num_head_channels
+        by_number = num_head_channels == -1
+        flag, divisor = ("num_heads", num_heads) if by_number else ("num_head_channels", num_head_channels)
         if divisor < 1 or channels % divisor:
             raise UserError(f"--{flag} {divisor}: must divide the {channels} channels of every attention block")
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        self.num_heads = divisor if by_number else channels // divisor
         self.flag_heads = num_heads
         self.new_order = new_order
         self.use_checkpoint = use_checkpoint

@@ -52,8 +52,8 @@ def capture_attention(model: nn.Module, names: Iterable[str], *, heads: str = "e
     for name, block in blocks.items():
         channels = block.norm.num_channels
         if heads == "official" and channels % block.flag_heads:
-            raise UserError(f"--num_heads {block.flag_heads}: must divide the {channels} channels of {name!r}, to split "
-                            "its map as the official code does")
+            raise UserError(f"--num_heads {block.flag_heads}: must divide the {channels} channels of {name!r}, to "
+                            "split its map as the official code does")
     captured: dict[str, Received] = {}
 
     def observer(name: str) -> Callable[[AttentionBlock, Tensor, tuple[int, int]], None]:
