@@ -1,0 +1,310 @@
+"""From flags to networks and processes: the names that users of guided-diffusion know, and wrong flags."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from golden import cases
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.sampling import NonFiniteError
+from guided_diffusion.script_util import (
+    ClassifierOptions,
+    DiffusionOptions,
+    ModelOptions,
+    SagOptions,
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    create_classifier,
+    create_classifier_and_diffusion,
+    create_gaussian_diffusion,
+    create_model,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+    options_from,
+    run_script,
+    sag_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
+from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
+
+# Flags as users of guided-diffusion pass them: every one it has.
+FLAGS = {
+    "image_size": 64, "num_channels": 32, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
+    "num_head_channels": -1, "attention_resolutions": "16,8", "channel_mult": "", "dropout": 0.0, "class_cond": False,
+    "use_checkpoint": False, "use_scale_shift_norm": True, "resblock_updown": False, "use_fp16": False,
+    "use_new_attention_order": False, "learn_sigma": False, "diffusion_steps": 1000, "noise_schedule": "linear",
+    "timestep_respacing": "", "use_kl": False, "predict_xstart": False, "rescale_timesteps": False,
+    "rescale_learned_sigmas": False,
+}
+CLASSIFIER_FLAGS = {
+    "image_size": 64, "classifier_use_fp16": False, "classifier_width": 32, "classifier_depth": 1,
+    "classifier_attention_resolutions": "16,8", "classifier_use_scale_shift_norm": True,
+    "classifier_resblock_updown": True, "classifier_pool": "attention", "classifier_num_head_channels": 32,
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_meta_device():
+    """Networks here are built, and never evaluated: they need no memory."""
+    with torch.device("meta"):
+        yield
+
+
+def parsed(defaults, *argv):
+    """Flags of a script that takes its defaults from here."""
+    parser = argparse.ArgumentParser()
+    add_dict_to_argparser(parser, defaults)
+    return args_to_dict(parser.parse_args(argv), defaults.keys())
+
+
+# The old names
+
+
+def test_a_network_and_its_process_from_the_flags_of_guided_diffusion():
+    model, diffusion = create_model_and_diffusion(**FLAGS)
+    assert type(model) is UNetModel
+    assert model.channel_mult == (1, 2, 3, 4) and model.num_res_blocks == 2 and model.attention_resolutions == (4, 8)
+    assert (model.in_channels, model.out_channels, model.num_classes) == (3, 3, None)
+    assert diffusion.num_timesteps == 1000
+    assert diffusion.model_mean_type == ModelMeanType.EPSILON
+    assert diffusion.model_var_type == ModelVarType.FIXED_LARGE
+    assert diffusion.loss_type == LossType.MSE
+
+
+@pytest.mark.parametrize("path", cases("unet_*.npz"), ids=lambda path: path.stem)
+def test_the_flags_of_every_golden_case_build(path):
+    flags = json.loads(str(np.load(path)["config"]))
+    model, diffusion = create_model_and_diffusion(**flags)
+    assert model.out_channels == (6 if flags["learn_sigma"] else 3)
+    assert model.num_classes == (1000 if flags["class_cond"] else None)
+    assert diffusion.num_timesteps == 250
+
+
+def test_flags_change_the_process():
+    diffusion = create_model_and_diffusion(**FLAGS | {
+        "learn_sigma": True, "predict_xstart": True, "use_kl": True, "noise_schedule": "cosine",
+        "timestep_respacing": "ddim25", "rescale_timesteps": True})[1]
+    assert diffusion.num_timesteps == 25
+    assert diffusion.model_mean_type == ModelMeanType.START_X
+    assert diffusion.model_var_type == ModelVarType.LEARNED_RANGE
+    assert diffusion.loss_type == LossType.RESCALED_KL
+    assert diffusion.rescale_timesteps is True
+    assert create_gaussian_diffusion(steps=100, sigma_small=True).model_var_type == ModelVarType.FIXED_SMALL
+    assert create_gaussian_diffusion(steps=100).num_timesteps == 100
+    assert create_gaussian_diffusion(rescale_learned_sigmas=True).loss_type == LossType.RESCALED_MSE
+
+
+@pytest.mark.parametrize(("size", "multipliers"), [
+    (512, (0.5, 1, 1, 2, 2, 4, 4)), (256, (1, 1, 2, 2, 4, 4)), (128, (1, 1, 2, 3, 4)), (64, (1, 2, 3, 4))])
+def test_default_multipliers_go_by_image_size(size, multipliers):
+    assert create_model(image_size=size, num_channels=64).channel_mult == multipliers
+    assert create_classifier(image_size=size, classifier_width=64).channel_mult == multipliers
+
+
+def test_an_upsampler():
+    model, diffusion = sr_create_model_and_diffusion(large_size=256, small_size=64, num_channels=32, learn_sigma=True,
+                                                     class_cond=True, timestep_respacing="250")
+    assert type(model) is SuperResModel
+    assert (model.in_channels, model.out_channels, model.num_classes) == (6, 6, 1000)
+    assert model.channel_mult == (1, 1, 2, 2, 4, 4)
+    assert diffusion.num_timesteps == 250
+
+
+def test_a_classifier():
+    model = create_classifier(**CLASSIFIER_FLAGS)
+    assert type(model) is EncoderUNetModel
+    assert model.pool == "attention" and model.num_res_blocks == 1
+    model, diffusion = create_classifier_and_diffusion(**CLASSIFIER_FLAGS, timestep_respacing="10")
+    assert type(model) is EncoderUNetModel and diffusion.num_timesteps == 10
+
+
+def test_the_defaults_are_all_flags():
+    assert FLAGS.keys() <= model_and_diffusion_defaults().keys()
+    assert CLASSIFIER_FLAGS.keys() <= classifier_defaults().keys()
+    assert classifier_defaults().items() <= classifier_and_diffusion_defaults().items()
+    assert {"guide_scale", "guide_start", "sel_attn_block", "sel_attn_depth", "blur_sigma"} <= sag_defaults().keys()
+    sr = sr_model_and_diffusion_defaults()
+    assert {"large_size", "small_size", "noise_schedule"} <= sr.keys() and "image_size" not in sr
+    # They are those of guided-diffusion.
+    defaults = model_and_diffusion_defaults()
+    expected = FLAGS | {"num_channels": 128}
+    assert {name: defaults[name] for name in expected} == expected
+    expected = CLASSIFIER_FLAGS | {"classifier_width": 128, "classifier_depth": 2, "classifier_num_head_channels": 64,
+                                   "classifier_attention_resolutions": "32,16,8"}
+    assert {name: classifier_defaults()[name] for name in expected} == expected
+
+
+def test_defaults_go_through_argparse_and_back():
+    for defaults, create in ((model_and_diffusion_defaults(), create_model_and_diffusion),
+                             (sr_model_and_diffusion_defaults(), sr_create_model_and_diffusion),
+                             (classifier_and_diffusion_defaults(), create_classifier_and_diffusion)):
+        assert parsed(defaults) == defaults
+        create(**parsed(defaults))
+    assert options_from(parsed(sag_defaults()), SagOptions) == [SagOptions()]
+
+
+def test_arguments_go_through_argparse_into_a_network():
+    flags = parsed(model_and_diffusion_defaults(), "--class_cond", "True", "--learn_sigma", "true", "--num_channels",
+                   "32", "--use_scale_shift_norm", "False", "--timestep_respacing", "250", "--dropout", "0.1",
+                   "--attention_resolutions", "32,16,8")
+    assert flags["class_cond"] is True and flags["use_scale_shift_norm"] is False and flags["dropout"] == 0.1
+    model, diffusion = create_model_and_diffusion(**flags)
+    assert model.num_classes == 1000 and model.out_channels == 6 and diffusion.num_timesteps == 250
+    assert options_from(parsed(sag_defaults(), "--guide_start", "40"), SagOptions)[0].guide_start == 40
+
+
+def test_text_as_from_a_command_line_is_understood():
+    model, _ = create_model_and_diffusion(**FLAGS | {"image_size": "64", "class_cond": "True", "learn_sigma": "False"})
+    assert model.image_size == 64 and model.num_classes == 1000 and model.out_channels == 3
+
+
+def test_an_argparse_value_that_is_neither_true_nor_false_ends_the_command(capsys):
+    with pytest.raises(SystemExit):
+        parsed({"class_cond": False}, "--class_cond", "maybe")
+    assert "--class_cond" in capsys.readouterr().err
+
+
+def test_self_attention_guidance_from_its_options():
+    model, _ = create_model_and_diffusion(**FLAGS)
+    guidance = SagOptions(guide_scale=1.1, sel_attn_depth=3, guide_start=50, attention_heads="official").build(model)
+    assert guidance.block == "output.3" and guidance.scale == pytest.approx(0.1) and guidance.start == 50
+    assert guidance.heads == "official"
+    assert SagOptions(sel_attn_block="middle", sel_attn_depth=3).build(model).block == "middle"
+    with pytest.raises(UserError, match=r"'output.8' is no attention block .*there are: .*output\.5"):
+        SagOptions().build(model)
+
+
+# Wrong flags
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_chanels": 32}, r"num_chanels: no such flag \(did you mean num_channels\?\)"),
+    ({"classifier_depth": 32}, "classifier_depth: no such flag"),
+    ({"image_size": 48}, "--channel_mult must be given for image size 48.* sizes 64, 128, 256, 512"),
+    ({"image_size": 50, "channel_mult": "1,2,2"}, "image size 50: must be a multiple of 4"),
+    ({"image_size": 0}, "--image_size 0: must be at least 1"),
+    ({"channel_mult": "1,two"}, "--channel_mult 1,two: must be positive numbers, comma-separated"),
+    ({"channel_mult": "1,,2"}, "--channel_mult 1,,2: must be positive"),
+    ({"channel_mult": "1,0"}, "--channel_mult 1,0: must be positive"),
+    ({"channel_mult": "1,-2"}, "--channel_mult 1,-2: must be positive"),
+    ({"num_channels": 48}, "--num_channels 48: times 1 it must be a multiple of 32"),
+    ({"num_channels": 32, "channel_mult": "0.5,1"}, "--num_channels 32: times 0.5 it must be a multiple of 32"),
+    ({"num_channels": "many"}, "--num_channels 'many': must be a whole number"),
+    ({"attention_resolutions": "a"}, "--attention_resolutions a: must be sizes in pixels that divide 64"),
+    ({"attention_resolutions": "16,7"}, "--attention_resolutions 16,7: must be sizes"),
+    ({"attention_resolutions": "16,"}, "--attention_resolutions 16,: must be sizes"),
+    ({"attention_resolutions": "0"}, "--attention_resolutions 0: must be sizes"),
+    ({"attention_resolutions": "-8"}, "--attention_resolutions -8: must be sizes"),
+    ({"num_heads": 5}, "--num_heads 5: must divide the .* channels of every attention block"),
+    ({"num_heads": 15}, "--num_heads 15: must divide the .* channels of every attention block"),
+    ({"num_heads": 0}, "--num_heads 0: must be at least 1"),
+    ({"num_heads_upsample": 0}, "0: must divide the .* channels of every attention block"),
+    ({"num_head_channels": 48}, "--num_head_channels 48: must divide the"),
+    ({"num_head_channels": 0}, "--num_head_channels 0: must divide the"),
+    ({"in_channels": 2}, "--in_channels 2: must be one of 1, 3"),
+    ({"dropout": 1.5}, "--dropout 1.5: must be at most 1"),
+    ({"num_res_blocks": 0}, "--num_res_blocks 0: must be at least 1"),
+    ({"use_fp16": True, "use_bf16": True}, "--use_fp16 True --use_bf16 True: at most one"),
+    ({"noise_schedule": "quadratic"}, "--noise_schedule quadratic: must be one of linear, cosine"),
+    ({"diffusion_steps": 0}, "--diffusion_steps 0: must be at least 1"),
+    ({"timestep_respacing": "many"}, "many"),
+    ({"timestep_respacing": "2000"}, "2000"),
+])
+def test_wrong_flags_are_named_with_their_value(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        create_model_and_diffusion(**FLAGS | changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"classifier_widht": 32}, r"classifier_widht: no such flag \(did you mean classifier_width\?\)"),
+    ({"image_size": 48}, "--classifier_channel_mult must be given for image size 48"),
+    ({"classifier_width": 48}, "--classifier_width 48: times 1 it must be a multiple of 32"),
+    ({"classifier_attention_resolutions": "b"}, "--classifier_attention_resolutions b: must be sizes"),
+    ({"classifier_num_head_channels": 48}, "num_head_channels 48: must divide"),
+    ({"classifier_pool": "max"}, "--classifier_pool max: must be one of adaptive, attention, spatial, spatial_v2"),
+    ({"num_classes": 0}, "--num_classes 0: must be at least 1"),
+])
+def test_wrong_flags_of_a_classifier_are_named_with_their_value(changes, message):
+    with pytest.raises(UserError, match=message):
+        create_classifier(**CLASSIFIER_FLAGS | changes)
+
+
+def test_an_upsampler_has_no_image_size():
+    with pytest.raises(UserError, match=r"image_size: no such flag"):
+        sr_create_model_and_diffusion(image_size=64)
+    with pytest.raises(UserError, match="--channel_mult must be given for image size 100"):
+        sr_create_model_and_diffusion(large_size=100)
+
+
+def test_attention_at_sizes_larger_than_the_image_is_left_out():
+    model = create_model(image_size=16, channel_mult="1,2", attention_resolutions="32,8")
+    assert model.attention_resolutions == (2,)
+
+
+def test_flags_go_to_every_class_that_has_them():
+    model, diffusion, classifier = options_from(
+        {"image_size": 128, "learn_sigma": True}, ModelOptions, DiffusionOptions, ClassifierOptions)
+    assert model.image_size == classifier.image_size == 128
+    assert model.learn_sigma and diffusion.learn_sigma
+
+
+# Scripts and the import
+
+
+def test_a_script_ends_with_one_line_and_code_2_on_a_users_mistake(capsys):
+    for error in (UserError("--seed -1: must be at least 0"), NonFiniteError("NaN at step 3 in image 5")):
+        def main(error=error):
+            raise error
+        with pytest.raises(SystemExit) as stopped:
+            run_script(main)
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert captured.err == f"error: {error}\n" and captured.out == ""
+
+
+def test_a_script_shows_the_trace_of_any_other_error():
+    def main():
+        raise KeyError("a mistake of ours")
+    with pytest.raises(KeyError):
+        run_script(main)
+
+
+SAMPLE_WITHOUT_OTHER_PACKAGES = """
+import importlib.abc
+import sys
+
+BLOCKED = {"yaml", "safetensors", "PIL", "tqdm", "scipy", "matplotlib", "mpi4py", "tensorflow", "torchvision"}
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Absent())
+import guided_diffusion
+import guided_diffusion.guidance
+from guided_diffusion.script_util import create_model_and_diffusion
+
+model, diffusion = create_model_and_diffusion(
+    image_size=8, channel_mult="1", num_channels=32, num_res_blocks=1, in_channels=1, timestep_respacing="2")
+assert diffusion.p_sample_loop(model, (1, 1, 8, 8)).shape == (1, 1, 8, 8)
+print(sorted(BLOCKED & {name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_the_library_needs_only_torch_and_numpy():
+    done = subprocess.run([sys.executable, "-c", SAMPLE_WITHOUT_OTHER_PACKAGES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
