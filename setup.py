@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 setup(
-    name="guided-diffusion-studio",
+    name="guided-pixels",
     version="0.1.0",
     description="Guidance of pixel diffusion models: SAG, classifier guidance and more, reproducible end to end",
     long_description=Path(__file__).with_name("README.md").read_text() if Path("README.md").exists() else "",

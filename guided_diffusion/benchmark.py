@@ -1,0 +1,159 @@
+"""Time and memory of network evaluations and guided steps, measured in turn in one run and compared as ratios."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from . import checkpoint, dist_util
+from .capture import override_attention
+from .guidance import ClassifierGuidance
+from .options import Options, option
+from .sample_util import OPTION_CLASSES, preset_values
+from .script_util import build_classifier, build_diffusion, build_model
+from .unet import UNetModel
+
+__all__ = ["OPTION_CLASSES", "BenchmarkOptions", "benchmark", "preset_values"]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions(Options):
+    """The benchmark."""
+
+    model: str = option("fmnist32", "a model by name: a shipped one, or the flags of a released checkpoint")
+    model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
+    classifier_path: str = option("", "checkpoint of the classifier; unset: random weights")
+    batch_size: int = option(64, "images at a time", minimum=1)
+    rounds: int = option(15, "times that everything is measured, in turn", minimum=1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of each round, and peak memory above what was there before, in MiB."""
+
+    milliseconds: list[float]
+    memory: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds)
+
+    def ratio(self, other: Measured) -> float:
+        """Median over the rounds of this time over the other's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.milliseconds, other.milliseconds, strict=True))
+
+
+def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_options: Options,
+              classifier_options: Options, sag_options: Options) -> str:
+    """The table of one run, as Markdown."""
+    device = dist_util.dev()
+    model, diffusion = build_model(model_options), build_diffusion(diffusion_options)
+    if options.model_path:
+        checkpoint.load_into(model, options.model_path, asdict(model_options))
+    model = model.to(device).channels_last().eval().requires_grad_(False)
+    plain_model = _without_care(model)
+    classifier = build_classifier(classifier_options)
+    if options.classifier_path:
+        checkpoint.load_into(classifier, options.classifier_path, asdict(classifier_options))
+    classifier = classifier.to(device).channels_last().eval().requires_grad_(False)
+
+    size, batch = model_options.image_size, options.batch_size
+    x = torch.randn(batch, model_options.in_channels, size, size, device=device)
+    noise = torch.randn_like(x)
+    t = torch.full((batch,), diffusion.num_timesteps // 2, device=device)
+    y = torch.arange(batch, device=device) % model_options.num_classes
+    labels = {"y": y} if model_options.class_cond else {}
+    sag = sag_options.build(model)
+    sag.scale = sag.scale or 0.1
+    guided = ClassifierGuidance(classifier, 1.0)
+    network = model if model_options.class_cond else (lambda x, t, y: model(x, t))
+
+    def step(*guidance: object) -> Callable[[], object]:
+        return lambda: diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=noise)
+
+    def evaluation() -> Tensor:
+        return model(x, diffusion.model_timesteps(t), **labels)
+
+    def plain() -> Tensor:
+        with override_attention(plain_model, plain_model.attention_blocks, explicit_attention):
+            return plain_model(x, diffusion.model_timesteps(t), **labels)
+
+    measured = measure({
+        "network evaluation": evaluation, "unguided step": step(), "SAG step": step(sag),
+        "SAG + CG step": step(sag, guided), "plain evaluation": plain}, options.rounds)
+    return table(measured, batch, str(device))
+
+
+def _without_care(model: UNetModel) -> UNetModel:
+    """A copy of the network with contiguous feature maps."""
+    plain = copy.deepcopy(model)
+    plain.memory_format = torch.contiguous_format
+    return plain.to(memory_format=torch.contiguous_format)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention that holds its whole (T, T) map."""
+    scale = q.shape[-1] ** -0.25
+    weights = ((q * scale) @ (k * scale).transpose(2, 3)).float().softmax(dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+@torch.no_grad()
+def measure(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
+    """Each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them."""
+    memory = {name: peak_memory(function) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in tqdm(range(rounds), unit="round", disable=not dist_util.is_main()):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: Measured(times[name], memory[name]) for name in functions}
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that a call needs above what it found, by the allocator's own events."""
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / 2**20
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(measured: dict[str, Measured], batch: int, device: str) -> str:
+    """Times and ratios as Markdown."""
+    one, plain = measured["network evaluation"], measured["plain evaluation"]
+    lines = [f"batch {batch} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
+             "| | milliseconds | peak MiB | / network evaluation |", "|---|---|---|---|"]
+    for name, value in measured.items():
+        lines.append(f"| {name} | {value.median:.1f} | {value.memory:.1f} | {value.ratio(one):.3f} |")
+    sag = statistics.median(a / (2 * b) for a, b in zip(
+        measured["SAG step"].milliseconds, one.milliseconds, strict=True))
+    lines += ["", f"unguided step / network evaluation: {measured['unguided step'].ratio(one):.3f}",
+              f"SAG step / two network evaluations: {sag:.3f}",
+              f"throughput / plain contiguous float32 execution: {plain.ratio(one):.2f}"]
+    return "\n".join(lines)

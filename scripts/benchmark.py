@@ -1,0 +1,19 @@
+"""Measure a model: milliseconds and peak memory of an evaluation, an unguided step, a SAG step and a SAG+CG step.
+
+Example:
+    python scripts/benchmark.py --model fmnist32 --batch_size 64
+"""
+
+from guided_diffusion.benchmark import OPTION_CLASSES, BenchmarkOptions, benchmark, preset_values
+from guided_diffusion.options import parse_options
+from guided_diffusion.script_util import run_script
+
+
+def main() -> None:
+    classes = (BenchmarkOptions, *OPTION_CLASSES)
+    print(benchmark(*parse_options(None, *classes, description=__doc__,
+                                   preset=lambda given: preset_values({"model": "fmnist32", **given}))))
+
+
+if __name__ == "__main__":
+    run_script(main)
