@@ -266,7 +266,8 @@ def test_classifiers_in_half_precision(tiny_classifier_flags, pool):
     assert logits[1].dtype == grads[1].dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in model.out.parameters())
     assert 0 < relative_error(logits[1].detach(), logits[0].detach()) < 5e-3
-    assert relative_error(grads[1], grads[0]) < 2e-2
+    # The ReLU of the spatial pool is on or off by a rounding in some units, and each of them is a jump of the gradient.
+    assert relative_error(grads[1], grads[0]) < (1e-1 if pool == "spatial" else 1e-2)
 
 
 @pytest.mark.parametrize("dtype", HALF.values(), ids=str)
