@@ -136,8 +136,8 @@ class GaussianDiffusion:
 
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         # The variance at t = 0 is 0: its logarithm is that of the next step instead.
-        without_zero = np.append(self.posterior_variance[1:2], self.posterior_variance[1:])
-        self.posterior_log_variance_clipped = np.log(without_zero if len(betas) > 1 else betas)
+        first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
+        self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
 
@@ -222,8 +222,8 @@ class GaussianDiffusion:
     def _fixed_variance(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.model_var_type is ModelVarType.FIXED_LARGE:
             # At t = 0 the posterior's, since beta would give a poor decoder likelihood.
-            variance = np.append(self.posterior_variance[1:2], self.betas[1:])
-            log_variance = np.log(variance)
+            log_variance = np.append(self.posterior_log_variance_clipped[0], np.log(self.betas[1:]))
+            variance = np.exp(log_variance)
         else:
             variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
         return gather(variance, t, x_t).expand_as(x_t), gather(log_variance, t, x_t).expand_as(x_t)

@@ -25,7 +25,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     try:
         counts = [int(count) for count in section_counts]
     except ValueError:
-        raise UserError(f"{shown}: must be counts like 250 or 10,20,30, or like ddim25") from None
+        counts = []
+    if not counts:
+        raise UserError(f"{shown}: must be counts like 250 or 10,20,30, or like ddim25")
     size, extra = divmod(num_timesteps, len(counts))
     steps: list[int] = []
     start = 0
@@ -44,7 +46,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def _ddim_steps(num_timesteps: int, text: str, shown: str) -> set[int]:
-    wanted = int(text) if text.isdigit() else 0
+    wanted = int(text) if text.isdecimal() else 0
     for stride in range(1, num_timesteps + 1):
         steps = range(0, num_timesteps, stride)
         if len(steps) == wanted:
