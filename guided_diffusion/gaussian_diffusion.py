@@ -30,11 +30,12 @@ Images = dict[str, Tensor]
 
 
 class ModelMeanType(enum.Enum):
-    """What the network predicts."""
+    """What the network predicts; VELOCITY is sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho, 2202.00512)."""
 
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    VELOCITY = enum.auto()
 
 
 class ModelVarType(enum.Enum):
@@ -178,6 +179,19 @@ class GaussianDiffusion:
         return ((gather(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - pred_xstart)
                 / gather(self.sqrt_recipm1_alphas_cumprod, t, x_t))
 
+    def velocity(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """sqrt(abar) noise - sqrt(1 - abar) x0."""
+        return (gather(self.sqrt_alphas_cumprod, t, x_start) * noise
+                - gather(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start)
+
+    def predict_xstart_from_velocity(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        return (gather(self.sqrt_alphas_cumprod, t, x_t) * x_t
+                - gather(self.sqrt_one_minus_alphas_cumprod, t, x_t) * velocity)
+
+    def predict_eps_from_velocity(self, x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        return (gather(self.sqrt_alphas_cumprod, t, x_t) * velocity
+                + gather(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t)
+
     def predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         """x0 whose posterior mean is xprev."""
         return (gather(1 / self.posterior_mean_coef1, t, x_t) * xprev
@@ -204,6 +218,9 @@ class GaussianDiffusion:
         previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         if self.model_mean_type is ModelMeanType.EPSILON:
             eps, xstart = values, self.predict_xstart_from_eps(x_t, t, values)
+        elif self.model_mean_type is ModelMeanType.VELOCITY:
+            eps = self.predict_eps_from_velocity(x_t, t, values)
+            xstart = self.predict_xstart_from_velocity(x_t, t, values)
         else:
             xstart = self.predict_xstart_from_xprev(x_t, t, values) if previous else values
             eps = self.predict_eps_from_xstart(x_t, t, xstart)
@@ -358,6 +375,7 @@ class GaussianDiffusion:
             ModelMeanType.PREVIOUS_X: lambda: self.posterior_mean(x_start, x_t, t),
             ModelMeanType.START_X: lambda: x_start,
             ModelMeanType.EPSILON: lambda: noise,
+            ModelMeanType.VELOCITY: lambda: self.velocity(x_start, t, noise),
         }[self.model_mean_type]()
         terms["mse"] = mean_flat((target - output) ** 2)
         return {"loss": sum(terms.values()), **terms}

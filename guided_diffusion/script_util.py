@@ -81,6 +81,7 @@ class DiffusionOptions(Options):
     timestep_respacing: str = option("", "steps used: 250, 10,20,30 (per section) or ddim25; unset: all")
     use_kl: bool = option(False, "train on the variational bound")
     predict_xstart: bool = option(False, "the network predicts the image, not the noise")
+    predict_v: bool = option(False, "the network predicts the velocity, sqrt(abar) noise - sqrt(1 - abar) image")
     rescale_timesteps: bool = option(False, "the network sees steps scaled to 0..1000")
     rescale_learned_sigmas: bool = option(False, "weigh the bound of the learned variance by steps / 1000")
 
@@ -128,13 +129,17 @@ def build_model(options: ModelOptions | UpsamplerOptions) -> UNetModel:
 
 def build_diffusion(options: DiffusionOptions) -> SpacedDiffusion:
     """The (respaced) process that the options describe."""
+    if options.predict_xstart and options.predict_v:
+        raise UserError("--predict_xstart True --predict_v True: at most one of them can be True")
+    predicted = (ModelMeanType.START_X if options.predict_xstart
+                 else ModelMeanType.VELOCITY if options.predict_v else ModelMeanType.EPSILON)
     betas = get_named_beta_schedule(options.noise_schedule, options.diffusion_steps)
     loss = LossType.RESCALED_MSE if options.rescale_learned_sigmas else LossType.MSE
     fixed = ModelVarType.FIXED_SMALL if options.sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps]),
         betas=betas,
-        model_mean_type=ModelMeanType.START_X if options.predict_xstart else ModelMeanType.EPSILON,
+        model_mean_type=predicted,
         model_var_type=ModelVarType.LEARNED_RANGE if options.learn_sigma else fixed,
         loss_type=LossType.RESCALED_KL if options.use_kl else loss,
         rescale_timesteps=options.rescale_timesteps)
