@@ -30,6 +30,7 @@ from . import __version__, checkpoint, dist_util, pictures, sampling
 from .errors import UserError
 from .gaussian_diffusion import Denoiser, GaussianDiffusion
 from .guidance import ClassifierGuidance, Guidance
+from .nn import UninitializedWeights
 from .options import Options, option
 from .rng import image_labels, image_noise
 from .script_util import (
@@ -169,8 +170,7 @@ class SamplingRun:
         if self.guided_by_classifier and not self.sample.classifier_path:
             raise UserError("--classifier_path is not given: classifier guidance needs a classifier")
         diffusion = build_diffusion(self.diffusion)
-        # Without memory: random weights of a large network take seconds, and would be overwritten.
-        with torch.device("meta"):
+        with UninitializedWeights():
             model = build_model(self.model)
             classifier = build_classifier(self.classifier) if self.guided_by_classifier else None
         guidance: list[Guidance] = [self.sag.build(model)] if self.sag.guide_scale != 1 else []
@@ -182,8 +182,8 @@ class SamplingRun:
         return network, diffusion, guidance
 
     def _load(self, network: nn.Module, path: str, options: dict[str, Any]) -> None:
-        checkpoint.load_into(network.to_empty(device=dist_util.dev()), path, options)
-        network.channels_last().eval().requires_grad_(False)
+        checkpoint.load_into(network, path, options)
+        network.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
 
     @property
     def _chunks(self) -> list[range]:
