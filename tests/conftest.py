@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.script_util import create_classifier, create_model
+
 torch.set_num_threads(1)
 
 TINY = {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
@@ -23,6 +26,16 @@ def tiny_flags():
 def tiny_classifier_flags():
     """Flags of a classifier for the images of `tiny_flags`."""
     return dict(TINY_CLASSIFIER)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory):
+    """A folder with model.safetensors and classifier.safetensors, the networks of TINY and TINY_CLASSIFIER."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save_state(folder / "model.safetensors", with_random_weights(create_model(**TINY)).state_dict())
+    classifier = with_random_weights(create_classifier(**TINY_CLASSIFIER), seed=1)
+    save_state(folder / "classifier.safetensors", classifier.state_dict())
+    return folder
 
 
 def with_random_weights(module, seed=0):
