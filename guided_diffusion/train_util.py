@@ -324,15 +324,11 @@ class TrainLoop:
     # The state on disk
 
     def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Full weights of the network in float32, with `tensors` in place of its trained parameters."""
-        untrained = {name: value.float() for name, value in self.model.state_dict().items()
-                     if name not in self.precision.names}
-        trained = dict(zip(self.precision.names, tensors, strict=True))
-        return {**untrained, **trained}
+        return dict(zip(self.precision.names, tensors, strict=True))
 
     def _other_state(self) -> dict[str, Tensor]:
         moments = {f"optimizer/{key}/{name}": value
-                   for name, param in zip(self.precision.names, self.precision.master_params, strict=True)
+                   for name, param in self._named(self.precision.master_params).items()
                    for key, value in self.optimizer.state[param].items()}
         sampler = {f"sampler/{name}": value for name, value in self.sampler.state_dict().items()}
         loop = {"loop/step": torch.tensor(self.step),
@@ -361,30 +357,31 @@ class TrainLoop:
         self.precision.copy_to_model()
         for rate, average in self.ema.items():
             self._fill(average, groups[f"ema_{rate:g}"])
-        for name, param in zip(self.precision.names, self.precision.master_params, strict=True):
-            # In the layout of the parameter, which the fused optimiser takes for granted.
-            self.optimizer.state[param] = {
-                "step": groups["optimizer"][f"step/{name}"].to(param.device),
-                **{key: torch.empty_like(param).copy_(groups["optimizer"][f"{key}/{name}"])
-                   for key in ("exp_avg", "exp_avg_sq")}}
+        if "optimizer" in groups:           # else every step so far has overflowed
+            self._load_moments(groups["optimizer"])
         self.sampler.load_state_dict(groups.get("sampler", {}))
         self.step = int(groups["loop"]["step"])
         self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
         _log.info("going on from step %d, saved in %s", self.step, self.out)
+
+    def _load_moments(self, values: dict[str, Tensor]) -> None:
+        """In the layout of the parameters, which the fused optimiser takes for granted."""
+        for name, param in self._named(self.precision.master_params).items():
+            moments = {key: torch.empty_like(param, requires_grad=False).copy_(values[f"{key}/{name}"])
+                       for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[param] = {"step": values[f"step/{name}"].to(param.device), **moments}
 
     @torch.no_grad()
     def _fill(self, tensors: Sequence[Tensor], values: dict[str, Tensor]) -> None:
         for name, tensor in zip(self.precision.names, tensors, strict=True):
             tensor.copy_(values[name])
 
-    def _record(self) -> dict[str, Any]:
-        return {"model": self.config, "training": asdict(self.options)}
-
     def _begin_folder(self) -> None:
+        record = {"model": self.config, "training": asdict(self.options)}
         temporary = self.out / "config.json.tmp"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._record(), indent=2) + "\n")
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
             os.replace(temporary, self.out / "config.json")
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, train_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, ModelOptions
@@ -100,10 +100,10 @@ def largest_difference(a, b):
 
 
 def test_learns(data_dir, tmp_path):
-    train(data_dir, tmp_path, lr_anneal_steps=60, batch_size=8, lr=2e-3, diffusion_steps=100)
+    train(data_dir, tmp_path, lr_anneal_steps=40, batch_size=8, lr=2e-3, diffusion_steps=100)
     losses = log_of(tmp_path, "mse")
-    assert len(losses) == 60
-    assert np.mean(losses[-15:]) < 0.5 * np.mean(losses[:5])
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
     average, last = weights(tmp_path, "ema_0.99"), weights(tmp_path)
     assert 0 < largest_difference(average, last) < 0.1
 
@@ -122,7 +122,7 @@ def test_files_of_a_run(data_dir, tmp_path):
         (tmp_path / "progress.csv").read_text().splitlines()[0].split(","))
 
 
-RUN = {"lr_anneal_steps": 60, "save_interval": 5, "schedule_sampler": "loss-second-moment", "dropout": 0.1,
+RUN = {"lr_anneal_steps": 40, "save_interval": 5, "schedule_sampler": "loss-second-moment", "dropout": 0.1,
        **DIFFUSION, "diffusion_steps": 4, "lr_warmup_steps": 4}
 
 
@@ -134,7 +134,7 @@ def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
         [*script, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL)
     train(data_dir, whole, **RUN)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "state.safetensors").exists() and len(log_of(killed, "loss")) > 12:
             process.kill()
@@ -142,7 +142,7 @@ def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
         time.sleep(0.005)
     assert process.wait() == -signal.SIGKILL
     step = int(checkpoint.read_metadata(killed / "state.safetensors")["step"])
-    assert 0 < step < 60
+    assert 0 < step < 40
 
     train(data_dir, killed, **RUN)
     for name in ("state", "model", "ema_0.9", "ema_0.99"):
@@ -249,12 +249,14 @@ def test_overflow_leaves_the_step_out_and_halves_the_scale():
     assert [param.item() for param in precision.master_params] == [1, 1] and model.torso.item() == 1
 
 
-def test_trains_in_half_precision(data_dir, tmp_path):
-    train(data_dir, tmp_path / "half", use_fp16=True)
+@pytest.mark.parametrize("flag", ["use_fp16", "use_bf16"])
+def test_trains_in_half_precision(data_dir, tmp_path, flag):
+    train(data_dir, tmp_path / "half", **{flag: True}, save_interval=1)
     train(data_dir, tmp_path / "full")
     assert log_of(tmp_path / "half", "loss") == pytest.approx(log_of(tmp_path / "full", "loss"), rel=0.05)
     assert {value.dtype for value in weights(tmp_path / "half").values()} == {torch.float32}
-    assert 15 < log_of(tmp_path / "half", "lg_loss_scale")[-1] < 21
+    if flag == "use_fp16":
+        assert 10 < log_of(tmp_path / "half", "lg_loss_scale")[-1] <= 20.003
 
 
 def test_classifier_learns_and_is_validated(data_dir, tmp_path):
@@ -265,10 +267,12 @@ def test_classifier_learns_and_is_validated(data_dir, tmp_path):
     assert log_of(tmp_path, "val_acc@1_q0") and log_of(tmp_path, "acc@1_q3")
 
 
-def test_classifier_goes_on_as_if_it_had_not_stopped(data_dir, tmp_path, monkeypatch):
-    from guided_diffusion import train_util
-
-    whole = train_tiny_classifier(data_dir, tmp_path / "whole", iterations=7, anneal_lr=True)
+@pytest.mark.parametrize("trainer, changes, logged", [
+    (train, {"lr_anneal_steps": 7, "use_bf16": True}, "loss"),
+    (train, {"lr_anneal_steps": 7, "use_fp16": True}, "lg_loss_scale"),
+    (train_tiny_classifier, {"iterations": 7, "anneal_lr": True}, "val_loss"),
+])
+def test_a_stopped_run_goes_on_as_if_it_had_not(data_dir, tmp_path, monkeypatch, trainer, changes, logged):
     step = train_util.TrainLoop.run_step
 
     def stop_at_5(loop, logger):
@@ -276,14 +280,14 @@ def test_classifier_goes_on_as_if_it_had_not_stopped(data_dir, tmp_path, monkeyp
             raise KeyboardInterrupt
         step(loop, logger)
 
-    again = {"iterations": 7, "anneal_lr": True, "save_interval": 3}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    trainer(data_dir, whole, **changes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_util.TrainLoop, "run_step", stop_at_5)
-        train_tiny_classifier(data_dir, tmp_path / "stopped", **again)
-    train_tiny_classifier(data_dir, tmp_path / "stopped", **again)
-    assert largest_difference(weights(whole, "state"), weights(tmp_path / "stopped", "state")) == 0
-    for name in ("loss", "val_loss"):
-        assert log_of(whole, name) == log_of(tmp_path / "stopped", name)
+        trainer(data_dir, stopped, save_interval=3, **changes)
+    trainer(data_dir, stopped, save_interval=3, **changes)
+    assert largest_difference(weights(whole, "state"), weights(stopped, "state")) == 0
+    assert log_of(whole, logged) == log_of(stopped, logged) != []
 
 
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):
@@ -317,6 +321,17 @@ def test_bad_input_is_one_sentence(data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train(**{"data_dir": data_dir, "out": tmp_path / "run", **changes})
     assert "\n" not in str(error.value)
+
+
+def test_a_network_that_cannot_be_compiled(data_dir, tmp_path, monkeypatch):
+    def fails(model):
+        def network(*args, **kwargs):
+            raise RuntimeError("no C++ compiler\nmore of it")
+        return network
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(UserError, match=r"--compile True: .* leave it off \(no C\+\+ compiler\)"):
+        train(data_dir, tmp_path, compile=True)
 
 
 def test_other_options_than_those_of_the_run(data_dir, tmp_path):
