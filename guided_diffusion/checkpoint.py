@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .options import nearest
+from .unet import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
 MODELS = Path(__file__).parent / "models"
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
@@ -314,8 +315,6 @@ def _fact_problems(found: Mapping[str, Any], options: Mapping[str, Any], flags: 
 def _level_problems(found: Mapping[str, Any], options: Mapping[str, Any], flags: Mapping[str, str],
                     upsampler: bool) -> Iterator[str]:
     """Mismatches of the channel multipliers, which have defaults by image size, and of the attention in the levels."""
-    from .script_util import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
-
     size_flag, defaults = ("large_size", UPSAMPLER_CHANNEL_MULT) if upsampler else ("image_size", CHANNEL_MULT)
     size = found.get("image_size", options.get(size_flag))
     if "channel_mult" not in found or size is None:

@@ -24,11 +24,16 @@ from .options import Options, nearest, option, option_fields, parse_bool
 from .respace import SpacedDiffusion, space_timesteps
 from .sampling import NonFiniteError
 from .schedules import SCHEDULES, get_named_beta_schedule
-from .unet import POOLS, EncoderUNetModel, SuperResModel, UNetModel
+from .unet import (
+    CHANNEL_MULT,
+    POOLS,
+    UPSAMPLER_CHANNEL_MULT,
+    EncoderUNetModel,
+    SuperResModel,
+    UNetModel,
+)
 
 NUM_CLASSES = 1000
-CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
-UPSAMPLER_CHANNEL_MULT = {512: "1,1,2,2,4,4", 256: "1,1,2,2,4,4", 64: "1,2,3,4"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
 from .nn import checkpoint, normalization, timestep_embedding, zero_module
 
+# Multiples of the base channels by image size, where they are not given.
+CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
+UPSAMPLER_CHANNEL_MULT = {512: "1,1,2,2,4,4", 256: "1,1,2,2,4,4", 64: "1,2,3,4"}
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
