@@ -43,11 +43,11 @@ def square_mask(count: Tensor, grid: tuple[int, int]) -> Tensor:
     return _first(distance.expand(len(count), -1), count)
 
 
-def random_mask(count: Tensor, grid: tuple[int, int], numbers: Tensor, step: int) -> Tensor:
-    """(N, T) bool: `count` (N,) tokens at random, a function of the image's number (N,) and the step alone."""
+def random_mask(count: Tensor, grid: tuple[int, int], numbers: Tensor, steps: Tensor) -> Tensor:
+    """(N, T) bool: `count` (N,) tokens at random, a function of the image's number (N,) and its step (N,) alone."""
     order = torch.stack([
-        torch.from_numpy(image_generator(0, int(number), step, "mask").random(grid[0] * grid[1]))
-        for number in numbers])
+        torch.from_numpy(image_generator(0, number, step, "mask").random(grid[0] * grid[1]))
+        for number, step in zip(numbers.tolist(), steps.tolist(), strict=True)])
     return _first(order.to(count.device), count)
 
 

@@ -95,7 +95,7 @@ class SelfAttentionGuidance(Contrast):
         if self.mask == "square":
             return square_mask(count, captured.grid)
         if self.mask == "random":
-            return random_mask(count, captured.grid, ctx.numbers, int(ctx.t[0]))
+            return random_mask(count, captured.grid, ctx.numbers, ctx.t)
         if self.mask == "high-frequency":
             return high_frequency_mask(count, captured.grid, pred.pred_xstart)
         return attended
