@@ -17,6 +17,6 @@ setup(
         "mpi": ["mpi4py", "mpich"],
         "eval": ["scipy"],
         "tf": ["tensorflow"],
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "ruff", "scipy"],
     },
 )
