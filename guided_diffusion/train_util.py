@@ -50,6 +50,8 @@ from .script_util import (
 _log = logging.getLogger(__name__)
 
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
+# How a network was run in training; not facts about the weights, which are stored in float32.
+EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
 STREAMS = {"train": 0, "validation": 1, "weights": 2, "dropout": 3}
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
@@ -276,7 +278,8 @@ class TrainLoop:
     def save(self) -> None:
         """Writes the weights, and last the state that a restart goes on from."""
         if dist_util.is_main():
-            metadata = {"config": json.dumps(self.config), "step": str(self.step)}
+            facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
+            metadata = {"config": json.dumps(facts), "step": str(self.step)}
             weights = {"model": self._named(self.precision.master_params),
                        **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
             for name, tensors in weights.items():
