@@ -264,7 +264,7 @@ class GaussianDiffusion:
                  denoised_fn: Callable | None = None, cond_fn: Callable | None = None,
                  model_kwargs: Mapping | None = None, guidance: Sequence[Guidance] = (),
                  noise: Tensor | None = None) -> Images:
-        """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided"}.
+        """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}.
 
         guidance: terms of `guided_diffusion.guidance`; cond_fn: the older way to give a gradient,
         (x, t, **model_kwargs) -> gradient at x. noise: (N, C, H, W), drawn where None.

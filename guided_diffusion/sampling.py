@@ -60,28 +60,29 @@ def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
 
 def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: Noise,
                 guidance: Sequence[Guidance] = (), numbers: Tensor | None = None) -> dict[str, Tensor]:
-    """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided"}, (N, C, H, W) each.
+    """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
-    t: (N,) int64, respaced. numbers: the images' numbers, 0 to N - 1 by default.
+    t: (N,) int64, respaced. numbers: the images' numbers, 0 to N - 1 by default. eps is that of the guided
+    prediction.
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if numbers is None else numbers)
-    windows = {term: term.window(t) for term in guidance}
-    windows = {term: window for term, window in windows.items() if window.any()}
+    active = [(term, window) for term in guidance if (window := term.window(t)).any()]
     with ExitStack() as stack:
-        for term in windows:
+        for term, _ in active:
             ctx.observed[term] = stack.enter_context(term.observe())
         pred = unguided = denoise(x_t, t)
-    deltas = [_within(windows[g], g.delta(ctx, unguided)) for g in windows if isinstance(g, Contrast)]
+    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, Contrast)]
     if deltas:
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + sum(deltas))
-    gradients = [_within(windows[g], g.gradient(ctx, unguided)) for g in windows if isinstance(g, Gradient)]
+    gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, Gradient)]
     sample, pred_xstart = step(ctx, pred, sum(gradients) if gradients else None, noise)
-    return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart}
+    return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
+            "eps": pred.eps}
 
 
 def _within(window: Tensor, value: Tensor) -> Tensor:
     """`value` (N, ...) where the window (N,) holds the image, 0 elsewhere."""
-    return value if window.all() else value * window.reshape(-1, 1, 1, 1)
+    return torch.where(window.reshape(-1, 1, 1, 1), value, 0)
 
 
 @torch.no_grad()
@@ -89,8 +90,8 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
                  guidance: Sequence[Guidance] = (), numbers: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.
 
-    noise_at: respaced step index -> (N, C, H, W); called only for steps that add noise. Raises NonFiniteError where
-    the network returns NaN or infinity.
+    noise_at: respaced step index -> (N, C, H, W); called once a step, and not at all by DDIM with eta 0. Raises
+    NonFiniteError where the network returns NaN or infinity.
     """
     numbers = torch.arange(len(x_T)) if numbers is None else numbers
     x_t = x_T
@@ -98,7 +99,8 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
         t = torch.full((len(x_t),), index, device=x_t.device)
         out = sample_step(step, denoise, x_t, t, lambda index=index: noise_at(index), guidance, numbers)
         x_t = out["sample"]
-        finite = x_t.isfinite().flatten(1).all(dim=1).cpu()
+        # Clipping hides an infinite eps from the sample.
+        finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
         if not finite.all():
             bad = ", ".join(str(n) for n in numbers.cpu()[~finite].tolist()[:8])
             raise NonFiniteError(f"step {index}: the network returned NaN or infinity for image {bad}")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,7 @@ class Guidance:
         for name, value in (("scale", scale), ("start", start), ("stop", stop)):
             if value is None and name != "scale":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise UserError(f"{type(self).__name__} {name} {value!r}: must be a finite number")
         self.scale = scale
         self.start = start
