@@ -64,10 +64,12 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode
         if path.suffix == ".safetensors":
             save_file(tensors, temporary, metadata=dict(metadata or {}))
         else:
             torch.save(tensors, temporary)
+        temporary.chmod(mode)       # safetensors makes its files private
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

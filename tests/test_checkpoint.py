@@ -517,3 +517,10 @@ def test_an_unknown_name_lists_the_names_there_are():
     message = refusal(find_preset, "256x256_difusion")
     assert "--model 256x256_difusion" in message and "did you mean 256x256_diffusion?" in message
     assert all(name in message for name in preset_names())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_saved_files_have_the_mode_of_any_new_file(tmp_path, suffix):
+    (tmp_path / "other").touch()
+    checkpoint.save_state(tmp_path / f"a{suffix}", {"w": torch.zeros(2)})
+    assert (tmp_path / f"a{suffix}").stat().st_mode == (tmp_path / "other").stat().st_mode
