@@ -144,7 +144,7 @@ def parse_options(
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below")
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__)
+        group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
         for field in option_fields(cls):
             if f"--{field.name}" in parser._option_string_actions:
                 continue

@@ -1,8 +1,9 @@
 """Train a diffusion model on images.
 
-Example (goes on from its last save when started again):
-    python scripts/image_train.py --data_dir fashion-mnist --image_size 32 --in_channels 1 --num_channels 32 \
-        --batch_size 64 --lr_anneal_steps 10000 --out runs/fmnist
+Examples (each goes on from its last save when started again):
+    mpiexec -n 2 python scripts/image_train.py --config configs/fmnist32_train.yaml
+    python scripts/image_train.py --data_dir photos --image_size 64 --num_channels 64 --learn_sigma True \\
+        --batch_size 32 --lr_anneal_steps 100000 --out runs/photos
 """
 
 import logging
