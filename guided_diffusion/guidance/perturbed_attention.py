@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from ..gaussian_diffusion import Prediction
 
 
-def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every token attends to itself alone."""
-    return v
-
-
 class PerturbedAttentionGuidance(Contrast):
     """Guidance away from the network with identity attention in `blocks` (names in `model.attention_blocks`).
 
@@ -41,6 +36,16 @@ class PerturbedAttentionGuidance(Contrast):
         self.blocks = tuple(blocks)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        reached = False
+
+        def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            nonlocal reached
+            reached = True
+            return v
+
         with override_attention(self.model, self.blocks, identity_attention):
             eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
+        if not reached:
+            raise UserError(f"perturbed-attention guidance changed no evaluation of {', '.join(self.blocks)}: it must "
+                            "be given the network that is sampled")
         return self.scale * (pred.eps - eps_perturbed)
