@@ -24,6 +24,9 @@ def get_named_beta_schedule(name: str, num_steps: int) -> np.ndarray:
         raise UserError(f"--diffusion_steps {num_steps}: must be at least 1")
     if name == "linear":
         scale = 1000 / num_steps
+        if scale * 2e-2 >= 1:
+            raise UserError(f"--diffusion_steps {num_steps}: must be more than 20 with --noise_schedule linear, whose "
+                            "last beta would reach 1")
         return np.linspace(scale * 1e-4, scale * 2e-2, num_steps, dtype=np.float64)
     if name == "cosine":
         return betas_for_alpha_bar(num_steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)

@@ -35,6 +35,7 @@ def test_betas_are_capped_where_asked():
     ("sigmoid", 1000, "--noise_schedule sigmoid: must be one of linear, cosine"),
     ("linear", 0, "--diffusion_steps 0"),
     ("cosine", -3, "--diffusion_steps -3"),
+    ("linear", 20, "--diffusion_steps 20: must be more than 20 with --noise_schedule linear"),
 ])
 def test_bad_schedules_are_named(name, steps, said):
     with pytest.raises(UserError, match=said):
