@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,12 +155,12 @@ def build_classifier(options: ClassifierOptions) -> EncoderUNetModel:
     size = options.image_size
     multipliers = _channel_mult(options.classifier_channel_mult, size, "classifier_channel_mult", CHANNEL_MULT)
     _check_widths(options.classifier_width, multipliers, "classifier_width")
-    attention = options.classifier_attention_resolutions
+    factors = _downsampling(options.classifier_attention_resolutions, size, "classifier_attention_resolutions")
+    _check_heads(options, multipliers, factors)
     return EncoderUNetModel(
         image_size=size, in_channels=options.in_channels, model_channels=options.classifier_width,
         out_channels=options.num_classes, num_res_blocks=options.classifier_depth,
-        attention_resolutions=_downsampling(attention, size, "classifier_attention_resolutions"),
-        channel_mult=multipliers, use_fp16=options.classifier_use_fp16,
+        attention_resolutions=factors, channel_mult=multipliers, use_fp16=options.classifier_use_fp16,
         num_head_channels=options.classifier_num_head_channels,
         use_scale_shift_norm=options.classifier_use_scale_shift_norm,
         resblock_updown=options.classifier_resblock_updown, pool=options.classifier_pool)
@@ -188,6 +188,15 @@ def _check_widths(channels: int, multipliers: Iterable[float], flag: str) -> Non
     for multiplier in multipliers:
         if int(channels * multiplier) % 32 or channels * multiplier < 32:
             raise UserError(f"--{flag} {channels}: times {multiplier} it must be a multiple of 32, for group norms")
+
+
+def _check_heads(options: ClassifierOptions, multipliers: Sequence[float], factors: Sequence[int]) -> None:
+    width = options.classifier_num_head_channels
+    for level, multiplier in enumerate(multipliers):
+        channels = int(options.classifier_width * multiplier)
+        if (2**level in factors or level == len(multipliers) - 1) and channels % width:
+            raise UserError(f"--classifier_num_head_channels {width}: must divide the {channels} channels of every "
+                            "attention block")
 
 
 def _downsampling(text: str, size: int, flag: str) -> tuple[int, ...]:
