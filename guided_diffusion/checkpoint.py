@@ -376,6 +376,7 @@ class Preset:
     name: str
     kind: str                       # "diffusion", "upsampler" or "classifier"
     options: dict[str, Any]         # flags that differ from the defaults
+    sag: dict[str, Any]             # flags of self-attention guidance that suit it, without the scale
     path: Path | None               # its file; None for a released checkpoint, which the user has to name
     classifier: str | None          # name of the classifier that guides it
     url: str | None = None          # where a released checkpoint lies
@@ -384,7 +385,7 @@ class Preset:
 
 def preset_names() -> list[str]:
     """Every name that `find_preset` knows: shipped models first."""
-    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + list(_released()["presets"])
+    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + list(_presets()["presets"])
 
 
 def find_preset(name: str) -> Preset:
@@ -396,6 +397,8 @@ def find_preset(name: str) -> Preset:
     names = preset_names()
     if name not in names:
         raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
+    known = _presets()
+    sag = known["sag"].get(name, {})
     path = MODELS / f"{name}.safetensors"
     if path.is_file():
         classifier = f"{name}_classifier"
@@ -405,11 +408,10 @@ def find_preset(name: str) -> Preset:
         except (KeyError, ValueError):
             raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
         kind = "classifier" if name.endswith("_classifier") else "upsampler" if "large_size" in options else "diffusion"
-        return Preset(name, kind, options, path, classifier if classifier in names else None)
-    released = _released()
-    return Preset(name=name, path=None, url=f"{released['url']}{name}.pt",
-                  **{"classifier": None, **released["presets"][name]})
+        return Preset(name, kind, options, sag, path, classifier if classifier in names else None)
+    return Preset(name=name, path=None, sag=sag, url=f"{known['url']}{name}.pt",
+                  **{"classifier": None, **known["presets"][name]})
 
 
-def _released() -> dict[str, Any]:
+def _presets() -> dict[str, Any]:
     return yaml.safe_load((MODELS / "presets.yaml").read_text())

@@ -84,7 +84,7 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     preset = checkpoint.find_preset(given["model"])
     if preset.kind != "diffusion":
         raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
-    values = dict(preset.options)
+    values = preset.options | preset.sag
     if preset.path is not None:
         values["model_path"] = str(preset.path)
     if preset.classifier:

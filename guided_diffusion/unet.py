@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
-from .nn import checkpoint, normalization, timestep_embedding, zero_module
+from .nn import SiLU, checkpoint, is_channels_last, normalization, timestep_embedding, zero_module
 
 # Multiples of the base channels by image size, where they are not given.
 CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
@@ -38,8 +38,16 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None and x.device.type == "cpu" and x.dtype == torch.float32 and is_channels_last(x):
+            return self._fused(x)
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Both at once, as a transposed convolution with the 3x3 kernel spread over 4x4: 4/9 of the products."""
+        kernel = self.conv.weight.transpose(0, 1).flip(2, 3)
+        spread = sum(F.pad(kernel, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
+        return F.conv_transpose2d(x, spread, self.conv.bias, stride=2, padding=1)
 
 
 class Downsample(nn.Module):
@@ -67,11 +75,11 @@ class ResBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.resample = {"up": Upsample, "down": Downsample}[resample](channels, False) if resample else None
         self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+            normalization(channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
         self.out_layers = nn.Sequential(
-            normalization(out_channels), nn.SiLU(), nn.Dropout(dropout),
+            normalization(out_channels), SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -259,7 +267,7 @@ class UNetModel(Encoder):
                     layers.append(self._resample(channels, "up"))
                 self.output_blocks.append(StepSequential(*layers))
         self.out = nn.Sequential(
-            normalization(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)))
+            normalization(channels), SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)))
         if use_fp16:
             self.convert_to_fp16()
 
@@ -344,10 +352,10 @@ class EncoderUNetModel(Encoder):
         features = sum(self._input_channels) + channels
         self.out = {
             "adaptive": lambda: nn.Sequential(
-                normalization(channels), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
+                normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
                 zero_module(nn.Conv2d(channels, out_channels, 1)), nn.Flatten()),
             "attention": lambda: nn.Sequential(
-                normalization(channels), nn.SiLU(),
+                normalization(channels), SiLU(),
                 AttentionPool2d(size, channels, num_head_channels, out_channels)),
             "spatial": lambda: nn.Sequential(
                 nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels)),

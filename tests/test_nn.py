@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion.nn import checkpoint, mean_flat, normalization, timestep_embedding, zero_module
+from guided_diffusion.nn import SiLU, checkpoint, mean_flat, normalization, timestep_embedding, zero_module
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -77,3 +77,23 @@ def test_checkpointing_repeats_random_numbers():
     out = checkpoint(nn.functional.dropout, x, enabled=True)
     out.sum().backward()
     assert torch.equal(x.grad != 0, out != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 32])
+def test_group_norm_of_channels_last_maps_stays_channels_last(size, dtype):
+    norm = normalization(64)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(2, 64, size, size) + 3).to(dtype)
+    normed = norm(x.contiguous(memory_format=torch.channels_last))
+    assert normed.is_contiguous(memory_format=torch.channels_last) and normed.dtype == dtype
+    torch.testing.assert_close(normed, norm(x))
+
+
+def test_silu_keeps_its_input_where_a_gradient_is_recorded():
+    x = torch.randn(5, requires_grad=True)
+    before, activation = x.detach().clone(), SiLU()
+    activation(x).sum().backward()
+    assert x.equal(before) and x.grad.allclose(before.sigmoid() * (1 + before * (1 - before.sigmoid())))
+    with torch.no_grad():
+        assert activation(x).allclose(before.sigmoid() * before)

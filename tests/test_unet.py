@@ -20,7 +20,7 @@ from guided_diffusion.script_util import (
     create_model_and_diffusion,
     sr_create_model_and_diffusion,
 )
-from guided_diffusion.unet import POOLS, EncoderUNetModel, UNetModel
+from guided_diffusion.unet import POOLS, EncoderUNetModel, UNetModel, Upsample
 
 FORMATS = ("contiguous", "channels_last")
 HALF = {"use_fp16": torch.float16, "use_bf16": torch.bfloat16}
@@ -230,7 +230,7 @@ def test_half_precision_is_close_to_float32_and_keeps_the_sensitive_parts_in_flo
     x, t, y = example(model)
     seen = {}
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: (inputs[0], out)}))
+        module.register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: (inputs[0], out.clone())}))
     with torch.no_grad():
         out = model(x, t, y)
         expected = exact(x, t, y)
@@ -248,6 +248,15 @@ def test_half_precision_is_close_to_float32_and_keeps_the_sensitive_parts_in_flo
     norm = model.get_submodule("middle_block.0.in_layers.0")
     reference = F.group_norm(values.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
     torch.testing.assert_close(normed.double(), reference, rtol=torch.finfo(half).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 2), (32, 40)])
+def test_upsampling_in_channels_last_is_the_same_convolution(size):
+    layer = Upsample(5, True).requires_grad_(False)
+    x = torch.randn(2, 5, *size)
+    fast, plain = layer(x.contiguous(memory_format=torch.channels_last)), layer(x)
+    assert fast.shape == plain.shape
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", POOLS)
