@@ -87,7 +87,7 @@ def test_group_norm_of_channels_last_maps_stays_channels_last(size, dtype):
     x = (torch.randn(2, 64, size, size) + 3).to(dtype)
     normed = norm(x.contiguous(memory_format=torch.channels_last))
     assert normed.is_contiguous(memory_format=torch.channels_last) and normed.dtype == dtype
-    torch.testing.assert_close(normed, norm(x))
+    torch.testing.assert_close(normed, norm(x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 def test_silu_keeps_its_input_where_a_gradient_is_recorded():
