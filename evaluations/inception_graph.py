@@ -1,0 +1,268 @@
+"""The file of the 2015 Inception, classify_image_graph_def.pb: finding it, downloading it, reading its weights.
+
+Its weights are converted once, batch norms folded into the convolutions, to a safetensors file in a cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError
+
+FILE_NAME = "classify_image_graph_def.pb"
+URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
+SIZE = 95_673_916  # bytes
+TIMEOUT = 60  # seconds without a byte
+
+EPSILON = 0.001  # of the batch norms, where the graph does not say
+FORMAT = "2015 Inception, batch norms folded, 1"
+LOGITS = "softmax/weights"
+
+
+class Weights(NamedTuple):
+    """The weights of a 2015 Inception, of any width.
+
+    tensors: float32; for each convolution "<name>.weight" (out, in, kh, kw) and "<name>.bias" (out,), with <name> as in
+    the graph ("mixed_9/tower/mixed/conv_1"), and "softmax/weights" (features, classes).
+    """
+
+    tensors: dict[str, Tensor]
+    sha256: str  # of the .pb
+    size: int  # of the .pb, in bytes: SIZE for the official one
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/guided-pixels, or ~/.cache/guided-pixels."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "guided-pixels"
+
+
+def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Path:
+    """Where the .pb is: the path given, else the one in the cache folder, downloaded where it is not there yet.
+
+    Raises UserError where the path given is no file, the one in the cache has another size than the official file, or
+    the download fails.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"--inception {path}: no such file")
+        return Path(path)
+    target = (Path(cache) if cache is not None else default_cache()) / FILE_NAME
+    if not target.exists():
+        download(URL, target, SIZE)
+    elif target.stat().st_size != SIZE:
+        raise UserError(f"{target}: has {target.stat().st_size:,} bytes instead of {SIZE:,}, "
+                        "delete it to have it downloaded again, or name another with --inception PATH")
+    return target
+
+
+def download(url: str, target: Path, size: int) -> None:
+    """Downloads a file of `size` bytes, with progress on stderr; `target` appears only once complete.
+
+    Raises UserError, with where to put the file by hand, for anything that goes wrong.
+    """
+    by_hand = f"download {url} elsewhere and put it at {target}, or name it with --inception PATH"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
+            received = _copy(response, file, size, f"downloading {target.name}")
+        if received != size:
+            more = "more than " if received > size else ""
+            raise UserError(f"the download of {url} gave {more}{min(received, size):,} bytes instead of {size:,}: "
+                            f"try again, or {by_hand}")
+        os.replace(temporary, target)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} cannot be downloaded (HTTP {error.code} {error.reason}): {by_hand}") from None
+    except urllib.error.URLError as error:
+        raise UserError(f"{url} cannot be reached ({_reason(error.reason)}): {by_hand}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"the download of {url} to {target} failed ({_reason(error)}): {by_hand}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _copy(source, target, size: int, description: str) -> int:
+    """Bytes copied: all there are, or a little over `size`."""
+    received = 0
+    with tqdm(total=size, desc=description, unit="B", unit_scale=True, unit_divisor=1000) as progress:
+        while received <= size and (piece := source.read(1 << 18)):
+            target.write(piece)
+            received += len(piece)
+            progress.update(len(piece))
+    return received
+
+
+def _reason(error: object) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Weights:
+    """The weights of the 2015 Inception.
+
+    path: the .pb, or a safetensors file that a conversion left in a cache folder; None as in `find_graph`.
+    cache: folder for what is downloaded and converted; None is `default_cache`. A .pb is converted on first use; a
+    damaged conversion is made anew.
+
+    Raises UserError where there is no file, or it does not hold this network.
+    """
+    graph = find_graph(path, cache)
+    if graph.suffix == ".safetensors":
+        return read_converted(graph)
+    try:
+        content = graph.read_bytes()
+    except OSError as error:
+        raise UserError(f"{graph}: cannot be read ({error.strerror})") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    folder = Path(cache) if cache is not None else default_cache()
+    converted = folder / f"{Path(FILE_NAME).stem}-{sha256[:16]}.safetensors"
+    try:
+        if (weights := read_converted(converted)).sha256 == sha256:
+            return weights
+    except UserError:
+        pass
+    weights = Weights(parse_graph(content, str(graph)), sha256, len(content))
+    try:
+        write_converted(weights, converted)
+    except OSError as error:
+        warnings.warn(f"{converted}: cannot be written ({error.strerror}), the graph will be converted again next time",
+                      stacklevel=2)
+    return weights
+
+
+def read_converted(path: Path) -> Weights:
+    """What `write_converted` wrote; UserError where the file is missing, damaged, or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights = Weights(tensors, metadata["pb_sha256"], int(metadata["pb_bytes"]))
+        intact = metadata["format"] == FORMAT and metadata["content_sha256"] == _content_sha256(tensors)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path}: is damaged, or not a converted {FILE_NAME}; name the .pb with --inception PATH")
+    return weights
+
+
+def write_converted(weights: Weights, path: Path) -> None:
+    """Writes weights with the SHA-256 of the .pb and of their own values, which `read_converted` checks."""
+    metadata = {"format": FORMAT, "pb_sha256": weights.sha256, "pb_bytes": str(weights.size),
+                "content_sha256": _content_sha256(weights.tensors)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(save(weights.tensors, metadata))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
+        digest.update(tensors[name].numpy())
+    return digest.hexdigest()
+
+
+def parse_graph(content: bytes, source: str) -> dict[str, Tensor]:
+    """`Weights.tensors` from the bytes of the .pb; `source` names it in errors.
+
+    Raises UserError where the bytes are no GraphDef, or its nodes say that it is another network.
+    """
+    try:
+        from google.protobuf.message import DecodeError
+        from tensorboard.compat.proto.graph_pb2 import GraphDef
+    except ImportError as error:
+        raise UserError(f"reading {source} needs the package tensorboard ({error}): pip install 'guided-pixels[eval]' "
+                        "or pip install tensorboard") from None
+    graph = GraphDef()
+    try:
+        graph.ParseFromString(content)
+    except DecodeError:
+        gzipped = " (it is compressed with gzip: unpack it first)" if content[:2] == b"\x1f\x8b" else ""
+        raise UserError(f"{source}: is not a TensorFlow graph, or is truncated{gzipped}") from None
+    nodes = {node.name: node for node in graph.node}
+    _check_preprocessing(nodes, source)
+    constants = {}
+    for name, node in nodes.items():
+        if name.endswith(("/conv2d_params", *(f"/batchnorm/{part}" for part in _NORM))) or name == LOGITS:
+            constants[name] = _constant(node, source)
+        if name.endswith("/batchnorm") and node.op == "BatchNormWithGlobalNormalization":
+            if not node.attr["scale_after_normalization"].b:
+                constants[f"{name}/gamma"] = np.float32(1)
+            constants[f"{name}/epsilon"] = np.float32(node.attr["variance_epsilon"].f)
+    return fold(constants, source)
+
+
+_NORM = ("beta", "gamma", "moving_mean", "moving_variance")
+
+
+def fold(constants: Mapping[str, np.ndarray], source: str = "weights") -> dict[str, Tensor]:
+    """`Weights.tensors` from the constants of the graph, by their names there: each batch norm in its convolution.
+
+    constants: for each convolution "<name>/conv2d_params" (kh, kw, in, out) and "<name>/batchnorm/beta", "gamma",
+    "moving_mean", "moving_variance" (out,), perhaps "<name>/batchnorm/epsilon"; "softmax/weights" (features, classes).
+    Anything else is left out. Raises UserError where one is missing or the shapes do not fit together.
+    """
+    kernels = sorted(name for name in constants if name.endswith("/conv2d_params"))
+    names = [kernel.removesuffix("/conv2d_params") for kernel in kernels]
+    needed = [LOGITS, *(f"{name}/batchnorm/{part}" for name in names for part in _NORM)]
+    missing = [name for name in needed if name not in constants]
+    if missing or not names:
+        raise UserError(f"{source}: is not the 2015 Inception, it has no node {(missing or ['conv/conv2d_params'])[0]}")
+    tensors = {LOGITS: torch.from_numpy(np.array(constants[LOGITS], np.float32, ndmin=2))}
+    for name, kernel in zip(names, kernels, strict=True):
+        beta, gamma, mean, variance = (np.float64(constants[f"{name}/batchnorm/{part}"]) for part in _NORM)
+        scale = gamma / np.sqrt(variance + constants.get(f"{name}/batchnorm/epsilon", EPSILON))  # (out,)
+        weight = constants[kernel]
+        if np.ndim(weight) != 4 or not {np.shape(scale), np.shape(mean), np.shape(beta)} == {np.shape(weight)[3:]}:
+            raise UserError(f"{source}: is not the 2015 Inception, {kernel} of shape {np.shape(weight)} and its batch "
+                            f"norm of shape {np.shape(scale)} do not fit together")
+        weight = (weight * scale).astype(np.float32).transpose(3, 2, 0, 1)  # (out, in, kh, kw)
+        tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(weight))
+        tensors[f"{name}.bias"] = torch.from_numpy((beta - mean * scale).astype(np.float32))
+    return tensors
+
+
+def _constant(node, source: str) -> np.ndarray:
+    """The value of a Const node: packed bytes, or a list of numbers whose last one fills the rest."""
+    tensor, float32 = node.attr["value"].tensor, 1
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if node.op != "Const" or tensor.dtype != float32 or min(shape, default=1) < 0:
+        raise UserError(f"{source}: is not the 2015 Inception, its node {node.name} is not a float32 constant")
+    count = int(np.prod(shape))
+    values = np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content else np.float32(tensor.float_val)
+    if 0 < len(values) < count and not tensor.tensor_content:
+        values = np.concatenate([values, np.full(count - len(values), values[-1], np.float32)])
+    if len(values) != count:
+        raise UserError(f"{source}: is damaged, its node {node.name} holds {len(values)} of {count} numbers")
+    return values.reshape(shape)
+
+
+def _check_preprocessing(nodes: Mapping, source: str) -> None:
+    """UserError where the graph prepares images in another way than `inception.resize` does."""
+    resize = nodes.get("ResizeBilinear")
+    if resize is not None and any(resize.attr[name].b for name in ("align_corners", "half_pixel_centers")):
+        raise UserError(f"{source}: is not the 2015 Inception, its ResizeBilinear aligns corners or pixel centres")
+    for name, expected in (("Sub/y", 128), ("Mul/y", 1 / 128)):
+        if name in nodes and np.any(_constant(nodes[name], source) != expected):
+            raise UserError(f"{source}: is not the 2015 Inception, its node {name} is not {expected}")
