@@ -7,11 +7,11 @@ Inception Score where Inception would be out of place. It never guides sampling.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,20 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .features import Features
+
 IMAGE_SIZE = 32
-SPATIAL_SHAPE = (8, 16, 16)
+SPATIAL_SHAPE = (8, 8, 8)
 CLASS_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 WEIGHTS = Path(__file__).parent / "models" / "fmnist_embedded.safetensors"
 
 Images = np.ndarray | Tensor
-
-
-class Features(NamedTuple):
-    """What the judge sees in N images; float32 arrays."""
-
-    pooled: np.ndarray  # (N, 64), averages over the last feature map
-    spatial: np.ndarray  # (N, 8, 16, 16), the first 8 channels of the last feature map at 16 x 16
-    probabilities: np.ndarray  # (N, 10), sum 1
 
 
 class EmbeddedClassifier(nn.Module):
@@ -40,7 +34,12 @@ class EmbeddedClassifier(nn.Module):
 
     widths: output channels of the five convolutions; the second and the fourth halve the resolution.
     test_accuracy: share of the 10,000 test images classified rightly (NaN before training).
+
+    Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the last map; spatial
+    (N, 8, 8, 8), the first 8 channels of the last map at 16 x 16, averaged over squares of 2 x 2; probabilities (N, 10).
     """
+
+    name = "embedded Fashion-MNIST classifier"
 
     def __init__(self, widths: Sequence[int] = (24, 48, 48, 96, 64), test_accuracy: float = float("nan")) -> None:
         super().__init__()
@@ -57,7 +56,16 @@ class EmbeddedClassifier(nn.Module):
     def _read(self, grey: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at_16 = self.at_16(grey.contiguous(memory_format=torch.channels_last))
         pooled = self.at_8(at_16).mean(dim=(2, 3))
-        return pooled, at_16[:, :SPATIAL_SHAPE[0]], self.classify(pooled)
+        spatial = nn.functional.avg_pool2d(at_16[:, :SPATIAL_SHAPE[0]], 2)
+        return pooled, spatial, self.classify(pooled)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def features(self, images: Images, batch_size: int = 250) -> Features:

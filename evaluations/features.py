@@ -1,10 +1,26 @@
-"""What a network says of a batch of images, and what the evaluator asks of a network."""
+"""Features of the images of a file: computed once, by all ranks together, and kept in files that are mapped, not held.
+
+No file of features is as large as memory must be: 50,000 images need 1 GB on disk and a batch in memory.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
+from tqdm import tqdm
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError
+
+from .npz import BatchFile
 
 
 class Features(NamedTuple):
@@ -23,3 +39,98 @@ class Network(Protocol):
 
     def features(self, images: np.ndarray) -> Features:
         """Features of images (N, H, W, 3), uint8."""
+
+
+@contextmanager
+def feature_folder(cache: str | Path | None) -> Iterator[Path]:
+    """The folder for features: `cache`, made where it is missing, or a temporary one that all ranks share."""
+    if cache:
+        try:
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache):
+                pass
+        except OSError as error:
+            raise UserError(f"--cache {cache}: cannot be written ({error.strerror})") from None
+        yield Path(cache)
+        return
+    folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+        dist_util.barrier()
+    finally:
+        if dist_util.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def extract(images: BatchFile, network: Network, folder: Path, batch_size: int,
+            num_images: int | None = None) -> Features:
+    """Features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
+
+    The batches are dealt to the ranks in turn; a file that `folder` already has features of is not read again. Raises
+    UserError for a damaged file, and for features that are not finite numbers, naming the image.
+    """
+    total = len(images) if num_images is None else num_images
+    done = folder / f"{images.sha256[:32]}-{network.fingerprint[:32]}-{total}"
+    with dist_util.together():
+        known = done.is_dir()
+    if not known:
+        partial = folder / f".{done.name}-{_shared_token()}"
+        try:
+            _compute(images, network, partial, batch_size, total)
+            with dist_util.together():
+                if dist_util.is_main() and not done.is_dir():
+                    os.replace(partial, done)
+        finally:
+            if dist_util.is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+    return Features(*(np.load(done / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Features._fields))
+
+
+def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int, total: int) -> None:
+    ranks, rank = dist_util.world_size(), dist_util.rank()
+    batches = images.batches(batch_size, slice(rank, None, ranks), total)
+    with _progress(total, images.path.name) as progress:
+        for first in range(0, total, ranks * batch_size):
+            with dist_util.together():
+                start, batch = next(batches, (total, None))
+                if batch is not None:
+                    features = _checked(network.features(batch), images, start)
+                    if start == 0:
+                        _create(folder, features, total)
+            with dist_util.together():
+                if batch is not None:
+                    _write(folder, features, start)
+            progress.update(min(ranks * batch_size, total - first))
+
+
+def _checked(features: Features, images: BatchFile, start: int) -> Features:
+    flat = Features(*(values.reshape(len(values), -1) for values in features))
+    for name, values in zip(Features._fields, flat, strict=True):
+        good = np.isfinite(values).all(axis=1)
+        if not good.all():
+            raise UserError(f"{images.path}: the {name} features of image {start + int(good.argmin())} are not finite")
+    return flat
+
+
+def _create(folder: Path, features: Features, total: int) -> None:
+    folder.mkdir()
+    for name, values in zip(Features._fields, features, strict=True):
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (total, values.shape[1]))
+
+
+def _write(folder: Path, features: Features, start: int) -> None:
+    for name, values in zip(Features._fields, features, strict=True):
+        rows = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
+        rows[start:start + len(values)] = values
+
+
+def _shared_token() -> str:
+    """A random word that is the same on all ranks."""
+    token = torch.tensor(int.from_bytes(os.urandom(7)), device=dist_util.dev())
+    dist_util.sync_params([token])
+    return f"{int(token):x}"
+
+
+def _progress(total: int, name: str) -> tqdm:
+    return tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, disable=not dist_util.is_main())

@@ -8,42 +8,34 @@ A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes ask
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .embedded import CLASS_NAMES, EmbeddedClassifier, load_embedded
+from .embedded import CLASS_NAMES, IMAGE_SIZE, EmbeddedClassifier, load_embedded
+from .files import check_writable, write_json
+from .npz import BatchFile
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file; ValueError where it holds anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
-        raise ValueError(f"{path}: cannot be read as an .npz file of arrays") from None
-    if "arr_0" not in arrays:
+    file = BatchFile(path)
+    if len(file) == 0:
         raise ValueError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
-    if "arr_1" not in arrays:
+    if "arr_1" not in file.members:
         raise ValueError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
-    images, labels = arrays["arr_0"], arrays["arr_1"]
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
-        raise ValueError(f"{path}: arr_0 is {images.shape} {images.dtype}, must be (N, 32, 32, 3) uint8 with N > 0")
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(images)},) whole numbers")
+    if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
+    labels = file.read("arr_1")
+    if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
     if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
         raise ValueError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to 9")
-    return images, labels.astype(np.int64)
+    return file.read("arr_0"), labels.astype(np.int64)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -81,22 +73,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"--json {path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz", help="sample files with labels")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
+    check_writable("--json", arguments.json)
     judge = load_embedded()
     results = {name: measure(judge, *read_samples(name)) for name in arguments.samples}
     if arguments.json:

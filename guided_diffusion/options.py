@@ -132,12 +132,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_options(
     argv: Sequence[str] | None, *classes: type, description: str = "",
-    preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None, words: str = "",
 ) -> list[Any]:
     """One instance of each options class from the command line and the `--config` file it may name.
 
     A name that several classes have is one option for all of them. `preset` receives what the user gave and
-    returns values that go before the defaults. Raises UserError for an unknown name or a value not allowed.
+    returns values that go before the defaults. `words` is the help of what is given without a name, such as files:
+    with it, the list of these words comes last. Raises UserError for an unknown name or a value not allowed.
     """
     fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -152,19 +153,23 @@ def parse_options(
             group.add_argument(f"--{field.name}", metavar=field.type.__name__.upper(), default=argparse.SUPPRESS,
                                help=field.help.replace("%", "%%"), **bare)
     parser.error = _refuse
-    known, unknown = parser.parse_known_args(argv)
+    if words:
+        parser.add_argument("words", nargs="*", metavar="FILE", help=words)
+    parse = parser.parse_known_intermixed_args if words else parser.parse_known_args
+    known, unknown = parse(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         raise UserError(f"{name}: no such option{nearest(name, [f'--{n}' for n in fields])}")
     flags = vars(known)
-    config = flags.pop("config")
+    config, files = flags.pop("config"), flags.pop("words", None)
     given = {**(read_yaml(config) if config else {}), **flags}
     for name in given:
         if name not in fields:
             raise UserError(f"{name} in {config}: no such option{nearest(str(name), fields)}")
     given = {name: checked(fields[name], value) for name, value in given.items()}
     values = {**(preset(given) if preset else {}), **given}
-    return [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
+    parsed = [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
+    return [*parsed, files] if words else parsed
 
 
 def _refuse(message: str) -> None:

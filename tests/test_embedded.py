@@ -216,13 +216,13 @@ def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys, judge
 @pytest.mark.parametrize("arrays, message", [
     ({}, "has no images"),
     ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8)}, "has no labels"),
-    ({"arr_0": np.zeros((2, 64, 64, 3), np.uint8), "arr_1": np.zeros(2, int)}, r"arr_0 is \(2, 64, 64, 3\) uint8"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.float32), "arr_1": np.zeros(2, int)}, "float32, must be"),
-    ({"arr_0": np.zeros((0, 32, 32, 3), np.uint8), "arr_1": np.zeros(0, int)}, "N > 0"),
+    ({"arr_0": np.zeros((2, 64, 64, 3), np.uint8), "arr_1": np.zeros(2, int)}, r"arr_0 is \(2, 64, 64, 3\), must be"),
+    ({"arr_0": np.zeros((2, 32, 32, 3), np.float32), "arr_1": np.zeros(2, int)}, "float32: images must be uint8"),
+    ({"arr_0": np.zeros((0, 32, 32, 3), np.uint8), "arr_1": np.zeros(0, int)}, "at least one"),
     ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.zeros(3, int)}, r"arr_1 is \(3,\)"),
     ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.zeros(2)}, "whole numbers"),
     ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.array([0, 10])}, "labels 0 to 10"),
-    ({"arr_0": np.array([None]), "arr_1": np.zeros(1, int)}, "cannot be read"),
+    ({"arr_0": np.array([None]), "arr_1": np.zeros(1, int)}, "pickled"),
 ])
 def test_wrong_sample_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "samples.npz", **arrays)
@@ -235,7 +235,7 @@ def test_wrong_sample_files(samples, tmp_path):
         recognised.read_samples(tmp_path / "missing.npz")
     for content in (b"", b"text", samples.read_bytes()[:-300]):
         (tmp_path / "wrong.npz").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="is not an .npz file"):
             recognised.read_samples(tmp_path / "wrong.npz")
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         recognised.main([str(samples), "--json", str(tmp_path / "nowhere" / "x.json")])

@@ -1,0 +1,90 @@
+"""The picture of an evaluation: precision against recall, distances to neighbours, the most and least real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+
+from .files import write
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn of one sample file.
+
+    intervals: of precision and recall, where they were bootstrapped. distances: (N,), from each sample to its nearest
+    reference feature. best, worst: images (n, H, W, 3) of the highest and the lowest realism.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    intervals: tuple[tuple[float, float], tuple[float, float]] | None
+    distances: np.ndarray
+    best: np.ndarray
+    worst: np.ndarray
+
+
+def check_plot(path: str) -> None:
+    """Raises UserError where the format is unknown or matplotlib is missing."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UserError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--plot needs matplotlib: install the extra `eval`") from None
+
+
+def draw(path: str | Path, files: list[Drawn], reference_distances: np.ndarray, title: str) -> None:
+    """Writes the picture; `reference_distances` (M,): from each reference feature to its nearest other one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4 + 1.7 * len(files)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    grid = figure.add_gridspec(1 + len(files), 2, height_ratios=[4.4] + [1.7] * len(files))
+    _precision_recall(figure.add_subplot(grid[0, 0]), files)
+    _distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
+    for row, file in enumerate(files, start=1):
+        for column, (images, word) in enumerate(((file.best, "most"), (file.worst, "least"))):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(_strip(images))
+            axes.set_axis_off()
+            axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
+    write(path, lambda file: figure.savefig(file, dpi=120))
+
+
+def _precision_recall(axes, files: list[Drawn]) -> None:
+    for file in files:
+        bars = {}
+        if file.intervals is not None:
+            (low_p, high_p), (low_r, high_r) = file.intervals
+            bars = {"xerr": [[max(0, file.recall - low_r)], [max(0, high_r - file.recall)]],
+                    "yerr": [[max(0, file.precision - low_p)], [max(0, high_p - file.precision)]]}
+        axes.errorbar([file.recall], [file.precision], fmt="o", capsize=3, label=file.name, **bars)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="Precision against recall")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+
+
+def _distances(axes, files: list[Drawn], reference: np.ndarray) -> None:
+    longest = np.quantile(np.concatenate([reference, *(file.distances for file in files)]), 0.995)
+    bins = np.linspace(0, max(longest, 1e-12), 60)
+    axes.hist(reference, bins, density=True, color="0.8", label="reference to reference")
+    for file in files:
+        axes.hist(file.distances, bins, density=True, histtype="step", label=file.name)
+    axes.set(xlabel="distance to the nearest reference feature", ylabel="density", title="Nearest neighbours")
+    axes.legend(fontsize=8)
+
+
+def _strip(images: np.ndarray, gap: int = 1) -> np.ndarray:
+    """(n, H, W, 3) side by side on white."""
+    padded = np.pad(images, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+    return np.concatenate(list(padded), axis=1)
