@@ -235,7 +235,7 @@ def test_wrong_sample_files(samples, tmp_path):
         recognised.read_samples(tmp_path / "missing.npz")
     for content in (b"", b"text", samples.read_bytes()[:-300]):
         (tmp_path / "wrong.npz").write_bytes(content)
-        with pytest.raises(ValueError, match="is not an .npz file"):
+        with pytest.raises(ValueError, match="is not an"):
             recognised.read_samples(tmp_path / "wrong.npz")
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         recognised.main([str(samples), "--json", str(tmp_path / "nowhere" / "x.json")])

@@ -1,0 +1,133 @@
+"""Features of files: the same for any batch and any number of ranks, computed once, never held in memory."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import execute
+
+from evaluations.features import Features, extract, feature_folder
+from evaluations.npz import BatchFile, write_batch
+from guided_diffusion.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
+
+
+class Stub:
+    """A network whose features are the pixels; counts the images it sees."""
+
+    name, fingerprint = "stub", "0" * 64
+
+    def __init__(self):
+        self.seen = 0
+
+    def features(self, images):
+        self.seen += len(images)
+        values = images.astype(np.float32)
+        return Features(values.mean(axis=(1, 2)), values, values.reshape(len(values), -1)[:, :2] / 255)
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_batch(tmp_path / "samples.npz", {}, iter([IMAGES]), IMAGES.shape)
+    return BatchFile(tmp_path / "samples.npz")
+
+
+@pytest.mark.parametrize("batch_size, num_images", [(5, None), (23, None), (50, None), (4, 10), (1, 3)])
+def test_features_of_the_images_asked_for(file, tmp_path, batch_size, num_images):
+    network = Stub()
+    features = extract(file, network, tmp_path, batch_size, num_images)
+    images = IMAGES[:num_images].astype(np.float32)
+    np.testing.assert_array_equal(features.pooled, images.mean(axis=(1, 2)))
+    np.testing.assert_array_equal(features.spatial, images.reshape(len(images), -1))
+    np.testing.assert_array_equal(features.probabilities, images.reshape(len(images), -1)[:, :2] / 255)
+    assert network.seen == len(images)
+
+
+def test_a_file_is_read_once_by_each_network(file, tmp_path):
+    network, other = Stub(), Stub()
+    other.fingerprint = "1" * 64
+    with feature_folder(tmp_path / "cache") as folder:
+        first = extract(file, network, folder, 5)
+        again = extract(file, network, folder, 7)
+        np.testing.assert_array_equal(first.pooled, again.pooled)
+        assert network.seen == 23
+        extract(file, other, folder, 5)
+        assert other.seen == 23
+        extract(file, network, folder, 5, 4)
+        assert network.seen == 27
+
+
+def test_no_cache_leaves_nothing(file, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with feature_folder(None) as folder:
+        extract(file, Stub(), folder, 5)
+        assert folder.parent == tmp_path / "temporary"
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_failure_leaves_no_features(file, tmp_path):
+    network = Stub()
+    worst = IMAGES[:, 0, 0].sum(axis=1).argmax()
+    network.features = lambda images: Features(*(
+        np.where((images[:, 0, 0] == IMAGES[worst, 0, 0]).all(axis=1, keepdims=True), np.nan, 1) for _ in range(3)))
+    with pytest.raises(UserError, match=rf"samples\.npz: the pooled features of image {worst} are not finite"):
+        extract(file, network, tmp_path / "cache", 5)
+    assert not list((tmp_path / "cache").glob("*")) and not list((tmp_path / "cache").glob(".*"))
+
+
+def test_damaged_images_are_named(file, tmp_path):
+    content = bytearray(file.path.read_bytes())
+    content[content.find(IMAGES.tobytes()) + 500] ^= 1
+    file.path.write_bytes(content)
+    with pytest.raises(UserError, match=r"samples\.npz: arr_0 is damaged"):
+        extract(BatchFile(file.path), Stub(), tmp_path / "cache", 5)
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache .*file: cannot be written"), feature_folder(tmp_path / "file"):
+        pass
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_features import Stub
+from evaluations.features import extract, feature_folder
+from evaluations.npz import BatchFile
+from guided_diffusion import dist_util
+dist_util.setup_dist()
+with feature_folder(sys.argv[3]) as folder:
+    network = Stub()
+    extract(BatchFile(sys.argv[2]), network, folder, 4)
+print("seen", network.seen)
+with feature_folder(None) as folder:
+    extract(BatchFile(sys.argv[2]), network, folder, 4)
+dist_util.shutdown()
+"""
+BIN = Path(sys.executable).parent
+LAUNCHERS = {"mpiexec": [BIN / "mpiexec", "-n", 3, sys.executable],
+             "torchrun": [BIN / "torchrun", "--nproc-per-node", 2]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_share_the_work(launcher, file, tmp_path):
+    if launcher == "mpiexec" and not (LAUNCHERS[launcher][0].exists() and importlib.util.find_spec("mpi4py")):
+        pytest.skip("mpiexec or mpi4py is not installed: the extra `mpi`")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    tests, shared = Path(__file__).parent, tmp_path / "shared"
+    ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
+    assert ended.returncode == 0, ended.stderr
+    seen = [int(count) for count in re.findall(r"seen (\d+)", ended.stdout)]
+    assert sum(seen) == 23 and min(seen) > 0
+    network = Stub()
+    together, alone = extract(file, network, shared, 4), extract(file, Stub(), tmp_path, 4)
+    assert network.seen == 0
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(a, b)
