@@ -202,10 +202,10 @@ def parse_graph(content: bytes, source: str) -> dict[str, Tensor]:
         raise UserError(f"{source}: is not a TensorFlow graph, or is truncated{gzipped}") from None
     nodes = {node.name: node for node in graph.node}
     _check_preprocessing(nodes, source)
-    constants = {}
+    endings = ("/conv2d_params", *(f"/batchnorm/{part}" for part in _NORM))
+    constants = {name: _constant(node, source) for name, node in nodes.items()
+                 if name.endswith(endings) or name == LOGITS}
     for name, node in nodes.items():
-        if name.endswith(("/conv2d_params", *(f"/batchnorm/{part}" for part in _NORM))) or name == LOGITS:
-            constants[name] = _constant(node, source)
         if name.endswith("/batchnorm") and node.op == "BatchNormWithGlobalNormalization":
             if not node.attr["scale_after_normalization"].b:
                 constants[f"{name}/gamma"] = np.float32(1)

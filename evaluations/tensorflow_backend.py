@@ -46,6 +46,7 @@ class TensorflowNetwork:
             # the second input of the product is its weights: the file's own product takes one image at a time
             probabilities = tf.nn.softmax(tf.matmul(pooled, logits.op.inputs[1]))
             self._outputs = pooled, spatial[..., :SPATIAL_CHANNELS], probabilities
+        self._not_finite = tf.errors.InvalidArgumentError  # of the graph's own checks
         config = tf.ConfigProto(device_count={} if device.startswith("cuda") else {"GPU": 0})
         config.gpu_options.allow_growth = True
         self._session = tf.Session(graph=graph, config=config)
@@ -57,7 +58,11 @@ class TensorflowNetwork:
         finite.
         """
         check_images(images)
-        pooled, spatial, probabilities = self._session.run(self._outputs, {self._images: images})
+        try:
+            pooled, spatial, probabilities = self._session.run(self._outputs, {self._images: images})
+        except self._not_finite as error:
+            raise UserError(f"one of a batch of {len(images)} images: its features are not finite, the weights are "
+                            f"damaged ({error.op.name if error.op else error.message})") from None
         features = Features(pooled, spatial.reshape(len(spatial), -1), probabilities)
         check_finite(features)
         return features
