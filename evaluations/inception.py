@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
+from guided_diffusion.errors import UserError
+
 from .features import Features
-from .inception_graph import LOGITS, load_weights
+from .inception_graph import FILE_NAME, LOGITS, load_weights
 
 IMAGE_SIZE = 299  # pixels, whatever the images have
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: 2023 numbers
@@ -92,7 +93,7 @@ class Inception(nn.Module):
                                                        conv("mixed_10/tower_2/conv", 1))),
         )
         if LOGITS not in weights:
-            raise UserError(f"not the weights of the 2015 Inception: {LOGITS} is missing")
+            raise UserError(f"has not the weights of the 2015 Inception: {LOGITS} is missing")
         self.classify = nn.Parameter(weights[LOGITS], False)
         self._check_widths()
 
@@ -115,9 +116,9 @@ class Inception(nn.Module):
                 meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.state_dict().items()}
                 shapes = torch.func.functional_call(self, meta, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
         except RuntimeError as error:
-            raise UserError(f"not the weights of the 2015 Inception: {str(error).splitlines()[0]}") from None
+            raise UserError(f"has not the weights of the 2015 Inception: {str(error).splitlines()[0]}") from None
         if shapes[1].shape[1] != 17 * 17 * SPATIAL_CHANNELS:
-            raise UserError(f"not the weights of the 2015 Inception: mixed_6 has {shapes[1].shape[1] // 289} channels, "
+            raise UserError(f"has not the weights of the 2015 Inception: mixed_6 has {shapes[1].shape[1] // 289} channels, "
                             f"at least {SPATIAL_CHANNELS} are needed")
 
 
@@ -127,9 +128,9 @@ def _conv(weights: Mapping[str, Tensor], name: str, *kernel: int, stride: int = 
     height, width = kernel if len(kernel) == 2 else kernel * 2
     weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
     if weight is None or bias is None:
-        raise UserError(f"not the weights of the 2015 Inception: {name} is missing")
+        raise UserError(f"has not the weights of the 2015 Inception: {name} is missing")
     if weight.shape[2:] != (height, width):
-        raise UserError(f"not the weights of the 2015 Inception: {name} has a kernel of {tuple(weight.shape[2:])}, "
+        raise UserError(f"has not the weights of the 2015 Inception: {name} has a kernel of {tuple(weight.shape[2:])}, "
                         f"must be {height, width}")
     padding = (height // 2, width // 2) if same else (0, 0)
     return (AveragedConv if averaged else Conv)(weight, bias, stride, padding)
@@ -236,11 +237,18 @@ class InceptionNetwork:
                  device: str | torch.device = "cpu", dtype: str = "float32", channels_last: bool = True) -> None:
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype}: must be one of {', '.join(DTYPES)}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {device}: cannot be used ({str(error).splitlines()[0]})") from None
         weights = load_weights(path, cache)
         self.fingerprint, self.size = weights.sha256, weights.size
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = Inception(weights.tensors).eval()
+        try:
+            self.model = Inception(weights.tensors).eval()
+        except UserError as error:
+            raise UserError(f"{path or FILE_NAME}: {error}") from None
         for layer in self.model.modules():
             if isinstance(layer, Conv):
                 layer.to(self.device, self.dtype, memory_format=self.memory_format)

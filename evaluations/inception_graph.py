@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import UserError
+from guided_diffusion.errors import UserError
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -69,6 +69,14 @@ def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike |
         raise UserError(f"{target}: has {target.stat().st_size:,} bytes instead of {SIZE:,}, "
                         "delete it to have it downloaded again, or name another with --inception PATH")
     return target
+
+
+def read_graph(path: Path) -> bytes:
+    """The bytes of the .pb; UserError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def download(url: str, target: Path, size: int) -> None:
@@ -124,10 +132,7 @@ def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike
     graph = find_graph(path, cache)
     if graph.suffix == ".safetensors":
         return read_converted(graph)
-    try:
-        content = graph.read_bytes()
-    except OSError as error:
-        raise UserError(f"{graph}: cannot be read ({error.strerror})") from None
+    content = read_graph(graph)
     sha256 = hashlib.sha256(content).hexdigest()
     folder = Path(cache) if cache is not None else default_cache()
     converted = folder / f"{Path(FILE_NAME).stem}-{sha256[:16]}.safetensors"

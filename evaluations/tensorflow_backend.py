@@ -7,10 +7,11 @@ import os
 
 import numpy as np
 
-from .errors import UserError
+from guided_diffusion.errors import UserError
+
 from .features import Features
 from .inception import SPATIAL_CHANNELS, check_finite, check_images
-from .inception_graph import find_graph
+from .inception_graph import FILE_NAME, find_graph, read_graph
 
 OUTPUTS = ("pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul:0")
 
@@ -29,7 +30,9 @@ class TensorflowNetwork:
                  device: str = "cpu") -> None:
         tf = _tensorflow()
         path = find_graph(path, cache)
-        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            raise UserError(f"--inception {path}: TensorFlow needs the graph itself, {FILE_NAME}")
+        content = read_graph(path)
         self.fingerprint, self.size = hashlib.sha256(content).hexdigest(), len(content)
         graph_def = tf.GraphDef()
         with tf.Graph().as_default() as graph:

@@ -17,10 +17,10 @@ from golden import GOLDEN, needs_golden, relative_error
 from synthetic_inception import constants, graph, write_weights
 
 from evaluations import inception_graph
-from evaluations.errors import UserError
 from evaluations.features import Features
 from evaluations.inception import InceptionNetwork, check_finite, resize
 from evaluations.inception_graph import FILE_NAME, download, find_graph, fold, load_weights, parse_graph
+from guided_diffusion.errors import UserError
 
 OUTPUTS = ("pool", "spatial", "softmax")
 
@@ -126,7 +126,13 @@ def test_other_formats(files, small):
         InceptionNetwork(files(12, 8), dtype="float16")
 
 
-def test_network_without_golden_files_is_an_error(tmp_path):
+@pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:99"])
+def test_wrong_device(device):
+    with pytest.raises(UserError, match=f"device {device}: cannot be used"):
+        InceptionNetwork(device=device)
+
+
+def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"--inception .*none.pb: no such file"):
         InceptionNetwork(tmp_path / "none.pb")
 
@@ -281,6 +287,7 @@ def test_other_networks(tmp_path, values, change, message):
     (tmp_path / "other.pb").write_bytes(graph(change(values)).SerializeToString())
     with pytest.raises(UserError, match=message) as error:
         InceptionNetwork(tmp_path / "other.pb", cache=tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "other.pb"))
     assert "\n" not in str(error.value)
 
 

@@ -6,9 +6,9 @@ import pytest
 from golden import GOLDEN, needs_golden, relative_error
 from synthetic_inception import make_synthetic_graph
 
-from evaluations.errors import UserError
 from evaluations.inception import InceptionNetwork
 from evaluations.tensorflow_backend import TensorflowNetwork
+from guided_diffusion.errors import UserError
 
 needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None,
                                       reason="tensorflow is not installed")
@@ -66,6 +66,9 @@ def test_wrong_files(graph_file, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"--inception .*none.pb: no such file"):
         TensorflowNetwork(tmp_path / "none.pb")
+    (tmp_path / "converted.safetensors").touch()
+    with pytest.raises(UserError, match="TensorFlow needs the graph itself"):
+        TensorflowNetwork(tmp_path / "converted.safetensors")
 
 
 @needs_golden
