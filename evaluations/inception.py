@@ -118,7 +118,8 @@ class Inception(nn.Module):
         except RuntimeError as error:
             raise UserError(f"has not the weights of the 2015 Inception: {str(error).splitlines()[0]}") from None
         if shapes[1].shape[1] != 17 * 17 * SPATIAL_CHANNELS:
-            raise UserError(f"has not the weights of the 2015 Inception: mixed_6 has {shapes[1].shape[1] // 289} channels, "
+            channels = shapes[1].shape[1] // 17**2
+            raise UserError(f"has not the weights of the 2015 Inception: mixed_6 has {channels} channels, "
                             f"at least {SPATIAL_CHANNELS} are needed")
 
 
