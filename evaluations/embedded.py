@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from guided_diffusion.errors import UserError
+
 from .features import Features
 
 IMAGE_SIZE = 32
@@ -36,7 +38,8 @@ class EmbeddedClassifier(nn.Module):
     test_accuracy: share of the 10,000 test images classified rightly (NaN before training).
 
     Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the last map; spatial
-    (N, 8, 8, 8), the first 8 channels of the last map at 16 x 16, averaged over squares of 2 x 2; probabilities (N, 10).
+    (N, 8, 8, 8), the first 8 channels of the last map at 16 x 16, averaged over squares of 2 x 2; probabilities
+    (N, 10).
     """
 
     name = "embedded Fashion-MNIST classifier"
@@ -69,7 +72,7 @@ class EmbeddedClassifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Images, batch_size: int = 250) -> Features:
-        """Features and class probabilities of images; `images` as in `to_grey`, which raises the ValueErrors."""
+        """Features and class probabilities of images; `images` as in `to_grey`, which raises the UserErrors."""
         grey, device = to_grey(images), self.classify.weight.device
         parts = [self._read(piece.to(device)) for piece in grey.split(batch_size)]
         pooled, spatial, logits = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
@@ -89,7 +92,7 @@ def to_grey(images: Images) -> Tensor:
     """(N, 1, 32, 32), float32 in [-1, 1]; grey is the mean over the channels.
 
     images: uint8 (N, 32, 32, 3 or 1), or floating point (N, 3 or 1, 32, 32) in [-1, 1]: a 28 x 28 picture in the
-    middle of a black frame. Raises ValueError for any other shape or type, or for no image at all.
+    middle of a black frame. Raises UserError for any other shape or type, or for no image at all.
     """
     images = torch.as_tensor(images)
     if images.dtype == torch.uint8:
@@ -97,12 +100,12 @@ def to_grey(images: Images) -> Tensor:
     elif images.is_floating_point():
         expected, channel_dim = "floating-point images must be (N, 3 or 1, 32, 32)", 1
     else:
-        raise ValueError(f"images of type {images.dtype}: must be uint8 or floating point")
+        raise UserError(f"images of type {images.dtype}: must be uint8 or floating point")
     shapes = {(channels, IMAGE_SIZE, IMAGE_SIZE) for channels in (1, 3)}
     if images.ndim != 4 or tuple(images.movedim(channel_dim, 1).shape[1:]) not in shapes:
-        raise ValueError(f"images of shape {tuple(images.shape)}: {expected}")
+        raise UserError(f"images of shape {tuple(images.shape)}: {expected}")
     if len(images) == 0:
-        raise ValueError("no images: at least one is needed")
+        raise UserError("no images: at least one is needed")
     grey = images.movedim(channel_dim, 1).float().mean(dim=1, keepdim=True)
     return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
 
@@ -110,7 +113,7 @@ def to_grey(images: Images) -> Tensor:
 def load_embedded(path: str | os.PathLike | None = None) -> EmbeddedClassifier:
     """The shipped judge, or the one in a file that `save_embedded` wrote; in evaluation mode, float32.
 
-    Raises ValueError where the file is missing, damaged, or of another kind.
+    Raises UserError where the file is missing, damaged, or of another kind.
     """
     path = Path(path or WEIGHTS)
     try:
@@ -120,11 +123,11 @@ def load_embedded(path: str | os.PathLike | None = None) -> EmbeddedClassifier:
         model = EmbeddedClassifier(json.loads(metadata["widths"]), float(metadata["test_accuracy"]))
         model.load_state_dict(weights)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
-        raise ValueError(f"{path}: does not hold an embedded classifier, or is damaged") from None
+        raise UserError(f"{path}: does not hold an embedded classifier, or is damaged") from None
     return model.eval().to(memory_format=torch.channels_last)
 
 

@@ -95,7 +95,7 @@ def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int,
             with dist_util.together():
                 start, batch = next(batches, (total, None))
                 if batch is not None:
-                    features = _checked(network.features(batch), images, start)
+                    features = _features(network, batch, images, start)
                     if start == 0:
                         _create(folder, features, total)
             with dist_util.together():
@@ -104,7 +104,12 @@ def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int,
             progress.update(min(ranks * batch_size, total - first))
 
 
-def _checked(features: Features, images: BatchFile, start: int) -> Features:
+def _features(network: Network, batch: np.ndarray, images: BatchFile, start: int) -> Features:
+    """Features of a batch, each flattened to (n, D), checked to be finite."""
+    try:
+        features = network.features(batch)
+    except UserError as error:
+        raise UserError(f"{images.path}: {error}") from None
     flat = Features(*(values.reshape(len(values), -1) for values in features))
     for name, values in zip(Features._fields, flat, strict=True):
         good = np.isfinite(values).all(axis=1)

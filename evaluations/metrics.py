@@ -14,7 +14,7 @@ import numpy as np
 from scipy.linalg import blas, lapack
 from scipy.special import xlogy
 
-from evaluations.errors import UserError
+from guided_diffusion.errors import UserError
 
 # Asymmetry and negative eigenvalues up to this, relative to the largest, are what float32 does to a covariance.
 _COVARIANCE_ROUND_OFF = 1e-5
@@ -329,7 +329,7 @@ def _squared_distances(rows_of: _Points, columns_of: _Points,
 
     With `triangle`, a block ends with the column of its last row: enough where both are the same points.
     """
-    height = max(64, min(256 if triangle else 1024, _BLOCK_ENTRIES // len(columns_of.centred)))
+    height = max(64, min(512, _BLOCK_ENTRIES // len(columns_of.centred)))
     buffer = np.empty(height * len(columns_of.centred), np.float32)
     for rows in _slices(len(rows_of.centred), height):
         left = rows_of.centred[rows]

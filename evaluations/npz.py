@@ -11,10 +11,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +29,7 @@ _READ_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeErr
                 NotImplementedError, RuntimeError, zipfile.BadZipFile)
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """Mean (D,) and covariance (D, D) of features."""
 
     mean: np.ndarray
@@ -165,8 +163,8 @@ class BatchFile:
         shapes = [self._header(name)[0] for name in (mean, covariance)]
         dimension = shapes[0][0] if shapes[0] else 0
         if shapes != [(dimension,), (dimension, dimension)] or dimension < 1:
-            raise UserError(f"{self.path}: {mean} is {_shown(shapes[0])} and {covariance} {_shown(shapes[1])}, they must "
-                            "be (D,) and (D, D)")
+            raise UserError(f"{self.path}: {mean} is {_shown(shapes[0])} and {covariance} {_shown(shapes[1])}, "
+                            "they must be (D,) and (D, D)")
         arrays = [self.read(name) for name in (mean, covariance)]
         for name, array in zip((mean, covariance), arrays, strict=True):
             if array.dtype.kind != "f" or not np.isfinite(array).all():

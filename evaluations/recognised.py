@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import run_script
 
 from .embedded import CLASS_NAMES, IMAGE_SIZE, EmbeddedClassifier, load_embedded
 from .files import check_writable, write_json
@@ -22,19 +24,19 @@ from .npz import BatchFile
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file; ValueError where it holds anything else."""
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file; UserError where it holds anything else."""
     file = BatchFile(path)
     if len(file) == 0:
-        raise ValueError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
+        raise UserError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
     if "arr_1" not in file.members:
-        raise ValueError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
+        raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise ValueError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
+        raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
+        raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
     if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
-        raise ValueError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to 9")
+        raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to 9")
     return file.read("arr_0"), labels.astype(np.int64)
 
 
@@ -89,8 +91,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.script_util import run_script
 
 from .embedded import IMAGE_SIZE, WEIGHTS, EmbeddedClassifier, save_embedded
 
@@ -123,8 +124,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -316,8 +316,8 @@ def run_script(main: Callable[[], None]) -> None:
     """`main()`; a user's mistake ends the process with one line on stderr and exit code 2."""
     try:
         main()
-    except (UserError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except dist_util.PeerError:
+    except (UserError, NonFiniteError, dist_util.PeerError) as error:
+        if not isinstance(error, dist_util.PeerError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist_util.shutdown()        # else its threads may abort the process on its way out
         sys.exit(2)

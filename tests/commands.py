@@ -18,8 +18,8 @@ def flags(options):
 
 
 def call(script, *arguments):
-    """Runs scripts/`script`.py in this process, and returns its exit code."""
-    path = str(REPOSITORY / "scripts" / f"{script}.py")
+    """Runs scripts/`script`.py, or a `script` in another/folder, in this process, and returns its exit code."""
+    path = str(REPOSITORY / f"{script if '/' in script else f'scripts/{script}'}.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path, *map(str, arguments)])
         try:

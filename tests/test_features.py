@@ -1,7 +1,6 @@
 """Features of files: the same for any batch and any number of ranks, computed once, never held in memory."""
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
@@ -96,6 +95,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 PROGRAM = """
 import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_features import Stub
 from evaluations.features import extract, feature_folder
@@ -105,7 +105,7 @@ dist_util.setup_dist()
 with feature_folder(sys.argv[3]) as folder:
     network = Stub()
     extract(BatchFile(sys.argv[2]), network, folder, 4)
-print("seen", network.seen)
+Path(sys.argv[3] + f"-seen-{dist_util.rank()}").write_text(str(network.seen))
 with feature_folder(None) as folder:
     extract(BatchFile(sys.argv[2]), network, folder, 4)
 dist_util.shutdown()
@@ -124,7 +124,7 @@ def test_ranks_share_the_work(launcher, file, tmp_path):
     tests, shared = Path(__file__).parent, tmp_path / "shared"
     ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
     assert ended.returncode == 0, ended.stderr
-    seen = [int(count) for count in re.findall(r"seen (\d+)", ended.stdout)]
+    seen = [int(path.read_text()) for path in tmp_path.glob("shared-seen-*")]
     assert sum(seen) == 23 and min(seen) > 0
     network = Stub()
     together, alone = extract(file, network, shared, 4), extract(file, Stub(), tmp_path, 4)

@@ -8,7 +8,6 @@ import pytest
 from golden import GOLDEN
 from scipy.spatial.distance import cdist
 
-from evaluations.errors import UserError
 from evaluations.metrics import (
     RunningStatistics,
     bootstrap,
@@ -24,6 +23,7 @@ from evaluations.metrics import (
     resampled_kid,
     resampled_mean,
 )
+from guided_diffusion.errors import UserError
 
 
 def golden_cases(name):

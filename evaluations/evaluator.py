@@ -1,0 +1,376 @@
+"""Evaluate sample files against a reference batch: FID, sFID, Inception Score, precision, recall, and more.
+
+    python evaluations/evaluator.py VIRTUAL_imagenet128_labeled.npz samples_50000x128x128x3.npz
+    python evaluations/evaluator.py fmnist32 samples_1000x32x32x3.npz --backend embedded
+
+The reference is a file in the official layout, or a shipped one by name (fmnist32). Under mpiexec or torchrun the
+ranks share the images.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+
+from evaluations import metrics, plots
+from evaluations.features import Features, Network, extract, feature_folder
+from evaluations.files import check_writable, write_json
+from evaluations.npz import BatchFile, Statistics
+from guided_diffusion import __version__, dist_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import Options, nearest, option, parse_options
+from guided_diffusion.script_util import run_script
+
+MODELS = Path(__file__).parent / "models"
+SPLIT_SIZE = 5000
+KID_IMAGES = 10_000
+
+# Metrics by the word that --metrics takes and the line that shows them; the official five first, in their order.
+NAMES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
+         "kid": "KID", "density": "Density", "coverage": "Coverage"}
+NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
+PAIRED = ("kid", *NEIGHBOURS)           # metrics that need the features of the reference, not only their statistics
+SUFFIXES = {"fid": "", "sfid": "_s"}    # of the statistics' names in reference batches
+BACKENDS = ("torch", "tensorflow", "embedded")
+
+
+@dataclass(frozen=True)
+class NetworkOptions(Options):
+    """The network that sees the images."""
+
+    backend: str = option("torch", "the network: torch or tensorflow (Inception of 2015), or embedded (a small "
+                          "classifier of Fashion-MNIST, for the shipped model)", choices=BACKENDS)
+    inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
+                            "this library, else downloaded")
+    device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
+    dtype: str = option("float32", "type in which the torch Inception computes", choices=("float32", "bfloat16"))
+    batch_size: int = option(64, "images at a time on each rank", minimum=1)
+    cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions(Options):
+    """The evaluation."""
+
+    metrics: str = option("is,fid,sfid,precision,recall", f"which numbers, of {','.join(NAMES)}")
+    num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
+    precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
+                                   choices=("exact", "official"))
+    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
+    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    json: str = option("", "also write the results to this file")
+    plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
+
+    @property
+    def wanted(self) -> list[str]:
+        return [word for word in NAMES if word in self.metrics.replace(" ", "").lower().split(",")]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words = self.metrics.replace(" ", "").lower().split(",")
+        for word in words:
+            if word not in NAMES:
+                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(NAMES)}"
+                                f"{nearest(word, NAMES)}")
+
+
+def open_reference(word: str) -> BatchFile:
+    """The reference batch of that path, or the shipped one of that name."""
+    shipped = MODELS / f"{word}_reference.npz"
+    return BatchFile(shipped if shipped.is_file() and not Path(word).exists() else word)
+
+
+def load_network(options: NetworkOptions) -> Network:
+    """The network that `--backend` names."""
+    if options.backend == "embedded":
+        from evaluations.embedded import load_embedded
+
+        return load_embedded().to(_device(options))
+    if options.backend == "tensorflow":
+        from evaluations.tensorflow_backend import TensorflowNetwork
+
+        return TensorflowNetwork(options.inception or None)
+    from evaluations.inception import InceptionNetwork
+
+    return InceptionNetwork(options.inception or None, device=_device(options), dtype=options.dtype)
+
+
+def _device(options: NetworkOptions) -> torch.device:
+    if not options.device:
+        return dist_util.dev()
+    try:
+        return torch.empty(0, device=options.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+
+
+def statistics(features: np.ndarray, rows: int = 4096) -> Statistics:
+    """Mean and covariance of (N, D) features, which may be mapped from a file: a few rows in memory at a time."""
+    running = metrics.RunningStatistics()
+    for start in range(0, len(features), rows):
+        running.update(features[start:start + rows])
+    return Statistics(running.mean, running.covariance)
+
+
+class Side:
+    """A file, its features where the metrics need them, and its statistics, stored or computed."""
+
+    def __init__(self, file: BatchFile, count: int, features: Features | None = None) -> None:
+        self.file = file
+        self.count = count
+        self.features = features
+        self._statistics: dict[str, Statistics | None] = {}
+
+    @property
+    def pooled(self) -> np.ndarray:
+        """(N, D)."""
+        return self.features.pooled if self.features is not None else self.file.read("pooled")
+
+    def statistics(self, suffix: str) -> Statistics:
+        """Of pooled features, or with suffix "_s" of spatial ones."""
+        if suffix not in self._statistics:
+            computed = self.features and {"": self.features.pooled, "_s": self.features.spatial}[suffix]
+            self._statistics[suffix] = self.file.statistics(suffix) or statistics(computed)
+        return self._statistics[suffix]
+
+    def description(self) -> dict[str, Any]:
+        return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
+                **({"resolution": self.file.resolution} if len(self.file) else {})}
+
+
+class Evaluation:
+    """Sample files against one reference."""
+
+    def __init__(self, reference: str, samples: Sequence[str], network: NetworkOptions, options: EvaluatorOptions,
+                 warn: Callable[[str], None] = lambda text: None) -> None:
+        self.options, self.network_options = options, network
+        self.reference = open_reference(reference)
+        self.samples = [BatchFile(path) for path in samples]
+        self.warn = warn
+        self._check()
+
+    def _check(self) -> None:
+        """Raises UserError for what cannot work, before the network is loaded."""
+        options, reference = self.options, self.reference
+        for flag in ("json", "plot"):
+            check_writable(f"--{flag}", getattr(options, flag))
+        if options.plot:
+            plots.check_plot(options.plot)
+        if options.bootstrap == 1:
+            raise UserError("--bootstrap 1: must be 0, or at least 2")
+        if not self.samples:
+            raise UserError("no sample file is given: name the reference and one or more sample files")
+        for file in self.samples:
+            if not len(file):
+                raise UserError(f"{file.path}: has no images, arr_0 must be (N, H, W, 3) uint8")
+            if options.num_images and options.num_images > len(file):
+                raise UserError(f"--num_images {options.num_images}: {file.path} holds {len(file)}")
+        stored = {suffix for suffix in ("", "_s") if reference.statistics(suffix) is not None}
+        lacking = [word for word, suffix in (("fid", ""), ("sfid", "_s")) if word in options.wanted
+                   and suffix not in stored]
+        if "pooled" not in reference.members:
+            lacking += [word for word in options.wanted if word in PAIRED] + ["plot"] * bool(options.plot)
+        if lacking and not len(reference):
+            raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
+                            "them out of --metrics")
+        needed = 1 + max([NEIGHBOURS.get(word, 1) for word in options.wanted])
+        for file, count in [(file, self._count(file)) for file in self.samples] + [(reference, len(reference))]:
+            if 0 < count < needed:
+                raise UserError(f"{file.path}: has {count} images, --metrics {options.metrics} needs at least {needed}")
+
+    def _count(self, file: BatchFile) -> int:
+        return self.options.num_images or len(file)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """The results, one for each sample file; none on ranks other than the first. `folder` takes the features."""
+        with dist_util.together():
+            self.network = load_network(self.network_options)
+            self._check_made_by()
+        reference = self._side(self.reference, len(self.reference), folder, wanted=self._reference_features_needed())
+        sides = [self._side(file, self._count(file), folder) for file in self.samples]
+        results = []
+        with dist_util.together():
+            if dist_util.is_main():
+                self._warn_of_differences(reference, sides)
+                compared = [Compared(reference, side, self.options) for side in sides]
+                results = [self._result(reference, one) for one in compared]
+                if self.options.plot:
+                    self._plot(compared, results)
+                if self.options.json:
+                    write_json(self.options.json, results)
+        return results
+
+    def _side(self, file: BatchFile, count: int, folder: Path, wanted: bool = True) -> Side:
+        features = extract(file, self.network, folder, self.network_options.batch_size, count) if wanted else None
+        return Side(file, count or int(file.value("count") or 0), features)
+
+    def _check_made_by(self) -> None:
+        made_by = self.reference.value("backend")
+        if made_by is not None and made_by != self.network.name:
+            raise UserError(f"{self.reference.path}: its statistics are of the network {made_by!r}, not of "
+                            f"{self.network.name!r}: pass another --backend")
+        if made_by is None and self.network_options.backend == "embedded" and self.reference.statistics():
+            raise UserError(f"{self.reference.path}: its statistics are Inception's, not those of --backend embedded")
+
+    def _reference_features_needed(self) -> bool:
+        file, wanted = self.reference, self.options.wanted
+        pooled = "pooled" not in file.members and (self.options.plot or any(word in PAIRED for word in wanted))
+        return bool(pooled or ("fid" in wanted and not file.statistics())
+                    or ("sfid" in wanted and not file.statistics("_s")))
+
+    def _warn_of_differences(self, reference: Side, sides: list[Side]) -> None:
+        counts = [side.count for side in (reference, *sides) if side.count]
+        if len(set(counts)) > 1:
+            self.warn(f"different numbers of images ({_listed(counts)}), on which FID and the others depend")
+        sizes = [side.file.resolution for side in (reference, *sides) if len(side.file)]
+        if len(set(sizes)) > 1:
+            self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
+
+    def _result(self, reference: Side, compared: Compared) -> dict[str, Any]:
+        values, intervals = compared.metrics()
+        stored = [name for name, suffix in (("mu, sigma", ""), ("mu_s, sigma_s", "_s"))
+                  if reference.file.statistics(suffix) is not None]
+        return {
+            "reference": {**reference.description(), "statistics": "stored" if stored else "computed"},
+            "sample": compared.sample.description(),
+            "metrics": values,
+            **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
+            "backend": {"name": self.network.name, "sha256": self.network.fingerprint,
+                        **({"dtype": self.network_options.dtype} if self.network_options.backend == "torch" else {})},
+            "protocol": {"precision_recall": self.options.precision_recall, "neighbours": NEIGHBOURS,
+                         "inception_score_split": SPLIT_SIZE, "seed": self.options.seed},
+            "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                         "scipy": scipy.__version__, "python": platform.python_version()},
+        }
+
+    def _plot(self, compared: list[Compared], results: list[dict[str, Any]], shown: int = 10) -> None:
+        drawn = []
+        for one, result in zip(compared, results, strict=True):
+            ranked = np.argsort(-one.neighbourhoods.realism, kind="stable").tolist()
+            intervals = [result.get("intervals95", {}).get(word) for word in ("precision", "recall")]
+            precision, recall = one.precision_recall
+            drawn.append(plots.Drawn(
+                "/".join(one.sample.file.path.parts[-2:]), float(precision.mean()), float(recall.mean()),
+                intervals if all(intervals) else None, one.neighbourhoods.sample_distance,
+                one.sample.file.pick(ranked[:shown]), one.sample.file.pick(ranked[:-shown - 1:-1])))
+        plots.draw(self.options.plot, drawn, compared[0].neighbourhoods.reference_distance,
+                   f"{self.network.name}, reference {self.reference.path.name}")
+
+
+class Compared:
+    """A sample file beside the reference: what the metrics share is computed once, when it is first needed."""
+
+    def __init__(self, reference: Side, sample: Side, options: EvaluatorOptions) -> None:
+        self.reference, self.sample, self.options = reference, sample, options
+
+    @cached_property
+    def neighbourhoods(self) -> metrics.Neighbourhoods:
+        return metrics.neighbourhoods(self.reference.pooled, self.sample.pooled, NEIGHBOURS["precision"],
+                                      NEIGHBOURS["density"])
+
+    @cached_property
+    def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample and each reference image, whether it is inside the other manifold."""
+        if self.options.precision_recall == "exact" and (
+                self.options.plot or {"density", "coverage"} & set(self.options.wanted)):
+            return self.neighbourhoods.sample_inside, self.neighbourhoods.reference_inside
+        return metrics.inside(self.reference.pooled, self.sample.pooled, NEIGHBOURS["precision"],
+                              self.options.precision_recall)
+
+    def metrics(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Values, and 95 % intervals where they are asked for, by the words of `--metrics`."""
+        values, intervals = {}, {}
+        for word in self.options.wanted:
+            values[word] = float(self._value(word))
+            if self.options.bootstrap:
+                statistic, sizes = self._resampled(word)
+                intervals[word] = tuple(metrics.bootstrap(statistic, sizes, self.options.bootstrap, self.options.seed))
+        return values, intervals
+
+    def _value(self, word: str) -> float:
+        if word == "is":
+            return metrics.inception_score(self.sample.features.probabilities, SPLIT_SIZE)
+        if word in SUFFIXES:
+            reference, sample = (side.statistics(SUFFIXES[word]) for side in (self.reference, self.sample))
+            return metrics.frechet_distance(*reference, *sample)
+        if word == "kid":
+            return metrics.kid(self.reference.pooled, self.sample.pooled, KID_IMAGES, self.options.seed)
+        return self._per_image(word).mean()
+
+    def _per_image(self, word: str) -> np.ndarray:
+        if word in ("precision", "recall"):
+            return self.precision_recall[word == "recall"]
+        return self.neighbourhoods.density if word == "density" else self.neighbourhoods.covered
+
+    def _resampled(self, word: str) -> tuple[metrics.Statistic, int | list[int]]:
+        count = self.sample.count
+        if word == "is":
+            splits = [min(SPLIT_SIZE, count - start) for start in range(0, count, SPLIT_SIZE)]
+            return metrics.resampled_inception_score(self.sample.features.probabilities, SPLIT_SIZE), splits
+        if word in SUFFIXES:
+            features = self.sample.features.spatial if SUFFIXES[word] else self.sample.features.pooled
+            return metrics.resampled_frechet_distance(*self.reference.statistics(SUFFIXES[word]), features), count
+        if word == "kid":
+            return (metrics.resampled_kid(self.reference.pooled, self.sample.pooled, KID_IMAGES, self.options.seed),
+                    min(count, KID_IMAGES))
+        values = self._per_image(word)
+        return metrics.resampled_mean(values), len(values)
+
+
+def _listed(values: list[Any]) -> str:
+    """Different values in their order, in words."""
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """What a reader needs: of what the numbers are, then for each file the official lines."""
+    first = results[0]
+    reference, backend = first["reference"], first["backend"]
+    shown = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    lines = [f"reference: {_described(reference)}, statistics {reference['statistics']}",
+             f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
+             f"protocol:  {first['protocol']['precision_recall']} precision and recall; {shown}"]
+    for result in results:
+        lines.append(f"sample:    {_described(result['sample'])}")
+        for word, value in result["metrics"].items():
+            low, high = result.get("intervals95", {}).get(word, (None, None))
+            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            lines.append(f"{NAMES[word]}: {value}{interval}")
+    return "\n".join(lines)
+
+
+def _described(side: dict[str, Any]) -> str:
+    size = f" of {side['resolution']}" if "resolution" in side else ""
+    return f"{side['file']}, {side['images'] or 'an unknown number of'} images{size}, sha256 {side['sha256'][:16]}"
+
+
+def main() -> None:
+    network, options, words = parse_options(None, NetworkOptions, EvaluatorOptions, description=__doc__,
+                                            words="the reference batch, then the sample files")
+    if len(words) < 2:
+        raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
+    dist_util.setup_dist()
+    with dist_util.together():
+        evaluation = Evaluation(words[0], words[1:], network, options, warn)
+    with feature_folder(network.cache) as folder:
+        results = evaluation.run(folder)
+    if results:
+        print(summary(results))
+    dist_util.shutdown()
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,126 @@
+"""Make a reference batch: images and the statistics of their features, in the official layout.
+
+    python -m evaluations.make_reference IMAGES OUT.npz
+
+IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
+("fashion-mnist": where Debian installs them; its test images). The shipped reference fmnist32 was made by
+
+    python -m evaluations.make_reference fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \\
+        --keep features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluations.evaluator import NetworkOptions, load_network, statistics
+from evaluations.features import extract, feature_folder
+from evaluations.files import check_writable
+from evaluations.npz import BatchFile, write_batch
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import (
+    crop_square,
+    find_data,
+    holds_idx,
+    list_images,
+    load_arrays,
+    pad_to_frame,
+    read_image,
+    resize_smaller_side,
+)
+from guided_diffusion.options import option, parse_options
+from guided_diffusion.script_util import run_script
+
+
+@dataclass(frozen=True)
+class ReferenceOptions(NetworkOptions):
+    """The reference batch."""
+
+    keep: str = option("images", "what stands beside the statistics: images, for precision and recall with any "
+                       "network; features, for them with this one; or nothing",
+                       choices=("images", "features", "nothing"))
+    num_images: int | None = option(None, "only the first so many images; unset: all", minimum=2)
+    image_size: int | None = option(None, "crop pictures of a folder to squares of this many pixels, as for training; "
+                                    "unset: they must have one size", minimum=1)
+
+
+def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
+    """Writes the reference batch `out` of the images in `source`."""
+    dist_util.setup_dist()
+    with dist_util.together():
+        if dist_util.is_main():
+            check_writable("OUT", out)
+    with feature_folder(options.cache) as folder:
+        packed = folder / f"packed-{Path(out).name}"
+        with dist_util.together():
+            if not source.endswith(".npz") and dist_util.is_main():
+                pack(source, packed, options)
+        with dist_util.together():
+            images = BatchFile(source if source.endswith(".npz") else packed)
+            network = load_network(options)
+            count = options.num_images or len(images)
+            if not 2 <= count <= len(images):
+                raise UserError(f"{source} holds {len(images)} images: {count} are needed")
+        features = extract(images, network, folder, options.batch_size, count)
+        if dist_util.is_main():
+            pooled, spatial = statistics(features.pooled), statistics(features.spatial)
+            arrays = {"mu": pooled.mean, "sigma": pooled.covariance,
+                      "mu_s": spatial.mean, "sigma_s": spatial.covariance,
+                      "backend": np.array(network.name), "count": np.array(count)}
+            kept = None
+            if options.keep == "features":
+                arrays["pooled"] = features.pooled
+            elif options.keep == "images":
+                kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
+            write_batch(out, arrays, kept, (count, *images.shape[1:]))
+            print(f"reference: {out}, {count} images, {network.name}")
+            packed.unlink(missing_ok=True)
+    dist_util.shutdown()
+
+
+def pack(source: str, path: Path, options: ReferenceOptions) -> None:
+    """Packs the images of a folder into an .npz."""
+    folder = find_data(source)
+    if holds_idx(folder):
+        pixels, _ = load_arrays(folder, "test")
+        side = 2 ** int(np.ceil(np.log2(max(pixels.shape[1:]))))
+        grey = pad_to_frame(pixels, (1, side, side))
+        images = ((grey + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        write_batch(path, {}, iter([images]), images.shape)
+        return
+    files = list_images(folder)[:options.num_images]
+    first = _pixels(files[0], options.image_size)
+    write_batch(path, {}, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
+
+
+def _pictures(files: list[Path], shape: tuple[int, ...], size: int | None) -> Iterator[np.ndarray]:
+    for file in files:
+        pixels = _pixels(file, size)
+        if pixels.shape != shape:
+            raise UserError(f"{file} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the first picture {shape[1]}x"
+                            f"{shape[0]}: pass --image_size to crop all to one size")
+        yield pixels
+
+
+def _pixels(file: Path, size: int | None) -> np.ndarray:
+    image = read_image(file, 3)
+    if size is not None:
+        image = crop_square(resize_smaller_side(image, size), size)
+    return np.asarray(image)
+
+
+def main() -> None:
+    options, words = parse_options(None, ReferenceOptions, description=__doc__,
+                                   words="the images, then the file to write")
+    if len(words) != 2:
+        raise UserError(f"{len(words)} words given: the images and the file to write are needed")
+    make_reference(*words, options)
+
+
+if __name__ == "__main__":
+    run_script(main)
