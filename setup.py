@@ -2,6 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+evaluation = ["scipy", "matplotlib", "tensorboard"]     # tensorboard: reads TensorFlow's graph files
+
 setup(
     name="guided-pixels",
     version="0.1.0",
@@ -15,8 +17,9 @@ setup(
     install_requires=["torch>=2.4", "numpy", "safetensors", "PyYAML", "tqdm", "Pillow"],
     extras_require={
         "mpi": ["mpi4py", "mpich"],
-        "eval": ["scipy"],
+        "eval": evaluation,
         "tf": ["tensorflow"],
-        "dev": ["pytest", "ruff", "scipy"],
+        "tf-cpu": ["tensorflow-cpu"],
+        "dev": ["pytest", "ruff", *evaluation],
     },
 )

@@ -191,7 +191,7 @@ def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refuse
 
 
 def test_shipped_reference(save, evaluate, tmp_path):
-    results, printed = evaluate("fmnist32", save("sample", clothes(20)))
+    results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
     assert results[0]["metrics"]["precision"] < 0.2
 
