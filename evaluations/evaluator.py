@@ -24,6 +24,7 @@ import torch
 from evaluations import metrics, plots
 from evaluations.features import Features, Network, extract, feature_folder
 from evaluations.files import check_writable, write_json
+from evaluations.inception_graph import SIZE as OFFICIAL_SIZE
 from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
@@ -102,6 +103,16 @@ def load_network(options: NetworkOptions) -> Network:
     from evaluations.inception import InceptionNetwork
 
     return InceptionNetwork(options.inception or None, device=_device(options), dtype=options.dtype)
+
+
+def load_network_once(options: NetworkOptions) -> Network:
+    """The network on all ranks; the first one goes ahead, so that a file is downloaded or converted once."""
+    network = None
+    for turn in (dist_util.is_main(), not dist_util.is_main()):
+        with dist_util.together():
+            if turn:
+                network = load_network(options)
+    return network
 
 
 def _device(options: NetworkOptions) -> torch.device:
@@ -192,15 +203,15 @@ class Evaluation:
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """The results, one for each sample file; none on ranks other than the first. `folder` takes the features."""
+        self.network = load_network_once(self.network_options)
         with dist_util.together():
-            self.network = load_network(self.network_options)
             self._check_made_by()
         reference = self._side(self.reference, len(self.reference), folder, wanted=self._reference_features_needed())
         sides = [self._side(file, self._count(file), folder) for file in self.samples]
         results = []
         with dist_util.together():
             if dist_util.is_main():
-                self._warn_of_differences(reference, sides)
+                self._warn(reference, sides)
                 compared = [Compared(reference, side, self.options) for side in sides]
                 results = [self._result(reference, one) for one in compared]
                 if self.options.plot:
@@ -227,7 +238,11 @@ class Evaluation:
         return bool(pooled or ("fid" in wanted and not file.statistics())
                     or ("sfid" in wanted and not file.statistics("_s")))
 
-    def _warn_of_differences(self, reference: Side, sides: list[Side]) -> None:
+    def _warn(self, reference: Side, sides: list[Side]) -> None:
+        size = getattr(self.network, "size", OFFICIAL_SIZE)
+        if size != OFFICIAL_SIZE:
+            self.warn(f"the Inception's file has {size} bytes, the official one {OFFICIAL_SIZE}: these are not the "
+                      "numbers that others publish")
         counts = [side.count for side in (reference, *sides) if side.count]
         if len(set(counts)) > 1:
             self.warn(f"different numbers of images ({_listed(counts)}), on which FID and the others depend")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.evaluator import NetworkOptions, load_network, statistics
+from evaluations.evaluator import NetworkOptions, load_network_once, statistics
 from evaluations.features import extract, feature_folder
 from evaluations.files import check_writable
 from evaluations.npz import BatchFile, write_batch
@@ -62,10 +62,10 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
                 pack(source, packed, options)
         with dist_util.together():
             images = BatchFile(source if source.endswith(".npz") else packed)
-            network = load_network(options)
             count = options.num_images or len(images)
             if not 2 <= count <= len(images):
                 raise UserError(f"{source} holds {len(images)} images: {count} are needed")
+        network = load_network_once(options)
         features = extract(images, network, folder, options.batch_size, count)
         if dist_util.is_main():
             pooled, spatial = statistics(features.pooled), statistics(features.spatial)
