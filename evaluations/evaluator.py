@@ -53,7 +53,8 @@ class NetworkOptions(Options):
     inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
                             "this library, else downloaded")
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
-    dtype: str = option("float32", "type in which the torch Inception computes", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first decimal "
+                        "and is for quick looks", choices=("float32", "bfloat16"))
     batch_size: int = option(64, "images at a time on each rank", minimum=1)
     cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
 
@@ -141,7 +142,7 @@ class Side:
         self.features = features
         self._statistics: dict[str, Statistics | None] = {}
 
-    @property
+    @cached_property
     def pooled(self) -> np.ndarray:
         """(N, D)."""
         return self.features.pooled if self.features is not None else self.file.read("pooled")
@@ -149,12 +150,19 @@ class Side:
     def statistics(self, suffix: str) -> Statistics:
         """Of pooled features, or with suffix "_s" of spatial ones."""
         if suffix not in self._statistics:
-            computed = self.features and {"": self.features.pooled, "_s": self.features.spatial}[suffix]
-            self._statistics[suffix] = self.file.statistics(suffix) or statistics(computed)
+            stored = self.file.statistics(suffix) if self.whole else None
+            self._statistics[suffix] = stored or statistics(self.features.spatial if suffix else self.features.pooled)
         return self._statistics[suffix]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all images of the file take part: only then do stored statistics stand for them."""
+        return self.count >= len(self.file)
+
     def description(self) -> dict[str, Any]:
+        stored = self.whole and any(self.file.statistics(suffix) for suffix in ("", "_s"))
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
+                "statistics": "stored" if stored else "computed",
                 **({"resolution": self.file.resolution} if len(self.file) else {})}
 
 
@@ -252,10 +260,8 @@ class Evaluation:
 
     def _result(self, reference: Side, compared: Compared) -> dict[str, Any]:
         values, intervals = compared.metrics()
-        stored = [name for name, suffix in (("mu, sigma", ""), ("mu_s, sigma_s", "_s"))
-                  if reference.file.statistics(suffix) is not None]
         return {
-            "reference": {**reference.description(), "statistics": "stored" if stored else "computed"},
+            "reference": reference.description(),
             "sample": compared.sample.description(),
             "metrics": values,
             **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
@@ -351,7 +357,7 @@ def summary(results: list[dict[str, Any]]) -> str:
     first = results[0]
     reference, backend = first["reference"], first["backend"]
     shown = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines = [f"reference: {_described(reference)}, statistics {reference['statistics']}",
+    lines = [f"reference: {_described(reference)}",
              f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
              f"protocol:  {first['protocol']['precision_recall']} precision and recall; {shown}"]
     for result in results:
@@ -365,7 +371,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def _described(side: dict[str, Any]) -> str:
     size = f" of {side['resolution']}" if "resolution" in side else ""
-    return f"{side['file']}, {side['images'] or 'an unknown number of'} images{size}, sha256 {side['sha256'][:16]}"
+    return (f"{side['file']}, {side['images'] or 'an unknown number of'} images{size}, statistics {side['statistics']}, "
+            f"sha256 {side['sha256'][:16]}")
 
 
 def main() -> None:
