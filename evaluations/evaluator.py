@@ -53,8 +53,8 @@ class NetworkOptions(Options):
     inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
                             "this library, else downloaded")
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
-    dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first decimal "
-                        "and is for quick looks", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first "
+                       "decimal and is for quick looks", choices=("float32", "bfloat16"))
     batch_size: int = option(64, "images at a time on each rank", minimum=1)
     cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
 
@@ -371,8 +371,8 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def _described(side: dict[str, Any]) -> str:
     size = f" of {side['resolution']}" if "resolution" in side else ""
-    return (f"{side['file']}, {side['images'] or 'an unknown number of'} images{size}, statistics {side['statistics']}, "
-            f"sha256 {side['sha256'][:16]}")
+    count = side["images"] or "an unknown number of"
+    return f"{side['file']}, {count} images{size}, statistics {side['statistics']}, sha256 {side['sha256'][:16]}"
 
 
 def main() -> None:

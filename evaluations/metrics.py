@@ -335,7 +335,11 @@ def _squared_distances(rows_of: _Points, columns_of: _Points,
         left = rows_of.centred[rows]
         width = rows.stop if triangle else len(columns_of.centred)
         block = buffer[:len(left) * width].reshape(len(left), width)
-        np.matmul(left * np.float32(-2), columns_of.centred[:width].T, out=block)
+        whole = rows.start if triangle else width
+        np.matmul(left, columns_of.centred[:whole].T, out=block[:, :whole])
+        if triangle:
+            block[:, whole:] = left @ left.T        # numpy computes one half of it
+        block *= -2
         block += columns_of.squares[:width]
         block += rows_of.squares[rows, None]
         yield rows, block
