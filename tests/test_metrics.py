@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -337,6 +338,21 @@ def test_metrics_fall_as_noise_is_removed(rng):
                    [1 - precision_recall(reference, sample)[0] for sample in noisy],
                    [1 - density_coverage(reference, sample)[0] for sample in noisy]):
         assert series == sorted(series, reverse=True) and series[0] > series[-1] + 0.1
+
+
+def test_memory_stays_far_below_whole_matrices(rng, monkeypatch):
+    monkeypatch.setattr("evaluations.metrics._BLOCK_ENTRIES", 2**20)
+    reference, sample = rng.standard_normal((2, 4000, 16), dtype=np.float32)        # whole: 64 MB in float32
+    tracemalloc.start()
+    try:
+        for work in (lambda: precision_recall(reference, sample), lambda: neighbourhoods(reference, sample),
+                     lambda: kid(reference, sample), lambda: statistics(reference)):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            work()
+            assert tracemalloc.get_traced_memory()[1] - before < 24e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("change, message", [
