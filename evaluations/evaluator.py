@@ -129,7 +129,11 @@ def statistics(features: np.ndarray, rows: int = 4096) -> Statistics:
     """Mean and covariance of (N, D) features, which may be mapped from a file: a few rows in memory at a time."""
     running = metrics.RunningStatistics()
     for start in range(0, len(features), rows):
-        running.update(features[start:start + rows])
+        piece = features[start:start + rows]
+        if isinstance(features, np.memmap):         # read, not mapped: mapped pages would stay in memory
+            place = features.offset + start * piece[0].nbytes
+            piece = np.fromfile(features.filename, features.dtype, piece.size, offset=place).reshape(piece.shape)
+        running.update(piece)
     return Statistics(running.mean, running.covariance)
 
 
@@ -260,6 +264,10 @@ class Evaluation:
 
     def _result(self, reference: Side, compared: Compared) -> dict[str, Any]:
         values, intervals = compared.metrics()
+        if np.isnan(values.get("is", 0)):
+            self.warn(f"{compared.sample.file.path}: a class has probability 0 for some image, so that the Inception "
+                      "Score is not a number, as in the official evaluator")
+            values["is"] = None         # JSON has no NaN
         return {
             "reference": reference.description(),
             "sample": compared.sample.description(),
@@ -365,7 +373,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
             interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
-            lines.append(f"{NAMES[word]}: {value}{interval}")
+            lines.append(f"{NAMES[word]}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 
 

@@ -220,6 +220,17 @@ def test_intervals(save, evaluate):
     assert evaluate(*files, *words, "--seed", 1)[0][0]["intervals95"] != result["intervals95"]
 
 
+def test_probability_zero_is_told(save, evaluate, monkeypatch):
+    from evaluations.embedded import EmbeddedClassifier
+
+    real = EmbeddedClassifier.features
+    monkeypatch.setattr(EmbeddedClassifier, "features", lambda self, images: real(self, images)._replace(
+        probabilities=np.eye(10, dtype=np.float32)[np.arange(len(images)) % 10]))
+    results, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(20, 1)))
+    assert results[0]["metrics"]["is"] is None
+    assert "Inception Score: nan" in printed.out and "probability 0" in printed.err
+
+
 def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch):
     files = save("reference", clothes(30)), save("sample", clothes(20, 1))
     first = values(evaluate(*files, "--cache", tmp_path / "cache")[0])
