@@ -173,9 +173,11 @@ class Side:
 class Evaluation:
     """Sample files against one reference."""
 
-    def __init__(self, reference: str, samples: Sequence[str], network: NetworkOptions, options: EvaluatorOptions,
-                 warn: Callable[[str], None] = lambda text: None) -> None:
-        self.options, self.network_options = options, network
+    def __init__(self, reference: str, samples: Sequence[str], network_options: NetworkOptions,
+                 options: EvaluatorOptions, warn: Callable[[str], None] = lambda text: None,
+                 network: Network | None = None) -> None:
+        """network: used in place of the one that `network_options` name."""
+        self.options, self.network_options, self.network = options, network_options, network
         self.reference = open_reference(reference)
         self.samples = [BatchFile(path) for path in samples]
         self.warn = warn
@@ -215,7 +217,7 @@ class Evaluation:
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """The results, one for each sample file; none on ranks other than the first. `folder` takes the features."""
-        self.network = load_network_once(self.network_options)
+        self.network = self.network or load_network_once(self.network_options)
         with dist_util.together():
             self._check_made_by()
         reference = self._side(self.reference, len(self.reference), folder, wanted=self._reference_features_needed())
@@ -390,7 +392,7 @@ def main() -> None:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     dist_util.setup_dist()
     with dist_util.together():
-        evaluation = Evaluation(words[0], words[1:], network, options, warn)
+        evaluation = Evaluation(words[0], words[1:], network, options, warn=warn)
     with feature_folder(network.cache) as folder:
         results = evaluation.run(folder)
     if results:

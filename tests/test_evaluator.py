@@ -251,6 +251,12 @@ def test_picture(save, evaluate, tmp_path, suffix):
         assert "<svg" in picture.read_text()
 
 
+def test_memory_benchmark_says_what_it_measured(capsys):
+    arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
+    assert call("evaluations/memory_benchmark", *arguments) == 0
+    assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
+
+
 # Several ranks
 
 
