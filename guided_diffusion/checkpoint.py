@@ -410,11 +410,16 @@ class Preset:
     classifier: str | None          # name of the classifier that guides it
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
+    licence: str | None = None      # of a released checkpoint, and where to read it
 
 
 def preset_names() -> list[str]:
     """Every name that `find_preset` knows: shipped models first."""
-    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + list(_presets()["presets"])
+    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + released_names()
+
+
+def released_names() -> list[str]:
+    return list(_presets()["presets"])
 
 
 def find_preset(name: str) -> Preset:
@@ -439,7 +444,7 @@ def find_preset(name: str) -> Preset:
         kind = "classifier" if name.endswith("_classifier") else "upsampler" if "large_size" in options else "diffusion"
         return Preset(name, kind, options, sag, path, classifier if classifier in names else None)
     return Preset(name=name, path=None, sag=sag, url=f"{known['url']}{name}.pt",
-                  **{"classifier": None, **known["presets"][name]})
+                  licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
 def _presets() -> dict[str, Any]:

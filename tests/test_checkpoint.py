@@ -552,7 +552,8 @@ def test_shipped_models_are_found_by_their_file(tmp_path, monkeypatch):
     preset = find_preset("tiny")
     assert dataclasses.asdict(preset) == {
         "name": "tiny", "kind": "diffusion", "options": SMALL, "sag": {}, "path": tmp_path / "tiny.safetensors",
-        "classifier": "tiny_classifier", "url": None, "parameters": None}
+        "classifier": "tiny_classifier", "url": None, "parameters": None,
+        "licence": None}
     load_into(create_model(**preset.options), preset.path, preset.options)
 
     save_state(tmp_path / "bare.safetensors", tensors())
