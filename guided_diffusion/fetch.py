@@ -33,7 +33,7 @@ TRIES = 5             # in a row that bring nothing new
 PAUSE = 1.0           # seconds after the first of them, doubled after each further one
 
 _WEB, _BLOBS = ("https://", "http://"), ("gs://", "az://")
-_PIECE = 1 << 20          # bytes
+_PIECE, _BLOB_PIECE = 1 << 20, 1 << 24          # bytes; a piece of a blob is a request
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)          # HTTP statuses of a server that may do better later
 
 
@@ -379,7 +379,7 @@ def _blob_version(stat: Any) -> str:
 
 def _blob_pieces(storage: Any, url: str, file: BinaryIO, stat: Any) -> Iterator[bytes]:
     with _blob_errors(), file:
-        while piece := file.read1(_PIECE):
+        while piece := file.read1(_BLOB_PIECE):
             yield piece
         if _blob_version(storage.stat(url)) != _blob_version(stat):
             raise _Changed("changed while it was read")
