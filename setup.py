@@ -17,6 +17,7 @@ setup(
     install_requires=["torch>=2.4", "numpy", "safetensors", "PyYAML", "tqdm", "Pillow"],
     extras_require={
         "mpi": ["mpi4py", "mpich"],
+        "blob": ["blobfile"],           # checkpoints at gs:// and az://
         "eval": evaluation,
         "tf": ["tensorflow"],
         "tf-cpu": ["tensorflow-cpu"],

@@ -1,4 +1,4 @@
-"""The file of the 2015 Inception, classify_image_graph_def.pb: finding it, downloading it, reading its weights.
+"""The file of the 2015 Inception, classify_image_graph_def.pb: finding it, reading its weights.
 
 Its weights are converted once, batch norms folded into the convolutions, to a safetensors file in a cache folder.
 """
@@ -6,10 +6,7 @@ Its weights are converted once, batch norms folded into the convolutions, to a s
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import Download, default_cache
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
 SIZE = 95_673_916  # bytes
-TIMEOUT = 60  # seconds without a byte
 
 EPSILON = 0.001  # of the batch norms, where the graph does not say
 FORMAT = "2015 Inception, batch norms folded, 1"
@@ -46,12 +42,6 @@ class Weights(NamedTuple):
     size: int  # of the .pb, in bytes: SIZE for the official one
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/guided-pixels, or ~/.cache/guided-pixels."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "guided-pixels"
-
-
 def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Path:
     """Where the .pb is: the path given, else the one in the cache folder, downloaded where it is not there yet.
 
@@ -63,12 +53,7 @@ def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike |
             raise UserError(f"--inception {path}: no such file")
         return Path(path)
     target = (Path(cache) if cache is not None else default_cache()) / FILE_NAME
-    if not target.exists():
-        download(URL, target, SIZE)
-    elif target.stat().st_size != SIZE:
-        raise UserError(f"{target}: has {target.stat().st_size:,} bytes instead of {SIZE:,}, "
-                        "delete it to have it downloaded again, or name another with --inception PATH")
-    return target
+    return Download(URL, target, SIZE, otherwise=", or name it with --inception PATH").run()
 
 
 def read_graph(path: Path) -> bytes:
@@ -77,47 +62,6 @@ def read_graph(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def download(url: str, target: Path, size: int) -> None:
-    """Downloads a file of `size` bytes, with progress on stderr; `target` appears only once complete.
-
-    Raises UserError, with where to put the file by hand, for anything that goes wrong.
-    """
-    by_hand = f"download {url} elsewhere and put it at {target}, or name it with --inception PATH"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(temporary, "wb") as file:
-            received = _copy(response, file, size, f"downloading {target.name}")
-        if received != size:
-            more = "more than " if received > size else ""
-            raise UserError(f"the download of {url} gave {more}{min(received, size):,} bytes instead of {size:,}: "
-                            f"try again, or {by_hand}")
-        os.replace(temporary, target)
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url} cannot be downloaded (HTTP {error.code} {error.reason}): {by_hand}") from None
-    except urllib.error.URLError as error:
-        raise UserError(f"{url} cannot be reached ({_reason(error.reason)}): {by_hand}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"the download of {url} to {target} failed ({_reason(error)}): {by_hand}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _copy(source, target, size: int, description: str) -> int:
-    """Bytes copied: all there are, or a little over `size`."""
-    received = 0
-    with tqdm(total=size, desc=description, unit="B", unit_scale=True, unit_divisor=1000) as progress:
-        while received <= size and (piece := source.read(1 << 18)):
-            target.write(piece)
-            received += len(piece)
-            progress.update(len(piece))
-    return received
-
-
-def _reason(error: object) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Weights:

@@ -1,6 +1,7 @@
 """Checkpoints: safe loading and saving, what their weights show of the network, and the models known by name.
 
-A checkpoint is a flat mapping of parameter names to tensors, in a safetensors file or one of `torch.save`.
+A checkpoint is a flat mapping of parameter names to tensors, in a safetensors file or one of `torch.save`, on this
+machine or at an address, which is fetched once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import UserError
+from .fetch import local
 from .options import nearest
 from .unet import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
@@ -30,13 +33,35 @@ MODELS = Path(__file__).parent / "models"
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
 
 
+def locate(path: str | Path) -> str | Path:
+    """Where a checkpoint is on this machine: a path as it is, an address (see `fetch.local`) in the cache.
+
+    Raises UserError where it cannot be fetched, or what came is no checkpoint.
+    """
+    return local(path, check=damage)
+
+
+def damage(path: Path) -> str | None:
+    """Why a file is no whole checkpoint, as far as that shows without its tensors, in words that follow its name."""
+    try:
+        if _format(path) == "zip" and not zipfile.is_zipfile(path):
+            return "is truncated or damaged"
+        read_metadata(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on `device`; the format is told by the content, not by the suffix.
+
+    path: a file, or an address as `locate` takes it.
 
     Nothing but plain tensors is ever unpickled, and where the format allows it, the file is mapped, not read: on a
     CPU its tensors take memory when they are touched. Raises UserError, one sentence that names the file, where it
     can't be read, is truncated, is no checkpoint, or holds something else than tensors by name.
     """
+    path = locate(path)
     format = _format(path)
     state = _load_safetensors(path) if format == "safetensors" else _load_pickled(path, mappable=format == "zip")
     if not isinstance(state, Mapping):
@@ -81,6 +106,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file, without its tensors; {} for a file of `torch.save`. Raises UserError."""
+    path = locate(path)
     if _format(path) != "safetensors":
         return {}
     try:
@@ -346,9 +372,12 @@ def _level_problems(found: Mapping[str, Any], options: Mapping[str, Any], flags:
 def load_into(model: nn.Module, path: str | Path, options: Mapping[str, Any]) -> None:
     """Load the checkpoint `path` into `model`, built from `options`, in the types and on the devices it has.
 
+    path: a file, or an address as `locate` takes it.
+
     Raises UserError as `load_state_dict` and `check_options` do, and where any weight is still missing, left over or
     of another shape; the model is then as it was.
     """
+    path = locate(path)
     state = load_state_dict(path)
     check_options(state, options, path)
     own = model.state_dict()
@@ -381,11 +410,16 @@ class Preset:
     classifier: str | None          # name of the classifier that guides it
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
+    licence: str | None = None      # of a released checkpoint, and where to read it
 
 
 def preset_names() -> list[str]:
     """Every name that `find_preset` knows: shipped models first."""
-    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + list(_presets()["presets"])
+    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + released_names()
+
+
+def released_names() -> list[str]:
+    return list(_presets()["presets"])
 
 
 def find_preset(name: str) -> Preset:
@@ -410,7 +444,7 @@ def find_preset(name: str) -> Preset:
         kind = "classifier" if name.endswith("_classifier") else "upsampler" if "large_size" in options else "diffusion"
         return Preset(name, kind, options, sag, path, classifier if classifier in names else None)
     return Preset(name=name, path=None, sag=sag, url=f"{known['url']}{name}.pt",
-                  **{"classifier": None, **known["presets"][name]})
+                  licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
 def _presets() -> dict[str, Any]:

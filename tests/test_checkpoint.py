@@ -1,6 +1,7 @@
 """Checkpoints: what is loaded and refused, what weights show of a network, and the models known by name."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_server import serving
 from safetensors.torch import save_file
 
 from guided_diffusion import checkpoint
@@ -125,6 +127,52 @@ def test_parameters_come_back_as_plain_tensors(tmp_path):
 def test_tensors_go_to_the_device(tmp_path):
     state = load_state_dict(write(tmp_path / "model", "zip", tensors()), device="meta")
     assert all(value.device.type == "meta" for value in state.values())
+
+
+# From an address
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("guided_diffusion.fetch.PAUSE", 0.001)
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_addresses_are_fetched_once(tmp_path, server, format):
+    content = write(tmp_path / "model", format, tensors()).read_bytes()
+    url = server.add("/model.pt", content, cuts=[10])
+    for _ in range(2):
+        assert_same(load_state_dict(url), tensors())
+    assert server.ranges == [None, "bytes=10-"]
+    path = checkpoint.locate(f"{url}#sha256={hashlib.sha256(content).hexdigest()}")
+    assert path.read_bytes() == content and read_metadata(url) == {}
+    assert "instead of 000" in refusal(load_state_dict, f"{url}#sha256={'0' * 64}")
+
+
+def test_an_address_goes_into_a_network(tmp_path, server):
+    source, target = create_model(**SMALL), create_model(**SMALL)
+    save_state(tmp_path / "model.pt", source.state_dict())
+    url = server.add("/model.pt", (tmp_path / "model.pt").read_bytes())
+    load_into(target, url, SMALL)
+    assert_same(target.state_dict(), source.state_dict())
+    message = refusal(load_into, target, url, SMALL | {"class_cond": False})
+    assert message == f"{checkpoint.locate(url)} has label_emb: pass --class_cond True"
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda content: b"not found", "is no checkpoint"), (lambda content: b"", "is empty"),
+    (lambda content: content[:-100], "is truncated or damaged"),
+    (lambda content: b"<!doctype html>", "is a web page")])
+@pytest.mark.parametrize("format", ["safetensors", "zip"])
+def test_garbage_is_not_kept(tmp_path, server, format, change, said):
+    content = write(tmp_path / "model", format, tensors()).read_bytes()
+    url = server.add("/model.pt", change(content), length=False)
+    assert refusal(load_state_dict, url).startswith(f"{url} gave a file that {said}")
+    server.add("/model.pt", content)
+    assert_same(load_state_dict(url), tensors())
 
 
 # What is refused
@@ -504,7 +552,8 @@ def test_shipped_models_are_found_by_their_file(tmp_path, monkeypatch):
     preset = find_preset("tiny")
     assert dataclasses.asdict(preset) == {
         "name": "tiny", "kind": "diffusion", "options": SMALL, "sag": {}, "path": tmp_path / "tiny.safetensors",
-        "classifier": "tiny_classifier", "url": None, "parameters": None}
+        "classifier": "tiny_classifier", "url": None, "parameters": None,
+        "licence": None}
     load_into(create_model(**preset.options), preset.path, preset.options)
 
     save_state(tmp_path / "bare.safetensors", tensors())

@@ -1,25 +1,23 @@
-import contextlib
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY
 from golden import GOLDEN, needs_golden, relative_error
+from local_server import serving
 from synthetic_inception import constants, graph, write_weights
 
 from evaluations import inception_graph
 from evaluations.features import Features
 from evaluations.inception import InceptionNetwork, check_finite, resize
-from evaluations.inception_graph import FILE_NAME, download, find_graph, fold, load_weights, parse_graph
+from evaluations.inception_graph import FILE_NAME, find_graph, fold, load_weights, parse_graph
 from guided_diffusion.errors import UserError
 
 OUTPUTS = ("pool", "spatial", "softmax")
@@ -387,32 +385,11 @@ def test_default_cache(monkeypatch, tmp_path):
 CONTENT = bytes(range(256)) * 4000
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """/whole, /short (ends too early), /small, /large (not the size expected), /endless; nothing else."""
-
-    def do_GET(self):
-        contents = {"/whole": CONTENT, "/short": CONTENT[:5000], "/small": CONTENT[:5000], "/large": CONTENT + b"1",
-                    "/endless": CONTENT * 10}
-        if self.path not in contents:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        if self.path != "/endless":
-            self.send_header("Content-Length", str(len(contents["/whole" if self.path == "/short" else self.path])))
-        self.end_headers()
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(contents[self.path])
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving() as server:
+        server.add("/whole", CONTENT)
+        yield server.url
 
 
 @pytest.fixture(autouse=True)
@@ -432,20 +409,6 @@ def test_downloaded_once(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inception_graph, "URL", f"{server}/none")
     assert find_graph(cache=tmp_path / "new" / "cache") == path
     assert os.listdir(path.parent) == [FILE_NAME]
-
-
-@pytest.mark.parametrize("page, message", [
-    ("short", r"gave 5,000 bytes instead of 1,024,000: try again, or|IncompleteRead"),
-    ("small", "gave 5,000 bytes instead of 1,024,000"),
-    ("large", "gave more than 1,024,000 bytes instead of 1,024,000"),
-    ("endless", "gave more than 1,024,000 bytes"),
-    ("none", "HTTP 404 Not Found"),
-])
-def test_download_that_fails(server, tmp_path, page, message):
-    with pytest.raises(UserError, match=message) as error:
-        download(f"{server}/{page}", tmp_path / FILE_NAME, len(CONTENT))
-    assert f"put it at {tmp_path / FILE_NAME}, or name it with --inception PATH" in str(error.value)
-    assert os.listdir(tmp_path) == []
 
 
 def test_no_network(tmp_path, monkeypatch):
