@@ -100,7 +100,7 @@ def load_network(options: NetworkOptions) -> Network:
     if options.backend == "tensorflow":
         from evaluations.tensorflow_backend import TensorflowNetwork
 
-        return TensorflowNetwork(options.inception or None)
+        return TensorflowNetwork(options.inception or None, device=options.device or "cpu")
     from evaluations.inception import InceptionNetwork
 
     return InceptionNetwork(options.inception or None, device=_device(options), dtype=options.dtype)
