@@ -16,7 +16,7 @@ from . import dist_util
 from .dist_util import LostRankError, PeerError
 
 BEAT = 0.5          # seconds between signs of life
-SILENCE = 60        # beats without one, after which a rank counts as gone
+SILENCE = 40        # beats without one, after which a rank counts as gone
 LINGER = 10.0       # seconds that a rank which ends the job waits for the others to see it, and they for it to leave
 LAST_WORDS = 1.0    # seconds for it to say why: a launcher may end it as soon as any other rank leaves
 

@@ -230,7 +230,8 @@ class SamplingRun:
 
                 labels = chunks.labels(numbers)
                 images = sampler.images(numbers, labels, on_step)
-                chunks.save(todo[ticket], images, labels, dist_util.rank(), time.monotonic() - began)
+                seconds = time.monotonic() - began
+                chunks.save(todo[ticket], images, labels, dist_util.rank(), seconds)
                 done += len(numbers)
                 crew.report(done)
                 crew.finish_ticket()
