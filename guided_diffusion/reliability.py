@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -17,9 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from . import packing
 from .errors import UserError
 from .options import Options, option
+from .shards import Shards
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "image_sample.py"
 PATIENCE = 120          # seconds for a job to end
@@ -37,6 +41,8 @@ class ReliabilityOptions(Options):
     num_samples: int = option(96, "number of images", minimum=1)
     batch_size: int = option(4, "images in a chunk", minimum=1)
     timestep_respacing: str = option("10", "steps of each image")
+    pack_images: int = option(0, "instead of kills: pack so many random images of 128x128 and tell the peak memory",
+                              minimum=0)
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,35 @@ class Kill:
 def reliability(options: ReliabilityOptions) -> list[Kill]:
     """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, and restarts each until it is finished."""
     chance, out = random.Random(options.seed), Path(options.out)
-    whole, length = _undisturbed(options, out / "whole")
-    return [_try(options, out / f"kill{number:02d}", whole, chance.uniform(0.3, 1) * length,
-                 None if number % 2 else chance.randrange(options.ranks)) for number in range(options.kills)]
+    whole = out / "whole"
+    _finish(_start(options, whole, overwrite=True))
+    sha256 = packing.sha256(_samples(whole))
+    return [_try(options, out / f"kill{number:02d}", sha256, chance, None if number % 2 else
+                 chance.randrange(options.ranks)) for number in range(options.kills)]
+
+
+def packing_trial(options: ReliabilityOptions) -> str:
+    """Packs random shards and tells the peak memory of this process, before and after."""
+    run = Shards(Path(options.out) / "packing", {
+        "num_samples": options.pack_images, "batch_size": 100, "image_size": 128, "labels": "balanced"}, {})
+    run.out.mkdir(parents=True, exist_ok=True)
+    run.prepare(overwrite=True)
+    chance = np.random.default_rng(options.seed)
+    for index, numbers in enumerate(run.chunks):
+        images = chance.integers(0, 256, (len(numbers), *run.shape[1:]), dtype=np.uint8)
+        run.save(index, images, np.asarray(numbers) % 10)
+    before, began = _peak_memory(), time.monotonic()
+    packed, _ = run.pack()
+    seconds, size = time.monotonic() - began, packed.stat().st_size
+    packed.unlink()
+    run.remove()
+    return (f"{options.pack_images} images, {size / 2**30:.2f} GiB, packed and checked in {seconds:.0f} s; peak memory "
+            f"{_peak_memory() / 2**20:.0f} MiB, {before / 2**20:.0f} MiB before")
+
+
+def _peak_memory() -> int:
+    """Bytes of this process, at their most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(kills: Sequence[Kill]) -> str:
@@ -71,16 +103,10 @@ def table(kills: Sequence[Kill]) -> str:
     return "\n".join(rows)
 
 
-def _undisturbed(options: ReliabilityOptions, out: Path) -> tuple[str, float]:
-    """SHA-256 of the samples of a job that is left alone, and how many seconds it takes."""
-    began = time.monotonic()
-    _finish(_start(options, out, overwrite=True))
-    return packing.sha256(_samples(out)), time.monotonic() - began
-
-
-def _try(options: ReliabilityOptions, out: Path, whole: str, moment: float, victim: int | None) -> Kill:
-    ranks = _start(options, out, overwrite=True)
-    time.sleep(moment)
+def _try(options: ReliabilityOptions, out: Path, sha256: str, chance: random.Random, victim: int | None) -> Kill:
+    began, ranks = time.monotonic(), _start(options, out, overwrite=True)
+    _await_moment(options, out, chance, ranks[0])
+    moment = time.monotonic() - began
     for rank in ranks if victim is None else [ranks[victim]]:
         rank.send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -96,7 +122,16 @@ def _try(options: ReliabilityOptions, out: Path, whole: str, moment: float, vict
     images = min(len(before) * options.batch_size, options.num_samples)
     after = "finished" if finished else f"{images} images" if images else "no image"
     return Kill("all" if victim is None else f"rank {victim}", moment, after, seconds, redone * options.batch_size,
-                packing.sha256(_samples(out)) == whole)
+                packing.sha256(_samples(out)) == sha256)
+
+
+def _await_moment(options: ReliabilityOptions, out: Path, chance: random.Random, job: subprocess.Popen) -> None:
+    """Waits for a random number of chunks, and a random while more."""
+    count, pause = chance.randint(0, -(-options.num_samples // options.batch_size)), chance.uniform(0, 0.5)
+    while job.poll() is None and not (
+            (out / "shards" / "run.json").exists() and len(list((out / "shards").glob("*.npz"))) >= count):
+        time.sleep(0.002)
+    time.sleep(pause)
 
 
 def _start(options: ReliabilityOptions, out: Path, *words: str, overwrite: bool = False) -> list[subprocess.Popen]:

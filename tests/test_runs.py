@@ -49,15 +49,16 @@ def digest(out):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start(line, ranks=1):
-    """Ranks that no launcher watches."""
+def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+    """Ranks that no launcher watches, with the names of environment variables that tell each who it is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    several = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+    several = {names[1]: str(ranks), "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(several if ranks > 1 else {})}
     return [subprocess.Popen(
         [sys.executable, "scripts/image_sample.py", *map(str, line)], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), **several})
+        stderr=subprocess.PIPE, text=True, env={**environment, names[0]: str(rank), names[2]: str(rank)})
         for rank in range(ranks)]
 
 
@@ -124,6 +125,16 @@ def ranks_working_in(out):
         if str(out).encode() in words and b"mpiexec" not in words[0] and b"hydra" not in words[0]:
             found.append(int(entry.name))
     return sorted(found)
+
+
+@pytest.mark.slow
+def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
+    processes = start(line(tmp_path), 2, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    for process in processes:
+        assert process.wait(60) == 0, process.communicate()
+    assert digest(tmp_path) == expected
+    chunks = json.loads((tmp_path / "run.json").read_text())["timing"]["chunks"]
+    assert {chunk["rank"] for chunk in chunks} == {0, 1}
 
 
 @pytest.mark.slow
@@ -302,3 +313,11 @@ def test_out_of_memory(limit, auto, code, line, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     assert call("image_sample", *line(tmp_path / "whole", **options)) == 0
     assert np.abs(samples_in(tmp_path / "out")[0].astype(int) - samples_in(tmp_path / "whole")[0]).max() <= 1
+
+
+@pytest.mark.slow
+def test_packing_takes_the_memory_of_a_chunk(tmp_path):
+    ended = execute(sys.executable, "scripts/reliability.py", "--pack_images", 1500, "--out", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    after, before = map(int, re.search(r"peak memory (\d+) MiB, (\d+) MiB before", ended.stdout).groups())
+    assert after - before < 30 and after < 1000         # the images are 70 MiB
