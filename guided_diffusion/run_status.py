@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from . import packing
 from .errors import UserError
@@ -25,6 +26,9 @@ class RunStatus:
     @property
     def missing(self) -> int:
         return self.num_samples - self.done - self.damaged
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "missing": self.missing, "samples": self.samples and str(self.samples)}
 
     def __str__(self) -> str:
         state = f"running: {self.holder}" if self.holder else "not running"

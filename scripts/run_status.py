@@ -5,6 +5,7 @@ Example:
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from guided_diffusion.run_status import run_status
@@ -14,7 +15,10 @@ from guided_diffusion.script_util import run_script
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the --out of the run")
-    print(run_status(parser.parse_args().folder))
+    parser.add_argument("--json", action="store_true", help="for programs: the same as JSON")
+    arguments = parser.parse_args()
+    status = run_status(arguments.folder)
+    print(json.dumps(status.as_dict()) if arguments.json else status)
 
 
 if __name__ == "__main__":

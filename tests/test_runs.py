@@ -280,6 +280,11 @@ def test_status_of_a_finished_run(line, tmp_path, capsys):
     assert call("image_sample", *line(tmp_path / "out", **SHORT)) == 0
     status = run_status(tmp_path / "out")
     assert (status.done, status.missing, status.damaged) == (5, 0, 0) and status.samples is not None
+    capsys.readouterr()
+    assert call("run_status", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "num_samples": 5, "done": 5, "damaged": 0, "missing": 0, "files": [], "holder": None,
+        "samples": str(tmp_path / "out" / "samples_5x16x16x3.npz")}
     with locked(tmp_path / "out"):
         assert str(os.getpid()) in str(run_status(tmp_path / "out"))
     (tmp_path / "out" / "samples_5x16x16x3.npz").write_bytes(b"")
