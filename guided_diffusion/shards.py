@@ -154,6 +154,7 @@ class Shards:
         """
         if overwrite:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._check_begun()
         earlier = None if overwrite else self._earlier()
         if earlier and earlier.num_samples == self.num_samples:
             return None
@@ -180,19 +181,34 @@ class Shards:
             content = json.loads(record.read_text())
             earlier = Shards(self.out, dict(content["configuration"]), dict(content["sha256"]), self.labels)
             different = difference(earlier.identity, self.identity)
-            if different is None and earlier.num_samples != self.num_samples and not earlier.samples.exists():
-                return None
+            exists = different is None and earlier.samples.exists()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--out {self.out}: its run.json is no record of this run; {REMEDY}") from None
-        if different:
-            raise UserError(f"--out {self.out}: holds samples of another configuration (--{different} differs); "
-                            f"{REMEDY}")
-        if not earlier.samples.exists():
+            different, exists = "", False
+        if different is not None and self._begun() != self.identity:        # else its overwriting was allowed before
+            raise UserError(f"--out {self.out}: holds samples of another configuration "
+                            f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
+        if not exists:
             return None
         if packing.sha256(earlier.samples) != content["sha256"].get("samples"):
             raise UserError(f"{earlier.samples}: is damaged or was changed; {REMEDY}")
         self._check_labels(earlier)
         return earlier
+
+    def _begun(self) -> dict[str, Any] | None:
+        """The identity of the run whose shards are here."""
+        try:
+            manifest = json.loads((self.folder / "run.json").read_text())
+            return identity(manifest["configuration"], manifest["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _check_begun(self) -> None:
+        before = self._begun()          # without a record each shard still says of which run it is
+        if before is None or not any(self.folder.glob("*.npz")):
+            return
+        if different := difference(before, self.identity):
+            raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
+                            f"differs); {REMEDY}")
 
     def _check_labels(self, earlier: Shards) -> None:
         count = min(earlier.num_samples, self.num_samples)
@@ -203,16 +219,6 @@ class Shards:
 
     def _missing(self) -> list[int]:
         """The chunks that are not finished; UserError for shards of another run, and damaged ones."""
-        if not any(self.folder.glob("*.npz")):
-            return list(range(len(self.chunks)))
-        try:
-            manifest = json.loads((self.folder / "run.json").read_text())
-            before = identity(manifest["configuration"], manifest["sha256"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            before = self.identity                  # each shard says itself of which run it is
-        if different := difference(before, self.identity):
-            raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
-                            f"differs); {REMEDY}")
         missing, damaged = [], []
         for index in range(len(self.chunks)):
             try:

@@ -81,6 +81,10 @@ def test_chunks_of_another_run_are_refused_and_stay(changes, flag, run, tmp_path
         other.prepare(overwrite=False)
     assert other.prepare(overwrite=True) == list(range(len(other.chunks)))
     assert run().samples.exists()               # until others take their place
+    fill(other, [0])
+    assert other.prepare(overwrite=False) == list(range(1, len(other.chunks)))
+    with pytest.raises(UserError, match=f"--{flag} differs"):
+        run().prepare(overwrite=False)
 
 
 def test_single_shard_of_another_seed_is_refused(run, tmp_path):
