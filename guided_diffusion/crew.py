@@ -104,12 +104,12 @@ class Crew:
                 self.check()
             elif not isinstance(error, (PeerError, LostRankError)):
                 self._end_job("done" if error is None else f"failed {self.rank}", error)
-        except PeerError as peer:
+        except (PeerError, LostRankError) as peer:
             error = peer
             raise
         finally:
-            if isinstance(error, PeerError):
-                self._let_speak()
+            if isinstance(error, (PeerError, LostRankError)):
+                self._part(*self._end.split())
             self._stopping.set()
             self._thread.join(LINGER)
 
@@ -127,14 +127,18 @@ class Crew:
             except PeerError as peer:
                 raise peer from error
 
-    def _let_speak(self) -> None:
-        what, _, rank = self._end.partition(" ")
+    def _part(self, what: str, rank: str) -> None:
+        """Leaves a job that ended elsewhere, not before those who are to say or to hear why."""
+        heard = [f"seen {other}" for other in self._others if str(other) != rank]
         try:
             if what == "failed":
                 self._await(lambda: self._store.check([f"left {rank}"]), LINGER)
+            elif self.rank == 0:
+                self._await(lambda: self._store.check(heard), LINGER)
         except RuntimeError:
             pass            # it was rank 0, and has left
-        time.sleep(LAST_WORDS)
+        if not (what == "gone" and self.rank == 0):
+            time.sleep(LAST_WORDS)
 
     @staticmethod
     def _await(condition: Callable[[], bool], seconds: float = float("inf")) -> None:
