@@ -29,10 +29,17 @@ LAUNCHERS = (
 
 # A rank without a chunk of its own waits for one that has, on a CPU for hours; a rank that dies is noticed by others.
 PATIENCE = timedelta(days=2)
+ASSEMBLY = timedelta(minutes=10)
+
+_meeting: dist.Store | None = None         # what connects the ranks
 
 
 class PeerError(RuntimeError):
     """Another rank failed, and says why."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone without a word."""
 
 
 def _launched() -> tuple[int, int, int]:
@@ -57,11 +64,28 @@ def setup_dist() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(dev())
+    global _meeting
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, rank=this, world_size=size, timeout=PATIENCE)
-        return
-    store = _store_over_mpi(this, size)
-    dist.init_process_group(backend, store=store, rank=this, world_size=size, timeout=PATIENCE)
+        _meeting, *_ = next(dist.rendezvous("env://", this, size))
+    else:
+        _meeting = _store_over_mpi(this, size)
+    _await_all(_meeting, this, size)
+    dist.init_process_group(backend, store=dist.PrefixStore("group", _meeting), rank=this, world_size=size,
+                            timeout=PATIENCE)
+
+
+def store(name: str) -> dist.Store:
+    """Keys and values that all ranks see, apart from those of any other name; one process has its own."""
+    return dist.HashStore() if _meeting is None else dist.PrefixStore(name, _meeting)
+
+
+def _await_all(meeting: dist.Store, this: int, size: int) -> None:
+    """Waits for all ranks to start, which on a busy file system takes minutes, but not for one that never does."""
+    meeting.set(f"here {this}", "")
+    try:
+        meeting.wait([f"here {rank}" for rank in range(size)], ASSEMBLY)
+    except RuntimeError:
+        raise LostRankError(f"not all of the {size} ranks started within {ASSEMBLY}") from None
 
 
 def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
@@ -142,7 +166,12 @@ def together() -> Iterator[None]:
     first = world_size() if failure is None else rank()
     if dist.is_initialized():
         shared = torch.tensor(first, device=dev())
-        dist.all_reduce(shared, dist.ReduceOp.MIN)
+        try:
+            dist.all_reduce(shared, dist.ReduceOp.MIN)
+        except RuntimeError:
+            if failure is None:
+                raise LostRankError("a rank is gone: it was killed, or its node is down") from None
+            raise failure from None
         first = int(shared)
     if failure is not None and first == rank():
         raise failure
@@ -160,5 +189,7 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
 
 def shutdown() -> None:
     """Disconnect the ranks; nothing to do for one process."""
+    global _meeting
     if dist.is_initialized():
         dist.destroy_process_group()
+    _meeting = None

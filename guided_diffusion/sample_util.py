@@ -1,23 +1,24 @@
 """A whole sampling run: from options to a file of samples, a picture and a record.
 
-The run is cut into chunks of `batch_size` consecutive image numbers, dealt out to the ranks in turn. Each finished
-chunk is a file, so that no rank holds more than one; at the end rank 0 packs them. Image i depends on (seed, i) and
-the configuration alone.
+The run is cut into chunks of `batch_size` consecutive image numbers, which ranks take as they become free. Each
+finished chunk is a file, so that no rank holds more than one, and a run that was stopped goes on where it was; at the
+end rank 0 packs them. Image i depends on (seed, i) and the configuration alone.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import itertools
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__, checkpoint, dist_util, pictures, sampling
+from . import __version__, checkpoint, dist_util, packing, pictures, sampling, shards
+from .crew import Crew
 from .errors import UserError
 from .gaussian_diffusion import Denoiser, GaussianDiffusion
 from .guidance import ClassifierGuidance, Guidance
+from .labels import Labels, make_labels
 from .nn import UninitializedWeights
 from .options import Options, option
-from .rng import image_labels, image_noise
+from .packing import first_images
+from .rng import image_noise
 from .script_util import (
     ClassifierOptions,
     DiffusionOptions,
@@ -42,8 +46,7 @@ from .script_util import (
     build_diffusion,
     build_model,
 )
-
-LABELS = ("random", "balanced")
+from .shards import Shards
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,19 @@ class SampleOptions(Options):
     model: str = option("", "a model by name: a shipped one (fmnist32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
     num_samples: int = option(10000, "number of images", minimum=1)
-    batch_size: int = option(16, "images at a time on each rank", minimum=1)
+    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
     use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
     eta: float = option(0.0, "fresh noise in DDIM: 0 none, 1 as much as DDPM", minimum=0, maximum=1)
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
-    labels: str = option("random", "classes of conditional samples: random, or balanced (number modulo classes)",
-                         choices=LABELS)
+    labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
+                                   "class, or a .npy file of one for each image")
     seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
     out: str = option("samples", "folder for the samples, the picture and the record")
-    overwrite: bool = option(False, "replace the samples of another configuration in that folder")
+    overwrite: bool = option(False, "begin anew, and replace what is in that folder")
+    keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
+    log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
+                            minimum=0)
+    auto_batch: bool = option(False, "out of memory: evaluate fewer images at a time, in chunks as large as before")
     classifier_guidance: bool = option(False, "guide by a classifier")
     classifier_path: str = option("", "checkpoint of the noise-aware classifier; shipped models have theirs")
     classifier_scale: float = option(1.0, "scale of classifier guidance; 0: off")
@@ -123,43 +130,48 @@ class SamplingRun:
 
     def run(self) -> Path | None:
         dist_util.setup_dist()
-        shards = self.out / "shards"
-        with dist_util.together():
-            self._check_out()
-            network, diffusion, guidance = self._build()
-        try:
+        with ExitStack() as stack:
+            with dist_util.together():
+                labels = self._labels()
+                self._check_out()
+                if dist_util.is_main():
+                    stack.enter_context(shards.locked(self.out))
+            with dist_util.together():
+                sampler = Sampler(self, *self._build())
+            crew = Crew()
             with dist_util.together():
                 if dist_util.is_main():
-                    shutil.rmtree(shards, ignore_errors=True)
-                    shards.mkdir()
-            timing = self._sample_chunks(network, diffusion, guidance, shards)
-            with dist_util.together():
-                path = self._finish(shards, timing) if dist_util.is_main() else None
-        finally:
-            if dist_util.is_main():
-                shutil.rmtree(shards, ignore_errors=True)
-        return path
+                    sha256 = {name: packing.sha256(path) for name, path in self._checkpoints().items()}
+                    crew.tell("sha256", sha256)
+                    crew.tell("todo", self._chunks(sha256, labels).prepare(self.sample.overwrite))
+            return self._sample(sampler, self._chunks(crew.told("sha256"), labels), crew)
+
+    def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
+        return Shards(self.out, self.configuration(), sha256,
+                      lambda numbers: None if labels is None else labels(numbers).numpy())
+
+    def _checkpoints(self) -> dict[str, str]:
+        return {"model": self.sample.model_path,
+                **({"classifier": self.sample.classifier_path} if self.guided_by_classifier else {})}
 
     def _check_out(self) -> None:
-        """Raises UserError where the output folder cannot be written or holds samples of another configuration."""
-        record = self.out / "run.json"
+        """Raises UserError where the output folder cannot be written."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             probe = self.out / f".writable-{dist_util.rank()}"
             probe.touch()
             probe.unlink()
-            before = dict(json.loads(record.read_text())["configuration"]) if record.exists() else None
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
-            before = {}
-        if before is None or self.sample.overwrite:
-            return
-        now = json.loads(json.dumps(self.configuration()))
-        different = [name for name in {**now, **before} if now.get(name) != before.get(name)]
-        if different:
-            raise UserError(f"--out {self.out}: holds samples of another configuration (--{different[0]} differs); "
-                            "name another folder, or pass --overwrite True")
+
+    def _labels(self) -> Labels | None:
+        """The labels of the images; None where nothing asks for them."""
+        if not (self.model.class_cond or self.guided_by_classifier):
+            if self.sample.labels not in ("random", "balanced"):
+                raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
+            return None
+        return make_labels(self.sample.labels, seed=self.sample.seed, num_classes=self.model.num_classes,
+                           num_samples=self.sample.num_samples)
 
     def _build(self) -> tuple[Callable[..., Tensor], GaussianDiffusion, list[Guidance]]:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
@@ -185,80 +197,170 @@ class SamplingRun:
         checkpoint.load_into(network, path, options)
         network.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
 
-    @property
-    def _chunks(self) -> list[range]:
-        size, total = self.sample.batch_size, self.sample.num_samples
-        return [range(first, min(first + size, total)) for first in range(0, total, size)]
-
-    def _sample_chunks(self, network: Callable[..., Tensor], diffusion: GaussianDiffusion, guidance: list[Guidance],
-                       shards: Path) -> list[dict[str, Any]]:
-        """Samples this rank's chunks into files, one a round; returns the seconds that each took."""
-        ranks, timing = dist_util.world_size(), []
-        rounds = range(0, len(self._chunks), ranks)
-        with _progress(len(rounds) * diffusion.num_timesteps) as progress:
-            for first in rounds:
-                index = first + dist_util.rank()
-                with dist_util.together():
-                    if index < len(self._chunks):
-                        start, numbers = time.monotonic(), self._chunks[index]
-                        labels = self._labels(numbers)
-                        images = self._chunk(network, diffusion, guidance, numbers, labels, progress)
-                        arrays = {"images": to_uint8(images)} | ({} if labels is None else {"labels": labels.numpy()})
-                        _save_npz(shards / f"{index:06d}.npz", arrays)
-                        seconds = time.monotonic() - start
-                        timing.append({"first": numbers.start, "images": len(numbers), "seconds": seconds})
-                done = min(self.sample.num_samples, (first + ranks) * self.sample.batch_size)
-                progress.set_postfix_str(f"{done} of {self.sample.num_samples} images")
-        return timing
-
-    def _labels(self, numbers: Sequence[int]) -> Tensor | None:
-        if not (self.model.class_cond or self.guided_by_classifier):
+    def _sample(self, sampler: Sampler, chunks: Shards, crew: Crew) -> Path | None:
+        """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
+        todo = crew.told("todo")
+        try:
+            with crew:
+                if todo is not None:
+                    self._work(sampler, chunks, crew, todo)
+                    if dist_util.is_main():
+                        self._finish(chunks)
+        finally:
+            if dist_util.is_main():
+                chunks.tidy()
+        if not dist_util.is_main():
             return None
-        if self.sample.labels == "balanced":
-            return torch.tensor(numbers) % self.model.num_classes
-        return image_labels(self.sample.seed, numbers, self.model.num_classes)
+        if not self.sample.keep_shards:
+            chunks.remove()
+        return chunks.samples
 
-    def _chunk(self, network: Callable[..., Tensor], diffusion: GaussianDiffusion, guidance: list[Guidance],
-               numbers: Sequence[int], labels: Tensor | None, progress: tqdm) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1], on the CPU."""
-        device = dist_util.dev()
-        shape = (self.model.in_channels, self.model.image_size, self.model.image_size)
+    def _work(self, sampler: Sampler, chunks: Shards, crew: Crew, todo: list[int]) -> None:
+        """Samples chunks into files as long as there are any."""
+        total = sum(len(chunks.chunks[index]) for index in todo)
+        with Progress(crew, self.sample.num_samples, total, self.sample.log_every) as progress:
+            done = 0
+            while (ticket := crew.ticket()) < len(todo):
+                numbers, began = chunks.chunks[todo[ticket]], time.monotonic()
 
-        def noise(step: int) -> Tensor:
-            return image_noise(self.sample.seed, numbers, step, shape).to(device)
+                def on_step(part: float, before: int = done, count: int = len(numbers)) -> None:
+                    crew.check()
+                    crew.report(before + part * count)
+                    progress.show()
 
-        kwargs = {} if labels is None else {"y": labels.to(device)}
-        denoise = Denoiser(diffusion, network, self.sample.clip_denoised, model_kwargs=kwargs)
-        ddim = functools.partial(sampling.ddim_step, eta=self.sample.eta)
-        step = ddim if self.sample.use_ddim else sampling.ddpm_step
-        x_T = noise(diffusion.num_timesteps)
-        chain = sampling.sample_chain(step, denoise, x_T, noise, guidance, torch.tensor(numbers))
-        return sampling.last(chain, progress.update)["sample"].cpu()
+                labels = chunks.labels(numbers)
+                images = sampler.images(numbers, labels, on_step)
+                seconds = time.monotonic() - began
+                chunks.save(todo[ticket], images, labels, dist_util.rank(), seconds)
+                done += len(numbers)
+                crew.report(done)
+                crew.finish_ticket()
+            while dist_util.is_main() and crew.finished_tickets() < len(todo):
+                crew.check()
+                progress.show()
+                time.sleep(0.05)
 
-    def _finish(self, shards: Path, timing: list[dict[str, Any]]) -> Path:
+    def _finish(self, chunks: Shards) -> None:
         """Packs the chunks, draws the picture, and writes the record last."""
-        size, total = self.model.image_size, self.sample.num_samples
-        record_path, path = self.out / "run.json", self.out / f"samples_{total}x{size}x{size}x3.npz"
-        files = [shards / f"{index:06d}.npz" for index in range(len(self._chunks))]
+        record_path = self.out / "run.json"
+        packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
-        pack(files, path)
-        pictures.save_grid(first_images(path, 64), self.out / "grid.png")
+        os.replace(packed, chunks.samples)
+        pictures.save_grid(first_images(chunks.samples, 64), self.out / "grid.png")
         record = {
-            "configuration": self.configuration(),
-            "samples": path.name,
-            "sha256": {"samples": _sha256(path), "model": _sha256(self.sample.model_path),
-                       **({"classifier": _sha256(self.sample.classifier_path)} if self.guided_by_classifier else {})},
+            "configuration": chunks.configuration,
+            "fingerprint": chunks.fingerprint,
+            "samples": chunks.samples.name,
+            "sha256": {"samples": packing.sha256(chunks.samples), **chunks.sha256},
             "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
             "command": sys.argv,
             "ranks": dist_util.world_size(),
             "device": str(dist_util.dev()),
-            "timing": {"seconds": time.time() - self.began, "chunks_of_rank_0": timing},
+            "timing": {"seconds": time.time() - self.began, "chunks": timing},
         }
-        temporary = self.out / "run.json.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, record_path)
-        return path
+        shards.write_whole(record_path, (json.dumps(record, indent=2) + "\n").encode(), "the samples are kept")
+
+
+class Sampler:
+    """What makes images of their numbers.
+
+    All chunks are evaluated at one batch size, filled up where they are smaller, so that not a bit of an image depends
+    on how many there are.
+    """
+
+    def __init__(self, run: SamplingRun, network: Callable[..., Tensor], diffusion: GaussianDiffusion,
+                 guidance: list[Guidance]) -> None:
+        self.run, self.network, self.diffusion, self.guidance = run, network, diffusion, guidance
+        self.size = run.sample.batch_size
+
+    def images(self, numbers: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
+               ) -> np.ndarray:
+        """Images (n, H, W, 3) uint8. on_step is called after each step with the part that is done."""
+        while True:
+            try:
+                return self._images(numbers, labels, on_step)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            self._shrink()          # out here, as the exception holds the tensors of the failed step
+
+    def _shrink(self) -> None:
+        if not self.run.sample.auto_batch or self.size == 1:
+            tried = f" (in evaluations of {self.size})" if self.size < self.run.sample.batch_size else ""
+            raise UserError(f"--batch_size {self.run.sample.batch_size}{tried}: {dist_util.dev()} is out of memory; "
+                            "pass --auto_batch True, which keeps finished chunks, or a smaller --batch_size")
+        self.size = (self.size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _images(self, numbers: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
+                ) -> np.ndarray:
+        images, size = [], self.size
+        starts = range(0, len(numbers), size)
+        steps = len(starts) * self.diffusion.num_timesteps
+        done = itertools.count(1)
+        for start in starts:
+            # The fill repeats a number, whose image is dropped.
+            index = [min(i, len(numbers) - 1) for i in range(start, start + size)]
+            chosen = None if labels is None else torch.from_numpy(labels[index])
+            piece = self._piece([numbers[i] for i in index], chosen, lambda: on_step(next(done) / steps))
+            images.append(to_uint8(piece[:len(numbers) - start]))
+        return np.concatenate(images)
+
+    def _piece(self, numbers: Sequence[int], labels: Tensor | None, on_step: Callable[[], None]) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1], on the CPU."""
+        device, options, model = dist_util.dev(), self.run.sample, self.run.model
+        shape = (model.in_channels, model.image_size, model.image_size)
+
+        def noise(step: int) -> Tensor:
+            return image_noise(options.seed, numbers, step, shape).to(device)
+
+        kwargs = {} if labels is None else {"y": labels.to(device)}
+        denoise = Denoiser(self.diffusion, self.network, options.clip_denoised, model_kwargs=kwargs)
+        step = functools.partial(sampling.ddim_step, eta=options.eta) if options.use_ddim else sampling.ddpm_step
+        x_T = noise(self.diffusion.num_timesteps)
+        chain = sampling.sample_chain(step, denoise, x_T, noise, self.guidance, torch.tensor(numbers))
+        return sampling.last(chain, on_step)["sample"].cpu()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+class Progress:
+    """Where the whole job stands, on rank 0: a bar, or plain lines every `log_every` images."""
+
+    def __init__(self, crew: Crew, num_samples: int, todo: int, log_every: int) -> None:
+        self.crew, self.num_samples, self.before, self.log_every = crew, num_samples, num_samples - todo, log_every
+        self.began, self.logged = time.monotonic(), num_samples - todo
+        self.bar = tqdm(total=num_samples, initial=self.before, unit="image", desc="sampling", dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 10,
+                        disable=bool(log_every) or not dist_util.is_main())
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        self.show(finished=kind is None)
+        self.bar.close()
+
+    def show(self, finished: bool = False) -> None:
+        if not dist_util.is_main():
+            return
+        todo = self.num_samples - self.before
+        made = todo if finished else min(self.crew.work(), todo)
+        done = self.before + int(made)
+        ranks = f"{self.crew.alive()} of {self.crew.size} ranks"
+        if not self.log_every:
+            self.bar.set_postfix_str(ranks, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif done >= self.logged + self.log_every or (done == self.num_samples > self.logged):
+            self.logged = done
+            rate = made / max(1e-9, time.monotonic() - self.began)
+            left = timedelta(seconds=round((self.num_samples - done) / rate)) if rate else "unknown"
+            print(f"{done} of {self.num_samples} images, {rate:.3g} images/s, {left} left, {ranks}", flush=True)
 
 
 def sample_from(options: Sequence[Options]) -> None:
@@ -275,39 +377,6 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.expand(*pixels.shape[:3], 3).contiguous().numpy()
 
 
-def pack(files: Sequence[Path], path: Path) -> None:
-    """One .npz with arr_0 (images) and, where there are labels, arr_1, streamed from chunk files in their order."""
-    with np.load(files[0], allow_pickle=False) as first:
-        names = {"images": "arr_0", **({"labels": "arr_1"} if "labels" in first else {})}
-        headers = {name: (first[name].shape[1:], first[name].dtype) for name in names}
-    total = 0
-    for file in files:
-        with np.load(file, allow_pickle=False) as chunk:
-            total += len(chunk["labels" if "labels" in names else "images"])
-    temporary = path.with_name(f"{path.name}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, stored in names.items():
-            shape, dtype = headers[name]
-            # A fixed date: the same samples are the same bytes.
-            with archive.open(zipfile.ZipInfo(f"{stored}.npy"), "w", force_zip64=True) as stream:
-                np.lib.format.write_array_header_1_0(
-                    stream, {"descr": dtype.str, "fortran_order": False, "shape": (total, *shape)})
-                for file in files:
-                    with np.load(file, allow_pickle=False) as chunk:
-                        stream.write(np.ascontiguousarray(chunk[name]).tobytes())
-    os.replace(temporary, path)
-
-
-def first_images(path: str | Path, count: int) -> np.ndarray:
-    """The first images (N, H, W, 3) of a sample file, without reading the rest."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        count = min(count, shape[0])
-        data = stream.read(count * dtype.itemsize * int(np.prod(shape[1:])))
-        return np.frombuffer(data, dtype).reshape(count, *shape[1:])
-
-
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
@@ -320,21 +389,3 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
 def _without_labels(model: nn.Module) -> Callable[..., Tensor]:
     """An unconditional network among terms that have labels."""
     return lambda x, t, y=None: model(x, t)
-
-
-def _progress(steps: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else 10
-    return tqdm(total=steps, unit="step", desc="sampling", mininterval=interval, dynamic_ncols=True,
-                disable=not dist_util.is_main())
-
-
-def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        np.savez(stream, **arrays)
-    os.replace(temporary, path)
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

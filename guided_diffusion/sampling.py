@@ -102,7 +102,7 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
         # Clipping hides an infinite eps from the sample.
         finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
         if not finite.all():
-            bad = ", ".join(str(n) for n in numbers.cpu()[~finite].tolist()[:8])
+            bad = ", ".join(str(n) for n in list(dict.fromkeys(numbers.cpu()[~finite].tolist()))[:8])
             raise NonFiniteError(f"step {index}: the network returned NaN or infinity for image {bad}")
         yield out
 

@@ -7,6 +7,7 @@ take flags as keywords.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -321,3 +322,6 @@ def run_script(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         dist_util.shutdown()        # else its threads may abort the process on its way out
         sys.exit(2)
+    except dist_util.LostRankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)                 # the usual way out waits for the rank that is gone

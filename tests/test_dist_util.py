@@ -177,12 +177,13 @@ def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path
     state = load_file(tiny_checkpoints / "model.safetensors")
     state["label_emb.weight"][1] = float("nan")
     save_state(tmp_path / "nan.pt", state)
-    # Balanced labels, one image at a time: every other image is of class 1, and all of them are rank 1's.
+    # Balanced labels, one image at a time: every other image is of class 1.
     ended = execute(*launcher, *command(tmp_path / "out", model_path=tmp_path / "nan.pt", batch_size=1))
     assert ended.returncode == (1 if "torchrun" in str(launcher[0]) else 2)
     assert ended.stderr.count("error: ") == 1
     assert "error: step 2: the network returned NaN or infinity for image 1\n" in ended.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    # The images before are kept; torchrun may end rank 0 before it has let go of the lock.
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"shards", ".lock"}
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ OFFICIAL = {
                          "anneal_lr eval_interval"),
 }
 OURS = ("config model num_classes in_channels seed attention_heads mask threshold eta labels out overwrite use_bf16 "
+        "keep_shards log_every auto_batch "
         "classifier_num_head_channels classifier_channel_mult sigma_small")
 
 SHORT = {"timestep_respacing": 3, "num_samples": 3, "batch_size": 3}

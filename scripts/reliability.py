@@ -1,0 +1,19 @@
+"""Kill sampling jobs at random moments, start them again, and compare the files with that of an undisturbed job.
+
+Examples:
+    python scripts/reliability.py --kills 20 --ranks 2
+    python scripts/reliability.py --pack_images 50000
+"""
+
+from guided_diffusion.options import parse_options
+from guided_diffusion.reliability import ReliabilityOptions, packing_trial, reliability, table
+from guided_diffusion.script_util import run_script
+
+
+def main() -> None:
+    options, = parse_options(None, ReliabilityOptions, description=__doc__)
+    print(packing_trial(options) if options.pack_images else table(reliability(options)))
+
+
+if __name__ == "__main__":
+    run_script(main)
