@@ -47,6 +47,11 @@ def is_address(path: str | Path) -> bool:
     return isinstance(path, str) and path.lower().startswith(_WEB + _BLOBS)
 
 
+def without_secrets(text: str) -> str:
+    """`text` without what may be secret in the addresses in it: user, password and query."""
+    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)(?:\?[^\s#]*)?", r"\1\2", text)
+
+
 def _is_blob(url: str) -> bool:
     return url.lower().startswith(_BLOBS)
 
@@ -147,8 +152,7 @@ class Download:
 
     @property
     def _shown(self) -> str:
-        """The address without what may be secret in it."""
-        return re.sub("//[^/]*@", "//", self.url.partition("?")[0])
+        return without_secrets(self.url)
 
     @property
     def _by_hand(self) -> str:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from . import __version__, checkpoint, dist_util, packing, pictures, sampling, shards
 from .crew import Crew
 from .errors import UserError
+from .fetch import without_secrets
 from .gaussian_diffusion import Denoiser, GaussianDiffusion
 from .guidance import ClassifierGuidance, Guidance
 from .labels import Labels, make_labels
@@ -54,7 +55,8 @@ class SampleOptions(Options):
     """The sampling run."""
 
     model: str = option("", "a model by name: a shipped one (fmnist32), or the flags of a released checkpoint")
-    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
+                             "(https://, gs://, az://), which is fetched once")
     num_samples: int = option(10000, "number of images", minimum=1)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
     use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
@@ -126,6 +128,7 @@ class SamplingRun:
         values: dict[str, Any] = {}
         for options in (self.classifier, self.diffusion, self.model, self.sag, self.sample):
             values |= asdict(options)
+        values |= {name: without_secrets(values[name]) for name in ("model_path", "classifier_path")}
         return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
     def run(self) -> Path | None:
@@ -141,7 +144,8 @@ class SamplingRun:
             crew = Crew()
             with dist_util.together():
                 if dist_util.is_main():
-                    sha256 = {name: packing.sha256(path) for name, path in self._checkpoints().items()}
+                    sha256 = {name: packing.sha256(checkpoint.locate(path))
+                              for name, path in self._checkpoints().items()}
                     crew.tell("sha256", sha256)
                     crew.tell("todo", self._chunks(sha256, labels).prepare(self.sample.overwrite))
             return self._sample(sampler, self._chunks(crew.told("sha256"), labels), crew)
@@ -176,9 +180,11 @@ class SamplingRun:
     def _build(self) -> tuple[Callable[..., Tensor], GaussianDiffusion, list[Guidance]]:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
         if not self.sample.model_path:
-            url = checkpoint.find_preset(self.sample.model).url if self.sample.model else None
-            hint = f"it lies at {url}" if url else "or a shipped model with --model, like --model fmnist32"
-            raise UserError(f"--model_path is not given: name a checkpoint, {hint}")
+            hint = "name a checkpoint, or a shipped model with --model, like --model fmnist32"
+            if self.sample.model:
+                preset = checkpoint.find_preset(self.sample.model)
+                hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
+            raise UserError(f"--model_path is not given: {hint}")
         if self.guided_by_classifier and not self.sample.classifier_path:
             raise UserError("--classifier_path is not given: classifier guidance needs a classifier")
         diffusion = build_diffusion(self.diffusion)
@@ -254,7 +260,7 @@ class SamplingRun:
             "sha256": {"samples": packing.sha256(chunks.samples), **chunks.sha256},
             "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
-            "command": sys.argv,
+            "command": [without_secrets(word) for word in sys.argv],
             "ranks": dist_util.world_size(),
             "device": str(dist_util.dev()),
             "timing": {"seconds": time.time() - self.began, "chunks": timing},

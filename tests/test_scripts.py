@@ -1,6 +1,7 @@
 """The command line as its users meet it: known command lines, configurations, outputs, and what is refused."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from commands import REPOSITORY, call, execute, flags, samples_in
 from conftest import TINY, TINY_CLASSIFIER, with_random_weights
+from local_server import serving
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -275,6 +277,20 @@ def test_files_of_a_run(command, tmp_path, capsys):
     assert {"torch", "numpy", "python", "guided_diffusion"} <= record["versions"].keys()
     assert record["timing"]["seconds"] > 0
     assert record["samples"] == "samples_3x16x16x3.npz"
+
+
+def test_checkpoint_at_an_address(command, tmp_path, tiny_checkpoints, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = (tiny_checkpoints / "model.safetensors").read_bytes()
+    with serving() as server:
+        url = server.add("/model.safetensors", content)
+        assert call("image_sample", *command(model_path=f"{url}?token=secret")) == 0
+        assert "secret" not in (tmp_path / "out" / "run.json").read_text()
+        assert call("image_sample", *command(model_path=url, out=tmp_path / "other")) == 0
+        assert call("image_sample", *command(model_path=url, out=tmp_path / "again")) == 0
+        assert len([method for method, *_ in server.requests if method == "GET"]) == 2       # one for each address
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["sha256"]["model"] == hashlib.sha256(content).hexdigest()
 
 
 def test_seed_decides(command, tmp_path):
