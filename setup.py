@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text() if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*", "evaluations", "evaluations.*"]),
     package_data={"guided_diffusion": ["models/*"], "evaluations": ["models/*"]},
     install_requires=["torch>=2.4", "numpy", "safetensors", "PyYAML", "tqdm", "Pillow"],
