@@ -46,7 +46,7 @@ class Crew:
 
     def told(self, name: str) -> Any:
         """What a rank told before; waits for it."""
-        return json.loads(self._store.get(name))
+        return json.loads(self._asked(lambda: self._store.get(name)))
 
     def ticket(self) -> int:
         """The next number, from 0, that no rank has had."""
@@ -60,8 +60,12 @@ class Crew:
         return self._counted("finished", 0)
 
     def _counted(self, name: str, step: int) -> int:
+        return self._asked(lambda: self._store.add(name, step)) - step
+
+    def _asked(self, question: Callable[[], Any]) -> Any:
+        """The store's answer; where it has none, rank 0, which keeps it, is gone."""
         try:
-            return self._store.add(name, step) - step
+            return question()
         except RuntimeError:
             self._end = self._end or "gone 0"
             self.check()

@@ -24,8 +24,8 @@ team = crew.Crew()
 with dist_util.together():
     if rank == 0:
         team.tell("what", [1, "two"])
-result["told"] = team.told("what")
 try:
+    result["told"] = team.told("what")
     with team:
         while (ticket := team.ticket()) < 12:
             result["tickets"].append(ticket)

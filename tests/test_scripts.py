@@ -566,7 +566,7 @@ def test_mistake_with_a_large_model_shows_at_once(refused, tmp_path):
     message = refused("classifier_sample", ["--model", "256x256_diffusion", "--model_path", "/nowhere/model.pt",
                                             "--classifier_guidance", "False", "--out", tmp_path / "out"])
     assert "/nowhere/model.pt" in message
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_exit_code_and_stderr_of_a_process(command):
