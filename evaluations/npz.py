@@ -6,7 +6,6 @@ statistics `mu`, `sigma` (pooled features) and `mu_s`, `sigma_s` (spatial featur
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
 
 from .files import write
 
@@ -46,6 +46,7 @@ class BatchFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._statistics: dict[str, Statistics | None] = {}
         if not self.path.is_file():
             raise UserError(f"{path}: there is no such file")
         with self._opened("is not an .npz file") as archive:
@@ -66,8 +67,7 @@ class BatchFile:
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(self.path)
 
     def _image_shape(self) -> tuple[int, int, int, int]:
         shape, dtype = self._header("arr_0")
@@ -154,6 +154,11 @@ class BatchFile:
     def statistics(self, suffix: str = "") -> Statistics | None:
         """Those stored under mu and sigma, or with suffix "_s" under mu_s and sigma_s, as float64; None if neither is.
         """
+        if suffix not in self._statistics:
+            self._statistics[suffix] = self._read_statistics(suffix)
+        return self._statistics[suffix]
+
+    def _read_statistics(self, suffix: str) -> Statistics | None:
         mean, covariance = f"mu{suffix}", f"sigma{suffix}"
         if mean not in self.members and covariance not in self.members:
             return None

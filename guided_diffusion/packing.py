@@ -5,7 +5,6 @@ It is written, checked and read as a stream, in the memory of a few images, what
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import zipfile
@@ -116,8 +115,3 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 def _read(stream: IO[bytes], count: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     data = stream.read(count * dtype.itemsize * int(np.prod(shape[1:])))
     return np.frombuffer(data, dtype).reshape(count, *shape[1:])
-
-
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import packing
 from .errors import UserError
+from .fetch import sha256_of
 from .options import Options, option
 from .shards import Shards
 
@@ -61,7 +61,7 @@ def reliability(options: ReliabilityOptions) -> list[Kill]:
     chance, out = random.Random(options.seed), Path(options.out)
     whole = out / "whole"
     _finish(_start(options, whole, overwrite=True))
-    sha256 = packing.sha256(_samples(whole))
+    sha256 = sha256_of(_samples(whole))
     return [_try(options, out / f"kill{number:02d}", sha256, chance, None if number % 2 else
                  chance.randrange(options.ranks)) for number in range(options.kills)]
 
@@ -122,7 +122,7 @@ def _try(options: ReliabilityOptions, out: Path, sha256: str, chance: random.Ran
     images = min(len(before) * options.batch_size, options.num_samples)
     after = "finished" if finished else f"{images} images" if images else "no image"
     return Kill("all" if victim is None else f"rank {victim}", moment, after, seconds, redone * options.batch_size,
-                packing.sha256(_samples(out)) == sha256)
+                sha256_of(_samples(out)) == sha256)
 
 
 def _await_moment(options: ReliabilityOptions, out: Path, chance: random.Random, job: subprocess.Popen) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import packing
 from .errors import UserError
+from .fetch import sha256_of
 from .shards import DamagedError, Shards, holder
 
 
@@ -50,7 +50,7 @@ def run_status(out: Path) -> RunStatus:
     if not file.exists():
         return RunStatus(total, 0, 0, (), holder(out), None)
     record = json.loads((out / "run.json").read_text())
-    if packing.sha256(file) != record["sha256"].get("samples"):
+    if sha256_of(file) != record["sha256"].get("samples"):
         return RunStatus(total, 0, total, (file.name,), holder(out), None)
     return RunStatus(total, total, 0, (), holder(out), file)
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__, checkpoint, dist_util, packing, pictures, sampling, shards
+from . import __version__, checkpoint, dist_util, pictures, sampling, shards
 from .crew import Crew
 from .errors import UserError
-from .fetch import without_secrets
+from .fetch import sha256_of, without_secrets
 from .gaussian_diffusion import Denoiser, GaussianDiffusion
 from .guidance import ClassifierGuidance, Guidance
 from .labels import Labels, make_labels
@@ -144,7 +144,7 @@ class SamplingRun:
             crew = Crew()
             with dist_util.together():
                 if dist_util.is_main():
-                    sha256 = {name: packing.sha256(checkpoint.locate(path))
+                    sha256 = {name: sha256_of(checkpoint.locate(path))
                               for name, path in self._checkpoints().items()}
                     crew.tell("sha256", sha256)
                     crew.tell("todo", self._chunks(sha256, labels).prepare(self.sample.overwrite))
@@ -257,7 +257,7 @@ class SamplingRun:
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,
             "samples": chunks.samples.name,
-            "sha256": {"samples": packing.sha256(chunks.samples), **chunks.sha256},
+            "sha256": {"samples": sha256_of(chunks.samples), **chunks.sha256},
             "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()},
             "command": [without_secrets(word) for word in sys.argv],

@@ -27,6 +27,7 @@ import numpy as np
 
 from . import packing
 from .errors import UserError
+from .fetch import sha256_of
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples")
@@ -189,7 +190,7 @@ class Shards:
                             f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
         if not exists:
             return None
-        if packing.sha256(earlier.samples) != content["sha256"].get("samples"):
+        if sha256_of(earlier.samples) != content["sha256"].get("samples"):
             raise UserError(f"{earlier.samples}: is damaged or was changed; {REMEDY}")
         self._check_labels(earlier)
         return earlier

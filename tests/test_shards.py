@@ -42,7 +42,7 @@ def fill(run, indices=None):
 def finish(run):
     packed, _ = run.pack()
     os.replace(packed, run.samples)
-    sha256 = {**run.sha256, "samples": module.packing.sha256(run.samples)}
+    sha256 = {**run.sha256, "samples": module.sha256_of(run.samples)}
     record = {"configuration": run.configuration, "sha256": sha256}
     (run.out / "run.json").write_text(json.dumps(record))
     run.remove()
