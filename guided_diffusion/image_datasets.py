@@ -1,4 +1,4 @@
-"""Training images: folders of image files and IDX files (the format of MNIST and Fashion-MNIST).
+"""Training images: folders of image files, IDX files (the format of MNIST and Fashion-MNIST) and files of samples.
 
 Batch `b` of a run is a function of (seed, b, rank, world_size) alone, so a resumed run sees the batches that an
 uninterrupted one would have seen, and two ranks with batch B see together what one rank with batch 2B sees.
@@ -12,6 +12,7 @@ import gzip
 import itertools
 import math
 import os
+import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,9 +45,10 @@ def load_data(
 
     data_dir: a folder that is searched for jpg, jpeg, png and gif files at any depth, whose class is the file name
         before the first underscore, numbered in sorted order; or a folder with IDX files; or "fashion-mnist" (or
-        nothing): where Debian's package dataset-fashion-mnist puts them.
+        nothing): where Debian's package dataset-fashion-mnist puts them; or an .npz file of images of this size, as
+        sampling runs and `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,).
     deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
-    random_crop: cut folder images at random instead of from the centre; IDX images are padded, never cropped.
+    random_crop: cut folder images at random instead of from the centre; others are never cropped.
     random_flip: mirror half of the images left to right.
     in_channels: 3, or 1 for grey.
     split: "train" or "test" of the IDX files; an image folder has only "train".
@@ -62,13 +64,17 @@ def load_data(
     folder = find_data(data_dir)
     plan = functools.partial(BatchPlan, batch_size=batch_size, seed=seed, shuffle=not deterministic,
                              flip=random_flip, crop=random_crop, rank=rank, world_size=world_size)
+    frame = (in_channels, image_size, image_size)
     if holds_idx(folder):
         images, labels = load_arrays(folder, split)
         check_fits(images, image_size)
-        frame = (in_channels, image_size, image_size)
-        return _idx_batches(images, labels if class_cond else None, frame, plan(len(images)), start_batch)
+        return _array_batches(images, labels if class_cond else None, frame, plan(len(images)), start_batch)
     if split != "train":
-        raise UserError(f"--data_dir {folder}: an image folder has no {split} split, name a folder of its own for it")
+        kind = "an .npz file" if is_npz(folder) else "an image folder"
+        raise UserError(f"--data_dir {folder}: {kind} has no {split} split, name one of its own for it")
+    if is_npz(folder):
+        images, labels = load_npz(folder, frame, class_cond)
+        return _array_batches(images, labels, frame, plan(len(images)), start_batch)
     files = list_images(folder)
     labels = classes_by_name(files) if class_cond else None
     return _folder_batches(files, labels, in_channels, image_size, plan(len(files)), start_batch)
@@ -120,15 +126,16 @@ def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 
 def find_data(data_dir: str | os.PathLike) -> Path:
-    """The folder that `data_dir` names; raises UserError where there is none."""
+    """The folder or .npz file that `data_dir` names; raises UserError where there is none."""
     if str(data_dir) in ("", FASHION_MNIST):
         if DEBIAN_FASHION_MNIST.is_dir():
             return DEBIAN_FASHION_MNIST
         raise UserError(f"--data_dir {FASHION_MNIST}: not found in {DEBIAN_FASHION_MNIST}; run `apt-get install "
                         "dataset-fashion-mnist`, or name a folder with its four files (train-images-idx3-ubyte.gz, "
                         "train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz)")
-    if not Path(data_dir).is_dir():
-        raise UserError(f"--data_dir {data_dir}: no such folder (a folder of images or IDX files, or {FASHION_MNIST})")
+    if not (Path(data_dir).is_dir() or (is_npz(data_dir) and Path(data_dir).is_file())):
+        raise UserError(f"--data_dir {data_dir}: no such folder (a folder of images or IDX files, an .npz file, or "
+                        f"{FASHION_MNIST})")
     return Path(data_dir)
 
 
@@ -198,13 +205,45 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(framed)
 
 
-def _idx_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
-                 start_batch: int) -> Iterator[Batch]:
+def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
+                   start_batch: int) -> Iterator[Batch]:
+    """Batches of (N, H, W) padded to the frame, or of (N, H, W, 3) that fill it."""
     for number in itertools.count(start_batch):
         indices, flips = plan.indices(number), plan.flips(plan.draws(number))
         chosen = images[indices]
         chosen[flips] = chosen[flips, :, ::-1]
-        yield pad_to_frame(chosen, frame), _conditions(labels, indices)
+        batch = pad_to_frame(chosen, frame) if images.ndim == 3 else torch.from_numpy(_to_unit(chosen)).movedim(3, 1)
+        yield batch, _conditions(labels, indices)
+
+
+# Files of samples
+
+
+def is_npz(path: str | os.PathLike) -> bool:
+    return Path(path).suffix == ".npz"
+
+
+def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: bool,
+             ) -> tuple[np.ndarray, np.ndarray | None]:
+    """All images of an .npz file, (N, H, W, 3) or grey (N, H, W) uint8 by the frame (C, H, W), and labels (N,) int64.
+
+    Raises UserError where the file is damaged, or its arrays are missing or of other shapes.
+    """
+    where = f"--data_dir {path}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file.get("arr_0"), file.get("arr_1") if labelled else None
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{where}: is not an .npz file of images, or is damaged ({error})") from None
+    expected = (*frame[1:], 3)
+    if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
+        found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
+        raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
+    if labelled and (labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
+    if frame[0] == 1:
+        images = (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)
+    return images, labels if labels is None else labels.astype(np.int64)
 
 
 # Image folders
@@ -237,12 +276,13 @@ def read_image(path: Path, in_channels: int) -> Image.Image:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
-def resize_smaller_side(image: Image.Image, size: int) -> Image.Image:
-    """Halved by averaging while both sides stay at least `size`, then bicubic, so that the smaller side is `size`."""
+def resize_smaller_side(image: Image.Image, size: int,
+                        last: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """Halved by averaging while both sides stay at least `size`, then by `last`, so that the smaller side is `size`."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image.resize((round(image.width * scale), round(image.height * scale)), last)
 
 
 def crop_square(image: Image.Image, size: int, draws: tuple[float, float] | None = None) -> Image.Image:

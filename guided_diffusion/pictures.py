@@ -29,7 +29,7 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 def save_grid(images: np.ndarray, path: str | Path) -> None:
     """A nearly square grid of (N, H, W, 3) uint8 images, small ones enlarged, as PNG."""
     columns = max(1, round(len(images) ** 0.5))
-    _save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
+    save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 
 def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10) -> None:
@@ -48,7 +48,7 @@ def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: i
         draw.text((MARGIN + 2, top), title, fill="black", font=font)
         canvas.paste(block, (MARGIN, top + 24))
         top += block.height + 24 + MARGIN
-    _save(canvas, Path(path))
+    save(canvas, Path(path))
 
 
 def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
@@ -57,7 +57,8 @@ def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save(picture: Image.Image, path: Path) -> None:
+    """`picture` as PNG; the file appears whole or not at all. Raises UserError where it cannot be written."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

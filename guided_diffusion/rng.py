@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = {"noise": 0, "label": 1, "mask": 2}
+STREAMS = {"noise": 0, "label": 1, "mask": 2, "depth": 3, "scene": 4}
 
 
 def image_generator(seed: int, number: int, step: int = 0, stream: str = "noise") -> np.random.Generator:

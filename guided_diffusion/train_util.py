@@ -61,7 +61,8 @@ Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 class LoopOptions(Options):
     """Options that every training has."""
 
-    data_dir: str = option("", "folder of images or IDX files to train on; fashion-mnist: where Debian installs it")
+    data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
+                           "fashion-mnist: where Debian installs it")
     out: str = option("train", "folder that the run is kept in, and goes on from when started again")
     seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
@@ -509,7 +510,7 @@ def _numbered_data(options: LoopOptions, config: dict[str, Any], data_dir: str, 
                    **changes: Any) -> Data:
     """Batches of `data_dir` by first batch; raises UserError for data that is not there."""
     if not data_dir:
-        raise UserError("--data_dir: is missing, name a folder of images or IDX files, or fashion-mnist")
+        raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
     arguments = {
         "data_dir": data_dir, "batch_size": options.batch_size, "image_size": config["image_size"],
         "class_cond": class_cond, "in_channels": config["in_channels"], "random_flip": options.random_flip,

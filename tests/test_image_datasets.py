@@ -232,3 +232,71 @@ def test_fashion_mnist_of_debian():
     batches = load_data(data_dir="fashion-mnist", batch_size=64, image_size=32, split="test", in_channels=1)
     batch, _ = next(batches)
     assert batch.shape == (64, 1, 32, 32) and -1 <= batch.min() < 0 < batch.max() <= 1
+
+
+# Files of samples
+
+
+@pytest.fixture
+def npz_file(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8), arr_1=np.array([3, 1, 0, 1, 2]))
+    return path
+
+
+def test_npz_images_fill_the_frame_and_are_labelled(npz_file):
+    (images, cond), = take(1, data_dir=npz_file, batch_size=5, image_size=8, class_cond=True, deterministic=True,
+                           random_flip=False)
+    with np.load(npz_file) as file:
+        np.testing.assert_allclose(images.permute(0, 2, 3, 1), file["arr_0"] / 127.5 - 1, atol=1e-6)
+        np.testing.assert_array_equal(cond["y"], file["arr_1"])
+
+
+def test_npz_images_are_mirrored_and_resumed(npz_file):
+    options = {"data_dir": npz_file, "batch_size": 4, "image_size": 8}
+    whole, later = take(3, **options), take(1, **options, start_batch=2)
+    torch.testing.assert_close(whole[2][0], later[0][0], rtol=0, atol=0)
+    with np.load(npz_file) as file:
+        straight = {image.tobytes() for image in file["arr_0"]}
+    seen = [np.rint((image.permute(1, 2, 0).numpy() + 1) * 127.5).astype(np.uint8) for image in whole[0][0]]
+    assert all(image.tobytes() in straight or image[:, ::-1].tobytes() in straight for image in seen)
+    assert not all(image.tobytes() in straight for image in seen)
+
+
+def test_npz_images_in_grey(npz_file, tmp_path):
+    (images, _), = take(1, data_dir=npz_file, batch_size=5, image_size=8, in_channels=1, deterministic=True,
+                        random_flip=False)
+    with np.load(npz_file) as file:
+        expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in file["arr_0"]])
+    assert images.shape == (5, 1, 8, 8)
+    assert abs((images[:, 0].numpy() + 1) * 127.5 - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("arrays", "options", "message"), [
+    ({"arr_0": np.zeros((2, 8, 9, 3), np.uint8)}, {}, r"arr_0 is \(2, 8, 9, 3\) uint8, must be \(N, 8, 8, 3\) uint8"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, {}, "must be .* uint8"),
+    ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, {}, "must be .* uint8"),
+    ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, {}, "arr_0 is missing"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, {"class_cond": True}, "arr_1 must be the classes of the 2 images"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3, int)}, {"class_cond": True}, "classes of the 2"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, {"split": "test"}, "an .npz file has no test split"),
+])
+def test_wrong_npz_files_are_refused_before_the_first_batch(tmp_path, arrays, options, message):
+    path = tmp_path / "wrong.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=message):
+        load_data(data_dir=path, batch_size=1, image_size=8, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut"])
+def test_damaged_npz_files(tmp_path, content):
+    path = tmp_path / "damaged.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged.npz: is not an .npz file of images, or is damaged"):
+        load_data(data_dir=path, batch_size=1, image_size=8)
+
+
+def test_missing_npz_file(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_data(data_dir=tmp_path / "none.npz", batch_size=1, image_size=8)

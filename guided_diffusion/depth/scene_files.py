@@ -1,0 +1,80 @@
+"""Files of rendered scenes: images, classes, depth maps and object masks in one .npz."""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..options import Options, option
+from ..pictures import grid, save
+from .scenes import FAR, NEAR, Scenes, render
+
+CHUNK = 128
+_MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 200, 120], [220, 120, 160]], np.uint8)
+
+
+@dataclass(frozen=True)
+class SceneOptions(Options):
+    """The scenes to render."""
+
+    num_images: int = option(10000, "number of scenes", minimum=1)
+    start: int = option(0, "number of the first scene", minimum=0)
+    seed: int = option(0, "seed: scene i of a seed is always the same", minimum=0)
+    image_size: int = option(32, "height and width in pixels", minimum=8)
+    out: str = option("scenes.npz", "file for the scenes: arr_0 RGB, arr_1 classes, depth in metres, mask")
+    sheet: str = option("", "also draw a contact sheet of the first scenes to this file (PNG)")
+
+
+def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
+    """`render` on all cores, with progress."""
+    pieces = [numbers[start:start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+    with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
+            tqdm(total=len(numbers), desc="rendering", unit="scene", dynamic_ncols=True,
+                 mininterval=0.5 if sys.stderr.isatty() else 10) as progress:
+        parts = []
+        for part in pool.map(render, *zip(*((seed, piece, size) for piece in pieces), strict=True)):
+            parts.append(part)
+            progress.update(len(part.rgb))
+    return Scenes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def write_scenes(options: SceneOptions) -> None:
+    """Renders, and writes the file and the contact sheet. Raises UserError for files that cannot be written."""
+    out = Path(options.out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: the name must end in .npz")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images),
+                                   options.image_size)
+            np.savez(file, arr_0=scenes.rgb, arr_1=scenes.label, depth=scenes.depth, mask=scenes.mask)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    if options.sheet:
+        save(contact_sheet(scenes), Path(options.sheet))
+
+
+def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Image:
+    """The first scenes, in each row of the sheet their images, depth maps (near is bright) and masks."""
+    blocks = []
+    for row in range(min(rows, -(-len(scenes.rgb) // columns))):
+        part = slice(row * columns, (row + 1) * columns)
+        near = 1 - (scenes.depth[part] - NEAR) / (FAR - NEAR)
+        depth = np.repeat((near * 255).astype(np.uint8)[..., None], 3, axis=3)
+        blocks += [grid(pictures, columns) for pictures in (scenes.rgb[part], depth, _MASK_COLOURS[scenes.mask[part]])]
+    sheet = Image.fromarray(np.concatenate(blocks))
+    factor = max(1, 64 // scenes.rgb.shape[1])
+    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)

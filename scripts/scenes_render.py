@@ -1,0 +1,20 @@
+"""Render rooms with exact depth, to train diffusion models and depth predictors on.
+
+Examples:
+    python scripts/scenes_render.py --num_images 50000 --out data/scenes32.npz
+    python scripts/scenes_render.py --num_images 48 --image_size 64 --seed 1 --out few.npz --sheet few.png
+"""
+
+from guided_diffusion.depth.scene_files import SceneOptions, write_scenes
+from guided_diffusion.options import parse_options
+from guided_diffusion.script_util import run_script
+
+
+def main() -> None:
+    options, = parse_options(None, SceneOptions, description=__doc__)
+    write_scenes(options)
+    print(f"scenes: {options.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
