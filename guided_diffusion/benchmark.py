@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from . import checkpoint, dist_util
 from .capture import override_attention
-from .guidance import ClassifierGuidance
+from .depth.options import DagOptions
+from .guidance import ClassifierGuidance, Guidance
 from .options import Options, option
 from .sample_util import OPTION_CLASSES, preset_values
 from .script_util import build_classifier, build_diffusion, build_model
@@ -37,10 +38,12 @@ class BenchmarkOptions(Options):
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds of each round, and peak memory above what was there before, in MiB."""
+    """Milliseconds of each round, peak memory above what was there before in MiB, and passes through the network."""
 
     milliseconds: list[float]
     memory: float
+    forward: int
+    backward: int
 
     @property
     def median(self) -> float:
@@ -52,7 +55,7 @@ class Measured:
 
 
 def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_options: Options,
-              classifier_options: Options, sag_options: Options) -> str:
+              classifier_options: Options, sag_options: Options, dag_options: DagOptions) -> str:
     """The table of one run, as Markdown."""
     device = dist_util.dev()
     model, diffusion = build_model(model_options), build_diffusion(diffusion_options)
@@ -76,7 +79,7 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
     guided = ClassifierGuidance(classifier, 1.0)
     network = model if model_options.class_cond else (lambda x, t, y: model(x, t))
 
-    def step(*guidance: object) -> Callable[[], object]:
+    def step(*guidance: Guidance) -> Callable[[], object]:
         return lambda: diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=noise)
 
     def evaluation() -> Tensor:
@@ -86,10 +89,40 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
         with override_attention(plain_model, plain_model.attention_blocks, explicit_attention):
             return plain_model(x, diffusion.model_timesteps(t), **labels)
 
-    measured = measure({
-        "network evaluation": evaluation, "unguided step": step(), "SAG step": step(sag),
-        "SAG + CG step": step(sag, guided), "plain evaluation": plain}, options.rounds)
-    return table(measured, batch, str(device))
+    functions = {"network evaluation": evaluation, "unguided step": step(), "SAG step": step(sag),
+                 "SAG + CG step": step(sag, guided), "plain evaluation": plain}
+    for name, terms in depth_guidance(model, dag_options).items():
+        functions[f"{name} step"] = checkpointed(model, step(*terms), False)
+        functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)
+    return table(measure(functions, options.rounds, [model, plain_model]), batch, str(device))
+
+
+def depth_guidance(model: UNetModel, options: DagOptions) -> dict[str, list[Guidance]]:
+    """The terms of depth-aware guidance that files are given for, alone and together, at any step."""
+    if not (options.depth_predictor or options.depth_prior):
+        return {}
+    always = replace(options, dag_start=None, dag_stop=None)
+    dcg = replace(always, dcg_scale=1.0, dpg_scale=0.0).build(model, seed=0)
+    if not options.depth_prior:
+        return {"DCG": dcg}
+    dpg = replace(always, dcg_scale=0.0, dpg_scale=1.0).build(model, seed=0)
+    return {"DCG": dcg, "DPG": dpg, "DCG + DPG": dcg + dpg}
+
+
+def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool) -> Callable[[], object]:
+    """`function`, during which the blocks of the network recompute their activations in a backward pass, or not."""
+    blocks = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
+
+    def call() -> object:
+        before = [block.use_checkpoint for block in blocks]
+        try:
+            for block in blocks:
+                block.use_checkpoint = enabled
+            return function()
+        finally:
+            for block, value in zip(blocks, before, strict=True):
+                block.use_checkpoint = value
+    return call
 
 
 def _without_care(model: UNetModel) -> UNetModel:
@@ -107,9 +140,14 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
-    """Each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them."""
+def measure(functions: dict[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
+            ) -> dict[str, Measured]:
+    """Each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.
+
+    networks: those whose passes are counted.
+    """
     memory = {name: peak_memory(function) for name, function in functions.items()}
+    passes = {name: count_passes(function, networks) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in tqdm(range(rounds), unit="round", disable=not dist_util.is_main()):
         for name, function in functions.items():
@@ -118,7 +156,33 @@ def measure(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
             function()
             _synchronize()
             times[name].append(1000 * (time.perf_counter() - start))
-    return {name: Measured(times[name], memory[name]) for name in functions}
+    return {name: Measured(times[name], memory[name], *passes[name]) for name in functions}
+
+
+def count_passes(function: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[int, int]:
+    """Forward and backward passes through the networks in a call, backward ones where they reach the input.
+
+    Blocks that a checkpoint computes again in the backward pass count as part of it.
+    """
+    forward = backward = 0
+
+    def called(network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal forward
+        forward += 1
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(differentiated)
+
+    def differentiated(gradient: Tensor) -> None:
+        nonlocal backward
+        backward += 1
+
+    handles = [network.register_forward_pre_hook(called) for network in networks]
+    try:
+        function()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return forward, backward
 
 
 def peak_memory(function: Callable[[], object]) -> float:
@@ -148,9 +212,11 @@ def table(measured: dict[str, Measured], batch: int, device: str) -> str:
     """Times and ratios as Markdown."""
     one, plain = measured["network evaluation"], measured["plain evaluation"]
     lines = [f"batch {batch} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
-             "| | milliseconds | peak MiB | / network evaluation |", "|---|---|---|---|"]
+             "| | milliseconds | peak MiB | / network evaluation | network passes, forward + backward |",
+             "|---|---|---|---|---|"]
     for name, value in measured.items():
-        lines.append(f"| {name} | {value.median:.1f} | {value.memory:.1f} | {value.ratio(one):.3f} |")
+        lines.append(f"| {name} | {value.median:.1f} | {value.memory:.1f} | {value.ratio(one):.3f} | "
+                     f"{value.forward} + {value.backward} |")
     sag = statistics.median(a / (2 * b) for a, b in zip(
         measured["SAG step"].milliseconds, one.milliseconds, strict=True))
     lines += ["", f"unguided step / network evaluation: {measured['unguided step'].ratio(one):.3f}",

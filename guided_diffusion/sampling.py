@@ -1,27 +1,35 @@
 """The one step body of all samplers, and the loop over it. Knows no file, no rank and no network class.
 
     pred = denoise(x_t, t)
+    down = gradient at x_t of the sum of the descents' losses, through that evaluation
     eps  = pred.eps + sum of the contrasts
     grad = sum of the gradients
-    x_t  = ddpm_step or ddim_step (pred guided by eps, grad, noise)
+    x_t  = ddpm_step or ddim_step (pred guided by eps, grad, noise) - down
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .guidance.base import Contrast, Gradient, Guidance, StepContext
+from .errors import UserError
+from .guidance.base import Contrast, Descent, Gradient, Guidance, StepContext
 from .schedules import gather
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import Denoiser, Prediction
 
+# A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
+# gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
+LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
+
 Noise = Callable[[], Tensor]
+Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
 Step = Callable[[StepContext, "Prediction", "Tensor | None", Noise], tuple[Tensor, Tensor]]
 
 
@@ -67,22 +75,71 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if numbers is None else numbers)
     active = [(term, window) for term in guidance if (window := term.window(t)).any()]
-    with ExitStack() as stack:
-        for term, _ in active:
-            ctx.observed[term] = stack.enter_context(term.observe())
-        pred = unguided = denoise(x_t, t)
+    down = None
+    if any(isinstance(term, Descent) for term, _ in active):
+        ctx, pred, down = _evaluated_with_descent(ctx, active)
+    else:
+        pred = _evaluated(ctx, active)
+    unguided = pred
     deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, Contrast)]
     if deltas:
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + sum(deltas))
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, Gradient)]
     sample, pred_xstart = step(ctx, pred, sum(gradients) if gradients else None, noise)
+    if down is not None:
+        sample = sample - down
     return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
             "eps": pred.eps}
 
 
+def _evaluated(ctx: StepContext, active: Active) -> Prediction:
+    """The step's own network evaluation, observed by the active terms."""
+    with ExitStack() as stack:
+        for term, _ in active:
+            ctx.observed[term] = stack.enter_context(term.observe())
+        return ctx.denoise(ctx.x_t, ctx.t)
+
+
+def _evaluated_with_descent(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:
+    """`_evaluated`, and the gradient at x_t of all descents' losses, (N, C, H, W).
+
+    Context and prediction come back detached: the graph, which is most of a network's memory, ends here, before any
+    contrast evaluates the network again.
+    """
+    descents = [(term, window) for term, window in active if isinstance(term, Descent)]
+    with torch.enable_grad():
+        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={})
+        pred = _evaluated(with_graph, active)
+        loss = sum(_within(window, term.loss(with_graph, pred)).sum() for term, window in descents)
+    if not loss.requires_grad:
+        raise UserError(f"{', '.join(type(term).__name__ for term, _ in descents)}: the loss does not depend on x_t "
+                        "through the network, so that it has no gradient")
+    # Before the backward pass, which then needs no memory for what only the prediction depends on.
+    pred = replace(pred, **{name: value.detach() for name, value in vars(pred).items()})
+    guided = torch.stack([window for _, window in descents]).any(dim=0)
+    observed = {term: value for term, value in with_graph.observed.items() if not isinstance(term, Descent)}
+    ctx = replace(ctx, x_t=ctx.x_t.detach(), observed=observed)
+    return ctx, pred, _scaled_gradient(loss, with_graph.x_t, guided)
+
+
+def _scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
+    """d loss / d x_t where guided (N,), 0 elsewhere; each image's by the first of LOSS_SCALES that makes it finite.
+
+    NaN or infinity is left where none does.
+    """
+    gradient, missing = torch.zeros_like(x_t), guided
+    for scale in LOSS_SCALES:
+        scaled, = torch.autograd.grad(loss, x_t, torch.full_like(loss, scale), retain_graph=scale != LOSS_SCALES[-1])
+        gradient = torch.where(missing.reshape(-1, 1, 1, 1), scaled / scale, gradient)
+        missing = guided & ~gradient.isfinite().flatten(1).all(dim=1)
+        if not missing.any():
+            break
+    return gradient
+
+
 def _within(window: Tensor, value: Tensor) -> Tensor:
     """`value` (N, ...) where the window (N,) holds the image, 0 elsewhere."""
-    return torch.where(window.reshape(-1, 1, 1, 1), value, 0)
+    return torch.where(window.reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
 @torch.no_grad()

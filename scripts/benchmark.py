@@ -1,4 +1,6 @@
-"""Measure a model: milliseconds and peak memory of an evaluation, an unguided step, a SAG step and a SAG+CG step.
+"""Measure a model: milliseconds, peak memory and network passes of an evaluation, of unguided and of guided steps.
+
+Steps of depth-aware guidance are there where the model has depth predictors (and a depth prior), or they are given.
 
 Example:
     python scripts/benchmark.py --model fmnist32 --batch_size 64

@@ -2,8 +2,9 @@
 
 A *contrast* evaluates the network again on something degraded and returns a change of eps. A *gradient* returns a
 gradient at x_t; the sampler decides how it enters (`mean += variance * g` in DDPM, `eps -= sqrt(1 - abar) * g` in
-DDIM). Terms know neither each other nor the sampler. A term whose scale is 0, or whose window does not hold the
-step, is not evaluated.
+DDIM). A *descent* returns a loss, which is differentiated to x_t through that network evaluation itself, the losses of
+all descents at once; any sampler takes the gradient from x_{t-1} (`mean -= g`). Terms know neither each other nor the
+sampler. A term whose scale is 0, or whose window does not hold the step, is not evaluated.
 """
 
 from __future__ import annotations
@@ -89,4 +90,13 @@ class Contrast(Guidance):
 class Gradient(Guidance):
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The gradient at x_t, (N, C, H, W), scale included."""
+        raise NotImplementedError
+
+
+class Descent(Guidance):
+    def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """The loss of each image, (N,), scale included: a function of ctx.x_t through the evaluation that gave `pred`.
+
+        What `observe` gave, and `pred`, carry that evaluation's graph here, and nowhere else.
+        """
         raise NotImplementedError
