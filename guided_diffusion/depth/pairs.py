@@ -1,0 +1,276 @@
+"""Pairs of an image and its depth map, from files or rendered, as a network of a given size sees them.
+
+`data` is one of
+    an .npz file        arr_0 (N, H, W, 3) uint8, depth (N, H, W) or (N, H, W, 1), whole numbers or floats; for networks
+                        with classes arr_1 (N,), whole numbers. As scripts/scenes_render.py writes it.
+    a folder            images/NAME.png or .jpg, and depth/NAME.npy (H, W) or 8- or 16-bit grey NAME.png. The class is
+                        the name before the first underscore, as everywhere in image folders.
+    the word "scenes"   rendered scenes (depth.scenes).
+Images of another size are resized and cut as `image_datasets` does it without random crops. Depth maps go the same
+way, except that the last step is bilinear, since bicubic resizing overshoots at edges.
+
+A depth range says what becomes -1 and 1: "image" each map's own least and greatest depth, or "NEAR,FAR" two depths in
+the units of the files, beyond which is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from ..image_datasets import classes_by_name, crop_square, read_image, resize_smaller_side
+from .scene_files import render_scenes
+from .scenes import DEPTH_RANGE, render
+
+SCENES = "scenes"
+FEW_SCENES = 300          # more of them are rendered on all cores
+OWN_RANGE = "image"
+IMAGE_SUFFIXES, DEPTH_SUFFIXES = (".png", ".jpg", ".jpeg"), (".npy", ".png")
+_GREY_MODES = ("L", "I", "I;16", "I;16B")
+
+
+class Pairs(NamedTuple):
+    """N pairs: images (N, C, S, S) and depth (N, 1, S, S), float32 in [-1, 1], labels (N,) int64 or None."""
+
+    images: Tensor
+    depth: Tensor
+    labels: Tensor | None
+
+
+class Source(Protocol):
+    """Where pairs come from; each is read when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, channels: int) -> Image.Image: ...
+
+    def depth(self, index: int) -> np.ndarray: ...         # (H, W), of numbers
+
+    def name(self, index: int) -> str: ...                  # of the depth map, for messages
+
+    def labels(self) -> np.ndarray | None: ...
+
+
+def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None = None, flag: str = "num_labels",
+               channels: int = 3, class_cond: bool = False, seed: int = 0) -> Pairs:
+    """The first `count` pairs of `data` (None: all), at `size` pixels.
+
+    flag: the option that `count` is, for messages. channels: 3, or 1 for grey images. class_cond: with labels. seed:
+    of the scenes. Raises UserError, before anything is computed, for whatever is wrong with them.
+    """
+    limits = parse_depth_range(checked_depth_range(data, depth_range))
+    source = open_pairs(data, size=size, count=count, flag=flag, seed=seed)
+    labels = source.labels() if class_cond else None
+    if class_cond and labels is None:
+        raise UserError(f"{data}: has no labels, which the class-conditional network needs: arr_1, one for each image")
+    indices = range(len(source) if count is None else count)
+    depth = np.stack([read_depth(source, index, size, limits) for index in indices])[:, None]
+    images = np.stack([_pixels(source, index, size, channels) for index in indices])
+    return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
+                 None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
+
+
+def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int = 0) -> Source:
+    """The pairs that `data` names, at least `count` of them; raises UserError as `read_pairs`."""
+    if data == SCENES:
+        if count is None:
+            raise UserError(f"--{flag}: is not given, and there is no end of scenes")
+        scenes = (render if count <= FEW_SCENES else render_scenes)(seed, range(count), size)
+        return _Arrays(data, scenes.rgb, scenes.depth, scenes.label)
+    if not data:
+        raise UserError("--data is not given: name an .npz file or a folder of images and depth maps, or scenes")
+    path = Path(data)
+    if not path.exists():
+        raise UserError(f"{data}: there is no such file or folder of images and depth maps")
+    source = _Folder(path) if path.is_dir() else _read_npz(path)
+    if not len(source):
+        raise UserError(f"{data}: holds no pair of an image and a depth map")
+    if count is not None and count > len(source):
+        raise UserError(f"--{flag} {count}: must be at most {len(source)}, the number of pairs in {data}")
+    return source
+
+
+# Depth
+
+
+def checked_depth_range(data: str, text: str) -> str:
+    """The depth range of `data` where `--depth_range` is `text`, "" if unset; raises UserError for what it can't be."""
+    if data == SCENES:
+        if text not in ("", DEPTH_RANGE):
+            raise UserError(f"--depth_range {text}: is always {DEPTH_RANGE} for scenes")
+        return DEPTH_RANGE
+    parse_depth_range(text or OWN_RANGE)
+    return text or OWN_RANGE
+
+
+def parse_depth_range(text: str) -> tuple[float, float] | None:
+    """NEAR and FAR; None where each map has its own."""
+    if text == OWN_RANGE:
+        return None
+    try:
+        near, far = map(float, text.split(","))
+    except ValueError:
+        near = far = 0.0
+    if not (math.isfinite(near) and math.isfinite(far) and near < far):
+        raise UserError(f"--depth_range {text}: must be {OWN_RANGE}, or NEAR,FAR, two numbers of which the first is "
+                        "the smaller one")
+    return near, far
+
+
+def read_depth(source: Source, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
+    """One depth map, (size, size) float32 in [-1, 1]; limits: what becomes -1 and 1, None for its own extremes.
+
+    Raises UserError where it is not finite, is constant or lies outside the limits.
+    """
+    values, name = source.depth(index), source.name(index)
+    depth = values.astype(np.float32)
+    if not np.isfinite(depth).all():
+        raise UserError(f"{name}: has {(~np.isfinite(depth)).sum()} pixels without a finite depth (NaN or infinite)")
+    if depth.min() == depth.max():
+        raise UserError(f"{name}: is constant, every pixel has depth {depth.flat[0]:g}")
+    picture = resize_smaller_side(Image.fromarray(depth), size, Image.Resampling.BILINEAR)
+    resized = np.asarray(crop_square(picture, size))
+    near, far = limits or (float(resized.min()), float(resized.max()))
+    if near == far:
+        raise UserError(f"{name}: is constant in the part of the image that is used")
+    unit = np.clip((resized - near) / (far - near), 0, 1)
+    if unit.min() == unit.max():
+        raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {depth.min():g} to "
+                        f"{depth.max():g}")
+    return (unit * 2 - 1).astype(np.float32)
+
+
+def in_units(depth: Tensor, near: float, far: float) -> Tensor:
+    """Depths in [-1, 1], clamped, in the units of NEAR and FAR."""
+    return near + (depth.clamp(-1, 1) + 1) / 2 * (far - near)
+
+
+def _pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:
+    image = crop_square(resize_smaller_side(source.image(index, channels), size), size)
+    pixels = np.asarray(image).reshape(size, size, channels)
+    return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+
+
+# Sources
+
+
+class _Arrays:
+    """Pairs in memory: images (N, H, W, 3) uint8, depth (N, H, W), labels (N,) or None."""
+
+    def __init__(self, data: str, images: np.ndarray, depth: np.ndarray, labels: np.ndarray | None) -> None:
+        self._data, self._images, self._depth, self._labels = data, images, depth, labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int, channels: int) -> Image.Image:
+        image = Image.fromarray(self._images[index])
+        return image if channels == 3 else image.convert("L")
+
+    def depth(self, index: int) -> np.ndarray:
+        return self._depth[index]
+
+    def name(self, index: int) -> str:
+        return f"{self._data}: depth map {index}"
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+
+def _read_npz(path: Path) -> _Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, depth, labels = (file.get(name) for name in ("arr_0", "depth", "arr_1"))
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: is no .npz file of images and depth maps, or is damaged ({error})") from None
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{path}: arr_0 {_shown(images)}, must be images (N, H, W, 3) uint8")
+    if depth is not None and depth.ndim == 4 and depth.shape[3] == 1:
+        depth = depth[..., 0]
+    if depth is None or depth.dtype.kind not in "fiu" or depth.ndim != 3:
+        raise UserError(f"{path}: depth {_shown(depth)}, must be depth maps (N, H, W) of numbers")
+    if depth.shape != images.shape[:3]:
+        raise UserError(f"{path}: depth {_shown(depth)}, must be {images.shape[:3]}, as there are {len(images)} images "
+                        f"of {images.shape[1]}x{images.shape[2]} pixels")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise UserError(f"{path}: arr_1 {_shown(labels)}, must be a class (a whole number) for each image")
+    return _Arrays(str(path), images, depth, labels)
+
+
+def _shown(array: np.ndarray | None) -> str:
+    return "is missing" if array is None else f"is {array.shape} {array.dtype}"
+
+
+class _Folder:
+    """Pairs in the folders images/ and depth/, in the order of their names."""
+
+    def __init__(self, path: Path) -> None:
+        images, depth = _by_stem(path / "images", IMAGE_SUFFIXES), _by_stem(path / "depth", DEPTH_SUFFIXES)
+        for stem in sorted(images.keys() ^ depth.keys()):
+            there, missing = (images[stem], "depth") if stem in images else (depth[stem], "images")
+            raise UserError(f"{there}: has no counterpart {path / missing / stem}")
+        self._images = [images[stem] for stem in sorted(images)]
+        self._depth = [depth[stem] for stem in sorted(images)]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int, channels: int) -> Image.Image:
+        return read_image(self._images[index], channels)
+
+    def depth(self, index: int) -> np.ndarray:
+        path = self._depth[index]
+        depth = _read_npy(path) if path.suffix.lower() == ".npy" else _read_grey(path)
+        width, height = read_image(self._images[index], 3).size
+        if depth.shape != (height, width):
+            raise UserError(f"{path}: is {depth.shape[0]}x{depth.shape[1]}, must be {height}x{width}, as its image")
+        return depth
+
+    def name(self, index: int) -> str:
+        return str(self._depth[index])
+
+    def labels(self) -> np.ndarray:
+        return classes_by_name(self._images)
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; pairs lie in images/ and depth/, under the same names")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes:
+            if path.stem in found:
+                raise UserError(f"{path}: has the same name as {found[path.stem].name}, one of them must go")
+            found[path.stem] = path
+    return found
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        depth = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: is no .npy file of numbers, or is damaged ({error})") from None
+    if not isinstance(depth, np.ndarray) or depth.ndim != 2 or depth.dtype.kind not in "fiu":
+        raise UserError(f"{path}: {_shown(depth)}, must be a depth map (H, W) of numbers")
+    return depth
+
+
+def _read_grey(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _GREY_MODES:
+                raise UserError(f"{path}: has colour mode {image.mode}, a depth map must be grey, of 8 or 16 bits")
+            return np.asarray(image)
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error})") from None

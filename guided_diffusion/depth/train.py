@@ -1,0 +1,336 @@
+"""Training of depth predictors on the features of a frozen diffusion network (Kim et al., 2212.08861).
+
+All branches are trained together by L1 on noised versions of the labelled images, at steps t uniform over the network's
+chain. Training step s is a function of (seed, s) and of the weights before it. While a training goes on, all that a
+restart needs lies beside its output, in NAME.state.safetensors; the same command goes on from it and ends with the same
+weights, and the state is removed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import checkpoint, dist_util
+from ..errors import UserError
+from ..fetch import sha256_of
+from ..gaussian_diffusion import GaussianDiffusion
+from ..nn import UninitializedWeights
+from ..options import Options, option
+from ..script_util import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..unet import UNetModel
+from .features import decoder_features, feature_channels, parse_blocks
+from .pairs import Pairs, checked_depth_range, read_pairs
+from .predictor import DepthPredictors, load_predictors, save_predictors
+
+_log = logging.getLogger(__name__)
+
+STREAMS = {"weights": 0, "batch": 1, "noise": 2}
+STATE_KIND = "depth_training"
+EVALUATED_AT_ONCE = 32          # images
+STATISTICS = 256                # noised images whose features tell their mean and variance
+# Options that what is learnt depends on, beside the branches, the data and the network.
+RECIPE = ("steps", "batch_size", "lr", "draws", "seed")
+
+
+@dataclass(frozen=True)
+class PredictorOptions(Options):
+    """What predictors are trained on, and how."""
+
+    model: str = option("", "a diffusion model by name: a shipped one, or the flags of a released checkpoint")
+    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    data: str = option("", "labelled images: an .npz file (arr_0, depth), a folder with images/ and depth/, or scenes")
+    depth_range: str = option("", "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the units of "
+                              "the files; unset: image, and of scenes the range of all of them")
+    num_labels: int = option(100, "labelled images: the first ones of --data", minimum=1)
+    strong_blocks: str = option("2,4,5,6,7", "decoder blocks that the strong branch reads")
+    weak_blocks: str = option("6", "decoder blocks that the weak branch reads")
+    steps: int = option(1500, "steps of the training", minimum=1)
+    batch_size: int = option(16, "noised images per step", minimum=1)
+    lr: float = option(2e-3, "learning rate of AdamW, decays linearly to 0", above=0)
+    draws: int = option(32, "noised versions of each labelled image; 0: new ones in every step", minimum=0)
+    seed: int = option(0, "seed of the weights, the batches and the noise", minimum=0)
+    cache_gb: float = option(2.0, "memory for features in GB: they are computed once if all fit, else in each step",
+                             minimum=0)
+    save_interval: int = option(500, "steps between two saves; a kill loses at most these", minimum=1)
+    log_interval: int = option(50, "steps between two losses shown", minimum=1)
+
+
+@dataclass(frozen=True)
+class DepthTrainOptions(PredictorOptions):
+    """What predictors are trained on, and how."""
+
+    out: str = option("predictors.safetensors", "file for the predictors")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A frozen diffusion network. diffusion: its whole chain. sha256: of its file. facts: its options by flag name."""
+
+    model: UNetModel
+    diffusion: GaussianDiffusion
+    sha256: str
+    facts: dict[str, Any]
+
+
+def load_network(options: PredictorOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
+                 ) -> Network:
+    """The network that the options name; raises UserError where there is none or the options don't fit it."""
+    if not options.model_path:
+        url = checkpoint.find_preset(options.model).url if options.model else None
+        hint = f" (`python scripts/fetch_models.py {options.model}` fetches it from {url})" if url else ""
+        raise UserError(f"--model_path is not given: name a checkpoint, or a shipped model with --model{hint}")
+    diffusion_options = replace(diffusion_options, timestep_respacing="")
+    facts = asdict(model_options) | asdict(diffusion_options)
+    with UninitializedWeights():
+        model = build_model(model_options)
+    diffusion = build_diffusion(diffusion_options)
+    checkpoint.load_into(model, options.model_path, facts)
+    model.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
+    return Network(model, diffusion, sha256_of(checkpoint.locate(options.model_path)), facts)
+
+
+def read_labelled(options: PredictorOptions, network: Network, data: str, count: int, flag: str,
+                  seed: int = 0) -> Pairs:
+    """The first `count` pairs of `data` as the network takes them; raises UserError as `read_pairs`."""
+    model = network.model
+    pairs = read_pairs(data, size=model.image_size, depth_range=options.depth_range, count=count, flag=flag,
+                       channels=model.in_channels, class_cond=model.num_classes is not None, seed=seed)
+    if pairs.labels is not None and not 0 <= int(pairs.labels.min()) <= int(pairs.labels.max()) < model.num_classes:
+        raise UserError(f"{data}: has classes from {int(pairs.labels.min())} to {int(pairs.labels.max())}, the network "
+                        f"knows 0 to {model.num_classes - 1}")
+    return pairs
+
+
+class NoisedFeatures:
+    """Feature maps of images at numbered noised versions of them.
+
+    Draw k of image i is a step, uniform over the chain, and noise: both functions of (seed, i, k).
+    """
+
+    def __init__(self, network: Network, pairs: Pairs, blocks: Sequence[str], seed: int) -> None:
+        self.network, self.pairs, self.blocks, self.seed = network, pairs, tuple(blocks), seed
+        self._kept: dict[str, Tensor] = {}          # block -> (images * draws, h, w, C) float16
+        self._draws = 0
+
+    def __call__(self, images: np.ndarray, draws: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Maps (N, C, h, w) float32 by block, and t (N,) as networks see it, of N images and draws by number."""
+        t, noise = self._noise(images, draws)
+        if not self._kept:
+            return features_at(self.network, self.pairs, self.blocks, images, t, noise)
+        index = torch.from_numpy(images * self._draws + draws)
+        maps = {name: kept[index].to(dist_util.dev()).float().movedim(3, 1) for name, kept in self._kept.items()}
+        return maps, self.network.diffusion.model_timesteps(t.to(dist_util.dev()))
+
+    def keep(self, draws: int, gigabytes: float) -> str:
+        """Computes the features of that many draws of every image, if they fit; says what was done."""
+        if not draws:
+            return "features are computed in each step, as every step has new noise"
+        count = len(self.pairs.images) * draws
+        maps, _ = self(np.zeros(1, np.int64), np.zeros(1, np.int64))
+        needed = count * sum(x.numel() for x in maps.values()) * 2 / 1e9
+        if needed > gigabytes:
+            return (f"features of {count} noised images are computed in each step, as they take {needed:.2f} GB and "
+                    f"--cache_gb is {gigabytes:g}")
+        kept = {name: torch.empty((count, *x.shape[2:], x.shape[1]), dtype=torch.float16) for name, x in maps.items()}
+        with progress_bar(count, "features", "img") as progress:
+            for start in range(0, count, EVALUATED_AT_ONCE):
+                numbers = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
+                maps, _ = self(*np.divmod(numbers, draws))
+                for name, x in maps.items():
+                    kept[name][start:start + len(numbers)] = x.movedim(1, 3)
+                progress.update(len(numbers))
+        for name, x in kept.items():
+            if not torch.isfinite(x).all():
+                raise UserError(f"--cache_gb {gigabytes:g}: must be 0, as features of block {name!r} are too large for "
+                                "the half precision in which they are kept")
+        self._kept, self._draws = kept, draws
+        return f"features of {count} noised images are kept in {needed:.2f} GB"
+
+    def _noise(self, images: np.ndarray, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Indices into the chain (N,), and noise like the images; no noise where the features are kept."""
+        generators = [np.random.default_rng((self.seed, STREAMS["noise"], int(image), int(draw)))
+                      for image, draw in zip(images, draws, strict=True)]
+        t = torch.tensor([int(generator.integers(self.network.diffusion.num_timesteps)) for generator in generators])
+        shape = (0,) if self._kept else self.pairs.images.shape[1:]
+        return t, torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
+
+
+@torch.no_grad()
+def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: np.ndarray, t: Tensor, noise: Tensor,
+                ) -> tuple[dict[str, Tensor], Tensor]:
+    """Maps (N, C, h, w) float32 by block of images by number, noised to t (N,); and t as networks see it."""
+    device, diffusion = dist_util.dev(), network.diffusion
+    t = t.to(device)
+    x_t = diffusion.q_sample(pairs.images[images].to(device), t, noise.to(device))
+    y = None if pairs.labels is None else pairs.labels[images].to(device)
+    seen = diffusion.model_timesteps(t)
+    maps = decoder_features(network.model, blocks, x_t, seen, y, graph=False)
+    return {name: x.float() for name, x in maps.items()}, seen
+
+
+class PredictorTraining:
+    """Trains branches, name -> blocks, on pairs; `run()` gives the predictors, which are then in the file `out`.
+
+    Raises UserError where `out` or the state beside it is of another training, before anything is computed.
+    """
+
+    def __init__(self, branches: Mapping[str, Sequence[str]], network: Network, pairs: Pairs, depth_range: str,
+                 options: PredictorOptions, out: str | Path) -> None:
+        self.network, self.pairs, self.options, self.out = network, pairs, options, Path(out)
+        self.state = self.out.with_name(f"{self.out.stem}.state.safetensors")
+        channels = {name: feature_channels(network.model, blocks) for name, blocks in branches.items()}
+        self.config = {
+            "branches": {name: list(blocks) for name, blocks in branches.items()}, "depth_range": depth_range,
+            **{name: value for name, value in asdict(options).items() if name in RECIPE},
+            "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
+            **network.facts}
+        self._check_out()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(options.seed, "weights"))
+            self.predictors = DepthPredictors(channels, network.model.image_size, depth_range, network.sha256)
+        self.predictors.to(dist_util.dev())
+        self.optimizer = torch.optim.AdamW(self.predictors.parameters(), lr=options.lr)
+        self.features = NoisedFeatures(network, pairs, self.predictors.blocks, options.seed)
+        self.step = 0
+
+    def run(self) -> DepthPredictors:
+        """Trains to the last step, unless that was done before."""
+        if self.out.exists():
+            _log.info("%s is finished", self.out)
+            return load_predictors(self.out, dist_util.dev())
+        options = self.options
+        resumed = self._load()
+        _log.info("%s", self.features.keep(options.draws, options.cache_gb))
+        if not resumed:
+            self._standardise()
+        with progress_bar(options.steps, "training", "step", self.step) as progress:
+            while self.step < options.steps:
+                losses = self.run_step()
+                progress.update()
+                if self.step % options.log_interval == 0 or self.step == options.steps:
+                    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
+                    progress.set_postfix_str(f"L1: {shown}")
+                if self.step % options.save_interval == 0 and self.step < options.steps:
+                    self._save()
+        save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
+        self.state.unlink(missing_ok=True)
+        return self.predictors.eval().requires_grad_(False)
+
+    def run_step(self) -> dict[str, float]:
+        """One update of the weights; the L1 loss of each branch before it."""
+        options, count = self.options, len(self.pairs.images)
+        rng = np.random.default_rng((options.seed, STREAMS["batch"], self.step))
+        images = rng.integers(count, size=options.batch_size)
+        draws = (rng.integers(options.draws, size=options.batch_size) if options.draws
+                 else self.step * options.batch_size + np.arange(options.batch_size))
+        depth = self.pairs.depth[images].to(dist_util.dev())
+        losses = {name: (predicted - depth).abs().mean()
+                  for name, predicted in self.predictors(*self.features(images, draws)).items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * (1 - self.step / options.steps)
+        self.optimizer.step()
+        values = {name: loss.item() for name, loss in losses.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(f"--lr {options.lr:g}: the loss is not finite at step {self.step}, give a smaller one and "
+                            "another --out")
+        self.step += 1
+        return values
+
+    def _standardise(self) -> None:
+        count, draws = len(self.pairs.images), self.options.draws
+        numbers = np.arange(min(STATISTICS, count * draws) if draws else STATISTICS)
+        parts = [self.features(part % count, part // count)[0]
+                 for part in np.split(numbers, range(EVALUATED_AT_ONCE, len(numbers), EVALUATED_AT_ONCE))]
+        self.predictors.standardise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    # Files
+
+    def _check_out(self) -> None:
+        if self.out.suffix != ".safetensors":
+            raise UserError(f"--out {self.out}: the name must end in .safetensors")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        for path in (self.out, self.state):
+            if path.exists():
+                self._check_same(path)
+
+    def _check_same(self, path: Path) -> None:
+        """Raises UserError where a file is not of this training."""
+        try:
+            before = json.loads(checkpoint.read_metadata(path)["training"])
+        except (UserError, KeyError, ValueError):
+            raise UserError(f"--out {self.out}: {path} is something else, name another --out") from None
+        for name, value in self.config.items():
+            if before.get(name) != value:
+                raise UserError(f"--out {self.out}: is of a training with {name} {before.get(name)}, not {value}; give "
+                                "the same or another --out")
+
+    def _save(self) -> None:
+        tensors = {f"predictors/{name}": value for name, value in self.predictors.state_dict().items()}
+        for name, parameter in self.predictors.named_parameters():
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        checkpoint.save_state(self.state, tensors, {
+            "kind": STATE_KIND, "training": json.dumps(self.config), "step": str(self.step)})
+
+    def _load(self) -> bool:
+        """Whether there was a state to go on from."""
+        if not self.state.exists():
+            return False
+        tensors = checkpoint.load_state_dict(self.state, dist_util.dev())
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = tensor
+        self.predictors.load_state_dict(groups.pop("predictors"))
+        for name, parameter in self.predictors.named_parameters():
+            moments = {key: values[name] for key, values in groups.items()}
+            self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
+        self.step = int(checkpoint.read_metadata(self.state)["step"])
+        _log.info("going on from step %d, saved in %s", self.step, self.state)
+        return True
+
+
+def train_predictors(options: DepthTrainOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
+                     ) -> DepthPredictors:
+    """Trains a strong and a weak branch and writes their file."""
+    network = load_network(options, model_options, diffusion_options)
+    branches = {name: parse_blocks(text, network.model, f"{name}_blocks")
+                for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
+    pairs = read_labelled(options, network, options.data, options.num_labels, "num_labels")
+    depth_range = checked_depth_range(options.data, options.depth_range)
+    return PredictorTraining(branches, network, pairs, depth_range, options, options.out).run()
+
+
+def digest(pairs: Pairs) -> str:
+    """SHA-256 of what the pairs hold."""
+    result = hashlib.sha256()
+    for tensor in pairs:
+        if tensor is not None:
+            result.update(np.ascontiguousarray(tensor.numpy()).data)
+    return result.hexdigest()
+
+
+def _seed(seed: int, stream: str) -> int:
+    return int(np.random.SeedSequence((seed, STREAMS[stream])).generate_state(1, np.uint64)[0])
+
+
+def progress_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10)

@@ -1,0 +1,26 @@
+"""Measure how well depth is read from a diffusion network's features: by block, by step and by number of labels.
+
+Examples (each goes on where it was stopped when started again):
+    python scripts/depth_accuracy.py --model scenes32 --data scenes --out runs/scenes32_depth_accuracy
+    python scripts/depth_accuracy.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --data bedrooms \\
+        --held_out more_bedrooms --num_held_out 100 --label_counts 10,30,100 --strong_blocks 2,4,5,6,7
+"""
+
+import logging
+import sys
+
+from guided_diffusion.depth.accuracy import DepthAccuracyOptions, measure_accuracy
+from guided_diffusion.options import parse_options
+from guided_diffusion.sample_util import preset_values
+from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    options = parse_options(None, DepthAccuracyOptions, ModelOptions, DiffusionOptions, description=__doc__,
+                            preset=preset_values)
+    print(measure_accuracy(*options))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,21 @@
+"""Write depth maps as grey images, to train a depth prior on with scripts/image_train.py.
+
+Examples:
+    python scripts/depth_images.py --data scenes --num_images 20000 --image_size 32 --out data/scenes32_depth.npz
+    python scripts/depth_images.py --data bedrooms --image_size 128 --out data/bedrooms_depth.npz
+    python scripts/image_train.py --data_dir data/bedrooms_depth.npz --in_channels 1 --image_size 128 --out runs/prior
+"""
+
+from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
+from guided_diffusion.options import parse_options
+from guided_diffusion.script_util import run_script
+
+
+def main() -> None:
+    options, = parse_options(None, DepthImageOptions, description=__doc__)
+    write_depth_images(options)
+    print(f"depth images: {options.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

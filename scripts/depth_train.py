@@ -1,0 +1,27 @@
+"""Train the depth predictors of depth-aware guidance on a diffusion network's features.
+
+Examples (each goes on from its last save when started again):
+    python scripts/depth_train.py --model scenes32 --data scenes --out runs/scenes32_depth.safetensors
+    python scripts/depth_train.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --use_fp16 True \\
+        --data bedrooms --depth_range image --out runs/lsun_bedroom_depth.safetensors
+"""
+
+import logging
+import sys
+
+from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
+from guided_diffusion.options import parse_options
+from guided_diffusion.sample_util import preset_values
+from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    options = parse_options(None, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
+                            preset=preset_values)
+    train_predictors(*options)
+    print(f"predictors: {options[0].out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

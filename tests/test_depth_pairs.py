@@ -1,0 +1,197 @@
+"""Pairs of images and depth maps: read, resized together, and refused where something is wrong with them."""
+
+import numpy as np
+import pytest
+import torch
+from commands import call
+from PIL import Image
+
+from guided_diffusion.depth.pairs import in_units, parse_depth_range, read_pairs
+from guided_diffusion.depth.scenes import DEPTH_RANGE, render
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import load_data
+
+
+def arrays(count=4, height=16, width=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"arr_0": rng.integers(0, 256, (count, height, width, 3), np.uint8),
+            "depth": rng.uniform(1, 9, (count, height, width)).astype(np.float32),
+            "arr_1": np.arange(count) % 2}
+
+
+def npz(folder, **changes):
+    path = folder / "pairs.npz"
+    np.savez(path, **{name: value for name, value in (arrays() | changes).items() if value is not None})
+    return str(path)
+
+
+def folder_of(path, images, depth):
+    """depth: file name -> array; images: file name -> array."""
+    for name, contents in (("images", images), ("depth", depth)):
+        (path / name).mkdir(parents=True)
+        for file, value in contents.items():
+            if file.endswith(".npy"):
+                np.save(path / name / file, value)
+            else:
+                Image.fromarray(value).save(path / name / file)
+    return str(path)
+
+
+def test_pairs_of_an_npz(tmp_path):
+    values = arrays()
+    pairs = read_pairs(npz(tmp_path, depth=values["depth"][..., None]), size=16, depth_range="1,9", count=3,
+                       class_cond=True)
+    assert pairs.images.dtype == pairs.depth.dtype == torch.float32 and pairs.labels.tolist() == [0, 1, 0]
+    assert np.allclose(pairs.images.numpy().transpose(0, 2, 3, 1), values["arr_0"][:3] / 127.5 - 1, atol=1e-6)
+    assert np.allclose(pairs.depth[:, 0], (values["depth"][:3] - 5) / 4, atol=1e-6)
+    assert torch.allclose(in_units(pairs.depth, 1, 9)[:, 0], torch.from_numpy(values["depth"][:3]), atol=1e-5)
+    own = read_pairs(npz(tmp_path), size=16).depth
+    assert own.amin(dim=(1, 2, 3)).tolist() == [-1] * 4 and own.amax(dim=(1, 2, 3)).tolist() == [1] * 4
+    clamped = read_pairs(npz(tmp_path), size=16, depth_range="2,3").depth
+    assert (clamped[:, 0].numpy() == 1).sum() == (values["depth"] >= 3).sum()
+    assert read_pairs(npz(tmp_path), size=16, channels=1).images.shape == (4, 1, 16, 16)
+
+
+def test_whole_numbers_as_depth(tmp_path):
+    millimetres = (arrays()["depth"] * 1000).astype(np.uint16)
+    pairs = read_pairs(npz(tmp_path, depth=millimetres), size=16, depth_range="1000,9000")
+    assert np.allclose(pairs.depth[:, 0], millimetres / 4000 - 1.25, atol=1e-6)
+
+
+def test_pairs_of_a_folder(tmp_path):
+    values = arrays(3)
+    depth16 = (values["depth"] * 7000).astype(np.uint16)
+    data = folder_of(tmp_path / "pairs", {"b_2.png": values["arr_0"][1], "a_1.png": values["arr_0"][0],
+                                          "b_3.png": values["arr_0"][2]},
+                     {"a_1.npy": values["depth"][0] * 7000, "b_2.png": depth16[1], "b_3.png": (depth16[2] // 256
+                                                                                             ).astype(np.uint8)})
+    pairs = read_pairs(data, size=16, depth_range="0,65535", class_cond=True)
+    assert pairs.labels.tolist() == [0, 1, 1]
+    assert np.allclose(pairs.images.numpy().transpose(0, 2, 3, 1), values["arr_0"] / 127.5 - 1, atol=1e-6)
+    assert np.allclose(pairs.depth[:2, 0], values["depth"][:2] * 7000 / 32767.5 - 1, atol=1e-4)
+    assert np.allclose(pairs.depth[2, 0], (depth16[2] // 256) / 32767.5 - 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (40, 56), (17, 40), (70, 33)])
+def test_depth_goes_the_way_of_its_image(tmp_path, height, width):
+    y, x = np.mgrid[:height, :width]
+    waves = 0.5 + 0.25 * np.sin(2 * np.pi * y / height) + 0.25 * np.cos(2 * np.pi * x / width)
+    images = np.repeat(np.rint(waves * 255).astype(np.uint8)[None, ..., None], 3, axis=3)
+    pairs = read_pairs(npz(tmp_path, arr_0=images, depth=waves[None], arr_1=None), size=16, depth_range="0,1")
+    assert pairs.images.shape == (1, 3, 16, 16) and pairs.depth.shape == (1, 1, 16, 16)
+    assert (pairs.images[:, :1] - pairs.depth).abs().max() < 0.05
+    assert pairs.depth.std() > 0.2
+
+
+def test_scenes_as_pairs():
+    pairs = read_pairs("scenes", size=16, count=3, class_cond=True, seed=1)
+    scenes = render(1, range(3), 16)
+    near, far = parse_depth_range(DEPTH_RANGE)
+    assert np.allclose(in_units(pairs.depth, near, far)[:, 0], scenes.depth, atol=1e-4)
+    assert np.allclose(pairs.images.numpy().transpose(0, 2, 3, 1), scenes.rgb / 127.5 - 1, atol=1e-6)
+    assert pairs.labels.tolist() == scenes.label.tolist()
+    with pytest.raises(UserError, match=f"--depth_range 1,2: is always {DEPTH_RANGE} for scenes"):
+        read_pairs("scenes", size=16, count=3, depth_range="1,2")
+
+
+def changed(name, index, value):
+    values = arrays()[name].astype(np.float32)
+    values[index] = value
+    return {name: values}
+
+
+@pytest.mark.parametrize("changes, message", [
+    (changed("depth", (2, 3, 4), np.nan), "depth map 2: has 1 pixels without a finite depth"),
+    (changed("depth", 1, np.inf), "depth map 1: has 256 pixels without a finite depth"),
+    (changed("depth", 3, 2.5), "depth map 3: is constant, every pixel has depth 2.5"),
+    ({"depth": arrays(4, 8, 8)["depth"]}, r"depth is \(4, 8, 8\) float32, must be \(4, 16, 16\)"),
+    ({"depth": arrays(3)["depth"]}, r"must be \(4, 16, 16\), as there are 4 images of 16x16"),
+    ({"depth": None}, "depth is missing, must be depth maps"),
+    ({"depth": arrays()["arr_0"]}, r"depth is \(4, 16, 16, 3\) uint8, must be depth maps"),
+    ({"depth": np.zeros((4, 16, 16), bool)}, "bool, must be depth maps"),
+    ({"depth": np.full((4, 16, 16), None)}, "is no .npz file of images and depth maps"),
+    ({"arr_0": None}, "arr_0 is missing, must be images"),
+    ({"arr_0": np.zeros((4, 16, 16, 3), np.float32)}, r"arr_0 is \(4, 16, 16, 3\) float32"),
+    ({"arr_1": np.zeros(3, np.int64)}, r"arr_1 is \(3,\) int64, must be a class"),
+    ({"arr_1": None}, "has no labels, which the class-conditional network needs"),
+    ({"arr_0": arrays(0)["arr_0"], "depth": arrays(0)["depth"], "arr_1": None}, "holds no pair"),
+])
+def test_npz_files_that_are_wrong(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_pairs(npz(tmp_path, **changes), size=16, class_cond=True)
+
+
+def test_arguments_that_are_wrong(tmp_path):
+    with pytest.raises(UserError, match="--num_labels 5: must be at most 4, the number of pairs in"):
+        read_pairs(npz(tmp_path), size=16, count=5)
+    for text in ("1", "9,1", "1,1", "a,b", "0,inf", "1,2,3", "Image"):
+        with pytest.raises(UserError, match=f"--depth_range {text}: must be image, or NEAR,FAR"):
+            read_pairs(npz(tmp_path), size=16, depth_range=text)
+    with pytest.raises(UserError, match="lies outside --depth_range 100,200, its depths are"):
+        read_pairs(npz(tmp_path), size=16, depth_range="100,200")
+    with pytest.raises(UserError, match="--data is not given"):
+        read_pairs("", size=16)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        read_pairs(str(tmp_path / "gone"), size=16)
+    (tmp_path / "text.npz").write_text("no arrays")
+    with pytest.raises(UserError, match=r"text\.npz: is no .npz file"):
+        read_pairs(str(tmp_path / "text.npz"), size=16)
+
+
+@pytest.mark.parametrize("images, depth, message", [
+    (["a.png", "b.png"], ["a.npy"], r"b\.png: has no counterpart .*depth/b"),
+    (["a.png"], ["a.npy", "c.png"], r"c\.png: has no counterpart .*images/c"),
+    (["a.png", "a.jpg"], ["a.npy"], r"a\.png: has the same name as a\.jpg"),
+    ([], [], "holds no pair"),
+])
+def test_folders_that_are_wrong(tmp_path, images, depth, message):
+    values = arrays(1)
+    data = folder_of(tmp_path / "pairs", {name: values["arr_0"][0] for name in images},
+                     {name: values["arr_0"][0, :, :, 0] for name in depth})
+    with pytest.raises(UserError, match=message):
+        read_pairs(data, size=16)
+
+
+@pytest.mark.parametrize("name, depth, message", [
+    ("a.npy", np.zeros((8, 16)), r"a\.npy: is 8x16, must be 16x16, as its image"),
+    ("a.npy", np.zeros((1, 16, 16)), "must be a depth map"),
+    ("a.png", np.zeros((16, 16, 3), np.uint8), "has colour mode RGB, a depth map must be grey"),
+    ("a.npy", np.full((16, 16), np.nan), r"a\.npy: has 256 pixels without a finite depth"),
+    ("a.png", np.full((16, 16), 7, np.uint8), r"a\.png: is constant, every pixel has depth 7"),
+])
+def test_depth_files_that_are_wrong(tmp_path, name, depth, message):
+    data = folder_of(tmp_path / "pairs", {"a.png": arrays(1)["arr_0"][0]}, {name: depth})
+    with pytest.raises(UserError, match=message):
+        read_pairs(data, size=16)
+    (tmp_path / "pairs" / "depth" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: "):
+        read_pairs(data, size=16)
+    for file in (tmp_path / "pairs" / "depth").iterdir():
+        file.unlink()
+    (tmp_path / "pairs" / "depth").rmdir()
+    with pytest.raises(UserError, match="depth: there is no such folder"):
+        read_pairs(data, size=16)
+
+
+def test_depth_images_to_train_a_prior_on(tmp_path):
+    out, data = tmp_path / "depth.npz", npz(tmp_path)
+    assert call("depth_images", "--data", data, "--image_size", 16, "--num_images", 3, "--out", out) == 0
+    with np.load(out) as file:
+        images = file["arr_0"]
+    depth = read_pairs(data, size=16, count=3).depth
+    assert images.shape == (3, 16, 16, 3) and images.min() == 0 and images.max() == 255
+    assert all(np.array_equal(images[..., channel], np.rint((depth[:, 0].numpy() + 1) * 127.5)) for channel in range(3))
+    batch, _ = next(load_data(data_dir=str(out), batch_size=3, image_size=16, in_channels=1, deterministic=True,
+                              random_flip=False))
+    assert (batch - depth).abs().max() <= 1 / 127.5 + 1e-5
+
+
+def test_depth_images_refused(tmp_path, capsys):
+    out = tmp_path / "depth.npz"
+    assert call("depth_images", "--data", npz(tmp_path, **changed("depth", 1, np.nan)), "--image_size", 16,
+                "--out", out) == 2
+    assert "depth map 1: has 256 pixels" in capsys.readouterr().err
+    assert call("depth_images", "--data", "scenes", "--image_size", 16, "--out", out) == 2
+    assert "--num_images: is not given" in capsys.readouterr().err
+    assert call("depth_images", "--data", npz(tmp_path), "--out", tmp_path / "depth.png") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.npz"]
