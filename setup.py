@@ -13,7 +13,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*", "evaluations", "evaluations.*"]),
-    package_data={"guided_diffusion": ["models/*"], "evaluations": ["models/*"]},
+    package_data={"guided_diffusion": ["models/*", "models/depth/*"], "evaluations": ["models/*"]},
     install_requires=["torch>=2.4", "numpy", "safetensors", "PyYAML", "tqdm", "Pillow"],
     extras_require={
         "mpi": ["mpi4py", "mpich"],

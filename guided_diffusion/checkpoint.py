@@ -406,6 +406,7 @@ class Preset:
     kind: str                       # "diffusion", "upsampler" or "classifier"
     options: dict[str, Any]         # flags that differ from the defaults
     sag: dict[str, Any]             # flags of self-attention guidance that suit it, without the scale
+    depth: dict[str, str]           # flags of depth-aware guidance: the files that are shipped for it
     path: Path | None               # its file; None for a released checkpoint, which the user has to name
     classifier: str | None          # name of the classifier that guides it
     url: str | None = None          # where a released checkpoint lies
@@ -426,7 +427,8 @@ def find_preset(name: str) -> Preset:
     """The model of that name; raises UserError that lists the names there are.
 
     A shipped model is a file NAME.safetensors in the package folder models/, its options in the metadata as JSON
-    under "config"; its classifier, where there is one, is the model NAME_classifier.
+    under "config"; its classifier, where there is one, is the model NAME_classifier, its depth predictor the file
+    NAME.safetensors in models/depth/, and its prior of depth maps the model NAME_depth.
     """
     names = preset_names()
     if name not in names:
@@ -442,8 +444,10 @@ def find_preset(name: str) -> Preset:
         except (KeyError, ValueError):
             raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
         kind = "classifier" if name.endswith("_classifier") else "upsampler" if "large_size" in options else "diffusion"
-        return Preset(name, kind, options, sag, path, classifier if classifier in names else None)
-    return Preset(name=name, path=None, sag=sag, url=f"{known['url']}{name}.pt",
+        depth = {"depth_predictor": MODELS / "depth" / path.name, "depth_prior": MODELS / f"{name}_depth.safetensors"}
+        depth = {flag: str(file) for flag, file in depth.items() if file.is_file()}
+        return Preset(name, kind, options, sag, depth, path, classifier if classifier in names else None)
+    return Preset(name=name, path=None, sag=sag, depth={}, url=f"{known['url']}{name}.pt",
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 

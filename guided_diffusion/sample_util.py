@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from . import __version__, checkpoint, dist_util, pictures, sampling, shards
 from .crew import Crew
+from .depth.options import DagOptions
 from .errors import UserError
 from .fetch import sha256_of, without_secrets
 from .gaussian_diffusion import Denoiser, GaussianDiffusion
@@ -83,7 +84,7 @@ class ClassifierSampleOptions(SampleOptions):
     classifier_guidance: bool = option(True, "guide by a classifier")
 
 
-OPTION_CLASSES = (ModelOptions, DiffusionOptions, ClassifierOptions, SagOptions)
+OPTION_CLASSES = (ModelOptions, DiffusionOptions, ClassifierOptions, SagOptions, DagOptions)
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     preset = checkpoint.find_preset(given["model"])
     if preset.kind != "diffusion":
         raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
-    values = preset.options | preset.sag
+    values = preset.options | preset.sag | preset.depth
     if preset.path is not None:
         values["model_path"] = str(preset.path)
     if preset.classifier:
@@ -113,6 +114,7 @@ class SamplingRun:
     diffusion: DiffusionOptions
     classifier: ClassifierOptions
     sag: SagOptions
+    dag: DagOptions
     began: float = field(default_factory=time.time)
 
     @property
@@ -126,9 +128,9 @@ class SamplingRun:
     def configuration(self) -> dict[str, Any]:
         """Every option that the images depend on, by flag name."""
         values: dict[str, Any] = {}
-        for options in (self.classifier, self.diffusion, self.model, self.sag, self.sample):
+        for options in (self.classifier, self.diffusion, self.model, self.sag, self.dag, self.sample):
             values |= asdict(options)
-        values |= {name: without_secrets(values[name]) for name in ("model_path", "classifier_path")}
+        values |= {flag: without_secrets(values[flag]) for flag in shards.CHECKPOINT_FLAGS}
         return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
 
     def run(self) -> Path | None:
@@ -146,6 +148,7 @@ class SamplingRun:
                 if dist_util.is_main():
                     sha256 = {name: sha256_of(checkpoint.locate(path))
                               for name, path in self._checkpoints().items()}
+                    self.dag.check_network(sha256["model"])
                     crew.tell("sha256", sha256)
                     crew.tell("todo", self._chunks(sha256, labels).prepare(self.sample.overwrite))
             return self._sample(sampler, self._chunks(crew.told("sha256"), labels), crew)
@@ -156,7 +159,8 @@ class SamplingRun:
 
     def _checkpoints(self) -> dict[str, str]:
         return {"model": self.sample.model_path,
-                **({"classifier": self.sample.classifier_path} if self.guided_by_classifier else {})}
+                **({"classifier": self.sample.classifier_path} if self.guided_by_classifier else {}),
+                **self.dag.files()}
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""
@@ -192,6 +196,7 @@ class SamplingRun:
             model = build_model(self.model)
             classifier = build_classifier(self.classifier) if self.guided_by_classifier else None
         guidance: list[Guidance] = [self.sag.build(model)] if self.sag.guide_scale != 1 else []
+        guidance += self.dag.build(model, self.sample.seed)
         if classifier is not None:
             self._load(classifier, self.sample.classifier_path, asdict(self.classifier))
             guidance.append(ClassifierGuidance(classifier, self.sample.classifier_scale))

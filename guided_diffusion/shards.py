@@ -31,6 +31,8 @@ from .fetch import sha256_of
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples")
+CHECKPOINT_FLAGS = {"model_path": "model", "classifier_path": "classifier", "depth_predictor": "depth_predictor",
+                    "depth_prior": "depth_prior"}
 REMEDY = "name another folder, or pass --overwrite True"
 TRIES, PAUSE = 5, 0.2               # of taking the lock, which scripts/run_status.py holds for a moment
 
@@ -44,7 +46,7 @@ class DamagedError(UserError):
 def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
     """What the images of a run depend on, by flag name: its options and the SHA-256 of its checkpoints."""
     values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
-    values |= {"model_path": sha256.get("model"), "classifier_path": sha256.get("classifier")}
+    values |= {flag: sha256.get(name) for flag, name in CHECKPOINT_FLAGS.items()}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
@@ -61,7 +63,7 @@ class Shards:
 
     out: Path
     configuration: Mapping[str, Any]        # every option, by flag name
-    sha256: Mapping[str, str]               # of the checkpoints: model and, where there is one, classifier
+    sha256: Mapping[str, str]               # of the checkpoints in use, by the names in CHECKPOINT_FLAGS
     labels: LabelArrays | None = None       # labels that the chunks must have; None: any
 
     @property

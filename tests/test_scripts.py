@@ -95,7 +95,8 @@ OFFICIAL = {
 }
 OURS = ("config model num_classes in_channels seed attention_heads mask threshold eta labels out overwrite use_bf16 "
         "keep_shards log_every auto_batch "
-        "classifier_num_head_channels classifier_channel_mult sigma_small")
+        "classifier_num_head_channels classifier_channel_mult sigma_small "
+        "dcg_scale dpg_scale depth_predictor depth_prior dag_reduction depth_tau dag_start dag_stop")
 
 SHORT = {"timestep_respacing": 3, "num_samples": 3, "batch_size": 3}
 
@@ -156,7 +157,7 @@ def options_of(script, arguments):
 def test_readme_command_means_what_it_says(name):
     script, line = README[name]
     given = dict(zip(line.split()[::2], line.split()[1::2], strict=True))
-    sample, model, diffusion, classifier, sag = options_of(script, line.split())
+    sample, model, diffusion, classifier, sag, _ = options_of(script, line.split())
 
     assert diffusion.timestep_respacing == given["--timestep_respacing"]
     assert diffusion.noise_schedule == given["--noise_schedule"]
@@ -187,7 +188,7 @@ def test_readme_command_runs(name, tmp_path):
     given["model_path"] = str(tmp_path / "model.pt")
     if "classifier_path" in given:
         given["classifier_path"] = str(tmp_path / "classifier.pt")
-    _, model, _, classifier, _ = options_of(script, flags(given))
+    _, model, _, classifier, *_ = options_of(script, flags(given))
     for build, options, path in ((build_model, model, "model.pt"), (build_classifier, classifier, "classifier.pt")):
         save_state(tmp_path / path, with_random_weights(build(options)).float().state_dict())
 
@@ -243,7 +244,7 @@ def test_shipped_model_runs_by_name_with_its_classifier(shipped, command, classi
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if "diffusion" in name or "lsun" in name])
 def test_released_model_by_name(name, refused, tmp_path):
-    sample, model, _, classifier, _ = options_of(
+    sample, model, _, classifier, *_ = options_of(
         "classifier_sample", ["--model", name, "--model_path", "model.pt", "--classifier_path", "classifier.pt"])
     assert (sample.model_path, sample.classifier_path) == ("model.pt", "classifier.pt")
     assert model.image_size == classifier.image_size == (256 if "lsun" in name else int(name.split("x")[0]))
