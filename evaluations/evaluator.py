@@ -2,9 +2,10 @@
 
     python evaluations/evaluator.py VIRTUAL_imagenet128_labeled.npz samples_50000x128x128x3.npz
     python evaluations/evaluator.py fmnist32 samples_1000x32x32x3.npz --backend embedded
+    python evaluations/evaluator.py scenes32 samples_2000x32x32x3.npz --backend scenes
 
-The reference is a file in the official layout, or a shipped one by name (fmnist32). Under mpiexec or torchrun the
-ranks share the images.
+The reference is a file in the official layout, or a shipped one by name (fmnist32, scenes32). Under mpiexec or
+torchrun the ranks share the images.
 """
 
 from __future__ import annotations
@@ -41,15 +42,17 @@ NAMES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Pr
 NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
 PAIRED = ("kid", *NEIGHBOURS)           # metrics that need the features of the reference, not only their statistics
 SUFFIXES = {"fid": "", "sfid": "_s"}    # of the statistics' names in reference batches
-BACKENDS = ("torch", "tensorflow", "embedded")
+SHIPPED = ("embedded", "scenes")        # networks whose statistics are in the references that name them
+BACKENDS = ("torch", "tensorflow", *SHIPPED)
 
 
 @dataclass(frozen=True)
 class NetworkOptions(Options):
     """The network that sees the images."""
 
-    backend: str = option("torch", "the network: torch or tensorflow (Inception of 2015), or embedded (a small "
-                          "classifier of Fashion-MNIST, for the shipped model)", choices=BACKENDS)
+    backend: str = option("torch", "the network: torch or tensorflow (Inception of 2015) or, for the shipped "
+                          "models, embedded (a small classifier of Fashion-MNIST) or scenes (the judge of scenes)",
+                          choices=BACKENDS)
     inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
                             "this library, else downloaded")
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
@@ -97,6 +100,10 @@ def load_network(options: NetworkOptions) -> Network:
         from evaluations.embedded import load_embedded
 
         return load_embedded().to(_device(options))
+    if options.backend == "scenes":
+        from evaluations.scenes_judge import load_judge
+
+        return load_judge().to(_device(options))
     if options.backend == "tensorflow":
         from evaluations.tensorflow_backend import TensorflowNetwork
 
@@ -243,8 +250,9 @@ class Evaluation:
         if made_by is not None and made_by != self.network.name:
             raise UserError(f"{self.reference.path}: its statistics are of the network {made_by!r}, not of "
                             f"{self.network.name!r}: pass another --backend")
-        if made_by is None and self.network_options.backend == "embedded" and self.reference.statistics():
-            raise UserError(f"{self.reference.path}: its statistics are Inception's, not those of --backend embedded")
+        backend = self.network_options.backend
+        if made_by is None and backend in SHIPPED and self.reference.statistics():
+            raise UserError(f"{self.reference.path}: its statistics are Inception's, not those of --backend {backend}")
 
     def _reference_features_needed(self) -> bool:
         file, wanted = self.reference, self.options.wanted

@@ -7,6 +7,12 @@ IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), 
 
     python -m evaluations.make_reference fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \\
         --keep features
+
+and scenes32, which also holds what `evaluations.depth_metrics` compares with, by
+
+    python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
+    python -m evaluations.make_reference scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \\
+        --keep features --half True
 """
 
 from __future__ import annotations
@@ -17,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluations.depth_metrics import depth_arrays
 from evaluations.evaluator import NetworkOptions, load_network_once, statistics
 from evaluations.features import extract, feature_folder
 from evaluations.files import check_writable
 from evaluations.npz import BatchFile, write_batch
+from evaluations.scenes_judge import ScenesJudge
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
@@ -44,6 +52,7 @@ class ReferenceOptions(NetworkOptions):
     keep: str = option("images", "what stands beside the statistics: images, for precision and recall with any "
                        "network; features, for them with this one; or nothing",
                        choices=("images", "features", "nothing"))
+    half: bool = option(False, "keep the features in half precision")
     num_images: int | None = option(None, "only the first so many images; unset: all", minimum=2)
     image_size: int | None = option(None, "crop pictures of a folder to squares of this many pixels, as for training; "
                                     "unset: they must have one size", minimum=1)
@@ -74,9 +83,11 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
                       "backend": np.array(network.name), "count": np.array(count)}
             kept = None
             if options.keep == "features":
-                arrays["pooled"] = features.pooled
+                arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
             elif options.keep == "images":
                 kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
+            if isinstance(network, ScenesJudge):
+                arrays |= depth_arrays(images, count, network)
             write_batch(out, arrays, kept, (count, *images.shape[1:]))
             print(f"reference: {out}, {count} images, {network.name}")
             packed.unlink(missing_ok=True)

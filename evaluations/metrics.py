@@ -590,17 +590,34 @@ def bootstrap(statistic: Statistic, sizes: int | Sequence[int], replicates: int,
     and the like are biased by the number of distinct images, of which a resampling has only 63 %, and the plain
     percentiles would often lie beside the metric. Raises UserError for replicates below 2 and level outside (0, 1).
     """
+    counts = resamplings(sizes, replicates, seed)
+    estimate = statistic(np.ones((1, counts.shape[1]), np.uint16))[0]
+    return interval(statistic(counts), estimate, level)
+
+
+def resamplings(sizes: int | Sequence[int], replicates: int, seed: int = 0) -> np.ndarray:
+    """Counts (replicates, N) of how often each image is drawn; `sizes` as for `bootstrap`, N their sum.
+
+    Statistics of several files of the same image numbers, given the same counts, are paired: their differences too
+    can be handed to `interval`. Raises UserError for replicates below 2.
+    """
     if replicates < 2:
         raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
-    if not 0 < level < 1:
-        raise UserError(f"level {level}: must be between 0 and 1")
     sizes = [sizes] if isinstance(sizes, int | np.integer) else list(sizes)
     counts = np.empty((replicates, sum(sizes)), np.uint16)
     rng = np.random.default_rng(seed)
     for row in counts:
         row[:] = np.concatenate([np.bincount(rng.integers(size, size=size), minlength=size) for size in sizes])
-    values = statistic(counts)
-    estimate = statistic(np.ones((1, sum(sizes)), np.uint16))[0]
+    return counts
+
+
+def interval(values: np.ndarray, estimate: float, level: float = 0.95) -> Interval:
+    """The interval of `bootstrap` of replicates (B,) of a number whose value is `estimate`.
+
+    Raises UserError for a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise UserError(f"level {level}: must be between 0 and 1")
     low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2]) + estimate
     return Interval(float(low), float(high))
 

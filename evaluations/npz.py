@@ -70,7 +70,7 @@ class BatchFile:
         return sha256_of(self.path)
 
     def _image_shape(self) -> tuple[int, int, int, int]:
-        shape, dtype = self._header("arr_0")
+        shape, dtype = self.header("arr_0")
         where = f"{self.path}: arr_0 is {_shown(shape)} {dtype}"
         if dtype != np.uint8:
             hint = " from 0 to 255, also where they were 0 to 1" if dtype.kind == "f" else ""
@@ -80,10 +80,6 @@ class BatchFile:
         if max(shape[1:3]) > MAX_SIDE:
             raise UserError(f"{where}: images may have {MAX_SIDE} pixels a side at most")
         return shape
-
-    def _header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        with self._array(name) as (_, shape, dtype):
-            return shape, dtype
 
     @contextmanager
     def _opened(self, otherwise: str) -> Iterator[zipfile.ZipFile]:
@@ -114,6 +110,19 @@ class BatchFile:
         """A whole array: for statistics, not for images."""
         with self._array(name) as (stream, shape, dtype):
             return np.frombuffer(_exactly(stream, int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+
+    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """An array (N, ...) from front to back, `size` rows at a time."""
+        with self._array(name) as (stream, shape, dtype):
+            row = int(np.prod(shape[1:])) * dtype.itemsize
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                yield np.frombuffer(_exactly(stream, count * row), dtype).reshape(count, *shape[1:])
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of an array."""
+        with self._array(name) as (_, shape, dtype):
+            return shape, dtype
 
     def value(self, name: str) -> Any:
         """A single stored word or number, or None where there is none of that name."""
@@ -165,7 +174,7 @@ class BatchFile:
         for name in (mean, covariance):
             if name not in self.members:
                 raise UserError(f"{self.path}: has no {name}, though it has the other of {mean} and {covariance}")
-        shapes = [self._header(name)[0] for name in (mean, covariance)]
+        shapes = [self.header(name)[0] for name in (mean, covariance)]
         dimension = shapes[0][0] if shapes[0] else 0
         if shapes != [(dimension,), (dimension, dimension)] or dimension < 1:
             raise UserError(f"{self.path}: {mean} is {_shown(shapes[0])} and {covariance} {_shown(shapes[1])}, "

@@ -18,9 +18,10 @@ import numpy as np
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import run_script
 
-from .embedded import CLASS_NAMES, IMAGE_SIZE, EmbeddedClassifier, load_embedded
+from .embedded import CLASS_NAMES, EmbeddedClassifier, load_embedded
 from .files import check_writable, write_json
 from .npz import BatchFile
+from .shipped import IMAGE_SIZE
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,8 @@ from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option, parse_options
 from guided_diffusion.script_util import run_script
 
-from .embedded import IMAGE_SIZE, WEIGHTS, EmbeddedClassifier, save_embedded
+from .embedded import WEIGHTS, EmbeddedClassifier, save_embedded
+from .shipped import IMAGE_SIZE, round_convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +102,6 @@ def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
     rows, columns = ((torch.arange(size) + moves[:, axis, None]) % size for axis in (0, 1))     # (N, size) each
     image = torch.arange(len(images))[:, None, None]
     return images.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
-
-
-@torch.no_grad()
-def round_convolutions(model: nn.Module) -> None:
-    """Rounds convolution weights to float16, as the file holds them, so that the accuracy measured is the file's."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.copy_(parameter.half())
 
 
 def accuracy(model: EmbeddedClassifier, images: Tensor, labels: Tensor) -> float:

@@ -1,9 +1,11 @@
 """The table of depth-aware guidance: its rows, a tiny one from sampling to figures, and what is refused."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, call, flags, samples_in
+from commands import REPOSITORY, call, execute, flags, samples_in
 from conftest import TINY, with_random_weights
 from PIL import Image
 
@@ -18,6 +20,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.script_util import create_model
 
+BIN = Path(sys.executable).parent
 MODEL = {**TINY, "image_size": 32, "in_channels": 3, "class_cond": False, "channel_mult": "1,1",
          "attention_resolutions": "16"}
 PRIOR = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
@@ -114,13 +117,27 @@ def test_table_end_to_end_goes_on_where_it_was(line, tmp_path, capsys, monkeypat
     assert words <= {"better", "worse", "no difference"}
 
     text = (out / "table.md").read_text()
-    assert text in printed and "6 images a row, seed 0, 2 steps of DDPM" in text
+    assert text in printed and "model.safetensors, 6 images a row, seed 0, 2 steps of DDPM" in text
     assert "- both: DCG 300 + DPG 200" in text and "| difference to unguided |" in text
     for name in names:
         assert f"| {name} | {table['rows'][name]['metrics']['dfid']['value']:.4g} (" in text
     for name in ("table.png", "sweep.png"):
         with Image.open(out / name) as picture:
             assert picture.width > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (BIN / "torchrun").exists(), reason="torchrun is not installed")
+def test_ranks_make_the_table_together(line, tmp_path):
+    command = (BIN / "torchrun", "--nproc_per_node", 2, "scripts/dag_table.py")
+    ended = execute(*command, *flags({**line, "rows": "dcg", "out": tmp_path / "shared"}))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("| difference to unguided |") == 1
+    assert call("dag_table", *flags({**line, "rows": "dcg", "out": tmp_path / "alone"})) == 0
+    shared, alone = (json.loads((tmp_path / name / "table.json").read_text())["rows"] for name in ("shared", "alone"))
+    assert {name: row["sha256"] for name, row in shared.items()} == {name: row["sha256"] for name, row in alone.items()}
+    ended = execute(*command, *flags({**line, "rows": "dcg", "dcg_scale": 0, "out": tmp_path / "none"}))
+    assert ended.returncode != 0 and ended.stderr.count("error: --dcg_scale 0: must not be 0") == 1
 
 
 def test_what_is_refused_before_anything_is_sampled(line, tmp_path, capsys):

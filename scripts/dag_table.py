@@ -1,0 +1,30 @@
+"""Make the table of depth-aware guidance: sample every row from the same seed, evaluate all, write table and figures.
+
+Examples (each goes on where it was stopped when started again):
+    python scripts/dag_table.py --config configs/scenes32_dag.yaml --out runs/dag_table
+    mpiexec -n 2 python scripts/dag_table.py --config configs/scenes32_dag.yaml --sweep 0,10,20,40,80
+"""
+
+import logging
+import sys
+
+from evaluations.depth_table import TableOptions, TableSampleOptions, make_table
+from guided_diffusion import dist_util
+from guided_diffusion.depth.options import DagOnOptions
+from guided_diffusion.options import parse_options
+from guided_diffusion.sample_util import OPTION_CLASSES, SamplingRun, preset_values
+from guided_diffusion.script_util import run_script
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    classes = (TableOptions, TableSampleOptions, *OPTION_CLASSES[:-1], DagOnOptions)
+    options, *run = parse_options(None, *classes, description=__doc__, preset=preset_values)
+    table = make_table(options, SamplingRun(*run))
+    if table:
+        print(f"{table}\ntable: {options.out}/table.md")
+    dist_util.shutdown()
+
+
+if __name__ == "__main__":
+    run_script(main)
