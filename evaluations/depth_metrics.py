@@ -71,7 +71,7 @@ class Seen(NamedTuple):
 class Target(NamedTuple):
     """What generated images are compared with."""
 
-    file: str
+    file: str                       # as it was named
     images: int
     pooled: Statistics
     depth_features: Statistics
@@ -123,7 +123,7 @@ class DepthEvaluator:
         file = open_reference(word)
         if not all(name in file.members for name in DEPTH_ARRAYS):
             seen = self.see(file)
-            return Target(str(file.path), len(file), statistics(seen.pooled), statistics(seen.depth_features),
+            return Target(word, len(file), statistics(seen.pooled), statistics(seen.depth_features),
                           seen.sharpness)
         made_by = {"judge": self.judge.fingerprint, "extractor": self.classifier.fingerprint}
         for name, fingerprint in made_by.items():
@@ -132,7 +132,7 @@ class DepthEvaluator:
                                 f"{str(file.value(name))[:16]}..., not {fingerprint[:16]}...): make it again with "
                                 "evaluations.make_reference")
         sharpness = file.read("sharpness")
-        return Target(str(file.path), len(sharpness), file.statistics(), file.statistics("_depth"), sharpness)
+        return Target(word, len(sharpness), file.statistics(), file.statistics("_depth"), sharpness)
 
 
 def check_scenes(file: BatchFile, count: int | None = None) -> None:

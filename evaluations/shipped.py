@@ -78,7 +78,8 @@ def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
 
     channels: what C may be. Raises UserError for any other shape or type, or for no image at all.
     """
-    images = torch.as_tensor(images)
+    read_only = isinstance(images, np.ndarray) and not images.flags.writeable
+    images = torch.as_tensor(images.copy() if read_only else images)          # torch warns of what it may not write
     allowed = " or ".join(map(str, channels))
     if images.dtype == torch.uint8:
         expected, channel_dim = f"uint8 images must be (N, 32, 32, {allowed})", 3

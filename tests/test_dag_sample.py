@@ -135,7 +135,7 @@ def test_what_is_refused_before_anything_is_sampled(files, tmp_path, capsys):
         assert not list((tmp_path / "out").glob("*")), changes
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*_dag.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*_dag*.yaml")), ids=lambda path: path.stem)
 def test_configurations_load_and_build_their_network(path):
     classes = (*OPTION_CLASSES[:-1], DagOnOptions)
     sample, model, *_, dag = parse_options(["--config", str(path)], SampleOptions, *classes, preset=preset_values)
