@@ -31,12 +31,12 @@ from tqdm import tqdm
 from evaluations import metrics
 from evaluations.embedded import EmbeddedClassifier, load_embedded
 from evaluations.evaluator import open_reference, statistics
-from evaluations.files import check_writable, write_json
 from evaluations.npz import BatchFile, Statistics
 from evaluations.scenes_judge import ScenesJudge, load_judge
 from evaluations.shipped import IMAGE_SIZE
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option, parse_options
 from guided_diffusion.script_util import run_script
 

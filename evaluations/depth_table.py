@@ -19,13 +19,13 @@ from guided_diffusion.checkpoint import locate
 from guided_diffusion.depth.options import DagOptions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
+from guided_diffusion.files import write, write_json
 from guided_diffusion.nn import UninitializedWeights
 from guided_diffusion.options import Options, nearest, option
 from guided_diffusion.sample_util import SampleOptions, SamplingRun
 from guided_diffusion.script_util import build_model
 
 from .depth_metrics import EQUAL, DepthEvaluator, Target, compare, header, markdown, real_sharpness
-from .files import write, write_json
 from .npz import BatchFile
 from .shipped import IMAGE_SIZE
 

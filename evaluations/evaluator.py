@@ -24,11 +24,11 @@ import torch
 
 from evaluations import metrics, plots
 from evaluations.features import Features, Network, extract, feature_folder
-from evaluations.files import check_writable, write_json
 from evaluations.inception_graph import SIZE as OFFICIAL_SIZE
 from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, nearest, option, parse_options
 from guided_diffusion.script_util import run_script
 

@@ -26,11 +26,11 @@ import numpy as np
 from evaluations.depth_metrics import depth_arrays
 from evaluations.evaluator import NetworkOptions, load_network_once, statistics
 from evaluations.features import extract, feature_folder
-from evaluations.files import check_writable
 from evaluations.npz import BatchFile, write_batch
 from evaluations.scenes_judge import ScenesJudge
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
     crop_square,
     find_data,

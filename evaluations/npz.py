@@ -18,8 +18,7 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-
-from .files import write
+from guided_diffusion.files import write
 
 MAX_SIDE = 8192
 MAX_RATIO = 200                 # of a member's size to its compressed size; images hardly reach 20

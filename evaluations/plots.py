@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
-
-from .files import write
+from guided_diffusion.files import write
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.script_util import run_script
 
 from .embedded import CLASS_NAMES, EmbeddedClassifier, load_embedded
-from .files import check_writable, write_json
 from .npz import BatchFile
 from .shipped import IMAGE_SIZE
 

@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import write
 
 from .features import Features
-from .files import write
 
 IMAGE_SIZE = 32
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from guided_diffusion.depth.accuracy import depth_errors
 from guided_diffusion.depth.scene_files import render_scenes
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
+from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option, parse_options
 from guided_diffusion.script_util import run_script
 
-from .files import check_writable
 from .scenes_judge import WEIGHTS, ScenesJudge, save_judge
 from .shipped import IMAGE_SIZE, round_convolutions
 from .train_embedded import learning_rate_factor

@@ -18,8 +18,7 @@ import io
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from .. import dist_util
 from ..errors import UserError
+from ..files import write
 from ..options import option
 from ..script_util import DiffusionOptions, ModelOptions
 from .features import decoder_blocks, parse_blocks
@@ -133,7 +133,7 @@ class AccuracyStudy:
             _log.info("the tables in %s are finished", self.out)
         draw(self.out, *tables)
         text = verdict(*tables, self.options.num_labels)
-        _write(self.out / "verdict.txt", lambda path: path.write_text(text))
+        write(self.out / "verdict.txt", lambda path: path.write_text(text))
         return text
 
     def _training(self, count: int) -> PredictorTraining:
@@ -222,7 +222,7 @@ class AccuracyStudy:
             name = changed[0]
             raise UserError(f"--out {self.out}: holds a study with {name} {before.get(name)}, not {config[name]}; give "
                             "the same or another --out")
-        _write(path, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
+        write(path, lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def depth_errors(predicted: Tensor, depth: Tensor, limits: tuple[float, float] | None) -> np.ndarray:
@@ -327,7 +327,7 @@ def draw(folder: Path, blocks: Sequence[Row], timesteps: Sequence[Row], labels: 
         axes.legend(fontsize=8)
     for suffix in ("png", "svg"):
         metadata = {"Date": None} if suffix == "svg" else {}
-        _write(folder / f"accuracy.{suffix}",
+        write(folder / f"accuracy.{suffix}",
                lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, dpi=120, format=suffix,
                                                                              metadata=metadata))
 
@@ -344,16 +344,4 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         writer.writerow({name: ("" if math.isnan(value) else f"{value:.6g}") if isinstance(value, float) else value
                          for name, value in row.items()})
-    _write(path, lambda file: file.write_text(text.getvalue()))
-
-
-def _write(path: Path, save: Callable[[Path], object]) -> None:
-    """`save(temporary)`, which then becomes `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, lambda file: file.write_text(text.getvalue()))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import UserError
 from ..options import Options, option
 from .pairs import checked_depth_range, open_pairs, parse_depth_range, read_depth
+from .scene_files import checked_npz, save_npz
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,5 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
 
 def write_depth_images(options: DepthImageOptions) -> None:
     """Writes the file, whole or not at all. Raises UserError for data that is wrong, and where it can't be written."""
-    out = Path(options.out)
-    if out.suffix != ".npz":
-        raise UserError(f"--out {out}: the name must end in .npz")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, arr_0=grey_images(options))
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    out = checked_npz(options.out)
+    save_npz(out, arr_0=grey_images(options))

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import check_writable, write
 from ..options import Options, option
 from ..pictures import grid, save
 from .scenes import FAR, NEAR, Scenes, render
@@ -48,23 +49,29 @@ def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
 
 def write_scenes(options: SceneOptions) -> None:
     """Renders, and writes the file and the contact sheet. Raises UserError for files that cannot be written."""
-    out = Path(options.out)
-    if out.suffix != ".npz":
-        raise UserError(f"--out {out}: the name must end in .npz")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images),
-                                   options.image_size)
-            np.savez(file, arr_0=scenes.rgb, arr_1=scenes.label, depth=scenes.depth, mask=scenes.mask)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    out = checked_npz(options.out)
+    scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images), options.image_size)
+    save_npz(out, arr_0=scenes.rgb, arr_1=scenes.label, depth=scenes.depth, mask=scenes.mask)
     if options.sheet:
         save(contact_sheet(scenes), Path(options.sheet))
+
+
+def checked_npz(out: str) -> Path:
+    """The path of a file to write, its folder made; raises UserError for another suffix, and where it can't be."""
+    path = Path(out)
+    if path.suffix != ".npz":
+        raise UserError(f"--out {out}: the name must end in .npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    check_writable("--out", out)
+    return path
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """An uncompressed .npz, whole or not at all."""
+    write(path, lambda temporary: np.savez(temporary, **arrays))
 
 
 def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Image:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.errors import UserError
+from .errors import UserError
 
 
 def check_writable(flag: str, path: str) -> None:
