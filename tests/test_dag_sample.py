@@ -147,6 +147,16 @@ def test_configurations_load_and_build_their_network(path):
     assert len(network.output_blocks) >= 8          # so that S = {2, 4, 5, 6, 7} and W = {6} exist
 
 
+@pytest.mark.parametrize("name", ["scenes32_dag", "scenes32_dag_paper_blocks"])
+def test_the_shipped_model_is_guided_by_the_shipped_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    line = flags({"config": f"configs/{name}.yaml", "timestep_respacing": 2, "num_samples": 2, "batch_size": 2})
+    assert call("dag_sample", *line, "--out", tmp_path / "on") == 0
+    assert call("dag_sample", *line, "--dcg_scale", 0, "--dpg_scale", 0, "--out", tmp_path / "off") == 0
+    guided, unguided = (samples_in(tmp_path / name)[0].astype(int) for name in ("on", "off"))
+    assert 0 < np.abs(guided - unguided).mean() < 64
+
+
 def test_the_scripts_differ_in_the_scales_alone():
     off, on = ({field.name: field.default for field in option_fields(cls)} for cls in (DagOptions, DagOnOptions))
     assert {name for name in off if off[name] != on[name]} == {"dcg_scale", "dpg_scale"}

@@ -622,3 +622,19 @@ def test_compare_refuses_what_is_no_finished_run(command, tmp_path, capsys):
     assert call("compare", good, "--out", good / "run.json" / "comparison.png") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert not (tmp_path / "comparison.png").exists()
+
+
+def test_a_halved_checkpoint_is_half_as_large_and_loads_as_before(tmp_path, tiny_checkpoints, capsys):
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    weights = load_file(tiny_checkpoints / "model.safetensors")
+    save_state(whole, weights, {"config": json.dumps(TINY)})
+    assert call("halve_checkpoint", whole, "--out", half) == 0
+    assert str(half) in capsys.readouterr().out
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    assert checkpoint.read_metadata(half) == {"config": json.dumps(TINY)}
+    model = create_model(**TINY)
+    checkpoint.load_into(model, half, TINY)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
+    assert call("halve_checkpoint", tmp_path / "none.pt", "--out", half) == 2
+    assert "there is no such file" in capsys.readouterr().err
