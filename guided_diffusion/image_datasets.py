@@ -207,12 +207,16 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
 
 def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
                    start_batch: int) -> Iterator[Batch]:
-    """Batches of (N, H, W) padded to the frame, or of (N, H, W, 3) that fill it."""
+    """Batches of images (N, H, W), padded to the frame, or (N, H, W, 3), which fill it."""
     for number in itertools.count(start_batch):
         indices, flips = plan.indices(number), plan.flips(plan.draws(number))
         chosen = images[indices]
         chosen[flips] = chosen[flips, :, ::-1]
-        batch = pad_to_frame(chosen, frame) if images.ndim == 3 else torch.from_numpy(_to_unit(chosen)).movedim(3, 1)
+        if images.ndim == 3:
+            batch = pad_to_frame(chosen, frame)
+        else:
+            pixels = chosen if frame[0] == 3 else _grey(chosen)
+            batch = torch.from_numpy(_to_unit(pixels)).movedim(3, 1)
         yield batch, _conditions(labels, indices)
 
 
@@ -225,9 +229,10 @@ def is_npz(path: str | os.PathLike) -> bool:
 
 def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: bool,
              ) -> tuple[np.ndarray, np.ndarray | None]:
-    """All images of an .npz file, (N, H, W, 3) or grey (N, H, W) uint8 by the frame (C, H, W), and labels (N,) int64.
+    """All images of an .npz file, (N, H, W, 3) uint8, and, if `labelled`, labels (N,) int64.
 
-    Raises UserError where the file is damaged, or its arrays are missing or of other shapes.
+    frame: channels, height and width in training. Raises UserError where the file is damaged, or its
+    arrays are missing or of other shapes.
     """
     where = f"--data_dir {path}"
     try:
@@ -241,9 +246,14 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
     if labelled and (labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
-    if frame[0] == 1:
-        images = (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)
+    if labelled and labels.min() < 0:
+        raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
     return images, labels if labels is None else labels.astype(np.int64)
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 1) uint8 of (N, H, W, 3), weighted as Pillow weights them."""
+    return (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)[..., None]
 
 
 # Image folders

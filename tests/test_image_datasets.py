@@ -280,6 +280,7 @@ def test_npz_images_in_grey(npz_file, tmp_path):
     ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, {}, "arr_0 is missing"),
     ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, {"class_cond": True}, "arr_1 must be the classes of the 2 images"),
     ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3, int)}, {"class_cond": True}, "classes of the 2"),
+    ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.array([1, -1])}, {"class_cond": True}, "the class -1"),
     ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, {"split": "test"}, "an .npz file has no test split"),
 ])
 def test_wrong_npz_files_are_refused_before_the_first_batch(tmp_path, arrays, options, message):
