@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluations.depth_metrics import depth_images
 from evaluations.evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
 from evaluations.features import feature_folder
 from evaluations.npz import BatchFile, write_batch
 from guided_diffusion import dist_util
+from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.pairs import OWN_RANGE, parse_depth_range, read_depth
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json

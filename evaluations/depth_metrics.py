@@ -20,13 +20,11 @@ image i begins in the same noise in every file.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from evaluations import metrics
 from evaluations.embedded import EmbeddedClassifier, load_embedded
@@ -34,10 +32,12 @@ from evaluations.evaluator import open_reference, statistics
 from evaluations.npz import BatchFile, Statistics
 from evaluations.scenes_judge import ScenesJudge, load_judge
 from evaluations.shipped import IMAGE_SIZE
+from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.script_util import run_script
 
 # By the words of the JSON file; of these names, and of what a difference above and below 0 is.
@@ -106,8 +106,7 @@ class DepthEvaluator:
         """The first `count` images of a file (None: all). Raises UserError where it can't be what is asked for."""
         check_scenes(file, count)
         count, parts = count or len(file), []
-        with tqdm(total=count, desc=file.path.name, unit="img", dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 10) as progress:
+        with progress_bar(count, file.path.name, "img") as progress:
             for _, images in file.batches(BATCH, num_images=count):
                 features, depth = self.judge.features_and_depth(images)
                 parts.append(Seen(features.pooled, self.classifier.features(depth_images(depth)).pooled,
@@ -161,11 +160,6 @@ def depth_arrays(images: BatchFile, count: int, judge: ScenesJudge) -> dict[str,
 def metres(depth: np.ndarray) -> np.ndarray:
     """Depth in [-1, 1] in metres."""
     return NEAR + (depth + 1) / 2 * (FAR - NEAR)
-
-
-def depth_images(depth: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8, the grey in every channel, of depth (N, H, W) in [-1, 1]; near is black."""
-    return np.repeat(np.rint((depth + 1) * 127.5).astype(np.uint8)[..., None], 3, axis=3)
 
 
 def edge_sharpness(depth: np.ndarray) -> np.ndarray:

@@ -1,13 +1,18 @@
-"""Files that commands write: checked before the work, and never half there."""
+"""Files that commands write: checked before the work, and never half there. And arrays that they read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import UserError
 
@@ -36,8 +41,21 @@ def write(path: str | Path, save: Callable[[Path], object]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):          # where its folder is none, there is nothing to remove either
+            temporary.unlink()
 
 
 def write_json(path: str | Path, content: Any) -> None:
     write(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:
+    """The arrays of these names in an .npz file, None for those it has not.
+
+    Raises UserError, beginning with `otherwise`, where it is no such file, is damaged or holds pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file.get(name) for name in names]
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{otherwise} ({error})") from None

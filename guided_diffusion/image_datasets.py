@@ -6,13 +6,13 @@ uninterrupted one would have seen, and two ranks with batch B see together what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
 import itertools
 import math
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
+from .files import read_arrays
 
 FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -235,11 +236,9 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     arrays are missing or of other shapes.
     """
     where = f"--data_dir {path}"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, labels = file.get("arr_0"), file.get("arr_1") if labelled else None
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{where}: is not an .npz file of images, or is damaged ({error})") from None
+    images, *others = read_arrays(path, ["arr_0", "arr_1"] if labelled else ["arr_0"],
+                                  f"{where}: is not an .npz file of images, or is damaged")
+    labels = others[0] if labelled else None
     expected = (*frame[1:], 3)
     if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
@@ -279,9 +278,21 @@ def classes_by_name(files: list[Path]) -> np.ndarray:
 
 def read_image(path: Path, in_channels: int) -> Image.Image:
     """The image in a file, RGB or grey; raises UserError where the file holds none."""
+    with _opened(path) as image:
+        return image.convert("RGB" if in_channels == 3 else "L")
+
+
+def image_extent(path: Path) -> tuple[int, int]:
+    """Width and height of the image in a file, whose pixels are not read; raises UserError as `read_image`."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB" if in_channels == 3 else "L")
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .errors import UserError
+from .files import write
 
 MARGIN = 12
 
@@ -59,12 +57,8 @@ def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """`picture` as PNG; the file appears whole or not at all. Raises UserError where it cannot be written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    def draw(file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file, format="PNG")
+
+    write(path, draw)

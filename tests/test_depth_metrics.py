@@ -13,7 +13,6 @@ from evaluations.depth_metrics import (
     Seen,
     Target,
     compare,
-    depth_images,
     edge_sharpness,
     metres,
     verdict,
@@ -21,6 +20,7 @@ from evaluations.depth_metrics import (
 from evaluations.evaluator import statistics
 from evaluations.metrics import frechet_distance
 from evaluations.npz import BatchFile, write_batch
+from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
 

@@ -31,6 +31,7 @@ from .. import dist_util
 from ..errors import UserError
 from ..files import write
 from ..options import option
+from ..progress import progress_bar
 from ..script_util import DiffusionOptions, ModelOptions
 from .features import decoder_blocks, parse_blocks
 from .pairs import SCENES, Pairs, checked_depth_range, in_units, parse_depth_range
@@ -43,7 +44,6 @@ from .train import (
     digest,
     features_at,
     load_network,
-    progress_bar,
     read_labelled,
 )
 
@@ -328,8 +328,8 @@ def draw(folder: Path, blocks: Sequence[Row], timesteps: Sequence[Row], labels: 
     for suffix in ("png", "svg"):
         metadata = {"Date": None} if suffix == "svg" else {}
         write(folder / f"accuracy.{suffix}",
-               lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, dpi=120, format=suffix,
-                                                                             metadata=metadata))
+              lambda path, suffix=suffix, metadata=metadata: figure.savefig(path, dpi=120, format=suffix,
+                                                                            metadata=metadata))
 
 
 def _key(block: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from ..options import Options, option
+from ..progress import progress_bar
 from .pairs import checked_depth_range, open_pairs, parse_depth_range, read_depth
 from .scene_files import checked_npz, save_npz
 
@@ -33,11 +32,16 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
     source = open_pairs(options.data, size=size, count=options.num_images, flag="num_images", seed=options.seed)
     count = options.num_images or len(source)
     images = np.empty((count, size, size, 3), np.uint8)
-    for index in tqdm(range(count), desc="depth images", unit="img", dynamic_ncols=True,
-                      mininterval=0.5 if sys.stderr.isatty() else 10):
-        depth = read_depth(source, index, size, limits)
-        images[index] = np.rint((depth + 1) * 127.5).astype(np.uint8)[..., None]
+    with progress_bar(count, "depth images", "img") as progress:
+        for index in range(count):
+            images[index] = depth_images(read_depth(source, index, size, limits))
+            progress.update()
     return images
+
+
+def depth_images(depth: np.ndarray) -> np.ndarray:
+    """(..., H, W, 3) uint8, the grey in every channel, of depth (..., H, W) in [-1, 1]; near is black."""
+    return np.repeat(np.rint((depth + 1) * 127.5).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def write_depth_images(options: DepthImageOptions) -> None:

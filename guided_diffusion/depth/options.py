@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import dist_util
-from ..checkpoint import locate
+from ..checkpoint import locate, read_metadata
 from ..errors import UserError
 from ..guidance import DepthConsistencyGuidance, DepthPriorGuidance, Guidance
 from ..guidance.depth import REDUCTIONS
 from ..options import Options, option
-from .predictor import check_fits, load_predictors
+from .predictor import check_fits, check_network, load_predictors
 from .prior import load_prior
 
 
@@ -60,13 +60,10 @@ class DagOptions(Options):
         return terms
 
     def check_network(self, network_sha256: str) -> None:
-        """Raises UserError where the predictors were trained on another checkpoint than the one with this SHA-256."""
-        if not self.files():
-            return
-        made_for = load_predictors(locate(self.depth_predictor)).network_sha256
-        if made_for != network_sha256:
-            raise UserError(f"--depth_predictor {self.depth_predictor}: was trained on another network, on the "
-                            f"checkpoint with SHA-256 {made_for[:16]}..., not {network_sha256[:16]}...")
+        """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
+        if self.files():
+            check_network(read_metadata(self.depth_predictor)["network_sha256"], network_sha256,
+                          f"--depth_predictor {self.depth_predictor}: was")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ the units of the files, beyond which is clamped.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..image_datasets import classes_by_name, crop_square, read_image, resize_smaller_side
+from ..files import read_arrays
+from ..image_datasets import classes_by_name, crop_square, image_extent, read_image, resize_smaller_side
 from .scene_files import render_scenes
 from .scenes import DEPTH_RANGE, render
 
@@ -187,11 +186,8 @@ class _Arrays:
 
 
 def _read_npz(path: Path) -> _Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images, depth, labels = (file.get(name) for name in ("arr_0", "depth", "arr_1"))
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: is no .npz file of images and depth maps, or is damaged ({error})") from None
+    images, depth, labels = read_arrays(path, ["arr_0", "depth", "arr_1"],
+                                        f"{path}: is no .npz file of images and depth maps, or is damaged")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: arr_0 {_shown(images)}, must be images (N, H, W, 3) uint8")
     if depth is not None and depth.ndim == 4 and depth.shape[3] == 1:
@@ -230,7 +226,7 @@ class _Folder:
     def depth(self, index: int) -> np.ndarray:
         path = self._depth[index]
         depth = _read_npy(path) if path.suffix.lower() == ".npy" else _read_grey(path)
-        width, height = read_image(self._images[index], 3).size
+        width, height = image_extent(self._images[index])
         if depth.shape != (height, width):
             raise UserError(f"{path}: is {depth.shape[0]}x{depth.shape[1]}, must be {height}x{width}, as its image")
         return depth

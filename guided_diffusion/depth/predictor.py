@@ -130,14 +130,20 @@ def load_predictors(path: str | Path, device: str | torch.device = "cpu") -> Dep
     return predictors.to(device).eval().requires_grad_(False)
 
 
+def check_network(made_for: str, network_sha256: str, what: str) -> None:
+    """Raises UserError, beginning with `what`, where the checkpoint made for and the network's differ in SHA-256."""
+    if made_for != network_sha256:
+        raise UserError(f"{what} trained on another network: on the checkpoint with SHA-256 {made_for[:16]}..., not "
+                        f"{network_sha256[:16]}...")
+
+
 def check_fits(predictors: DepthPredictors, model: nn.Module, network_sha256: str | None) -> None:
     """Raises UserError unless the predictors were made for this network.
 
     network_sha256: of its checkpoint; None where there is no file to compare with.
     """
-    if network_sha256 is not None and network_sha256 != predictors.network_sha256:
-        raise UserError(f"the depth predictors were trained on another network: on the checkpoint with SHA-256 "
-                        f"{predictors.network_sha256[:16]}..., not {network_sha256[:16]}...")
+    if network_sha256 is not None:
+        check_network(predictors.network_sha256, network_sha256, "the depth predictors were")
     if predictors.size != model.image_size:
         raise UserError(f"the depth predictors are for images of {predictors.size} pixels, and the network's have "
                         f"{model.image_size}")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import check_writable, write
 from ..options import Options, option
 from ..pictures import grid, save
+from ..progress import progress_bar
 from .scenes import FAR, NEAR, Scenes, render
 
 CHUNK = 128
@@ -38,8 +37,7 @@ def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
     """`render` on all cores, with progress."""
     pieces = [numbers[start:start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
-            tqdm(total=len(numbers), desc="rendering", unit="scene", dynamic_ncols=True,
-                 mininterval=0.5 if sys.stderr.isatty() else 10) as progress:
+            progress_bar(len(numbers), "rendering", "scene") as progress:
         parts = []
         for part in pool.map(render, *zip(*((seed, piece, size) for piece in pieces), strict=True)):
             parts.append(part)

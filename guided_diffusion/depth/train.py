@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import checkpoint, dist_util
 from ..errors import UserError
@@ -29,6 +27,7 @@ from ..fetch import sha256_of
 from ..gaussian_diffusion import GaussianDiffusion
 from ..nn import UninitializedWeights
 from ..options import Options, option
+from ..progress import progress_bar
 from ..script_util import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
@@ -329,8 +328,3 @@ def digest(pairs: Pairs) -> str:
 
 def _seed(seed: int, stream: str) -> int:
     return int(np.random.SeedSequence((seed, STREAMS[stream])).generate_state(1, np.uint64)[0])
-
-
-def progress_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10)
