@@ -19,7 +19,7 @@ from .depth.options import DagOptions
 from .guidance import ClassifierGuidance, Guidance
 from .options import Options, option
 from .sample_util import OPTION_CLASSES, preset_values
-from .script_util import build_classifier, build_diffusion, build_model
+from .script_util import PagOptions, build_classifier, build_diffusion, build_model
 from .unet import UNetModel
 
 __all__ = ["OPTION_CLASSES", "BenchmarkOptions", "benchmark", "preset_values"]
@@ -55,7 +55,7 @@ class Measured:
 
 
 def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_options: Options,
-              classifier_options: Options, sag_options: Options, dag_options: DagOptions) -> str:
+              classifier_options: Options, sag_options: Options, pag_options: PagOptions, dag_options: DagOptions) -> str:
     """The table of one run, as Markdown."""
     device = dist_util.dev()
     model, diffusion = build_model(model_options), build_diffusion(diffusion_options)
@@ -76,6 +76,7 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
     labels = {"y": y} if model_options.class_cond else {}
     sag = sag_options.build(model)
     sag.scale = sag.scale or 0.1
+    pag = replace(pag_options, pag_scale=pag_options.pag_scale or 1.0).build(model)
     guided = ClassifierGuidance(classifier, 1.0)
     network = model if model_options.class_cond else (lambda x, t, y: model(x, t))
 
@@ -90,7 +91,7 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
             return plain_model(x, diffusion.model_timesteps(t), **labels)
 
     functions = {"network evaluation": evaluation, "unguided step": step(), "SAG step": step(sag),
-                 "SAG + CG step": step(sag, guided), "plain evaluation": plain}
+                 "PAG step": step(pag), "SAG + CG step": step(sag, guided), "plain evaluation": plain}
     for name, terms in depth_guidance(model, dag_options).items():
         functions[f"{name} step"] = checkpointed(model, step(*terms), False)
         functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)

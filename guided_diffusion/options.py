@@ -18,6 +18,8 @@ from typing import Any
 
 from .errors import UserError
 
+NOT_OPTIONS = "evaluation"      # section of a configuration that no option comes from: how its images are judged
+
 
 def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
            above: float | None = None, maximum: float | None = None) -> Any:
@@ -115,19 +117,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises UserError where the file is missing or holds something else."""
+def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file. `include` names a file, relative to this one, whose values it starts from.
+
+    The section NOT_OPTIONS of a file changes that of an included one key by key; every other value replaces it.
+    chain: the files that include this one. Raises UserError where a file is missing, holds something else, or
+    includes itself.
+    """
     import yaml
 
+    path = Path(path)
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+        within = f" (included by {chain[-1]})" if chain else ""
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}){within}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold option names and values, one a line")
-    return content
+    if not isinstance(content.get(NOT_OPTIONS, {}), dict):
+        raise UserError(f"{NOT_OPTIONS} in {path}: must hold names and values")
+    if "include" not in content:
+        return content
+    included = content.pop("include")
+    if not isinstance(included, str):
+        raise UserError(f"include in {path}: must be the name of one file")
+    chain = (*chain, path)
+    if (path.parent / included).resolve() in {file.resolve() for file in chain}:
+        raise UserError(f"include {included} in {path}: goes round in a circle")
+    values = read_yaml(path.parent / included, chain)
+    section = {**values.get(NOT_OPTIONS, {}), **content.get(NOT_OPTIONS, {})}
+    return {**values, **content, **({NOT_OPTIONS: section} if section else {})}
 
 
 def parse_options(
@@ -163,13 +184,25 @@ def parse_options(
     flags = vars(known)
     config, files = flags.pop("config"), flags.pop("words", None)
     given = {**(read_yaml(config) if config else {}), **flags}
+    given.pop(NOT_OPTIONS, None)
+    parsed = fill(given, classes, preset, source=str(config))
+    return [*parsed, files] if words else parsed
+
+
+def fill(given: dict[str, Any], classes: Sequence[type], preset: Callable[[dict[str, Any]], dict[str, Any]] | None,
+         source: str) -> list[Any]:
+    """One instance of each options class from values by name; `preset` as in `parse_options`.
+
+    Raises UserError for a name that none of the classes has, and for a value that is not allowed; source: the file
+    that the message names.
+    """
+    fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
     for name in given:
         if name not in fields:
-            raise UserError(f"{name} in {config}: no such option{nearest(str(name), fields)}")
+            raise UserError(f"{name} in {source}: no such option{nearest(str(name), fields)}")
     given = {name: checked(fields[name], value) for name, value in given.items()}
     values = {**(preset(given) if preset else {}), **given}
-    parsed = [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
-    return [*parsed, files] if words else parsed
+    return [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
 
 
 def _refuse(message: str) -> None:

@@ -43,6 +43,7 @@ from .script_util import (
     ClassifierOptions,
     DiffusionOptions,
     ModelOptions,
+    PagOptions,
     SagOptions,
     build_classifier,
     build_diffusion,
@@ -84,7 +85,7 @@ class ClassifierSampleOptions(SampleOptions):
     classifier_guidance: bool = option(True, "guide by a classifier")
 
 
-OPTION_CLASSES = (ModelOptions, DiffusionOptions, ClassifierOptions, SagOptions, DagOptions)
+OPTION_CLASSES = (ModelOptions, DiffusionOptions, ClassifierOptions, SagOptions, PagOptions, DagOptions)
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +100,9 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
         values["model_path"] = str(preset.path)
     if preset.classifier:
         classifier = checkpoint.find_preset(preset.classifier)
-        values |= {name: value for name, value in classifier.options.items() if name.startswith("classifier_")}
+        shared = () if preset.options.get("class_cond") else ("num_classes",)
+        values |= {name: value for name, value in classifier.options.items()
+                   if name.startswith("classifier_") or name in shared}
         if classifier.path is not None:
             values["classifier_path"] = str(classifier.path)
     return values
@@ -114,6 +117,7 @@ class SamplingRun:
     diffusion: DiffusionOptions
     classifier: ClassifierOptions
     sag: SagOptions
+    pag: PagOptions
     dag: DagOptions
     began: float = field(default_factory=time.time)
 
@@ -128,7 +132,7 @@ class SamplingRun:
     def configuration(self) -> dict[str, Any]:
         """Every option that the images depend on, by flag name."""
         values: dict[str, Any] = {}
-        for options in (self.classifier, self.diffusion, self.model, self.sag, self.dag, self.sample):
+        for options in (self.classifier, self.diffusion, self.model, self.sag, self.pag, self.dag, self.sample):
             values |= asdict(options)
         values |= {flag: without_secrets(values[flag]) for flag in shards.CHECKPOINT_FLAGS}
         return {name: value for name, value in values.items() if name not in ("out", "overwrite")}
@@ -147,7 +151,7 @@ class SamplingRun:
             with dist_util.together():
                 if dist_util.is_main():
                     sha256 = {name: sha256_of(checkpoint.locate(path))
-                              for name, path in self._checkpoints().items()}
+                              for name, path in self.checkpoints().items()}
                     self.dag.check_network(sha256["model"])
                     crew.tell("sha256", sha256)
                     crew.tell("todo", self._chunks(sha256, labels).prepare(self.sample.overwrite))
@@ -157,7 +161,17 @@ class SamplingRun:
         return Shards(self.out, self.configuration(), sha256,
                       lambda numbers: None if labels is None else labels(numbers).numpy())
 
-    def _checkpoints(self) -> dict[str, str]:
+    @property
+    def samples(self) -> Path:
+        """The file that the samples of the finished run are in."""
+        return Shards(self.out, self.configuration(), {}).samples
+
+    def check_folder(self, sha256: dict[str, str]) -> None:
+        """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
+        self._chunks(sha256, self._labels()).check()
+
+    def checkpoints(self) -> dict[str, str]:
+        """The files that the images depend on, by the names that run.json has for them."""
         return {"model": self.sample.model_path,
                 **({"classifier": self.sample.classifier_path} if self.guided_by_classifier else {}),
                 **self.dag.files()}
@@ -196,6 +210,7 @@ class SamplingRun:
             model = build_model(self.model)
             classifier = build_classifier(self.classifier) if self.guided_by_classifier else None
         guidance: list[Guidance] = [self.sag.build(model)] if self.sag.guide_scale != 1 else []
+        guidance += [self.pag.build(model)] if self.pag.pag_scale else []
         guidance += self.dag.build(model, self.sample.seed)
         if classifier is not None:
             self._load(classifier, self.sample.classifier_path, asdict(self.classifier))

@@ -20,6 +20,7 @@ from .capture import HEADS
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from .guidance.degrade import MASKS
+from .guidance.perturbed_attention import PerturbedAttentionGuidance
 from .guidance.self_attention import SelfAttentionGuidance
 from .options import Options, nearest, option, option_fields, parse_bool
 from .respace import SpacedDiffusion, space_timesteps
@@ -232,6 +233,21 @@ class SagOptions(Options):
         return SelfAttentionGuidance(
             model, block=block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma, threshold=self.threshold,
             mask=self.mask, heads=self.attention_heads, start=self.guide_start)
+
+
+@dataclass(frozen=True)
+class PagOptions(Options):
+    """Perturbed-attention guidance."""
+
+    pag_scale: float = option(0.0, "scale of perturbed-attention guidance; 0: off")
+    pag_blocks: str = option("middle", "attention blocks that become the identity, comma-separated, like "
+                             "input.8,middle")
+    pag_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+
+    def build(self, model: UNetModel) -> PerturbedAttentionGuidance:
+        """The guidance term for `model`."""
+        blocks = [block.strip() for block in self.pag_blocks.split(",") if block.strip()]
+        return PerturbedAttentionGuidance(model, blocks, self.pag_scale, start=self.pag_start)
 
 
 # The names that users of guided-diffusion know

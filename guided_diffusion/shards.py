@@ -157,8 +157,7 @@ class Shards:
         """
         if overwrite:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._check_begun()
-        earlier = None if overwrite else self._earlier()
+        earlier = None if overwrite else self.check()
         if earlier and earlier.num_samples == self.num_samples:
             return None
         missing = self._missing()
@@ -175,8 +174,9 @@ class Shards:
             missing = [index for index in missing if index not in set(kept)]
         return missing
 
-    def _earlier(self) -> Shards | None:
-        """A finished run in this folder, of this configuration; UserError where it is of another or damaged."""
+    def check(self) -> Shards | None:
+        """A finished run in this folder, of this configuration; UserError where it holds another, or is damaged."""
+        self._check_begun()
         record = self.out / "run.json"
         if not record.exists():
             return None

@@ -43,20 +43,21 @@ def files(tmp_path_factory):
 
 def test_rows_without_depth():
     rows = table()
-    assert list(rows) == ["network evaluation", "unguided step", "SAG step", "SAG + CG step", "plain evaluation"]
-    assert [row[3] for row in rows.values()] == ["1 + 0", "1 + 0", "2 + 0", "2 + 0", "1 + 0"]
+    assert list(rows) == ["network evaluation", "unguided step", "SAG step", "PAG step", "SAG + CG step",
+                          "plain evaluation"]
+    assert [row[3] for row in rows.values()] == ["1 + 0", "1 + 0", "2 + 0", "2 + 0", "2 + 0", "1 + 0"]
     assert all(re.fullmatch(r"[\d.]+", cell) for row in rows.values() for cell in row[:3])
 
 
 def test_rows_of_depth_guidance_with_their_memory_and_passes(files):
     rows = table(**files)
-    assert list(rows)[5:] == [f"{name} step{end}" for name in ("DCG", "DPG", "DCG + DPG")
+    assert list(rows)[6:] == [f"{name} step{end}" for name in ("DCG", "DPG", "DCG + DPG")
                               for end in ("", ", checkpointed")]
-    assert [row[3] for row in list(rows.values())[5:]] == ["1 + 1"] * 6
+    assert [row[3] for row in list(rows.values())[6:]] == ["1 + 1"] * 6
     memory = {name: float(row[1]) for name, row in rows.items()}
     for name in ("DCG", "DPG", "DCG + DPG"):
         assert memory["unguided step"] < memory[f"{name} step, checkpointed"] < memory[f"{name} step"]
-    assert list(table(depth_predictor=files["depth_predictor"]))[5:] == ["DCG step", "DCG step, checkpointed"]
+    assert list(table(depth_predictor=files["depth_predictor"]))[6:] == ["DCG step", "DCG step, checkpointed"]
 
 
 def test_files_that_do_not_fit_are_refused(files):

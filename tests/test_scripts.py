@@ -96,7 +96,7 @@ OFFICIAL = {
 OURS = ("config model num_classes in_channels seed attention_heads mask threshold eta labels out overwrite use_bf16 "
         "keep_shards log_every auto_batch "
         "classifier_num_head_channels classifier_channel_mult sigma_small "
-        "dcg_scale dpg_scale depth_predictor depth_prior dag_reduction depth_tau dag_start dag_stop")
+        "pag_scale pag_blocks pag_start dcg_scale dpg_scale depth_predictor depth_prior dag_reduction depth_tau dag_start dag_stop")
 
 SHORT = {"timestep_respacing": 3, "num_samples": 3, "batch_size": 3}
 
@@ -157,7 +157,7 @@ def options_of(script, arguments):
 def test_readme_command_means_what_it_says(name):
     script, line = README[name]
     given = dict(zip(line.split()[::2], line.split()[1::2], strict=True))
-    sample, model, diffusion, classifier, sag, _ = options_of(script, line.split())
+    sample, model, diffusion, classifier, sag, *_ = options_of(script, line.split())
 
     assert diffusion.timestep_respacing == given["--timestep_respacing"]
     assert diffusion.noise_schedule == given["--noise_schedule"]
@@ -229,6 +229,27 @@ def test_config_file_gives_the_flags_and_the_command_line_goes_first(command, tm
     flagged, same, other = (samples_in(tmp_path / name)[0] for name in ("out", "same", "other"))
     assert (same == flagged).all()
     assert (other != flagged).any()
+
+
+def test_an_unconditional_model_takes_the_classes_of_its_classifier(shipped):
+    options = json.loads(checkpoint.read_metadata(shipped / "tiny16.safetensors")["config"]) | {"class_cond": False}
+    assert preset_values({"model": "tiny16"})["num_classes"] == TINY["num_classes"]
+    save_state(shipped / "tiny16.safetensors", create_model(**{**TINY, "class_cond": False}).state_dict(),
+               {"config": json.dumps({**options, "num_classes": 1000})})
+    assert preset_values({"model": "tiny16"})["num_classes"] == TINY_CLASSIFIER["num_classes"]
+
+
+def test_perturbed_attention_guidance_changes_images_and_composes(command, tmp_path):
+    images = {}
+    for name, changes in {"plain": {}, "off": {"pag_scale": 0, "pag_blocks": "middle,output.0"},
+                          "pag": {"pag_scale": 2}, "blocks": {"pag_scale": 2, "pag_blocks": "middle,output.0"},
+                          "never": {"pag_scale": 2, "pag_start": 0},
+                          "both": {"pag_scale": 2, "guide_scale": 1.5, "sel_attn_depth": 0}}.items():
+        assert call("image_sample", *command(**changes, out=tmp_path / name)) == 0
+        images[name] = samples_in(tmp_path / name)[0]
+    assert (images["plain"] == images["off"]).all() and (images["plain"] == images["never"]).all()
+    for one, other in (("plain", "pag"), ("pag", "blocks"), ("pag", "both")):
+        assert (images[one] != images[other]).any(), (one, other)
 
 
 def test_shipped_model_runs_by_name_with_its_classifier(shipped, command, classifier, tmp_path):
@@ -429,6 +450,8 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"model_path": ""}, ["--model_path", "--model"]),
     ({"guide_scale": 1.1, "sel_attn_depth": 5}, ["output.5", "input.3, middle, output.0, output.1"]),
     ({"guide_scale": 1.1, "sel_attn_block": "input", "sel_attn_depth": 1}, ["input.1", "input.3, middle, output.0"]),
+    ({"pag_scale": 1, "pag_blocks": "middle,output.7"}, ["output.7", "input.3, middle, output.0"]),
+    ({"pag_scale": 1, "pag_blocks": ","}, ["blocks", "like"]),
 ], ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_bad_option_is_refused(changes, words, command, refused):
     message = refused("image_sample", command(**changes))
