@@ -78,20 +78,6 @@ class Target(NamedTuple):
     sharpness: np.ndarray           # (N,)
 
 
-class Replicates(NamedTuple):
-    """A number, and what it is for each resampling (B,)."""
-
-    estimate: float
-    values: np.ndarray
-
-    def minus(self, other: Replicates) -> Replicates:
-        return Replicates(self.estimate - other.estimate, self.values - other.values)
-
-    @property
-    def interval(self) -> metrics.Interval:
-        return metrics.interval(self.values, self.estimate)
-
-
 class DepthEvaluator:
     """The two networks, the shipped ones unless others are given."""
 
@@ -190,7 +176,7 @@ def compare(target: Target, rows: Mapping[str, Seen], replicates: int, seed: int
                             "images of both")
     drawn = metrics.resamplings(counts[first], replicates, seed)
     results: dict[str, dict[str, Any]] = {}
-    base: dict[str, Replicates] = {}
+    base: dict[str, metrics.Replicates] = {}
     for name, seen in rows.items():
         numbers = _replicates(target, seen, drawn)
         base = base or numbers
@@ -205,22 +191,22 @@ def real_sharpness(target: Target, replicates: int, seed: int = 0) -> dict[str, 
     return _described("sharpness", _resampled(metrics.resampled_mean(target.sharpness), drawn), None)
 
 
-def _replicates(target: Target, seen: Seen, drawn: np.ndarray) -> dict[str, Replicates]:
+def _replicates(target: Target, seen: Seen, drawn: np.ndarray) -> dict[str, metrics.Replicates]:
     """By the words of NAMES."""
     distances = {"dfid": (target.depth_features, seen.depth_features), "fid": (target.pooled, seen.pooled)}
     numbers = {word: _resampled(metrics.resampled_frechet_distance(*wanted, features), drawn)
                for word, (wanted, features) in distances.items()}
     sharpness, real = _resampled(metrics.resampled_mean(seen.sharpness), drawn), float(np.mean(target.sharpness))
-    gap = Replicates(abs(sharpness.estimate - real), abs(sharpness.values - real))
+    gap = metrics.Replicates(abs(sharpness.estimate - real), abs(sharpness.values - real))
     return {**numbers, "sharpness": sharpness, "gap": gap}
 
 
-def _resampled(statistic: Callable[[np.ndarray], np.ndarray], drawn: np.ndarray) -> Replicates:
+def _resampled(statistic: Callable[[np.ndarray], np.ndarray], drawn: np.ndarray) -> metrics.Replicates:
     every = np.ones((1, drawn.shape[1]), drawn.dtype)
-    return Replicates(float(statistic(every)[0]), statistic(drawn))
+    return metrics.Replicates(float(statistic(every)[0]), statistic(drawn))
 
 
-def _described(word: str, number: Replicates, difference: Replicates | None) -> dict[str, Any]:
+def _described(word: str, number: metrics.Replicates, difference: metrics.Replicates | None) -> dict[str, Any]:
     low, high = number.interval
     described = {"value": number.estimate, "interval95": [max(0.0, low), high]}     # none of them can be negative
     if difference is None:

@@ -153,6 +153,12 @@ class Side:
         self.features = features
         self._statistics: dict[str, Statistics | None] = {}
 
+    def first(self, count: int) -> Side:
+        """The side of its first `count` images alone."""
+        if count == self.count:
+            return self
+        return Side(self.file, count, Features(*(values[:count] for values in self.features)))
+
     @cached_property
     def pooled(self) -> np.ndarray:
         """(N, D)."""
@@ -222,13 +228,17 @@ class Evaluation:
     def _count(self, file: BatchFile) -> int:
         return self.options.num_images or len(file)
 
-    def run(self, folder: Path) -> list[dict[str, Any]]:
-        """The results, one for each sample file; none on ranks other than the first. `folder` takes the features."""
+    def sides(self, folder: Path) -> tuple[Side, list[Side]]:
+        """The reference and the sample files with what the metrics need of them; `folder` takes the features."""
         self.network = self.network or load_network_once(self.network_options)
         with dist_util.together():
             self._check_made_by()
         reference = self._side(self.reference, len(self.reference), folder, wanted=self._reference_features_needed())
-        sides = [self._side(file, self._count(file), folder) for file in self.samples]
+        return reference, [self._side(file, self._count(file), folder) for file in self.samples]
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """The results, one for each sample file; none on ranks other than the first. `folder` takes the features."""
+        reference, sides = self.sides(folder)
         results = []
         with dist_util.together():
             if dist_util.is_main():
@@ -330,11 +340,20 @@ class Compared:
         """Values, and 95 % intervals where they are asked for, by the words of `--metrics`."""
         values, intervals = {}, {}
         for word in self.options.wanted:
-            values[word] = float(self._value(word))
+            values[word] = self.value(word)
             if self.options.bootstrap:
                 statistic, sizes = self._resampled(word)
                 intervals[word] = tuple(metrics.bootstrap(statistic, sizes, self.options.bootstrap, self.options.seed))
         return values, intervals
+
+    def replicates(self, word: str) -> metrics.Replicates:
+        """The number of that word and of the options' resamplings: those of equally many images are the same."""
+        statistic, sizes = self._resampled(word)
+        drawn = metrics.resamplings(sizes, self.options.bootstrap, self.options.seed)
+        return metrics.Replicates(self.value(word), statistic(drawn))
+
+    def value(self, word: str) -> float:
+        return float(self._value(word))
 
     def _value(self, word: str) -> float:
         if word == "is":

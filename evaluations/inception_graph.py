@@ -56,6 +56,11 @@ def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike |
     return Download(URL, target, SIZE, otherwise=", or name it with --inception PATH").run()
 
 
+def is_here(path: str | os.PathLike | None = None) -> bool:
+    """Whether `find_graph` finds the .pb without a download."""
+    return Path(path or default_cache() / FILE_NAME).is_file()
+
+
 def read_graph(path: Path) -> bytes:
     """The bytes of the .pb; UserError where it cannot be read."""
     try:

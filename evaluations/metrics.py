@@ -622,6 +622,22 @@ def interval(values: np.ndarray, estimate: float, level: float = 0.95) -> Interv
     return Interval(float(low), float(high))
 
 
+class Replicates(NamedTuple):
+    """A number, and what it is for each resampling (B,)."""
+
+    estimate: float
+    values: np.ndarray
+
+    def minus(self, other: Replicates) -> Replicates:
+        """Of paired resamplings: the difference."""
+        return Replicates(self.estimate - other.estimate, self.values - other.values)
+
+    @property
+    def interval(self) -> Interval:
+        """95 %."""
+        return interval(self.values, self.estimate)
+
+
 def resampled_mean(values: np.ndarray) -> Statistic:
     """For `bootstrap`: the mean of (N,) values, one for each image.
 
