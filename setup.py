@@ -21,6 +21,6 @@ setup(
         "eval": evaluation,
         "tf": ["tensorflow"],
         "tf-cpu": ["tensorflow-cpu"],
-        "dev": ["pytest", "ruff", *evaluation],
+        "dev": ["pytest", "ruff", "selenium", *evaluation],     # selenium: looks at reports in Chromium
     },
 )

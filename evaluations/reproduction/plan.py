@@ -1,0 +1,303 @@
+"""What a table costs before it is begun: evaluations, arithmetic, disk, memory, hours, and the files that are missing.
+
+Evaluations are counted by the windows of the guidance terms that a row has: a contrast (SAG, PAG) evaluates the network
+once more where it is active, a descent (DCG, DPG) goes back through the step's own evaluation, a classifier is
+evaluated and differentiated at every step. The arithmetic of each kind is counted on the networks themselves, without
+weights; hours follow from the time of one evaluation, measured on this device or told by the user.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from guided_diffusion import dist_util
+from guided_diffusion.benchmark import peak_memory
+from guided_diffusion.checkpoint import find_preset, released_names
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import Guidance
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.sample_util import SamplingRun
+from guided_diffusion.script_util import ClassifierOptions, ModelOptions, build_classifier, build_model
+
+from ..inception_graph import FILE_NAME, is_here
+from ..references import find_reference, reference_names
+from .tables import DFID, Row, Table
+
+INCEPTIONS = ("torch", "tensorflow")
+FEATURE_BYTES = {**dict.fromkeys(INCEPTIONS, 4 * (2048 + 2023 + 1008)), "embedded": 4 * (64 + 512 + 10),
+                 "scenes": 4 * (64 + 256 + 4)}       # of an image
+PROBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes through the networks for one image, from noise to sample."""
+
+    steps: int
+    forward: int            # evaluations of the diffusion network
+    backward: int           # gradients through them
+    classifier: int         # evaluations of the classifier, each with its gradient
+    prior: int              # evaluations of the depth prior, each with its gradient
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of each pass for one image."""
+
+    forward: int
+    backward: int
+    classifier: int
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A file that a row needs and has not, and what brings it. blocks: it is needed before the first image."""
+
+    file: str
+    remedy: str
+    blocks: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole row."""
+
+    passes: Passes
+    images: int             # that are evaluated: a last batch is filled up
+    flops: int              # without the depth prior's
+    disk: int               # bytes at most, of samples, chunks and features
+    weights: int            # bytes
+    missing: tuple[Missing, ...]
+
+    def hours(self, seconds_per_flop: float, ranks: int) -> float:
+        return self.flops * seconds_per_flop / ranks / 3600
+
+
+def passes(run: SamplingRun) -> Passes:
+    """The passes of a run, by the scales and windows of its guidance."""
+    steps = len(space_timesteps(run.diffusion.diffusion_steps,
+                                run.diffusion.timestep_respacing or [run.diffusion.diffusion_steps]))
+    t = torch.arange(steps)
+
+    def active(scale: float, start: int | None = None, stop: int | None = None) -> Tensor:
+        return Guidance(scale, start, stop).window(t)
+
+    contrasts = [active(run.sag.guide_scale - 1, run.sag.guide_start), active(run.pag.pag_scale, run.pag.pag_start)]
+    dcg, dpg = (active(scale, run.dag.dag_start, run.dag.dag_stop) for scale in (run.dag.dcg_scale, run.dag.dpg_scale))
+    guided = active(run.sample.classifier_scale if run.sample.classifier_guidance else 0.0)
+    return Passes(steps, steps + sum(int(window.sum()) for window in contrasts), int((dcg | dpg).sum()),
+                  int(guided.sum()), int(dpg.sum()))
+
+
+def flops(run: SamplingRun) -> Flops:
+    """The operations of each pass; a multiplication and an addition count as two."""
+    forward, backward = _network_flops(replace(run.model, use_fp16=False, use_bf16=False))
+    classifier = _classifier_flops(run.classifier) if run.guided_by_classifier else 0
+    return Flops(forward, backward, classifier)
+
+
+@lru_cache
+def _network_flops(options: ModelOptions) -> tuple[int, int]:
+    model, inputs = _on_meta(lambda: build_model(options), options.in_channels, options.image_size)
+    labels = [torch.zeros(1, dtype=torch.long, device="meta")] if options.class_cond else []
+    with torch.no_grad():
+        forward = _counted(lambda: model(*inputs, *labels))
+    return forward, _counted(lambda: model(*inputs, *labels).sum().backward()) - forward
+
+
+@lru_cache
+def _classifier_flops(options: ClassifierOptions) -> int:
+    options = replace(options, classifier_use_fp16=False)
+    model, inputs = _on_meta(lambda: build_classifier(options), options.in_channels, options.image_size)
+    return _counted(lambda: model(*inputs).sum().backward())
+
+
+def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    with torch.device("meta"):
+        model = build().eval().requires_grad_(False)
+        return model, (torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long))
+
+
+def _counted(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def cost(row: Row, references: str | Path, inception: str = "") -> Cost:
+    """What a row costs. references: folder of reference batches; inception: as `--inception`."""
+    run, count, one = row.run, passes(row.run), flops(row.run)
+    images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
+    each = count.forward * one.forward + count.backward * one.backward + count.classifier * one.classifier
+    disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.judging.backend])
+    return Cost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
+
+
+def _weights(run: SamplingRun) -> int:
+    with torch.device("meta"):
+        networks = [build_model(run.model)] + ([build_classifier(run.classifier)] if run.guided_by_classifier else [])
+    return sum(weight.numel() * weight.element_size() for network in networks for weight in network.parameters())
+
+
+def missing(row: Row, references: str | Path, inception: str = "") -> list[Missing]:
+    """What the row needs and has not."""
+    run = row.run
+    files = [("model_path", run.sample.model_path, run.sample.model),
+             *([("classifier_path", run.sample.classifier_path, None)] if run.guided_by_classifier else []),
+             *((flag, path, None) for flag, path in run.dag.files().items())]
+    found = []
+    for flag, path, model in files:
+        if not path or ("://" not in path and not Path(path).is_file()):
+            found.append(Missing(path or f"--{flag}", _remedy(flag, Path(path).stem, model)))
+    word = row.judging.reference
+    if word and find_reference(word, references) is None:
+        fetch = (f"python -m evaluations.references {Path(word).stem} --out {references}"
+                 if Path(word).stem in reference_names() else "name the folder that holds it with --references")
+        found.append(Missing(str(Path(references) / word), fetch))
+    if (word or DFID in row.published) and row.judging.backend in INCEPTIONS and not is_here(inception or None):
+        found.append(Missing(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
+                             blocks=bool(inception)))
+    if DFID in row.published:
+        needed = [(depth_reference(row, references), "of real images"), (depth_maps(row), "of the samples")]
+        found += [Missing(str(file), f"depth {what}, which a network of your choice estimates (evaluations.depth_fid)",
+                          blocks=False) for file, what in needed if not file.is_file()]
+    return found
+
+
+def depth_reference(row: Row, references: str | Path) -> Path:
+    """The file of depth maps of real images that a row's dFID compares with."""
+    return Path(references) / f"{Path(row.run.sample.model_path).stem}_depth.npz"
+
+
+def depth_maps(row: Row) -> Path:
+    """The file of depth maps of a row's samples."""
+    return row.run.out / "depth.npz"
+
+
+def _remedy(flag: str, stem: str, model: str | None) -> str:
+    makers = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
+              "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}
+    name = model if model in released_names() else stem
+    if name in released_names():
+        return f"python scripts/fetch_models.py {find_preset(name).name}"
+    return makers.get(flag, "no such checkpoint was released: train one, or name yours in the row's file")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One evaluation of a row's network on this device."""
+
+    device: str
+    seconds: float          # for an image
+    memory: float           # MiB above the weights, at `batch` images
+    batch: int
+
+
+def probe(row: Row) -> Probe:
+    """Times evaluations of the row's network, with random weights, for a few seconds."""
+    run, device = row.run, dist_util.dev()
+    large = device.type == "cpu" and run.model.image_size >= 128
+    batch = 1 if large else run.sample.batch_size
+    model = build_model(run.model).to(device).channels_last().eval().requires_grad_(False)
+    size = run.model.image_size
+    inputs = [torch.randn(batch, run.model.in_channels, size, size, device=device),
+              torch.full((batch,), 500, device=device)]
+    if run.model.class_cond:
+        inputs.append(torch.zeros(batch, dtype=torch.long, device=device))
+
+    def evaluate() -> None:
+        model(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.no_grad():
+        memory = peak_memory(evaluate)
+        times, began = [], time.perf_counter()
+        while not times or (time.perf_counter() - began < PROBE_SECONDS and len(times) < 20):
+            start = time.perf_counter()
+            evaluate()
+            times.append(time.perf_counter() - start)
+    return Probe(str(device), min(times) / batch, memory, batch)
+
+
+def plan(table: Table, references: str | Path, inception: str, ranks: int, seconds: float | None) -> str:
+    """The plan of a table as Markdown. seconds: of one evaluation for one image on the user's device; None: probed."""
+    costs = {name: cost(row, references, inception) for name, row in table.rows.items()}
+    rates = _rates(table, seconds)
+    lines = [f"{table.title}: what it costs", "",
+             "| row | images | steps | evaluations of an image | PFLOP | disk, GB | memory, GB | hours |",
+             "|---|---|---|---|---|---|---|---|"]
+    hours = 0.0
+    for name, row in table.rows.items():
+        one, (rate, activations, _) = costs[name], rates[_key(row)]
+        hours += one.hours(rate, ranks)
+        memory = f"{one.weights / 1e9:.2g} of weights" if activations is None else \
+            f"{(one.weights + activations * row.run.sample.batch_size) / 1e9:.2g}"
+        lines.append(f"| {name} | {row.images} | {one.passes.steps} | {describe(one.passes)} | "
+                     f"{_shown(one.flops / 1e15)} | {_shown(one.disk / 1e9)} | {memory} | "
+                     f"{_shown(one.hours(rate, ranks))} |")
+    total = sum(one.flops for one in costs.values()) / 1e15
+    disk = sum(one.disk for one in costs.values()) / 1e9
+    lines += [f"| together | | | | {_shown(total)} | {_shown(disk)} | | {_shown(hours)} |", ""]
+    lines += [rates[key][2] for key in rates]
+    ranks_word = f"{ranks} ranks that each have such a device" if ranks > 1 else "one rank"
+    lines.append(f"Hours are those of sampling on {ranks_word}. Memory is that of a rank; the graph that depth-aware "
+                 "guidance differentiates comes on top, and so do the evaluations of its prior.")
+    lacking: dict[str, list[str]] = {}
+    for name, one in costs.items():
+        for thing in one.missing:
+            lacking.setdefault(str(thing), []).append(name)
+    lines += ["", *([f"missing ({len(lacking)}):"] if lacking else ["nothing is missing"])]
+    lines += [f"- {thing}   (for {', '.join(names)})" for thing, names in lacking.items()]
+    return "\n".join(lines)
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def describe(count: Passes) -> str:
+    """`40`, or `40 + 20 back + 20 classifier`."""
+    parts = [(count.backward, "back"), (count.classifier, "of the classifier"), (count.prior, "of the prior")]
+    return " + ".join([str(count.forward), *(f"{number} {word}" for number, word in parts if number)])
+
+
+def _key(row: Row) -> tuple[ModelOptions, int]:
+    return row.run.model, row.run.sample.batch_size
+
+
+def _rates(table: Table, seconds: float | None) -> Mapping[tuple[ModelOptions, int], tuple[float, float | None, str]]:
+    """For each network: seconds of an operation, bytes of activations of an image, and a sentence about them."""
+    kinds = {_key(row): row for row in table.rows.values()}
+    rates = {}
+    for key, row in tqdm(kinds.items(), desc="timing", unit="network", disable=seconds is not None):
+        operations = flops(row.run).forward
+        name = row.run.sample.model or Path(row.run.sample.model_path).stem
+        if seconds is not None:
+            rates[key] = (seconds / operations, None,
+                          f"{name}: {seconds:g} s for an evaluation of one image, as given.")
+            continue
+        found = probe(row)
+        rates[key] = (found.seconds / operations, found.memory * 2**20 / found.batch,
+                      f"{name}: {found.seconds:.4g} s for an evaluation of one image, measured on {found.device} at "
+                      f"{found.batch} images ({operations / found.seconds / 1e12:.3g} TFLOP/s).")
+    return rates
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Raises UserError for a time that is none."""
+    if seconds is not None and seconds <= 0:
+        raise UserError(f"--evaluation_seconds {seconds}: must be greater than 0")

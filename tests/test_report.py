@@ -1,0 +1,446 @@
+"""The report of a reproduced table: its text, and what a reader of the page sees on a phone and on a desk."""
+
+import copy
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from evaluations.reproduction.figures import Point, chart, ticks
+from evaluations.reproduction.report import NAMES, Pictures, markdown, page, write_report
+from guided_diffusion.errors import UserError
+
+SHA256 = "3b7f9a0c" * 8
+SIZES = {"phone": (390, 844, True), "desk": (1280, 900, False)}
+
+
+# A small table without published numbers, and one with them
+
+
+def row(title, state="measured", why="", images=1000, evaluations=20.0, gradients=0.0, speed=7.36, **others):
+    ran = state == "measured"
+    return {"title": title, "state": state, "why": why, "images": images, "heads": "exact",
+            "samples": f"{title}/samples.npz" if ran else None, "sha256": SHA256 if ran else None,
+            "evaluations": evaluations, "gradients": gradients, "seconds": images / speed if ran else None,
+            "images_per_second": speed if ran else None, **others}
+
+
+def number(value, half=None, published=None, verdict="", versus=None):
+    return {"value": value, "interval95": None if half is None else [value - half, value + 1.1 * half],
+            "published": published, "difference": None if None in (value, published) else value - published,
+            "verdict": verdict, "versus": versus}
+
+
+def versus(difference, half, verdict):
+    return {"difference": difference, "interval95": [difference - half, difference + half], "verdict": verdict}
+
+
+def shown(name, metrics, verdict="", reasons=(), against=None):
+    return {"row": name, "against": against, "verdict": verdict, "reasons": list(reasons), "metrics": metrics}
+
+
+def measured(fid, score, precision, recall, first=None, half=0.09):
+    """The numbers of a row, compared with those of the row `first`."""
+    values = {"fid": (fid, half), "sfid": (1.9 * fid, 0.3), "is": (score, 0.08), "precision": (precision, 0.013),
+              "recall": (recall, 0.015)}
+    sign = {"fid": -1, "sfid": -1}
+
+    def mark(word, value, width):
+        if first is None:
+            return None
+        difference = value - first[word]["value"]
+        verdict = "no difference" if abs(difference) < width / 2 else (
+            "better" if sign.get(word, 1) * difference > 0 else "worse")
+        return versus(difference, width / 2, verdict)
+
+    return {word: number(value, width, versus=mark(word, value, width)) for word, (value, width) in values.items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    first = measured(0.572, 7.151, 0.734, 0.689)
+    rows = {"unguided": row("no guidance", images=5000, speed=14.6),
+            "sag": row("SAG s = 0.1", images=5000, evaluations=40.0, speed=7.1),
+            "cg": row("CG scale 2", images=5000, gradients=20.0, speed=9.93),
+            "sag_cg": row("SAG s = 0.1 + CG scale 2", images=5000, evaluations=40.0, gradients=20.0, speed=5.44),
+            "sag_0.5": row("SAG s = 0.5", evaluations=40.0, speed=7.05),
+            "sag_1": row("SAG s = 1", evaluations=40.0, speed=7.02),
+            "ddpm_250": row("no guidance, DDPM, 250 steps", "not run here", "left out of --rows", 500, 250.0)}
+    return {
+        "table": "fmnist32", "title": "Fashion-MNIST at 32x32, the shipped model fmnist32", "source": "", "note": "",
+        "command": "python scripts/reproduce.py fmnist32", "version": "0.1.0", "device": "2 CPU cores", "ranks": 2,
+        "bootstrap": 1000, "network": {"name": "embedded classifier of Fashion-MNIST", "sha256": SHA256},
+        "reference": {"file": "fmnist32_reference.npz", "images": 10000, "sha256": SHA256}, "rows": rows,
+        "sections": [
+            {"title": "Self-attention guidance and classifier guidance", "images": 5000, "against": "", "rows": [
+                shown("unguided", first), shown("sag", measured(0.618, 7.144, 0.722, 0.692, first)),
+                shown("cg", measured(0.461, 7.993, 0.778, 0.641, first)),
+                shown("sag_cg", measured(0.507, 7.968, 0.751, 0.643, first))]},
+            {"title": "The guidance scale s", "images": 1000, "against": "guide_scale", "rows": [
+                shown("unguided", first, against=1.0),
+                shown("sag", measured(0.61, 7.14, 0.722, 0.692, first), against=1.1),
+                shown("sag_0.5", measured(0.88, 7.01, 0.651, 0.701, first), against=1.5),
+                shown("sag_1", measured(1.953, 6.68, 0.524, 0.688, first, 0.31), against=2.0)]},
+            {"title": "DDPM and DDIM", "images": 500, "against": "", "rows": [
+                shown("unguided", first), shown("ddpm_250", {})]},
+        ]}
+
+
+@pytest.fixture(scope="module")
+def published():
+    why = "models/256x256_diffusion_uncond.pt is missing: python scripts/fetch_models.py 256x256_diffusion_uncond"
+    source = {"published_source": "SAG, table 2"}
+    rows = {"unguided": row("no guidance", images=50000, evaluations=250.0, speed=4.1, **source),
+            "sag": row("SAG s = 0.1", images=50000, evaluations=500.0, speed=2.02, **source),
+            "cg": row("CG scale 0.5", images=10000, evaluations=250.0, gradients=250.0, speed=2.7),
+            "lsun": row("LSUN | <Church> & \"cats\"", "not run here", why, 50000, 250.0)}
+    return {
+        "table": "imagenet128", "title": "ImageNet 128x128", "source": "https://arxiv.org/abs/2210.00939",
+        "note": "<script>alert(1)</script>", "command": "python scripts/reproduce.py imagenet128 --rows 'a & b'",
+        "version": "0.1.0", "device": "one GPU", "ranks": 1, "bootstrap": 1000, "network": None, "reference": None,
+        "rows": rows,
+        "sections": [{"title": "ImageNet 128x128", "images": 50000, "against": "classifier_scale", "rows": [
+            shown("unguided", {"fid": number(5.93, 0.08, 5.91, "reproduced"),
+                               "is": number(141.41, 2.4, 141.8, "reproduced"),
+                               "precision": number(0.702, 0.004, 0.7, "reproduced"),
+                               "recall": number(0.651, 0.004, 0.65, "reproduced")}, "reproduced", against=0.0),
+            shown("sag", {"fid": number(5.62, 0.07, 5.11, "differs", versus(-0.31, 0.06, "better")),
+                          "is": number(None, published=155.03, verdict="not run here")}, "differs", against=0.0),
+            shown("cg", {"fid": number(3.313, 0.05, 2.97, "not comparable"),
+                         "dfid": number(None, published=14.0, verdict="not run here"),
+                         "precision": number(0.77, 0.004, 0.78, "not comparable"),
+                         "recall": number(0.601, 0.004, 0.59, "not comparable")}, "not comparable",
+                  ["10,000 images, published with 50,000", "attention heads exact, published with official"], 0.5),
+            shown("lsun", {"fid": number(None, published=7.94, verdict="not run here")}, "not run here")]}]}
+
+
+def images(seed, count=12, size=32):
+    """(count, size, size, 3) uint8: blobs, somewhat different for another seed."""
+    grid = np.linspace(-1, 1, size)
+    rng = np.random.default_rng(0)
+    centre, tint = rng.uniform(-0.4, 0.4, (count, 2)), rng.uniform(0.3, 1, (count, 3))
+    width = rng.uniform(0.2, 0.6, count) * (1 + 0.1 * seed)
+    distance = np.hypot(grid[None, :, None] - centre[:, :1, None], grid[None, None] - centre[:, 1:, None])
+    bright = np.exp(-(distance / width[:, None, None])**4)
+    return (255 * bright[..., None] * tint[:, None, None]).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pictures(small):
+    """Of the first two sections; one overlay."""
+    return Pictures([(section["title"], {small["rows"][one["row"]]["title"]: images(seed)
+                                         for seed, one in enumerate(section["rows"])})
+                     for section in small["sections"][:2]],
+                    [("The predicted image of SAG s = 0.1, and what its tokens attend to", np.concatenate(
+                        list(images(0, 8)), axis=1))])
+
+
+# Markdown
+
+
+def test_markdown_of_a_small_table(small):
+    text = markdown(small)
+    assert text.startswith("# Fashion-MNIST at 32x32, the shipped model fmnist32\n")
+    assert "| row | FID | sFID | Inception Score | precision | recall |" in text
+    assert "| no guidance | 0.57 (0.48 to 0.67) | " in text
+    assert "500 images of each row.\n" in text and "500 images of each row, compared" not in text
+    assert "1,000 images of each row, compared with no guidance.\n" in text and "- *better, worse*: than" in text
+    assert "1.95 (1.64 to 2.29), worse |" in text and "0.689 (0.674 to 0.705) |" in text
+    assert "0.778 (0.765 to 0.792), better" in text and "7.14 (7.06 to 7.23), no difference" in text
+    assert "published" not in text.lower() and "verdict" not in text and "comparable" not in text
+    assert "| no guidance, DDPM, 250 steps | not run here | not run here |" in text
+    assert "- no guidance, DDPM, 250 steps: not run here: left out of --rows" in text
+    for fact in ("7, of which 6 were run here", "500 to 5,000 a row", "fmnist32_reference.npz, 10,000 images",
+                 SHA256[:16], "95 %, of 1,000 resamplings", "python scripts/reproduce.py fmnist32",
+                 "2 CPU cores, 2 ranks"):
+        assert fact in text
+    assert "| SAG s = 0.1 + CG scale 2 | 5,000 | 40 | 20 | 5.44 |" in text
+
+
+def test_markdown_of_a_published_table(published):
+    text = markdown(published)
+    assert "| no guidance | FID | 5.91 | 5.93 (5.85 to 6.02) | +0.02 | reproduced |" in text
+    assert "| 5.11 | 5.62 (5.55 to 5.70) | +0.51 | differs | -0.31 (-0.37 to -0.25), better |" in text
+    assert "|  | Inception Score | 155.03 | not run here | - | not run here |" in text
+    assert "| LSUN \\| <Church> & \"cats\" | FID | 7.94 | not run here | - | not run here |" in text
+    assert "- CG scale 0.5: not comparable: 10,000 images, published with 50,000; attention heads exact" in text
+    assert ": not run here: models/256x256_diffusion_uncond.pt is missing" in text
+    assert "None" not in text and "nan" not in text
+    assert "- network: not run here" in text and "- reference: not run here" in text
+    assert "Published in: SAG, table 2." in text
+
+
+def test_every_line_of_a_markdown_table_has_as_many_cells(small, published):
+    for text in (markdown(small), markdown(published)):
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+            assert len(cells) == 1, table
+
+
+def test_small_numbers_keep_two_digits_of_their_interval(small):
+    few = copy.deepcopy(small)
+    few["sections"][0]["rows"][0]["metrics"]["dfid"] = number(0.02134, 0.0012)
+    few["sections"][0]["rows"][1]["metrics"]["dfid"] = number(-0.000001, 0.0012)
+    text = markdown(few)
+    assert "0.0213 (0.0201 to 0.0227)" in text and "| 0.0000 (-0.0012 to 0.0013) |" in text
+    assert "0.643 (0.628 to 0.659), worse | - |" in text
+
+
+# The page
+
+
+def test_the_page_escapes_and_loads_nothing(published):
+    text = page(published, Pictures([("A <b> & \"c\"", {"<i>": images(0)})], [("<u>", images(0)[0])]))
+    assert "&lt;script&gt;alert(1)" in text and "LSUN | &lt;Church&gt; &amp; &quot;cats&quot;" in text
+    for word in ("<script", "<b> &", "<u>", "<i>", "None", "nan", "@import", "<iframe", "<object", "srcset"):
+        assert word not in text
+    loaded = re.findall(r"(?:src|href|action|poster)\s*=\s*[\"']([^\"']*)|url\(([^)]*)\)", text)
+    assert loaded and all((one + other).startswith(("data:", "#")) for one, other in loaded)
+    assert "https://arxiv.org/abs/2210.00939" in text
+
+
+def test_the_page_without_pictures_or_any_number(small, published):
+    for results in (small, published):
+        bare = copy.deepcopy(results)
+        for one in bare["rows"].values():
+            one.update(state="not run here", why="no time", samples=None, sha256=None, seconds=None,
+                       images_per_second=None)
+        for section in bare["sections"]:
+            for one in section["rows"]:
+                one["metrics"] = {}
+        text = page(bare, Pictures())
+        assert "<img" not in text and text.count("not run here") > len(bare["rows"]) and "no time" in text
+        assert not re.search(r"<b>|class=\"chart\"", text)
+        assert "not run here" in markdown(bare)
+
+
+def test_write_report_is_modest_whole_and_repeatable(small, pictures, tmp_path):
+    write_report(tmp_path / "report.html", small, pictures)
+    first = (tmp_path / "report.html").read_bytes()
+    write_report(tmp_path / "report.html", small, pictures)
+    assert (tmp_path / "report.html").read_bytes() == first and len(first) < 500_000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(tmp_path / "none" / "report.html", small, pictures)
+
+
+def test_large_images_are_reduced(small):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 256, 256, 3), np.uint8)
+    text = page(small, Pictures([("DDPM and DDIM", {"no guidance": noise})]))
+    assert f'style="width:{6 * 129}px"' in text and len(text) < 600_000
+
+
+def test_results_survive_json(small, published, pictures):
+    for results in (small, published):
+        assert page(json.loads(json.dumps(results)), pictures) == page(results, pictures)
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (0.52, 0.78, ["0.55", "0.60", "0.65", "0.70", "0.75"]), (0, 250, ["0", "50", "100", "150", "200", "250"]),
+    (-0.012, 0.011, ["-0.010", "-0.005", "0.000", "0.005", "0.010"]),
+    (1, 2, ["1.0", "1.2", "1.4", "1.6", "1.8", "2.0"])])
+def test_ticks_are_round(low, high, expected):
+    assert list(ticks(low, high, 6).values()) == expected
+
+
+def test_a_chart_of_one_point():
+    text = chart([Point(1.0, 0.0)], "x", "<y>", "one & all")
+    assert "&lt;y&gt;" in text and "one &amp; all" in text and "nan" not in text
+
+
+# What a reader sees
+
+TEXTS = """
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+const colour = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+while (walker.nextNode()) {
+  const node = walker.currentNode, element = node.parentElement;
+  if (!node.data.trim() || element.closest('caption') || !element.checkVisibility()) continue;
+  const style = getComputedStyle(element), svg = element.ownerSVGElement, range = document.createRange();
+  range.selectNodeContents(node);
+  const rect = range.getBoundingClientRect();
+  let paper = [255, 255, 255];
+  for (let other = element; other; other = other.parentElement) {
+    const behind = colour(getComputedStyle(other).backgroundColor);
+    if (behind.length == 3 || behind[3] == 1) { paper = behind; break; }
+  }
+  const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+  found.push({text: node.data.trim(), width: rect.width, height: rect.height, size: parseFloat(style.fontSize) * scale,
+              ink: colour(svg ? style.fill : style.color), paper: paper});
+}
+return found;
+"""
+
+TABLES = """
+return [...document.querySelectorAll('section')].map(section => ({
+  heading: section.querySelector('h2').innerText,
+  text: section.innerText,
+  rows: [...section.querySelectorAll('tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))}));
+"""
+
+IMAGES = """
+return [...document.images].map(image => { const rect = image.getBoundingClientRect(); return {
+  natural: image.naturalWidth, complete: image.complete, left: rect.left, width: rect.width, height: rect.height,
+  rendering: getComputedStyle(image).imageRendering, alt: image.alt}; });
+"""
+
+GRIDS = """
+return [...document.querySelectorAll('.scroll.white')].filter(box => box.querySelector('.strip')).map(box => {
+  const left = element => element.getBoundingClientRect().left;
+  const before = [...box.querySelectorAll('img')].map(image => [left(image), image.getBoundingClientRect().width]);
+  const numbers = [...box.querySelectorAll('.numbers span')].map(one => [one.innerText, left(one),
+                                                                         one.getBoundingClientRect().width]);
+  box.scrollLeft = 150;
+  const labels = [...box.querySelectorAll('.label')].map(one => left(one) - left(box));
+  const moved = box.scrollLeft;
+  box.scrollLeft = 0;
+  return {before, numbers, labels, moved, wide: box.scrollWidth > box.clientWidth};
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    from selenium.webdriver.chrome.service import Service
+
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("needs chromium and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = browser
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = selenium.Chrome(options=options, service=Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture(scope="module", params=["small", "published"])
+def report(request, tmp_path_factory, pictures):
+    """Results, and the file of their report."""
+    results = request.getfixturevalue(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "report.html"
+    write_report(path, results, pictures if request.param == "small" else Pictures())
+    return results, path
+
+
+def contrast(ink, paper):
+    """As WCAG 2.1 defines it, of two sRGB colours."""
+    def luminance(colour):
+        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055)**2.4
+                  for value in (channel / 255 for channel in colour[:3])]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(ink), luminance(paper)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def numbers_in(text):
+    return re.findall(r"[-+]?\d+(?:\.\d+)?", text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
+
+
+def assert_shown(value, text):
+    """`value` stands in the text, rounded to the digits written there."""
+    def close(word):
+        half_unit = 0.501 * 10.0**-len(word.partition(".")[2])
+        return abs(float(word) - value) <= min(half_unit, 0.05 * abs(value))
+
+    assert any(map(close, numbers_in(text))), (value, text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", list(SIZES))
+def test_what_a_reader_sees(chromium, report, size, scheme):
+    results, path = report
+    width, height, mobile = SIZES[size]
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    chromium.get(path.as_uri())
+    assert chromium.title == results["title"] and chromium.execute_script("return innerWidth") == width
+    chromium.execute_script("document.querySelector('details').open = true")
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+
+    texts = chromium.execute_script(TEXTS)
+    assert len(texts) > 50
+    for text in texts:
+        assert text["width"] > 0 and text["height"] > 0, text
+        assert text["size"] >= 11.99, text
+        assert contrast(text["ink"], text["paper"]) >= 4.5, text
+    assert {text["paper"][0] > 128 for text in texts if text["text"] == results["title"]} == {scheme == "light"}
+
+    assert_every_number_is_shown(results, chromium.execute_script(TABLES))
+    assert_pictures_are_shown(chromium, size)
+    loaded = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert chromium.get_log("browser") == []
+
+
+def assert_every_number_is_shown(results, sections):
+    for section, seen in zip(results["sections"], sections, strict=False):
+        assert seen["heading"] == section["title"]
+        rows = iter(seen["rows"])
+        with_published = any(metric["published"] is not None for one in section["rows"]
+                             for metric in one["metrics"].values())
+        for one in section["rows"]:
+            cells = next(rows)
+            assert cells[0].startswith(results["rows"][one["row"]]["title"])
+            if with_published:
+                assert one["verdict"] in cells[0]
+                for word in sorted(one["metrics"], key=list(NAMES).index):
+                    assert_published(word, one["metrics"][word], next(rows))
+            elif not one["metrics"]:
+                assert cells[1:] == ["not run here"]
+            else:
+                for metric, cell in zip(one["metrics"].values(), cells[1:], strict=True):
+                    for value in (metric["value"], *metric["interval95"]):
+                        assert_shown(value, cell)
+                    assert not metric["versus"] or cell.endswith(metric["versus"]["verdict"])
+            for reason in [*one["reasons"], results["rows"][one["row"]]["why"]]:
+                assert reason in seen["text"]
+    timing = sections[-1]
+    assert timing["heading"] == "Timing"
+    for one, cells in zip(results["rows"].values(), timing["rows"], strict=True):
+        assert cells[0] == one["title"]
+        for word, cell in zip(("evaluations", "gradients", "images_per_second"), cells[1:], strict=True):
+            if one[word] is None:
+                assert cell == "not run here"
+            else:
+                assert_shown(one[word], cell)
+
+
+def assert_published(word, metric, cells):
+    name, published, measured, difference = cells[:4]
+    assert name == NAMES[word] and float(published) == metric["published"]
+    assert difference.split("\n")[-1] == metric["verdict"]
+    if metric["value"] is None:
+        assert measured == "not run here" and not numbers_in(difference)
+    else:
+        for value in (metric["value"], *metric["interval95"]):
+            assert_shown(value, measured)
+        assert float(numbers_in(difference)[0]) == pytest.approx(metric["difference"], abs=0.0051)
+    if metric["versus"]:
+        assert metric["versus"]["verdict"] in cells[4]
+        assert_shown(metric["versus"]["difference"], cells[4])
+
+
+def assert_pictures_are_shown(chromium, size):
+    for image in chromium.execute_script(IMAGES):
+        assert image["complete"] and image["natural"] > 0 and image["height"] > 0 and image["alt"]
+        assert image["rendering"] == "pixelated" and image["width"] % image["natural"] == 0
+    for grid in chromium.execute_script(GRIDS):
+        (left, width), = {tuple(place) for place in grid["before"]}
+        cell = width / len(grid["numbers"])
+        assert [text for text, _, _ in grid["numbers"]] == [str(number) for number in range(12)]
+        for column, (_, at, wide) in enumerate(grid["numbers"]):
+            assert at == pytest.approx(left + column * cell, abs=0.5) and wide == pytest.approx(cell, abs=0.5)
+        if size == "phone":
+            assert grid["wide"] and grid["moved"] == 150
+        assert all(0 <= label <= 20 for label in grid["labels"])

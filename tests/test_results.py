@@ -1,0 +1,114 @@
+"""Verdicts: what a measured number says of a published one, and of another row."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from evaluations.evaluator import NetworkOptions
+from evaluations.metrics import Replicates
+from evaluations.reproduction.results import Circumstances, Numbers, not_comparable, overall, results, verdict, versus
+from evaluations.reproduction.tables import Table, in_folder, load_table
+
+
+def number(value, spread=0.1, shift=0.0):
+    return Replicates(value, value + shift + spread * np.linspace(-1, 1, 41))
+
+
+@pytest.mark.parametrize("value, published, expected", [
+    (5.91, 5.91, "reproduced"), (5.91, 6.04, "reproduced"), (5.91, 6.08, "differs"), (5.91, 5.7, "differs"),
+])
+def test_the_interval_decides_widened_for_the_other_sample(value, published, expected):
+    assert verdict(value, [value - 0.1, value + 0.1], published, []) == expected
+
+
+def test_the_last_digit_of_a_published_number_is_rounded():
+    assert verdict(0.7049, [0.7045, 0.7053], 0.70, []) == "reproduced"
+    assert verdict(0.7120, [0.7115, 0.7125], 0.70, []) == "differs"
+    assert verdict(26.26, [26.258, 26.262], 26.2, []) == "differs"
+
+
+def test_nothing_is_said_where_nothing_was_published_or_measured():
+    assert verdict(1.0, [0.9, 1.1], None, []) == ""
+    assert verdict(None, None, 2.0, []) == "not run here"
+    assert verdict(2.0, [1.9, 2.1], 2.0, ["other images"]) == "not comparable"
+
+
+def test_a_row_is_as_good_as_its_worst_number():
+    assert overall(["reproduced", "differs", ""]) == "differs"
+    assert overall(["reproduced", "", "reproduced"]) == "reproduced"
+    assert overall(["not comparable", "differs"]) == "not comparable"
+    assert overall([""]) == overall([]) == ""
+
+
+@pytest.mark.parametrize("word, low, high, expected", [
+    ("fid", -2, -1, "better"), ("fid", 1, 2, "worse"), ("fid", -1, 1, "no difference"),
+    ("precision", -2, -1, "worse"), ("is", 1, 2, "better"), ("recall", 0, 1, "no difference"),
+])
+def test_better_depends_on_the_number(word, low, high, expected):
+    assert versus(word, low, high) == expected
+
+
+def test_reasons_why_numbers_do_not_compare():
+    row = load_table("sag_pretrained_256").rows["imagenet256_sag_0.2"]
+    assert not_comparable(row, 50_000, []) == []
+    assert "1,000 images" in not_comparable(row, 1000, [])[0]
+    exact = dataclasses.replace(row, run=dataclasses.replace(row.run, sag=dataclasses.replace(
+        row.run.sag, attention_heads="exact")))
+    assert "heads exact, published with official" in not_comparable(exact, 50_000, [])[0]
+    assert not_comparable(row, 50_000, ["reference mine.npz"]) == ["reference mine.npz"]
+    unguided = dataclasses.replace(exact, run=dataclasses.replace(exact.run, sag=dataclasses.replace(
+        exact.run.sag, guide_scale=1.0)))
+    assert not_comparable(unguided, 50_000, []) == []
+    assert "not known" in not_comparable(load_table("dag_dfid").rows["bedroom"], 5000, [])[0]
+
+
+@pytest.fixture
+def table(tmp_path) -> Table:
+    return in_folder(load_table("sag_cg_imagenet128"), tmp_path)
+
+
+def how(**changes):
+    return Circumstances(**{"references": None, "network": NetworkOptions(), "bootstrap": 10, "changed": {}, **changes})
+
+
+def written(table):
+    """The records of all rows, as sampling leaves them."""
+    for row in table.rows.values():
+        row.run.out.mkdir()
+        (row.run.out / "run.json").write_text('{"timing": {"chunks": [{"images": 4, "seconds": 2.0}, '
+                                              '{"images": 4, "seconds": 0}]}, "sha256": {"samples": "abc"}}')
+
+
+def test_published_measured_difference_and_verdict_stand_together(table):
+    written(table)
+    measured = {(name, 50_000): {"fid": number(5.9 - index), "precision": number(0.7, 0.001)}
+                for index, name in enumerate(table.rows)}
+    said = results(table, Numbers(measured, {}, None, None), {}, how())
+    section, = said["sections"]
+    first, second, *_ = section["rows"]
+    fid = first["metrics"]["fid"]
+    assert fid["published"] == 5.91 and fid["difference"] == pytest.approx(-0.01) and fid["verdict"] == "reproduced"
+    assert fid["interval95"] == pytest.approx([5.805, 5.995]) and fid["versus"] is None
+    assert second["metrics"]["fid"]["versus"] == {"difference": pytest.approx(-1), "verdict": "better",
+                                                  "interval95": pytest.approx([-1, -1])}
+    assert first["metrics"]["recall"]["verdict"] == "not run here"          # published, and not measured
+    assert said["rows"]["unguided"]["images_per_second"] == 2.0
+
+
+def test_rows_that_were_not_run_have_no_value(table):
+    said = results(table, Numbers({}, {}, None, None), dict.fromkeys(table.rows, "no checkpoint"), how())
+    assert all(row["state"] == "not run here" and row["why"] == "no checkpoint" for row in said["rows"].values())
+    for row in said["sections"][0]["rows"]:
+        assert row["verdict"] == "not run here"
+        assert all(value["value"] is None and value["published"] is not None for value in row["metrics"].values())
+
+
+def test_rows_say_in_words_what_sets_them_apart():
+    said = results(load_table("fmnist32"), Numbers({}, {}, None, None), dict.fromkeys(
+        load_table("fmnist32").rows, "not today"), how())
+    titles = {name: row["title"] for name, row in said["rows"].items()}
+    assert titles["unguided"] == "no guidance" and titles["sag_cg"] == "SAG s = 0.1 + CG scale 2"
+    assert titles["threshold_1.3"] == "SAG s = 0.25, psi = 1.3" and titles["middle"] == "SAG s = 0.25, block middle"
+    assert titles["pag_1"] == "PAG s = 1" and titles["ddim_25"] == "no guidance, DDIM, 25 steps"
+    assert len(set(titles.values())) == len(titles)
