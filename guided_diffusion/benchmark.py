@@ -55,7 +55,8 @@ class Measured:
 
 
 def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_options: Options,
-              classifier_options: Options, sag_options: Options, pag_options: PagOptions, dag_options: DagOptions) -> str:
+              classifier_options: Options, sag_options: Options, pag_options: PagOptions, dag_options: DagOptions,
+              ) -> str:
     """The table of one run, as Markdown."""
     device = dist_util.dev()
     model, diffusion = build_model(model_options), build_diffusion(diffusion_options)

@@ -4,7 +4,7 @@ Both are on, with the paper's best scales, unless told otherwise; self-attention
 
 Examples:
     python scripts/dag_sample.py --config configs/scenes32_dag.yaml --num_samples 64 --out samples/dag
-    mpiexec -n 8 python scripts/dag_sample.py --config configs/lsun_bedroom_dag.yaml --out samples/bedroom_dag
+    mpiexec -n 8 python scripts/dag_sample.py --config configs/dag_dfid/bedroom_dcg_dpg.yaml --out samples/bedroom_dag
 """
 
 from guided_diffusion.depth.options import DagOnOptions

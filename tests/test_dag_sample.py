@@ -135,7 +135,11 @@ def test_what_is_refused_before_anything_is_sampled(files, tmp_path, capsys):
         assert not list((tmp_path / "out").glob("*")), changes
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*_dag*.yaml")), ids=lambda path: path.stem)
+ROWS = sorted((REPOSITORY / "configs" / "dag_dfid").glob("[bc]*.yaml"))
+GUIDED = [*sorted((REPOSITORY / "configs").glob("*_dag*.yaml")), *(row for row in ROWS if "_dcg_dpg" in row.stem)]
+
+
+@pytest.mark.parametrize("path", GUIDED, ids=lambda path: path.stem)
 def test_configurations_load_and_build_their_network(path):
     classes = (*OPTION_CLASSES[:-1], DagOnOptions)
     sample, model, *_, dag = parse_options(["--config", str(path)], SampleOptions, *classes, preset=preset_values)
@@ -145,6 +149,13 @@ def test_configurations_load_and_build_their_network(path):
     with torch.device("meta"):
         network = build_model(model)
     assert len(network.output_blocks) >= 8          # so that S = {2, 4, 5, 6, 7} and W = {6} exist
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
+def test_rows_of_the_published_table_turn_off_what_they_do_not_name(path):
+    classes = (*OPTION_CLASSES[:-1], DagOnOptions)
+    *_, dag = parse_options(["--config", str(path)], SampleOptions, *classes, preset=preset_values)
+    assert (dag.dcg_scale, dag.dpg_scale) == (40 * ("_dcg" in path.stem), 40 * ("_dpg" in path.stem))
 
 
 @pytest.mark.parametrize("name", ["scenes32_dag", "scenes32_dag_paper_blocks"])

@@ -94,7 +94,8 @@ def test_a_table_from_nothing_to_its_report_and_once_more(mini, line, tmp_path, 
 def test_two_ranks_give_the_same_numbers(line, tmp_path):
     """A real table, cut short, under a launcher that --ranks starts."""
     for ranks in (1, 2):
-        words = line("fmnist32", rows="unguided,sag", num_samples=6, batch_size=4, ranks=ranks, out=tmp_path / str(ranks))
+        out = tmp_path / str(ranks)
+        words = line("fmnist32", rows="unguided,sag", num_samples=6, batch_size=4, ranks=ranks, out=out)
         ended = execute(sys.executable, "scripts/reproduce.py", *words)
         assert ended.returncode == 0, ended.stderr
     one, two = (json.loads((tmp_path / name / "fmnist32" / "table.json").read_text()) for name in "12")
@@ -168,7 +169,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
     mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
     assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))
     mini(shared={"guide_skale": 1})
-    assert re.search(r"guide_skale in .*table.yaml: .*did you mean guide_scale", refused(line()))
+    assert re.search(r"row unguided in .*table.yaml: guide_skale: .*did you mean guide_scale", refused(line()))
 
 
 def test_folders_of_another_configuration_are_refused_before_the_first_row(mini, line, refused, tmp_path):

@@ -281,11 +281,13 @@ def _key(row: Row) -> tuple[ModelOptions, int]:
 
 def _rates(table: Table, seconds: float | None) -> Mapping[tuple[ModelOptions, int], tuple[float, float | None, str]]:
     """For each network: seconds of an operation, bytes of activations of an image, and a sentence about them."""
-    kinds = {_key(row): row for row in table.rows.values()}
+    kinds: dict[tuple[ModelOptions, int], list[Row]] = {}
+    for row in table.rows.values():
+        kinds.setdefault(_key(row), []).append(row)
     rates = {}
-    for key, row in tqdm(kinds.items(), desc="timing", unit="network", disable=seconds is not None):
-        operations = flops(row.run).forward
-        name = row.run.sample.model or Path(row.run.sample.model_path).stem
+    for key, rows in tqdm(kinds.items(), desc="timing", unit="network", disable=seconds is not None):
+        row, operations = rows[0], flops(rows[0].run).forward
+        name = ", ".join(dict.fromkeys(row.run.sample.model or Path(row.run.sample.model_path).stem for row in rows))
         if seconds is not None:
             rates[key] = (seconds / operations, None,
                           f"{name}: {seconds:g} s for an evaluation of one image, as given.")

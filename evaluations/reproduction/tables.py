@@ -2,14 +2,15 @@
 
     title: what the table shows
     source: where its numbers were published
+    note: what else there is to know
     shared: {option: value, ...}            # of all rows
     rows:
       NAME: {option: value, ...}            # a row that needs no file; any other row NAME is the file NAME.yaml
-    sections:
-      - {title: ..., rows: [NAME, ...]}     # what is shown together; a row may stand in several sections
+    sections:                               # what is shown together; a row may stand in several
+      - {title: ..., rows: [NAME, ...], against: an option that sets the rows apart and is drawn against}
 
 A row's values are options of a sampling run, so that the sampling scripts take its file as `--config`, and a section
-`evaluation`, which only this package reads.
+`evaluation`, which only this package reads: the fields of `Judging`, and `published: {metric: number, ...}`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import NOT_OPTIONS, Options, fill, nearest, option, read_yaml
+from guided_diffusion.options import NOT_OPTIONS, Options, fill, nearest, option, option_fields, read_yaml
 from guided_diffusion.sample_util import OPTION_CLASSES, SampleOptions, SamplingRun, preset_values
 
-from ..evaluator import BACKENDS, NAMES
+from ..evaluator import BACKENDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DFID = "dfid"
@@ -96,10 +97,13 @@ class Table:
                                 f"{', '.join(self.rows)}")
         if not words:
             return self
-        sections = [dataclasses.replace(section, rows=tuple(row for row in section.rows if row in words))
-                    for section in self.sections]
+        sections: list[Section] = []
+        for section in self.sections:
+            rows = tuple(row for row in section.rows if row in words)
+            if not any(set(rows) <= set(other.rows) for other in sections) and rows:
+                sections.append(dataclasses.replace(section, rows=rows))
         return dataclasses.replace(self, rows={name: row for name, row in self.rows.items() if name in words},
-                                   sections=tuple(section for section in sections if section.rows))
+                                   sections=tuple(sections))
 
 
 def table_names() -> list[str]:
@@ -113,44 +117,77 @@ def load_table(name: str) -> Table:
                         f"{', '.join(table_names())}")
     path = CONFIGS / name / "table.yaml"
     content = read_yaml(path)
-    known = {"title", "source", "note", "shared", "rows", "sections"}
-    if unknown := set(content) - known:
-        word = sorted(map(str, unknown))[0]
-        raise UserError(f"{word} in {path}: is none of {', '.join(sorted(known))}{nearest(word, known)}")
-    try:
-        sections = tuple(Section(part["title"], tuple(part["rows"]), part.get("against", ""))
-                         for part in content["sections"])
-    except (KeyError, TypeError):
-        raise UserError(f"sections in {path}: must be a list of title and rows") from None
-    inline = content.get("rows") or {}
-    names = list(dict.fromkeys(name for section in sections for name in section.rows))
-    if spare := [name for name in inline if name not in names]:
-        raise UserError(f"rows in {path}: {spare[0]} stands in no section")
+    _known(content, {"title", "source", "note", "shared", "rows", "sections"}, str(path))
+    shared = _mapping(content.get("shared"), f"shared in {path}")
+    inline = {row: _mapping(values, f"row {row} in {path}")
+              for row, values in _mapping(content.get("rows"), f"rows in {path}").items()}
+    if not isinstance(content.get("sections"), list):
+        raise UserError(f"sections in {path}: must be a list of sections, each with title and rows")
+    sections = tuple(_section(part, path) for part in content["sections"])
+    names = list(dict.fromkeys(row for section in sections for row in section.rows))
+    files = {file.stem: file for file in path.parent.glob("*.yaml") if file != path}
+    for row in (*inline, *files):
+        if row not in names:
+            raise UserError(f"row {row} of {path}: stands in no section{nearest(str(row), names)}")
+        if row in inline and row in files:
+            raise UserError(f"row {row} of {path}: stands there and in {files[row]}, must stand in one of them")
     rows = {}
     for row in names:
-        file = path.parent / f"{row}.yaml"
-        values = inline[row] if row in inline else read_yaml(file)
-        rows[row] = read_row(row, _over(content.get("shared") or {}, values), path if row in inline else file)
-    return Table(name, content["title"], content.get("source", ""), content.get("note", ""), rows, sections)
+        if row not in (*inline, *files):
+            raise UserError(f"row {row} of {path}: is neither among its rows nor a file {row}.yaml beside it"
+                            f"{nearest(row, (*inline, *files))}")
+        file = files.get(row, path)
+        rows[row] = read_row(row, _over(shared, inline[row] if row in inline else read_yaml(file)), file)
+    return Table(name, str(content.get("title", name)), content.get("source", ""), content.get("note", ""), rows,
+                 sections)
+
+
+def _section(part: Any, path: Path) -> Section:
+    part = _mapping(part, f"a section in {path}")
+    _known(part, {"title", "rows", "against"}, f"a section of {path}")
+    rows, against = part.get("rows"), part.get("against", "")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
+            or len(set(rows)) < len(rows):
+        raise UserError(f"rows of a section in {path}: must be a list of different names of rows, in text")
+    numeric = [field.name for cls in (SampleOptions, *OPTION_CLASSES) for field in option_fields(cls)
+               if field.type in (int, float)]
+    if against and against not in numeric:
+        raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
+    return Section(str(part.get("title", "")), tuple(rows), against)
+
+
+def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:
+    for name in values:
+        if name not in names:
+            raise UserError(f"{name} in {where}: is none of {', '.join(sorted(names))}{nearest(str(name), names)}")
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    """A mapping; an empty one for None."""
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"{where}: must be names and values")
+    return dict(values or {})
 
 
 def _over(shared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    section = {**shared.get(NOT_OPTIONS, {}), **values.get(NOT_OPTIONS, {})}
-    return {**shared, **values, NOT_OPTIONS: section}
+    sections = [_mapping(part.get(NOT_OPTIONS), NOT_OPTIONS) for part in (shared, values)]
+    return {**shared, **values, NOT_OPTIONS: sections[0] | sections[1]}
 
 
 def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
     """The row of these values, read from `file`. Raises UserError for whatever is wrong with them."""
     values = dict(values)
-    section = dict(values.pop(NOT_OPTIONS, {}))
-    published = section.pop("published", None) or {}
+    section = _mapping(values.pop(NOT_OPTIONS, None), f"{NOT_OPTIONS} in {file}")
+    published = _mapping(section.pop("published", None), f"published in {file}")
+    _known(published, {*METRICS, DFID}, f"published of row {name} in {file}")
     for metric, value in published.items():
-        if metric not in (*NAMES, DFID) or isinstance(value, bool) or not isinstance(value, int | float) \
-                or not math.isfinite(value):
-            raise UserError(f"published {metric}: {value} in {file}: must be a number for one of "
-                            f"{', '.join((*NAMES, DFID))}")
-    judging, = fill(section, [Judging], None, source=str(file))
-    run = SamplingRun(*fill(values, [SampleOptions, *OPTION_CLASSES], preset_values, source=str(file)))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"published {metric}: {value} of row {name} in {file}: must be a number")
+    try:
+        judging, = fill(section, [Judging], None, source=str(file))
+        run = SamplingRun(*fill(values, [SampleOptions, *OPTION_CLASSES], preset_values, source=str(file)))
+    except UserError as error:
+        raise UserError(f"row {name} in {file}: {str(error).replace(f' in {file}', '')}") from None
     return Row(name, run, judging, published, file)
 
 

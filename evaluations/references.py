@@ -1,0 +1,96 @@
+"""The official reference batches of guided-diffusion, by name: which there are, fetching them, and finding one.
+
+    python -m evaluations.references --list
+    python -m evaluations.references VIRTUAL_imagenet128_labeled [MORE ...] [--out references]
+
+Each holds images, for precision and recall, and the statistics of a larger set, for FID and sFID.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from evaluations.evaluator import MODELS
+from evaluations.npz import BatchFile
+from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import Download, sha256_of, size_of
+from guided_diffusion.options import nearest
+from guided_diffusion.script_util import run_script
+
+URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
+FOLDERS = {
+    "VIRTUAL_imagenet64_labeled": "imagenet/64",
+    "VIRTUAL_imagenet128_labeled": "imagenet/128",
+    "VIRTUAL_imagenet256_labeled": "imagenet/256",
+    "VIRTUAL_imagenet512": "imagenet/512",
+    "VIRTUAL_lsun_bedroom256": "lsun/bedroom",
+    "VIRTUAL_lsun_cat256": "lsun/cat",
+    "VIRTUAL_lsun_horse256": "lsun/horse",
+}
+
+
+def reference_names() -> list[str]:
+    return list(FOLDERS)
+
+
+def reference_url(name: str) -> str:
+    """Where the reference batch of that name is. Raises UserError for a name that is none."""
+    if name not in FOLDERS:
+        raise UserError(f"{name}: is no reference batch{nearest(name, FOLDERS)}, there are {', '.join(FOLDERS)}")
+    return f"{URL}{FOLDERS[name]}/{name}.npz"
+
+
+def fetch_reference(name: str, folder: str | Path) -> Path:
+    """Has a reference batch in `folder`, as NAME.npz, and returns its path; shows progress on stderr.
+
+    Raises UserError for an unknown name, where it cannot be had, or where another file has its name.
+    """
+    return Download(reference_url(name), Path(folder) / f"{name}.npz", check=_misfit).run()
+
+
+def _misfit(path: Path) -> str | None:
+    """Why a file is no reference batch, in words that follow its name."""
+    try:
+        if BatchFile(path).statistics() is None:
+            return "is no reference batch, it has no mu and sigma"
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def find_reference(word: str, folder: str | Path) -> Path | None:
+    """The file that `word` names: a path, one in `folder`, or a shipped reference batch; None where there is none."""
+    candidates = [Path(word), Path(folder) / word, MODELS / f"{word}_reference.npz"] if word else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _description(name: str, ask: bool) -> str:
+    """What is to know of a reference batch before it is fetched, in lines; `ask` the server for its size."""
+    url = reference_url(name)
+    size = size_of(url) if ask else None
+    return f"{name}\n    address: {url}" + (f"\n    size:    {size:,} bytes" if size else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reference batches, as --list names them")
+    parser.add_argument("--list", action="store_true", help="say what there is and fetch nothing")
+    parser.add_argument("--out", type=Path, default=Path("references"),
+                        help="folder for the files (default: references)")
+    arguments = parser.parse_args()
+    names = list(dict.fromkeys(arguments.names)) or (reference_names() if arguments.list else [])
+    if not names:
+        raise UserError(f"no NAME is given: name a reference batch, there are {', '.join(FOLDERS)}")
+    for name in names:
+        reference_url(name)          # so that an unknown one is refused before the first is fetched
+    for name in names:
+        print(_description(name, ask=not arguments.list), flush=True)
+    for name in names if not arguments.list else []:
+        done = "is there already" if (arguments.out / f"{name}.npz").exists() else "fetched"
+        path = fetch_reference(name, arguments.out)
+        print(f"{path}: {done}, {path.stat().st_size:,} bytes, SHA-256 {sha256_of(path)}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
