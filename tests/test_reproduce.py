@@ -118,6 +118,31 @@ def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "mini" / "report.html").is_file()
 
 
+def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, tmp_path):
+    mini(rows={"unguided": {"evaluation": {"images": 6, "published": {"dfid": 0.5}}}})
+    words = line(rows="unguided", references=tmp_path / "references")
+
+    def said():
+        assert call("reproduce", *words) == 0
+        row, = json.loads((tmp_path / "out/mini/table.json").read_text())["sections"][0]["rows"]
+        return row["metrics"]["dfid"], " ".join(row["reasons"])
+
+    dfid, reasons = said()
+    assert dfid["value"] is None and dfid["verdict"] == "not run here"
+    files = [tmp_path / "references/fmnist32_depth.npz", tmp_path / "out/mini/unguided/depth.npz"]
+    assert all(str(file) in reasons for file in files)
+
+    files[0].parent.mkdir()
+    rng = np.random.default_rng(0)
+    for file, count in zip(files, (12, 5), strict=True):
+        np.savez(file, depth=rng.random((count, 32, 32)).astype(np.float32))
+    assert "holds 5 depth maps, the row has 6 images" in refused(words)
+    np.savez(files[1], depth=rng.random((6, 32, 32)).astype(np.float32))
+    dfid, reasons = said()
+    assert dfid["value"] > 0 and dfid["difference"] == pytest.approx(dfid["value"] - 0.5)
+    assert dfid["verdict"] in ("reproduced", "differs") and not reasons
+
+
 def test_plan_samples_nothing(mini, line, tmp_path, capsys):
     assert call("reproduce", *line(plan=True, evaluation_seconds=0.5, ranks=4)) == 0
     text = capsys.readouterr().out

@@ -20,7 +20,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.sample_util import SamplingRun
 
-from ..depth_fid import DepthFidOptions, depth_fid
+from ..depth_fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference
@@ -126,13 +126,12 @@ def _dfid(row: Row, how: Circumstances) -> dict[str, Any]:
     if absent:
         return {"why": f"estimate depth with one network for the reference and the samples, into {' and '.join(absent)}"
                        " (evaluations.depth_fid says how such a file looks)"}
-    results = depth_fid(str(reference), [str(samples)], how.network, DepthFidOptions(bootstrap=how.bootstrap))
-    if not results:
-        return {}
-    if results[0]["sample"]["images"] != row.images:
-        raise UserError(f"{samples}: holds {results[0]['sample']['images']} depth maps, the row has {row.images} "
-                        "images")
-    return {"value": results[0]["metrics"][DFID], "interval95": list(results[0]["intervals95"][DFID])}
+    with dist_util.together():
+        if (count := DepthFile(str(samples)).shape[0]) != row.images:
+            raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")
+    found = depth_fid(str(reference), [str(samples)], replace(how.network, backend=row.judging.backend),
+                      DepthFidOptions(bootstrap=how.bootstrap))
+    return {"value": found[0]["metrics"][DFID], "interval95": list(found[0]["intervals95"][DFID])} if found else {}
 
 
 # What stands in the table
