@@ -1,0 +1,25 @@
+"""Look at what self-attention attends to: overlays on the predicted image, frequencies of masked patches, and objects.
+
+Examples:
+    python scripts/attention.py --model scenes32 --timestep_respacing 25 --out runs/attention/scenes32
+    python scripts/attention.py --model fmnist32 --timestep_respacing 25 --labels balanced --images 0,1,2 \\
+        --blocks output.2,output.3 --out runs/attention/fmnist32
+    python scripts/attention.py --model 256x256_diffusion_uncond --model_path models/256x256_diffusion_uncond.pt \\
+        --timestep_respacing 25 --num_images 64 --batch_size 4 --use_fp16 True --attention_heads official \\
+        --objects photographs.npz
+"""
+
+from evaluations.attention_study import AttentionOptions, study_attention
+from guided_diffusion.options import parse_options
+from guided_diffusion.sample_util import preset_values
+from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
+
+
+def main() -> None:
+    options = parse_options(None, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
+                            preset=preset_values)
+    print(study_attention(*options))
+
+
+if __name__ == "__main__":
+    run_script(main)
