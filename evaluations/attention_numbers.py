@@ -157,15 +157,19 @@ def iou(masks: Tensor, objects: Tensor) -> Tensor:
     return both / either.clamp(min=1)
 
 
-def overlaps(seen: Received, objects: Tensor, psis: Sequence[float], numbers: Sequence[int], t: int) -> np.ndarray:
-    """(N, psis, 2): IoU with objects (N, H, W) bool of masks by attention, and of random ones with as many tokens."""
+def overlaps(seen: Received, objects: Tensor, others: Tensor, psis: Sequence[float], numbers: Sequence[int], t: int,
+             ) -> np.ndarray:
+    """(N, psis, 3): IoU of masks by attention with objects (N, H, W) bool, of random ones with as many tokens with
+    them, and of masks by attention with the objects of other images (N, H, W)."""
     attended = torch.stack([seen.received > psi for psi in psis], dim=1)                 # (N, psis, T)
     n, count, _ = attended.shape
     images = torch.tensor(numbers).repeat_interleave(count)
     random = random_mask(attended.sum(dim=2).flatten(), seen.grid, images, torch.full_like(images, t))
     tokens = torch.stack([attended, random.unflatten(0, (n, count))], dim=2).unflatten(3, seen.grid)
     masks = F.interpolate(tokens.flatten(1, 2).float(), objects.shape[1:], mode="nearest") > 0.5
-    return iou(masks, objects[:, None]).unflatten(1, (count, 2)).double().numpy()
+    own = iou(masks, objects[:, None]).unflatten(1, (count, 2))
+    other = iou(masks, others[:, None]).unflatten(1, (count, 2))[:, :, :1]
+    return torch.cat([own, other], dim=2).double().numpy()
 
 
 def overlap_rows(scores: dict[tuple[str, int], np.ndarray], psis: Sequence[float], bootstrap: int) -> list[Row]:
@@ -176,11 +180,12 @@ def overlap_rows(scores: dict[tuple[str, int], np.ndarray], psis: Sequence[float
         by_step: dict[int | str, np.ndarray] = {t: values for (name, t), values in scores.items() if name == block}
         for t, values in {**by_step, EVERY_STEP: np.mean(list(by_step.values()), axis=0)}.items():
             for index, psi in enumerate(psis):
-                attended, random = values[:, index].T
+                attended, random, other = values[:, index].T
                 difference = attended - random
                 low, high = interval(resampled_mean(difference)(counts), difference.mean())
                 rows.append({"block": block, "t": t, "psi": psi, "iou": attended.mean(), "random": random.mean(),
-                             "difference": difference.mean(), "low": low, "high": high, "images": len(values)})
+                             "difference": difference.mean(), "low": low, "high": high, "other": other.mean(),
+                             "images": len(values)})
     return rows
 
 

@@ -152,6 +152,8 @@ def draw_overlaps(folder: Path, rows: Sequence[Row]) -> None:
             if t == EVERY_STEP:
                 random = [row["random"] for row in chosen]
                 axes.plot(psi, random, color="k", ls="--", lw=1.5, label="random masks")
+                other = [row["other"] for row in chosen]
+                axes.plot(psi, other, color="tab:red", ls=":", lw=1.5, label="with another\nimage's objects")
                 low, high = ([row["random"] + row[name] for row in chosen] for name in ("low", "high"))
                 axes.fill_between(psi, low, high, color="k", alpha=0.15, lw=0, label="95 % of the difference")
         axes.set_title(block, fontsize=10)

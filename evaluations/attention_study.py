@@ -6,7 +6,8 @@ the threshold psi.
     frequency   images are sampled, and x0 as predicted at some steps is cut into the patches of a block's tokens: mean
                 magnitude of the 2-D Fourier transform of masked patches against that of all patches
     semantics   real images with object masks are noised to some steps: intersection over union (IoU) of mask and
-                objects, against random masks with as many tokens, over psi
+                objects, against random masks with as many tokens, over psi; and with the objects of the image before,
+                which tells how much of it is a matter of place alone
 
 Steps t are indices into the (respaced) chain. The output folder holds overlay_NUMBER.png for the chosen images,
 frequency.csv and .png, semantic.csv and .png, each figure as .svg too, and summary.md.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,13 +139,8 @@ class Watched:
 
     def __init__(self, run: SamplingRun) -> None:
         self.run = run
-        # The term of SAG holds the network itself, which the run hides in a function of labels where it has none.
-        unguided = run.sag.guide_scale == 1
-        sag = replace(run.sag, guide_scale=2.0, mask="global") if unguided else run.sag
-        self.network, self.diffusion, (term, *others) = replace(run, sag=sag)._build()
-        self.model = term.model
-        self.guidance = others if unguided else [term, *others]
-        self.labels = run._labels()
+        self.model, self.network, self.diffusion, self.guidance = run.build()
+        self.labels = run.labels()
 
     def noise(self, numbers: Sequence[int], step: int) -> Tensor:
         shape = (self.run.model.in_channels, self.run.model.image_size, self.run.model.image_size)
@@ -307,6 +303,7 @@ class AttentionStudy:
     def _compare(self) -> list[Row]:
         """The overlap of masks and objects."""
         images, objects, labels, _ = self.objects
+        others = np.roll(objects, 1, axis=0)
         scores: dict[tuple[str, int], list[np.ndarray]] = {}
         if labels is None and self.network.labels is not None:
             labels = self.network.labels(range(len(images))).numpy()
@@ -321,7 +318,8 @@ class AttentionStudy:
                     seen = self.network.see(denoise, x_t, t, self.blocks)
                     for block in self.blocks:
                         scores.setdefault((block, t), []).append(overlaps(
-                            seen.received[block], torch.from_numpy(objects[piece]), self.options.psis, piece, t))
+                            seen.received[block], torch.from_numpy(objects[piece]), torch.from_numpy(others[piece]),
+                            self.options.psis, piece, t))
                     progress.update(len(piece))
         joined = {key: np.concatenate(parts) for key, parts in scores.items()}
         return overlap_rows({(block, t): joined[block, t] for block in self.blocks for t in self.object_steps},
@@ -331,14 +329,15 @@ class AttentionStudy:
         options = self.options
         ratios = {block: patches.high_ratio(block, options.bootstrap) for block in self.blocks}
         at_psi = {row["block"]: row for row in overlap if row["t"] == EVERY_STEP and row["psi"] == options.threshold}
-        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | "
-                f"above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|"]
+        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with the objects of "
+                f"another image | above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|---|"]
         for block, (height, width) in patches.grids.items():
             row, ratio = at_psi.get(block), ratios[block]
             cells = [block, f"{height}x{width}", f"{100 * patches.share(block):.0f} %"]
-            cells += ["-"] * 3 if row is None else [
+            cells += ["-"] * 4 if row is None else [
                 f"{row['iou']:.3f}", f"{row['random']:.3f}",
-                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"]
+                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+                f"{row['other']:.3f}"]
             cells.append("-" if math.isnan(ratio.value) else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
             rows.append(f"| {' | '.join(cells)} |")
         model = options.model or Path(options.model_path).name

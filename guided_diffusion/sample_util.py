@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from .script_util import (
     build_model,
 )
 from .shards import Shards
+from .unet import UNetModel
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,15 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+class Built(NamedTuple):
+    """What a run samples with. model: the network; network: the same, called with labels also where it has none."""
+
+    model: UNetModel
+    network: Callable[..., Tensor]
+    diffusion: GaussianDiffusion
+    guidance: list[Guidance]
+
+
 @dataclass(frozen=True)
 class SamplingRun:
     """All options of a run. `run()` samples, and returns the path of the .npz on rank 0."""
@@ -141,12 +151,12 @@ class SamplingRun:
         dist_util.setup_dist()
         with ExitStack() as stack:
             with dist_util.together():
-                labels = self._labels()
+                labels = self.labels()
                 self._check_out()
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                sampler = Sampler(self, *self._build())
+                sampler = Sampler(self, self.build())
             crew = Crew()
             with dist_util.together():
                 if dist_util.is_main():
@@ -168,7 +178,7 @@ class SamplingRun:
 
     def check_folder(self, sha256: dict[str, str]) -> None:
         """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
-        self._chunks(sha256, self._labels()).check()
+        self._chunks(sha256, self.labels()).check()
 
     def checkpoints(self) -> dict[str, str]:
         """The files that the images depend on, by the names that run.json has for them."""
@@ -186,7 +196,7 @@ class SamplingRun:
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
 
-    def _labels(self) -> Labels | None:
+    def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
         if not (self.model.class_cond or self.guided_by_classifier):
             if self.sample.labels not in ("random", "balanced"):
@@ -195,7 +205,7 @@ class SamplingRun:
         return make_labels(self.sample.labels, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples)
 
-    def _build(self) -> tuple[Callable[..., Tensor], GaussianDiffusion, list[Guidance]]:
+    def build(self) -> Built:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
         if not self.sample.model_path:
             hint = "name a checkpoint, or a shipped model with --model, like --model fmnist32"
@@ -216,8 +226,7 @@ class SamplingRun:
             self._load(classifier, self.sample.classifier_path, asdict(self.classifier))
             guidance.append(ClassifierGuidance(classifier, self.sample.classifier_scale))
         self._load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
-        network = model if self.model.class_cond else _without_labels(model)
-        return network, diffusion, guidance
+        return Built(model, model if self.model.class_cond else _without_labels(model), diffusion, guidance)
 
     def _load(self, network: nn.Module, path: str, options: dict[str, Any]) -> None:
         checkpoint.load_into(network, path, options)
@@ -295,9 +304,9 @@ class Sampler:
     on how many there are.
     """
 
-    def __init__(self, run: SamplingRun, network: Callable[..., Tensor], diffusion: GaussianDiffusion,
-                 guidance: list[Guidance]) -> None:
-        self.run, self.network, self.diffusion, self.guidance = run, network, diffusion, guidance
+    def __init__(self, run: SamplingRun, built: Built) -> None:
+        self.run = run
+        _, self.network, self.diffusion, self.guidance = built
         self.size = run.sample.batch_size
 
     def images(self, numbers: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],

@@ -64,27 +64,29 @@ def test_iou_counts_pixels():
 
 def test_known_attention_has_known_overlap():
     upper_left = [0, 1, 4, 5]
-    scores = overlaps(attending(upper_left, n=3), quadrant(3), [1.0, 3.0], [0, 1, 2], 5)
-    assert scores.shape == (3, 2, 2)
+    scores = overlaps(attending(upper_left, n=3), quadrant(3), ~quadrant(3), [1.0, 3.0], [0, 1, 2], 5)
+    assert scores.shape == (3, 2, 3)
+    assert (scores[:, 0, 2] == 0).all()                     # and has nothing of the other object
     assert (scores[:, 0, 0] == 1).all()                     # the mask is the object
     assert (scores[:, 1] == 0).all()                        # nothing receives more than 3
     assert (scores[:, 0, 1] < 1).all()
     # Two tokens of the object, two beside it: 2 of 6 cells.
-    assert overlaps(attending([0, 1, 2, 3]), quadrant(), [1.0], [0], 5)[0, 0, 0] == pytest.approx(2 / 6)
+    assert overlaps(attending([0, 1, 2, 3]), quadrant(), quadrant(), [1.0], [0], 5)[0, 0, 0] == pytest.approx(2 / 6)
 
 
 def test_random_masks_have_as_many_tokens():
     everything = torch.ones(50, 16, 16, dtype=torch.bool)   # IoU with everything is the share of the mask
     seen = Received(torch.rand(50, 64, generator=torch.Generator().manual_seed(0)) * 2, (8, 8))
-    scores = overlaps(seen, everything, [0.5, 1.0, 1.5], range(50), 3)
+    scores = overlaps(seen, everything, everything, [0.5, 1.0, 1.5], range(50), 3)
     np.testing.assert_array_equal(scores[..., 0], scores[..., 1])
+    np.testing.assert_array_equal(scores[..., 0], scores[..., 2])
     assert 0.2 < scores[:, 2, 0].mean() < scores[:, 0, 0].mean() < 0.8
 
 
 def test_intervals_are_of_the_paired_difference():
     rng = np.random.default_rng(0)
     random = rng.random(100)
-    scores = {("middle", t): np.stack([random + 0.1, random], axis=1)[:, None] for t in (9, 0)}
+    scores = {("middle", t): np.stack([random + 0.1, random, 0 * random], axis=1)[:, None] for t in (9, 0)}
     rows = overlap_rows(scores, [1.0], 100)
     assert [row["t"] for row in rows] == [9, 0, "all"]
     for row in rows:
@@ -176,7 +178,7 @@ def test_image_borders_are_no_outline():
 
 def test_figures_are_the_same_bytes_each_time(tmp_path):
     rng = np.random.default_rng(0)
-    scores = {(block, 0): rng.random((20, 2, 2)) for block in ("input.1", "middle")}
+    scores = {(block, 0): rng.random((20, 2, 3)) for block in ("input.1", "middle")}
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         draw_overlaps(tmp_path / name, overlap_rows(scores, [0.5, 1.0], 20))
