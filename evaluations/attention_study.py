@@ -329,7 +329,7 @@ class AttentionStudy:
         options = self.options
         ratios = {block: patches.high_ratio(block, options.bootstrap) for block in self.blocks}
         at_psi = {row["block"]: row for row in overlap if row["t"] == EVERY_STEP and row["psi"] == options.threshold}
-        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with the objects of "
+        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with objects of "
                 f"another image | above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|---|"]
         for block, (height, width) in patches.grids.items():
             row, ratio = at_psi.get(block), ratios[block]
