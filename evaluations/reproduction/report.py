@@ -181,7 +181,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += _published_lines(shown) if shown.published else _compared_lines(shown)
         lines += ["", *(f"- {title}: {note}" for title, note in shown.notes), *[""] * bool(shown.notes)]
     lines += ["## Timing", "", *_lines(
-        ["row", "images", "network evaluations per image", "backward passes per image", "images/s"],
+        ["row", "images", "network evaluations per image", "backward passes per image", "images/s of a rank"],
         [[row["title"], f"{row['images']:,}", _count(row["evaluations"]), _count(row["gradients"]),
           _count(row["images_per_second"])] for row in results["rows"].values()], numbers=4)]
     return "\n".join(lines).rstrip() + "\n"
@@ -438,7 +438,7 @@ def _timing(results: Mapping[str, Any]) -> str:
         cells = "".join(f"<td>{_bar(row[word], longest[word])}</td>" for word in words)
         lines.append(f'<tr><th scope="row">{escape(row["title"])}</th>{cells}</tr>\n')
     head = ["row", "network evaluations<small>per image</small>", "backward passes<small>per image</small>",
-            "speed<small>images/s</small>"]
+            "speed<small>images/s of a rank</small>"]
     return (f"<p class='soft'>What an image costs, and how many a rank made in a second on "
             f"{escape(results['device'])}.</p>" + _table("Timing", "timing", head, f"<tbody>{''.join(lines)}</tbody>"))
 
