@@ -12,6 +12,7 @@ from commands import REPOSITORY, call, execute, samples_in
 from evaluations.reproduction import reproduce as reproduction
 from evaluations.reproduction import tables
 from guided_diffusion.errors import UserError
+from guided_diffusion.shards import locked
 
 SHARED = {"model": "fmnist32", "timestep_respacing": "2", "batch_size": 4, "labels": "balanced", "num_samples": 6,
           "sel_attn_depth": 2, "blur_sigma": 1.0, "evaluation": {"reference": "fmnist32", "backend": "embedded"}}
@@ -114,10 +115,14 @@ def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
         patch.setattr(reproduction, "measure", measure)
         with pytest.raises(Killed):
             call("reproduce", *line())
+    half = tmp_path / "out/mini/features/.half-made"
+    half.mkdir()
     assert call("reproduce", *line()) == 0
+    assert not half.exists()
     assert (tmp_path / "out" / "mini" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, tmp_path):
     mini(rows={"unguided": {"evaluation": {"images": 6, "published": {"dfid": 0.5}}}})
     words = line(rows="unguided", references=tmp_path / "references")
@@ -150,6 +155,7 @@ def test_plan_samples_nothing(mini, line, tmp_path, capsys):
     assert "| sag | 6 | 2 | 4 |" in text and "nothing is missing" in text and "4 ranks" in text
 
 
+@pytest.mark.slow
 def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("sag_cg_imagenet128", "sag_pretrained_256", "dag_dfid"):
@@ -203,6 +209,14 @@ def test_folders_of_another_configuration_are_refused_before_the_first_row(mini,
     message = refused(line())
     assert "sag" in message and "--guide_scale differs" in message
     assert not (tmp_path / "out" / "mini" / "unguided").exists()
+
+
+def test_one_job_at_a_time_works_on_a_table(mini, line, refused, tmp_path):
+    (tmp_path / "out" / "mini").mkdir(parents=True)
+    with locked(tmp_path / "out" / "mini"):
+        assert "another job is working there" in refused(line())
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(line(out=tmp_path / "file"))
 
 
 def test_another_reference_or_other_heads_are_not_comparable(mini, line, tmp_path):

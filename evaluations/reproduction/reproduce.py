@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
 from guided_diffusion.options import Options, option
 from guided_diffusion.packing import first_images
+from guided_diffusion.shards import locked
 
 from ..attention_study import overlay_strip
 from ..evaluator import NEIGHBOURS, NetworkOptions
@@ -35,6 +37,7 @@ from .tables import METRICS, Row, Table, in_folder, load_table, table_names
 
 FEWEST = 1 + max(NEIGHBOURS[word] for word in METRICS if word in NEIGHBOURS)
 SHOWN = 12                      # images of each row in the report
+FEATURES = "features"           # folder of what the networks saw, in that of a table
 OVERLAID = 4                    # images whose attention is shown
 
 _log = logging.getLogger(__name__)
@@ -104,20 +107,23 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         return plan(table, options.references, options.inception, ranks, options.evaluation_seconds) \
             if dist_util.is_main() else ""
     dist_util.setup_dist()
-    with dist_util.together():
-        check(table)
-        why = check_files(table, options)
-    sample(table, why)
+    folder = Path(options.out) / table.name
     how = Circumstances(Path(options.references), NetworkOptions(inception=options.inception), options.bootstrap,
                         changed)
-    sampled = [name for name in table.rows if name not in why]
-    numbers = measure(table, sampled, how, _made(Path(options.out) / table.name / "features"))
-    with dist_util.together():
-        if numbers is None:
-            return ""
-        described = {**results(table, numbers, why, how), "command": _command(), "version": __version__,
-                     "device": _device(), "ranks": dist_util.world_size()}
-        return write_all(Path(options.out) / table.name, described, pictures(table, why))
+    with ExitStack() as stack:
+        with dist_util.together():
+            check(table)
+            why = check_files(table, options)
+            if dist_util.is_main():
+                stack.enter_context(_prepared(folder))
+        sample(table, why)
+        numbers = measure(table, [name for name in table.rows if name not in why], how, folder / FEATURES)
+        with dist_util.together():
+            if numbers is None:
+                return ""
+            described = {**results(table, numbers, why, how), "command": _command(), "version": __version__,
+                         "device": _device(), "ranks": dist_util.world_size()}
+            return write_all(folder, described, pictures(table, why))
 
 
 def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
@@ -221,13 +227,17 @@ def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
     return Pictures(grids, overlays)
 
 
-def _made(folder: Path) -> Path:
-    with dist_util.together():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    return folder
+@contextmanager
+def _prepared(folder: Path) -> Iterator[None]:
+    """Holds the table's folder for this job, with a folder for features that has nothing half made in it."""
+    try:
+        (folder / FEATURES).mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            for left in (folder / FEATURES).glob(".*"):         # of an evaluation that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
 
 
 def _command() -> str:
