@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from guided_diffusion.files import write
 
 from .figures import STYLE, Point, chart, grid, key, overlay
+from .tables import DECIMALS
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall",
          "dfid": "dFID"}
@@ -118,8 +118,7 @@ class _Shown:
         """Decimals that show two digits of the narrowest interval, and all of what was published."""
         numbers = [number for other, number in self.metrics if other == word]
         return max([_places(number["interval95"], number["value"]) for number in numbers]
-                   + [-int(Decimal(str(number["published"])).as_tuple().exponent) for number in numbers
-                      if number["published"] is not None])
+                   + [DECIMALS for number in numbers if number["published"] is not None])
 
     @property
     def sentence(self) -> str:
@@ -194,7 +193,7 @@ def _published_lines(shown: _Shown) -> list[str]:
         for word in (word for word in shown.words if word in row["metrics"]):
             number, places = row["metrics"][word], shown.places(word)
             published, difference = number["published"], number["difference"]
-            rows.append([title, NAMES[word], DOES_NOT_APPLY if published is None else str(published),
+            rows.append([title, NAMES[word], DOES_NOT_APPLY if published is None else _number(published, DECIMALS),
                          _measured(number, places),
                          DOES_NOT_APPLY if difference is None else _number(difference, places, "+"), number["verdict"],
                          *([_versus(number)] if shown.compared else [])])
@@ -345,7 +344,8 @@ def _published_table(shown: _Shown) -> str:
             number, places = row["metrics"][word], shown.places(word)
             published, difference = number["published"], number["difference"]
             versus = number["versus"]
-            cells = [DOES_NOT_APPLY if published is None else _html(str(published)), _value(number, places),
+            cells = [DOES_NOT_APPLY if published is None else _html(_number(published, DECIMALS)),
+                     _value(number, places),
                      (_html(_number(difference, places, "+")) if difference is not None else "") +
                      f"<div>{_mark(number['verdict'])}</div>"]
             if shown.compared:

@@ -25,11 +25,11 @@ from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, 
 from ..metrics import Replicates
 from ..references import find_reference
 from .plan import depth_maps, depth_reference, passes
-from .tables import DFID, METRICS, Judging, Row, Section, Table, smallest
+from .tables import DECIMALS, DFID, METRICS, Judging, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"
 BETTER, WORSE, EQUAL = "better", "worse", "no difference"
-HALF_UNIT = 0.005               # of the last digit: all published numbers have two decimals
+HALF_UNIT = 0.5 * 10.0**-DECIMALS
 GOOD = {"fid": -1, "sfid": -1, "is": 1, "precision": 1, "recall": 1}      # the direction in which a number is better
 
 

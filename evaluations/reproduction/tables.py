@@ -31,6 +31,7 @@ from ..evaluator import BACKENDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DFID = "dfid"
+DECIMALS = 2                    # of all published numbers
 METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 
