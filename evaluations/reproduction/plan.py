@@ -37,6 +37,7 @@ INCEPTIONS = ("torch", "tensorflow")
 FEATURE_BYTES = {**dict.fromkeys(INCEPTIONS, 4 * (2048 + 2023 + 1008)), "embedded": 4 * (64 + 512 + 10),
                  "scenes": 4 * (64 + 256 + 4)}       # of an image
 PROBE_SECONDS = 5.0
+SMALL = 64                      # pixels: larger images are not evaluated on a CPU
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,19 @@ def passes(run: SamplingRun) -> Passes:
 
 def flops(run: SamplingRun) -> Flops:
     """The operations of each pass; a multiplication and an addition count as two."""
-    forward, backward = _network_flops(replace(run.model, use_fp16=False, use_bf16=False))
+    forward, backward = _network_flops(_exact(run.model), run.model.image_size)
     classifier = _classifier_flops(run.classifier) if run.guided_by_classifier else 0
     return Flops(forward, backward, classifier)
 
 
+def _exact(options: ModelOptions) -> ModelOptions:
+    return replace(options, use_fp16=False, use_bf16=False)
+
+
 @lru_cache
-def _network_flops(options: ModelOptions) -> tuple[int, int]:
-    model, inputs = _on_meta(lambda: build_model(options), options.in_channels, options.image_size)
+def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
+    """Of an evaluation at an image of `size` pixels, and of the gradient through it."""
+    model, inputs = _on_meta(lambda: build_model(options), options.in_channels, size)
     labels = [torch.zeros(1, dtype=torch.long, device="meta")] if options.class_cond else []
     with torch.no_grad():
         forward = _counted(lambda: model(*inputs, *labels))
@@ -202,17 +208,20 @@ class Probe:
 
     device: str
     seconds: float          # for an image
-    memory: float           # MiB above the weights, at `batch` images
-    batch: int
+    memory: float           # bytes above the weights for an image
 
 
 def probe(row: Row) -> Probe:
-    """Times evaluations of the row's network, with random weights, for a few seconds."""
+    """Times evaluations of the row's network, with random weights, for a few seconds.
+
+    A CPU would take minutes for large images: there, the network sees smaller ones, and time and memory follow from
+    the operations and the pixels.
+    """
     run, device = row.run, dist_util.dev()
-    large = device.type == "cpu" and run.model.image_size >= 128
-    batch = 1 if large else run.sample.batch_size
+    size, batch = run.model.image_size, run.sample.batch_size
+    if device.type == "cpu" and size > SMALL:
+        size, batch = SMALL, 1
     model = build_model(run.model).to(device).channels_last().eval().requires_grad_(False)
-    size = run.model.image_size
     inputs = [torch.randn(batch, run.model.in_channels, size, size, device=device),
               torch.full((batch,), 500, device=device)]
     if run.model.class_cond:
@@ -230,7 +239,9 @@ def probe(row: Row) -> Probe:
             start = time.perf_counter()
             evaluate()
             times.append(time.perf_counter() - start)
-    return Probe(str(device), min(times) / batch, memory, batch)
+    whole, seen = (_network_flops(_exact(run.model), pixels)[0] for pixels in (run.model.image_size, size))
+    return Probe(str(device), min(times) / batch * whole / seen,
+                 memory * 2**20 / batch * (run.model.image_size / size)**2)
 
 
 def plan(table: Table, references: str | Path, inception: str, ranks: int, seconds: float | None) -> str:
@@ -293,9 +304,9 @@ def _rates(table: Table, seconds: float | None) -> Mapping[tuple[ModelOptions, i
                           f"{name}: {seconds:g} s for an evaluation of one image, as given.")
             continue
         found = probe(row)
-        rates[key] = (found.seconds / operations, found.memory * 2**20 / found.batch,
-                      f"{name}: {found.seconds:.4g} s for an evaluation of one image, measured on {found.device} at "
-                      f"{found.batch} images ({operations / found.seconds / 1e12:.3g} TFLOP/s).")
+        rates[key] = (found.seconds / operations, found.memory,
+                      f"{name}: {found.seconds:.4g} s for an evaluation of one image, measured on {found.device} "
+                      f"({operations / found.seconds / 1e12:.3g} TFLOP/s).")
     return rates
 
 
