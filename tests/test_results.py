@@ -110,5 +110,6 @@ def test_rows_say_in_words_what_sets_them_apart():
     titles = {name: row["title"] for name, row in said["rows"].items()}
     assert titles["unguided"] == "no guidance" and titles["sag_cg"] == "SAG s = 0.1 + CG scale 2"
     assert titles["threshold_1.3"] == "SAG s = 0.25, psi = 1.3" and titles["middle"] == "SAG s = 0.25, block middle"
-    assert titles["pag_1"] == "PAG s = 1" and titles["ddim_25"] == "no guidance, DDIM, 25 steps"
+    assert titles["pag_1"] == "PAG s = 1" and titles["pag_output_2_1"] == "PAG s = 1, block output.2"
+    assert titles["ddim_25"] == "no guidance, DDIM, 25 steps"
     assert len(set(titles.values())) == len(titles)

@@ -264,7 +264,9 @@ def title(run: SamplingRun, table: Table) -> str:
             details.append(f"block {block}")
         parts.append(", ".join(details))
     if run.pag.pag_scale:
-        parts.append(f"PAG s = {run.pag.pag_scale:g}")
+        usual = _usual([row.run.pag.pag_blocks for row in table.rows.values() if row.run.pag.pag_scale])
+        blocks = f", block {run.pag.pag_blocks}" if run.pag.pag_blocks != usual else ""
+        parts.append(f"PAG s = {run.pag.pag_scale:g}{blocks}")
     if run.guided_by_classifier:
         parts.append(f"CG scale {run.sample.classifier_scale:g}")
     parts += [f"{name} {scale:g}" for name, scale in (("DCG", run.dag.dcg_scale), ("DPG", run.dag.dpg_scale)) if scale]
