@@ -183,6 +183,23 @@ class Side:
                 **({"resolution": self.file.resolution} if len(self.file) else {})}
 
 
+def check_reference(reference: BatchFile, options: EvaluatorOptions, backend: str) -> None:
+    """Raises UserError where a reference lacks what the metrics need, or is of another kind of network."""
+    stored = {suffix for suffix in ("", "_s") if reference.statistics(suffix) is not None}
+    lacking = [word for word, suffix in SUFFIXES.items() if word in options.wanted and suffix not in stored]
+    if "pooled" not in reference.members:
+        lacking += [word for word in options.wanted if word in PAIRED] + ["plot"] * bool(options.plot)
+    if lacking and not len(reference):
+        raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
+                        "them out of --metrics")
+    made_by = reference.value("backend")
+    if made_by is None and backend in SHIPPED and reference.statistics():
+        raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {backend}")
+    if made_by is not None and backend not in SHIPPED:
+        raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
+                        "another --backend")
+
+
 class Evaluation:
     """Sample files against one reference."""
 
@@ -212,14 +229,7 @@ class Evaluation:
                 raise UserError(f"{file.path}: has no images, arr_0 must be (N, H, W, 3) uint8")
             if options.num_images and options.num_images > len(file):
                 raise UserError(f"--num_images {options.num_images}: {file.path} holds {len(file)}")
-        stored = {suffix for suffix in ("", "_s") if reference.statistics(suffix) is not None}
-        lacking = [word for word, suffix in (("fid", ""), ("sfid", "_s")) if word in options.wanted
-                   and suffix not in stored]
-        if "pooled" not in reference.members:
-            lacking += [word for word in options.wanted if word in PAIRED] + ["plot"] * bool(options.plot)
-        if lacking and not len(reference):
-            raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
-                            "them out of --metrics")
+        check_reference(reference, options, self.network_options.backend)
         needed = 1 + max([NEIGHBOURS.get(word, 1) for word in options.wanted])
         for file, count in [(file, self._count(file)) for file in self.samples] + [(reference, len(reference))]:
             if 0 < count < needed:
@@ -260,9 +270,6 @@ class Evaluation:
         if made_by is not None and made_by != self.network.name:
             raise UserError(f"{self.reference.path}: its statistics are of the network {made_by!r}, not of "
                             f"{self.network.name!r}: pass another --backend")
-        backend = self.network_options.backend
-        if made_by is None and backend in SHIPPED and self.reference.statistics():
-            raise UserError(f"{self.reference.path}: its statistics are Inception's, not those of --backend {backend}")
 
     def _reference_features_needed(self) -> bool:
         file, wanted = self.reference, self.options.wanted

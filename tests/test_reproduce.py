@@ -57,6 +57,12 @@ def refused(capsys):
     return run
 
 
+def with_statistics(path):
+    """A reference batch of images and of statistics that do not say which network they are of."""
+    np.savez(path, arr_0=np.full((8, 32, 32, 3), 9, np.uint8), mu=np.zeros(64), sigma=np.eye(64))
+    return path
+
+
 @pytest.mark.slow
 def test_a_table_from_nothing_to_its_report_and_once_more(mini, line, tmp_path, capsys):
     assert call("reproduce", *line()) == 0
@@ -196,6 +202,10 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
     assert "16x16, those of row unguided 32x32" in refused(line(reference=tmp_path / "small.npz"))
     np.savez(tmp_path / "few.npz", arr_0=np.full((3, 32, 32, 3), 9, np.uint8))
     assert "has 3 images, at least 4" in refused(line(reference=tmp_path / "few.npz"))
+
+    np.savez(tmp_path / "numbers.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(512), sigma_s=np.eye(512))
+    assert "has no images (arr_0), which precision, recall" in refused(line(reference=tmp_path / "numbers.npz"))
+    assert "of --backend embedded" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
 
     mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
     assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))

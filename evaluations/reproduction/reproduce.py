@@ -26,7 +26,7 @@ from guided_diffusion.packing import first_images
 from guided_diffusion.shards import locked
 
 from ..attention_study import overlay_strip
-from ..evaluator import NEIGHBOURS, NetworkOptions
+from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
 from ..inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
@@ -180,6 +180,7 @@ def _check_reference(row: Row, references: Path) -> None:
     file, size = BatchFile(find_reference(row.judging.reference, references)), row.run.model.image_size
     if len(file) and file.shape[1:3] != (size, size):
         raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
+    check_reference(file, EvaluatorOptions(metrics=",".join(METRICS)), row.judging.backend)
     if 0 < len(file) < FEWEST:
         raise UserError(f"{file.path}: has {len(file)} images, at least {FEWEST} are needed")
 
@@ -248,7 +249,8 @@ def _device() -> str:
     device = dist_util.dev()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads a rank"
+    threads = torch.get_num_threads()
+    return f"{os.cpu_count()} CPU cores, {threads} thread{'s' * (threads > 1)} a rank"
 
 
 def launch(options: ReproduceOptions) -> int | None:
