@@ -70,6 +70,7 @@ def small():
             "ddpm_250": row("no guidance, DDPM, 250 steps", "not run here", "left out of --rows", 500, 250.0)}
     return {
         "table": "fmnist32", "title": "Fashion-MNIST at 32x32, the shipped model fmnist32", "source": "", "note": "",
+        "settings": "DDPM, 20 steps; seed 1",
         "command": "python scripts/reproduce.py fmnist32", "version": "0.1.0", "device": "2 CPU cores", "ranks": 2,
         "bootstrap": 1000, "network": {"name": "embedded classifier of Fashion-MNIST", "sha256": SHA256},
         "reference": {"file": "fmnist32_reference.npz", "images": 10000, "sha256": SHA256}, "rows": rows,
@@ -98,7 +99,8 @@ def published():
             "lsun": row("LSUN | <Church> & \"cats\"", "not run here", why, 50000, 250.0)}
     return {
         "table": "imagenet128", "title": "ImageNet 128x128", "source": "https://arxiv.org/abs/2210.00939",
-        "note": "<script>alert(1)</script>", "command": "python scripts/reproduce.py imagenet128 --rows 'a & b'",
+        "note": "<script>alert(1)</script>", "settings": "DDPM, 250 steps",
+        "command": "python scripts/reproduce.py imagenet128 --rows 'a & b'",
         "version": "0.1.0", "device": "one GPU", "ranks": 1, "bootstrap": 1000, "network": None, "reference": None,
         "rows": rows,
         "sections": [{"title": "ImageNet 128x128", "images": 50000, "against": "classifier_scale", "rows": [

@@ -113,3 +113,5 @@ def test_rows_say_in_words_what_sets_them_apart():
     assert titles["pag_1"] == "PAG s = 1" and titles["pag_output_2_1"] == "PAG s = 1, block output.2"
     assert titles["ddim_25"] == "no guidance, DDIM, 25 steps"
     assert len(set(titles.values())) == len(titles)
+    assert said["settings"] == ("DDPM, 20 steps; seed 1; SAG: block output.2, mask self-attention, psi = 1, sigma = 1, "
+                                "exact heads; PAG: block middle")

@@ -56,6 +56,7 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("source", results["source"]),
         ("note", results["note"]),
         ("rows", f"{len(rows)}, of which {run} were run here" if run < len(rows) else f"{run}, all of them run here"),
+        ("settings", f"{results['settings']}, where a row says nothing else" if results["settings"] else ""),
         ("images", " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + " a row; image "
                    "number i of every row is drawn from the same seed" if counts else ""),
         ("network", f"{network['name']}, sha256 {network['sha256'][:16]}" if network else NOT_RUN),

@@ -142,6 +142,7 @@ def results(table: Table, numbers: Numbers, why: Mapping[str, str], how: Circums
     sampled = [name for name in table.rows if name not in why]
     return {
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
+        "settings": usual(table),
         "bootstrap": how.bootstrap, "network": numbers.network, "reference": numbers.reference,
         "rows": {name: _row(table, name, why.get(name, "")) for name in table.rows},
         "sections": [_section(table, section, numbers, why, how, section_images(table, section, sampled))
@@ -245,34 +246,52 @@ def versus(word: str, low: float, high: float) -> str:
 
 # A row in words
 
-# Options that set rows apart, by the words that show their values; where the value is the one that most rows have, it
-# is left out.
-_WORDS = {"mask": "mask {}", "threshold": "psi = {:g}", "blur_sigma": "sigma = {:g}"}
+# Options of SAG that set rows apart, and the words that show their values. Values that most rows have are said once.
+_WORDS = {"block": "block {}", "mask": "mask {}", "threshold": "psi = {:g}", "blur_sigma": "sigma = {:g}"}
 
 
 def title(run: SamplingRun, table: Table) -> str:
-    """A row's guidance and sampler, like `SAG s = 0.25, psi = 1.3`."""
-    parts, sag = [], run.sag
-    if sag.guide_scale != 1:
-        block = "middle" if sag.sel_attn_block == "middle" else f"{sag.sel_attn_block}.{sag.sel_attn_depth}"
-        guided = [row.run.sag for row in table.rows.values() if row.run.sag.guide_scale != 1]
-        details = [f"SAG s = {sag.guide_scale - 1:.3g}"]
-        details += [words.format(getattr(sag, name)) for name, words in _WORDS.items()
-                    if getattr(sag, name) != _usual([getattr(other, name) for other in guided])]
-        places = [(other.sel_attn_block, other.sel_attn_depth) for other in guided]
-        if (sag.sel_attn_block, sag.sel_attn_depth) != _usual(places):
-            details.append(f"block {block}")
-        parts.append(", ".join(details))
+    """A row's guidance and sampler, like `SAG s = 0.25, psi = 1.3`, without what `usual` says."""
+    parts = []
+    if run.sag.guide_scale != 1:
+        common, own = _usual([_details(row.run) for row in _guided(table)]), _details(run)
+        parts.append(", ".join([f"SAG s = {run.sag.guide_scale - 1:.3g}",
+                                *(words.format(own[name]) for name, words in _WORDS.items()
+                                  if own[name] != common[name])]))
     if run.pag.pag_scale:
-        usual = _usual([row.run.pag.pag_blocks for row in table.rows.values() if row.run.pag.pag_scale])
-        blocks = f", block {run.pag.pag_blocks}" if run.pag.pag_blocks != usual else ""
+        common = _usual([row.run.pag.pag_blocks for row in table.rows.values() if row.run.pag.pag_scale])
+        blocks = f", block {run.pag.pag_blocks}" if run.pag.pag_blocks != common else ""
         parts.append(f"PAG s = {run.pag.pag_scale:g}{blocks}")
     if run.guided_by_classifier:
         parts.append(f"CG scale {run.sample.classifier_scale:g}")
     parts += [f"{name} {scale:g}" for name, scale in (("DCG", run.dag.dcg_scale), ("DPG", run.dag.dpg_scale)) if scale]
     words = " + ".join(parts) or "no guidance"
-    samplers = [sampler(row.run) for row in table.rows.values()]
-    return words if sampler(run) == _usual(samplers) else f"{words}, {sampler(run)}"
+    common = _usual([sampler(row.run) for row in table.rows.values()])
+    return words if sampler(run) == common else f"{words}, {sampler(run)}"
+
+
+def usual(table: Table) -> str:
+    """What holds where a row's title says nothing else."""
+    rows = list(table.rows.values())
+    parts = [_usual([sampler(row.run) for row in rows]), f"seed {_usual([row.run.sample.seed for row in rows])}"]
+    if guided := _guided(table):
+        common = _usual([_details(row.run) for row in guided])
+        details = ", ".join(words.format(common[name]) for name, words in _WORDS.items())
+        parts.append(f"SAG: {details}, {_usual([row.run.sag.attention_heads for row in guided])} heads")
+    if perturbed := [row.run.pag.pag_blocks for row in rows if row.run.pag.pag_scale]:
+        parts.append(f"PAG: block {_usual(perturbed)}")
+    return "; ".join(parts)
+
+
+def _guided(table: Table) -> list[Row]:
+    return [row for row in table.rows.values() if row.run.sag.guide_scale != 1]
+
+
+def _details(run: SamplingRun) -> dict[str, Any]:
+    """The values of _WORDS."""
+    sag = run.sag
+    block = "middle" if sag.sel_attn_block == "middle" else f"{sag.sel_attn_block}.{sag.sel_attn_depth}"
+    return {"block": block, "mask": sag.mask, "threshold": sag.threshold, "blur_sigma": sag.blur_sigma}
 
 
 def sampler(run: SamplingRun) -> str:
@@ -280,4 +299,7 @@ def sampler(run: SamplingRun) -> str:
 
 
 def _usual(values: Sequence[Any]) -> Any:
+    """The most frequent value; of dicts, by each name."""
+    if isinstance(values[0], dict):
+        return {name: _usual([value[name] for value in values]) for name in values[0]}
     return max(dict.fromkeys(values), key=values.count)
