@@ -265,3 +265,13 @@ def test_the_embedded_tables_have_the_rows_of_the_papers(tmp_path):
         samplers = {(run.sample.use_ddim, run.diffusion.timestep_respacing) for run in runs}
         assert {(False, "250"), (True, "ddim25"), (True, "ddim50"), (True, "ddim100")} <= samplers
     assert (REPOSITORY / "configs" / "fmnist32" / "table.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["fmnist32", "scenes32"])
+def test_the_committed_tables_are_those_of_the_configurations(name):
+    said = json.loads((REPOSITORY / "docs" / "reproduction" / name / "table.json").read_text())
+    table = tables.load_table(name)
+    assert [(section["title"], [row["row"] for row in section["rows"]]) for section in said["sections"]] == [
+        (section.title, list(section.rows)) for section in table.sections]
+    assert {row: (one["images"], one["state"]) for row, one in said["rows"].items()} == {
+        row: (one.images, "measured") for row, one in table.rows.items()}
