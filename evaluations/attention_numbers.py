@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from guided_diffusion.capture import Received
-from guided_diffusion.files import write
 from guided_diffusion.guidance.degrade import random_mask
 
 from .metrics import interval, resampled_mean, resamplings
@@ -187,14 +182,3 @@ def overlap_rows(scores: dict[tuple[str, int], np.ndarray], psis: Sequence[float
                              "difference": difference.mean(), "low": low, "high": high, "other": other.mean(),
                              "images": len(values)})
     return rows
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Numbers with six digits; NaN is left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: ("" if math.isnan(value) else f"{value:.6g}") if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, lambda file: file.write_text(text.getvalue()))

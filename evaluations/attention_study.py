@@ -31,7 +31,7 @@ from guided_diffusion.capture import HEADS, Received, capture_attention, find_bl
 from guided_diffusion.depth.options import DagOptions
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, read_arrays, write
+from guided_diffusion.files import check_writable, read_arrays, write, write_csv
 from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
@@ -40,7 +40,7 @@ from guided_diffusion.rng import image_noise
 from guided_diffusion.sample_util import SampleOptions, SamplingRun, to_uint8
 from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, ModelOptions, PagOptions, SagOptions
 
-from .attention_numbers import EVERY_STEP, HIGH, PatchStatistics, Ratio, Row, Seen, overlap_rows, overlaps, write_csv
+from .attention_numbers import EVERY_STEP, HIGH, PatchStatistics, Ratio, Row, Seen, overlap_rows, overlaps
 from .attention_pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, overlay
 
 SCENES = "scenes"

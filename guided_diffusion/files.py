@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
+import math
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,17 @@ def write(path: str | Path, save: Callable[[Path], object]) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     write(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same names, at least one; numbers with six digits, NaN left empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: ("" if math.isnan(value) else f"{value:.6g}") if isinstance(value, float) else value
+                         for name, value in row.items()})
+    write(path, lambda file: file.write_text(text.getvalue()))
 
 
 def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:

@@ -14,7 +14,6 @@ them), blocks.csv, timesteps.csv, labels.csv, accuracy.png and .svg, verdict.txt
 from __future__ import annotations
 
 import csv
-import io
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from .. import dist_util
 from ..errors import UserError
-from ..files import write
+from ..files import write, write_csv
 from ..options import option
 from ..progress import progress_bar
 from ..script_util import DiffusionOptions, ModelOptions
@@ -189,7 +188,7 @@ class AccuracyStudy:
             "labels": [{"labels": labels, "branch": name, **_summary(values)}
                        for (labels, name), values in errors.items() if name in (*self.guiding, MEAN_DEPTH)]}
         for name, rows in tables.items():
-            _write_csv(self.out / f"{name}.csv", rows)
+            write_csv(self.out / f"{name}.csv", rows)
         return [self._read(name) for name in tables]          # as a later run would see them
 
     # Files
@@ -335,13 +334,3 @@ def draw(folder: Path, blocks: Sequence[Row], timesteps: Sequence[Row], labels: 
 def _key(block: str) -> str:
     """A block's name as that of a branch, which can hold no dot."""
     return block.replace(".", "_")
-
-
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: ("" if math.isnan(value) else f"{value:.6g}") if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, lambda file: file.write_text(text.getvalue()))
