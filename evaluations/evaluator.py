@@ -42,8 +42,9 @@ NAMES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Pr
 NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
 PAIRED = ("kid", *NEIGHBOURS)           # metrics that need the features of the reference, not only their statistics
 SUFFIXES = {"fid": "", "sfid": "_s"}    # of the statistics' names in reference batches
+INCEPTIONS = ("torch", "tensorflow")
 SHIPPED = ("embedded", "scenes")        # networks whose statistics are in the references that name them
-BACKENDS = ("torch", "tensorflow", *SHIPPED)
+BACKENDS = (*INCEPTIONS, *SHIPPED)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,13 @@ class EvaluatorOptions(Options):
 
 def open_reference(word: str) -> BatchFile:
     """The reference batch of that path, or the shipped one of that name."""
-    shipped = MODELS / f"{word}_reference.npz"
+    shipped = shipped_reference(word)
     return BatchFile(shipped if shipped.is_file() and not Path(word).exists() else word)
+
+
+def shipped_reference(word: str) -> Path:
+    """Where the shipped reference batch of that name is, if there is one."""
+    return MODELS / f"{word}_reference.npz"
 
 
 def load_network(options: NetworkOptions) -> Network:

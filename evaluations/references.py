@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evaluations.evaluator import MODELS
+from evaluations.evaluator import shipped_reference
 from evaluations.npz import BatchFile
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
@@ -61,7 +61,7 @@ def _misfit(path: Path) -> str | None:
 
 def find_reference(word: str, folder: str | Path) -> Path | None:
     """The file that `word` names: a path, one in `folder`, or a shipped reference batch; None where there is none."""
-    candidates = [Path(word), Path(folder) / word, MODELS / f"{word}_reference.npz"] if word else []
+    candidates = [Path(word), Path(folder) / word, shipped_reference(word)] if word else []
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -9,6 +9,7 @@ from conftest import TINY, TINY_CLASSIFIER
 
 from evaluations.reproduction import plan as planning
 from evaluations.reproduction.plan import cost, flops, missing, passes, plan, probe
+from evaluations.reproduction.reproduce import ReproduceOptions
 from evaluations.reproduction.tables import in_folder, load_table, read_row
 from guided_diffusion.errors import UserError
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
@@ -152,7 +153,7 @@ def test_plan_of_a_shipped_table_by_the_probe(monkeypatch):
 
 def test_a_time_must_be_positive():
     with pytest.raises(UserError, match="--evaluation_seconds 0"):
-        planning.check_seconds(0)
+        ReproduceOptions(evaluation_seconds=0)
 
 
 def test_costs_do_not_depend_on_the_precision(row):

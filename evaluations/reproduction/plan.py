@@ -23,17 +23,16 @@ from tqdm import tqdm
 from guided_diffusion import dist_util
 from guided_diffusion.benchmark import peak_memory
 from guided_diffusion.checkpoint import find_preset, released_names
-from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import Guidance
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sample_util import SamplingRun
 from guided_diffusion.script_util import ClassifierOptions, ModelOptions, build_classifier, build_model
 
+from ..evaluator import INCEPTIONS
 from ..inception_graph import FILE_NAME, is_here
 from ..references import find_reference, reference_names
 from .tables import DFID, Row, Table
 
-INCEPTIONS = ("torch", "tensorflow")
 FEATURE_BYTES = {**dict.fromkeys(INCEPTIONS, 4 * (2048 + 2023 + 1008)), "embedded": 4 * (64 + 512 + 10),
                  "scenes": 4 * (64 + 256 + 4)}       # of an image
 PROBE_SECONDS = 5.0
@@ -87,10 +86,15 @@ class Cost:
         return self.flops * seconds_per_flop / ranks / 3600
 
 
+def num_steps(run: SamplingRun) -> int:
+    """Steps of a run's (respaced) chain."""
+    options = run.diffusion
+    return len(space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps]))
+
+
 def passes(run: SamplingRun) -> Passes:
     """The passes of a run, by the scales and windows of its guidance."""
-    steps = len(space_timesteps(run.diffusion.diffusion_steps,
-                                run.diffusion.timestep_respacing or [run.diffusion.diffusion_steps]))
+    steps = num_steps(run)
     t = torch.arange(steps)
 
     def active(scale: float, start: int | None = None, stop: int | None = None) -> Tensor:
@@ -308,9 +312,3 @@ def _rates(table: Table, seconds: float | None) -> Mapping[tuple[ModelOptions, i
                       f"{name}: {found.seconds:.4g} s for an evaluation of one image, measured on {found.device} "
                       f"({operations / found.seconds / 1e12:.3g} TFLOP/s).")
     return rates
-
-
-def check_seconds(seconds: float | None) -> None:
-    """Raises UserError for a time that is none."""
-    if seconds is not None and seconds <= 0:
-        raise UserError(f"--evaluation_seconds {seconds}: must be greater than 0")

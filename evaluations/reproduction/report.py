@@ -18,18 +18,17 @@ import numpy as np
 from guided_diffusion.files import write
 
 from .figures import STYLE, Point, chart, grid, key, overlay
+from .results import DIFFERS, GOOD, NOT_COMPARABLE, NOT_RUN, REPRODUCED
 from .tables import DECIMALS
 
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall",
          "dfid": "dFID"}
-LOWER_IS_BETTER = ("fid", "sfid", "dfid")
-NOT_RUN = "not run here"
 DOES_NOT_APPLY = "-"
 VERDICTS = {
-    "reproduced": "the published number lies within the 95 % interval of the measured one, widened by the square root "
+    REPRODUCED: "the published number lies within the 95 % interval of the measured one, widened by the square root "
                   "of two, as both are of random samples, and by half a unit of its last digit",
-    "differs": "it lies outside",
-    "not comparable": "measured under other circumstances, which are listed below the table",
+    DIFFERS: "it lies outside",
+    NOT_COMPARABLE: "measured under other circumstances, which are listed below the table",
     NOT_RUN: "there is no measured number",
 }
 
@@ -376,7 +375,7 @@ def _html(text: str) -> str:
 
 
 def _direction(word: str) -> str:
-    return "lower is better" if word in LOWER_IS_BETTER else "higher is better"
+    return "lower is better" if GOOD[word] < 0 else "higher is better"
 
 
 # Figures

@@ -26,11 +26,11 @@ from guided_diffusion.packing import first_images
 from guided_diffusion.shards import locked
 
 from ..attention_study import overlay_strip
-from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
 from ..inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
-from .plan import INCEPTIONS, check_seconds, missing, plan
+from .plan import missing, plan
 from .report import Pictures, markdown, write_report
 from .results import Circumstances, measure, results, sampler, title
 from .tables import METRICS, Row, Table, in_folder, load_table, table_names
@@ -54,7 +54,7 @@ class ReproduceOptions(Options):
     ranks: int | None = option(None, "number of ranks, which are started by mpiexec (or torchrun, where mpi4py is "
                                "missing) unless a launcher has done so; unset: those of the launcher", minimum=1)
     evaluation_seconds: float | None = option(None, "for the plan: seconds that your device takes for one evaluation "
-                                              "of one image; unset: measured on this one")
+                                              "of one image; unset: measured on this one", above=0)
     out: str = option("runs/reproduction", "folder for a folder of each table, with its samples, numbers and report")
     models: str = option("models", "folder of the checkpoints")
     references: str = option("references", "folder of the reference batches")
@@ -100,7 +100,6 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
     Every sampling run, and the features of every sample file, lie in the folder of the table, where the same command
     goes on. Raises UserError for whatever is wrong with names, options and files, before the first image is sampled.
     """
-    check_seconds(options.evaluation_seconds)
     table, changed = choose(words, options)
     if options.plan:
         ranks = options.ranks or dist_util.world_size()

@@ -24,13 +24,14 @@ from ..depth_fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference
-from .plan import depth_maps, depth_reference, passes
+from .plan import depth_maps, depth_reference, num_steps, passes
 from .tables import DECIMALS, DFID, METRICS, Judging, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"
 BETTER, WORSE, EQUAL = "better", "worse", "no difference"
 HALF_UNIT = 0.5 * 10.0**-DECIMALS
-GOOD = {"fid": -1, "sfid": -1, "is": 1, "precision": 1, "recall": 1}      # the direction in which a number is better
+# The direction in which a number is better.
+GOOD = {"fid": -1, "sfid": -1, "is": 1, "precision": 1, "recall": 1, DFID: -1}
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def measure(table: Table, sampled: Sequence[str], how: Circumstances, features: 
         progress.disable = not dist_util.is_main()
         for judging, names in groups.items():
             options = replace(how.network, backend=judging.backend)
-            network = networks.setdefault(judging.backend, None) or load_network_once(options)
-            networks[judging.backend] = network
+            if judging.backend not in networks:
+                networks[judging.backend] = load_network_once(options)
+            network = networks[judging.backend]
             chosen = EvaluatorOptions(metrics=",".join(METRICS), bootstrap=how.bootstrap)
             with dist_util.together():
                 evaluation = Evaluation(str(find_reference(judging.reference, how.references)),
@@ -295,7 +297,7 @@ def _details(run: SamplingRun) -> dict[str, Any]:
 
 
 def sampler(run: SamplingRun) -> str:
-    return f"{'DDIM' if run.sample.use_ddim else 'DDPM'}, {passes(run).steps} steps"
+    return f"{'DDIM' if run.sample.use_ddim else 'DDPM'}, {num_steps(run)} steps"
 
 
 def _usual(values: Sequence[Any]) -> Any:
