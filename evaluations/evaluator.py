@@ -23,8 +23,8 @@ import scipy
 import torch
 
 from evaluations import metrics, plots
+from evaluations.extractors.inception_graph import SIZE as OFFICIAL_SIZE
 from evaluations.features import Features, Network, extract, feature_folder
-from evaluations.inception_graph import SIZE as OFFICIAL_SIZE
 from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
@@ -103,18 +103,18 @@ def shipped_reference(word: str) -> Path:
 def load_network(options: NetworkOptions) -> Network:
     """The network that `--backend` names."""
     if options.backend == "embedded":
-        from evaluations.embedded import load_embedded
+        from evaluations.extractors.fashion_mnist import load_embedded
 
         return load_embedded().to(_device(options))
     if options.backend == "scenes":
-        from evaluations.scenes_judge import load_judge
+        from evaluations.extractors.scenes import load_judge
 
         return load_judge().to(_device(options))
     if options.backend == "tensorflow":
-        from evaluations.tensorflow_backend import TensorflowNetwork
+        from evaluations.extractors.tensorflow import TensorflowNetwork
 
         return TensorflowNetwork(options.inception or None, device=options.device or "cpu")
-    from evaluations.inception import InceptionNetwork
+    from evaluations.extractors.inception import InceptionNetwork
 
     return InceptionNetwork(options.inception or None, device=_device(options), dtype=options.dtype)
 

@@ -23,11 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.depth_metrics import depth_arrays
-from evaluations.evaluator import NetworkOptions, load_network_once, statistics
-from evaluations.features import extract, feature_folder
-from evaluations.npz import BatchFile, write_batch
-from evaluations.scenes_judge import ScenesJudge
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
@@ -43,6 +38,12 @@ from guided_diffusion.image_datasets import (
 )
 from guided_diffusion.options import option, parse_options
 from guided_diffusion.script_util import run_script
+
+from .depth.metrics import depth_arrays
+from .evaluator import NetworkOptions, load_network_once, statistics
+from .extractors.scenes import ScenesJudge
+from .features import extract, feature_folder
+from .npz import BatchFile, write_batch
 
 
 @dataclass(frozen=True)

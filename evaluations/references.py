@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from evaluations.evaluator import shipped_reference
-from evaluations.npz import BatchFile
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
 from guided_diffusion.options import nearest
 from guided_diffusion.script_util import run_script
+
+from .evaluator import shipped_reference
+from .npz import BatchFile
 
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 FOLDERS = {

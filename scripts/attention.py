@@ -9,9 +9,9 @@ Examples:
         --objects photographs.npz
 """
 
-from evaluations.attention_study import AttentionOptions, study_attention
+from evaluations.attention.study import AttentionOptions, study_attention
 from guided_diffusion.options import parse_options
-from guided_diffusion.sample_util import preset_values
+from guided_diffusion.runs.sample import preset_values
 from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
 
 

@@ -6,7 +6,7 @@ Example:
     python scripts/benchmark.py --model fmnist32 --batch_size 64
 """
 
-from guided_diffusion.benchmark import OPTION_CLASSES, BenchmarkOptions, benchmark, preset_values
+from evaluations.benchmarks.speed import OPTION_CLASSES, BenchmarkOptions, benchmark, preset_values
 from guided_diffusion.options import parse_options
 from guided_diffusion.script_util import run_script
 

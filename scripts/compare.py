@@ -9,7 +9,7 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.pictures import save_comparison
-from guided_diffusion.sample_util import run_samples
+from guided_diffusion.runs.sample import run_samples
 from guided_diffusion.script_util import run_script
 
 

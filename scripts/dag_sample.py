@@ -9,7 +9,7 @@ Examples:
 
 from guided_diffusion.depth.options import DagOnOptions
 from guided_diffusion.options import parse_options
-from guided_diffusion.sample_util import OPTION_CLASSES, SampleOptions, preset_values, sample_from
+from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, preset_values, sample_from
 from guided_diffusion.script_util import run_script
 
 

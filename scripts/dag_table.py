@@ -8,11 +8,11 @@ Examples (each goes on where it was stopped when started again):
 import logging
 import sys
 
-from evaluations.depth_table import TableOptions, TableSampleOptions, make_table
+from evaluations.depth.table import TableOptions, TableSampleOptions, make_table
 from guided_diffusion import dist_util
 from guided_diffusion.depth.options import DagOnOptions
 from guided_diffusion.options import parse_options
-from guided_diffusion.sample_util import OPTION_CLASSES, SamplingRun, preset_values
+from guided_diffusion.runs.sample import OPTION_CLASSES, SamplingRun, preset_values
 from guided_diffusion.script_util import run_script
 
 

@@ -9,9 +9,9 @@ Examples (each goes on where it was stopped when started again):
 import logging
 import sys
 
-from guided_diffusion.depth.accuracy import DepthAccuracyOptions, measure_accuracy
+from evaluations.depth.accuracy import DepthAccuracyOptions, measure_accuracy
 from guided_diffusion.options import parse_options
-from guided_diffusion.sample_util import preset_values
+from guided_diffusion.runs.sample import preset_values
 from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
 
 

@@ -11,7 +11,7 @@ import sys
 
 from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
 from guided_diffusion.options import parse_options
-from guided_diffusion.sample_util import preset_values
+from guided_diffusion.runs.sample import preset_values
 from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
 
 

@@ -5,8 +5,8 @@ Examples:
     python scripts/reliability.py --pack_images 50000
 """
 
+from evaluations.benchmarks.reliability import ReliabilityOptions, packing_trial, reliability, table
 from guided_diffusion.options import parse_options
-from guided_diffusion.reliability import ReliabilityOptions, packing_trial, reliability, table
 from guided_diffusion.script_util import run_script
 
 

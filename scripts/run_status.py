@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from guided_diffusion.run_status import run_status
+from guided_diffusion.runs.status import run_status
 from guided_diffusion.script_util import run_script
 
 

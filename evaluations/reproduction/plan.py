@@ -21,15 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from guided_diffusion import dist_util
-from guided_diffusion.benchmark import peak_memory
 from guided_diffusion.checkpoint import find_preset, released_names
 from guided_diffusion.guidance import Guidance
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sample_util import SamplingRun
+from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.script_util import ClassifierOptions, ModelOptions, build_classifier, build_model
 
+from ..benchmarks.speed import peak_memory
 from ..evaluator import INCEPTIONS
-from ..inception_graph import FILE_NAME, is_here
+from ..extractors.inception_graph import FILE_NAME, is_here
 from ..references import find_reference, reference_names
 from .tables import DFID, Row, Table
 

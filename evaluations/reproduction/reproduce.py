@@ -23,11 +23,11 @@ from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
 from guided_diffusion.options import Options, option
 from guided_diffusion.packing import first_images
-from guided_diffusion.shards import locked
+from guided_diffusion.runs.shards import locked
 
-from ..attention_study import overlay_strip
+from ..attention.study import overlay_strip
 from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
-from ..inception_graph import find_graph
+from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
 from .plan import missing, plan

@@ -18,9 +18,9 @@ from typing import Any
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.sample_util import SamplingRun
+from guided_diffusion.runs.sample import SamplingRun
 
-from ..depth_fid import DepthFidOptions, DepthFile, depth_fid
+from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference

@@ -25,7 +25,7 @@ from typing import Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import NOT_OPTIONS, Options, fill, nearest, option, option_fields, read_yaml
-from guided_diffusion.sample_util import OPTION_CLASSES, SampleOptions, SamplingRun, preset_values
+from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, SamplingRun, preset_values
 
 from ..evaluator import BACKENDS
 

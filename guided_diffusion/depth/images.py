@@ -9,7 +9,7 @@ import numpy as np
 from ..options import Options, option
 from ..progress import progress_bar
 from .pairs import checked_depth_range, open_pairs, parse_depth_range, read_depth
-from .scene_files import checked_npz, save_npz
+from .scenes.files import checked_npz, save_npz
 
 
 @dataclass(frozen=True)

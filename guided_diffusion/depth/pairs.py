@@ -27,8 +27,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import read_arrays
 from ..image_datasets import classes_by_name, crop_square, image_extent, read_image, resize_smaller_side
-from .scene_files import render_scenes
 from .scenes import DEPTH_RANGE, render
+from .scenes.files import render_scenes
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores

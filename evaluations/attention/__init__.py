@@ -1,0 +1,1 @@
+"""What self-attention attends to: the analysis of the SAG paper (2210.00939, section 3)."""

@@ -1,0 +1,184 @@
+"""Numbers of the study of attention: spectra of patches, and the overlap of masks with objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from guided_diffusion.capture import Received
+from guided_diffusion.guidance.degrade import random_mask
+
+from ..metrics import interval, resampled_mean, resamplings
+
+EVERY_STEP = "all"      # in place of a step: all of them together
+HIGH = 0.25             # cycles / pixel: half of the band
+
+Row = dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """One evaluation of the network at step t, on the CPU."""
+
+    t: int
+    x0: Tensor                          # (N, C, H, W) in [-1, 1], as predicted
+    received: dict[str, Received]       # by block
+
+    def arrays(self, block: str) -> tuple[np.ndarray, tuple[int, int]]:
+        """Received attention (N, T) of a block, and its grid."""
+        return self.received[block].received.numpy(), self.received[block].grid
+
+    def of(self, images: slice) -> Seen:
+        """What was seen of some of the images."""
+        received = {block: Received(one.received[images], one.grid) for block, one in self.received.items()}
+        return Seen(self.t, self.x0[images], received)
+
+
+class Ratio(NamedTuple):
+    """A ratio with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+# Frequencies
+
+
+def patch_spectra(x0: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Magnitudes of the 2-D Fourier transform of each token's patch of grey images: (N, T, h, w) float64.
+
+    x0: (N, C, H, W), of which grey is the mean over C; h = H / grid[0], w = W / grid[1].
+    """
+    n, _, height, width = x0.shape
+    rows, columns = grid
+    patches = x0.double().mean(dim=1).reshape(n, rows, height // rows, columns, width // columns).transpose(2, 3)
+    return torch.fft.fft2(patches.flatten(1, 2)).abs()
+
+
+def radial_profile(spectrum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies in cycles / pixel, and the mean of a spectrum (s, s) over the ring around each; both (s // 2 + 1,).
+
+    What lies in the corners, beyond 0.5, belongs to the last ring.
+    """
+    size = len(spectrum)
+    frequency = np.fft.fftfreq(size)
+    ring = np.rint(np.hypot(frequency[:, None], frequency[None]) * size).astype(int).clip(max=size // 2)
+    return np.arange(size // 2 + 1) / size, np.bincount(ring.ravel(), spectrum.ravel()) / np.bincount(ring.ravel())
+
+
+class PatchStatistics:
+    """Spectra of masked patches and of all, by block and step.
+
+    spectra: (2, s, s), summed over patches and images. images: (N, 2, 2) in pieces, of each image the sum of its
+    patches' mean magnitudes above HIGH on either axis, and the number of these patches.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.spectra: dict[tuple[str, int], np.ndarray] = {}
+        self.images: dict[tuple[str, int], list[np.ndarray]] = {}
+        self.grids: dict[str, tuple[int, int]] = {}
+
+    def add(self, seen: Seen) -> None:
+        by_grid = {grid: patch_spectra(seen.x0, grid).numpy() for grid in {one.grid for one in seen.received.values()}}
+        for block in seen.received:
+            received, grid = seen.arrays(block)
+            spectra, key = by_grid[grid], (block, seen.t)
+            masks = np.stack([received > self.threshold, np.ones_like(received, bool)]).astype(float)    # (2, N, T)
+            frequency = abs(np.fft.fftfreq(spectra.shape[-1]))
+            high = spectra[..., np.maximum(frequency[:, None], frequency) > HIGH]
+            high = high.sum(axis=2) / max(1, high.shape[2])
+            self.grids[block] = grid
+            self.spectra[key] = self.spectra.get(key, 0) + np.einsum("mnt,ntyx->myx", masks, spectra)
+            self.images.setdefault(key, []).append(
+                np.stack([(masks * high).sum(axis=2), masks.sum(axis=2)], axis=2).swapaxes(0, 1))
+
+    def of_images(self, block: str, t: int | str = EVERY_STEP) -> np.ndarray:
+        """(N, 2, 2): `images` of a block at one step or summed over all."""
+        return sum(np.concatenate(parts) for (name, step), parts in self.images.items()
+                   if name == block and t in (step, EVERY_STEP))
+
+    def share(self, block: str) -> float:
+        """Of the block's tokens, those that are masked, over all steps."""
+        masked, every = self.of_images(block)[:, :, 1].sum(axis=0)
+        return float(masked / every)
+
+    def high_ratio(self, block: str, bootstrap: int) -> Ratio:
+        """Mean magnitude of the frequencies above HIGH of masked patches over that of all, over all steps.
+
+        The interval is of resampled images. NaN without a spectrum, or without a masked patch.
+        """
+        images = self.of_images(block)
+
+        def ratio(counts: np.ndarray) -> np.ndarray:
+            sums = np.einsum("bn,nms->bms", counts.astype(float), images)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                means = sums[..., 0] / sums[..., 1]
+                return means[:, 0] / means[:, 1]
+
+        value = float(ratio(np.ones((1, len(images))))[0])
+        return Ratio(value, *interval(ratio(resamplings(len(images), bootstrap)), value))
+
+    def rows(self) -> list[Row]:
+        """By block, step and frequency; none of blocks whose patches are single pixels, which have no spectrum."""
+        rows = []
+        for block, grid in self.grids.items():
+            of_block = {t: spectra for (name, t), spectra in self.spectra.items() if name == block}
+            if next(iter(of_block.values())).shape[-1] == 1:
+                continue
+            for t, spectra in {**of_block, EVERY_STEP: sum(of_block.values())}.items():
+                patches = self.of_images(block, t)[:, :, 1].sum(axis=0)
+                with np.errstate(invalid="ignore"):         # no patch is masked: NaN
+                    (frequencies, masked), (_, every) = map(radial_profile, spectra / patches[:, None, None])
+                    ratio = masked / every
+                rows += [{"block": block, "resolution": grid[0], "t": t, "frequency": float(f), "masked": float(m),
+                          "all": float(e), "ratio": float(r), "masked_patches": int(patches[0]),
+                          "patches": int(patches[1])}
+                         for f, m, e, r in zip(frequencies, masked, every, ratio, strict=True)]
+        return rows
+
+
+# Objects
+
+
+def iou(masks: Tensor, objects: Tensor) -> Tensor:
+    """Intersection over union of masks (..., H, W) bool, (...); 0 where both are empty."""
+    both, either = (masks & objects).sum(dim=(-2, -1)), (masks | objects).sum(dim=(-2, -1))
+    return both / either.clamp(min=1)
+
+
+def overlaps(seen: Received, objects: Tensor, others: Tensor, psis: Sequence[float], numbers: Sequence[int], t: int,
+             ) -> np.ndarray:
+    """(N, psis, 3): IoU of masks by attention with objects (N, H, W) bool, of random ones with as many tokens with
+    them, and of masks by attention with the objects of other images (N, H, W)."""
+    attended = torch.stack([seen.received > psi for psi in psis], dim=1)                 # (N, psis, T)
+    n, count, _ = attended.shape
+    images = torch.tensor(numbers).repeat_interleave(count)
+    random = random_mask(attended.sum(dim=2).flatten(), seen.grid, images, torch.full_like(images, t))
+    tokens = torch.stack([attended, random.unflatten(0, (n, count))], dim=2).unflatten(3, seen.grid)
+    masks = F.interpolate(tokens.flatten(1, 2).float(), objects.shape[1:], mode="nearest") > 0.5
+    own = iou(masks, objects[:, None]).unflatten(1, (count, 2))
+    other = iou(masks, others[:, None]).unflatten(1, (count, 2))[:, :, :1]
+    return torch.cat([own, other], dim=2).double().numpy()
+
+
+def overlap_rows(scores: dict[tuple[str, int], np.ndarray], psis: Sequence[float], bootstrap: int) -> list[Row]:
+    """Rows of semantic.csv of the `overlaps` of all images, by block and step; low, high: 95 % of the difference."""
+    counts = resamplings(len(next(iter(scores.values()))), bootstrap)
+    rows = []
+    for block in dict.fromkeys(block for block, _ in scores):
+        by_step: dict[int | str, np.ndarray] = {t: values for (name, t), values in scores.items() if name == block}
+        for t, values in {**by_step, EVERY_STEP: np.mean(list(by_step.values()), axis=0)}.items():
+            for index, psi in enumerate(psis):
+                attended, random, other = values[:, index].T
+                difference = attended - random
+                low, high = interval(resampled_mean(difference)(counts), difference.mean())
+                rows.append({"block": block, "t": t, "psi": psi, "iou": attended.mean(), "random": random.mean(),
+                             "difference": difference.mean(), "low": low, "high": high, "other": other.mean(),
+                             "images": len(values)})
+    return rows

@@ -1,0 +1,377 @@
+"""What self-attention attends to while a network denoises: the analysis of SAG (2210.00939, section 3).
+
+A token is masked where the attention it receives, averaged over the heads and 1 on average over the tokens, is above
+the threshold psi.
+
+    frequency   images are sampled, and x0 as predicted at some steps is cut into the patches of a block's tokens: mean
+                magnitude of the 2-D Fourier transform of masked patches against that of all patches
+    semantics   real images with object masks are noised to some steps: intersection over union (IoU) of mask and
+                objects, against random masks with as many tokens, over psi; and with the objects of the image before,
+                which tells how much of it is a matter of place alone
+
+Steps t are indices into the (respaced) chain. The output folder holds overlay_NUMBER.png for the chosen images,
+frequency.csv and .png, semantic.csv and .png, each figure as .svg too, and summary.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_diffusion import dist_util, sampling
+from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
+from guided_diffusion.depth.options import DagOptions
+from guided_diffusion.depth.scenes import render
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, read_arrays, write, write_csv
+from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.options import Options, option
+from guided_diffusion.pictures import grid as image_grid
+from guided_diffusion.progress import progress_bar
+from guided_diffusion.rng import image_noise
+from guided_diffusion.runs.sample import SampleOptions, SamplingRun, to_uint8
+from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, ModelOptions, PagOptions, SagOptions
+
+from .measures import EVERY_STEP, HIGH, PatchStatistics, Ratio, Row, Seen, overlap_rows, overlaps
+from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, overlay
+
+SCENES = "scenes"
+SHIPPED_SCENES = "scenes32"     # the shipped model whose real images are rendered, with their masks
+NUM_STEPS = 6
+
+
+@dataclass(frozen=True)
+class AttentionOptions(Options):
+    """The study of attention."""
+
+    model: str = option("", "a model by name: a shipped one (scenes32), or the flags of a released checkpoint")
+    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
+    steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
+    blocks: str = option("", "attention blocks to look at, like middle,output.2; unset: all")
+    num_images: int = option(200, "images that the numbers are of: sampled ones, and real ones with objects", minimum=2)
+    batch_size: int = option(16, "images at a time", minimum=1)
+    labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
+                                   "class, or a .npy file of one for each image")
+    seed: int = option(0, "seed of noise and labels", minimum=0)
+    use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
+    threshold: float = option(1.0, "psi of overlays and frequencies: a token is masked if it receives more than this, "
+                              "where 1 is average", minimum=0)
+    thresholds: str = option("0.5,0.75,1,1.25,1.5,1.75,2", "values of psi to compare masks with objects at")
+    attention_heads: str = option("exact", "exact, or official: split heads as the official SAG code does",
+                                  choices=HEADS)
+    objects: str = option("", f"real images with objects: an .npz (arr_0 images, mask: not 0 on objects, arr_1 labels "
+                          f"if there are), or {SCENES}, rendered ones; unset: {SCENES} for --model {SHIPPED_SCENES}, "
+                          "for others none")
+    object_seed: int = option(1, f"seed of the {SCENES}; the shipped model was trained on those of 0", minimum=0)
+    object_steps: str = option("", "respaced steps that real images are noised to; unset: those of --steps")
+    bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
+    out: str = option("runs/attention", "folder for figures, tables and summary")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.numbers, self.psis        # which raise for what is not allowed
+
+    @property
+    def numbers(self) -> list[int]:
+        """The images that are drawn."""
+        return _values("images", self.images, int, "image numbers from 0 up, like 0,1,2", lambda n: n >= 0)
+
+    @property
+    def psis(self) -> list[float]:
+        """Rising thresholds, --threshold among them."""
+        psis = _values("thresholds", self.thresholds, float, "numbers from 0 up, like 0.5,1,2",
+                       lambda psi: psi >= 0 and math.isfinite(psi))
+        return sorted({*psis, self.threshold})
+
+    def chosen_steps(self, flag: str, num_timesteps: int) -> list[int]:
+        """The steps of an option of this class, from noise to image."""
+        text = getattr(self, flag)
+        if not text:
+            return evenly_spaced(num_timesteps)
+        steps = _values(flag, text, int, f"steps from 0 to {num_timesteps - 1} of this chain, comma-separated",
+                        lambda t: 0 <= t < num_timesteps)
+        return sorted(steps, reverse=True)
+
+    def run(self, model: ModelOptions, diffusion: DiffusionOptions) -> SamplingRun:
+        """The unguided sampling run that is looked at."""
+        sample = SampleOptions(
+            model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.numbers) + 1),
+            batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, out=self.out)
+        sag = SagOptions(threshold=self.threshold, attention_heads=self.attention_heads)
+        return SamplingRun(sample, model, diffusion, ClassifierOptions(), sag, PagOptions(), DagOptions())
+
+
+def _values(flag: str, text: str, kind: type, expected: str, allowed: Callable[[Any], bool]) -> list[Any]:
+    """Different values of a comma-separated list; UserError where it is none or a value is not allowed."""
+    try:
+        values = list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        values = []
+    if not values or not all(map(allowed, values)):
+        raise UserError(f"--{flag} {text}: must be {expected}")
+    return values
+
+
+def evenly_spaced(num_timesteps: int, count: int = NUM_STEPS) -> list[int]:
+    """At most `count` steps from the first, the noisiest, to 0."""
+    return list(dict.fromkeys(np.linspace(num_timesteps - 1, 0, count).round().astype(int).tolist()))
+
+
+def study_attention(options: AttentionOptions, model: ModelOptions, diffusion: DiffusionOptions) -> str:
+    """The whole study; returns the summary. Raises UserError for what is wrong, before the first image is sampled."""
+    return AttentionStudy(options, options.run(model, diffusion)).run()
+
+
+# What a network attends to
+
+
+class Watched:
+    """The network of a sampling run, and what its attention blocks receive."""
+
+    def __init__(self, run: SamplingRun) -> None:
+        self.run = run
+        self.model, self.network, self.diffusion, self.guidance = run.build()
+        self.labels = run.labels()
+
+    def noise(self, numbers: Sequence[int], step: int) -> Tensor:
+        shape = (self.run.model.in_channels, self.run.model.image_size, self.run.model.image_size)
+        return image_noise(self.run.sample.seed, numbers, step, shape).to(dist_util.dev())
+
+    def denoiser(self, labels: Tensor | None) -> Denoiser:
+        kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
+        return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs)
+
+    @torch.no_grad()
+    def see(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Seen:
+        """One evaluation at x_t (N, C, H, W) of step t."""
+        with capture_attention(self.model, blocks, heads=self.run.sag.attention_heads) as captured:
+            x0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)).pred_xstart
+        return Seen(t, x0.cpu(), {name: Received(seen.received.cpu(), seen.grid) for name, seen in captured.items()})
+
+    def chain(self, numbers: Sequence[int], steps: Sequence[int], blocks: Sequence[str]) -> Iterator[Seen]:
+        """The chosen steps of the chain of these images, from noise to image.
+
+        They are evaluated once more than the chain does it: guidance also evaluates the network on degraded images,
+        and attention that nobody reads need not be captured.
+        """
+        options = self.run.sample
+        step = functools.partial(sampling.ddim_step, eta=options.eta) if options.use_ddim else sampling.ddpm_step
+        denoise = self.denoiser(None if self.labels is None else self.labels(numbers))
+        x_t = self.noise(numbers, self.diffusion.num_timesteps)
+        chain = sampling.sample_chain(step, denoise, x_t, lambda t: self.noise(numbers, t), self.guidance,
+                                      torch.tensor(numbers))
+        for t in reversed(range(min(steps), self.diffusion.num_timesteps)):
+            if t in steps:
+                yield self.see(denoise, x_t, t, blocks)
+            x_t = next(chain)["sample"]
+
+
+def overlay_strip(run: SamplingRun, numbers: Sequence[int], steps: int = NUM_STEPS) -> np.ndarray:
+    """(h, w, 3) uint8: a row for each image of the run, from noise to image, x0 and then the attention on it.
+
+    Of the block that the run's options of SAG name, with the mask at their threshold; steps: how many.
+    """
+    watched = Watched(run)
+    block = run.sag.build(watched.model).block
+    chosen = evenly_spaced(watched.diffusion.num_timesteps, steps)
+    pairs = []
+    for seen in watched.chain(numbers, chosen, [block]):
+        x0, (received, grid) = to_uint8(seen.x0), seen.arrays(block)
+        pairs += [enlarged(x0), overlay(x0, received, grid, run.sag.threshold)]
+    return image_grid(np.stack(pairs, axis=1).reshape(-1, *pairs[0].shape[1:]), len(pairs))
+
+
+# Objects
+
+
+class Objects(NamedTuple):
+    """Real images with their objects."""
+
+    images: np.ndarray                  # (N, H, W, 3) uint8
+    mask: np.ndarray                    # (N, H, W) bool, True on objects
+    labels: np.ndarray | None           # (N,) int64
+    source: str                         # what they are, in a word
+
+
+def read_objects(options: AttentionOptions, model: ModelOptions) -> Objects | None:
+    """The first --num_images of --objects, None where there are none. Raises UserError for a file that does not fit."""
+    source = options.objects or (SCENES if options.model == SHIPPED_SCENES else "")
+    if not source:
+        return None
+    count, size = options.num_images, model.image_size
+    if source == SCENES:
+        scenes = render(options.object_seed, range(count), size)
+        return Objects(scenes.rgb, scenes.mask > 0, None, f"{SCENES} of seed {options.object_seed}")
+    flag = f"--objects {source}"
+    images, mask, labels = read_arrays(source, ("arr_0", "mask", "arr_1"), f"{flag}: cannot be read")
+    if images is None or mask is None:
+        raise UserError(f"{flag}: has no {'arr_0 (images)' if images is None else 'mask (objects)'}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(f"{flag}: arr_0 is {images.shape} {images.dtype}, must be (N, H, W, 3) uint8")
+    if images.shape[1:3] != (size, size):
+        raise UserError(f"{flag}: holds images of {images.shape[1]}x{images.shape[2]}, those of the model are "
+                        f"{size}x{size}")
+    if mask.shape != images.shape[:3] or mask.dtype.kind not in "biu":
+        raise UserError(f"{flag}: mask is {mask.shape} {mask.dtype}, must be {images.shape[:3]} whole numbers")
+    if count > len(images):
+        raise UserError(f"--num_images {count}: {source} holds {len(images)} images")
+    if not model.class_cond or labels is None:
+        return Objects(images[:count], mask[:count] != 0, None, Path(source).name)
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0 or (
+            labels.max() >= model.num_classes):
+        raise UserError(f"{flag}: arr_1 must be {len(images)} classes from 0 to {model.num_classes - 1}")
+    return Objects(images[:count], mask[:count] != 0, labels[:count].astype(np.int64), Path(source).name)
+
+
+# The study
+
+
+class AttentionStudy:
+    """All of it, into the folder --out. Raises UserError as it is made, for whatever is wrong."""
+
+    def __init__(self, options: AttentionOptions, run: SamplingRun) -> None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UserError("the figures need matplotlib: install the extra `eval`") from None
+        self.options, self.out = options, Path(options.out)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        check_writable("--out", str(self.out / "summary.md"))
+        self.objects = read_objects(options, run.model)
+        self.network = Watched(run)
+        length = self.network.diffusion.num_timesteps
+        self.steps = options.chosen_steps("steps", length)
+        self.object_steps = options.chosen_steps("object_steps", length) if options.object_steps else self.steps
+        names = [name.strip() for name in options.blocks.split(",") if name.strip()]
+        blocks = self.network.model.attention_blocks
+        self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
+
+    def run(self) -> str:
+        """The summary; all files are then written."""
+        patches = self._sample()
+        frequencies = patches.rows()
+        if frequencies:
+            write_csv(self.out / "frequency.csv", frequencies)
+            last = {row["resolution"]: row["block"] for row in frequencies}
+            draw_frequencies(self.out, [row for row in frequencies if row["block"] in last.values()])
+        overlap = self._compare() if self.objects is not None else []
+        if overlap:
+            write_csv(self.out / "semantic.csv", overlap)
+            draw_overlaps(self.out, overlap)
+        text = self._summary(patches, overlap)
+        write(self.out / "summary.md", lambda file: file.write_text(text))
+        return text
+
+    def _sample(self) -> PatchStatistics:
+        """Samples, draws the chosen images, and sums up the first --num_images."""
+        options = self.options
+        patches = PatchStatistics(options.threshold)
+        numbers = sorted({*range(options.num_images), *options.numbers})
+        with progress_bar(len(numbers) * len(self.steps), "sampled images", "img") as progress:
+            for piece in _pieces(numbers, options.batch_size):
+                drawn: dict[int, list[Seen]] = {number: [] for number in piece if number in options.numbers}
+                counted = sum(number < options.num_images for number in piece)
+                for seen in self.network.chain(piece, self.steps, self.blocks):
+                    if counted:
+                        patches.add(seen.of(slice(counted)))
+                    for number, of_image in drawn.items():
+                        index = piece.index(number)
+                        of_image.append(seen.of(slice(index, index + 1)))
+                    progress.update(len(piece))
+                for number, of_image in drawn.items():
+                    self._draw(number, of_image)
+        return patches
+
+    def _draw(self, number: int, seen: Sequence[Seen]) -> None:
+        received = {block: (np.concatenate([one.received[block].received.numpy() for one in seen]),
+                            seen[0].received[block].grid) for block in self.blocks}
+        draw_overlays(self.out, number, self.steps, to_uint8(torch.cat([one.x0 for one in seen])), received,
+                      self.options.threshold)
+
+    def _compare(self) -> list[Row]:
+        """The overlap of masks and objects."""
+        images, objects, labels, _ = self.objects
+        others = np.roll(objects, 1, axis=0)
+        scores: dict[tuple[str, int], list[np.ndarray]] = {}
+        if labels is None and self.network.labels is not None:
+            labels = self.network.labels(range(len(images))).numpy()
+        with progress_bar(len(images) * len(self.object_steps), "real images", "img") as progress:
+            for piece in _pieces(range(len(images)), self.options.batch_size):
+                x0 = torch.from_numpy(images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
+                x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
+                denoise = self.network.denoiser(None if labels is None else torch.from_numpy(labels[piece]))
+                for t in self.object_steps:
+                    steps = torch.full((len(piece),), t, device=dist_util.dev())
+                    x_t = self.network.diffusion.q_sample(x0.to(steps.device), steps, self.network.noise(piece, t))
+                    seen = self.network.see(denoise, x_t, t, self.blocks)
+                    for block in self.blocks:
+                        scores.setdefault((block, t), []).append(overlaps(
+                            seen.received[block], torch.from_numpy(objects[piece]), torch.from_numpy(others[piece]),
+                            self.options.psis, piece, t))
+                    progress.update(len(piece))
+        joined = {key: np.concatenate(parts) for key, parts in scores.items()}
+        return overlap_rows({(block, t): joined[block, t] for block in self.blocks for t in self.object_steps},
+                            self.options.psis, self.options.bootstrap)
+
+    def _summary(self, patches: PatchStatistics, overlap: Sequence[Row]) -> str:
+        options = self.options
+        ratios = {block: patches.high_ratio(block, options.bootstrap) for block in self.blocks}
+        at_psi = {row["block"]: row for row in overlap if row["t"] == EVERY_STEP and row["psi"] == options.threshold}
+        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with objects of "
+                f"another image | above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|---|"]
+        for block, (height, width) in patches.grids.items():
+            row, ratio = at_psi.get(block), ratios[block]
+            cells = [block, f"{height}x{width}", f"{100 * patches.share(block):.0f} %"]
+            cells += ["-"] * 4 if row is None else [
+                f"{row['iou']:.3f}", f"{row['random']:.3f}",
+                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+                f"{row['other']:.3f}"]
+            cells.append("-" if math.isnan(ratio.value) else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+            rows.append(f"| {' | '.join(cells)} |")
+        model = options.model or Path(options.model_path).name
+        return "\n".join([
+            f"{model}, seed {options.seed}: {options.num_images} images sampled by "
+            f"{'DDIM' if options.use_ddim else 'DDPM'} in {self.network.diffusion.num_timesteps} steps, seen at t = "
+            f"{_listed(self.steps)}. A token is masked where it receives more than {options.threshold:g} times the "
+            "average attention. In brackets 95 % intervals.", "", *rows, "",
+            *_frequency_verdict(ratios), *self._object_verdict(at_psi), ""])
+
+    def _object_verdict(self, at_psi: dict[str, Row]) -> list[str]:
+        if self.objects is None:
+            return ["Semantic analysis: skipped, as --objects names no images with object masks."]
+        best = max(at_psi.values(), key=lambda row: row["difference"])
+        better, worse = (sum(sign * row[bound] > 0 for row in at_psi.values())
+                         for sign, bound in ((1, "low"), (-1, "high")))
+        return [f"Masks pick objects better than random ones in {better} of {len(at_psi)} blocks, worse in {worse}; "
+                f"best: {best['block']} ({best['difference']:+.3f}). On {len(self.objects.images)} images of "
+                f"{self.objects.source}, noised to t = {_listed(self.object_steps)}."]
+
+
+def _frequency_verdict(ratios: dict[str, Ratio]) -> list[str]:
+    known = [ratio for ratio in ratios.values() if not math.isnan(ratio.value)]
+    missing = [block for block, ratio in ratios.items() if math.isnan(ratio.value)]
+    lines = [f"Masked patches hold more of the high frequencies than all patches in {sum(r.low > 1 for r in known)} of "
+             f"{len(known)} blocks, less in {sum(r.high < 1 for r in known)}."] if known else []
+    if missing:
+        lines.append(f"No spectrum: {', '.join(missing)} (patches of one pixel, or none masked).")
+    return lines
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
+
+
+def _pieces(numbers: Sequence[int], size: int) -> list[list[int]]:
+    return [list(numbers[start:start + size]) for start in range(0, len(numbers), size)]

@@ -1,0 +1,246 @@
+"""How much faster the evaluator's numbers come, and in how much memory, than in the official evaluator's ways.
+
+`python -m evaluations.benchmark` prints a table for this machine; both ways are timed in turns, so that the ratios
+hold where the machine is busy, too. TensorFlow takes part where it is installed, Inception where --inception names
+its graph. Run it with OMP_NUM_THREADS=2 and the like to limit the threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+
+from guided_diffusion.script_util import run_script
+
+from ..extractors.inception import InceptionNetwork
+from ..extractors.tensorflow import TensorflowNetwork
+from ..metrics import RunningStatistics, frechet_distance, precision_recall
+
+Work = Callable[[], object]
+
+
+class Cost(NamedTuple):
+    seconds: float
+    megabytes: float    # peak above what the process held before; NaN where the system does not say
+
+
+class Comparison(NamedTuple):
+    what: str
+    other_way: str
+    here: Cost
+    there: Cost
+
+    @property
+    def ratio(self) -> float:
+        return self.there.seconds / self.here.seconds
+
+
+class Sizes(NamedTuple):
+    """What is measured."""
+
+    channels: int = 2048
+    images: int = 10_000            # on each side of precision and recall
+    covariance_images: int = 50_000
+    inception_images: int = 64      # at 256 x 256
+
+
+QUICK = Sizes(channels=256, images=1000, covariance_images=5000, inception_images=8)
+NO_TENSORFLOW = "TensorFlow is not installed: precision and recall are compared with numpy alone."
+
+
+def compare(what: str, here: Work, others: dict[str, Work], repeats: int) -> list[Comparison]:
+    """The fastest of `repeats` runs of each, in turns, and the highest of their peaks; others: other ways by name."""
+    costs = {name: [] for name in ("", *others)}
+    for _ in range(repeats):
+        for name, work in (("", here), *others.items()):
+            costs[name].append(measure(work))
+    best = {name: Cost(min(cost.seconds for cost in runs), max(cost.megabytes for cost in runs))
+            for name, runs in costs.items()}
+    return [Comparison(what, name, best[""], best[name]) for name in others]
+
+
+def measure(work: Work) -> Cost:
+    """Time and peak of the resident memory of one run."""
+    with _WatchedMemory() as memory:
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+    return Cost(seconds, memory.peak / 1e6)
+
+
+class _WatchedMemory:
+    """Within the block a thread looks at the resident memory every few milliseconds; peak: bytes above the start."""
+
+    def __enter__(self) -> _WatchedMemory:
+        self._start = self._peak = _resident_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._peak = max(self._peak, _resident_bytes())
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def peak(self) -> float:
+        return self._peak - self._start
+
+
+def _resident_bytes() -> float:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096.0
+    except OSError:
+        return math.nan
+
+
+# What is compared
+
+
+def comparisons(sizes: Sizes, repeats: int, inception: str | None = None) -> Iterator[Comparison]:
+    rng = np.random.default_rng(0)
+    yield from frechet(sizes, repeats, rng)
+    yield from neighbours(sizes, repeats, rng)
+    yield from covariance(sizes, repeats, rng)
+    if inception:
+        yield from inception_features(inception, sizes, repeats, rng)
+
+
+def frechet(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+    channels = sizes.channels
+    sigma1, sigma2 = (np.cov(_features(rng, 2 * channels, channels), rowvar=False) for _ in range(2))
+    mu = np.zeros(channels)
+    return compare(f"Fréchet distance, {channels} channels", lambda: frechet_distance(mu, sigma1, mu, sigma2),
+                   {"scipy.linalg.sqrtm of the product": lambda: scipy.linalg.sqrtm(sigma1 @ sigma2)}, repeats)
+
+
+def neighbours(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+    reference, sample = (_features(rng, sizes.images, sizes.channels) for _ in range(2))
+    plain = functools.partial(whole_precision_recall, reference, sample, numpy_distances)
+    ways = {"numpy in float32, whole matrices": plain}
+    tensorflow = _tensorflow_distances()
+    if tensorflow:
+        tensorflow(reference[:8], sample[:8])           # traced before it is timed
+        official = functools.partial(whole_precision_recall, reference, sample, tensorflow)
+        ways = {"TensorFlow, as the official code": official, **ways}
+    return compare(f"Precision and recall, {sizes.images:,} x {sizes.images:,} x {sizes.channels}",
+                   lambda: precision_recall(reference, sample), ways, repeats)
+
+
+def covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+    features = _features(rng, sizes.covariance_images, sizes.channels)
+
+    def streamed() -> np.ndarray:
+        running = RunningStatistics()
+        for start in range(0, len(features), 500):
+            running.update(features[start:start + 500])
+        return running.covariance
+
+    return compare(f"Covariance, {sizes.covariance_images:,} x {sizes.channels}", streamed,
+                   {"numpy.cov": lambda: np.cov(features, rowvar=False)}, repeats)
+
+
+def inception_features(path: str, sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+    images = rng.integers(0, 256, (sizes.inception_images, 256, 256, 3), dtype=np.uint8)
+    here, there = InceptionNetwork(path), TensorflowNetwork(path)
+    for network in (here, there):
+        network.features(images[:2])
+    return compare(f"Inception, {len(images)} images of 256 x 256", lambda: here.features(images),
+                   {"TensorFlow": lambda: there.features(images)}, repeats)
+
+
+def _features(rng: np.random.Generator, images: int, channels: int) -> np.ndarray:
+    """Like those of a network: not negative, correlated, float32."""
+    latent = rng.standard_normal((images, 64), dtype=np.float32)
+    features = latent @ rng.standard_normal((64, channels), dtype=np.float32) / 8
+    features += rng.standard_normal((images, channels), dtype=np.float32)
+    return np.maximum(features, 0, out=features)
+
+
+# The official evaluator's ways
+
+
+Distances = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def numpy_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Squared distances in float32 as one writes them down: |u|^2 - 2 u.v + |v|^2."""
+    squares = (np.square(features).sum(axis=1) for features in (left, right))
+    return np.maximum(next(squares)[:, None] - 2 * (left @ right.T) + next(squares), 0)
+
+
+def whole_precision_recall(reference: np.ndarray, sample: np.ndarray, distances: Distances,
+                           k: int = 3) -> tuple[float, float]:
+    """Precision and recall from whole matrices of distances, as the official evaluator has them for 10,000 images."""
+    reference_radii, sample_radii = (np.partition(distances(features, features), np.arange(k + 1), axis=1)[:, k]
+                                     for features in (reference, sample))
+    squared = distances(reference, sample)
+    return (float((squared <= reference_radii[:, None]).any(axis=0).mean()),
+            float((squared <= sample_radii).any(axis=1).mean()))
+
+
+def _tensorflow_distances() -> Distances | None:
+    """Squared distances in half precision, in single precision if they overflow; None without TensorFlow."""
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return None
+
+    def squared(left, right):
+        left_squares = tf.reduce_sum(tf.square(left), axis=1)[:, None]
+        right_squares = tf.reduce_sum(tf.square(right), axis=1)[None]
+        return tf.maximum(left_squares - 2 * tf.matmul(left, right, transpose_b=True) + right_squares, 0)
+
+    @tf.function(reduce_retracing=True)
+    def distances(left, right):
+        half = squared(tf.cast(left, tf.float16), tf.cast(right, tf.float16))
+        return tf.cond(tf.reduce_all(tf.math.is_finite(half)), lambda: tf.cast(half, tf.float32),
+                       lambda: squared(left, right))
+
+    return lambda left, right: distances(left, right).numpy()
+
+
+# The table
+
+
+HEADER = "| What | Compared with | Times as fast | Seconds | Seconds there | Peak, MB | Peak there, MB |"
+
+
+def row(comparison: Comparison) -> str:
+    here, there = comparison.here, comparison.there
+    cells = (comparison.what, comparison.other_way, f"{comparison.ratio:.1f}", f"{here.seconds:.3g}",
+             f"{there.seconds:.3g}", f"{here.megabytes:.0f}", f"{there.megabytes:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller sizes: seconds instead of minutes")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each way, of which the fastest counts")
+    parser.add_argument("--inception", metavar="FILE", help="the graph of the 2015 Inception, to time that as well")
+    arguments = parser.parse_args(argv)
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: must be at least 1")
+    print(HEADER, "| --- | --- |" + " ---: |" * 5, sep="\n", flush=True)
+    for comparison in comparisons(QUICK if arguments.quick else Sizes(), arguments.repeats, arguments.inception):
+        print(row(comparison), flush=True)
+    print("\nPeaks of the resident memory are above the features and images themselves.")
+    if _tensorflow_distances() is None:
+        print(NO_TENSORFLOW)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,88 @@
+"""Peak memory of an evaluation, on synthetic images with a network of Inception's sizes that computes next to nothing.
+
+    python -m evaluations.memory_benchmark --num_images 50000 --image_size 256 --metrics is,fid,sfid
+
+writes two files of that many images (50,000 of 256x256 take 9.8 GB) into a temporary folder, evaluates one against the
+other, and prints the time and the largest resident memory of the process.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.script_util import run_script
+
+from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
+from ..features import Features, feature_folder
+from ..npz import write_batch
+
+PIECE = 100
+
+
+@dataclass(frozen=True)
+class MemoryOptions(Options):
+    """The measurement."""
+
+    num_images: int = option(50_000, "images in the sample file", minimum=4)
+    reference_images: int = option(10_000, "images in the reference", minimum=4)
+    image_size: int = option(256, "pixels a side, a multiple of 8", minimum=8)
+    metrics: str = option("is,fid,sfid,precision,recall", "as of the evaluator")
+    tmp_dir: str = option("", "folder for the temporary files; unset: the system's")
+
+
+class Stub:
+    """Random projections of 8 x 8 pixels to as many features as Inception has."""
+
+    name, fingerprint = "stub", "0" * 64
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.weights = [rng.normal(size=(192, width)).astype(np.float32) for width in (2048, 2023, 1008)]
+
+    def features(self, images: np.ndarray) -> Features:
+        step = images.shape[1] // 8
+        x = images[:, ::step, ::step].reshape(len(images), -1).astype(np.float32) / 255
+        pooled, spatial, logits = (x @ weights for weights in self.weights)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return Features(pooled, spatial, exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def synthetic_images(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Images (n, size, size, 3) of 8 x 8 random squares, in pieces."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, count, PIECE):
+        squares = rng.integers(0, 256, (min(PIECE, count - start), 8, 8, 3), np.uint8)
+        yield squares.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
+
+
+def measure(options: MemoryOptions) -> str:
+    """One line: what was evaluated, in how many seconds, and the peak of resident memory."""
+    if options.image_size % 8:
+        raise UserError(f"--image_size {options.image_size}: must be a multiple of 8")
+    size = options.image_size
+    with tempfile.TemporaryDirectory(dir=options.tmp_dir or None) as folder:
+        paths = []
+        for seed, count in enumerate((options.reference_images, options.num_images)):
+            paths.append(Path(folder) / f"{('reference', 'sample')[seed]}.npz")
+            write_batch(paths[-1], {}, synthetic_images(count, size, seed), (count, size, size, 3))
+        began = time.monotonic()
+        evaluation = Evaluation(str(paths[0]), [str(paths[1])], NetworkOptions(),
+                                EvaluatorOptions(metrics=options.metrics), network=Stub())
+        with feature_folder(folder) as cache:
+            evaluation.run(cache)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (f"{options.num_images} images of {size}x{size} against {options.reference_images}, {options.metrics}: "
+            f"{time.monotonic() - began:.0f} s, peak {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    run_script(lambda: print(measure(*parse_options(None, MemoryOptions, description=__doc__))))

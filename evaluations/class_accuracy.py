@@ -1,0 +1,95 @@
+"""Which share of sampled clothes is recognised as the class asked for, by the embedded judge of clean images.
+
+    python -m evaluations.recognised samples_1000x32x32x3.npz [MORE.npz ...] [--json FILE]
+
+A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.script_util import run_script
+
+from .extractors.bundled import IMAGE_SIZE
+from .extractors.fashion_mnist import CLASS_NAMES, EmbeddedClassifier, load_embedded
+from .npz import BatchFile
+
+
+def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file; UserError where it holds anything else."""
+    file = BatchFile(path)
+    if len(file) == 0:
+        raise UserError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
+    if "arr_1" not in file.members:
+        raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
+    if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
+    labels = file.read("arr_1")
+    if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
+    if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+        raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to 9")
+    return file.read("arr_0"), labels.astype(np.int64)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927); z = 1.96 gives 95 %."""
+    share, weight = successes / trials, z * z / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def measure(judge: EmbeddedClassifier, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Share recognised with its 95 % interval, over all images and for each class that was asked for."""
+    right = judge.predict(images) == labels
+    return {**_share(right), "classes": {CLASS_NAMES[c]: _share(right[labels == c]) for c in np.unique(labels)}}
+
+
+def _share(right: np.ndarray) -> dict[str, Any]:
+    recognised, images = int(right.sum()), len(right)
+    return {"images": images, "recognised": recognised, "share": recognised / images,
+            "interval95": wilson_interval(recognised, images)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One line per file: number of images, share recognised with its interval; then the shares per class."""
+    width = max(len("file"), *map(len, results))
+    lines = [f"{'file':{width}}  images  recognised  95 % interval"]
+    for name, result in results.items():
+        low, high = result["interval95"]
+        lines.append(f"{name:{width}}  {result['images']:6d}  {result['share']:10.1%}  {low:.1%} to {high:.1%}")
+    lines += ["", f"{'class':{width}}  images  recognised"]
+    for name, result in results.items():
+        lines.append(name)
+        for class_name, share in result["classes"].items():
+            lines.append(f"{'  ' + class_name:{width}}  {share['images']:6d}  {share['share']:10.1%}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz", help="sample files with labels")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    arguments = parser.parse_args(argv)
+    check_writable("--json", arguments.json)
+    judge = load_embedded()
+    results = {name: measure(judge, *read_samples(name)) for name in arguments.samples}
+    if arguments.json:
+        write_json(arguments.json, {"judge_test_accuracy": judge.test_accuracy, "files": results})
+    print(table(results))
+    print(f"\nThe judge, a classifier of clean images, recognises {judge.test_accuracy:.1%} of the real test images; "
+          "it took no part in sampling.")
+
+
+if __name__ == "__main__":
+    run_script(main)

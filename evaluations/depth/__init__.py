@@ -1,0 +1,1 @@
+"""Measures and pictures of depth-aware guidance (2212.08861)."""

@@ -1,0 +1,143 @@
+"""dFID of depth maps that were estimated with any network: FID between two sets of them, seen as images.
+
+    python -m evaluations.depth_fid REFERENCE.npz SAMPLES.npz [MORE.npz ...] [--depth_range NEAR,FAR] [--json FILE]
+
+A file holds depth, (N, H, W) numbers; estimate those of real and of generated images with one and the same network
+(arXiv 2212.08861 has a DPT). Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own
+range, or that of --depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the
+network are here too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the ranks share the maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion import dist_util
+from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.pairs import OWN_RANGE, parse_depth_range, read_depth
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.script_util import run_script
+
+from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
+from ..features import feature_folder
+from ..npz import BatchFile, write_batch
+
+PIECE = 64
+
+
+@dataclass(frozen=True)
+class DepthFidOptions(Options):
+    """The comparison."""
+
+    depth_range: str = option(OWN_RANGE, "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the "
+                              "units of the files")
+    num_images: int | None = option(None, "only the first so many maps of each sample file; unset: all", minimum=2)
+    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
+    seed: int = option(0, "seed of the resamplings", minimum=0)
+    json: str = option("", "also write the results to this file")
+
+
+class DepthFile:
+    """A file of depth maps. Raises UserError for anything else."""
+
+    def __init__(self, path: str) -> None:
+        self.file = BatchFile(path)
+        if "depth" not in self.file.members:
+            raise UserError(f"{path}: has no depth, which must be (N, H, W) numbers")
+        self.shape, dtype = self.file.header("depth")
+        if len(self.shape) != 3 or min(self.shape) < 1 or dtype.kind not in "fiu":
+            raise UserError(f"{path}: depth is {self.shape} {dtype}, must be (N, H, W) numbers")
+        if self.shape[0] < 2:
+            raise UserError(f"{path}: has {self.shape[0]} depth map, at least 2 are needed")
+
+    def images(self, limits: tuple[float, float] | None) -> Iterator[np.ndarray]:
+        """Pieces (n, S, S, 3) uint8, S the smaller side; limits as in `read_depth`, which raises the UserErrors."""
+        size, first = min(self.shape[1:]), 0
+        for depth in self.file.pieces("depth", PIECE):
+            piece = _Piece(depth, f"{self.file.path}: depth map", first)
+            yield depth_images(np.stack([read_depth(piece, index, size, limits) for index in range(len(depth))]))
+            first += len(depth)
+
+    def write_images(self, path: Path, limits: tuple[float, float] | None) -> None:
+        size = min(self.shape[1:])
+        write_batch(path, {}, self.images(limits), (self.shape[0], size, size, 3))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Depth maps (n, H, W) as `read_depth` asks for them, the first of them map number `first`."""
+
+    maps: np.ndarray
+    title: str
+    first: int
+
+    def depth(self, index: int) -> np.ndarray:
+        return self.maps[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.title} {self.first + index}"
+
+
+def depth_fid(reference: str, samples: list[str], network: NetworkOptions, options: DepthFidOptions,
+              ) -> list[dict[str, Any]]:
+    """The results of the evaluator, FID called dfid, for each file of samples; none on ranks other than the first.
+
+    Raises UserError for files and options that cannot work.
+    """
+    dist_util.setup_dist()
+    with dist_util.together():
+        limits = parse_depth_range(options.depth_range)
+        check_writable("--json", options.json)
+        files = [DepthFile(path) for path in (reference, *samples)]
+        for file in files[1:]:
+            if options.num_images and options.num_images > file.shape[0]:
+                raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
+    with feature_folder(network.cache) as folder:
+        packed = [folder / f"depth-{number}-{file.file.sha256[:16]}.npz" for number, file in enumerate(files)]
+        try:
+            with dist_util.together():
+                if dist_util.is_main():
+                    for file, path in zip(files, packed, strict=True):
+                        file.write_images(path, limits)
+            with dist_util.together():
+                chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
+                                          seed=options.seed)
+                evaluation = Evaluation(str(packed[0]), list(map(str, packed[1:])), network, chosen, warn=warn)
+            results = evaluation.run(folder)
+        finally:
+            if dist_util.is_main():
+                for path in packed:
+                    path.unlink(missing_ok=True)
+    for result, file in zip(results, files[1:], strict=bool(results)):
+        for side, source in (("reference", files[0]), ("sample", file)):
+            result[side] |= {"file": str(source.file.path), "sha256": source.file.sha256}
+        for numbers in (result["metrics"], result.get("intervals95", {})):
+            numbers |= {"dfid": numbers.pop("fid")} if numbers else {}
+        result["protocol"] = {"depth_range": options.depth_range, "seed": options.seed}
+    if results and options.json:
+        write_json(options.json, results)
+    return results
+
+
+def main() -> None:
+    network, options, words = parse_options(None, NetworkOptions, DepthFidOptions, description=__doc__,
+                                            words="the reference, then the sample files, of depth maps")
+    if len(words) < 2:
+        raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
+    for result in depth_fid(words[0], words[1:], network, options):
+        low, high = result.get("intervals95", {}).get("dfid", (None, None))
+        interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+        print(f"sample: {result['sample']['file']}, {result['sample']['images']} depth maps\n"
+              f"dFID: {result['metrics']['dfid']}{interval}")
+    dist_util.shutdown()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,125 @@
+"""Pictures of geometry: samples with the depth that the judge sees in them, surface normals, and point clouds.
+
+    python -m evaluations.depth_pictures samples/dag/unguided samples/dag/both --out geometry.png --cloud cloud.png
+
+Each folder holds a finished run of 32x32 scenes. Column i of every block is image number i, so that runs with the same
+seed show what guidance changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.depth.scenes import intrinsics
+from guided_diffusion.errors import UserError
+from guided_diffusion.pictures import save_comparison
+from guided_diffusion.runs.sample import run_samples
+from guided_diffusion.script_util import run_script
+
+from ..extractors.scenes import load_judge
+from .metrics import metres
+
+TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
+CLOUD_SIZE = 128                # pixels
+DENSITY = 6                     # points per pixel and axis
+
+
+def depth_colours(depth: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) uint8: depth (N, H, W) in [-1, 1] in colours, near is bright."""
+    from matplotlib import colormaps
+
+    return colormaps["magma"]((1 - depth) / 2, bytes=True)[..., :3]
+
+
+def points(depth: np.ndarray) -> np.ndarray:
+    """(..., H, W, 3): the point that each pixel sees, in metres: to the right, down, and along the optical axis.
+
+    depth: (..., H, W), metres, of square scenes.
+    """
+    focal, middle = intrinsics(depth.shape[-1])
+    down, across = np.mgrid[:depth.shape[-2], :depth.shape[-1]]
+    return np.stack([(across - middle) / focal * depth, (down - middle) / focal * depth, depth], axis=-1)
+
+
+def normals(depth: np.ndarray) -> np.ndarray:
+    """(..., H, W, 3): unit normals, towards the camera, of the surface with this depth (..., H, W) in metres."""
+    seen = points(depth)
+    across, down = np.gradient(seen, axis=-2), np.gradient(seen, axis=-3)
+    normal = np.cross(down, across)
+    return normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-9)
+
+
+def normal_colours(depth: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) uint8: the usual colours of normals (right is red, up is green, towards the camera is blue)."""
+    towards = normals(metres(depth)) * np.array([1, -1, -1])
+    return ((towards + 1) / 2 * 255 + 0.5).astype(np.uint8)
+
+
+def point_cloud(image: np.ndarray, depth: np.ndarray, turn: float = TURN, tilt: float = TILT) -> np.ndarray:
+    """(CLOUD_SIZE, CLOUD_SIZE, 3) uint8: the pixels as points in space, seen from the side and from above.
+
+    image: (H, W, 3) uint8. depth: (H, W), metres. turn, tilt: degrees about the middle of the scene.
+    """
+    fine = np.repeat(np.repeat(image, DENSITY, axis=0), DENSITY, axis=1).reshape(-1, 3)
+    cloud = points(_enlarged(depth, DENSITY)).reshape(-1, 3)
+    middle = np.array([0, 0, np.median(cloud[:, 2])])
+    (c, s), (up, back) = ((np.cos(a), np.sin(a)) for a in np.radians([turn, tilt]))
+    about_vertical = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+    about_horizontal = np.array([[1, 0, 0], [0, up, -back], [0, back, up]])
+    cloud = (cloud - middle) @ (about_horizontal @ about_vertical).T + middle * np.array([1, 1, 1.25])
+    order = np.argsort(-cloud[:, 2])
+    cloud, fine = cloud[order], fine[order]
+    focal, centre = intrinsics(CLOUD_SIZE)
+    x, y = (np.rint(focal * cloud[:, axis] / cloud[:, 2] + centre).astype(int) for axis in (0, 1))
+    canvas = np.full((CLOUD_SIZE, CLOUD_SIZE, 3), 255, np.uint8)
+    for colour, column, row in zip(fine, x, y, strict=True):           # far points first, near ones over them
+        if 0 <= row < CLOUD_SIZE and 0 <= column < CLOUD_SIZE:
+            canvas[row, column] = colour
+    return canvas
+
+
+def _enlarged(depth: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W) at `factor` times the size, linear between the middles of pixels, but not across edges in depth."""
+    size = len(depth)
+    place = (np.arange(size * factor) + 0.5) / factor - 0.5
+    low = np.clip(np.floor(place).astype(int), 0, size - 1)
+    high, part = np.clip(low + 1, 0, size - 1), np.clip(place - low, 0, 1)
+    rows = _between(depth[low], depth[high], part[:, None])
+    return _between(rows[:, low], rows[:, high], part[None])
+
+
+def _between(one: np.ndarray, other: np.ndarray, part: np.ndarray) -> np.ndarray:
+    edge = abs(one - other) > 0.15 * np.minimum(one, other)
+    return np.where(edge, np.where(part < 0.5, one, other), (1 - part) * one + part * other)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the --out of sampling runs")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file: images, depth maps and normals")
+    parser.add_argument("--cloud", type=Path, help="PNG file: point clouds")
+    parser.add_argument("--num_images", type=int, default=12, help="images of each run (default: 12)")
+    arguments = parser.parse_args(argv)
+    if arguments.num_images < 1:
+        raise UserError(f"--num_images {arguments.num_images}: must be at least 1")
+    judge = load_judge()
+    runs = {folder.resolve().name: run_samples(folder, arguments.num_images)[0] for folder in arguments.folders}
+    rows, clouds = {}, {}
+    for name, images in runs.items():
+        depth = judge.depth(images)
+        rows |= {name: images, f"{name}: depth": depth_colours(depth), f"{name}: normals": normal_colours(depth)}
+        clouds[name] = np.stack([point_cloud(image, seen) for image, seen in zip(images, metres(depth), strict=True)])
+    columns = min(12, arguments.num_images)
+    save_comparison(rows, arguments.out, columns)
+    print(f"geometry: {arguments.out}")
+    if arguments.cloud:
+        save_comparison({name: cloud[:columns // 2] for name, cloud in clouds.items()}, arguments.cloud, columns // 2)
+        print(f"point clouds: {arguments.cloud}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,131 @@
+"""What the small networks that are shipped with their weights have in common: images, layers, features, files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import write
+
+from ..features import Features
+
+IMAGE_SIZE = 32
+
+Images = np.ndarray | Tensor
+
+
+class ShippedNetwork(nn.Module):
+    """Base: features of images, once there are `inputs` and `read`."""
+
+    name: str
+
+    def inputs(self, images: Images) -> Tensor:
+        """What the network reads, (N, C, 32, 32) float32 in [-1, 1]. Raises UserError for images it can't read."""
+        raise NotImplementedError
+
+    def read(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Pooled features, spatial features and logits, then whatever else the network says; each (N, ...)."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def outputs(self, images: Images, batch_size: int = 250) -> list[Tensor]:
+        """What `read` returns of all images, float32, on the CPU; `images` as in `inputs`."""
+        device = next(self.parameters()).device
+        parts = [self.read(piece.to(device)) for piece in self.inputs(images).split(batch_size)]
+        return [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]
+
+    def features(self, images: Images, batch_size: int = 250) -> Features:
+        """Features and class probabilities of images; `images` as in `inputs`."""
+        return as_features(*self.outputs(images, batch_size)[:3])
+
+    def predict(self, images: Images, batch_size: int = 250) -> np.ndarray:
+        """The most probable class of each image: (N,), int64; `images` as in `inputs`."""
+        return self.features(images, batch_size).probabilities.argmax(axis=1)
+
+
+Shipped = TypeVar("Shipped", bound=ShippedNetwork)
+
+
+def as_features(pooled: Tensor, spatial: Tensor, logits: Tensor) -> Features:
+    return Features(pooled.numpy(), spatial.contiguous().numpy(), logits.softmax(dim=1).numpy())
+
+
+def conv_block(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
+                         nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
+    """(N, C, 32, 32) of the type they have: uint8 (N, 32, 32, C), or floating point (N, C, 32, 32) in [-1, 1].
+
+    channels: what C may be. Raises UserError for any other shape or type, or for no image at all.
+    """
+    read_only = isinstance(images, np.ndarray) and not images.flags.writeable
+    images = torch.as_tensor(images.copy() if read_only else images)          # torch warns of what it may not write
+    allowed = " or ".join(map(str, channels))
+    if images.dtype == torch.uint8:
+        expected, channel_dim = f"uint8 images must be (N, 32, 32, {allowed})", 3
+    elif images.is_floating_point():
+        expected, channel_dim = f"floating-point images must be (N, {allowed}, 32, 32)", 1
+    else:
+        raise UserError(f"images of type {images.dtype}: must be uint8 or floating point")
+    shapes = {(count, IMAGE_SIZE, IMAGE_SIZE) for count in channels}
+    if images.ndim != 4 or tuple(images.movedim(channel_dim, 1).shape[1:]) not in shapes:
+        raise UserError(f"images of shape {tuple(images.shape)}: {expected}")
+    if len(images) == 0:
+        raise UserError("no images: at least one is needed")
+    return images.movedim(channel_dim, 1)
+
+
+def load_shipped(path: str | os.PathLike, kind: str, build: Callable[[Mapping[str, str]], Shipped]) -> Shipped:
+    """The network in a file that `save_shipped` wrote, in evaluation mode, float32.
+
+    kind: what it is called in messages. build: from the metadata to a network with weights of the same shapes. Raises
+    UserError where the file is missing, damaged, or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        model = build(metadata)
+        model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        raise UserError(f"{path}: does not hold {kind}, or is damaged") from None
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def save_shipped(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes weights and metadata; convolutions in float16, the rest in float32."""
+    weights = {name: (tensor.half() if tensor.ndim == 4 else tensor).contiguous()
+               for name, tensor in model.state_dict().items()}
+    write(path, lambda file: file.write_bytes(save(weights, dict(metadata))))
+
+
+@torch.no_grad()
+def round_convolutions(model: nn.Module) -> None:
+    """Rounds convolution weights to float16, as the file holds them, so that what is measured is the file's."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.copy_(parameter.half())

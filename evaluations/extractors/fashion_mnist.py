@@ -1,0 +1,88 @@
+"""The embedded judge: a small convolutional classifier of clean Fashion-MNIST images, shipped with its weights.
+
+It says which share of samples is recognised as the class asked for, and its features serve FID, sFID and the
+Inception Score where Inception would be out of place. It never guides sampling. Trained by
+`python -m evaluations.train_embedded`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .bundled import Images, ShippedNetwork, channels_first, conv_block, load_shipped, save_shipped
+
+SPATIAL_SHAPE = (8, 8, 8)
+CLASS_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+WEIGHTS = Path(__file__).parents[1] / "models" / "fmnist_embedded.safetensors"
+
+
+class EmbeddedClassifier(ShippedNetwork):
+    """Five 3x3 convolutions with batch norm and ReLU (32 -> 16 -> 8 pixels), global average pooling, one linear layer.
+
+    widths: output channels of the five convolutions; the second and the fourth halve the resolution.
+    test_accuracy: share of the 10,000 test images classified rightly (NaN before training).
+
+    Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the last map; spatial
+    (N, 8, 8, 8), the first 8 channels of the last map at 16 x 16, averaged over squares of 2 x 2; probabilities
+    (N, 10).
+    """
+
+    name = "embedded Fashion-MNIST classifier"
+
+    def __init__(self, widths: Sequence[int] = (24, 48, 48, 96, 64), test_accuracy: float = float("nan")) -> None:
+        super().__init__()
+        first, second, third, fourth, last = self.widths = tuple(widths)
+        self.test_accuracy = test_accuracy
+        self.at_16 = nn.Sequential(conv_block(1, first), conv_block(first, second, stride=2), conv_block(second, third))
+        self.at_8 = nn.Sequential(conv_block(third, fourth, stride=2), conv_block(fourth, last))
+        self.classify = nn.Linear(last, len(CLASS_NAMES))
+
+    def forward(self, grey: Tensor) -> Tensor:
+        """Logits (N, 10) of images (N, 1, 32, 32) in [-1, 1]."""
+        return self.read(grey)[2]
+
+    def inputs(self, images: Images) -> Tensor:
+        return to_grey(images)
+
+    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at_16 = self.at_16(inputs.contiguous(memory_format=torch.channels_last))
+        pooled = self.at_8(at_16).mean(dim=(2, 3))
+        spatial = nn.functional.avg_pool2d(at_16[:, :SPATIAL_SHAPE[0]], 2)
+        return pooled, spatial, self.classify(pooled)
+
+
+def to_grey(images: Images) -> Tensor:
+    """(N, 1, 32, 32), float32 in [-1, 1]; grey is the mean over the channels.
+
+    images: uint8 (N, 32, 32, 3 or 1), or floating point (N, 3 or 1, 32, 32) in [-1, 1]: a 28 x 28 picture in the
+    middle of a black frame. Raises UserError for any other shape or type, or for no image at all.
+    """
+    images = channels_first(images, (3, 1))
+    grey = images.float().mean(dim=1, keepdim=True)
+    return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
+
+
+def load_embedded(path: str | os.PathLike | None = None) -> EmbeddedClassifier:
+    """The shipped judge, or the one in a file that `save_embedded` wrote; in evaluation mode, float32.
+
+    Raises UserError where the file is missing, damaged, or of another kind.
+    """
+    def build(metadata: Mapping[str, str]) -> EmbeddedClassifier:
+        return EmbeddedClassifier(json.loads(metadata["widths"]), float(metadata["test_accuracy"]))
+
+    return load_shipped(path or WEIGHTS, "an embedded classifier", build)
+
+
+def save_embedded(model: EmbeddedClassifier, path: str | os.PathLike, notes: dict[str, str]) -> None:
+    """Writes the model with its architecture and test accuracy; convolutions in float16, the rest in float32.
+
+    notes: further metadata, such as the training command.
+    """
+    save_shipped(model, path, {**notes, "widths": json.dumps(model.widths),
+                               "test_accuracy": f"{model.test_accuracy:.4f}"})

@@ -1,0 +1,85 @@
+"""Files of rendered scenes: images, classes, depth maps and object masks in one .npz."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...errors import UserError
+from ...files import check_writable, write
+from ...options import Options, option
+from ...pictures import grid, save
+from ...progress import progress_bar
+from .renderer import FAR, NEAR, Scenes, render
+
+CHUNK = 128
+_MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 200, 120], [220, 120, 160]], np.uint8)
+
+
+@dataclass(frozen=True)
+class SceneOptions(Options):
+    """The scenes to render."""
+
+    num_images: int = option(10000, "number of scenes", minimum=1)
+    start: int = option(0, "number of the first scene", minimum=0)
+    seed: int = option(0, "seed: scene i of a seed is always the same", minimum=0)
+    image_size: int = option(32, "height and width in pixels", minimum=8)
+    out: str = option("scenes.npz", "file for the scenes: arr_0 RGB, arr_1 classes, depth in metres, mask")
+    sheet: str = option("", "also draw a contact sheet of the first scenes to this file (PNG)")
+
+
+def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
+    """`render` on all cores, with progress."""
+    pieces = [numbers[start:start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+    with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
+            progress_bar(len(numbers), "rendering", "scene") as progress:
+        parts = []
+        for part in pool.map(render, *zip(*((seed, piece, size) for piece in pieces), strict=True)):
+            parts.append(part)
+            progress.update(len(part.rgb))
+    return Scenes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def write_scenes(options: SceneOptions) -> None:
+    """Renders, and writes the file and the contact sheet. Raises UserError for files that cannot be written."""
+    out = checked_npz(options.out)
+    scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images), options.image_size)
+    save_npz(out, arr_0=scenes.rgb, arr_1=scenes.label, depth=scenes.depth, mask=scenes.mask)
+    if options.sheet:
+        save(contact_sheet(scenes), Path(options.sheet))
+
+
+def checked_npz(out: str) -> Path:
+    """The path of a file to write, its folder made; raises UserError for another suffix, and where it can't be."""
+    path = Path(out)
+    if path.suffix != ".npz":
+        raise UserError(f"--out {out}: the name must end in .npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    check_writable("--out", out)
+    return path
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """An uncompressed .npz, whole or not at all."""
+    write(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Image:
+    """The first scenes, in each row of the sheet their images, depth maps (near is bright) and masks."""
+    blocks = []
+    for row in range(min(rows, -(-len(scenes.rgb) // columns))):
+        part = slice(row * columns, (row + 1) * columns)
+        near = 1 - (scenes.depth[part] - NEAR) / (FAR - NEAR)
+        depth = np.repeat((near * 255).astype(np.uint8)[..., None], 3, axis=3)
+        blocks += [grid(pictures, columns) for pictures in (scenes.rgb[part], depth, _MASK_COLOURS[scenes.mask[part]])]
+    sheet = Image.fromarray(np.concatenate(blocks))
+    factor = max(1, 64 // scenes.rgb.shape[1])
+    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)

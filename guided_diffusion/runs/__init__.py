@@ -1,0 +1,1 @@
+"""A sampling run: options, chunks, ranks, files and status."""

@@ -1,0 +1,57 @@
+"""Labels of a run's images: each a function of the seed and the image's number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..rng import image_labels
+
+Labels = Callable[[Sequence[int]], Tensor]          # image numbers -> (N,) int64
+
+
+def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> Labels:
+    """What `--labels` says: random, balanced, a class, or a .npy file of (num_samples,) classes or more.
+
+    Raises UserError for anything else, for a class that there is not, and for a file that is too short.
+    """
+    if text == "random":
+        return lambda numbers: image_labels(seed, numbers, num_classes)
+    if text == "balanced":
+        return lambda numbers: torch.tensor(numbers) % num_classes
+    if is_file(text):
+        labels = _read(text, num_classes, num_samples)
+        return lambda numbers: labels[list(numbers)]
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file")
+    if int(text) >= num_classes:
+        raise UserError(f"--labels {text}: must be a class from 0 to {num_classes - 1}")
+    return lambda numbers: torch.full((len(numbers),), int(text))
+
+
+def is_file(text: str) -> bool:
+    return text.endswith(".npy")
+
+
+def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
+    try:
+        labels = np.load(Path(path), mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"--labels {path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"--labels {path}: is not a .npy file of whole numbers ({error})") from None
+    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UserError(f"--labels {path}: must hold whole numbers, one for each image")
+    if len(labels) < num_samples:
+        raise UserError(f"--labels {path}: holds {len(labels)} labels, and --num_samples is {num_samples}")
+    labels = labels[:num_samples]
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(f"--labels {path}: label {labels[wrong[0]]} of image {wrong[0]} must be a class from 0 to "
+                        f"{num_classes - 1}")
+    return torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,342 @@
+"""The finished chunks of a run as files: written whole or not at all, checked before they are used again.
+
+    OUT/.lock                  held by the job that works there
+    OUT/shards/run.json        what the images depend on
+    OUT/shards/000123.npz      images, labels, numbers of one chunk; run: the fingerprint; rank, seconds
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import packing
+from ..errors import UserError
+from ..fetch import sha256_of
+
+# Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
+IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples")
+CHECKPOINT_FLAGS = {"model_path": "model", "classifier_path": "classifier", "depth_predictor": "depth_predictor",
+                    "depth_prior": "depth_prior"}
+REMEDY = "name another folder, or pass --overwrite True"
+TRIES, PAUSE = 5, 0.2               # of taking the lock, which scripts/run_status.py holds for a moment
+
+LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
+
+
+class DamagedError(UserError):
+    """A shard cannot be read or holds something else than it should."""
+
+
+def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+    """What the images of a run depend on, by flag name: its options and the SHA-256 of its checkpoints."""
+    values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
+    values |= {flag: sha256.get(name) for flag, name in CHECKPOINT_FLAGS.items()}
+    if str(values.get("labels")).endswith(".npy"):
+        values["labels"] = ".npy"               # the labels are compared image by image
+    return json.loads(json.dumps(values))
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first flag in which two identities differ."""
+    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The chunks of the run of a configuration, in its folder."""
+
+    out: Path
+    configuration: Mapping[str, Any]        # every option, by flag name
+    sha256: Mapping[str, str]               # of the checkpoints in use, by the names in CHECKPOINT_FLAGS
+    labels: LabelArrays | None = None       # labels that the chunks must have; None: any
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "shards"
+
+    @property
+    def num_samples(self) -> int:
+        return self.configuration["num_samples"]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        size = self.configuration["image_size"]
+        return self.num_samples, size, size, 3
+
+    @property
+    def samples(self) -> Path:
+        """The file of all samples."""
+        return self.out / f"samples_{'x'.join(map(str, self.shape))}.npz"
+
+    @cached_property
+    def chunks(self) -> list[range]:
+        size, total = self.configuration["batch_size"], self.num_samples
+        return [range(first, min(first + size, total)) for first in range(0, total, size)]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return identity(self.configuration, self.sha256)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.npz"
+
+    # One shard
+
+    def save(self, index: int, images: np.ndarray, labels: np.ndarray | None, rank: int = 0,
+             seconds: float = 0.0) -> None:
+        """Writes a chunk: images (n, H, W, 3) uint8, labels (n,) int64; rank and seconds tell how it was made."""
+        buffer = io.BytesIO()
+        np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
+                 rank=rank, seconds=seconds, **({} if labels is None else {"labels": labels}))
+        write_whole(self.path(index), buffer.getbuffer(),
+                    "finished chunks are kept: start the same command again to go on")
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of a finished chunk.
+
+        Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
+        where it is of another run. A chunk of fewer or more images, from a shorter or longer run, is read too.
+        """
+        path, numbers = self.path(index), self.chunks[index]
+        try:
+            with zipfile.ZipFile(path) as archive:      # reading a member to its end checks its checksum
+                arrays = {name.removesuffix(".npy"): np.lib.format.read_array(
+                    io.BytesIO(archive.read(name)), allow_pickle=False) for name in archive.namelist()}
+            held = arrays["numbers"]
+            whole = (len(held) > 0 and arrays["images"].shape == (len(held), *self.shape[1:])
+                     and arrays["images"].dtype == np.uint8 and arrays["rank"].ndim == arrays["seconds"].ndim == 0
+                     and ("labels" not in arrays or arrays["labels"].shape == held.shape))
+            run = str(arrays["run"])
+        except FileNotFoundError:
+            raise
+        except packing.READ_ERRORS as error:
+            whole, run = False, str(error)
+        if not whole:
+            raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
+        if run != self.fingerprint or held[0] != numbers.start or (np.diff(held) != 1).any():
+            raise UserError(f"{path}: is of another run; {REMEDY}")
+        both = min(len(held), len(numbers))
+        if self.labels is not None and not _equal(_cut(self.labels(numbers), both), _cut(arrays.get("labels"), both)):
+            raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
+        return arrays
+
+    def has(self, index: int) -> bool:
+        """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""
+        try:
+            return len(self.read(index)["numbers"]) == len(self.chunks[index])
+        except FileNotFoundError:
+            return False
+
+    # All of them
+
+    def prepare(self, overwrite: bool) -> list[int] | None:
+        """Makes the folder ready and returns the chunks to sample; None where the run is finished.
+
+        Keeps what this run, or a shorter or longer one, has finished. Raises UserError, having changed nothing,
+        where the folder holds anything of another run or anything damaged.
+        """
+        if overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        earlier = None if overwrite else self.check()
+        if earlier and earlier.num_samples == self.num_samples:
+            return None
+        missing = self._missing()
+        self.folder.mkdir(exist_ok=True)
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
+        write_whole(self.folder / "run.json", json.dumps(manifest, indent=2).encode(), "nothing was changed")
+        if earlier:
+            kept = [index for index in missing if self.chunks[index].stop <= earlier.num_samples]
+            arrays = packing.unpack(earlier.samples, [self.chunks[index] for index in kept])
+            for index, (images, labels) in zip(kept, arrays, strict=True):
+                self.save(index, images, labels)
+            missing = [index for index in missing if index not in set(kept)]
+        return missing
+
+    def check(self) -> Shards | None:
+        """A finished run in this folder, of this configuration; UserError where it holds another, or is damaged."""
+        self._check_begun()
+        record = self.out / "run.json"
+        if not record.exists():
+            return None
+        try:
+            content = json.loads(record.read_text())
+            earlier = Shards(self.out, dict(content["configuration"]), dict(content["sha256"]), self.labels)
+            different = difference(earlier.identity, self.identity)
+            exists = different is None and earlier.samples.exists()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            different, exists = "", False
+        if different is not None and self._begun() != self.identity:        # else its overwriting was allowed before
+            raise UserError(f"--out {self.out}: holds samples of another configuration "
+                            f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
+        if not exists:
+            return None
+        if sha256_of(earlier.samples) != content["sha256"].get("samples"):
+            raise UserError(f"{earlier.samples}: is damaged or was changed; {REMEDY}")
+        self._check_labels(earlier)
+        return earlier
+
+    def _begun(self) -> dict[str, Any] | None:
+        """The identity of the run whose shards are here."""
+        try:
+            manifest = json.loads((self.folder / "run.json").read_text())
+            return identity(manifest["configuration"], manifest["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _check_begun(self) -> None:
+        before = self._begun()          # without a record each shard still says of which run it is
+        if before is None or not any(self.folder.glob("*.npz")):
+            return
+        if different := difference(before, self.identity):
+            raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
+                            f"differs); {REMEDY}")
+
+    def _check_labels(self, earlier: Shards) -> None:
+        count = min(earlier.num_samples, self.num_samples)
+        if self.labels is None or _equal(self.labels(range(count)), _cut(packing.read_labels(earlier.samples), count)):
+            return
+        raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
+                        f"{REMEDY}")
+
+    def _missing(self) -> list[int]:
+        """The chunks that are not finished; UserError for shards of another run, and damaged ones."""
+        missing, damaged = [], []
+        for index in range(len(self.chunks)):
+            try:
+                if not self.has(index):
+                    missing.append(index)
+            except DamagedError:
+                damaged.append(self.path(index).name)
+        if damaged:
+            raise DamagedError(f"{self.folder}: {len(damaged)} damaged ({', '.join(damaged[:8])}); delete what is "
+                               "damaged to have it sampled again, or pass --overwrite True to begin anew")
+        return missing
+
+    def pack(self) -> tuple[Path, list[dict[str, Any]]]:
+        """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""
+        timing: list[dict[str, Any]] = []
+
+        def arrays() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+            for index, numbers in enumerate(self.chunks):
+                try:
+                    chunk = self.read(index)
+                except FileNotFoundError:
+                    raise UserError(f"{self.path(index)}: is gone; start the same command again") from None
+                if len(chunk["numbers"]) != len(numbers):
+                    raise UserError(f"{self.path(index)}: was changed; start the same command again")
+                timing.append({"first": numbers.start, "images": len(numbers), "rank": int(chunk["rank"]),
+                               "seconds": round(float(chunk["seconds"]), 3)})
+                yield chunk["images"], chunk.get("labels")
+        return packing.pack(arrays(), self.shape, self.samples), timing
+
+    def tidy(self) -> None:
+        """Removes the folder of shards where none is finished."""
+        if not any(self.folder.glob("*.npz")):
+            self.remove()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes | memoryview, comfort: str) -> None:
+    """Writes a file that appears whole or not at all; UserError, ending in `comfort`, where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {comfort}") from None
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the folder for one job; UserError where another works there. The lock ends with its process."""
+    import fcntl  # not on Windows
+
+    path = out / ".lock"
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE)
+        stream = path.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            continue
+        except OSError as error:
+            warnings.warn(f"{out}: this file system has no locks ({error.strerror}): see to it that no two jobs work "
+                          "there", stacklevel=3)
+            break
+        if _same_file(stream.fileno(), path):           # else its job has just ended and removed it
+            break
+        stream.close()
+    else:
+        raise UserError(f"--out {out}: another job is working there ({holder(out)}); wait for it, or name another "
+                        "folder")
+    try:
+        with contextlib.suppress(OSError):              # a full disk
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def holder(out: Path) -> str | None:
+    """Who holds the folder, in words; None where no one does."""
+    import fcntl
+
+    try:
+        with (out / ".lock").open() as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return stream.read() or "just started"
+    except OSError:
+        pass
+    return None
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _cut(array: np.ndarray | None, count: int) -> np.ndarray | None:
+    return None if array is None else array[:count]
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    return (one is None) == (other is None) and (one is None or np.array_equal(one, other))

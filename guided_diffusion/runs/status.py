@@ -1,0 +1,78 @@
+"""What a running or stopped sampling run has done, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..fetch import sha256_of
+from .shards import DamagedError, Shards, holder
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Images of a run and the files of what is no good."""
+
+    num_samples: int
+    done: int
+    damaged: int
+    files: tuple[str, ...]          # damaged ones, and those of other runs
+    holder: str | None              # the job that works there
+    samples: Path | None            # the file of samples, where it is finished
+
+    @property
+    def missing(self) -> int:
+        return self.num_samples - self.done - self.damaged
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "missing": self.missing, "samples": self.samples and str(self.samples)}
+
+    def __str__(self) -> str:
+        state = f"running: {self.holder}" if self.holder else "not running"
+        lines = [f"{'finished' if self.samples else 'unfinished'}, {state}",
+                 f"done     {self.done:>9} of {self.num_samples} images",
+                 f"missing  {self.missing:>9}", f"damaged  {self.damaged:>9}"]
+        return "\n".join([*lines, *(f"  {file}" for file in self.files)])
+
+
+def run_status(out: Path) -> RunStatus:
+    """Reads every file of the run in the folder `out`, and changes none; UserError where there is no run."""
+    unfinished = _run(out, out / "shards" / "run.json")
+    if unfinished is not None:
+        return _of_shards(unfinished)
+    finished = _run(out, out / "run.json")
+    if finished is None:
+        raise UserError(f"{out}: holds no sampling run")
+    total, file = finished.num_samples, finished.samples
+    if not file.exists():
+        return RunStatus(total, 0, 0, (), holder(out), None)
+    record = json.loads((out / "run.json").read_text())
+    if sha256_of(file) != record["sha256"].get("samples"):
+        return RunStatus(total, 0, total, (file.name,), holder(out), None)
+    return RunStatus(total, total, 0, (), holder(out), file)
+
+
+def _run(out: Path, record: Path) -> Shards | None:
+    try:
+        content = json.loads(record.read_text())
+        run = Shards(out, dict(content["configuration"]), dict(content["sha256"]))
+        return run if len(run.chunks) and run.shape else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: is no record of a sampling run ({error})") from None
+
+
+def _of_shards(run: Shards) -> RunStatus:
+    done, damaged, files = 0, 0, []
+    for index, numbers in enumerate(run.chunks):
+        try:
+            done += len(numbers) if run.has(index) else 0
+        except UserError as error:
+            damaged += len(numbers)
+            files.append(run.path(index).name + ("" if isinstance(error, DamagedError) else " (of another run)"))
+    packed = run.samples if done == run.num_samples and (run.out / "run.json").exists() else None
+    return RunStatus(run.num_samples, done, damaged, tuple(files), holder(run.out), packed)

@@ -1,0 +1,298 @@
+"""Depth metrics: dFID, edge sharpness, their intervals and differences, and dFID of files of depth maps."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import call
+
+from evaluations.depth import metrics as depth_metrics
+from evaluations.depth.metrics import (
+    NAMES,
+    DepthEvaluator,
+    Seen,
+    Target,
+    compare,
+    edge_sharpness,
+    metres,
+    verdict,
+)
+from evaluations.evaluator import statistics
+from evaluations.metrics import frechet_distance
+from evaluations.npz import BatchFile, write_batch
+from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.scenes import FAR, NEAR, render
+from guided_diffusion.errors import UserError
+
+EMBEDDED = ("--backend", "embedded")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return render(1, range(30000, 30160))
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return DepthEvaluator()
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(name, images):
+        path = tmp_path / f"{name}.npz"
+        write_batch(path, {}, iter([images]), images.shape)
+        return path
+    return save
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs a command in evaluations/, which must succeed; its results and what it printed."""
+    def command(name, *words):
+        code = call(f"evaluations/{name}", *words, "--json", tmp_path / "result.json")
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return json.loads((tmp_path / "result.json").read_text()), printed.out
+    return command
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(name, *words):
+        assert call(f"evaluations/{name}", *words) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        return next(line for line in err.splitlines() if line.startswith("error: "))
+    return refused
+
+
+def blurred(images):
+    """Averages of 5 x 5 pixels: edges in depth go with those in colour."""
+    padded = np.pad(images.astype(float), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    parts = [padded[:, i:i + 32, j:j + 32] for i in range(5) for j in range(5)]
+    return np.mean(parts, axis=0).astype(np.uint8)
+
+
+# Depth maps
+
+
+def test_depth_as_image():
+    depth = np.array([[[-1, 1], [0, 0.5]]], np.float32)
+    images = depth_images(depth)
+    assert images.shape == (1, 2, 2, 3) and images.dtype == np.uint8
+    assert images[0, :, :, 0].tolist() == [[0, 255], [128, 191]]
+    assert (images[..., 0] == images[..., 2]).all()
+    assert metres(np.array([-1, 0, 1])).tolist() == [NEAR, (NEAR + FAR) / 2, FAR]
+
+
+def test_sharpness_of_ramp_and_step():
+    ramp = np.tile(np.arange(32) * 0.25, (1, 32, 1))
+    assert edge_sharpness(ramp) == pytest.approx([0.25])
+    slanted = ramp + ramp.transpose(0, 2, 1)
+    assert edge_sharpness(slanted) == pytest.approx([0.25 * 2**0.5])
+    step = np.zeros((2, 32, 32))
+    step[0, :, 16:], step[1, :, 10:13] = 3, 3
+    # A tenth of 31 x 31 pixels are 96: 31 of them on each edge, the others are flat.
+    assert edge_sharpness(step) == pytest.approx([3 * 31 / 96, 3 * 62 / 96])
+    assert edge_sharpness(np.ones((1, 32, 32))) == 0
+
+
+def test_blurring_depth_makes_it_softer(scenes):
+    soft = (scenes.depth[:, :-1] + scenes.depth[:, 1:]) / 2
+    assert edge_sharpness(soft).mean() < 0.95 * edge_sharpness(scenes.depth).mean()
+
+
+# Comparison
+
+
+def normal(shift, count=400, seed=0):
+    """Features and sharpness around `shift`; the same seed has the same noise."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(count, 3)) + shift
+    return Seen(features, features + 1, rng.normal(1 + shift, 0.1, count))
+
+
+def target_of(seen):
+    return Target("real.npz", len(seen.pooled), statistics(seen.pooled), statistics(seen.depth_features),
+                  seen.sharpness)
+
+
+def test_numbers_against_direct_formulas():
+    real, row = normal(0, seed=5), normal(0.3)
+    found = compare(target_of(real), {"row": row}, replicates=50)["row"]
+    assert found.keys() == NAMES.keys()
+    for word, ours, theirs in (("fid", row.pooled, real.pooled), ("dfid", row.depth_features, real.depth_features)):
+        direct = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))
+        assert found[word]["value"] == pytest.approx(direct, rel=1e-4)
+        assert found[word]["interval95"][0] < direct < found[word]["interval95"][1]
+    assert found["sharpness"]["value"] == pytest.approx(row.sharpness.mean())
+    assert found["gap"]["value"] == pytest.approx(abs(row.sharpness.mean() - real.sharpness.mean()))
+    assert compare(target_of(real), {"row": real}, replicates=5)["row"]["dfid"]["value"] < 1e-6
+
+
+def test_differences_hold_the_truth_and_say_what_they_mean():
+    real = normal(0, seed=5)
+    rows = {"unguided": normal(0.4), "worse": normal(0.7), "better": normal(0.1), "same": normal(0.4, seed=9)}
+    found = compare(target_of(real), rows, replicates=300)
+    assert "verdict" not in found["unguided"]["fid"]
+    truth = {name: 3 * (shift**2 - 0.4**2) for name, shift in (("worse", 0.7), ("better", 0.1), ("same", 0.4))}
+    for name, difference in truth.items():
+        low, high = found[name]["fid"]["difference95"]
+        assert low < difference + 0.2 and high > difference - 0.2
+        assert low <= found[name]["fid"]["difference"] <= high
+        assert found[name]["fid"]["difference"] == pytest.approx(
+            found[name]["fid"]["value"] - found["unguided"]["fid"]["value"])
+    verdicts = {name: {word: numbers["verdict"] for word, numbers in found[name].items()} for name in truth}
+    assert verdicts == {
+        "worse": {"dfid": "worse", "fid": "worse", "sharpness": "sharper", "gap": "worse"},
+        "better": {"dfid": "better", "fid": "better", "sharpness": "softer", "gap": "better"},
+        "same": dict.fromkeys(NAMES, "no difference")}
+
+
+def test_differences_are_paired():
+    """Where a row is the first one but for a constant, the difference hardly moves, unlike the numbers themselves."""
+    base = normal(0.4)
+    shifted = Seen(base.pooled, base.depth_features, base.sharpness + 0.02)
+    found = compare(target_of(normal(0, seed=5)), {"first": base, "shifted": shifted}, replicates=100)["shifted"]
+    assert found["sharpness"]["difference95"] == pytest.approx([0.02, 0.02])
+    assert found["fid"]["difference95"] == [0, 0] and found["fid"]["verdict"] == "no difference"
+    low, high = found["sharpness"]["interval95"]
+    assert high - low > 0.01
+
+
+def test_rate_at_which_intervals_hold_a_known_mean():
+    """Of the difference of two means, whose truth is known: about 95 of 100 intervals hold it."""
+    rng, held, trials = np.random.default_rng(0), 0, 100
+    for _ in range(trials):
+        common = rng.normal(size=60)
+        rows = {name: Seen(*[np.zeros((60, 2))] * 2, common + rng.normal(shift, 0.5, 60))
+                for name, shift in (("first", 1.0), ("second", 1.3))}
+        target = Target("", 2, *[statistics(np.zeros((2, 2)))] * 2, np.array([5.0, 5.0]))
+        low, high = compare(target, rows, replicates=100)["second"]["sharpness"]["difference95"]
+        held += low < 0.3 < high
+    assert 85 <= held <= 100
+
+
+def test_verdict():
+    assert verdict("fid", 0.1, 2) == "worse" and verdict("fid", -2, -0.1) == "better"
+    assert verdict("sharpness", 0.1, 2) == "sharper" and verdict("gap", -1, 0) == "no difference"
+
+
+def test_different_numbers_of_images():
+    with pytest.raises(UserError, match="b has 5 images and a has 6"):
+        compare(target_of(normal(0)), {"a": normal(0, 6), "b": normal(0, 5)}, replicates=5)
+
+
+# On images
+
+
+def test_scenes_against_themselves_and_changed(evaluator, scenes, save):
+    real = BatchFile(save("real", scenes.rgb))
+    target = evaluator.target(str(real.path))
+    found = compare(target, {name: evaluator.see(BatchFile(save(name, images))) for name, images in (
+        ("same", scenes.rgb), ("blurred", blurred(scenes.rgb)), ("dark", scenes.rgb // 4))}, replicates=50)
+    assert found["same"]["dfid"]["value"] < 1e-3 and found["same"]["fid"]["value"] < 1e-3
+    assert found["same"]["gap"]["value"] == pytest.approx(0, abs=1e-6)
+    for name in ("blurred", "dark"):
+        assert found[name]["dfid"]["verdict"] == found[name]["fid"]["verdict"] == "worse"
+    assert found["blurred"]["sharpness"]["verdict"] == "softer"
+
+
+def test_seen_is_what_the_networks_say(evaluator, scenes, save):
+    seen = evaluator.see(BatchFile(save("some", scenes.rgb[:20])), 12)
+    depth = evaluator.judge.depth(scenes.rgb[:12])
+    np.testing.assert_allclose(seen.pooled, evaluator.judge.features(scenes.rgb[:12]).pooled, rtol=1e-4, atol=1e-5)
+    images = depth_images(depth)
+    np.testing.assert_allclose(seen.depth_features, evaluator.classifier.features(images).pooled, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen.sharpness, edge_sharpness(metres(depth)), rtol=1e-5)
+
+
+def test_command(save, scenes, command):
+    files = save("unguided", scenes.rgb), save("upside_down", scenes.rgb[:, ::-1])
+    result, printed = command("depth_metrics", "scenes32", *files, "--bootstrap", 50, "--num_images", 150)
+    assert result["reference"]["images"] == 10000 and result["bootstrap"] == 50
+    assert [row["images"] for row in result["rows"].values()] == [150, 150]
+    first, other = (row["metrics"] for row in result["rows"].values())
+    assert other["dfid"]["verdict"] == "worse" and other["sharpness"]["verdict"] == "softer"
+    assert first["dfid"]["value"] < other["dfid"]["value"]
+    low, high = first["sharpness"]["interval95"]
+    assert low < first["sharpness"]["value"] < high
+    assert result["judge"]["accuracy"] and "| dFID | FID | edge sharpness | sharpness gap |" in printed
+    assert f"{other['dfid']['value']:.4g} (" in printed and ": softer |" in printed
+
+
+def test_what_the_command_refuses(save, scenes, refused, tmp_path):
+    good = save("good", scenes.rgb[:4])
+    large = save("large", np.zeros((4, 64, 64, 3), np.uint8) + 9)
+    single = save("single", scenes.rgb[:1])
+    np.savez(tmp_path / "labels.npz", arr_1=np.zeros(4, int))
+    for words, message in (
+            (("scenes32",), "1 files given"), (("scenes32", large), "its images are 64x64"),
+            (("scenes32", tmp_path / "labels.npz"), "has no images"), (("scenes32", single), "has 1 images"),
+            ((large, good), "its images are 64x64"), (("scenes31", good), "scenes31: there is no such file"),
+            (("scenes32", good, "--num_images", 9), "has 4 images, 9 are needed"),
+            (("scenes32", good, save("five", scenes.rgb[:5])), "has 5 images"),
+            (("fmnist32", good), "has no images"), (("scenes32", good, "--bootstrap", 1), "--bootstrap 1"),
+            (("scenes32", good, "--json", "/nowhere/x.json"), "--json /nowhere/x.json: cannot be written")):
+        assert message in refused("depth_metrics", *words), words
+
+
+def test_a_reference_of_another_judge_is_refused(evaluator, tmp_path):
+    shipped = BatchFile(depth_metrics.open_reference("scenes32").path)
+    arrays = {name: shipped.read(name) for name in shipped.members} | {"judge": np.array("0" * 64)}
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(UserError, match=r"other.npz: its statistics are those of another judge \(SHA-256 0000"):
+        evaluator.target(str(tmp_path / "other.npz"))
+
+
+# Files of depth maps
+
+
+@pytest.fixture
+def save_depth(tmp_path):
+    def save(name, depth):
+        np.savez(tmp_path / f"{name}.npz", depth=depth)
+        return tmp_path / f"{name}.npz"
+    return save
+
+
+def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, command):
+    real, other = scenes.depth[:80], scenes.depth[80:]
+    files, limits = (save_depth("real", real), save_depth("other", other)), f"{NEAR},{FAR}"
+    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *EMBEDDED)
+    value = result["metrics"]["dfid"]
+    assert result["sample"]["file"] == str(files[1]) and result["reference"]["images"] == 80
+    low, high = result["intervals95"]["dfid"]
+    assert low < value < high and f"dFID: {value}" in printed
+    as_images = [save(f"{path.stem}_images", depth_images((depth - NEAR) / (FAR - NEAR) * 2 - 1))
+                 for path, depth in zip(files, (real, other), strict=True)]
+    (by_hand,), _ = command("evaluator", *as_images, "--metrics", "fid", *EMBEDDED)
+    assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
+
+
+def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
+    scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
+    files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])
+    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *EMBEDDED)[0]]
+    assert of_each == pytest.approx([0, 0], abs=1e-2)
+    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *EMBEDDED)[0]
+    assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
+
+
+def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
+    good, holed, flat = scenes.depth[:70].copy(), scenes.depth[:70].copy(), scenes.depth[:70].copy()
+    holed[66, 3, 4], flat[2] = np.nan, 3
+    good = save_depth("good", good)
+    np.savez(tmp_path / "images.npz", arr_0=scenes.rgb[:4])
+    for words, message in (
+            ((good, save_depth("holed", holed)), "holed.npz: depth map 66: has 1 pixels without a finite depth"),
+            ((save_depth("flat", flat), good), "flat.npz: depth map 2: is constant"),
+            ((good, tmp_path / "images.npz"), "images.npz: has no depth"),
+            ((good, save_depth("maps", scenes.depth[:4, None])), "maps.npz: depth is (4, 1, 32, 32) float32"),
+            ((good, save_depth("one", scenes.depth[:1])), "has 1 depth map"),
+            ((good, good, "--depth_range", "5,2"), "--depth_range 5,2"),
+            ((good, good, "--depth_range", "20,30"), "lies outside --depth_range"),
+            ((good, good, "--num_images", 71), "--num_images 71"), ((good,), "1 files given"),
+            ((good, good, "--json", "/nowhere/x.json"), "cannot be written")):
+        assert message in refused("depth_fid", *words, *EMBEDDED), words

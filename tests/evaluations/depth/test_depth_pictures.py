@@ -1,0 +1,110 @@
+"""Pictures of geometry: normals and points of surfaces that are known, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluations.depth.pictures import (
+    CLOUD_SIZE,
+    depth_colours,
+    main,
+    normal_colours,
+    normals,
+    point_cloud,
+    points,
+)
+from guided_diffusion.depth.scenes import FAR, FOV, KINDS, NEAR, render
+from guided_diffusion.errors import UserError
+from guided_diffusion.packing import pack
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return render(0, range(40))
+
+
+def test_points_span_the_field_of_view():
+    seen = points(np.full((4, 4), 2.0))
+    edge = 2 * np.tan(np.radians(FOV / 2))
+    np.testing.assert_allclose(seen[0, :, 0], edge * np.array([-0.75, -0.25, 0.25, 0.75]))
+    np.testing.assert_allclose(seen[:, 0, 1], edge * np.array([-0.75, -0.25, 0.25, 0.75]))
+    assert (seen[..., 2] == 2).all()
+
+
+def test_normals_of_a_wall_and_of_a_slope():
+    np.testing.assert_allclose(normals(np.full((6, 6), 3.0)), np.broadcast_to([0, 0, -1.0], (6, 6, 3)), atol=1e-12)
+    # The floor 1.5 m below the camera: y = 1.5, so that depth = 1.5 / (y / z).
+    focal = 8 / np.tan(np.radians(FOV / 2))
+    rows = np.arange(9, 16)
+    depth = np.repeat((1.5 * focal / (rows - 7.5))[:, None], 16, axis=1)
+    floor = np.full((16, 16), 9.0)
+    floor[9:] = depth
+    np.testing.assert_allclose(normals(floor)[11:15], np.broadcast_to([0, -1.0, 0], (4, 16, 3)), atol=0.12)
+
+
+def test_normals_of_spheres_point_away_from_their_middle(rendered):
+    large = (rendered.mask == 1).sum(axis=(1, 2)) > 60
+    for number in np.flatnonzero((rendered.label == KINDS.index("sphere")) & large):
+        depth, inside = rendered.depth[number].astype(float), rendered.mask[number] == 1
+        within = inside.copy()
+        for axis in (0, 1):
+            within &= np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
+        seen = points(depth)
+        unknowns = np.concatenate([2 * seen[inside], np.ones((inside.sum(), 1))], axis=1)
+        centre = np.linalg.lstsq(unknowns, (seen[inside]**2).sum(axis=1), rcond=None)[0][:3]
+        outwards = seen - centre
+        outwards /= np.linalg.norm(outwards, axis=-1, keepdims=True)
+        assert (outwards * normals(depth)).sum(axis=-1)[within].mean() > 0.97
+
+
+def test_colours(rendered):
+    depth = (rendered.depth - NEAR) / (FAR - NEAR) * 2 - 1
+    colours = depth_colours(depth)
+    assert colours.shape == (40, 32, 32, 3) and colours.dtype == np.uint8
+    brightness = colours.sum(axis=3).astype(float)
+    assert np.corrcoef(brightness.ravel(), rendered.depth.ravel())[0, 1] < -0.95         # near is bright
+    facing = normal_colours(np.zeros((1, 8, 8)))
+    assert (facing == [128, 128, 255]).all()
+
+
+def test_point_clouds_show_the_colours_of_the_image(rendered):
+    cloud = point_cloud(rendered.rgb[0], rendered.depth[0])
+    assert cloud.shape == (CLOUD_SIZE, CLOUD_SIZE, 3)
+    drawn = cloud[(cloud != 255).any(axis=2)]
+    assert 0.1 * CLOUD_SIZE**2 < len(drawn) < CLOUD_SIZE**2
+    assert {tuple(colour) for colour in drawn} <= {tuple(colour) for colour in rendered.rgb[0].reshape(-1, 3)}
+    # Straight from the front nothing is hidden, and the image is there as it was.
+    front = point_cloud(rendered.rgb[0], rendered.depth[0], turn=0, tilt=0)
+    assert ((front != 255).any(axis=2)).sum() > len(drawn) * 0.5
+
+
+@pytest.fixture
+def folders(tmp_path, rendered):
+    """Two finished runs."""
+    for name, part in (("plain", slice(0, 6)), ("guided", slice(6, 12))):
+        folder = tmp_path / name
+        folder.mkdir()
+        pack([(rendered.rgb[part], None)], (6, 32, 32, 3), folder / "samples_6x32x32x3.npz").rename(
+            folder / "samples_6x32x32x3.npz")
+        (folder / "run.json").write_text(json.dumps({"samples": "samples_6x32x32x3.npz", "configuration": {}}))
+    return [str(tmp_path / "plain"), str(tmp_path / "guided")]
+
+
+def test_the_command_draws_both_pictures(folders, tmp_path, capsys):
+    main([*folders, "--out", str(tmp_path / "geometry.png"), "--cloud", str(tmp_path / "cloud.png"),
+          "--num_images", "4"])
+    for name in ("geometry.png", "cloud.png"):
+        assert str(tmp_path / name) in capsys.readouterr().out or name == "cloud.png"
+        with Image.open(tmp_path / name) as picture:
+            assert len(picture.getcolors(2**20)) > 200
+    with Image.open(tmp_path / "geometry.png") as picture:
+        assert picture.height > 6 * 64          # images, depth and normals of both
+
+
+def test_what_the_command_refuses(folders, tmp_path):
+    with pytest.raises(UserError, match="--num_images 0: must be at least 1"):
+        main([*folders, "--out", str(tmp_path / "a.png"), "--num_images", "0"])
+    with pytest.raises(UserError, match="holds no finished sampling run"):
+        main([str(tmp_path), "--out", str(tmp_path / "a.png")])

@@ -1,0 +1,161 @@
+"""The plan of a table: evaluations counted as they are made, arithmetic, what is missing, hours."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from networks import TINY, TINY_CLASSIFIER
+
+from evaluations.reproduction import plan as planning
+from evaluations.reproduction.plan import cost, flops, missing, passes, plan, probe
+from evaluations.reproduction.reproduce import ReproduceOptions
+from evaluations.reproduction.tables import in_folder, load_table, read_row
+from guided_diffusion.errors import UserError
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+SHORT = {**TINY, **{name: value for name, value in TINY_CLASSIFIER.items() if name.startswith("classifier")},
+         "timestep_respacing": "6", "num_samples": 2, "batch_size": 2}
+
+
+@pytest.fixture
+def row(tiny_checkpoints, tmp_path):
+    """A row of the tiny network; `changes` are its values."""
+    def make(**changes):
+        files = {"model_path": str(tiny_checkpoints / "model.safetensors"),
+                 "classifier_path": str(tiny_checkpoints / "classifier.safetensors"), "out": str(tmp_path / "out")}
+        return read_row("row", {**SHORT, **files, "sel_attn_depth": 0, **changes}, tmp_path / "row.yaml")
+    return make
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, (6, 0)),
+    ({"guide_scale": 1.5}, (12, 0)),
+    ({"guide_scale": 1.5, "guide_start": 4}, (10, 0)),
+    ({"guide_scale": 1.5, "guide_start": 0}, (6, 0)),
+    ({"pag_scale": 1.0, "pag_start": 2}, (8, 0)),
+    ({"guide_scale": 1.5, "pag_scale": 1.0, "pag_start": 1}, (13, 0)),
+    ({"classifier_guidance": True}, (6, 6)),
+    ({"classifier_guidance": True, "classifier_scale": 0}, (6, 0)),
+    ({"guide_scale": 1.5, "use_ddim": True, "timestep_respacing": "ddim5", "classifier_guidance": True}, (10, 5)),
+], ids=str)
+def test_passes_are_those_that_a_run_makes(row, changes, expected):
+    made = {UNetModel: 0, EncoderUNetModel: 0}
+
+    def called(module, inputs):
+        for kind in made:
+            made[kind] += type(module) is kind
+
+    run = row(**changes).run
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(called)
+    try:
+        run.run()
+    finally:
+        handle.remove()
+    counted = passes(run)
+    assert (counted.forward, counted.classifier) == expected == tuple(made.values())
+    assert counted.backward == counted.prior == 0
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"dcg_scale": 40}, (6, 6, 0)), ({"dpg_scale": 40}, (6, 6, 6)), ({"dcg_scale": 40, "dpg_scale": 40}, (6, 6, 6)),
+    ({"dcg_scale": 40, "dag_start": 4, "dag_stop": 1}, (6, 3, 0)),
+    ({"dcg_scale": 40, "guide_scale": 1.1, "dag_start": 0}, (12, 0, 0)),
+], ids=str)
+def test_both_depth_terms_share_one_gradient(row, changes, expected):
+    counted = passes(row(**changes).run)
+    assert (counted.forward, counted.backward, counted.prior) == expected
+
+
+def test_the_operations_of_a_released_network_are_those_that_its_authors_name():
+    """ADM (2105.05233, table 8) counts 1120 billion multiply-adds for its 256x256 network."""
+    row = load_table("sag_pretrained_256").rows["imagenet256"]
+    counted = flops(row.run)
+    assert counted.forward / 2 == pytest.approx(1120e9, rel=0.03)
+    assert counted.backward == pytest.approx(counted.forward, rel=0.05)
+    assert counted.classifier == 0
+
+
+def test_a_last_batch_is_evaluated_whole(row):
+    one, three = cost(row(), "references"), cost(row(num_samples=3), "references")
+    assert (one.images, three.images) == (2, 4)
+    assert three.flops == 2 * one.flops
+    assert three.hours(1e-12, 1) == pytest.approx(2 * one.hours(1e-12, 2) * 2)
+
+
+def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "is_here", lambda path: False)
+    rows = load_table("sag_cg_imagenet128").rows
+    commands = {thing.file: thing.remedy for thing in missing(rows["sag_cg"], "references")}
+    assert "fetch_models.py 128x128_diffusion" in commands["models/128x128_diffusion.pt"]
+    assert "fetch_models.py 128x128_classifier" in commands["models/128x128_classifier.pt"]
+    assert "evaluations.references VIRTUAL_imagenet128_labeled" in commands[
+        "references/VIRTUAL_imagenet128_labeled.npz"]
+    assert "--inception" in commands["classify_image_graph_def.pb"]
+    assert not any("classifier" in thing.file for thing in missing(rows["unguided"], "references") if thing.blocks)
+    church = {thing.file: thing for thing in missing(load_table("dag_dfid").rows["church_dpg"], "references")}
+    assert "no such checkpoint was released" in church["models/lsun_church.pt"].remedy
+    assert "image_train" in church["models/church_depth_prior.safetensors"].remedy
+    assert [file for file, thing in church.items() if not thing.blocks][1:] == [
+        "references/lsun_church_depth.npz", "samples/depth.npz"]
+
+
+def test_a_shipped_table_lacks_nothing():
+    for name in ("fmnist32", "scenes32"):
+        assert not [thing for row in load_table(name).rows.values() for thing in missing(row, "references")]
+
+
+def test_hours_follow_the_users_figure_and_the_ranks():
+    table = load_table("sag_cg_imagenet128").chosen("unguided,sag")
+
+    def hours(seconds, ranks):
+        text = plan(table, "references", "", ranks, seconds)
+        lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+        return [float(line.rstrip("| ").split("|")[-1]) for line in lines]
+
+    unguided, sag, together = hours(0.02, 1)
+    assert unguided == pytest.approx(50_000 * 250 * 0.02 / 3600, rel=0.01)
+    assert sag == pytest.approx(2 * unguided, rel=0.01) and together == pytest.approx(3 * unguided, rel=0.01)
+    assert hours(0.02, 8)[0] == pytest.approx(unguided / 8, rel=0.01)
+
+
+def test_the_probe_times_the_network_on_this_device(row):
+    found = probe(row())
+    assert 0 < found.seconds < 10 and found.memory > 0
+    assert found.device == "cuda:0" or found.device.startswith("cpu")
+
+
+def test_large_images_are_not_evaluated_on_a_cpu(row, monkeypatch):
+    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.1)
+    large = row(image_size=256, channel_mult="1,1,1", attention_resolutions="64", model_path="none.pt")
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[2]) if type(module) is UNetModel else None)
+    try:
+        found = probe(large)
+    finally:
+        handle.remove()
+    if found.device == "cpu":
+        assert set(seen) - {256} == {64} and seen.count(256) <= 2       # which only count operations
+    assert found.seconds > 0
+
+
+def test_plan_of_a_shipped_table_by_the_probe(monkeypatch):
+    monkeypatch.setattr(planning, "PROBE_SECONDS", 0.1)
+    table = load_table("fmnist32").chosen("unguided,cg,ddpm_250")
+    text = plan(in_folder(table, "runs", 10), "references", "", 2, None)
+    assert "nothing is missing" in text and "measured on cpu" in text
+    cells = {line.split("|")[1].strip(): line.split("|")[2:] for line in text.splitlines() if line.startswith("| ")}
+    assert cells["cg"][2].strip() == "20 + 20 of the classifier" and cells["ddpm_250"][2].strip() == "250"
+    assert re.search(r"2 ranks", text)
+
+
+def test_a_time_must_be_positive():
+    with pytest.raises(UserError, match="--evaluation_seconds 0"):
+        ReproduceOptions(evaluation_seconds=0)
+
+
+def test_costs_do_not_depend_on_the_precision(row):
+    half = row(use_bf16=True).run
+    assert flops(half) == flops(dataclasses.replace(half, model=dataclasses.replace(half.model, use_bf16=False)))

@@ -1,0 +1,277 @@
+"""Reproducing a table, as users do: a small one of the shipped model, from its plan to its report."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from commands import REPOSITORY, call, execute, samples_in
+
+from evaluations.reproduction import reproduce as reproduction
+from evaluations.reproduction import tables
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs.shards import locked
+
+SHARED = {"model": "fmnist32", "timestep_respacing": "2", "batch_size": 4, "labels": "balanced", "num_samples": 6,
+          "sel_attn_depth": 2, "blur_sigma": 1.0, "evaluation": {"reference": "fmnist32", "backend": "embedded"}}
+ROWS = {"unguided": {"evaluation": {"images": 6, "source": "a test", "published": {"fid": 1e6, "precision": 0.0}}},
+        "sag": {"guide_scale": 1.5, "evaluation": {"images": 50_000, "published": {"fid": 20.5}}}}
+
+
+@pytest.fixture
+def mini(tmp_path, monkeypatch):
+    """A function that writes configs/mini/table.yaml (`shared` and `rows` change it) into a folder of its own."""
+    monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
+
+    def write(shared=(), rows=(), **more):
+        folder = tmp_path / "configs" / "mini"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = {**ROWS, **dict(rows)}
+        content = {"title": "A small table", "shared": {**SHARED, **dict(shared)}, "rows": rows,
+                   "sections": [{"title": "SAG", "rows": list(rows)}], **more}
+        (folder / "table.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    write()
+    return write
+
+
+@pytest.fixture
+def line(tmp_path):
+    """The command line of reproduce.py; `changes` are flags."""
+    def words(table="mini", **changes):
+        options = {"out": tmp_path / "out", "bootstrap": 10, **changes}
+        return [table, *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    return words
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command, which must end in one line of error and touch nothing, and returns the line."""
+    def run(words):
+        capsys.readouterr()
+        assert call("reproduce", *words) == 2, words
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: ")
+        return message
+    return run
+
+
+def with_statistics(path):
+    """A reference batch of images and of statistics that do not say which network they are of."""
+    np.savez(path, arr_0=np.full((8, 32, 32, 3), 9, np.uint8), mu=np.zeros(64), sigma=np.eye(64))
+    return path
+
+
+@pytest.mark.slow
+def test_a_table_from_nothing_to_its_report_and_once_more(mini, line, tmp_path, capsys):
+    assert call("reproduce", *line()) == 0
+    text = capsys.readouterr().out
+    folder = tmp_path / "out" / "mini"
+    assert (folder / "table.md").read_text().strip() in text
+    said = json.loads((folder / "table.json").read_text())
+    assert {name: row["state"] for name, row in said["rows"].items()} == {"unguided": "measured", "sag": "measured"}
+    assert said["rows"]["sag"]["evaluations"] == 4 and said["rows"]["unguided"]["evaluations"] == 2
+    unguided, sag = said["sections"][0]["rows"]
+    assert unguided["verdict"] == "differs" and sag["verdict"] == "not comparable"
+    assert "6 images, published with 50,000" in sag["reasons"][0]
+    assert set(unguided["metrics"]) == {"fid", "sfid", "is", "precision", "recall"}
+    assert unguided["metrics"]["fid"]["difference"] == pytest.approx(unguided["metrics"]["fid"]["value"] - 1e6)
+    for word in ("published", "differs", "not comparable"):
+        assert word in text
+    report = (folder / "report.html").read_text()
+    assert "A small table" in report and "data:image/png;base64," in report and "not comparable" in report
+
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*/samples_*.npz")}
+    features = {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.npy")}
+    assert len(files) == 2 and features
+    assert call("reproduce", *line()) == 0          # all is there: neither sampled nor seen again
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert {path: path.stat().st_mtime_ns for path in (folder / "features").rglob("*.npy")} == features
+    again = json.loads((folder / "table.json").read_text())
+    assert again["sections"] == said["sections"]
+
+    before, _ = samples_in(folder / "sag")
+    assert call("reproduce", *line(), "--num_samples", 8) == 0          # more images go on from those there are
+    with np.load(folder / "sag" / "samples_8x32x32x3.npz", allow_pickle=False) as file:
+        assert (file["arr_0"][:6] == before).all() and len(file["arr_0"]) == 8
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_numbers(line, tmp_path):
+    """A real table, cut short, under a launcher that --ranks starts."""
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        words = line("fmnist32", rows="unguided,sag", num_samples=6, batch_size=4, ranks=ranks, out=out)
+        ended = execute(sys.executable, "scripts/reproduce.py", *words)
+        assert ended.returncode == 0, ended.stderr
+    one, two = (json.loads((tmp_path / name / "fmnist32" / "table.json").read_text()) for name in "12")
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert one["sections"] == two["sections"]
+
+
+def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def measure(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduction, "measure", measure)
+        with pytest.raises(Killed):
+            call("reproduce", *line())
+    half = tmp_path / "out/mini/features/.half-made"
+    half.mkdir()
+    assert call("reproduce", *line()) == 0
+    assert not half.exists()
+    assert (tmp_path / "out" / "mini" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, tmp_path):
+    mini(rows={"unguided": {"evaluation": {"images": 6, "published": {"dfid": 0.5}}}})
+    words = line(rows="unguided", references=tmp_path / "references")
+
+    def said():
+        assert call("reproduce", *words) == 0
+        row, = json.loads((tmp_path / "out/mini/table.json").read_text())["sections"][0]["rows"]
+        return row["metrics"]["dfid"], " ".join(row["reasons"])
+
+    dfid, reasons = said()
+    assert dfid["value"] is None and dfid["verdict"] == "not run here"
+    files = [tmp_path / "references/fmnist32_depth.npz", tmp_path / "out/mini/unguided/depth.npz"]
+    assert all(str(file) in reasons for file in files)
+
+    files[0].parent.mkdir()
+    rng = np.random.default_rng(0)
+    for file, count in zip(files, (12, 5), strict=True):
+        np.savez(file, depth=rng.random((count, 32, 32)).astype(np.float32))
+    assert "holds 5 depth maps, the row has 6 images" in refused(words)
+    np.savez(files[1], depth=rng.random((6, 32, 32)).astype(np.float32))
+    dfid, reasons = said()
+    assert dfid["value"] > 0 and dfid["difference"] == pytest.approx(dfid["value"] - 0.5)
+    assert dfid["verdict"] in ("reproduced", "differs") and not reasons
+
+
+def test_plan_samples_nothing(mini, line, tmp_path, capsys):
+    assert call("reproduce", *line(plan=True, evaluation_seconds=0.5, ranks=4)) == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "| sag | 6 | 2 | 4 |" in text and "nothing is missing" in text and "4 ranks" in text
+
+
+@pytest.mark.slow
+def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("sag_cg_imagenet128", "sag_pretrained_256", "dag_dfid"):
+        assert call("reproduce", *line(name, plan=True, evaluation_seconds=0.01)) == 0
+        text = capsys.readouterr().out
+        assert "python scripts/fetch_models.py" in text and "python -m evaluations.references" in text
+
+
+def test_a_table_without_its_checkpoints_is_written_as_not_run(line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("reproduce", *line("sag_cg_imagenet128", allow_missing=True)) == 0
+    text = capsys.readouterr().out
+    said = json.loads((tmp_path / "out" / "sag_cg_imagenet128" / "table.json").read_text())
+    assert {row["state"] for row in said["rows"].values()} == {"not run here"}
+    assert "not run here" in text and "2.58" in text
+    assert not list((tmp_path / "out").rglob("*.npz"))
+
+
+def test_unknown_tables_and_rows_are_refused_with_the_nearest(mini, line, refused):
+    assert "did you mean mini?" in refused(line("mimi"))
+    assert "did you mean unguided?" in refused(line(rows="sag,unguidet"))
+    assert "0 tables given" in refused(line()[1:])
+    assert "2 tables given" in refused(["mini", *line()])
+    assert "did you mean --num_samples?" in refused([*line(), "--num_sample", "3"])
+
+
+def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--num_samples 3" in refused(line(num_samples=3)) and not (tmp_path / "out").exists()
+    assert "--heads both" in refused(line(heads="both"))
+    mini(shared={"model_path": "none.pt"})
+    message = refused(line())
+    assert "2 of 2 rows cannot be run" in message and "none.pt" in message and "--allow_missing" in message
+    mini()
+    assert "nothing.npz" in refused(line(reference="nothing.npz"))
+
+    np.savez(tmp_path / "small.npz", arr_0=np.full((8, 16, 16, 3), 9, np.uint8))
+    assert "16x16, those of row unguided 32x32" in refused(line(reference=tmp_path / "small.npz"))
+    np.savez(tmp_path / "few.npz", arr_0=np.full((3, 32, 32, 3), 9, np.uint8))
+    assert "has 3 images, at least 4" in refused(line(reference=tmp_path / "few.npz"))
+
+    np.savez(tmp_path / "numbers.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(512), sigma_s=np.eye(512))
+    assert "has no images (arr_0), which precision, recall" in refused(line(reference=tmp_path / "numbers.npz"))
+    assert "of --backend embedded" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
+
+    mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
+    assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))
+    mini(shared={"guide_skale": 1})
+    assert re.search(r"row unguided in .*table.yaml: guide_skale: .*did you mean guide_scale", refused(line()))
+
+
+def test_folders_of_another_configuration_are_refused_before_the_first_row(mini, line, refused, tmp_path):
+    assert call("reproduce", *line(rows="sag")) == 0
+    mini(rows={"sag": {**ROWS["sag"], "guide_scale": 1.7}})
+    message = refused(line())
+    assert "sag" in message and "--guide_scale differs" in message
+    assert not (tmp_path / "out" / "mini" / "unguided").exists()
+
+
+def test_one_job_at_a_time_works_on_a_table(mini, line, refused, tmp_path):
+    (tmp_path / "out" / "mini").mkdir(parents=True)
+    with locked(tmp_path / "out" / "mini"):
+        assert "another job is working there" in refused(line())
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(line(out=tmp_path / "file"))
+
+
+def test_another_reference_or_other_heads_are_not_comparable(mini, line, tmp_path):
+    options = reproduction.ReproduceOptions(reference="mine.npz", heads="official", out=str(tmp_path))
+    table, changed = reproduction.choose(["mini"], options)
+    assert all("reference mine.npz, published with fmnist32" in changed[name][0] for name in table.rows)
+    assert {row.run.sag.attention_heads for row in table.rows.values()} == {"official"}
+    assert {row.judging.reference for row in table.rows.values()} == {"mine.npz"}
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    options = reproduction.ReproduceOptions(models="/weights", out=str(tmp_path))
+    table, _ = reproduction.choose(["sag_cg_imagenet128"], options)
+    assert table.rows["sag_cg"].run.sample.model_path == "/weights/128x128_diffusion.pt"
+    assert table.rows["sag_cg"].run.sample.classifier_path == "/weights/128x128_classifier.pt"
+
+
+def test_ranks_must_agree_with_the_launcher(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(reproduction.dist_util, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="--ranks 3: the launcher has started 2"):
+        reproduction.launch(reproduction.ReproduceOptions(ranks=3))
+    assert reproduction.launch(reproduction.ReproduceOptions(ranks=2)) is None
+    assert reproduction.launch(reproduction.ReproduceOptions()) is None
+
+
+def test_the_embedded_tables_have_the_rows_of_the_papers(tmp_path):
+    for name in ("fmnist32", "scenes32"):
+        table = tables.load_table(name)
+        assert all(table.rows[row].images >= 5000 for row in ("unguided", "sag", "cg", "sag_cg"))
+        runs = [row.run for row in table.rows.values()]
+        assert len({run.sample.seed for run in runs}) == 1
+        assert {run.sag.mask for run in runs} == {"self-attention", "global", "high-frequency", "random", "square"}
+        assert {run.sag.blur_sigma for run in runs} == {1.0, 3.0, 9.0}
+        samplers = {(run.sample.use_ddim, run.diffusion.timestep_respacing) for run in runs}
+        assert {(False, "250"), (True, "ddim25"), (True, "ddim50"), (True, "ddim100")} <= samplers
+    assert (REPOSITORY / "configs" / "fmnist32" / "table.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["fmnist32", "scenes32"])
+def test_the_committed_tables_are_those_of_the_configurations(name):
+    said = json.loads((REPOSITORY / "docs" / "reproduction" / name / "table.json").read_text())
+    table = tables.load_table(name)
+    assert [(section["title"], [row["row"] for row in section["rows"]]) for section in said["sections"]] == [
+        (section.title, list(section.rows)) for section in table.sections]
+    assert {row: (one["images"], one["state"]) for row, one in said["rows"].items()} == {
+        row: (one.images, "measured") for row, one in table.rows.items()}

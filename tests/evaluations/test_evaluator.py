@@ -1,0 +1,368 @@
+"""The evaluator as its users meet it: the official numbers, shipped references, what is said and what is refused."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import REPOSITORY, call, execute
+from golden import GOLDEN, needs_golden
+from PIL import Image
+
+from evaluations.npz import BatchFile, write_batch
+from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
+
+needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
+BIN = Path(sys.executable).parent
+EMBEDDED = ("--backend", "embedded")
+FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+def clothes(count, seed=0):
+    """(count, 32, 32, 3) of coarse random blots: something for the embedded network to tell apart."""
+    random = np.random.default_rng(seed)
+    coarse = random.random((count, 4, 4)).repeat(8, axis=1).repeat(8, axis=2)
+    grey = (255 * np.clip(coarse + 0.1 * random.random((count, 32, 32)), 0, 1)).astype(np.uint8)
+    return grey[..., None].repeat(3, axis=3)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def save(name, images=None, **arrays):
+        path = tmp_path / f"{name}.npz"
+        write_batch(path, arrays, None if images is None else iter([images]), np.shape(images))
+        return path
+    return save
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Runs the evaluator; returns its results and what it printed."""
+    def evaluate(*words, backend=EMBEDDED):
+        capsys.readouterr()
+        code = call("evaluations/evaluator", *words, *backend, "--json", tmp_path / "result.json")
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return json.loads((tmp_path / "result.json").read_text()), printed
+    return evaluate
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs the evaluator, which must refuse: exit code 2, one sentence, no file. Returns the sentence."""
+    def refused(*words, script="evaluations/evaluator", backend=EMBEDDED):
+        before = sorted(tmp_path.iterdir())
+        capsys.readouterr()
+        code = call(script, *words, *backend)
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, ""), err
+        lines = [line for line in err.splitlines() if line and "img/s" not in line and "img" not in line]
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        assert sorted(tmp_path.iterdir()) == before
+        return lines[0]
+    return refused
+
+
+def values(results):
+    return [result["metrics"] for result in results]
+
+
+# The official numbers
+
+
+@pytest.mark.slow
+@needs_golden
+def test_the_official_command_end_to_end(save, evaluate, tmp_path):
+    from synthetic_inception import write_weights
+
+    golden = json.loads((GOLDEN / "eval" / "public_e2e.json").read_text())
+    variables = {"np": np}
+    exec(golden["recipe"], variables)
+    weights = write_weights(tmp_path / "weights.safetensors", golden["weights_seed"], 1)
+    files = save("reference", variables["ref"]), save("sample", variables["sample"])
+    torch_backend = ("--inception", weights, "--cache", tmp_path / "cache")
+    results, printed = evaluate(*files, "--precision_recall", "official", backend=torch_backend)
+
+    official = dict(line.split(": ") for line in golden["stdout"].splitlines() if ": " in line)
+    lines = printed.out.splitlines()[-5:]
+    assert [line.split(": ")[0] for line in lines] == FIVE
+    shown = {line.split(": ")[0]: float(line.split(": ")[1]) for line in lines}
+    assert shown["Inception Score"] == pytest.approx(float(official["Inception Score"]), abs=1e-5)
+    assert shown["FID"] == pytest.approx(float(official["FID"]), rel=1e-4)
+    assert shown["sFID"] == pytest.approx(float(official["sFID"]), rel=1e-4)
+    # The distances of one image in 40 lie where the last bit of half precision decides.
+    assert shown["Precision"] == pytest.approx(float(official["Precision"]), abs=0.03)
+    assert shown["Recall"] == pytest.approx(float(official["Recall"]), abs=0.03)
+    assert results[0]["backend"]["name"] == "torch Inception 2015"
+    assert results[0]["protocol"]["precision_recall"] == "official"
+
+    exact, _ = evaluate(*files, backend=torch_backend)
+    precision, recall = golden["own_f64_precision_recall"]
+    assert (exact[0]["metrics"]["precision"], exact[0]["metrics"]["recall"]) == pytest.approx((precision, recall))
+
+
+def test_identical_sets(save, evaluate):
+    reference, sample = save("reference", clothes(60)), save("sample", clothes(60)[::-1])
+    results, printed = evaluate(reference, sample, "--metrics", "fid,sfid,precision,recall,kid,density,coverage")
+    found = results[0]["metrics"]
+    assert found["fid"] == pytest.approx(0, abs=1e-6) and found["sfid"] == pytest.approx(0, abs=1e-6)
+    assert found["precision"] == found["recall"] == found["coverage"] == 1
+    assert found["kid"] < 0.01
+    assert printed.err.count("warning") == 0
+    assert [line.split(": ")[0] for line in printed.out.splitlines()[-7:]] == [
+        "FID", "sFID", "Precision", "Recall", "KID", "Density", "Coverage"]
+
+
+@pytest.mark.slow
+@needs_fashion_mnist
+def test_fid_falls_as_noise_is_removed(save, evaluate):
+    pixels, _ = load_arrays("fashion-mnist", "train")
+    real = np.pad(pixels[:600], ((0, 0), (2, 2), (2, 2))).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=real.shape)
+    noisy = {level: np.clip(real + level * noise, 0, 255).astype(np.uint8) for level in (80, 40, 20, 10, 0)}
+    files = [save(f"noise{level}", grey[..., None].repeat(3, axis=3)) for level, grey in noisy.items()]
+    found = values(evaluate("fmnist32", *files)[0])
+    for word in ("fid", "sfid"):
+        series = [numbers[word] for numbers in found]
+        assert series == sorted(series, reverse=True), (word, series)
+    assert found[-1]["fid"] < 0.3 < found[0]["fid"] and found[-1]["precision"] > 0.8 > found[0]["precision"]
+
+
+# What a result is made of
+
+
+def test_result_says_what_it_is(save, evaluate):
+    reference, sample = save("reference", clothes(30)), save("sample", clothes(20, 1))
+    (result,), printed = evaluate(reference, sample)
+    assert result["metrics"].keys() == {"is", "fid", "sfid", "precision", "recall"}
+    for side, path, count in (("reference", reference, 30), ("sample", sample, 20)):
+        assert result[side]["file"] == str(path) and result[side]["images"] == count
+        assert result[side]["sha256"] == BatchFile(path).sha256 and result[side]["resolution"] == "32x32"
+    assert result["reference"]["statistics"] == "computed"
+    assert result["backend"]["name"] == "embedded Fashion-MNIST classifier" and len(result["backend"]["sha256"]) == 64
+    assert result["protocol"]["precision_recall"] == "exact"
+    assert {"torch", "numpy", "scipy", "guided_diffusion"} <= result["versions"].keys()
+    for words in ("embedded Fashion-MNIST classifier", "30 images", "20 images", "exact precision and recall"):
+        assert words in printed.out
+    assert "different numbers of images (30, 20)" in printed.err
+    assert [line.split(": ")[0] for line in printed.out.splitlines()[-5:]] == FIVE
+
+
+def test_batches_and_order_do_not_matter(save, evaluate):
+    images = clothes(40, 1)
+    reference = save("reference", clothes(50))
+    plain, shuffled = save("plain", images), save("shuffled", images[np.random.default_rng(0).permutation(40)])
+    first, second = values(evaluate(reference, plain, shuffled)[0])
+    assert first == pytest.approx(second, rel=1e-5, abs=1e-6)
+    assert values(evaluate(reference, plain, "--batch_size", 7)[0])[0] == pytest.approx(first, rel=1e-5, abs=1e-6)
+
+
+def test_first_images_only(save, evaluate):
+    reference = save("reference", clothes(30))
+    all_of_it, more = save("short", clothes(20, 1)[:12]), save("long", clothes(20, 1))
+    short, _ = values(evaluate(reference, all_of_it, more)[0])
+    results, _ = evaluate(reference, more, "--num_images", 12)
+    assert results[0]["metrics"] == pytest.approx(short, rel=1e-5, abs=1e-6)
+    assert results[0]["sample"]["images"] == 12
+
+
+def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refused):
+    sample = save("sample", clothes(20, 1))
+    call("evaluations/make_reference", save("source", clothes(40)), tmp_path / "made.npz", *EMBEDDED)
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = dict(made)
+    assert arrays["arr_0"].shape == (40, 32, 32, 3)
+    assert arrays["mu"].shape == (64,) and arrays["sigma"].shape == (64, 64)
+    assert arrays["mu_s"].shape == (512,) and arrays["sigma_s"].shape == (512, 512)
+    computed = values(evaluate(tmp_path / "source.npz", sample)[0])[0]
+    results, _ = evaluate(tmp_path / "made.npz", sample)
+    assert results[0]["metrics"] == pytest.approx(computed) and results[0]["reference"]["statistics"] == "stored"
+
+    images = arrays.pop("arr_0")
+    moved = save("moved", images, **{**arrays, "mu": arrays["mu"] + 1})
+    assert values(evaluate(moved, sample)[0])[0]["fid"] != pytest.approx(computed["fid"], rel=0.01)
+    bare = save("bare", **arrays)
+    assert values(evaluate(bare, sample, "--metrics", "fid,sFID")[0])[0]["fid"] == pytest.approx(computed["fid"])
+    message = refused(bare, sample)
+    assert "no images" in message and "precision, recall" in message
+
+
+def test_shipped_reference(save, evaluate, tmp_path):
+    results, _ = evaluate("fmnist32", save("sample", clothes(20)))
+    assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
+    assert results[0]["metrics"]["precision"] < 0.2
+
+
+@pytest.mark.slow
+@needs_fashion_mnist
+def test_shipped_reference_is_that_of_the_test_images(tmp_path):
+    code = call("evaluations/make_reference", "fashion-mnist", tmp_path / "made.npz", *EMBEDDED, "--keep", "features")
+    assert code == 0
+    shipped = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
+    with np.load(tmp_path / "made.npz") as made, np.load(shipped) as ours:
+        assert made.files == ours.files
+        for name in set(made.files) - {"backend"}:
+            np.testing.assert_allclose(made[name], ours[name], rtol=1e-3, atol=1e-3)
+
+
+def test_intervals(save, evaluate):
+    files = save("reference", clothes(40)), save("sample", clothes(30, 1))
+    words = ("--metrics", "is,fid,sfid,precision,recall,kid,density,coverage", "--bootstrap", 20)
+    (result,), printed = evaluate(*files, *words)
+    assert result["intervals95"].keys() == result["metrics"].keys() and result["bootstrap"] == 20
+    for word, (low, high) in result["intervals95"].items():
+        assert low <= high, word
+    assert re.search(r"^FID: [\d.]+   \(95 %: [\d.e-]+ to [\d.e-]+\)$", printed.out, re.MULTILINE)
+    assert evaluate(*files, *words)[0][0]["intervals95"] == result["intervals95"]
+    assert evaluate(*files, *words, "--seed", 1)[0][0]["intervals95"] != result["intervals95"]
+
+
+def test_probability_zero_is_told(save, evaluate, monkeypatch):
+    from evaluations.extractors.fashion_mnist import EmbeddedClassifier
+
+    real = EmbeddedClassifier.features
+    monkeypatch.setattr(EmbeddedClassifier, "features", lambda self, images: real(self, images)._replace(
+        probabilities=np.eye(10, dtype=np.float32)[np.arange(len(images)) % 10]))
+    results, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(20, 1)))
+    assert results[0]["metrics"]["is"] is None
+    assert "Inception Score: nan" in printed.out and "probability 0" in printed.err
+
+
+def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch):
+    files = save("reference", clothes(30)), save("sample", clothes(20, 1))
+    first = values(evaluate(*files, "--cache", tmp_path / "cache")[0])
+    monkeypatch.setattr("evaluations.extractors.fashion_mnist.EmbeddedClassifier.features", None)
+    assert values(evaluate(*files, "--cache", tmp_path / "cache")[0]) == first
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_picture(save, evaluate, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    files = save("reference", clothes(30)), save("sample", clothes(20, 1)), save("other", clothes(25, 2))
+    picture = tmp_path / f"picture.{suffix}"
+    evaluate(*files, "--plot", picture, "--bootstrap", 5)
+    if suffix == "png":
+        with Image.open(picture) as image:
+            assert image.width > 800 and np.asarray(image).std() > 10
+    else:
+        assert "<svg" in picture.read_text()
+
+
+def test_memory_benchmark_says_what_it_measured(capsys):
+    arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
+    assert call("evaluations/benchmarks/memory", *arguments) == 0
+    assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
+
+
+# Several ranks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ((BIN / "mpiexec").exists() and importlib.util.find_spec("mpi4py")),
+                    reason="mpiexec or mpi4py is not installed: the extra `mpi`")
+def test_ranks_find_what_one_finds(save, evaluate, tmp_path):
+    files = save("reference", clothes(50)), save("sample", clothes(41, 1))
+    alone = values(evaluate(*files, "--batch_size", 8)[0])[0]
+    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", *files, *EMBEDDED,
+                    "--batch_size", 8, "--json", tmp_path / "shared.json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "shared.json").read_text())[0]["metrics"] == pytest.approx(alone, rel=1e-6, abs=1e-9)
+    assert ended.stdout.count("FID: ") == 2
+    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", files[0], "missing.npz")
+    assert ended.returncode == 2 and ended.stderr == "error: missing.npz: there is no such file\n"
+
+
+# Making references
+
+
+def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
+    folder = tmp_path / "pictures" / "inner"
+    folder.mkdir(parents=True)
+    images = clothes(6)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    made = tmp_path / "made.npz"
+    assert call("evaluations/make_reference", tmp_path / "pictures", made, *EMBEDDED, "--num_images", 5) == 0
+    assert str(made) in capsys.readouterr().out
+    file = BatchFile(made)
+    np.testing.assert_array_equal(file.read("arr_0"), images[:5])
+    assert file.value("backend") == "embedded Fashion-MNIST classifier" and file.value("count") == 5
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "z.png")
+    assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="evaluations/make_reference")
+    assert call("evaluations/make_reference", tmp_path / "pictures", made, *EMBEDDED, "--image_size", 32) == 0
+    assert len(BatchFile(made)) == 7
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "0 words given"),
+    (["missing.npz", "out.npz"], "missing.npz: there is no such file"),
+    (["missing", "out.npz"], "missing"),
+    (["fashion-mnist", "nowhere/out.npz"], "nowhere/out.npz: cannot be written"),
+    (["fashion-mnist", "out.npz", "--keep", "all"], "--keep all: must be one of"),
+])
+def test_reference_that_cannot_be_made(words, message, refused):
+    assert message in refused(*words, script="evaluations/make_reference")
+
+
+# What is refused
+
+
+def test_files_that_are_refused(save, refused, tmp_path):
+    good, text = save("good", clothes(10)), tmp_path / "text.npz"
+    text.write_text("text")
+    np.savez(tmp_path / "float.npz", arr_0=clothes(10) / np.float32(255))
+    np.savez(tmp_path / "grey.npz", arr_0=clothes(10)[..., :1])
+    np.savez(tmp_path / "pickle.npz", arr_0=np.array([None]))
+    bright = save("bright", clothes(10) // 200)
+    for path, words in ((tmp_path / "missing.npz", "no such file"), (text, "not an .npz"),
+                        (save("empty"), "no images"), (tmp_path / "float.npz", "uint8 from 0 to 255"),
+                        (tmp_path / "grey.npz", "must be (N, H, W, 3)"), (tmp_path / "pickle.npz", "pickled"),
+                        (save("few", clothes(3)), "has 3 images"), (bright, "not 0 to 1"),
+                        (save("large", np.zeros((10, 64, 64, 3), np.uint8) + 9), "(10, 64, 64, 3)")):
+        message = refused(good, path)
+        assert words in message, message
+        assert str(path) in message or path.name == "large.npz"
+    for path, words in ((text, "not an .npz"), (save("few", clothes(3)), "has 3 images"), (save("empty"), "no images"),
+                        (save("half", clothes(10), mu=np.zeros(64)), "has no sigma"),
+                        (save("foreign", clothes(10), mu=np.zeros(2048), sigma=np.eye(2048)), "Inception's"),
+                        (save("other", clothes(10), backend=np.array("torch Inception 2015")), "another --backend")):
+        assert words in refused(path, good)
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "0 files given"),
+    (["good.npz"], "1 files given"),
+    (["good.npz", "good.npz", "--metrics", "fit"], "'fit' is none of is, fid, sfid"),
+    (["good.npz", "good.npz", "--metrics", ""], "is none of"),
+    (["good.npz", "good.npz", "--backend", "keras"], "--backend keras: must be one of torch, tensorflow, embedded"),
+    (["good.npz", "good.npz", "--num_images", "11"], "--num_images 11: "),
+    (["good.npz", "good.npz", "--batch_size", "0"], "--batch_size 0"),
+    (["good.npz", "good.npz", "--bootstrap", "1"], "--bootstrap 1"),
+    (["good.npz", "good.npz", "--device", "abacus"], "--device abacus"),
+    (["good.npz", "good.npz", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: cannot be written"),
+    (["good.npz", "good.npz", "--plot", "x.gif"], "--plot x.gif: must end in .png"),
+    (["good.npz", "good.npz", "--inception", "/nowhere.pb", "--backend", "torch"], "/nowhere.pb"),
+    (["good.npz", "good.npz", "--precision_recall", "half"], "must be one of exact, official"),
+])
+def test_options_that_are_refused(words, message, save, refused):
+    good = save("good", clothes(10))
+    backend = () if "--backend" in words else EMBEDDED
+    assert message in refused(*(good if word == "good.npz" else word for word in words), backend=backend)
+
+
+def test_features_that_are_not_numbers_end_it(save, refused, monkeypatch):
+    from evaluations.extractors.fashion_mnist import EmbeddedClassifier
+
+    real = EmbeddedClassifier.features
+
+    def broken(self, images):
+        features = real(self, images)
+        features.pooled[2] = np.nan
+        return features
+
+    monkeypatch.setattr(EmbeddedClassifier, "features", broken)
+    files = save("reference", clothes(10)), save("sample", clothes(10))
+    assert "reference.npz: the pooled features of image 2 are not finite" in refused(*files, "--batch_size", 32)

@@ -1,0 +1,63 @@
+"""Labels by image number."""
+
+import numpy as np
+import pytest
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.rng import image_labels
+from guided_diffusion.runs.labels import make_labels
+
+
+def labels(text, numbers, seed=3, num_classes=10, num_samples=100):
+    return make_labels(str(text), seed=seed, num_classes=num_classes, num_samples=num_samples)(numbers).tolist()
+
+
+def test_random_labels_are_those_of_the_seed():
+    assert labels("random", range(5, 9)) == image_labels(3, range(5, 9), 10).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 10, 37])
+def test_balanced_counts_differ_by_one_at_most(count):
+    counts = np.bincount(labels("balanced", range(count)), minlength=10)
+    assert counts.max() - counts.min() <= 1
+    assert labels("balanced", [13, 4]) == [3, 4]
+
+
+def test_one_class():
+    assert labels("7", [0, 50, 99]) == [7, 7, 7]
+    assert labels("0", [1]) == [0]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16])
+def test_file_of_labels(dtype, tmp_path):
+    np.save(tmp_path / "labels.npy", np.arange(120, dtype=dtype) % 10)
+    assert labels(tmp_path / "labels.npy", [0, 99, 42]) == [0, 9, 2]
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "1.5", "even", "", "Balanced", "²", "labels.npz"])
+def test_other_words_are_refused(text):
+    with pytest.raises(UserError, match=f"--labels {text}: must be"):
+        labels(text, [0])
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.zeros(99, int), "holds 99 labels, and --num_samples is 100"),
+    (np.full(100, 10), "label 10 of image 0 .* from 0 to 9"),
+    (np.r_[np.zeros(98, int), -1, 3], "label -1 of image 98"),
+    (np.zeros((100, 1), int), "must hold whole numbers"),
+    (np.zeros(100), "must hold whole numbers"),
+    (np.array([{}] * 100, object), "not a .npy file of whole numbers"),
+])
+def test_file_that_does_not_fit_is_refused(array, words, tmp_path):
+    np.save(tmp_path / "labels.npy", array, allow_pickle=True)
+    with pytest.raises(UserError, match=words):
+        labels(tmp_path / "labels.npy", [0])
+
+
+def test_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        labels(tmp_path / "missing.npy", [0])
+    for content in (b"", b"\x93NUMPY", b"<html>"):
+        (tmp_path / "broken.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"broken.npy"):
+            labels(tmp_path / "broken.npy", [0])

@@ -1,0 +1,328 @@
+"""Sampling runs as jobs: kills, restarts, several at once, full disks; the same file from all of them."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import REPOSITORY, call, execute, flags, samples_in
+from launchers import needs_mpi
+from networks import TINY
+
+from guided_diffusion.rng import image_labels
+from guided_diffusion.runs import sample as sample_util
+from guided_diffusion.runs.shards import locked
+from guided_diffusion.runs.status import run_status
+
+BIN = Path(sys.executable).parent
+COUNT = 16
+
+
+@pytest.fixture(scope="module")
+def line(tiny_checkpoints):
+    """The command line of a run of 8 chunks, long enough to be killed, into a folder; `changes` are flags."""
+    def words(out, **changes):
+        return flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 12,
+                      "num_samples": COUNT, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1, "out": out,
+                      **changes})
+    return words
+
+
+@pytest.fixture(scope="module")
+def expected(line, tmp_path_factory):
+    """SHA-256 of the samples of one undisturbed process."""
+    out = tmp_path_factory.mktemp("plain")
+    assert call("image_sample", *line(out)) == 0
+    return digest(out)
+
+
+def digest(out):
+    path, = Path(out).glob("samples_*.npz")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+    """Ranks that no launcher watches, with the names of environment variables that tell each who it is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    several = {names[1]: str(ranks), "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(several if ranks > 1 else {})}
+    return [subprocess.Popen(
+        [sys.executable, "scripts/image_sample.py", *map(str, line)], cwd=REPOSITORY, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**environment, names[0]: str(rank), names[2]: str(rank)})
+        for rank in range(ranks)]
+
+
+def await_shards(out, count, process):
+    until = time.monotonic() + 60
+    while len(list((out / "shards").glob("*.npz"))) < count:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+
+
+def stamps(out):
+    return {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("*.npz")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, victims, chunks", [(1, [0], 1), (2, [0, 1], 3), (2, [0], 2), (2, [1], 3)],
+                         ids=["plain process", "both ranks", "rank 0", "rank 1"])
+def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, expected, tmp_path):
+    processes = start(line(tmp_path), ranks)
+    await_shards(tmp_path, chunks, processes[0])
+    for rank in victims:
+        processes[rank].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert time.monotonic() - killed < 60
+    for rank, error in enumerate(errors):
+        if rank not in victims:
+            assert processes[rank].returncode == 2
+            assert f"error: rank {victims[0]} is gone" in error
+
+    status = run_status(tmp_path)
+    before = stamps(tmp_path)
+    assert chunks <= len(before) < 8 and (status.done, status.missing) == (2 * len(before), COUNT - 2 * len(before))
+    assert status.damaged == 0 and status.holder is None
+    assert call("image_sample", *line(tmp_path, keep_shards=True)) == 0
+    assert digest(tmp_path) == expected
+    assert before.items() <= stamps(tmp_path).items()               # none of them was made again
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_rank_killed_under_mpiexec_ends_the_job(line, expected, tmp_path):
+    with subprocess.Popen([BIN / "mpiexec", "-n", "2", sys.executable, "scripts/image_sample.py", *line(tmp_path)],
+                          cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+        await_shards(tmp_path, 2, job)
+        ranks = ranks_working_in(tmp_path)
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert job.wait(60) != 0
+    assert not ranks_working_in(tmp_path)
+    ended = execute(BIN / "mpiexec", "-n", 3, sys.executable, "scripts/image_sample.py", *line(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert digest(tmp_path) == expected
+
+
+def ranks_working_in(out):
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words and b"mpiexec" not in words[0] and b"hydra" not in words[0]:
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
+    processes = start(line(tmp_path), 2, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    for process in processes:
+        assert process.wait(60) == 0, process.communicate()
+    assert digest(tmp_path) == expected
+    chunks = json.loads((tmp_path / "run.json").read_text())["timing"]["chunks"]
+    assert {chunk["rank"] for chunk in chunks} == {0, 1}
+
+
+@pytest.mark.slow
+def test_two_jobs_started_at_once_in_one_folder(line, expected, tmp_path):
+    jobs = [start(line(tmp_path))[0] for _ in range(2)]
+    errors = [job.communicate(timeout=60)[1] for job in jobs]
+    assert sorted(job.returncode for job in jobs) == [0, 2]
+    refused = errors[[job.returncode for job in jobs].index(2)]
+    assert re.fullmatch(rf"error: --out {tmp_path}: another job is working there \([^\n]+\n", refused)
+    assert digest(tmp_path) == expected
+
+
+def test_folder_of_another_job_is_left_alone(line, tmp_path, capsys):
+    with locked(tmp_path):
+        assert call("image_sample", *line(tmp_path, overwrite=True)) == 2
+        assert "another job is working there" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+SHORT = {"timestep_respacing": 3, "num_samples": 5}
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A file system of one's own, of 200 kB; read-only after mounted.read_only()."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_that_fills_up_loses_nothing(mounted, line, tmp_path, capsys):
+    assert call("image_sample", *line(tmp_path / "plain", **SHORT)) == 0
+    filler = mounted / "filler"
+    capsys.readouterr()
+    refused = set()
+    for free in range(0, 200_000, 4096):            # every place where a disk can fill up
+        space = os.statvfs(mounted)
+        filler.write_bytes(b"0" * max(0, space.f_bavail * space.f_frsize - free))
+        before = stamps(mounted / "out")
+        if call("image_sample", *line(mounted / "out", **SHORT)) == 0:
+            break
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and "No space left on device" in error, error
+        assert before.items() <= stamps(mounted / "out").items()
+        refused.add(re.search(r"out/(shards|\.?samples|grid|run)", error)[1])
+        filler.unlink()
+    assert digest(mounted / "out") == digest(tmp_path / "plain")
+    assert len(refused) >= 2, refused
+
+
+def test_read_only_folder_is_refused(mounted, line, capsys):
+    (mounted / "out").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+    assert call("image_sample", *line(mounted / "out", **SHORT)) == 2
+    assert capsys.readouterr().err == f"error: --out {mounted / 'out'}: cannot be written (Read-only file system)\n"
+
+
+def test_damaged_shard_and_shard_of_another_seed_are_refused(line, tmp_path, capsys):
+    for seed in (0, 1):
+        assert call("image_sample", *line(tmp_path / str(seed), seed=seed, keep_shards=True, **SHORT)) == 0
+    for name in ("run.json", "samples_5x16x16x3.npz"):
+        (tmp_path / "0" / name).unlink()
+    shard, good = tmp_path / "0" / "shards" / "000001.npz", (tmp_path / "0" / "shards" / "000001.npz").read_bytes()
+    again = line(tmp_path / "0", **SHORT)
+    for content, words in ((good[:400] + b"\xff" + good[401:], "1 damaged (000001.npz)"), (
+            (tmp_path / "1" / "shards" / "000001.npz").read_bytes(), "000001.npz: is of another run")):
+        shard.write_bytes(content)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert call("image_sample", *again) == 2
+        assert words in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert call("run_status", tmp_path / "0") == 0
+        printed = capsys.readouterr().out
+        assert "000001.npz" in printed and re.search(r"done +3 of 5.*\nmissing +0\ndamaged +2\n", printed)
+    shard.unlink()
+    assert call("image_sample", *again) == 0
+
+
+@pytest.mark.parametrize("keep_shards", [False, True])
+def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path, monkeypatch):
+    short = {**SHORT, "keep_shards": keep_shards}
+    assert call("image_sample", *line(tmp_path / "grown", **short)) == 0
+    made = []
+    images = sample_util.Sampler.images
+    monkeypatch.setattr(sample_util.Sampler, "images", lambda self, numbers, *rest: (
+        made.extend(numbers), images(self, numbers, *rest))[1])
+    assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": 9})) == 0
+    assert made == [4, 5, 6, 7, 8]                  # chunk 2 was cut short
+    assert call("image_sample", *line(tmp_path / "fresh", **{**short, "num_samples": 9})) == 0
+    grown, fresh = (tmp_path / name / "samples_9x16x16x3.npz" for name in ("grown", "fresh"))
+    assert grown.read_bytes() == fresh.read_bytes()
+    with np.load(tmp_path / "grown" / "samples_5x16x16x3.npz") as shorter, np.load(grown) as longer:
+        assert (longer["arr_0"][:5] == shorter["arr_0"]).all() and (longer["arr_1"][:5] == shorter["arr_1"]).all()
+
+    made.clear()
+    assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": 9})) == 0          # finished
+    assert made == []
+
+
+def test_labels_of_the_run(line, tmp_path, capsys):
+    np.save(tmp_path / "labels.npy", np.array([1, 1, 0, 1, 0, 0]))
+    for labels, wanted in (("1", [1] * 5), (tmp_path / "labels.npy", [1, 1, 0, 1, 0]), ("balanced", [0, 1, 0, 1, 0]),
+                           ("random", image_labels(0, range(5), 2).tolist())):
+        out = tmp_path / Path(labels).name
+        out = out.with_name(f"out_{out.name}")
+        assert call("image_sample", *line(out, labels=labels, **SHORT)) == 0
+        assert samples_in(out)[1].tolist() == wanted
+    np.save(tmp_path / "labels.npy", np.array([1, 1, 0, 0, 0, 0]))
+    capsys.readouterr()
+    assert call("image_sample", *line(tmp_path / "out_labels.npy", labels=tmp_path / "labels.npy", **SHORT)) == 2
+    assert "has other labels" in capsys.readouterr().err
+    for labels, words in (("2", "from 0 to 1"), ("even", "must be random"), ("/nowhere.npy", "cannot be read")):
+        assert call("image_sample", *line(tmp_path / "new", labels=labels, **SHORT)) == 2
+        assert f"--labels {labels}" in (message := capsys.readouterr().err) and words in message
+        assert not (tmp_path / "new").exists()
+    assert call("image_sample", *line(tmp_path / "new", labels=1, class_cond=False, **SHORT)) == 2
+    assert "has no classes" in capsys.readouterr().err
+
+
+def test_lines_of_progress_and_record(line, tmp_path, capsys):
+    assert call("image_sample", *line(tmp_path, log_every=2, keep_shards=True, **SHORT)) == 0
+    out, err = capsys.readouterr()
+    lines = [each for each in out.splitlines() if " images, " in each]
+    assert [each.split()[0] for each in lines] == ["2", "4", "5"] and err == ""
+    assert re.fullmatch(r"5 of 5 images, [\d.e+]+ images/s, 0:00:00 left, 1 of 1 ranks", lines[-1])
+    record = json.loads((tmp_path / "run.json").read_text())
+    chunks = record["timing"]["chunks"]
+    assert [(chunk["first"], chunk["images"], chunk["rank"]) for chunk in chunks] == [(0, 2, 0), (2, 2, 0), (4, 1, 0)]
+    assert all(0 < chunk["seconds"] < record["timing"]["seconds"] for chunk in chunks)
+    assert len(record["fingerprint"]) == 64 and record["sha256"].keys() == {"samples", "model"}
+    with np.load(tmp_path / "shards" / "000001.npz", allow_pickle=False) as shard:
+        assert shard["images"].shape == (2, 16, 16, 3) and shard["numbers"].tolist() == [2, 3]
+        assert shard["labels"].shape == (2,)
+
+
+def test_status_of_a_finished_run(line, tmp_path, capsys):
+    assert call("image_sample", *line(tmp_path / "out", **SHORT)) == 0
+    status = run_status(tmp_path / "out")
+    assert (status.done, status.missing, status.damaged) == (5, 0, 0) and status.samples is not None
+    capsys.readouterr()
+    assert call("run_status", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "num_samples": 5, "done": 5, "damaged": 0, "missing": 0, "files": [], "holder": None,
+        "samples": str(tmp_path / "out" / "samples_5x16x16x3.npz")}
+    with locked(tmp_path / "out"):
+        assert str(os.getpid()) in str(run_status(tmp_path / "out"))
+    (tmp_path / "out" / "samples_5x16x16x3.npz").write_bytes(b"")
+    assert run_status(tmp_path / "out").damaged == 5
+    (tmp_path / "out" / "samples_5x16x16x3.npz").unlink()
+    assert run_status(tmp_path / "out").missing == 5
+    capsys.readouterr()
+    assert call("run_status", tmp_path / "nowhere") == 2
+    assert "holds no sampling run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit, auto, code", [(2, True, 0), (2, False, 2), (1, True, 0), (0, True, 2)])
+def test_out_of_memory(limit, auto, code, line, tmp_path, capsys, monkeypatch):
+    sizes = []
+    piece = sample_util.Sampler._piece
+
+    def limited(self, numbers, *rest):
+        sizes.append(len(numbers))
+        if len(numbers) > limit:
+            raise sample_util.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return piece(self, numbers, *rest)
+    monkeypatch.setattr(sample_util.Sampler, "_piece", limited)
+    options = {**SHORT, "batch_size": 5, "auto_batch": auto}
+    assert call("image_sample", *line(tmp_path / "out", **options)) == code
+    if code:
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: --batch_size 5") and "out of memory" in error and "--auto_batch True" in error
+        assert list((tmp_path / "out").iterdir()) == []
+        return
+    assert sizes == ([5, 3, 2, 2, 2] if limit == 2 else [5, 3, 2] + [1] * 5)
+    monkeypatch.undo()
+    assert call("image_sample", *line(tmp_path / "whole", **options)) == 0
+    assert np.abs(samples_in(tmp_path / "out")[0].astype(int) - samples_in(tmp_path / "whole")[0]).max() <= 1
+
+
+@pytest.mark.slow
+def test_packing_takes_the_memory_of_a_chunk(tmp_path):
+    ended = execute(sys.executable, "scripts/reliability.py", "--pack_images", 1500, "--out", tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    after, before = map(int, re.search(r"peak memory (\d+) MiB, (\d+) MiB before", ended.stdout).groups())
+    assert after - before < 30 and after < 1000         # the images are 70 MiB

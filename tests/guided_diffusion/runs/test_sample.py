@@ -1,0 +1,127 @@
+"""A whole sampling run: numbered images whatever the batch, labels, files."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from commands import samples_in
+from networks import TINY, TINY_CLASSIFIER, with_random_weights
+
+from guided_diffusion.checkpoint import load_state_dict, save_state
+from guided_diffusion.errors import UserError
+from guided_diffusion.rng import image_labels
+from guided_diffusion.runs.sample import (
+    OPTION_CLASSES,
+    SampleOptions,
+    SamplingRun,
+    run_samples,
+    to_uint8,
+)
+from guided_diffusion.script_util import create_classifier, create_model, options_from
+
+SAG = {"guide_scale": 1.2, "sel_attn_depth": 1}
+SETTINGS = {
+    "DDPM": {}, "DDIM": {"use_ddim": True}, "SAG": SAG, "SAG, random mask": {**SAG, "mask": "random"},
+    "SAG, DDIM with noise": {**SAG, "use_ddim": True, "eta": 0.5},
+    "SAG and classifier": {**SAG, **TINY_CLASSIFIER, "classifier_guidance": True, "classifier_scale": 2.0}}
+
+
+@pytest.fixture
+def sample(tiny_checkpoints, tmp_path):
+    """Runs the tiny model, with changed flags, in a folder of its own; returns its images and labels."""
+    count = iter(range(100))
+
+    def run(**changes):
+        flags = {**TINY, "model_path": tiny_checkpoints / "model.safetensors",
+                 "classifier_path": tiny_checkpoints / "classifier.safetensors",
+                 "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "out": tmp_path / f"out{next(count)}",
+                 **changes}
+        path = SamplingRun(*options_from(flags, SampleOptions, *OPTION_CLASSES)).run()
+        return samples_in(path.parent)
+    return run
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_images_are_the_same_for_any_batch_size_and_count(setting, sample):
+    images, labels = sample(**setting)
+    assert images.std() > 5
+
+    longer, more_labels = sample(**setting, num_samples=6)
+    assert (longer[:5] == images).all() and (more_labels[:5] == labels).all()
+    for batch_size in (1, 5):
+        other, other_labels = sample(**setting, batch_size=batch_size)
+        assert (other_labels == labels).all()
+        assert np.abs(other.astype(int) - images).max() <= 1
+
+
+def test_labels_are_random_by_seed_or_balanced(sample):
+    _, labels = sample(seed=3, num_samples=7)
+    assert labels.tolist() == image_labels(3, range(7), 2).tolist()
+    assert sample(labels="balanced", num_samples=5)[1].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_a_label_changes_its_own_image_alone(sample):
+    drawn, labels = sample()
+    balanced, even = sample(labels="balanced")
+    differs = (drawn != balanced).any(axis=(1, 2, 3))
+    assert 0 < (labels != even).sum() < 5
+    assert (differs == (labels != even)).all()
+
+
+def test_colour_network_without_labels(sample, tmp_path):
+    flags = {**TINY, "in_channels": 3, "class_cond": False}
+    save_state(tmp_path / "colour.pt", with_random_weights(create_model(**flags)).state_dict())
+    images, labels = sample(**flags | {"model_path": tmp_path / "colour.pt"})
+    assert images.shape == (5, 16, 16, 3) and labels is None
+    assert (images[..., 0] != images[..., 1]).any()
+
+
+def test_classifier_raises_the_probability_of_its_label(sample, tiny_checkpoints):
+    classifier = create_classifier(**TINY_CLASSIFIER)
+    classifier.load_state_dict(load_state_dict(tiny_checkpoints / "classifier.safetensors"))
+
+    def log_probability(images, labels):
+        x = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            logits = classifier.eval()(x, torch.zeros(len(x), dtype=torch.long))
+        return logits.log_softmax(dim=1)[torch.arange(len(x)), torch.from_numpy(labels)]
+
+    guidance = {**TINY_CLASSIFIER, "classifier_guidance": True, "labels": "balanced", "num_samples": 8}
+    weak, strong = (log_probability(*sample(**guidance, classifier_scale=scale)) for scale in (0.0, 500.0))
+    assert (strong - weak).min() > 0.01
+
+
+def test_to_uint8_truncates_and_clamps():
+    levels = torch.tensor([-2.0, -1.0, -1 + 0.999 / 127.5, -1 + 1.001 / 127.5, 0.0, 1 - 0.001 / 127.5, 1.0, 2.0])
+    pixels = to_uint8(levels.reshape(1, 1, 2, 4))
+    assert pixels.shape == (1, 2, 4, 3) and pixels.dtype == np.uint8
+    assert pixels[0, :, :, 0].flatten().tolist() == [0, 0, 0, 1, 127, 254, 255, 255]
+    assert (pixels == pixels[..., :1]).all()
+
+
+def test_to_uint8_keeps_colours_in_place():
+    x = torch.linspace(-1, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    pixels = to_uint8(x)
+    assert pixels.shape == (2, 4, 5, 3)
+    assert pixels[1, 2, 3].tolist() == [int((float(v) + 1) * 127.5) for v in x[1, :, 2, 3]]
+
+
+def test_run_samples_reads_a_finished_run_only(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
+    np.savez(tmp_path / "packed.npz", arr_0=images)
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"samples": "packed.npz", "configuration": {"seed": 4}}))
+    first, configuration = run_samples(tmp_path, 2)
+    assert (first == images[:2]).all() and configuration == {"seed": 4}
+
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"no array")
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([[[{}]]], object))
+    for text in ("", "[]", "{}", '{"samples": "missing.npz", "configuration": {}}', '{"samples": "packed.npz"}',
+                 '{"samples": 3, "configuration": {}}', '{"samples": "other.npz", "configuration": {}}',
+                 '{"samples": "objects.npz", "configuration": {}}', '{"samples": "run.json", "configuration": {}}'):
+        record.write_text(text)
+        with pytest.raises(UserError, match="no finished sampling run"):
+            run_samples(tmp_path, 2)

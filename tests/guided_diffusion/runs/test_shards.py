@@ -1,0 +1,248 @@
+"""Finished chunks as files: whole, of this run, or refused."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs import shards as module
+from guided_diffusion.runs.shards import DamagedError, Shards, holder, locked
+
+OPTIONS = {"num_samples": 7, "batch_size": 3, "image_size": 4, "seed": 0, "labels": "random", "model_path": "a.pt",
+           "out": "out"}
+
+
+def images_of(numbers):
+    return np.stack([np.full((4, 4, 3), number, np.uint8) for number in numbers])
+
+
+def labels_of(numbers):
+    return np.asarray(numbers, np.int64) % 2
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Shards of the run in tmp_path, with changed options."""
+    def make(**changes):
+        return Shards(tmp_path, {**OPTIONS, **changes}, {"model": "1" * 64}, labels_of)
+    return make
+
+
+def fill(run, indices=None):
+    for index in range(len(run.chunks)) if indices is None else indices:
+        run.save(index, images_of(run.chunks[index]), labels_of(run.chunks[index]), rank=1, seconds=2.5)
+
+
+def finish(run):
+    packed, _ = run.pack()
+    os.replace(packed, run.samples)
+    sha256 = {**run.sha256, "samples": module.sha256_of(run.samples)}
+    record = {"configuration": run.configuration, "sha256": sha256}
+    (run.out / "run.json").write_text(json.dumps(record))
+    run.remove()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_chunks_are_not_done_again(run):
+    assert run().prepare(overwrite=False) == [0, 1, 2]
+    fill(run(), [0, 2])
+    assert run().prepare(overwrite=False) == [1]
+    assert run().prepare(overwrite=True) == [0, 1, 2]
+
+
+def test_what_no_image_depends_on_makes_no_other_run(run):
+    run().prepare(overwrite=False)
+    fill(run())
+    same = run(out="elsewhere", model_path="moved.pt", log_every=3, keep_shards=True, auto_batch=True, overwrite=False)
+    assert same.prepare(overwrite=False) == []
+
+
+@pytest.mark.parametrize("changes, flag", [({"seed": 1}, "seed"), ({"sha256": "2" * 64}, "model_path"),
+                                           ({"batch_size": 4}, "batch_size"), ({"new": 3}, "new")])
+def test_chunks_of_another_run_are_refused_and_stay(changes, flag, run, tmp_path):
+    other = Shards(tmp_path, {**OPTIONS, **changes}, {"model": changes.get("sha256", "1" * 64)}, labels_of)
+    run().prepare(overwrite=False)
+    fill(run())
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"--{flag} differs.*--overwrite True"):
+        other.prepare(overwrite=False)
+    assert contents(tmp_path) == before
+    finish(run())
+    with pytest.raises(UserError, match=f"--{flag} differs.*--overwrite True"):
+        other.prepare(overwrite=False)
+    assert other.prepare(overwrite=True) == list(range(len(other.chunks)))
+    assert run().samples.exists()               # until others take their place
+    fill(other, [0])
+    assert other.prepare(overwrite=False) == list(range(1, len(other.chunks)))
+    with pytest.raises(UserError, match=f"--{flag} differs"):
+        run().prepare(overwrite=False)
+
+
+def test_single_shard_of_another_seed_is_refused(run, tmp_path):
+    other = Shards(tmp_path / "other", {**OPTIONS, "seed": 1}, {"model": "1" * 64}, labels_of)
+    other.out.mkdir()
+    for each in (run(), other):
+        each.prepare(overwrite=False)
+        fill(each, [0, 1])
+    shutil.copy(other.path(1), run().path(1))
+    with pytest.raises(UserError, match=r"000001.npz: is of another run"):
+        run().prepare(overwrite=False)
+    shutil.copy(run().path(0), run().path(1))               # of this run, under the wrong name
+    with pytest.raises(UserError, match=r"000001.npz: is of another run"):
+        run().prepare(overwrite=False)
+
+
+def test_other_labels_are_refused(run, tmp_path):
+    run().prepare(overwrite=False)
+    fill(run())
+    ones = Shards(tmp_path, OPTIONS, run().sha256, lambda numbers: np.ones(len(numbers), np.int64))
+    none = Shards(tmp_path, OPTIONS, run().sha256, lambda numbers: None)
+    for other in (ones, none):
+        with pytest.raises(UserError, match="has other labels"):
+            other.prepare(overwrite=False)
+    finish(run())
+    for other in (ones, none):
+        with pytest.raises(UserError, match="has other labels"):
+            other.prepare(overwrite=False)
+
+
+def test_flipped_bytes_are_found(run):
+    run().prepare(overwrite=False)
+    fill(run())
+    path, good = run().path(1), run().path(1).read_bytes()
+    arrays = run().read(1)
+    refused = 0
+    for at in range(0, len(good), 5):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x41]) + good[at + 1:])
+        try:
+            read = run().read(1)
+        except DamagedError as error:
+            assert "000001.npz: is damaged; delete it" in str(error)
+            refused += 1
+        else:                                               # dates and the like
+            assert all((read[name] == arrays[name]).all() for name in arrays)
+    assert refused > len(good) / 5 / 2
+    for length in (0, 10, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(DamagedError, match=r"1 damaged \(000001.npz\); delete"):
+            run().prepare(overwrite=False)
+    path.unlink()
+    assert run().prepare(overwrite=False) == [1]
+
+
+def test_arrays_of_other_shapes_are_damage(run):
+    run().prepare(overwrite=False)
+    run().save(0, images_of(range(2)), labels_of(range(3)))
+    with pytest.raises(DamagedError):
+        run().read(0)
+    run().save(0, images_of(range(3)).astype(np.int64), labels_of(range(3)))
+    with pytest.raises(DamagedError):
+        run().read(0)
+
+
+def test_packed_file_and_timing(run):
+    run().prepare(overwrite=False)
+    fill(run())
+    packed, timing = run().pack()
+    with np.load(packed) as file:
+        assert (file["arr_0"] == images_of(range(7))).all() and (file["arr_1"] == labels_of(range(7))).all()
+    assert timing[2] == {"first": 6, "images": 1, "rank": 1, "seconds": 2.5}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count, todo", [(20, [2, 3, 4, 5, 6]), (4, [1]), (6, []), (3, [])])
+def test_longer_or_shorter_run_keeps_what_it_can(count, todo, packed, run, tmp_path):
+    run().prepare(overwrite=False)
+    fill(run())
+    if packed:
+        finish(run())
+        todo = [] if count < 7 else todo            # a packed chunk can be cut
+    other = run(num_samples=count)
+    assert other.prepare(overwrite=False) == todo
+    fill(other, todo)
+    result, _ = other.pack()
+    with np.load(result) as file:
+        assert (file["arr_0"] == images_of(range(count))).all() and (file["arr_1"] == labels_of(range(count))).all()
+
+
+def test_finished_run_is_checked_and_not_done_again(run):
+    run().prepare(overwrite=False)
+    fill(run())
+    finish(run())
+    assert run().prepare(overwrite=False) is None
+    content = run().samples.read_bytes()
+    run().samples.write_bytes(content[:300] + bytes([content[300] ^ 1]) + content[301:])
+    for count in (7, 9):
+        with pytest.raises(UserError, match="is damaged or was changed"):
+            run(num_samples=count).prepare(overwrite=False)
+    run().samples.unlink()
+    assert run().prepare(overwrite=False) == [0, 1, 2]
+
+
+def test_leftovers_of_killed_ranks_are_removed(run):
+    run().prepare(overwrite=False)
+    (run().folder / ".000001.npz.host.1.tmp").write_bytes(b"half")
+    run().prepare(overwrite=False)
+    assert {path.name for path in run().folder.iterdir()} == {"run.json"}
+    run().tidy()
+    assert not run().folder.exists()
+
+
+def test_disk_that_fills_up_loses_nothing(run, monkeypatch):
+    run().prepare(overwrite=False)
+    fill(run(), [0])
+    before = contents(run().out)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", full)
+        with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
+            fill(run(), [1])
+        assert contents(run().out) == before
+    fill(run(), [1, 2])
+    before = contents(run().out)
+    monkeypatch.setattr(module.packing.os, "fsync", full)
+    with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
+        run().pack()
+    assert contents(run().out) == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from guided_diffusion.runs.shards import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_job_per_folder(tmp_path):
+    with locked(tmp_path):
+        assert str(os.getpid()) in holder(tmp_path)
+        with pytest.raises(UserError, match=f"another job is working there \\(process {os.getpid()}"), locked(tmp_path):
+            pass
+        assert str(os.getpid()) in holder(tmp_path)
+    assert not list(tmp_path.iterdir()) and holder(tmp_path) is None
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(UserError, match=f"process {process.pid}"), locked(tmp_path):
+            pass
+        process.kill()
+    assert (tmp_path / ".lock").exists() and holder(tmp_path) is None
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,111 @@
+"""Ranks at work: tickets, failures and lost ranks seen by all, whoever is slow."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import REPOSITORY
+
+from guided_diffusion.runs.workers import Crew
+
+PROGRAM = """
+import json, os, signal, sys, time
+from guided_diffusion import dist_util
+from guided_diffusion.runs import workers as crew
+crew.BEAT, crew.SILENCE, crew.LAST_WORDS = 0.1, 20, 0.2
+case, out, rank = sys.argv[1], sys.argv[2], dist_util.rank()
+dist_util.setup_dist()
+result = {"tickets": [], "outcome": "fine"}
+team = crew.Crew()
+with dist_util.together():
+    if rank == 0:
+        team.tell("what", [1, "two"])
+try:
+    result["told"] = team.told("what")
+    with team:
+        while (ticket := team.ticket()) < 12:
+            result["tickets"].append(ticket)
+            if rank == 1:
+                if case == "fails":
+                    raise ValueError("of 1")
+                if case == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 0 and case == "main killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            for _ in range(20 if case == "slow" and rank == 1 or case != "slow" else 1):
+                time.sleep(0.1)
+                team.check()
+            team.report(len(result["tickets"]))
+            team.finish_ticket()
+        while rank == 0 and team.finished_tickets() < 12:
+            team.check()
+            time.sleep(0.05)
+        if rank == 0:
+            time.sleep(0.3)
+            result["work"], result["alive"] = team.work(), team.alive()
+except Exception as error:
+    result["outcome"] = f"{type(error).__name__} {error}"
+open(f"{out}/{rank}.json", "w").write(json.dumps(result))
+os._exit(0)
+"""
+
+
+def ranks_of(case, size, tmp_path):
+    """Runs PROGRAM on ranks that no launcher watches; returns what each of them wrote, None where it was killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [subprocess.Popen([sys.executable, "-c", PROGRAM, case, tmp_path], cwd=REPOSITORY, env={
+        **os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) for rank in range(size)]
+    try:
+        codes = [rank.wait(60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(code in (0, -signal.SIGKILL) for code in codes)
+    files = [tmp_path / f"{rank}.json" for rank in range(size)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+
+def test_one_process_has_every_ticket():
+    with Crew() as crew:
+        crew.tell("what", {"a": 1})
+        assert crew.told("what") == {"a": 1}
+        assert [crew.ticket() for _ in range(3)] == [0, 1, 2]
+        crew.finish_ticket()
+        crew.report(2.5)
+        assert (crew.finished_tickets(), crew.work(), crew.alive()) == (1, 2.5, 1)
+    with Crew() as another:
+        assert another.ticket() == 0
+    with pytest.raises(ValueError, match="mine"), Crew():
+        raise ValueError("mine")
+
+
+@pytest.mark.slow
+def test_slow_rank_stalls_no_other(tmp_path):
+    results = ranks_of("slow", 3, tmp_path)
+    assert sorted(ticket for result in results for ticket in result["tickets"]) == list(range(12))
+    assert all(result["outcome"] == "fine" and result["told"] == [1, "two"] for result in results)
+    assert len(results[1]["tickets"]) <= 2
+    assert results[0]["work"] == 12 and results[0]["alive"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, words", [
+    ("fails", ["PeerError rank 1 failed", "ValueError of 1", "PeerError rank 1 failed"]),
+    ("killed", ["LostRankError rank 1 is gone", None, "PeerError rank 1 is gone"]),
+    ("main killed", [None, "LostRankError rank 0 is gone", "LostRankError rank 0 is gone"]),
+])
+def test_rank_that_ends_ends_all(case, words, tmp_path):
+    began = time.monotonic()
+    results = ranks_of(case, 3, tmp_path)
+    assert time.monotonic() - began < 40
+    for result, word in zip(results, words, strict=True):
+        assert (result is None) == (word is None)
+        assert result is None or result["outcome"].startswith(word)

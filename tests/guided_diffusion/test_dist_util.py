@@ -1,0 +1,193 @@
+"""Ranks: what launchers say of them, what they agree on, and the same samples from any number of them."""
+
+import hashlib
+import json
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import execute, flags
+from launchers import BIN, needs_mpi
+from networks import TINY
+from safetensors.torch import load_file
+
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.errors import UserError
+
+RUN = {**TINY, "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1,
+       "labels": "balanced"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in {name for names in dist_util.LAUNCHERS for name in names} | {"SLURM_STEP_ID"}:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("environment, rank, size", [
+    ({}, 0, 1),
+    ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 3, 8),
+    ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, 2, 4),
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1, 2),
+    ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, 5, 6),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, 0, 1),                 # an allocation, but no job step
+    ({"RANK": "1"}, 0, 1),
+    ({"RANK": "1", "WORLD_SIZE": "2", "PMI_RANK": "0", "PMI_SIZE": "1"}, 1, 2),
+], ids=["plain", "torchrun", "MPICH", "Open MPI", "Slurm", "Slurm allocation", "half", "torchrun in MPI"])
+def test_rank_and_size_come_from_the_launcher(environment, rank, size, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (dist_util.rank(), dist_util.world_size()) == (rank, size)
+    assert dist_util.is_main() == (rank == 0)
+
+
+@pytest.mark.parametrize("rank, local, index", [("5", "1", 1), ("5", None, 1), ("3", "7", 3)])
+def test_each_rank_of_a_node_has_a_gpu_of_its_own(rank, local, index, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert dist_util.dev() == torch.device("cuda", index)
+
+
+def test_one_process_needs_no_group():
+    dist_util.setup_dist()
+    dist_util.barrier()
+    tensor = torch.ones(2)
+    dist_util.sync_params([tensor])
+    assert not dist.is_initialized() and tensor.tolist() == [1, 1]
+    with dist_util.together():
+        pass
+    with pytest.raises(UserError, match="mine"), dist_util.together():
+        raise UserError("mine")
+    dist_util.shutdown()
+
+
+PROGRAM = """
+import json, os, sys, torch
+from guided_diffusion import dist_util
+before = dict(os.environ)
+dist_util.setup_dist()
+dist_util.setup_dist()
+rank, result = dist_util.rank(), {}
+result["environment"] = dict(os.environ) == before
+value = torch.full((3,), float(rank + 1), requires_grad=True)
+dist_util.sync_params([value])
+result["value"] = value.tolist()
+for failing in ([], [1], [0], [0, 1]):
+    try:
+        with dist_util.together():
+            if rank in failing:
+                raise ValueError(f"of {rank}")
+        outcome = "fine"
+    except Exception as error:
+        outcome = f"{type(error).__name__} {error}"
+    result[str(failing)] = outcome
+dist_util.barrier()
+dist_util.shutdown()
+open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(result))
+"""
+
+
+def launchers():
+    return [pytest.param([BIN / "torchrun", "--nproc-per-node", 2], id="torchrun"),
+            pytest.param([BIN / "mpiexec", "-n", 2, sys.executable], id="mpiexec", marks=needs_mpi)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", launchers())
+def test_ranks_agree(launcher, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    ended = execute(*launcher, tmp_path / "program.py", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode == 0, ended.stderr
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, result in enumerate(results):
+        assert result["environment"]                  # CUDA_VISIBLE_DEVICES among it
+        assert result["value"] == [1, 1, 1]
+        assert result["[]"] == "fine"
+        assert result["[1]"] == ("ValueError of 1" if rank == 1 else "PeerError rank 1 failed")
+        assert result["[0]"] == ("ValueError of 0" if rank == 0 else "PeerError rank 0 failed")
+        assert result["[0, 1]"] == result["[0]"]
+
+
+@pytest.fixture
+def command(tiny_checkpoints):
+    """The words after the interpreter of a short run into a folder."""
+    def words(out, **changes):
+        options = {**RUN, "model_path": tiny_checkpoints / "model.safetensors", "out": out, **changes}
+        return ["scripts/image_sample.py", *flags(options)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoints, tmp_path_factory):
+    """SHA-256 of the samples of one plain process."""
+    out = tmp_path_factory.mktemp("plain")
+    options = {**RUN, "model_path": tiny_checkpoints / "model.safetensors", "out": out}
+    ended = execute(sys.executable, "scripts/image_sample.py", *flags(options))
+    assert ended.returncode == 0, ended.stderr
+    return digest(out)
+
+
+def digest(out):
+    return hashlib.sha256((out / "samples_5x16x16x3.npz").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_mpiexec_gives_the_same_file(ranks, command, expected, tmp_path):
+    ended = execute(BIN / "mpiexec", "-n", ranks, sys.executable, *command(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert digest(tmp_path) == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"samples_5x16x16x3.npz", "grid.png", "run.json"}
+    assert json.loads((tmp_path / "run.json").read_text())["ranks"] == ranks
+    assert ended.stdout.count("samples:") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_file(command, expected, tmp_path):
+    ended = execute(BIN / "torchrun", "--nproc-per-node", 2, *command(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert digest(tmp_path) == expected
+
+
+@pytest.mark.slow
+@needs_mpi
+def test_mistake_ends_all_ranks(command, tmp_path):
+    for changes in ({"num_samples": 0}, {"model_path": "/nowhere.pt"}):
+        ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, *command(tmp_path / "out", **changes))
+        assert ended.returncode == 2
+        assert len(set(filter(None, ended.stderr.splitlines()))) == 1         # mpiexec may add empty lines
+        assert ended.stderr.startswith("error: ")
+        assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", launchers())
+def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path, tiny_checkpoints):
+    state = load_file(tiny_checkpoints / "model.safetensors")
+    state["label_emb.weight"][1] = float("nan")
+    save_state(tmp_path / "nan.pt", state)
+    # Balanced labels, one image at a time: every other image is of class 1.
+    ended = execute(*launcher, *command(tmp_path / "out", model_path=tmp_path / "nan.pt", batch_size=1))
+    assert ended.returncode == (1 if "torchrun" in str(launcher[0]) else 2)
+    assert ended.stderr.count("error: ") == 1
+    assert "error: step 2: the network returned NaN or infinity for image 1\n" in ended.stderr
+    # The images before are kept; torchrun may end rank 0 before it has let go of the lock.
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"shards", ".lock"}
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rank_that_cannot_start_ends_the_job(failing, command, tmp_path):
+    ranks = [command(tmp_path / "out", **({"model_path": "/nowhere.pt"} if rank == failing else {})) for rank in (0, 1)]
+    ended = execute(BIN / "mpiexec", "-n", 1, sys.executable, *ranks[0], ":", "-n", 1, sys.executable, *ranks[1])
+    assert ended.returncode == 2
+    assert ended.stderr == "error: /nowhere.pt: there is no such file\n"
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,203 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from networks import with_random_weights
+
+from guided_diffusion import sampling
+from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
+from guided_diffusion.rng import image_labels, image_noise
+from guided_diffusion.sampling import NonFiniteError, sample_chain
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
+
+SHAPE = (1, 16, 16)
+
+
+def normal(seed, count=2):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def network(tiny_flags):
+    """The tiny network and its process of ten steps."""
+    model, diffusion = create_model_and_diffusion(**tiny_flags, timestep_respacing="10")
+    return with_random_weights(model).requires_grad_(False), diffusion
+
+
+def half(x, t, **kwargs):
+    """A network without weights: eps is half of x."""
+    return x / 2
+
+
+# One step
+
+
+@pytest.mark.parametrize("step", [0, 1, 6])
+def test_ddpm_step_by_hand(step):
+    diffusion = create_gaussian_diffusion(timestep_respacing="10", sigma_small=True)
+    x, noise, t = normal(0), normal(1), torch.full((2,), step)
+    out = diffusion.p_sample(half, x, t, noise=noise)
+    abar, before = diffusion.alphas_cumprod[step], np.append(1.0, diffusion.alphas_cumprod)[step]
+    beta = 1 - abar / before
+    x0 = ((x - math.sqrt(1 - abar) * x / 2) / math.sqrt(abar)).clamp(-1, 1)
+    mean = (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x) / (1 - abar)
+    deviation = math.sqrt(beta * (1 - before) / (1 - abar))
+    np.testing.assert_allclose(out["pred_xstart"], x0, atol=1e-5)
+    np.testing.assert_allclose(out["sample"], mean + deviation * noise, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step_by_hand(eta):
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+    x, noise, t = normal(0), normal(1), torch.full((2,), 6)
+    out = diffusion.ddim_sample(half, x, t, noise=noise, eta=eta)
+    abar, before = diffusion.alphas_cumprod[6], diffusion.alphas_cumprod[5]
+    x0 = ((x - math.sqrt(1 - abar) * x / 2) / math.sqrt(abar)).clamp(-1, 1)
+    eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+    sigma = eta * math.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
+    expected = math.sqrt(before) * x0 + math.sqrt(1 - before - sigma**2) * eps + sigma * noise
+    np.testing.assert_allclose(out["sample"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
+def test_no_noise_at_the_last_step_of_each_image(sampler):
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+    options = {"eta": 1.0} if sampler == "ddim_sample" else {}
+    one, other = (getattr(diffusion, sampler)(half, normal(0), torch.tensor([0, 5]), noise=noise, **options)["sample"]
+                  for noise in (normal(1), normal(2)))
+    assert torch.equal(one[0], other[0])
+    assert not torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
+def test_a_batch_of_several_steps_is_each_image_at_its_own(network, sampler):
+    model, diffusion = network
+    x, noise, t, y = normal(0, 3), normal(1, 3), torch.tensor([9, 0, 4]), torch.tensor([0, 1, 1])
+    together = getattr(diffusion, sampler)(model, x, t, noise=noise, model_kwargs={"y": y})
+    for i in range(3):
+        i = slice(i, i + 1)
+        alone = getattr(diffusion, sampler)(model, x[i], t[i], noise=noise[i], model_kwargs={"y": y[i]})
+        np.testing.assert_allclose(together["sample"][i], alone["sample"], atol=1e-5)
+
+
+def test_noise_is_drawn_where_it_is_not_given():
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+    x, t = normal(0), torch.full((2,), 6)
+    torch.manual_seed(3)
+    drawn = diffusion.p_sample(half, x, t)["sample"]
+    torch.manual_seed(3)
+    assert torch.equal(drawn, diffusion.p_sample(half, x, t, noise=torch.randn_like(x))["sample"])
+
+
+# Chains
+
+
+def test_the_chain_runs_through_all_steps_and_the_network_sees_original_ones():
+    diffusion = create_gaussian_diffusion(timestep_respacing="ddim5")
+    seen, asked = [], []
+
+    def network(x, t):
+        seen.append(t.tolist())
+        return x / 2
+
+    def noise_at(index):
+        asked.append(index)
+        return normal(index)
+
+    out = list(sample_chain(sampling.ddpm_step, Denoiser(diffusion, network), normal(9), noise_at))
+    assert seen == [[step, step] for step in (800, 600, 400, 200, 0)]
+    assert len(out) == 5 and asked == [4, 3, 2, 1, 0]
+    asked.clear()
+    list(sample_chain(sampling.ddim_step, Denoiser(diffusion, network), normal(9), noise_at))
+    assert not asked
+
+
+@pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
+def test_loops_are_their_steps_in_turn(network, sampler, capfd):
+    model, diffusion = network
+    kwargs, x_T = {"y": torch.tensor([0, 1])}, normal(0)
+    torch.manual_seed(1)
+    options = {"clip_denoised": False, "denoised_fn": lambda x: 0.9 * x, "model_kwargs": kwargs,
+               "cond_fn": lambda x, t, y: 0.1 * x}
+    x = x_T
+    steps = []
+    for index in reversed(range(10)):
+        with torch.no_grad():
+            x = getattr(diffusion, sampler)(model, x, torch.full((2,), index), **options)["sample"]
+        steps.append(x)
+    torch.manual_seed(1)
+    loop = getattr(diffusion, f"{sampler}_loop_progressive")(model, x_T.shape, x_T, **options)
+    for expected, out in zip(steps, loop, strict=True):
+        assert torch.equal(out["sample"], expected)
+    torch.manual_seed(1)
+    last = getattr(diffusion, f"{sampler}_loop")(model, x_T.shape, noise=x_T, device="cpu", progress=True, **options)
+    assert torch.equal(last, steps[-1]) and not last.requires_grad
+    assert "10/10" in capfd.readouterr().err
+
+
+def test_loop_draws_its_start_and_says_nothing_unless_asked(network, capfd):
+    model, diffusion = network
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(diffusion.ddim_sample_loop(model, (1, *SHAPE), model_kwargs={"y": torch.tensor([1])}))
+    assert results[0].shape == (1, *SHAPE)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert capfd.readouterr() == ("", "")
+
+
+# Images by number
+
+
+@pytest.mark.parametrize(("step", "mask"), [(sampling.ddpm_step, "self-attention"), (sampling.ddim_step, "random")])
+def test_an_image_is_a_function_of_seed_and_number_alone(network, tiny_classifier_flags, step, mask):
+    model, _ = network
+    diffusion = create_gaussian_diffusion(timestep_respacing="4", learn_sigma=True)
+    classifier = with_random_weights(create_classifier(**tiny_classifier_flags), seed=1)
+    guidance = [SelfAttentionGuidance(model, "output.0", 0.5, 2.0, mask=mask), ClassifierGuidance(classifier, 2.0)]
+
+    def sample(numbers):
+        denoise = Denoiser(diffusion, model, model_kwargs={"y": image_labels(7, numbers, 2)})
+        chain = sample_chain(step, denoise, image_noise(7, numbers, 4, SHAPE),
+                             lambda index: image_noise(7, numbers, index, SHAPE), guidance, torch.tensor(numbers))
+        return sampling.last(chain)["sample"]
+
+    together = sample([0, 1, 2])
+    assert torch.equal(sample([0, 1, 2]), together)
+    np.testing.assert_allclose(sample([2, 0]), together[[2, 0]], atol=1e-4)
+
+
+def test_last_counts_the_steps():
+    ticks = []
+    out = sampling.last(iter([{"sample": 1}, {"sample": 2}]), lambda: ticks.append(1))
+    assert out == {"sample": 2} and len(ticks) == 2
+
+
+# NaN
+
+
+@pytest.mark.parametrize("step", [sampling.ddpm_step, sampling.ddim_step])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_named_by_step_and_image(value, step):
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+
+    def network(x, t):
+        out = x / 2
+        if t[0] < 500:
+            out[1, 0, 3, 4] = out[2, 0, 0, 0] = value
+        return out
+
+    chain = sample_chain(step, Denoiser(diffusion, network), normal(0, 4), lambda index: normal(index, 4),
+                         numbers=torch.tensor([20, 21, 22, 23]))
+    for _ in range(5):                              # original steps 999, 888, ..., 555
+        next(chain)
+    with pytest.raises(NonFiniteError, match=r"step 4.*image 21, 22$"):
+        next(chain)
+
+
+def test_loops_raise_for_nan_too():
+    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+    with pytest.raises(NonFiniteError, match=r"step 9.*image 0, 1"):
+        diffusion.p_sample_loop(lambda x, t: x * math.nan, (2, *SHAPE), device="cpu")

@@ -1,0 +1,45 @@
+"""Running the scripts as a user does, in this process or in others."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def flags(options):
+    """The command line of a dict of options: --name value ..."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def call(script, *arguments):
+    """Runs scripts/`script`.py, or a `script` in another/folder, in this process, and returns its exit code."""
+    path = str(REPOSITORY / f"{script if '/' in script else f'scripts/{script}'}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [path, *map(str, arguments)])
+        try:
+            if "/" in script and script != "evaluations/evaluator":
+                runpy.run_module(script.replace("/", "."), run_name="__main__")
+            else:
+                runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+def execute(*command, **environment):
+    """Runs a command on one thread for each process, and returns how it ended with stdout and stderr."""
+    return subprocess.run([str(word) for word in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def samples_in(out):
+    """The images and the labels (None where there are none) of the one sample file in a folder."""
+    path, = Path(out).glob("samples_*.npz")
+    with np.load(path, allow_pickle=False) as file:
+        return file["arr_0"], file.get("arr_1")
