@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.script_util import run_script
 
 from .extractors.bundled import IMAGE_SIZE
 from .extractors.fashion_mnist import CLASS_NAMES, EmbeddedClassifier, load_embedded

@@ -27,10 +27,10 @@ from evaluations.extractors.inception_graph import SIZE as OFFICIAL_SIZE
 from evaluations.features import Features, Network, extract, feature_folder
 from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, nearest, option, parse_options
-from guided_diffusion.script_util import run_script
 
 MODELS = Path(__file__).parent / "models"
 SPLIT_SIZE = 5000

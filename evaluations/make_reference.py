@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import dist_util
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
@@ -37,7 +38,6 @@ from guided_diffusion.image_datasets import (
     resize_smaller_side,
 )
 from guided_diffusion.options import option, parse_options
-from guided_diffusion.script_util import run_script
 
 from .depth.metrics import depth_arrays
 from .evaluator import NetworkOptions, load_network_once, statistics

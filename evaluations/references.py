@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
 from guided_diffusion.options import nearest
-from guided_diffusion.script_util import run_script
 
 from .evaluator import shipped_reference
 from .npz import BatchFile

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from . import checkpoint
+from .errors import LostRankError, PeerError, UserError
 
 # (rank, number of ranks, rank on this node) as launchers export them: torchrun, Hydra (MPICH, Intel), Open MPI, Slurm.
 LAUNCHERS = (
@@ -32,14 +33,6 @@ PATIENCE = timedelta(days=2)
 ASSEMBLY = timedelta(minutes=10)
 
 _meeting: dist.Store | None = None         # what connects the ranks
-
-
-class PeerError(RuntimeError):
-    """Another rank failed, and says why."""
-
-
-class LostRankError(RuntimeError):
-    """Another rank is gone without a word."""
 
 
 def _launched() -> tuple[int, int, int]:
@@ -140,8 +133,6 @@ def dev() -> torch.device:
 
 def load_state_dict(path: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The tensors of a checkpoint; every rank maps the file, so a node reads it once."""
-    from . import checkpoint  # here, as networks and their options need no file format
-
     return checkpoint.load_state_dict(path, map_location)
 
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user typed or supplied."""
+"""The exceptions that end a command with one sentence."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
     The message is one sentence that names the option, the value and what is allowed. Scripts print it and
     exit with code 2; library users may catch it as a ValueError.
     """
+
+
+class NonFiniteError(ValueError):
+    """A step gave NaN or infinity; the message names the step and the images."""
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and says why."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone without a word."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 
@@ -56,20 +54,6 @@ def zero_module(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-class UninitializedWeights(TorchFunctionMode):
-    """`with UninitializedWeights():` networks are made without their random weights, which take seconds where they are
-    large. Weights must then be loaded: until then they are whatever lay in memory.
-    """
-
-    def __torch_function__(self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        if func is Tensor.zero_:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def mean_flat(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,13 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
 def parse_options(
     argv: Sequence[str] | None, *classes: type, description: str = "",
     preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None, words: str = "",
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """One instance of each options class from the command line and the `--config` file it may name.
 
     A name that several classes have is one option for all of them. `preset` receives what the user gave and
-    returns values that go before the defaults. `words` is the help of what is given without a name, such as files:
+    returns values that go before the defaults. defaults: those of a command, in place of the classes' own. `words` is
+    the help of what is given without a name, such as files:
     with it, the list of these words comes last. Raises UserError for an unknown name or a value not allowed.
     """
     fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
@@ -172,7 +174,7 @@ def parse_options(
                 continue
             bare = {"nargs": "?", "const": "True"} if field.type is bool else {}
             group.add_argument(f"--{field.name}", metavar=field.type.__name__.upper(), default=argparse.SUPPRESS,
-                               help=field.help.replace("%", "%%"), **bare)
+                               help=_with_default(field, defaults).help.replace("%", "%%"), **bare)
     parser.error = _refuse
     if words:
         parser.add_argument("words", nargs="*", metavar="FILE", help=words)
@@ -185,13 +187,17 @@ def parse_options(
     config, files = flags.pop("config"), flags.pop("words", None)
     given = {**(read_yaml(config) if config else {}), **flags}
     given.pop(NOT_OPTIONS, None)
-    parsed = fill(given, classes, preset, source=str(config))
+    parsed = fill(given, classes, preset, source=str(config), defaults=defaults)
     return [*parsed, files] if words else parsed
 
 
+def _with_default(field: OptionField, defaults: Mapping[str, Any] | None) -> OptionField:
+    return dataclasses.replace(field, default=(defaults or {}).get(field.name, field.default))
+
+
 def fill(given: dict[str, Any], classes: Sequence[type], preset: Callable[[dict[str, Any]], dict[str, Any]] | None,
-         source: str) -> list[Any]:
-    """One instance of each options class from values by name; `preset` as in `parse_options`.
+         source: str, defaults: Mapping[str, Any] | None = None) -> list[Any]:
+    """One instance of each options class from values by name; `preset` and `defaults` as in `parse_options`.
 
     Raises UserError for a name that none of the classes has, and for a value that is not allowed; source: the file
     that the message names.
@@ -201,8 +207,17 @@ def fill(given: dict[str, Any], classes: Sequence[type], preset: Callable[[dict[
         if name not in fields:
             raise UserError(f"{name} in {source}: no such option{nearest(str(name), fields)}")
     given = {name: checked(fields[name], value) for name, value in given.items()}
-    values = {**(preset(given) if preset else {}), **given}
+    values = {**(defaults or {}), **(preset(given) if preset else {}), **given}
     return [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]
+
+
+def options_from(flags: Mapping[str, Any], *classes: type) -> list[Any]:
+    """An instance of each options class from flags; raises UserError for a flag that none of them has."""
+    names = {field.name for cls in classes for field in option_fields(cls)}
+    for name in flags:
+        if name not in names:
+            raise UserError(f"{name}: no such flag{nearest(name, names)}")
+    return [cls(**{f.name: flags[f.name] for f in option_fields(cls) if f.name in flags}) for cls in classes]
 
 
 def _refuse(message: str) -> None:

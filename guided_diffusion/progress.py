@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 
-def progress_bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
-    """A bar of `total` units, of which `initial` are done."""
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10)
+def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enabled: bool = True,
+                 **options: Any) -> tqdm:
+    """A bar of `total` units, of which `initial` are done; nothing is shown where not `enabled`.
+
+    options: further ones of tqdm, such as unit_scale.
+    """
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, disable=not enabled,
+                mininterval=0.5 if sys.stderr.isatty() else 10, **options)

@@ -1,28 +1,30 @@
 """The one step body of all samplers, and the loop over it. Knows no file, no rank and no network class.
 
-    pred = denoise(x_t, t)
-    down = gradient at x_t of the sum of the descents' losses, through that evaluation
-    eps  = pred.eps + sum of the contrasts
-    grad = sum of the gradients
-    x_t  = ddpm_step or ddim_step (pred guided by eps, grad, noise) - down
+    pred      = denoise(x_t, t)
+    loss_grad = gradient at x_t of the sum of the losses, through that evaluation
+    eps       = pred.eps + sum of the contrasts
+    grad      = sum of the gradients
+    x_{t-1}   = the sampler's step (pred guided by eps, grad, noise) - loss_grad
+
+A sampler is a step and its options; SAMPLERS lists them by the names that `--sampler` takes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .guidance.base import Contrast, Descent, Gradient, Guidance, StepContext
+from .errors import NonFiniteError, UserError
+from .options import Options, option
+from .process import Denoiser, Prediction
 from .schedules import gather
-
-if TYPE_CHECKING:
-    from .gaussian_diffusion import Denoiser, Prediction
+from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, StepContext
 
 # A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
@@ -30,11 +32,7 @@ LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
 
 Noise = Callable[[], Tensor]
 Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
-Step = Callable[[StepContext, "Prediction", "Tensor | None", Noise], tuple[Tensor, Tensor]]
-
-
-class NonFiniteError(ValueError):
-    """A step gave NaN or infinity; the message names the step and the images."""
+Step = Callable[[StepContext, Prediction, Tensor | None, Noise], tuple[Tensor, Tensor]]
 
 
 def ddpm_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -66,30 +64,72 @@ def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
     return sample, pred_xstart
 
 
+@dataclass(frozen=True)
+class SamplerOptions(Options):
+    """A sampler: its options, its name in titles, and its step. A new one is such a class and a line in SAMPLERS."""
+
+    title: ClassVar[str]
+
+    def step(self) -> Step:
+        """The function that goes from x_t to x_{t-1}."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DdpmOptions(SamplerOptions):
+    """Ancestral sampling (DDPM)."""
+
+    title = "DDPM"
+
+    def step(self) -> Step:
+        """See `ddpm_step`."""
+        return ddpm_step
+
+
+@dataclass(frozen=True)
+class DdimOptions(SamplerOptions):
+    """DDIM."""
+
+    title = "DDIM"
+
+    eta: float = option(0.0, "fresh noise in DDIM: 0 none, 1 as much as DDPM", minimum=0, maximum=1)
+
+    def step(self) -> Step:
+        """See `ddim_step`."""
+        return functools.partial(ddim_step, eta=self.eta)
+
+
+SAMPLERS: dict[str, type[SamplerOptions]] = {"ddpm": DdpmOptions, "ddim": DdimOptions}
+
+
 def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: Noise,
-                guidance: Sequence[Guidance] = (), numbers: Tensor | None = None) -> dict[str, Tensor]:
+                guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> dict[str, Tensor]:
     """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
-    t: (N,) int64, respaced. numbers: the images' numbers, 0 to N - 1 by default. eps is that of the guided
+    t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. eps is that of the guided
     prediction.
     """
-    ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if numbers is None else numbers)
+    ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids)
     active = [(term, window) for term in guidance if (window := term.window(t)).any()]
-    down = None
-    if any(isinstance(term, Descent) for term, _ in active):
-        ctx, pred, down = _evaluated_with_descent(ctx, active)
+    loss_gradient = None
+    if any(isinstance(term, LossGuidance) for term, _ in active):
+        ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
         pred = _evaluated(ctx, active)
     unguided = pred
-    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, Contrast)]
+    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, ContrastGuidance)]
     if deltas:
-        pred = denoise.with_eps(unguided, x_t, t, unguided.eps + sum(deltas))
-    gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, Gradient)]
-    sample, pred_xstart = step(ctx, pred, sum(gradients) if gradients else None, noise)
-    if down is not None:
-        sample = sample - down
+        pred = denoise.with_eps(unguided, x_t, t, unguided.eps + _sum(deltas))
+    gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
+    sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
+    if loss_gradient is not None:
+        sample = sample - loss_gradient
     return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
             "eps": pred.eps}
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)
 
 
 def _evaluated(ctx: StepContext, active: Active) -> Prediction:
@@ -100,24 +140,24 @@ def _evaluated(ctx: StepContext, active: Active) -> Prediction:
         return ctx.denoise(ctx.x_t, ctx.t)
 
 
-def _evaluated_with_descent(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:
-    """`_evaluated`, and the gradient at x_t of all descents' losses, (N, C, H, W).
+def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:
+    """`_evaluated`, and the gradient at x_t of all losses, (N, C, H, W).
 
     Context and prediction come back detached: the graph, which is most of a network's memory, ends here, before any
     contrast evaluates the network again.
     """
-    descents = [(term, window) for term, window in active if isinstance(term, Descent)]
+    losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
     with torch.enable_grad():
         with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={})
         pred = _evaluated(with_graph, active)
-        loss = sum(_within(window, term.loss(with_graph, pred)).sum() for term, window in descents)
+        loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
     if not loss.requires_grad:
-        raise UserError(f"{', '.join(type(term).__name__ for term, _ in descents)}: the loss does not depend on x_t "
+        raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "
                         "through the network, so that it has no gradient")
     # Before the backward pass, which then needs no memory for what only the prediction depends on.
     pred = replace(pred, **{name: value.detach() for name, value in vars(pred).items()})
-    guided = torch.stack([window for _, window in descents]).any(dim=0)
-    observed = {term: value for term, value in with_graph.observed.items() if not isinstance(term, Descent)}
+    guided = torch.stack([window for _, window in losses]).any(dim=0)
+    observed = {term: value for term, value in with_graph.observed.items() if not isinstance(term, LossGuidance)}
     ctx = replace(ctx, x_t=ctx.x_t.detach(), observed=observed)
     return ctx, pred, _scaled_gradient(loss, with_graph.x_t, guided)
 
@@ -144,22 +184,22 @@ def _within(window: Tensor, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[[int], Tensor],
-                 guidance: Sequence[Guidance] = (), numbers: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+                 guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.
 
     noise_at: respaced step index -> (N, C, H, W); called once a step, and not at all by DDIM with eta 0. Raises
     NonFiniteError where the network returns NaN or infinity.
     """
-    numbers = torch.arange(len(x_T)) if numbers is None else numbers
+    image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
     x_t = x_T
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)
-        out = sample_step(step, denoise, x_t, t, lambda index=index: noise_at(index), guidance, numbers)
+        out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids)
         x_t = out["sample"]
         # Clipping hides an infinite eps from the sample.
         finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
         if not finite.all():
-            bad = ", ".join(str(n) for n in list(dict.fromkeys(numbers.cpu()[~finite].tolist()))[:8])
+            bad = ", ".join(str(n) for n in list(dict.fromkeys(image_ids.cpu()[~finite].tolist()))[:8])
             raise NonFiniteError(f"step {index}: the network returned NaN or infinity for image {bad}")
         yield out
 

@@ -32,20 +32,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import checkpoint, dist_util
+from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
 from .errors import UserError
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import find_data, holds_idx, load_data
 from .logger import MetricLogger
 from .options import Options, option
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
-from .script_util import (
-    ClassifierOptions,
-    DiffusionOptions,
-    ModelOptions,
-    build_classifier,
-    build_diffusion,
-    build_model,
-)
 
 _log = logging.getLogger(__name__)
 

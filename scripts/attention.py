@@ -10,9 +10,10 @@ Examples:
 """
 
 from evaluations.attention.study import AttentionOptions, study_attention
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import preset_values
-from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
+from guided_diffusion.runs.options import preset_values
 
 
 def main() -> None:

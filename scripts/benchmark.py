@@ -1,20 +1,25 @@
 """Measure a model: milliseconds, peak memory and network passes of an evaluation, of unguided and of guided steps.
 
-Steps of depth-aware guidance are there where the model has depth predictors (and a depth prior), or they are given.
+Every guidance method is measured; one that needs files, only where the model has them, or they are given.
 
 Example:
     python scripts/benchmark.py --model fmnist32 --batch_size 64
 """
 
-from evaluations.benchmarks.speed import OPTION_CLASSES, BenchmarkOptions, benchmark, preset_values
+from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.cli import run_script
+from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import run_script
+from guided_diffusion.runs.options import preset_values
 
 
 def main() -> None:
-    classes = (BenchmarkOptions, *OPTION_CLASSES)
-    print(benchmark(*parse_options(None, *classes, description=__doc__,
-                                   preset=lambda given: preset_values({"model": "fmnist32", **given}))))
+    """The command."""
+    options, model, diffusion, *methods = parse_options(
+        None, BenchmarkOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
+        preset=lambda given: preset_values({"model": "fmnist32", **given}))
+    print(benchmark(options, model, diffusion, methods))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ Examples:
         --timestep_respacing 250 --num_samples 50000 --use_fp16 True
 """
 
-from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, ClassifierSampleOptions, preset_values, sample_from
-from guided_diffusion.script_util import run_script
+from guided_diffusion.cli import run_script
+from guided_diffusion.guidance import ClassifierGuidanceOptions
+from guided_diffusion.runs.sample import sample_command
 
 
 def main() -> None:
-    classes = (ClassifierSampleOptions, *OPTION_CLASSES)
-    sample_from(parse_options(None, *classes, description=__doc__, preset=preset_values))
+    """The command."""
+    sample_command(__doc__, on=ClassifierGuidanceOptions)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ Examples (each goes on from its last save when started again):
 import logging
 import sys
 
+from guided_diffusion.build import ClassifierOptions, DiffusionOptions
+from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, run_script
 from guided_diffusion.train_util import ClassifierTrainOptions, train_classifier
 
 

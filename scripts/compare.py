@@ -7,10 +7,10 @@ Example:
 import argparse
 from pathlib import Path
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.pictures import save_comparison
-from guided_diffusion.runs.sample import run_samples
-from guided_diffusion.script_util import run_script
+from guided_diffusion.runs.record import run_samples, title
 
 
 def main() -> None:
@@ -24,17 +24,10 @@ def main() -> None:
     rows = {}
     for folder in arguments.folders:
         images, configuration = run_samples(folder, arguments.num_images)
-        name = title(folder.resolve().name, configuration)
-        rows[title(str(folder), configuration) if name in rows else name] = images
+        name = f"{folder.resolve().name}: {title(configuration)}"
+        rows[f"{folder}: {title(configuration)}" if name in rows else name] = images
     save_comparison(rows, arguments.out)
     print(f"comparison: {arguments.out}")
-
-
-def title(name: str, configuration: dict) -> str:
-    parts = [f"SAG s = {configuration['guide_scale'] - 1:.2g}"] if configuration["guide_scale"] != 1 else []
-    if configuration["classifier_guidance"] and configuration["classifier_scale"]:
-        parts.append(f"CG scale {configuration['classifier_scale']:g}")
-    return f"{name}: {' + '.join(parts) or 'no guidance'}"
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ Examples:
     mpiexec -n 8 python scripts/dag_sample.py --config configs/dag_dfid/bedroom_dcg_dpg.yaml --out samples/bedroom_dag
 """
 
-from guided_diffusion.depth.options import DagOnOptions
-from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, preset_values, sample_from
-from guided_diffusion.script_util import run_script
+from guided_diffusion.cli import run_script
+from guided_diffusion.guidance import DagOptions
+from guided_diffusion.runs.sample import sample_command
 
 
 def main() -> None:
-    classes = (*OPTION_CLASSES[:-1], DagOnOptions)
-    sample_from(parse_options(None, SampleOptions, *classes, description=__doc__, preset=preset_values))
+    """The command."""
+    sample_command(__doc__, on=DagOptions)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ import sys
 
 from evaluations.depth.table import TableOptions, TableSampleOptions, make_table
 from guided_diffusion import dist_util
-from guided_diffusion.depth.options import DagOnOptions
+from guided_diffusion.cli import run_script
+from guided_diffusion.guidance import DagOptions
 from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, SamplingRun, preset_values
-from guided_diffusion.script_util import run_script
+from guided_diffusion.runs.options import option_classes, preset_values
+from guided_diffusion.runs.sample import SamplingRun
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    classes = (TableOptions, TableSampleOptions, *OPTION_CLASSES[:-1], DagOnOptions)
-    options, *run = parse_options(None, *classes, description=__doc__, preset=preset_values)
-    table = make_table(options, SamplingRun(*run))
+    classes = (TableOptions, TableSampleOptions, *option_classes())
+    options, *run = parse_options(None, *classes, description=__doc__, preset=preset_values,
+                                  defaults=DagOptions.switched_on)
+    table = make_table(options, SamplingRun.of(run))
     if table:
         print(f"{table}\ntable: {options.out}/table.md")
     dist_util.shutdown()

@@ -6,9 +6,9 @@ Examples:
     python scripts/image_train.py --data_dir data/bedrooms_depth.npz --in_channels 1 --image_size 128 --out runs/prior
 """
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import run_script
 
 
 def main() -> None:

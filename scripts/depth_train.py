@@ -9,10 +9,11 @@ Examples (each goes on from its last save when started again):
 import logging
 import sys
 
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
 from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import preset_values
-from guided_diffusion.script_util import DiffusionOptions, ModelOptions, run_script
+from guided_diffusion.runs.options import preset_values
 
 
 def main() -> None:

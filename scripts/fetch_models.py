@@ -9,9 +9,9 @@ Examples:
 import argparse
 from pathlib import Path
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
-from guided_diffusion.released import description, fetch_released, find_released
-from guided_diffusion.script_util import run_script
+from guided_diffusion.presets import description, fetch_released, find_released
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Example:
 import argparse
 
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
-from guided_diffusion.script_util import run_script
+from guided_diffusion.cli import run_script
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ Examples:
         --guide_scale 1.5 --sel_attn_block output --sel_attn_depth 2 --blur_sigma 9 --use_fp16 True
 """
 
-from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, preset_values, sample_from
-from guided_diffusion.script_util import run_script
+from guided_diffusion.cli import run_script
+from guided_diffusion.runs.sample import sample_command
 
 
 def main() -> None:
-    sample_from(parse_options(None, SampleOptions, *OPTION_CLASSES, description=__doc__, preset=preset_values))
+    """The command."""
+    sample_command(__doc__)
 
 
 if __name__ == "__main__":

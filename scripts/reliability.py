@@ -6,8 +6,8 @@ Examples:
 """
 
 from evaluations.benchmarks.reliability import ReliabilityOptions, packing_trial, reliability, table
+from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import run_script
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import sys
 from evaluations.reproduction.reproduce import ReproduceOptions, launch, reproduce
 from evaluations.reproduction.tables import table_names
 from guided_diffusion import dist_util
+from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import run_script
 
 
 def main() -> None:

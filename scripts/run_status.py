@@ -8,8 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.runs.status import run_status
-from guided_diffusion.script_util import run_script
 
 
 def main() -> None:

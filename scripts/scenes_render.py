@@ -5,9 +5,9 @@ Examples:
     python scripts/scenes_render.py --num_images 48 --image_size 64 --seed 1 --out few.npz --sheet few.png
 """
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes.files import SceneOptions, write_scenes
 from guided_diffusion.options import parse_options
-from guided_diffusion.script_util import run_script
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ frequency.csv and .png, semantic.csv and .png, each figure as .svg too, and summ
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,18 +26,20 @@ import torch
 from torch import Tensor
 
 from guided_diffusion import dist_util, sampling
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
-from guided_diffusion.depth.options import DagOptions
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, read_arrays, write, write_csv
-from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
+from guided_diffusion.pixels import to_uint8
+from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
-from guided_diffusion.runs.sample import SampleOptions, SamplingRun, to_uint8
-from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, ModelOptions, PagOptions, SagOptions
+from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.sample import SamplingRun
 
 from .measures import EVERY_STEP, HIGH, PatchStatistics, Ratio, Row, Seen, overlap_rows, overlaps
 from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, overlay
@@ -106,8 +107,7 @@ class AttentionOptions(Options):
         sample = SampleOptions(
             model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.numbers) + 1),
             batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, out=self.out)
-        sag = SagOptions(threshold=self.threshold, attention_heads=self.attention_heads)
-        return SamplingRun(sample, model, diffusion, ClassifierOptions(), sag, PagOptions(), DagOptions())
+        return SamplingRun.of([sample, model, diffusion, *(kind() for kind in option_classes()[2:])])
 
 
 def _values(flag: str, text: str, kind: type, expected: str, allowed: Callable[[Any], bool]) -> list[Any]:
@@ -135,10 +135,10 @@ def study_attention(options: AttentionOptions, model: ModelOptions, diffusion: D
 
 
 class Watched:
-    """The network of a sampling run, and what its attention blocks receive."""
+    """The network of a sampling run, and what its attention blocks receive, split into heads as `heads` says."""
 
-    def __init__(self, run: SamplingRun) -> None:
-        self.run = run
+    def __init__(self, run: SamplingRun, heads: str) -> None:
+        self.run, self.heads = run, heads
         self.model, self.network, self.diffusion, self.guidance = run.build()
         self.labels = run.labels()
 
@@ -153,7 +153,7 @@ class Watched:
     @torch.no_grad()
     def see(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Seen:
         """One evaluation at x_t (N, C, H, W) of step t."""
-        with capture_attention(self.model, blocks, heads=self.run.sag.attention_heads) as captured:
+        with capture_attention(self.model, blocks, heads=self.heads) as captured:
             x0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)).pred_xstart
         return Seen(t, x0.cpu(), {name: Received(seen.received.cpu(), seen.grid) for name, seen in captured.items()})
 
@@ -163,30 +163,33 @@ class Watched:
         They are evaluated once more than the chain does it: guidance also evaluates the network on degraded images,
         and attention that nobody reads need not be captured.
         """
-        options = self.run.sample
-        step = functools.partial(sampling.ddim_step, eta=options.eta) if options.use_ddim else sampling.ddpm_step
         denoise = self.denoiser(None if self.labels is None else self.labels(numbers))
         x_t = self.noise(numbers, self.diffusion.num_timesteps)
-        chain = sampling.sample_chain(step, denoise, x_t, lambda t: self.noise(numbers, t), self.guidance,
-                                      torch.tensor(numbers))
+        chain = sampling.sample_chain(self.run.sampler.step(), denoise, x_t, lambda t: self.noise(numbers, t),
+                                      self.guidance, torch.tensor(numbers))
         for t in reversed(range(min(steps), self.diffusion.num_timesteps)):
             if t in steps:
                 yield self.see(denoise, x_t, t, blocks)
             x_t = next(chain)["sample"]
 
 
+def attention_method(run: SamplingRun) -> GuidanceOptions | None:
+    """The first guidance method of a run that is on and reads the attention of a block."""
+    return next((method for method in run.active if method.attention_block), None)
+
+
 def overlay_strip(run: SamplingRun, numbers: Sequence[int], steps: int = NUM_STEPS) -> np.ndarray:
     """(h, w, 3) uint8: a row for each image of the run, from noise to image, x0 and then the attention on it.
 
-    Of the block that the run's options of SAG name, with the mask at their threshold; steps: how many.
+    Of the block that its `attention_method` reads, with its mask; steps: how many.
     """
-    watched = Watched(run)
-    block = run.sag.build(watched.model).block
+    method = attention_method(run)
+    watched, block = Watched(run, method.heads), method.attention_block
     chosen = evenly_spaced(watched.diffusion.num_timesteps, steps)
     pairs = []
     for seen in watched.chain(numbers, chosen, [block]):
         x0, (received, grid) = to_uint8(seen.x0), seen.arrays(block)
-        pairs += [enlarged(x0), overlay(x0, received, grid, run.sag.threshold)]
+        pairs += [enlarged(x0), overlay(x0, received, grid, method.attention_threshold)]
     return image_grid(np.stack(pairs, axis=1).reshape(-1, *pairs[0].shape[1:]), len(pairs))
 
 
@@ -250,7 +253,7 @@ class AttentionStudy:
             raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
         check_writable("--out", str(self.out / "summary.md"))
         self.objects = read_objects(options, run.model)
-        self.network = Watched(run)
+        self.network = Watched(run, options.attention_heads)
         length = self.network.diffusion.num_timesteps
         self.steps = options.chosen_steps("steps", length)
         self.object_steps = options.chosen_steps("object_steps", length) if options.object_steps else self.steps

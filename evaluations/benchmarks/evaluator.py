@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-from guided_diffusion.script_util import run_script
+from guided_diffusion.cli import run_script
 
 from ..extractors.inception import InceptionNetwork
 from ..extractors.tensorflow import TensorflowNetwork

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, option, parse_options
-from guided_diffusion.script_util import run_script
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
 from ..features import Features, feature_folder

@@ -6,23 +6,20 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from guided_diffusion import checkpoint, dist_util
+from guided_diffusion import dist_util
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
-from guided_diffusion.depth.options import DagOptions
-from guided_diffusion.guidance import ClassifierGuidance, Guidance
+from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
 from guided_diffusion.options import Options, option
-from guided_diffusion.runs.sample import OPTION_CLASSES, preset_values
-from guided_diffusion.script_util import PagOptions, build_classifier, build_diffusion, build_model
+from guided_diffusion.runs.sample import without_labels
 from guided_diffusion.unet import UNetModel
-
-__all__ = ["OPTION_CLASSES", "BenchmarkOptions", "benchmark", "preset_values"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class BenchmarkOptions(Options):
 
     model: str = option("fmnist32", "a model by name: a shipped one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
-    classifier_path: str = option("", "checkpoint of the classifier; unset: random weights")
+    together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
     batch_size: int = option(64, "images at a time", minimum=1)
     rounds: int = option(15, "times that everything is measured, in turn", minimum=1)
 
@@ -54,20 +51,14 @@ class Measured:
         return statistics.median(a / b for a, b in zip(self.milliseconds, other.milliseconds, strict=True))
 
 
-def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_options: Options,
-              classifier_options: Options, sag_options: Options, pag_options: PagOptions, dag_options: DagOptions,
-              ) -> str:
+def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
+              methods: Sequence[GuidanceOptions]) -> str:
     """The table of one run, as Markdown."""
     device = dist_util.dev()
-    model, diffusion = build_model(model_options), build_diffusion(diffusion_options)
-    if options.model_path:
-        checkpoint.load_into(model, options.model_path, asdict(model_options))
-    model = model.to(device).channels_last().eval().requires_grad_(False)
+    diffusion = build_diffusion(diffusion_options)
+    nets = Networks(build_model(model_options), device, random_weights=True)
+    model = nets.load(nets.model, options.model_path, asdict(model_options))
     plain_model = _without_care(model)
-    classifier = build_classifier(classifier_options)
-    if options.classifier_path:
-        checkpoint.load_into(classifier, options.classifier_path, asdict(classifier_options))
-    classifier = classifier.to(device).channels_last().eval().requires_grad_(False)
 
     size, batch = model_options.image_size, options.batch_size
     x = torch.randn(batch, model_options.in_channels, size, size, device=device)
@@ -75,11 +66,7 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
     t = torch.full((batch,), diffusion.num_timesteps // 2, device=device)
     y = torch.arange(batch, device=device) % model_options.num_classes
     labels = {"y": y} if model_options.class_cond else {}
-    sag = sag_options.build(model)
-    sag.scale = sag.scale or 0.1
-    pag = replace(pag_options, pag_scale=pag_options.pag_scale or 1.0).build(model)
-    guided = ClassifierGuidance(classifier, 1.0)
-    network = model if model_options.class_cond else (lambda x, t, y: model(x, t))
+    network = model if model_options.class_cond else without_labels(model)
 
     def step(*guidance: Guidance) -> Callable[[], object]:
         return lambda: diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=noise)
@@ -91,24 +78,19 @@ def benchmark(options: BenchmarkOptions, model_options: Options, diffusion_optio
         with override_attention(plain_model, plain_model.attention_blocks, explicit_attention):
             return plain_model(x, diffusion.model_timesteps(t), **labels)
 
-    functions = {"network evaluation": evaluation, "unguided step": step(), "SAG step": step(sag),
-                 "PAG step": step(pag), "SAG + CG step": step(sag, guided), "plain evaluation": plain}
-    for name, terms in depth_guidance(model, dag_options).items():
-        functions[f"{name} step"] = checkpointed(model, step(*terms), False)
-        functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)
+    functions = {"network evaluation": evaluation, "unguided step": step(), "plain evaluation": plain}
+    built = {name: method.build(nets) for one in methods for name, method in one.variants().items()}
+    for name in [word.strip() for word in options.together.split(",") if word.strip()]:
+        parts = name.split(" + ")
+        if all(part in built for part in parts):
+            built[name] = [term for part in parts for term in built[part]]
+    for name, terms in built.items():
+        if any(isinstance(term, LossGuidance) for term in terms):
+            functions[f"{name} step"] = checkpointed(model, step(*terms), False)
+            functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)
+        else:
+            functions[f"{name} step"] = step(*terms)
     return table(measure(functions, options.rounds, [model, plain_model]), batch, str(device))
-
-
-def depth_guidance(model: UNetModel, options: DagOptions) -> dict[str, list[Guidance]]:
-    """The terms of depth-aware guidance that files are given for, alone and together, at any step."""
-    if not (options.depth_predictor or options.depth_prior):
-        return {}
-    always = replace(options, dag_start=None, dag_stop=None)
-    dcg = replace(always, dcg_scale=1.0, dpg_scale=0.0).build(model, seed=0)
-    if not options.depth_prior:
-        return {"DCG": dcg}
-    dpg = replace(always, dcg_scale=0.0, dpg_scale=1.0).build(model, seed=0)
-    return {"DCG": dcg, "DPG": dpg, "DCG + DPG": dcg + dpg}
 
 
 def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool) -> Callable[[], object]:
@@ -219,9 +201,8 @@ def table(measured: dict[str, Measured], batch: int, device: str) -> str:
     for name, value in measured.items():
         lines.append(f"| {name} | {value.median:.1f} | {value.memory:.1f} | {value.ratio(one):.3f} | "
                      f"{value.forward} + {value.backward} |")
-    sag = statistics.median(a / (2 * b) for a, b in zip(
-        measured["SAG step"].milliseconds, one.milliseconds, strict=True))
-    lines += ["", f"unguided step / network evaluation: {measured['unguided step'].ratio(one):.3f}",
-              f"SAG step / two network evaluations: {sag:.3f}",
-              f"throughput / plain contiguous float32 execution: {plain.ratio(one):.2f}"]
+    lines += ["", f"unguided step / network evaluation: {measured['unguided step'].ratio(one):.3f}"]
+    lines += [f"{name} / {value.forward} network evaluations: {value.ratio(one) / value.forward:.3f}"
+              for name, value in measured.items() if value.forward > 1 and not value.backward]
+    lines += [f"throughput / plain contiguous float32 execution: {plain.ratio(one):.2f}"]
     return "\n".join(lines)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion import dist_util
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
 from guided_diffusion.depth.pairs import SCENES, Pairs, checked_depth_range, in_units, parse_depth_range
 from guided_diffusion.depth.predictor import DepthPredictors
@@ -44,7 +45,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import write, write_csv
 from guided_diffusion.options import option
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.script_util import DiffusionOptions, ModelOptions
 
 _log = logging.getLogger(__name__)
 

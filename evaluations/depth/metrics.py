@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option, parse_options
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.script_util import run_script
 
 from .. import metrics
 from ..evaluator import open_reference, statistics

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes import intrinsics
 from guided_diffusion.errors import UserError
 from guided_diffusion.pictures import save_comparison
-from guided_diffusion.runs.sample import run_samples
-from guided_diffusion.script_util import run_script
+from guided_diffusion.runs.record import run_samples
 
 from ..extractors.scenes import load_judge
 from .metrics import metres

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from guided_diffusion import __version__, dist_util
+from guided_diffusion.build import build_model
 from guided_diffusion.checkpoint import locate
-from guided_diffusion.depth.options import DagOptions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
-from guided_diffusion.nn import UninitializedWeights
+from guided_diffusion.guidance import DagOptions, Networks
 from guided_diffusion.options import Options, nearest, option
-from guided_diffusion.runs.sample import SampleOptions, SamplingRun
-from guided_diffusion.script_util import build_model
+from guided_diffusion.runs.options import SampleOptions
+from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors.bundled import IMAGE_SIZE
 from ..npz import BatchFile
@@ -99,8 +100,12 @@ class Row:
 
     def run(self, run: SamplingRun, out: str | Path) -> SamplingRun:
         """`run` with the scales of this row, into its folder in `out`."""
-        return replace(run, sample=replace(run.sample, out=str(Path(out) / self.name)), began=time.time(),
-                       dag=replace(run.dag, dcg_scale=self.dcg_scale, dpg_scale=self.dpg_scale))
+        return run.changed(out=str(Path(out) / self.name), dcg_scale=self.dcg_scale, dpg_scale=self.dpg_scale)
+
+
+def depth_options(run: SamplingRun) -> DagOptions:
+    """The options of depth-aware guidance of a run."""
+    return next(method for method in run.guidance if isinstance(method, DagOptions))
 
 
 def table_rows(options: TableOptions, dag: DagOptions) -> list[Row]:
@@ -140,7 +145,7 @@ def make_table(options: TableOptions, run: SamplingRun) -> str:
     """
     dist_util.setup_dist()
     with dist_util.together():
-        rows = table_rows(options, run.dag)
+        rows = table_rows(options, depth_options(run))
         check(rows, run)
         evaluator = DepthEvaluator()
         target = evaluator.target(options.reference) if dist_util.is_main() else None
@@ -158,14 +163,15 @@ def check(rows: Sequence[Row], run: SamplingRun) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError("the figures need matplotlib: install the extra `eval`") from None
-    guided = [row.run(run, "").dag for row in rows if row.dcg_scale or row.dpg_scale]
+    guided = [depth_options(row.run(run, "")) for row in rows if row.dcg_scale or row.dpg_scale]
     if not guided or not run.sample.model_path:
         return
-    with UninitializedWeights():
+    with torch.device("meta"):
         model = build_model(run.model)
     for needs in {tuple(dag.files()): dag for dag in guided}.values():
-        needs.build(model, run.sample.seed)
-    guided[0].check_network(sha256_of(locate(run.sample.model_path)))
+        needs.check_files()
+        needs.build(Networks(model, dist_util.dev(), run.sample.seed))
+    guided[0].check({"model_path": sha256_of(locate(run.sample.model_path))})
 
 
 def sample_rows(rows: Sequence[Row], run: SamplingRun, out: str | Path) -> dict[str, Path]:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option, parse_options
-from guided_diffusion.script_util import run_script
 
 from .bundled import IMAGE_SIZE, round_convolutions
 from .fashion_mnist import WEIGHTS, EmbeddedClassifier, save_embedded

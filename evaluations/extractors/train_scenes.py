@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option, parse_options
-from guided_diffusion.script_util import run_script
 
 from ..depth.accuracy import depth_errors
 from .bundled import IMAGE_SIZE, round_convolutions

@@ -1,8 +1,7 @@
 """What a table costs before it is begun: evaluations, arithmetic, disk, memory, hours, and the files that are missing.
 
-Evaluations are counted by the windows of the guidance terms that a row has: a contrast (SAG, PAG) evaluates the network
-once more where it is active, a descent (DCG, DPG) goes back through the step's own evaluation, a classifier is
-evaluated and differentiated at every step. The arithmetic of each kind is counted on the networks themselves, without
+Evaluations are counted by the windows of the guidance terms that a row has, and by what each says a guided step costs
+(`terms.Passes`). The arithmetic of each kind is counted on the networks themselves, without
 weights; hours follow from the time of one evaluation, measured on this device or told by the user.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from guided_diffusion import dist_util
-from guided_diffusion.checkpoint import find_preset, released_names
-from guided_diffusion.guidance import Guidance
-from guided_diffusion.respace import space_timesteps
+from guided_diffusion.build import ModelOptions, build_model
+from guided_diffusion.checkpoint import ready
+from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.presets import find_preset, released_names
+from guided_diffusion.runs.record import MODEL_FLAG
 from guided_diffusion.runs.sample import SamplingRun
-from guided_diffusion.script_util import ClassifierOptions, ModelOptions, build_classifier, build_model
+from guided_diffusion.unet import Encoder
 
 from ..benchmarks.speed import peak_memory
 from ..evaluator import INCEPTIONS
@@ -40,23 +42,26 @@ SMALL = 64                      # pixels: larger images are not evaluated on a C
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Passes through the networks for one image, from noise to sample."""
+class RowPasses:
+    """Passes through the networks for one image, from noise to sample.
+
+    forward: evaluations of the diffusion network. backward: gradients through them. others: evaluations of further
+    networks by name, each with its gradient.
+    """
 
     steps: int
-    forward: int            # evaluations of the diffusion network
-    backward: int           # gradients through them
-    classifier: int         # evaluations of the classifier, each with its gradient
-    prior: int              # evaluations of the depth prior, each with its gradient
+    forward: int
+    backward: int
+    others: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of each pass for one image."""
+    """Floating-point operations of each pass for one image; others: of the networks that can be counted."""
 
     forward: int
     backward: int
-    classifier: int
+    others: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a whole row."""
+class RowCost:
+    """What a whole row costs."""
 
-    passes: Passes
+    passes: RowPasses
     images: int             # that are evaluated: a last batch is filled up
-    flops: int              # without the depth prior's
+    flops: int              # without those of networks that only their file describes
     disk: int               # bytes at most, of samples, chunks and features
     weights: int            # bytes
     missing: tuple[Missing, ...]
@@ -86,32 +91,25 @@ class Cost:
         return self.flops * seconds_per_flop / ranks / 3600
 
 
-def num_steps(run: SamplingRun) -> int:
-    """Steps of a run's (respaced) chain."""
-    options = run.diffusion
-    return len(space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps]))
-
-
-def passes(run: SamplingRun) -> Passes:
+def passes(run: SamplingRun) -> RowPasses:
     """The passes of a run, by the scales and windows of its guidance."""
-    steps = num_steps(run)
-    t = torch.arange(steps)
-
-    def active(scale: float, start: int | None = None, stop: int | None = None) -> Tensor:
-        return Guidance(scale, start, stop).window(t)
-
-    contrasts = [active(run.sag.guide_scale - 1, run.sag.guide_start), active(run.pag.pag_scale, run.pag.pag_start)]
-    dcg, dpg = (active(scale, run.dag.dag_start, run.dag.dag_stop) for scale in (run.dag.dcg_scale, run.dag.dpg_scale))
-    guided = active(run.sample.classifier_scale if run.sample.classifier_guidance else 0.0)
-    return Passes(steps, steps + sum(int(window.sum()) for window in contrasts), int((dcg | dpg).sum()),
-                  int(guided.sum()), int(dpg.sum()))
+    t = torch.arange(run.num_steps)
+    forward, backward, others = run.num_steps, torch.zeros_like(t, dtype=torch.bool), Counter[str]()
+    for method in run.active:
+        for term, cost in method.schedule():
+            window = term.window(t)
+            forward += cost.forward * int(window.sum())
+            backward |= window & bool(cost.backward)          # one pass for all terms of a step
+            others.update({name: count * int(window.sum()) for name, count in cost.others.items() if window.any()})
+    return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others))
 
 
 def flops(run: SamplingRun) -> Flops:
     """The operations of each pass; a multiplication and an addition count as two."""
     forward, backward = _network_flops(_exact(run.model), run.model.image_size)
-    classifier = _classifier_flops(run.classifier) if run.guided_by_classifier else 0
-    return Flops(forward, backward, classifier)
+    others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size)
+              for method in run.active for name in method.networks()}
+    return Flops(forward, backward, others)
 
 
 def _exact(options: ModelOptions) -> ModelOptions:
@@ -129,15 +127,17 @@ def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
 
 
 @lru_cache
-def _classifier_flops(options: ClassifierOptions) -> int:
-    options = replace(options, classifier_use_fp16=False)
-    model, inputs = _on_meta(lambda: build_classifier(options), options.in_channels, options.image_size)
+def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -> int:
+    """Of an evaluation of another network of a guidance method, with its gradient."""
+    model, inputs = _on_meta(method.networks()[name], channels, size)
     return _counted(lambda: model(*inputs).sum().backward())
 
 
 def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     with torch.device("meta"):
         model = build().eval().requires_grad_(False)
+        if isinstance(model, Encoder):
+            model.convert_to_fp32()
         return model, (torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long))
 
 
@@ -147,31 +147,29 @@ def _counted(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def cost(row: Row, references: str | Path, inception: str = "") -> Cost:
+def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     """What a row costs. references: folder of reference batches; inception: as `--inception`."""
     run, count, one = row.run, passes(row.run), flops(row.run)
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
-    each = count.forward * one.forward + count.backward * one.backward + count.classifier * one.classifier
+    each = count.forward * one.forward + count.backward * one.backward
+    each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
     disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.judging.backend])
-    return Cost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
+    return RowCost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
 
 
 def _weights(run: SamplingRun) -> int:
     with torch.device("meta"):
-        networks = [build_model(run.model)] + ([build_classifier(run.classifier)] if run.guided_by_classifier else [])
+        networks = [build_model(run.model), *(build() for method in run.active for build in method.networks().values())]
     return sum(weight.numel() * weight.element_size() for network in networks for weight in network.parameters())
 
 
 def missing(row: Row, references: str | Path, inception: str = "") -> list[Missing]:
     """What the row needs and has not."""
     run = row.run
-    files = [("model_path", run.sample.model_path, run.sample.model),
-             *([("classifier_path", run.sample.classifier_path, None)] if run.guided_by_classifier else []),
-             *((flag, path, None) for flag, path in run.dag.files().items())]
     found = []
-    for flag, path, model in files:
+    for flag, path in run.checkpoints().items():
         if not path or ("://" not in path and not Path(path).is_file()):
-            found.append(Missing(path or f"--{flag}", _remedy(flag, Path(path).stem, model)))
+            found.append(Missing(path or f"--{flag}", _remedy(run, flag, Path(path).stem)))
     word = row.judging.reference
     if word and find_reference(word, references) is None:
         fetch = (f"python -m evaluations.references {Path(word).stem} --out {references}"
@@ -197,13 +195,12 @@ def depth_maps(row: Row) -> Path:
     return row.run.out / "depth.npz"
 
 
-def _remedy(flag: str, stem: str, model: str | None) -> str:
-    makers = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
-              "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}
-    name = model if model in released_names() else stem
+def _remedy(run: SamplingRun, flag: str, stem: str) -> str:
+    name = run.sample.model if flag == MODEL_FLAG and run.sample.model in released_names() else stem
     if name in released_names():
         return f"python scripts/fetch_models.py {find_preset(name).name}"
-    return makers.get(flag, "no such checkpoint was released: train one, or name yours in the row's file")
+    made = next((method.remedies[flag] for method in run.active if flag in method.remedies), None)
+    return made or "no such checkpoint was released: train one, or name yours in the row's file"
 
 
 @dataclass(frozen=True)
@@ -225,7 +222,7 @@ def probe(row: Row) -> Probe:
     size, batch = run.model.image_size, run.sample.batch_size
     if device.type == "cpu" and size > SMALL:
         size, batch = SMALL, 1
-    model = build_model(run.model).to(device).channels_last().eval().requires_grad_(False)
+    model = ready(build_model(run.model), device)
     inputs = [torch.randn(batch, run.model.in_channels, size, size, device=device),
               torch.full((batch,), 500, device=device)]
     if run.model.class_cond:
@@ -284,9 +281,9 @@ def _shown(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def describe(count: Passes) -> str:
-    """`40`, or `40 + 20 back + 20 classifier`."""
-    parts = [(count.backward, "back"), (count.classifier, "of the classifier"), (count.prior, "of the prior")]
+def describe(count: RowPasses) -> str:
+    """`40`, or `40 + 20 back + 20 of the classifier`."""
+    parts = [(count.backward, "back"), *((number, f"of the {name}") for name, number in count.others.items())]
     return " + ".join([str(count.forward), *(f"{number} {word}" for number, word in parts if number)])
 
 

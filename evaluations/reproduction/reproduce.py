@@ -25,7 +25,7 @@ from guided_diffusion.options import Options, option
 from guided_diffusion.packing import first_images
 from guided_diffusion.runs.shards import locked
 
-from ..attention.study import overlay_strip
+from ..attention.study import attention_method, overlay_strip
 from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
 from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
@@ -78,13 +78,14 @@ def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict
     rows = {}
     for name, row in table.rows.items():
         values: dict[str, Any] = {} if options.batch_size is None else {"batch_size": options.batch_size}
-        for flag in ("model_path", "classifier_path"):
-            path = Path(getattr(row.run.sample, flag))
+        for flag, file in row.run.checkpoints().items():
+            path = Path(file)
             if path.parts[:1] == ("models",):
                 values[flag] = str(Path(options.models).joinpath(*path.parts[1:]))
         row = row.changed(**values)
         if options.heads:
-            row = replace(row, run=replace(row.run, sag=replace(row.run.sag, attention_heads=options.heads)))
+            guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
+            row = replace(row, run=replace(row.run, guidance=guidance))
         if options.reference:
             if Path(options.reference).name != row.judging.reference:
                 changed[name].append(f"reference {Path(options.reference).name}, published with "
@@ -143,9 +144,9 @@ def check(table: Table) -> None:
         if row.images < FEWEST:
             raise UserError(f"--num_samples {row.images}: row {name} needs at least {FEWEST} images, for precision and "
                             "recall")
-    heads = {name: row.run.sag.attention_heads for name, row in table.rows.items() if row.run.sag.guide_scale != 1}
-    if len(set(heads.values())) > 1:
-        pairs = ", ".join(f"{name} {mode}" for name, mode in heads.items())
+    used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
+    if len(set(used.values())) > 1:
+        pairs = ", ".join(f"{name} {mode}" for name, mode in used.items())
         raise UserError(f"{table.name}: mixes attention heads ({pairs}), so that its rows cannot be compared: pass "
                         "--heads exact or --heads official")
     if importlib.util.find_spec("matplotlib") is None:
@@ -205,11 +206,11 @@ def sample(table: Table, why: Mapping[str, str]) -> None:
         if dist_util.is_main():
             _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, title(row.run, table),
                       sampler(row.run), row.images)
-        row.changed().run.run()
+        row.run.run()
 
 
 def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
-    """The first images of every row, and what the first row with self-attention guidance attends to."""
+    """The first images of every row, and what the first row whose guidance reads attention attends to."""
     sampled = {name: row for name, row in table.rows.items() if name not in why}
     grids = []
     for section in table.sections:
@@ -217,7 +218,7 @@ def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
                 for name in section.rows if name in sampled}
         if rows:
             grids.append((section.title, rows))
-    guided = next((row for row in sampled.values() if row.run.sag.guide_scale != 1), None)
+    guided = next((row for row in sampled.values() if attention_method(row.run) is not None), None)
     overlays = []
     if guided is not None:
         numbers = range(min(OVERLAID, guided.images))

@@ -17,6 +17,7 @@ from typing import Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import SamplingRun
 
@@ -24,7 +25,7 @@ from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference
-from .plan import depth_maps, depth_reference, num_steps, passes
+from .plan import depth_maps, depth_reference, passes
 from .tables import DECIMALS, DFID, METRICS, Judging, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"
@@ -69,8 +70,7 @@ def measure(table: Table, sampled: Sequence[str], how: Circumstances, features: 
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     networks: dict[str, Any] = {}
     first: tuple[Any, Any] = (None, None)
-    with progress_bar(len(wanted), "evaluating", "row") as progress:
-        progress.disable = not dist_util.is_main()
+    with progress_bar(len(wanted), "evaluating", "row", enabled=dist_util.is_main()) as progress:
         for judging, names in groups.items():
             options = replace(how.network, backend=judging.backend)
             if judging.backend not in networks:
@@ -156,9 +156,10 @@ def _row(table: Table, name: str, why: str) -> dict[str, Any]:
     row = table.rows[name]
     count = passes(row.run)
     described = {"title": title(row.run, table), "state": NOT_RUN if why else "measured", "why": why,
-                 "images": row.images, "samples": None, "sha256": None, "heads": row.run.sag.attention_heads,
-                 "evaluations": count.forward, "gradients": count.backward + count.classifier, "seconds": None,
-                 "images_per_second": None, "published_source": row.judging.source, "note": row.judging.note}
+                 "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
+                 "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),
+                 "seconds": None, "images_per_second": None, "published_source": row.judging.source,
+                 "note": row.judging.note}
     if why:
         return described
     record = json.loads((row.run.out / "run.json").read_text())
@@ -235,8 +236,9 @@ def not_comparable(row: Row, images: int, changed: Sequence[str]) -> list[str]:
         reasons.append("the number of images of the published number is not known")
     elif images != judging.images:
         reasons.append(f"{images:,} images, published with {judging.images:,}")
-    if judging.heads and row.run.sag.guide_scale != 1 and row.run.sag.attention_heads != judging.heads:
-        reasons.append(f"attention heads {row.run.sag.attention_heads}, published with {judging.heads}")
+    used = {method.heads for method in row.run.active} - {None}
+    if judging.heads and used - {judging.heads}:
+        reasons.append(f"attention heads {', '.join(used)}, published with {judging.heads}")
     return reasons
 
 
@@ -246,28 +248,12 @@ def versus(word: str, low: float, high: float) -> str:
     return BETTER if low > 0 else WORSE if high < 0 else EQUAL
 
 
-# A row in words
-
-# Options of SAG that set rows apart, and the words that show their values. Values that most rows have are said once.
-_WORDS = {"block": "block {}", "mask": "mask {}", "threshold": "psi = {:g}", "blur_sigma": "sigma = {:g}"}
+# A row in words: settings that most rows have are said once
 
 
 def title(run: SamplingRun, table: Table) -> str:
     """A row's guidance and sampler, like `SAG s = 0.25, psi = 1.3`, without what `usual` says."""
-    parts = []
-    if run.sag.guide_scale != 1:
-        common, own = _usual([_details(row.run) for row in _guided(table)]), _details(run)
-        parts.append(", ".join([f"SAG s = {run.sag.guide_scale - 1:.3g}",
-                                *(words.format(own[name]) for name, words in _WORDS.items()
-                                  if own[name] != common[name])]))
-    if run.pag.pag_scale:
-        common = _usual([row.run.pag.pag_blocks for row in table.rows.values() if row.run.pag.pag_scale])
-        blocks = f", block {run.pag.pag_blocks}" if run.pag.pag_blocks != common else ""
-        parts.append(f"PAG s = {run.pag.pag_scale:g}{blocks}")
-    if run.guided_by_classifier:
-        parts.append(f"CG scale {run.sample.classifier_scale:g}")
-    parts += [f"{name} {scale:g}" for name, scale in (("DCG", run.dag.dcg_scale), ("DPG", run.dag.dpg_scale)) if scale]
-    words = " + ".join(parts) or "no guidance"
+    words = " + ".join(method.title(_usual_details(table, type(method))) for method in run.active) or "no guidance"
     common = _usual([sampler(row.run) for row in table.rows.values()])
     return words if sampler(run) == common else f"{words}, {sampler(run)}"
 
@@ -276,28 +262,21 @@ def usual(table: Table) -> str:
     """What holds where a row's title says nothing else."""
     rows = list(table.rows.values())
     parts = [_usual([sampler(row.run) for row in rows]), f"seed {_usual([row.run.sample.seed for row in rows])}"]
-    if guided := _guided(table):
-        common = _usual([_details(row.run) for row in guided])
-        details = ", ".join(words.format(common[name]) for name, words in _WORDS.items())
-        parts.append(f"SAG: {details}, {_usual([row.run.sag.attention_heads for row in guided])} heads")
-    if perturbed := [row.run.pag.pag_blocks for row in rows if row.run.pag.pag_scale]:
-        parts.append(f"PAG: block {_usual(perturbed)}")
+    for method in GUIDANCE:
+        if details := _usual_details(table, method):
+            parts.append(f"{method.short}: {', '.join(details.values())}")
     return "; ".join(parts)
 
 
-def _guided(table: Table) -> list[Row]:
-    return [row for row in table.rows.values() if row.run.sag.guide_scale != 1]
-
-
-def _details(run: SamplingRun) -> dict[str, Any]:
-    """The values of _WORDS."""
-    sag = run.sag
-    block = "middle" if sag.sel_attn_block == "middle" else f"{sag.sel_attn_block}.{sag.sel_attn_depth}"
-    return {"block": block, "mask": sag.mask, "threshold": sag.threshold, "blur_sigma": sag.blur_sigma}
+def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:
+    """The most frequent details of a method among the rows that have it; none where none has."""
+    details = [method.details() for row in table.rows.values() for method in row.run.active if type(method) is kind]
+    return _usual(details) if details else {}
 
 
 def sampler(run: SamplingRun) -> str:
-    return f"{'DDIM' if run.sample.use_ddim else 'DDPM'}, {num_steps(run)} steps"
+    """Like `DDPM, 250 steps`."""
+    return f"{run.sampler.title}, {run.num_steps} steps"
 
 
 def _usual(values: Sequence[Any]) -> Any:
@@ -305,3 +284,8 @@ def _usual(values: Sequence[Any]) -> Any:
     if isinstance(values[0], dict):
         return {name: _usual([value[name] for value in values]) for name in values[0]}
     return max(dict.fromkeys(values), key=values.count)
+
+
+def heads(run: SamplingRun) -> str:
+    """How attention is split into heads, by the first method that is on and reads it, or that could."""
+    return next((method.heads for method in (*run.active, *run.guidance) if method.heads), "")

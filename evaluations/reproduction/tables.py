@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from typing import Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import NOT_OPTIONS, Options, fill, nearest, option, option_fields, read_yaml
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, SamplingRun, preset_values
+from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
+from guided_diffusion.runs.sample import SamplingRun
 
 from ..evaluator import BACKENDS
 
@@ -63,9 +63,8 @@ class Row:
         return self.run.sample.num_samples
 
     def changed(self, **values: Any) -> Row:
-        """With other values of the sampling run's own options."""
-        return dataclasses.replace(self, run=dataclasses.replace(
-            self.run, sample=dataclasses.replace(self.run.sample, **values), began=time.time()))
+        """With other values of some flags of the sampling run."""
+        return dataclasses.replace(self, run=self.run.changed(**values))
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _section(part: Any, path: Path) -> Section:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
             or len(set(rows)) < len(rows):
         raise UserError(f"rows of a section in {path}: must be a list of different names of rows, in text")
-    numeric = [field.name for cls in (SampleOptions, *OPTION_CLASSES) for field in option_fields(cls)
+    numeric = [field.name for cls in (SampleOptions, *option_classes()) for field in option_fields(cls)
                if field.type in (int, float)]
     if against and against not in numeric:
         raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
@@ -186,7 +185,7 @@ def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
             raise UserError(f"published {metric}: {value} of row {name} in {file}: must be a number")
     try:
         judging, = fill(section, [Judging], None, source=str(file))
-        run = SamplingRun(*fill(values, [SampleOptions, *OPTION_CLASSES], preset_values, source=str(file)))
+        run = SamplingRun.of(fill(values, [SampleOptions, *option_classes()], preset_values, source=str(file)))
     except UserError as error:
         raise UserError(f"row {name} in {file}: {str(error).replace(f' in {file}', '')}") from None
     return Row(name, run, judging, published, file)

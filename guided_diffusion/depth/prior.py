@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model, kind_of
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..nn import UninitializedWeights
-from ..script_util import DiffusionOptions, ModelOptions, build_diffusion, build_model, options_from
+from ..options import options_from
 from ..unet import UNetModel
 
 
@@ -47,7 +47,7 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> DepthPri
     except (KeyError, ValueError):
         raise UserError(f"{path}: its metadata has no config, the options of a network as scripts/image_train.py "
                         "stores them") from None
-    if not isinstance(flags, dict) or "classifier_width" in flags or "large_size" in flags:
+    if not isinstance(flags, dict) or kind_of(flags) != "diffusion":
         raise UserError(f"{path}: is not a diffusion model, as a depth prior must be")
     try:
         model_options, diffusion_options = options_from(flags | {"timestep_respacing": ""}, ModelOptions,
@@ -59,8 +59,8 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> DepthPri
                         "--in_channels 1")
     if model_options.class_cond:
         raise UserError(f"{path}: is class-conditional, a depth prior must be trained with --class_cond False")
-    with UninitializedWeights():
+    with torch.device("meta"):
         model = build_model(model_options)
     checkpoint.load_into(model, path, flags)
-    model.to(device).channels_last().eval().requires_grad_(False)
+    checkpoint.ready(model, device)
     return DepthPrior(model, build_diffusion(diffusion_options))

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint, dist_util
+from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..gaussian_diffusion import GaussianDiffusion
-from ..nn import UninitializedWeights
 from ..options import Options, option
 from ..progress import progress_bar
-from ..script_util import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import Pairs, checked_depth_range, read_pairs
@@ -93,7 +92,7 @@ def load_network(options: PredictorOptions, model_options: ModelOptions, diffusi
         raise UserError(f"--model_path is not given: name a checkpoint, or a shipped model with --model{hint}")
     diffusion_options = replace(diffusion_options, timestep_respacing="")
     facts = asdict(model_options) | asdict(diffusion_options)
-    with UninitializedWeights():
+    with torch.device("meta"):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     checkpoint.load_into(model, options.model_path, facts)

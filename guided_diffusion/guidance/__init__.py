@@ -1,11 +1,23 @@
-"""Guidance terms. A list of them, in any combination, goes to any sampler as `guidance=`."""
+"""Guidance methods, one file each. A list of terms, in any combination, goes to any sampler as `guidance=`.
 
-from .base import Contrast, Descent, Gradient, Guidance, StepContext
-from .classifier import ClassifierGuidance, FunctionGuidance
-from .depth import DepthConsistencyGuidance, DepthPriorGuidance
-from .perturbed_attention import PerturbedAttentionGuidance
-from .self_attention import SelfAttentionGuidance
+GUIDANCE lists the methods' options in the order in which help and titles show them.
+"""
 
-__all__ = ["ClassifierGuidance", "Contrast", "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent",
-           "FunctionGuidance", "Gradient", "Guidance", "PerturbedAttentionGuidance", "SelfAttentionGuidance",
-           "StepContext"]
+from ..terms import ContrastGuidance, FunctionGuidance, GradientGuidance, Guidance, LossGuidance, Passes, StepContext
+from .base import GuidanceOptions, Networks
+from .classifier import ClassifierGuidance, ClassifierGuidanceOptions
+from .depth import DagOptions, DepthConsistencyGuidance, DepthPriorGuidance
+from .perturbed_attention import PagOptions, PerturbedAttentionGuidance
+from .self_attention import SagOptions, SelfAttentionGuidance
+
+GUIDANCE: list[type[GuidanceOptions]] = [SagOptions, PagOptions, ClassifierGuidanceOptions, DagOptions]
+
+# The names of the kinds in version 0.1
+Contrast, Gradient, Descent = ContrastGuidance, GradientGuidance, LossGuidance
+
+__all__ = [
+    "GUIDANCE", "ClassifierGuidance", "ClassifierGuidanceOptions", "Contrast", "ContrastGuidance", "DagOptions",
+    "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent", "FunctionGuidance", "Gradient", "GradientGuidance",
+    "Guidance", "GuidanceOptions", "LossGuidance", "Networks", "PagOptions", "Passes", "PerturbedAttentionGuidance",
+    "SagOptions", "SelfAttentionGuidance", "StepContext",
+]

@@ -1,102 +1,171 @@
-"""What guidance is: a list of terms, each a function of one network evaluation.
+"""What a guidance method is to the rest of the project: its options, and what they say of it.
 
-A *contrast* evaluates the network again on something degraded and returns a change of eps. A *gradient* returns a
-gradient at x_t; the sampler decides how it enters (`mean += variance * g` in DDPM, `eps -= sqrt(1 - abar) * g` in
-DDIM). A *descent* returns a loss, which is differentiated to x_t through that network evaluation itself, the losses of
-all descents at once; any sampler takes the gradient from x_{t-1} (`mean -= g`). Terms know neither each other nor the
-sampler. A term whose scale is 0, or whose window does not hold the step, is not evaluated.
+A method is one file here: a term (`guided_diffusion.terms`), a class of options that extends `GuidanceOptions`, and a
+line in GUIDANCE (`guided_diffusion.guidance`). Sampling runs, records, tables, plans, benchmarks and pictures loop over
+that list and know no method by name. For example:
+
+    @dataclass(frozen=True)
+    class GreyOptions(GuidanceOptions):
+        '''Guidance towards grey.'''
+
+        short = "grey"
+        switched_on: ClassVar = {"grey_scale": 0.1}
+
+        grey_scale: float = option(0.0, "scale of guidance towards grey; 0: off")
+
+        @property
+        def active(self) -> bool:
+            return self.grey_scale != 0
+
+        def headline(self) -> str:
+            return f"grey {self.grey_scale:g}"
+
+        def build(self, nets: Networks) -> list[Guidance]:
+            return [TowardsGrey(self.grey_scale)]
+
+        def schedule(self) -> list[tuple[Guidance, Passes]]:
+            return [(Guidance(self.grey_scale), TowardsGrey.passes)]
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from .. import checkpoint
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..gaussian_diffusion import Denoiser, Prediction
+from ..options import Options, option_fields
+from ..presets import Preset
+from ..terms import Guidance, Passes
+from ..unet import UNetModel
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """One step of a batch: what every guidance term may see.
+class Networks:
+    """What terms are built from.
 
-    denoise: (x, t) -> Prediction, the network with its labels, respaced. x_t: (N, C, H, W). t: (N,) int64, index
-    into the respaced chain. numbers: (N,) int64, the images' numbers in the run. observed: what each term's
-    `observe` gave around the evaluation that `pred` came from.
+    model: the network that is sampled. device: where further networks go. seed: of the run. random_weights: networks
+    whose file is not given have random weights, for timing; else that is an error.
     """
 
-    denoise: Denoiser
-    x_t: Tensor
-    t: Tensor
-    numbers: Tensor
-    observed: dict[Guidance, Any] = field(default_factory=dict)
+    model: UNetModel
+    device: torch.device
+    seed: int = 0
+    random_weights: bool = False
 
-    @property
-    def model_t(self) -> Tensor:
-        """The original step index, as networks see it."""
-        return self.denoise.diffusion.model_timesteps(self.t)
+    def load(self, network: nn.Module, path: str, flags: Mapping[str, Any]) -> nn.Module:
+        """A further network, ready for evaluation: the weights in `path` (see `checkpoint.load_into`), or random ones.
 
-    @property
-    def model_kwargs(self) -> Mapping[str, Any]:
-        return self.denoise.model_kwargs
-
-
-class Guidance:
-    """A term with a scale and a window of steps.
-
-    scale: finite; 0 is off. start, stop: guided only where stop <= t < start, t the respaced step index that counts
-    down to 0; None leaves that side open. `start` is `--guide_start`.
-    """
-
-    def __init__(self, scale: float, start: int | None = None, stop: int | None = None) -> None:
-        for name, value in (("scale", scale), ("start", start), ("stop", stop)):
-            if value is None and name != "scale":
-                continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise UserError(f"{type(self).__name__} {name} {value!r}: must be a finite number")
-        self.scale = scale
-        self.start = start
-        self.stop = stop
-
-    def window(self, t: Tensor) -> Tensor:
-        """(N,) bool: the images of the batch that this term guides at steps t (N,)."""
-        active = torch.full_like(t, self.scale != 0, dtype=torch.bool)
-        if self.start is not None:
-            active &= t < self.start
-        if self.stop is not None:
-            active &= t >= self.stop
-        return active
-
-    def observe(self) -> AbstractContextManager:
-        """Entered around the step's own network evaluation; what it gives is `ctx.observed[self]`."""
-        return nullcontext()
-
-
-class Contrast(Guidance):
-    def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The change of eps, (N, C, H, W)."""
-        raise NotImplementedError
-
-
-class Gradient(Guidance):
-    def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The gradient at x_t, (N, C, H, W), scale included."""
-        raise NotImplementedError
-
-
-class Descent(Guidance):
-    def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The loss of each image, (N,), scale included: a function of ctx.x_t through the evaluation that gave `pred`.
-
-        What `observe` gave, and `pred`, carry that evaluation's graph here, and nowhere else.
+        flags: the options that it was built from.
         """
+        if path or not self.random_weights:
+            checkpoint.load_into(network, path, flags)
+        return checkpoint.ready(network, self.device)
+
+
+@dataclass(frozen=True)
+class GuidanceOptions(Options):
+    """Base of the options of a guidance method.
+
+    short: the method in a word, as in "SAG step". switched_on: flags that switch it on, with its paper's values.
+    remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
+    network has none.
+    """
+
+    short: ClassVar[str]
+    switched_on: ClassVar[Mapping[str, Any]]
+    remedies: ClassVar[Mapping[str, str]] = {}
+    needs_labels: ClassVar[bool] = False
+
+    # What every method says
+
+    @property
+    def active(self) -> bool:
+        """Whether the method is on: where it is not, it costs nothing and is named nowhere."""
         raise NotImplementedError
+
+    def headline(self) -> str:
+        """The method and its scale in words, like "SAG s = 0.1"."""
+        raise NotImplementedError
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The terms. Raises UserError for files that are missing or do not fit."""
+        raise NotImplementedError
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """For each term its scale and window, as a plain `Guidance`, and what each step in that window costs."""
+        raise NotImplementedError
+
+    # What some methods say
+
+    def details(self) -> dict[str, str]:
+        """Further settings in words, by name: {"blur": "sigma = 3"}. Titles show those that are not the usual ones."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """The checkpoints that the terms need, by flag; they enter the run's fingerprint. None where it is off."""
+        return {}
+
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """Other networks of `Passes.others` by name, as functions that build them; each takes x_t (N, C, H, W) and t.
+
+        Plans count their operations; networks that only a file describes are left out.
+        """
+        return {}
+
+    def check(self, sha256: Mapping[str, str]) -> None:
+        """Raises UserError where files do not belong together; sha256: of the run's checkpoints, by flag."""
+
+    @property
+    def attention_block(self) -> str | None:
+        """The attention block whose map the method reads, like "output.8"; None where it reads none."""
+        return None
+
+    @property
+    def heads(self) -> str | None:
+        """How that map is split into heads: "exact", or "official" as in the official code."""
+        return None
+
+    @property
+    def attention_threshold(self) -> float:
+        """From which attention on, where 1 is average, a token of that map is masked."""
+        return 1.0
+
+    def with_heads(self, heads: str) -> Self:
+        """With the map split so; the same where the method reads none."""
+        return self
+
+    def variants(self) -> dict[str, Self]:
+        """Settings that are timed apart, by name: the method as it is, or switched on where it is off."""
+        return {self.short: self if self.active else replace(self, **self.switched_on)}
+
+    @classmethod
+    def preset_values(cls, preset: Preset) -> dict[str, Any]:
+        """Flags that suit a model known by name; without a scale, so that the method stays off."""
+        names = {field.name for field in option_fields(cls)}
+        return {name: value for name, value in preset.guidance.items() if name in names}
+
+    # What follows from it
+
+    def title(self, usual: Mapping[str, str] | None = None) -> str:
+        """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
+
+        usual: from `details`; None: those of the default options.
+        """
+        usual = type(self)().details() if usual is None else usual
+        return ", ".join([self.headline(), *(words for name, words in self.details().items()
+                                             if usual.get(name) != words)])
+
+    def check_files(self) -> None:
+        """Raises UserError where a file that the terms need is not named."""
+        for flag, path in self.files().items():
+            if not path:
+                raise UserError(f"--{flag} is not given: {self.need(flag)}")
+
+    def need(self, flag: str) -> str:
+        """Why a file is needed, as the end of a sentence."""
+        return f"{self.short} needs it" + (f", {self.remedies[flag]}" if flag in self.remedies else "")

@@ -9,29 +9,35 @@ the diffusion network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..build import ClassifierOptions, build_classifier
 from ..errors import UserError
-from .base import Gradient, StepContext
+from ..options import option
+from ..presets import Preset, find_preset
+from ..process import Prediction
+from ..terms import GradientGuidance, Guidance, Passes, StepContext
+from .base import GuidanceOptions, Networks
 
-if TYPE_CHECKING:
-    from ..gaussian_diffusion import Prediction
 
-
-class ClassifierGuidance(Gradient):
+class ClassifierGuidance(GradientGuidance):
     """Guidance by the gradient of a classifier's log-probability of the label.
 
     classifier: (x_t, original step) -> logits (N, classes). scale, start, stop: see `Guidance`.
     """
+
+    passes = Passes(others={"classifier": 1})
 
     def __init__(self, classifier: nn.Module, scale: float, start: int | None = None, stop: int | None = None) -> None:
         super().__init__(scale, start, stop)
         self.classifier = classifier
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """scale * grad_x log p(y | x_t), (N, C, H, W). Raises UserError without labels."""
         y = ctx.model_kwargs.get("y")
         if y is None:
             raise UserError("classifier guidance needs labels: model_kwargs has no y")
@@ -42,12 +48,56 @@ class ClassifierGuidance(Gradient):
             return self.scale * torch.autograd.grad(chosen, x)[0]
 
 
-class FunctionGuidance(Gradient):
-    """The older interface: cond_fn(x_t, original step, **model_kwargs) -> gradient, (N, C, H, W)."""
+@dataclass(frozen=True)
+class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
+    """Classifier guidance, and the noise-aware classifier."""
 
-    def __init__(self, cond_fn: Callable[..., Tensor]) -> None:
-        super().__init__(1.0)
-        self.cond_fn = cond_fn
+    short = "CG"
+    switched_on: ClassVar = {"classifier_guidance": True}
+    needs_labels = True
 
-    def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        return self.cond_fn(ctx.x_t, ctx.model_t, **ctx.model_kwargs)
+    classifier_guidance: bool = option(False, "guide by a classifier")
+    classifier_path: str = option("", "checkpoint of the noise-aware classifier; bundled models have theirs")
+    classifier_scale: float = option(1.0, "scale of classifier guidance; 0: off")
+
+    @property
+    def active(self) -> bool:
+        """Whether it is switched on, with a scale that is not 0."""
+        return self.classifier_guidance and self.classifier_scale != 0
+
+    def headline(self) -> str:
+        """Like "CG scale 0.5"."""
+        return f"CG scale {self.classifier_scale:g}"
+
+    def files(self) -> dict[str, str]:
+        """The classifier."""
+        return {"classifier_path": self.classifier_path} if self.active else {}
+
+    def need(self, flag: str) -> str:
+        """Why the classifier is needed."""
+        return "classifier guidance needs a classifier"
+
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """The classifier."""
+        return {"classifier": lambda: build_classifier(self)}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term, with its classifier loaded."""
+        with torch.device("cpu" if nets.random_weights else "meta"):
+            classifier = build_classifier(self)
+        return [ClassifierGuidance(nets.load(classifier, self.classifier_path, asdict(self)), self.classifier_scale)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """An evaluation and a gradient of the classifier at every step."""
+        return [(Guidance(self.classifier_scale if self.active else 0.0), ClassifierGuidance.passes)]
+
+    @classmethod
+    def preset_values(cls, preset: Preset) -> dict[str, Any]:
+        """The flags and the file of the classifier that guides the model."""
+        if not preset.classifier:
+            return {}
+        classifier = find_preset(preset.classifier)
+        shared = () if preset.options.get("class_cond") else ("num_classes",)
+        values = {name: value for name, value in classifier.options.items()
+                  if name.startswith("classifier_") or name in shared}
+        return values if classifier.path is None else {**values, "classifier_path": str(classifier.path)}

@@ -15,10 +15,11 @@ network was built with use_checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,21 +27,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..capture import capture_features, find_blocks
+from ..checkpoint import locate, read_metadata
+from ..depth.predictor import DepthPredictors, check_fits, check_network, load_predictors
+from ..depth.prior import DepthPrior, load_prior
 from ..errors import UserError
 from ..nn import mean_flat
+from ..options import option
+from ..process import Prediction
 from ..rng import image_generator
-from .base import Descent, StepContext
-
-if TYPE_CHECKING:
-    from ..depth.predictor import DepthPredictors
-    from ..depth.prior import DepthPrior
-    from ..gaussian_diffusion import Prediction
+from ..terms import Guidance, LossGuidance, Passes, StepContext
+from .base import GuidanceOptions, Networks
 
 REDUCTIONS = ("mean", "sum")
 TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
 
 
-class _DepthGuidance(Descent):
+class _DepthGuidance(LossGuidance):
     """What both terms share: the depth that predictors read from the network's features."""
 
     branches: Sequence[str] = ()
@@ -59,7 +61,8 @@ class _DepthGuidance(Descent):
         self.predictors = predictors
         self.reduction = reduction
 
-    def observe(self) -> AbstractContextManager:
+    def observe(self) -> AbstractContextManager[Any]:
+        """Captures the blocks that the predictors read, with their graph."""
         return capture_features(self.model, self.predictors.blocks, graph=True)
 
     def depth(self, ctx: StepContext, branch: str) -> Tensor:
@@ -86,6 +89,7 @@ class DepthConsistencyGuidance(_DepthGuidance):
     branches = ("strong", "weak")
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """scale * L_dc of each image, (N,)."""
         with torch.no_grad():
             strong = self.depth(ctx, "strong")
         return self.reduced((strong - self.depth(ctx, "weak")) ** 2)
@@ -97,10 +101,11 @@ class DepthPriorGuidance(_DepthGuidance):
     model, predictors, scale, reduction: as in `DepthConsistencyGuidance`, without the weak branch. prior: its
     `image_size` may differ from the depth's: the depth is then resized by bilinear interpolation, antialiased where it
     shrinks. tau: the prior's step, as a fraction of its chain from 0 (no noise) to 1; None draws it from the middle,
-    0.02 to 0.98. tau and eta depend on seed, image number and step alone. start, stop: see `Guidance`.
+    0.02 to 0.98. tau and eta depend on seed, image and step alone. start, stop: see `Guidance`.
     """
 
     branches = ("strong",)
+    passes = Passes(backward=1, others={"prior": 1})
 
     def __init__(self, model: nn.Module, predictors: DepthPredictors, prior: DepthPrior, scale: float,
                  reduction: str = "mean", tau: float | None = None, seed: int = 0, start: int | None = None,
@@ -113,22 +118,102 @@ class DepthPriorGuidance(_DepthGuidance):
         self.seed = seed
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """scale * L_dp of each image, (N,)."""
         depth = self.depth(ctx, "strong")
         size = self.prior.image_size
         if depth.shape[2:] != (size, size):
             depth = F.interpolate(depth, (size, size), mode="bilinear", antialias=size < max(depth.shape[2:]))
-        tau, eta = self.draw(ctx.numbers, ctx.t)
+        tau, eta = self.draw(ctx.image_ids, ctx.t)
         tau, eta = tau.to(depth.device), eta.to(depth)
         return self.reduced((eta - self.prior.eps(self.prior.diffusion.q_sample(depth, tau, noise=eta), tau)) ** 2)
 
-    def draw(self, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """tau (N,) int64 and eta (N, 1, size, size) float32 of images `numbers` (N,) at steps t (N,), on the CPU."""
+    def draw(self, image_ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """tau (N,) int64 and eta (N, 1, size, size) float32 of images (N,) at steps t (N,), on the CPU."""
         last, size = self.prior.diffusion.num_timesteps - 1, self.prior.image_size
         low, high = (round(fraction * last) for fraction in (TAU_RANGE if self.tau is None else (self.tau, self.tau)))
         taus, etas = [], []
-        for number, step in zip(numbers.tolist(), t.tolist(), strict=True):
-            generator = image_generator(self.seed, number, step, "depth")
+        for image_id, step in zip(image_ids.tolist(), t.tolist(), strict=True):
+            generator = image_generator(self.seed, image_id, step, "depth")
             # By a single uniform number, so that eta is the same whatever tau is.
             taus.append(low + int(generator.random() * (high - low + 1)))
             etas.append(generator.standard_normal((1, size, size), dtype=np.float32))
         return torch.tensor(taus), torch.from_numpy(np.stack(etas))
+
+
+@dataclass(frozen=True)
+class DagOptions(GuidanceOptions):
+    """Depth-aware guidance."""
+
+    short = "DAG"
+    switched_on: ClassVar = {"dcg_scale": 40.0, "dpg_scale": 40.0}
+    remedies: ClassVar = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
+                          "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}
+
+    dcg_scale: float = option(0.0, "scale of depth consistency guidance; 0: off")
+    dpg_scale: float = option(0.0, "scale of depth prior guidance; 0: off")
+    depth_predictor: str = option("", "depth predictors of the network, as scripts/depth_train.py writes them; bundled "
+                                  "models have theirs")
+    depth_prior: str = option("", "diffusion model of depth images, as scripts/image_train.py writes it; bundled "
+                              "models have theirs")
+    dag_reduction: str = option("mean", f"squares over the pixels: {' or '.join(REDUCTIONS)}", choices=REDUCTIONS)
+    depth_tau: float | None = option(None, "step of the depth prior as a part of its chain; unset: drawn from 0.02 to "
+                                     "0.98", minimum=0, maximum=1)
+    dag_start: int | None = option(None, "guided only at respaced steps below this one; unset: from the first",
+                                   minimum=0)
+    dag_stop: int | None = option(None, "guided only at respaced steps from this one up; unset: to the last", minimum=0)
+
+    @property
+    def active(self) -> bool:
+        """Whether one of the two scales is not 0."""
+        return bool(self.dcg_scale or self.dpg_scale)
+
+    def headline(self) -> str:
+        """Like "DCG 40 + DPG 40"."""
+        return " + ".join(f"{name} {scale:g}" for name, scale in (("DCG", self.dcg_scale), ("DPG", self.dpg_scale))
+                          if scale)
+
+    def details(self) -> dict[str, str]:
+        """Reduction and tau."""
+        return {"reduction": f"{self.dag_reduction} over pixels",
+                "tau": "tau drawn" if self.depth_tau is None else f"tau = {self.depth_tau:g}"}
+
+    def files(self) -> dict[str, str]:
+        """The predictors, and the prior where it is used."""
+        return {**({"depth_predictor": self.depth_predictor} if self.active else {}),
+                **({"depth_prior": self.depth_prior} if self.dpg_scale else {})}
+
+    def need(self, flag: str) -> str:
+        """Why a file is needed, and what makes it."""
+        return f"depth-aware guidance needs it, {self.remedies[flag].removesuffix(' (docs/dag.md)')}"
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """Both terms, or the one that is on."""
+        predictors = load_predictors(locate(self.depth_predictor), nets.device)
+        check_fits(predictors, nets.model, None)
+        common = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop}
+        terms: list[Guidance] = []
+        if self.dcg_scale:
+            terms.append(DepthConsistencyGuidance(nets.model, predictors, self.dcg_scale, **common))
+        if self.dpg_scale:
+            prior = load_prior(locate(self.depth_prior), nets.device)
+            terms.append(DepthPriorGuidance(nets.model, predictors, prior, self.dpg_scale, tau=self.depth_tau,
+                                            seed=nets.seed, **common))
+        return terms
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """One backward pass for both terms together, and the prior's evaluations."""
+        return [(Guidance(self.dcg_scale, self.dag_start, self.dag_stop), DepthConsistencyGuidance.passes),
+                (Guidance(self.dpg_scale, self.dag_start, self.dag_stop), DepthPriorGuidance.passes)]
+
+    def check(self, sha256: Mapping[str, str]) -> None:
+        """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
+        if self.active:
+            check_network(read_metadata(self.depth_predictor)["network_sha256"], sha256["model_path"],
+                          f"--depth_predictor {self.depth_predictor}: was")
+
+    def variants(self) -> dict[str, DagOptions]:
+        """DCG, DPG and both, at every step, as far as there are files."""
+        always = replace(self, dag_start=None, dag_stop=None)
+        scales = {"DCG": (1.0, 0.0), "DPG": (0.0, 1.0), "DCG + DPG": (1.0, 1.0)}
+        chosen = {name: replace(always, dcg_scale=dcg, dpg_scale=dpg) for name, (dcg, dpg) in scales.items()}
+        return {name: options for name, options in chosen.items() if all(options.files().values())}

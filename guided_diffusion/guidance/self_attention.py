@@ -4,7 +4,7 @@
     delta  = s (eps(x_t) - eps(x_bar))
 
 M: the tokens that receive more attention than `threshold` times the average in one block, at the first evaluation.
-Needs: capture of that block's received attention. Cost: one more network evaluation.
+Needs: capture of that block's received attention. Cost: one more network evaluation. `--guide_scale` is 1 + s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,16 @@ from torch.nn import functional as F
 
 from ..capture import HEADS, Received, capture_attention, find_blocks
 from ..errors import UserError
-from .base import Contrast, StepContext
+from ..options import option
+from ..process import Prediction
+from ..terms import ContrastGuidance, Guidance, Passes, StepContext
+from .base import GuidanceOptions, Networks
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
-if TYPE_CHECKING:
-    from ..gaussian_diffusion import Prediction
-
-Mask = Callable[[StepContext, "Prediction"], Tensor]
+Mask = Callable[[StepContext, Prediction], Tensor]
 
 
-class SelfAttentionGuidance(Contrast):
+class SelfAttentionGuidance(ContrastGuidance):
     """Guidance away from a copy of the image that is blurred where the network attends.
 
     model: the network that is sampled. block: its attention block, like "output.8" (`model.attention_blocks`).
@@ -62,12 +63,14 @@ class SelfAttentionGuidance(Contrast):
         self.mask = mask
         self.heads = heads
 
-    def observe(self) -> AbstractContextManager:
+    def observe(self) -> AbstractContextManager[Any]:
+        """Captures the block's received attention."""
         if not self.reads_attention:
             return nullcontext()
         return capture_attention(self.model, [self.block], heads=self.heads)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """s (eps(x_t) - eps(x_bar)), (N, C, H, W)."""
         eps_degraded = ctx.denoise(self.degraded(ctx, pred), ctx.t).eps
         return self.scale * (pred.eps - eps_degraded)
 
@@ -95,7 +98,7 @@ class SelfAttentionGuidance(Contrast):
         if self.mask == "square":
             return square_mask(count, captured.grid)
         if self.mask == "random":
-            return random_mask(count, captured.grid, ctx.numbers, ctx.t)
+            return random_mask(count, captured.grid, ctx.image_ids, ctx.t)
         if self.mask == "high-frequency":
             return high_frequency_mask(count, captured.grid, pred.pred_xstart)
         return attended
@@ -106,3 +109,66 @@ class SelfAttentionGuidance(Contrast):
             raise UserError(f"self-attention guidance saw no evaluation of {self.block!r}: it must be given the "
                             "network that is sampled")
         return captured[self.block]
+
+
+@dataclass(frozen=True)
+class SagOptions(GuidanceOptions):
+    """Self-attention guidance."""
+
+    short = "SAG"
+    switched_on: ClassVar = {"guide_scale": 1.1}
+
+    guide_scale: float = option(1.0, "1 + s, s the scale of self-attention guidance; 1: off")
+    guide_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    sel_attn_block: str = option("output", "part of the network whose attention makes the mask",
+                                 choices=("input", "middle", "output"))
+    sel_attn_depth: int = option(8, "index of the block in that part", minimum=0)
+    blur_sigma: float = option(3.0, "standard deviation of the blur in pixels", above=0)
+    mask: str = option("self-attention", f"what is blurred: {', '.join(MASKS)}", choices=MASKS)
+    threshold: float = option(1.0, "a token is masked if it receives more than this, where 1 is average")
+    attention_heads: str = option("exact", "exact, or official: split heads as the official SAG code does",
+                                  choices=HEADS)
+
+    @property
+    def active(self) -> bool:
+        """Whether s is not 0."""
+        return self.guide_scale != 1
+
+    @property
+    def attention_block(self) -> str:
+        """The block that makes the mask."""
+        return "middle" if self.sel_attn_block == "middle" else f"{self.sel_attn_block}.{self.sel_attn_depth}"
+
+    @property
+    def heads(self) -> str:
+        """How its attention is split into heads."""
+        return self.attention_heads
+
+    @property
+    def attention_threshold(self) -> float:
+        """psi."""
+        return self.threshold
+
+    def with_heads(self, heads: str) -> Self:
+        """With other heads, "exact" or "official"."""
+        return replace(self, attention_heads=heads)
+
+    def headline(self) -> str:
+        """Like "SAG s = 0.1"."""
+        return f"SAG s = {self.guide_scale - 1:.3g}"
+
+    def details(self) -> dict[str, str]:
+        """Block, mask, threshold psi, blur and heads."""
+        return {"block": f"block {self.attention_block}", "mask": f"mask {self.mask}",
+                "threshold": f"psi = {self.threshold:g}", "blur_sigma": f"sigma = {self.blur_sigma:g}",
+                "heads": f"{self.attention_heads} heads"}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term."""
+        return [SelfAttentionGuidance(
+            nets.model, block=self.attention_block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
+            threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """One more evaluation from `guide_start` down."""
+        return [(Guidance(self.guide_scale - 1, self.guide_start), SelfAttentionGuidance.passes)]

@@ -1,1 +1,1 @@
-"""A sampling run: options, chunks, ranks, files and status."""
+"""A sampling run: its options, chunks, ranks, record, files and status."""

@@ -28,11 +28,8 @@ import numpy as np
 from .. import packing
 from ..errors import UserError
 from ..fetch import sha256_of
+from .record import READ_ERRORS, difference, identity, read_record
 
-# Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
-IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples")
-CHECKPOINT_FLAGS = {"model_path": "model", "classifier_path": "classifier", "depth_predictor": "depth_predictor",
-                    "depth_prior": "depth_prior"}
 REMEDY = "name another folder, or pass --overwrite True"
 TRIES, PAUSE = 5, 0.2               # of taking the lock, which scripts/run_status.py holds for a moment
 
@@ -43,18 +40,9 @@ class DamagedError(UserError):
     """A shard cannot be read or holds something else than it should."""
 
 
-def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
-    """What the images of a run depend on, by flag name: its options and the SHA-256 of its checkpoints."""
-    values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
-    values |= {flag: sha256.get(name) for flag, name in CHECKPOINT_FLAGS.items()}
-    if str(values.get("labels")).endswith(".npy"):
-        values["labels"] = ".npy"               # the labels are compared image by image
-    return json.loads(json.dumps(values))
-
-
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first flag in which two identities differ."""
-    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+def samples_file(out: Path, num_samples: int, image_size: int) -> Path:
+    """The file of all samples of a run."""
+    return out / f"samples_{num_samples}x{image_size}x{image_size}x3.npz"
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Shards:
 
     out: Path
     configuration: Mapping[str, Any]        # every option, by flag name
-    sha256: Mapping[str, str]               # of the checkpoints in use, by the names in CHECKPOINT_FLAGS
+    sha256: Mapping[str, str]               # of the checkpoints in use, by the names of `record.name_of`
     labels: LabelArrays | None = None       # labels that the chunks must have; None: any
 
     @property
@@ -82,7 +70,7 @@ class Shards:
     @property
     def samples(self) -> Path:
         """The file of all samples."""
-        return self.out / f"samples_{'x'.join(map(str, self.shape))}.npz"
+        return samples_file(self.out, self.num_samples, self.configuration["image_size"])
 
     @cached_property
     def chunks(self) -> list[range]:
@@ -181,11 +169,11 @@ class Shards:
         if not record.exists():
             return None
         try:
-            content = json.loads(record.read_text())
-            earlier = Shards(self.out, dict(content["configuration"]), dict(content["sha256"]), self.labels)
+            content = read_record(record)
+            earlier = Shards(self.out, content["configuration"], content["sha256"], self.labels)
             different = difference(earlier.identity, self.identity)
             exists = different is None and earlier.samples.exists()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except READ_ERRORS:
             different, exists = "", False
         if different is not None and self._begun() != self.identity:        # else its overwriting was allowed before
             raise UserError(f"--out {self.out}: holds samples of another configuration "
@@ -200,9 +188,9 @@ class Shards:
     def _begun(self) -> dict[str, Any] | None:
         """The identity of the run whose shards are here."""
         try:
-            manifest = json.loads((self.folder / "run.json").read_text())
+            manifest = read_record(self.folder / "run.json")
             return identity(manifest["configuration"], manifest["sha256"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except READ_ERRORS:
             return None
 
     def _check_begun(self) -> None:

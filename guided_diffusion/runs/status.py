@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..fetch import sha256_of
+from .record import READ_ERRORS, read_record
 from .shards import DamagedError, Shards, holder
 
 
@@ -57,12 +58,12 @@ def run_status(out: Path) -> RunStatus:
 
 def _run(out: Path, record: Path) -> Shards | None:
     try:
-        content = json.loads(record.read_text())
-        run = Shards(out, dict(content["configuration"]), dict(content["sha256"]))
+        content = read_record(record)
+        run = Shards(out, content["configuration"], content["sha256"])
         return run if len(run.chunks) and run.shape else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{record}: is no record of a sampling run ({error})") from None
 
 

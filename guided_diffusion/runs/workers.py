@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import dist_util
-from ..dist_util import LostRankError, PeerError
+from ..errors import LostRankError, PeerError
 
 BEAT = 0.5          # seconds between signs of life
 SILENCE = 40        # beats without one, after which a rank counts as gone

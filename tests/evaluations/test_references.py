@@ -14,8 +14,8 @@ from evaluations import references
 from evaluations.evaluator import MODELS
 from evaluations.references import fetch_reference, find_reference, reference_names, reference_url
 from guided_diffusion import fetch
+from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
-from guided_diffusion.script_util import run_script
 
 CAT = "VIRTUAL_lsun_cat256"
 OFFICIAL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"

@@ -15,18 +15,11 @@ from golden import GOLDEN
 from local_server import serving
 from safetensors.torch import save_file
 
-from guided_diffusion import checkpoint
-from guided_diffusion.checkpoint import (
-    check_options,
-    find_preset,
-    infer_options,
-    load_into,
-    load_state_dict,
-    preset_names,
-    read_metadata,
-    save_state,
-)
+from guided_diffusion import checkpoint, presets
+from guided_diffusion.checkpoint import load_into, load_state_dict, read_metadata, save_state
 from guided_diffusion.errors import UserError
+from guided_diffusion.facts import check_options, infer_options
+from guided_diffusion.presets import find_preset, preset_names
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -541,8 +534,8 @@ def test_every_class_guided_preset_has_a_classifier_of_its_size():
 
 
 def test_shipped_models_are_found_by_their_file(tmp_path, monkeypatch):
-    (tmp_path / "presets.yaml").write_text((checkpoint.MODELS / "presets.yaml").read_text())
-    monkeypatch.setattr(checkpoint, "MODELS", tmp_path)
+    (tmp_path / "presets.yaml").write_text((presets.MODELS / "presets.yaml").read_text())
+    monkeypatch.setattr(presets, "MODELS", tmp_path)
     model = create_model(**SMALL)
     save_state(tmp_path / "tiny.safetensors", model.state_dict(), {"config": json.dumps(SMALL)})
     save_state(tmp_path / "tiny_classifier.safetensors", tensors(), {"config": json.dumps(SMALL_CLASSIFIER)})

@@ -12,8 +12,8 @@ from golden import GOLDEN
 from local_server import serving
 from networks import TINY
 
-from guided_diffusion import checkpoint, fetch
-from guided_diffusion.checkpoint import find_preset, released_names
+from guided_diffusion import checkpoint, fetch, presets
+from guided_diffusion.presets import find_preset, released_names
 
 RELEASED = GOLDEN / "checkpoints.json"
 
@@ -36,7 +36,7 @@ def server(tmp_path, monkeypatch, parameters):
     """Has the checkpoints `tiny` and `other`, but no files yet."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(fetch, "PAUSE", 0.001)
-    monkeypatch.setattr(checkpoint, "MODELS", tmp_path / "known")
+    monkeypatch.setattr(presets, "MODELS", tmp_path / "known")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "known").mkdir()
     (tmp_path / "known" / "shipped.safetensors").touch()

@@ -6,10 +6,11 @@ import torch
 from networks import with_random_weights
 
 from guided_diffusion import sampling
-from guided_diffusion.gaussian_diffusion import Denoiser
+from guided_diffusion.errors import NonFiniteError
 from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
+from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_labels, image_noise
-from guided_diffusion.sampling import NonFiniteError, sample_chain
+from guided_diffusion.sampling import sample_chain
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 
 SHAPE = (1, 16, 16)

@@ -10,14 +10,13 @@ import pytest
 import torch
 from golden import cases
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.cli import run_script
+from guided_diffusion.errors import NonFiniteError, UserError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from guided_diffusion.sampling import NonFiniteError
+from guided_diffusion.guidance.self_attention import SagOptions
+from guided_diffusion.options import options_from
 from guided_diffusion.script_util import (
-    ClassifierOptions,
-    DiffusionOptions,
-    ModelOptions,
-    SagOptions,
     add_dict_to_argparser,
     args_to_dict,
     classifier_and_diffusion_defaults,
@@ -28,8 +27,6 @@ from guided_diffusion.script_util import (
     create_model,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
-    options_from,
-    run_script,
     sag_defaults,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from guided_diffusion import checkpoint, train_util
+from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.script_util import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.train_util import (
     ClassifierTrainOptions,
     TrainOptions,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import yaml
 from commands import REPOSITORY, call, flags, samples_in
 from networks import TINY, with_random_weights
 
+from guided_diffusion.build import build_model
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
-from guided_diffusion.depth.options import DagOnOptions, DagOptions
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.options import option_fields, parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, preset_values
-from guided_diffusion.script_util import build_model, create_model
+from guided_diffusion.guidance import DagOptions
+from guided_diffusion.options import parse_options
+from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
+from guided_diffusion.script_util import create_model
 
 PRIOR = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
          "attention_resolutions": "4", "num_heads": 1}
@@ -139,10 +141,15 @@ ROWS = sorted((REPOSITORY / "configs" / "dag_dfid").glob("[bc]*.yaml"))
 GUIDED = [*sorted((REPOSITORY / "configs").glob("*_dag*.yaml")), *(row for row in ROWS if "_dcg_dpg" in row.stem)]
 
 
+def configured(path):
+    """The options of scripts/dag_sample.py with this configuration; those of depth-aware guidance are the last."""
+    return parse_options(["--config", str(path)], SampleOptions, *option_classes(), preset=preset_values,
+                         defaults=DagOptions.switched_on)
+
+
 @pytest.mark.parametrize("path", GUIDED, ids=lambda path: path.stem)
 def test_configurations_load_and_build_their_network(path):
-    classes = (*OPTION_CLASSES[:-1], DagOnOptions)
-    sample, model, *_, dag = parse_options(["--config", str(path)], SampleOptions, *classes, preset=preset_values)
+    sample, model, *_, dag = configured(path)
     assert {"dcg_scale", "dpg_scale"} <= yaml.safe_load(path.read_text()).keys()
     assert dag.dcg_scale == dag.dpg_scale == 40
     assert sample.model_path and dag.depth_predictor and dag.depth_prior
@@ -153,8 +160,7 @@ def test_configurations_load_and_build_their_network(path):
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_rows_of_the_published_table_turn_off_what_they_do_not_name(path):
-    classes = (*OPTION_CLASSES[:-1], DagOnOptions)
-    *_, dag = parse_options(["--config", str(path)], SampleOptions, *classes, preset=preset_values)
+    *_, dag = configured(path)
     assert (dag.dcg_scale, dag.dpg_scale) == (40 * ("_dcg" in path.stem), 40 * ("_dpg" in path.stem))
 
 
@@ -168,6 +174,12 @@ def test_the_shipped_model_is_guided_by_the_shipped_files(name, tmp_path, monkey
     assert 0 < np.abs(guided - unguided).mean() < 64
 
 
-def test_the_scripts_differ_in_the_scales_alone():
-    off, on = ({field.name: field.default for field in option_fields(cls)} for cls in (DagOptions, DagOnOptions))
+def test_the_scripts_differ_in_the_scales_alone(capsys):
+    helps = {}
+    for script in ("image_sample", "dag_sample"):
+        assert call(script, "--help") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        helps[script] = dict(re.findall(r"--(\w+) (?:\[?[A-Z]+\]? )?[^-]*?\(default: ([^)]*)\)", text))
+    off, on = helps.values()
+    assert len(off) > 40 and off.keys() == on.keys()
     assert {name for name in off if off[name] != on[name]} == {"dcg_scale", "dpg_scale"}

@@ -17,12 +17,14 @@ from networks import TINY, TINY_CLASSIFIER, with_random_weights
 from PIL import Image
 from safetensors.torch import load_file
 
-from guided_diffusion import checkpoint
-from guided_diffusion.checkpoint import preset_names, save_state
-from guided_diffusion.nn import UninitializedWeights
+from guided_diffusion import checkpoint, presets
+from guided_diffusion.build import build_classifier, build_model
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.guidance import ClassifierGuidanceOptions, Networks
 from guided_diffusion.options import parse_options
-from guided_diffusion.runs.sample import OPTION_CLASSES, ClassifierSampleOptions, SampleOptions, preset_values
-from guided_diffusion.script_util import build_classifier, build_model, create_model
+from guided_diffusion.presets import preset_names
+from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
+from guided_diffusion.script_util import create_model
 
 # Command lines of the READMEs of guided-diffusion and of the official SAG code: MODEL_FLAGS and SAMPLE_FLAGS filled in.
 IMAGENET_64 = (
@@ -138,17 +140,18 @@ def shipped(tmp_path, monkeypatch, tiny_checkpoints):
     """A folder of shipped models: tiny16, and its classifier."""
     folder = tmp_path / "models"
     folder.mkdir()
-    shutil.copy(checkpoint.MODELS / "presets.yaml", folder)
+    shutil.copy(presets.MODELS / "presets.yaml", folder)
     for file, name, options in (("model", "tiny16", TINY), ("classifier", "tiny16_classifier", TINY_CLASSIFIER)):
         state = load_file(tiny_checkpoints / f"{file}.safetensors")
         save_state(folder / f"{name}.safetensors", state, {"config": json.dumps(options)})
-    monkeypatch.setattr(checkpoint, "MODELS", folder)
+    monkeypatch.setattr(presets, "MODELS", folder)
     return folder
 
 
 def options_of(script, arguments):
-    run = ClassifierSampleOptions if script == "classifier_sample" else SampleOptions
-    return parse_options(arguments, run, *OPTION_CLASSES, preset=preset_values)
+    """sample, model, diffusion, ddpm, ddim, sag, pag, classifier, dag."""
+    on = ClassifierGuidanceOptions.switched_on if script == "classifier_sample" else {}
+    return parse_options(arguments, SampleOptions, *option_classes(), preset=preset_values, defaults=on)
 
 
 # Known command lines
@@ -158,7 +161,7 @@ def options_of(script, arguments):
 def test_readme_command_means_what_it_says(name):
     script, line = README[name]
     given = dict(zip(line.split()[::2], line.split()[1::2], strict=True))
-    sample, model, diffusion, classifier, sag, *_ = options_of(script, line.split())
+    _, model, diffusion, _, _, sag, _, classifier, _ = options_of(script, line.split())
 
     assert diffusion.timestep_respacing == given["--timestep_respacing"]
     assert diffusion.noise_schedule == given["--noise_schedule"]
@@ -166,12 +169,12 @@ def test_readme_command_means_what_it_says(name):
     assert model.class_cond is (given["--class_cond"] == "True")
     assert sag.guide_scale == float(given.get("--guide_scale", 1))
     by_default = script == "classifier_sample"
-    assert sample.classifier_guidance is (given.get("--classifier_guidance", str(by_default)) == "True")
+    assert classifier.classifier_guidance is (given.get("--classifier_guidance", str(by_default)) == "True")
 
-    with UninitializedWeights():
+    with torch.device("meta"):
         network = build_model(dataclasses.replace(model, use_fp16=False))
         build_classifier(classifier)
-    term = sag.build(network)
+    term, = sag.build(Networks(network, "cpu"))
     assert term.scale == pytest.approx(sag.guide_scale - 1)
     assert network.attention_blocks[term.block].grid == {2: (8, 8), 8: (32, 32)}[sag.sel_attn_depth] \
         or "--sel_attn_depth" not in given
@@ -189,7 +192,7 @@ def test_readme_command_runs(name, tmp_path):
     given["model_path"] = str(tmp_path / "model.pt")
     if "classifier_path" in given:
         given["classifier_path"] = str(tmp_path / "classifier.pt")
-    _, model, _, classifier, *_ = options_of(script, flags(given))
+    _, model, _, _, _, _, _, classifier, _ = options_of(script, flags(given))
     for build, options, path in ((build_model, model, "model.pt"), (build_classifier, classifier, "classifier.pt")):
         save_state(tmp_path / path, with_random_weights(build(options)).float().state_dict())
 

@@ -23,8 +23,10 @@ from evaluations.attention.pictures import CELL, OUTLINE, draw_overlaps, outline
 from evaluations.attention.study import AttentionOptions, Watched, evenly_spaced, overlay_strip
 from guided_diffusion.capture import Received
 from guided_diffusion.errors import UserError
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions, SamplingRun, to_uint8
-from guided_diffusion.script_util import options_from
+from guided_diffusion.options import options_from
+from guided_diffusion.pixels import to_uint8
+from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.sample import SamplingRun
 
 TINY_BLOCKS = ("input.3", "middle", "output.0", "output.1")
 
@@ -198,7 +200,7 @@ def test_evenly_spaced_steps_go_from_noise_to_image():
 def tiny_run(tiny_flags, tiny_checkpoints):
     given = {**tiny_flags, "timestep_respacing": "6", "sel_attn_depth": 1, "blur_sigma": 1.0, "num_samples": 4,
              "model_path": str(tiny_checkpoints / "model.safetensors"), "batch_size": 3}
-    values = options_from(given, SampleOptions, *OPTION_CLASSES)
+    values = options_from(given, SampleOptions, *option_classes())
     return SamplingRun(*values)
 
 

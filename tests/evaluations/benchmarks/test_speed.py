@@ -8,11 +8,13 @@ import torch
 from commands import flags
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
-from evaluations.benchmarks.speed import OPTION_CLASSES, BenchmarkOptions, benchmark, checkpointed, count_passes
+from evaluations.benchmarks.speed import BenchmarkOptions, benchmark, checkpointed, count_passes
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.script_util import create_model
 
@@ -23,7 +25,9 @@ PRIOR = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks"
 
 def table(**options):
     """Cells of each row by its name."""
-    lines = benchmark(*parse_options(flags({**OPTIONS, **options}), BenchmarkOptions, *OPTION_CLASSES)).splitlines()
+    chosen, model, diffusion, *methods = parse_options(flags({**OPTIONS, **options}), BenchmarkOptions, ModelOptions,
+                                                       DiffusionOptions, *GUIDANCE)
+    lines = benchmark(chosen, model, diffusion, methods).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     return {row[0]: row[1:] for row in rows[1:]}
 
@@ -43,9 +47,9 @@ def files(tmp_path_factory):
 
 def test_rows_without_depth():
     rows = table()
-    assert list(rows) == ["network evaluation", "unguided step", "SAG step", "PAG step", "SAG + CG step",
-                          "plain evaluation"]
-    assert [row[3] for row in rows.values()] == ["1 + 0", "1 + 0", "2 + 0", "2 + 0", "2 + 0", "1 + 0"]
+    assert list(rows) == ["network evaluation", "unguided step", "plain evaluation", "SAG step", "PAG step", "CG step",
+                          "SAG + CG step"]
+    assert [row[3] for row in rows.values()] == ["1 + 0", "1 + 0", "1 + 0", "2 + 0", "2 + 0", "1 + 0", "2 + 0"]
     assert all(re.fullmatch(r"[\d.]+", cell) for row in rows.values() for cell in row[:3])
 
 

@@ -13,11 +13,11 @@ from evaluations.depth.table import Row, TableOptions, sweep_rows, table_rows
 from evaluations.npz import write_batch
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
-from guided_diffusion.depth.options import DagOnOptions
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
+from guided_diffusion.guidance import DagOptions
 from guided_diffusion.script_util import create_model
 
 BIN = Path(sys.executable).parent
@@ -48,19 +48,19 @@ def line(tmp_path_factory):
 
 
 def rows_of(dag=None, **options):
-    return table_rows(TableOptions(**options), dag or DagOnOptions())
+    return table_rows(TableOptions(**options), dag or DagOptions(**DagOptions.switched_on))
 
 
 def test_rows_have_their_own_scales():
     assert rows_of() == [Row("unguided", 0, 0), Row("dcg", 40, 0), Row("dpg", 0, 40), Row("both", 40, 40)]
-    assert rows_of(DagOnOptions(dcg_scale=20), rows="both, dcg") == [
+    assert rows_of(DagOptions(**DagOptions.switched_on | {"dcg_scale": 20}), rows="both, dcg") == [
         Row("unguided", 0, 0), Row("dcg", 20, 0), Row("both", 20, 40)]
     assert [row.title for row in rows_of(rows="both")] == ["no depth-aware guidance", "DCG 40 + DPG 40"]
 
 
 def test_sweep_adds_the_scales_that_are_not_there():
     options = TableOptions(rows="dcg", sweep="80,0,40, 2.5")
-    rows = table_rows(options, DagOnOptions())
+    rows = table_rows(options, DagOptions(**DagOptions.switched_on))
     assert [(row.name, row.dcg_scale, row.dpg_scale) for row in rows] == [
         ("unguided", 0, 0), ("dcg", 40, 0), ("dcg_2.5", 2.5, 0), ("dcg_80", 80, 0), ("dpg_2.5", 0, 2.5),
         ("dpg_40", 0, 40), ("dpg_80", 0, 80)]
@@ -78,7 +78,7 @@ def test_rows_that_are_refused():
         with pytest.raises(UserError, match=message):
             TableOptions(**options)
     with pytest.raises(UserError, match="--dpg_scale 0: must not be 0 for the row both"):
-        rows_of(DagOnOptions(dpg_scale=0), rows="both")
+        rows_of(DagOptions(**DagOptions.switched_on | {"dpg_scale": 0}), rows="both")
 
 
 # From sampling to figures
@@ -92,9 +92,10 @@ def test_table_end_to_end_goes_on_where_it_was(line, tmp_path, capsys, monkeypat
     first = {name: samples_in(out / name)[0] for name in ("unguided", "dcg")}
     assert not (out / "sweep.png").exists()
 
-    from guided_diffusion.runs.sample import Sampler
-    sampled, images = [], Sampler.images
-    monkeypatch.setattr(Sampler, "images", lambda self, *words: sampled.append(self.run.out.name) or
+    from guided_diffusion.runs.sampler import ImageSampler
+
+    sampled, images = [], ImageSampler.images
+    monkeypatch.setattr(ImageSampler, "images", lambda self, *words: sampled.append(Path(self.options.out).name) or
                         images(self, *words))
     capsys.readouterr()
     assert call("dag_table", *flags({**line, "sweep": "0,300,500"})) == 0

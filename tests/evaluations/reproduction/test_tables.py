@@ -13,10 +13,11 @@ from golden import GOLDEN
 from evaluations.references import reference_names
 from evaluations.reproduction import tables
 from evaluations.reproduction.tables import load_table, table_names
+from guided_diffusion.build import build_classifier, build_diffusion, build_model
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance.self_attention import SagOptions
 from guided_diffusion.options import option_fields, read_yaml
-from guided_diffusion.runs.sample import OPTION_CLASSES, SampleOptions
-from guided_diffusion.script_util import SagOptions, build_classifier, build_diffusion, build_model
+from guided_diffusion.runs.options import SampleOptions, option_classes
 
 PUBLISHED = GOLDEN.parent / "design" / "published.yaml"
 TABLES = {name: load_table(name) for name in ("sag_cg_imagenet128", "sag_pretrained_256", "dag_dfid")}
@@ -202,7 +203,7 @@ def test_all_tables_load():
         table = TABLES.get(name) or load_table(name)
         assert table.title and set(table.rows) == {row for section in table.sections for row in section.rows}
         for section in table.sections:
-            numeric = [field.name for cls in (SampleOptions, *OPTION_CLASSES) for field in option_fields(cls)
+            numeric = [field.name for cls in (SampleOptions, *option_classes()) for field in option_fields(cls)
                        if field.type in (int, float)]
             assert not section.against or section.against in numeric
             run = [table.rows[row].run.configuration() for row in section.rows]

@@ -12,6 +12,7 @@ from networks import with_random_weights
 
 from evaluations.depth.accuracy import MEAN_DEPTH, depth_errors, draw, verdict
 from guided_diffusion import checkpoint
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import read_metadata, save_state
 from guided_diffusion.depth import train as depth_train
 from guided_diffusion.depth.features import decoder_features
@@ -20,7 +21,7 @@ from guided_diffusion.depth.predictor import check_fits, load_predictors
 from guided_diffusion.depth.train import DepthTrainOptions, load_network, train_predictors
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.script_util import DiffusionOptions, ModelOptions, create_model
+from guided_diffusion.script_util import create_model
 
 MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "",
          "num_heads": 1}

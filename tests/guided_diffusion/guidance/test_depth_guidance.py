@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from guided_diffusion import sampling
 from guided_diffusion.capture import capture_features
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import Denoiser
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     DepthConsistencyGuidance,
@@ -27,6 +26,7 @@ from guided_diffusion.guidance import (
     StepContext,
 )
 from guided_diffusion.nn import GroupNorm32
+from guided_diffusion.process import Denoiser
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 
 STRONG, WEAK = ("output.0", "output.1", "output.2"), ("output.1",)

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 from guided_diffusion import sampling
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import Denoiser, ModelMeanType
+from guided_diffusion.gaussian_diffusion import ModelMeanType
 from guided_diffusion.guidance import (
     ClassifierGuidance,
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
     StepContext,
 )
+from guided_diffusion.process import Denoiser
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 
 BLOCK = "output.0"

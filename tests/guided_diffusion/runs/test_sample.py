@@ -11,15 +11,13 @@ from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion.checkpoint import load_state_dict, save_state
 from guided_diffusion.errors import UserError
+from guided_diffusion.options import options_from
+from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import image_labels
-from guided_diffusion.runs.sample import (
-    OPTION_CLASSES,
-    SampleOptions,
-    SamplingRun,
-    run_samples,
-    to_uint8,
-)
-from guided_diffusion.script_util import create_classifier, create_model, options_from
+from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.record import run_samples
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.script_util import create_classifier, create_model
 
 SAG = {"guide_scale": 1.2, "sel_attn_depth": 1}
 SETTINGS = {
@@ -38,7 +36,7 @@ def sample(tiny_checkpoints, tmp_path):
                  "classifier_path": tiny_checkpoints / "classifier.safetensors",
                  "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "out": tmp_path / f"out{next(count)}",
                  **changes}
-        path = SamplingRun(*options_from(flags, SampleOptions, *OPTION_CLASSES)).run()
+        path = SamplingRun.of(options_from(flags, SampleOptions, *option_classes())).run()
         return samples_in(path.parent)
     return run
 

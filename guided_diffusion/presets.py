@@ -1,0 +1,126 @@
+"""Models known by name: those that are bundled, and the released checkpoints of guided-diffusion, which are fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from . import checkpoint
+from .build import kind_of
+from .checkpoint import read_metadata
+from .errors import UserError
+from .fetch import Download, sha256_of, size_of
+from .options import nearest
+
+MODELS = Path(__file__).parent / "models"
+
+@dataclass(frozen=True)
+class Preset:
+    """A model known by name: one that is bundled, or a released checkpoint."""
+
+    name: str
+    kind: str                       # "diffusion", "upsampler" or "classifier"
+    options: dict[str, Any]         # flags that differ from the defaults
+    guidance: dict[str, Any]        # flags of guidance methods that suit it, without their scales
+    path: Path | None               # its file; None for a released checkpoint, which the user has to name
+    classifier: str | None          # name of the classifier that guides it
+    url: str | None = None          # where a released checkpoint lies
+    parameters: int | None = None   # numbers in a released checkpoint
+    licence: str | None = None      # of a released checkpoint, and where to read it
+
+
+def preset_names() -> list[str]:
+    """Every name that `find_preset` knows: bundled models first."""
+    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + released_names()
+
+
+def released_names() -> list[str]:
+    return list(_presets()["presets"])
+
+
+def find_preset(name: str) -> Preset:
+    """The model of that name; raises UserError that lists the names there are.
+
+    A bundled model is a file NAME.safetensors in the package folder models/, its options in the metadata as JSON
+    under "config"; its classifier, where there is one, is the model NAME_classifier. presets.yaml says which flags of
+    guidance suit it.
+    """
+    names = preset_names()
+    if name not in names:
+        raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
+    known = _presets()
+    files = {flag: str(MODELS / file) for flag, file in known["files"].get(name, {}).items()}
+    guidance = {**known["guidance"].get(name, {}), **files}
+    path = MODELS / f"{name}.safetensors"
+    if path.is_file():
+        classifier = f"{name}_classifier"
+        metadata = read_metadata(path)
+        try:
+            options = json.loads(metadata["config"])
+        except (KeyError, ValueError):
+            raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
+        return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
+    return Preset(name=name, path=None, guidance=guidance, url=f"{known['url']}{name}.pt",
+                  licence=known["licence"], **{"classifier": None, **known["presets"][name]})
+
+
+@cache
+def _presets() -> dict[str, Any]:
+    return yaml.safe_load((MODELS / "presets.yaml").read_text())
+
+
+# Released checkpoints
+
+
+def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
+    """The released checkpoints of these names, or every one there is. Raises UserError for a name that is none."""
+    known = released_names()
+    if not (names or every):
+        raise UserError(f"no NAME is given: name a checkpoint, there are {', '.join(known)}")
+    for name in names:
+        if name in preset_names() and name not in known:
+            raise UserError(f"{name}: is shipped, there is nothing to fetch: pass --model {name}")
+        if name not in known:
+            raise UserError(f"{name}: is no released checkpoint{nearest(name, known)}, there are {', '.join(known)}")
+    return [find_preset(name) for name in dict.fromkeys(names or known)]
+
+
+def description(preset: Preset, ask: bool = True) -> str:
+    """What is to know of a released checkpoint before it is fetched, in lines; `ask` the server for its size."""
+    size = size_of(preset.url) if ask else None
+    about = f"about {_readable(4 * preset.parameters)}"          # of float32, and next to nothing else
+    guide = f", guided by {preset.classifier}" if preset.classifier else ""
+    return (f"{preset.name}: {preset.kind}, {preset.parameters:,} parameters{guide}\n"
+            f"    address: {preset.url}\n"
+            f"    licence: {preset.licence}\n"
+            f"    size:    {f'{size:,} bytes ({_readable(size)})' if size else about}")
+
+
+def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> str:
+    """Has a released checkpoint in `folder`, as NAME.pt, and says so with its SHA-256; shows progress on stderr.
+
+    Raises UserError where it cannot be had, or where another file has its name.
+    """
+
+    def misfit(path: Path) -> str | None:
+        try:
+            count = sum(value.numel() for value in checkpoint.load_state_dict(path).values())
+        except UserError as error:
+            return str(error).removeprefix(f"{path}: ")
+        return f"holds {count:,} numbers instead of {preset.parameters:,}" if count != preset.parameters else None
+
+    target = folder / f"{preset.name}.pt"
+    done = "is there already" if target.exists() else "fetched"
+    Download(preset.url, target, sha256=sha256, check=misfit).run()
+    return f"{target}: {done}, {target.stat().st_size:,} bytes, SHA-256 {sha256_of(target)}"
+
+
+def _readable(size: int) -> str:
+    return tqdm.format_sizeof(size, "B", 1000)

@@ -1,0 +1,66 @@
+"""The options of a sampling run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..build import DiffusionOptions, ModelOptions
+from ..errors import UserError
+from ..guidance import GUIDANCE
+from ..options import Options, option
+from ..presets import find_preset
+from ..sampling import SAMPLERS
+
+
+@dataclass(frozen=True)
+class SampleOptions(Options):
+    """The sampling run."""
+
+    model: str = option("", "a model by name: a bundled one (fmnist32), or the flags of a released checkpoint")
+    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
+                             "(https://, gs://, az://), which is fetched once")
+    num_samples: int = option(10000, "number of images", minimum=1)
+    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
+    sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
+    use_ddim: bool = option(False, "another way to say --sampler ddim")
+    clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
+    labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
+                                   "class, or a .npy file of one for each image")
+    seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
+    out: str = option("samples", "folder for the samples, the picture and the record")
+    overwrite: bool = option(False, "begin anew, and replace what is in that folder")
+    keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
+    log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
+                            minimum=0)
+    auto_batch: bool = option(False, "out of memory: evaluate fewer images at a time, in chunks as large as before")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise UserError(f"--use_ddim True --sampler {self.sampler}: one of them is enough, they differ")
+
+    @property
+    def sampler_name(self) -> str:
+        """The name in SAMPLERS of the sampler that is used."""
+        return self.sampler or ("ddim" if self.use_ddim else "ddpm")
+
+
+def option_classes() -> tuple[type[Options], ...]:
+    """The options of a run beside its own: network, process, samplers and guidance methods, as `--help` shows them."""
+    return (ModelOptions, DiffusionOptions, *SAMPLERS.values(), *GUIDANCE)
+
+
+def preset_values(given: dict[str, Any]) -> dict[str, Any]:
+    """Values of the options that `--model` stands for; empty without it."""
+    if not given.get("model"):
+        return {}
+    preset = find_preset(given["model"])
+    if preset.kind != "diffusion":
+        raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
+    values = dict(preset.options)
+    for method in GUIDANCE:
+        values |= method.preset_values(preset)
+    if preset.path is not None:
+        values["model_path"] = str(preset.path)
+    return values

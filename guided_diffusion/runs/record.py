@@ -1,0 +1,103 @@
+"""What run.json says of a run: its configuration, what its images depend on, how they were made; written and read."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__, dist_util
+from ..build import DiffusionOptions, ModelOptions
+from ..errors import UserError
+from ..fetch import without_secrets
+from ..guidance import GUIDANCE
+from ..options import Options, option_fields, options_from
+from ..packing import first_images
+from ..sampling import SAMPLERS
+from .options import SampleOptions
+
+# Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
+IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
+MODEL_FLAG = "model_path"
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def name_of(flag: str) -> str:
+    """The name that run.json has for the checkpoint of a flag: "model" for --model_path."""
+    return flag.removesuffix("_path")
+
+
+def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+    """What the images of a run depend on, by flag name: its options and the SHA-256 of its checkpoints.
+
+    Options of a guidance method that is off, and of a sampler that is not used, are no part of it. Raises UserError
+    for a configuration that is none.
+    """
+    values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
+    shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
+    sample, = _read(configuration, SampleOptions)
+    files, unused = [MODEL_FLAG], set()
+    for name, kind in SAMPLERS.items():
+        unused |= _flags(kind) if name != sample.sampler_name else set()
+    for kind in GUIDANCE:
+        method, = _read(configuration, kind)
+        files += method.files()
+        unused |= set() if method.active else _flags(kind)
+    values = {name: value for name, value in values.items() if name in shared or name not in unused}
+    values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
+    if str(values.get("labels")).endswith(".npy"):
+        values["labels"] = ".npy"               # the labels are compared image by image
+    return json.loads(json.dumps(values))
+
+
+def _flags(*classes: type[Options]) -> set[str]:
+    return {field.name for cls in classes for field in option_fields(cls)}
+
+
+def _read(configuration: Mapping[str, Any], kind: type[Options]) -> list[Any]:
+    names = _flags(kind)
+    return options_from({name: value for name, value in configuration.items() if name in names}, kind)
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first flag in which two identities differ."""
+    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, command, ranks and device of this process."""
+    return {
+        "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                     "python": platform.python_version()},
+        "command": [without_secrets(word) for word in sys.argv],
+        "ranks": dist_util.world_size(),
+        "device": str(dist_util.dev()),
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a run.json; raises one of READ_ERRORS where it is none."""
+    content = json.loads(path.read_text())
+    return {**content, "configuration": dict(content["configuration"]), "sha256": dict(content["sha256"])}
+
+
+def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
+    try:
+        record = read_record(folder / "run.json")
+        return first_images(folder / record["samples"], count), record["configuration"]
+    except (*READ_ERRORS, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
+
+
+def title(configuration: Mapping[str, Any]) -> str:
+    """The guidance of a recorded run in words, like "SAG s = 0.1 + CG scale 0.5"."""
+    methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
+    return " + ".join(method.title() for method in methods if method.active) or "no guidance"

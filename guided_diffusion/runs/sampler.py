@@ -1,0 +1,100 @@
+"""Images of a run by their places in it: batches of one size, and smaller ones where memory ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import dist_util, sampling
+from ..errors import UserError
+from ..gaussian_diffusion import GaussianDiffusion
+from ..pixels import to_uint8
+from ..rng import image_noise
+from ..sampling import SamplerOptions
+from ..terms import Guidance
+from ..unet import UNetModel
+from .options import SampleOptions
+
+
+class BuiltRun(NamedTuple):
+    """What a run samples with. model: the network; network: the same, called with labels also where it has none."""
+
+    model: UNetModel
+    network: Callable[..., Tensor]
+    diffusion: GaussianDiffusion
+    guidance: list[Guidance]
+
+
+class ImageSampler:
+    """What makes the images of a run.
+
+    All chunks are evaluated at one batch size, filled up where they are smaller, so that not a bit of an image depends
+    on how many there are.
+    """
+
+    def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun) -> None:
+        self.options = options
+        self.step = sampler.step()
+        self.model, self.network, self.diffusion, self.guidance = built
+        self.size = options.batch_size
+
+    def images(self, image_ids: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
+               ) -> np.ndarray:
+        """Images (n, H, W, 3) uint8. on_step is called after each step with the part that is done.
+
+        Raises UserError where memory ends and --auto_batch does not help.
+        """
+        while True:
+            try:
+                return self._images(image_ids, labels, on_step)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            self._shrink()          # out here, as the exception holds the tensors of the failed step
+
+    def _shrink(self) -> None:
+        if not self.options.auto_batch or self.size == 1:
+            tried = f" (in evaluations of {self.size})" if self.size < self.options.batch_size else ""
+            raise UserError(f"--batch_size {self.options.batch_size}{tried}: {dist_util.dev()} is out of memory; "
+                            "pass --auto_batch True, which keeps finished chunks, or a smaller --batch_size")
+        self.size = (self.size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _images(self, image_ids: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
+                ) -> np.ndarray:
+        images, size = [], self.size
+        starts = range(0, len(image_ids), size)
+        steps = len(starts) * self.diffusion.num_timesteps
+        done = itertools.count(1)
+        for start in starts:
+            # The fill repeats an image, which is dropped.
+            index = [min(i, len(image_ids) - 1) for i in range(start, start + size)]
+            chosen = None if labels is None else torch.from_numpy(labels[index])
+            piece = self._piece([image_ids[i] for i in index], chosen, lambda: on_step(next(done) / steps))
+            images.append(to_uint8(piece[:len(image_ids) - start]))
+        return np.concatenate(images)
+
+    def _piece(self, image_ids: Sequence[int], labels: Tensor | None, on_step: Callable[[], None]) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1], on the CPU."""
+        device = dist_util.dev()
+        shape = (self.model.in_channels, self.model.image_size, self.model.image_size)
+
+        def noise(step: int) -> Tensor:
+            return image_noise(self.options.seed, image_ids, step, shape).to(device)
+
+        kwargs = {} if labels is None else {"y": labels.to(device)}
+        denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs)
+        x_T = noise(self.diffusion.num_timesteps)
+        chain = sampling.sample_chain(self.step, denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
+        return sampling.last(chain, on_step)["sample"].cpu()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
