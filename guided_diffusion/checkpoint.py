@@ -6,8 +6,6 @@ machine or at an address, which is fetched once.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import warnings
 import zipfile
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .facts import check_options
 from .fetch import local
+from .files import write
 from .unet import Encoder
 
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
@@ -81,23 +80,18 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     from safetensors import SafetensorError  # here, as networks and samplers run without this package
     from safetensors.torch import save_file
 
-    tensors = _separate(tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata=dict(metadata or {}))
-        else:
-            torch.save(tensors, temporary)
-        temporary.chmod(mode)       # safetensors makes its files private
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    separate = _separate(tensors)
+
+    def save(temporary: Path) -> None:
+        try:
+            if path.suffix == ".safetensors":
+                save_file(separate, temporary, metadata=dict(metadata or {}))
+            else:
+                torch.save(separate, temporary)
+        except (RuntimeError, SafetensorError) as error:          # a full disk, in the words of either library
+            raise OSError(str(error).splitlines()[0]) from None
+
+    write(path, save, sync=True)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ them. Image i depends on (seed, i) and the configuration alone.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
+from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..options import Options, option_fields, parse_options
 from ..packing import first_images
@@ -152,13 +152,7 @@ class SamplingRun:
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".writable-{dist_util.rank()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        check_folder("--out", self.out)
 
     def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
@@ -245,7 +239,7 @@ class SamplingRun:
             **made_by(),
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
-        shards.write_whole(record_path, (json.dumps(record, indent=2) + "\n").encode(), "the samples are kept")
+        write_json(record_path, record, sync=True, ending="the samples are kept")
 
 
 def sample_command(description: str, on: type[GuidanceOptions] | None = None) -> None:
