@@ -321,11 +321,11 @@ class Evaluation:
             intervals = [result.get("intervals95", {}).get(word) for word in ("precision", "recall")]
             precision, recall = one.precision_recall
             images = one.sample.file.pick(ranked[:shown] + ranked[:-shown - 1:-1])
-            drawn.append(plots.Drawn(
+            drawn.append(plots.PlottedFile(
                 "/".join(one.sample.file.path.parts[-2:]), float(precision.mean()), float(recall.mean()),
                 intervals if all(intervals) else None, one.neighbourhoods.sample_distance,
                 *np.split(images, 2)))
-        plots.draw(self.options.plot, drawn, compared[0].neighbourhoods.reference_distance,
+        plots.plot_evaluation(self.options.plot, drawn, compared[0].neighbourhoods.reference_distance,
                    f"{self.network.name}, reference {self.reference.path.name}")
 
 
