@@ -18,13 +18,13 @@ MANIFOLD_K, DENSITY_K = 3, 5        # nearest neighbours of precision and recall
 
 
 class Feature(StrEnum):
-    """The kinds of features, each by its name in feature files and reference batches."""
+    """The kinds of features, each by its name in extractors' results and in reference batches."""
 
     POOLED = "pooled"                   # (N, D), averages over the last feature map
     SPATIAL = "spatial"                 # (N, ...), some channels of an earlier map, with their places
     PROBABILITIES = "probabilities"     # (N, classes), sum 1
     DEPTH = "depth"                     # (N, D), features of depth maps
-    SHARPNESS = "sharpness"             # (N, 1), edge sharpness of depth maps, metres per pixel
+    SHARPNESS = "sharpness"             # (N,), edge sharpness of depth maps, metres per pixel
 
 
 OF_DEPTH = frozenset({Feature.DEPTH, Feature.SHARPNESS})
@@ -48,43 +48,60 @@ def feature_statistics(features: np.ndarray, rows: int = 4096) -> Statistics:
 
 
 class FeatureSet:
-    """The features of the first `count` images of a file, and their statistics, stored in the file or computed.
+    """The features of images, by kind, with their statistics."""
 
-    features: those that were extracted, by kind. Where a kind was not, the file must hold it.
+    def __init__(self, features: Mapping[str, np.ndarray], count: int | None = None) -> None:
+        """Takes (N, ...) features by kind; count: N, None where it is that of the features."""
+        self.features = dict(features)
+        self.count = len(next(iter(self.features.values()))) if count is None else count
+        self._statistics: dict[Feature, Statistics] = {}
+
+    def __getitem__(self, kind: Feature) -> np.ndarray:
+        """Returns the features of that kind, (N, ...)."""
+        return self.features[kind]
+
+    def statistics(self, kind: Feature) -> Statistics:
+        """Returns mean and covariance of the features of that kind."""
+        if kind not in self._statistics:
+            self._statistics[kind] = feature_statistics(self[kind])
+        return self._statistics[kind]
+
+
+class FileFeatures(FeatureSet):
+    """The features of the first `count` images of a file, with what the file stores of them.
+
+    features: those that were extracted, by kind. Where a kind was not, the file must hold it. Statistics that the file
+    stores are used only where all of its images take part.
     """
 
     def __init__(self, file: BatchFile, count: int, features: Mapping[str, np.ndarray] | None = None) -> None:
+        super().__init__(features or {}, count)
         self.file = file
-        self.count = count
-        self.features = dict(features or {})
-        self._statistics: dict[str, Statistics] = {}
 
-    def first(self, count: int) -> FeatureSet:
-        """Returns the set of its first `count` images alone."""
+    def first(self, count: int) -> FileFeatures:
+        """Returns the features of the first `count` images alone."""
         if count == self.count:
             return self
-        return FeatureSet(self.file, count, {kind: values[:count] for kind, values in self.features.items()})
+        return FileFeatures(self.file, count, {kind: values[:count] for kind, values in self.features.items()})
 
-    def __getitem__(self, kind: str) -> np.ndarray:
-        """Returns the features of that kind, (N, ...)."""
+    def __getitem__(self, kind: Feature) -> np.ndarray:
+        """Returns the features of that kind, (N, ...), extracted or stored."""
         if kind not in self.features:
             self.features[kind] = self.file.read(kind)
         return self.features[kind]
 
     def statistics(self, kind: Feature) -> Statistics:
-        """Returns mean and covariance of the features of that kind: the stored ones, if they are of these images."""
-        if kind not in self._statistics:
-            stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole else None
-            self._statistics[kind] = stored or feature_statistics(self[kind])
-        return self._statistics[kind]
+        """Returns mean and covariance of the features of that kind, stored or computed."""
+        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole else None
+        return stored or super().statistics(kind)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all images of the file take part: only then stored statistics are those of the set."""
+        """Whether all images of the file take part."""
         return self.count >= len(self.file)
 
     def description(self) -> dict[str, Any]:
-        """Returns what the results say of the file."""
+        """Returns what results say of the file."""
         stored = self.is_whole and any(self.file.statistics(suffix) for suffix in ("", "_s"))
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
                 "statistics": "stored" if stored else "computed",

@@ -141,15 +141,15 @@ def _resampled_kid(comparison: Comparison) -> Resampled:
 
 
 def _sharpness(comparison: Comparison) -> float:
-    return float(comparison.sample[Feature.SHARPNESS].mean(dtype=np.float64))
+    return float(np.mean(comparison.sample[Feature.SHARPNESS]))
 
 
 def _resampled_sharpness(comparison: Comparison) -> Resampled:
-    return Resampled(resampled_mean(comparison.sample[Feature.SHARPNESS].reshape(-1)), comparison.sample.count)
+    return Resampled(resampled_mean(comparison.sample[Feature.SHARPNESS]), comparison.sample.count)
 
 
 def _real_sharpness(comparison: Comparison) -> float:
-    return float(comparison.reference[Feature.SHARPNESS].mean(dtype=np.float64))
+    return float(np.mean(comparison.reference[Feature.SHARPNESS]))
 
 
 def _sharpness_gap(comparison: Comparison) -> float:
