@@ -203,6 +203,8 @@ def test_bundled_reference_is_that_of_the_test_images(tmp_path):
     bundled = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
     with np.load(tmp_path / "made.npz") as made, np.load(bundled) as ours:
         assert made.files == ours.files
+        assert [made[name].item() for name in ("backend", "backend_sha256")] == [
+            ours[name].item() for name in ("backend", "backend_sha256")]
         for name in set(made.files) - {"backend", "backend_sha256"}:
             np.testing.assert_allclose(made[name], ours[name], rtol=1e-3, atol=1e-3)
 
