@@ -62,6 +62,14 @@ def is_here(path: str | os.PathLike | None = None) -> bool:
     return Path(path or default_cache() / FILE_NAME).is_file()
 
 
+def size_caveat(size: int) -> str:
+    """What readers of the numbers must know of a .pb of `size` bytes: "" for the official size."""
+    if size == SIZE:
+        return ""
+    return (f"the Inception's file has {size} bytes, the official one {SIZE}: these are not the numbers that others "
+            "publish")
+
+
 def read_graph(path: Path) -> bytes:
     """The bytes of the .pb; UserError where it cannot be read."""
     try:

@@ -90,8 +90,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
-        record = read_record(folder / "run.json")
-        return BatchFile(folder / record["samples"]).first(count), record["configuration"]
+        record = json.loads((folder / "run.json").read_text())
+        return BatchFile(folder / record["samples"]).first(count), dict(record["configuration"])
     except READ_ERRORS as error:
         raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
 
