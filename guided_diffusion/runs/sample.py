@@ -24,8 +24,8 @@ from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
+from ..npz import BatchFile
 from ..options import Options, option_fields, parse_options
-from ..packing import first_images
 from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
@@ -230,7 +230,7 @@ class SamplingRun:
         packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
         os.replace(packed, chunks.samples)
-        pictures.save_grid(first_images(chunks.samples, 64), self.out / "grid.png")
+        pictures.save_grid(BatchFile(chunks.samples).first(64), self.out / "grid.png")
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,
