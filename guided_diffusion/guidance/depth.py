@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..capture import capture_features, find_blocks
@@ -36,6 +36,7 @@ from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import Guidance, LossGuidance, Passes, StepContext
+from ..unet import Encoder
 from .base import GuidanceOptions, Networks
 
 REDUCTIONS = ("mean", "sum")
@@ -47,7 +48,7 @@ class _DepthGuidance(LossGuidance):
 
     branches: Sequence[str] = ()
 
-    def __init__(self, model: nn.Module, predictors: DepthPredictors, scale: float, reduction: str = "mean",
+    def __init__(self, model: Encoder, predictors: DepthPredictors, scale: float, reduction: str = "mean",
                  start: int | None = None, stop: int | None = None) -> None:
         super().__init__(scale, start, stop)
         if reduction not in REDUCTIONS:
@@ -107,7 +108,7 @@ class DepthPriorGuidance(_DepthGuidance):
     branches = ("strong",)
     passes = Passes(backward=1, others={"prior": 1})
 
-    def __init__(self, model: nn.Module, predictors: DepthPredictors, prior: DepthPrior, scale: float,
+    def __init__(self, model: Encoder, predictors: DepthPredictors, prior: DepthPrior, scale: float,
                  reduction: str = "mean", tau: float | None = None, seed: int = 0, start: int | None = None,
                  stop: int | None = None) -> None:
         super().__init__(model, predictors, scale, reduction, start, stop)
