@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -79,6 +77,9 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         raise UserError(f"{path}: the name of a checkpoint must end in .safetensors, .pt or .pth")
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
+    from safetensors import SafetensorError  # here, as networks and samplers run without this package
+    from safetensors.torch import save_file
+
     separate = _separate(tensors)
 
     def save(temporary: Path) -> None:
@@ -98,6 +99,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = locate(path)
     if _format(path) != "safetensors":
         return {}
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -128,6 +131,9 @@ def _format(path: str | Path) -> str:
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except SafetensorError:
@@ -173,7 +179,7 @@ def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any]) -> N
     """
     path = locate(path)
     state = load_state_dict(path)
-    check_options(state, model.kind, options, path)
+    check_options(state, options, path)
     own = model.state_dict()
     misfits = [f"{name} is missing" for name in own.keys() - state.keys()]
     misfits += [f"{name} is not in the network" for name in state.keys() - own.keys()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import REPOSITORY, call, execute
-from golden import GOLDEN, needs_golden
+from golden import GOLDEN
 from PIL import Image
 
 from evaluations.npz import BatchFile, write_batch
@@ -74,7 +74,6 @@ def values(results):
 
 
 @pytest.mark.slow
-@needs_golden
 def test_the_official_command_end_to_end(save, evaluate, tmp_path):
     from synthetic_inception import write_weights
 

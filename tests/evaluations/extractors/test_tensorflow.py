@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-from golden import GOLDEN, needs_golden, relative_error
+from golden import GOLDEN, relative_error
 from synthetic_inception import make_synthetic_graph
 
 from evaluations.extractors.inception import InceptionExtractor
@@ -23,7 +23,6 @@ def graph_file(tmp_path_factory):
     return path
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_tensorflow_and_torch_agree(graph_file, tmp_path):
@@ -40,7 +39,6 @@ def test_tensorflow_and_torch_agree(graph_file, tmp_path):
             assert relative_error(actual, expected) < 1e-4
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_golden_graph(graph_file):
@@ -54,7 +52,6 @@ def test_golden_graph(graph_file):
         network.features(np.zeros((2, 8, 8), np.uint8))
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_wrong_files(graph_file, tmp_path):
@@ -71,7 +68,6 @@ def test_wrong_files(graph_file, tmp_path):
         TensorflowExtractor(tmp_path / "converted.safetensors")
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_damaged_weights_are_noticed(tmp_path):

@@ -27,12 +27,10 @@ from guided_diffusion.errors import UserError
 
 
 def golden_cases(name):
-    """The golden cases of that file, each a pytest parameter; the slow ones are marked. None without the folder."""
-    path = GOLDEN / "eval" / f"{name}.json"
-    cases = json.loads(path.read_text())["cases"] if path.is_file() else []
+    """The golden cases of that file, each a pytest parameter; the slow ones are marked."""
+    cases = json.loads((GOLDEN / "eval" / f"{name}.json").read_text())["cases"]
     marks = {2048: pytest.mark.slow}
-    parameters = [pytest.param(case, id=case["name"], marks=marks.get(case.get("dim"), ())) for case in cases]
-    return parameters or [pytest.param(None, marks=pytest.mark.skip(reason=f"no golden cases at {path}"))]
+    return [pytest.param(case, id=case["name"], marks=marks.get(case.get("dim"), ())) for case in cases]
 
 
 def golden_outputs(name):
@@ -141,7 +139,8 @@ def test_statistics_golden(case):
         np.testing.assert_allclose(covariance.diagonal(), outputs[f"{case['name']}__sigma_diag"], rtol=1e-10)
         np.testing.assert_allclose(covariance[:16, :16], outputs[f"{case['name']}__sigma_corner16"], atol=1e-12)
     else:
-        np.testing.assert_allclose(covariance, outputs[f"{case['name']}__sigma"], rtol=1e-10, atol=1e-13)
+        expected = outputs[f"{case['name']}__sigma"]        # of a large one, the first rows may be all that is kept
+        np.testing.assert_allclose(covariance[:len(expected)], expected, rtol=1e-10, atol=1e-13)
 
 
 def test_statistics_do_not_depend_on_pieces_or_a_common_mean(rng):
@@ -232,11 +231,9 @@ def test_precision_recall_golden(case):
 
 
 def extra_runs():
-    path = GOLDEN / "eval" / "public_pr.json"
-    return json.loads(path.read_text())["extra_runs_on_first_case"] if path.is_file() else None
+    return json.loads((GOLDEN / "eval" / "public_pr.json").read_text())["extra_runs_on_first_case"]
 
 
-@pytest.mark.skipif(extra_runs() is None, reason="no golden cases")
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_official_precision_recall_with_another_k_and_overflow(k):
     case = golden_cases("public_pr")[0].values[0]
