@@ -15,7 +15,7 @@ from local_server import serving
 from synthetic_inception import constants, graph, write_weights
 
 from evaluations.extractors import inception_graph
-from evaluations.extractors.inception import InceptionNetwork, check_finite, resize
+from evaluations.extractors.inception import InceptionExtractor, check_finite, resize
 from evaluations.extractors.inception_graph import FILE_NAME, find_graph, fold, load_weights, parse_graph
 from evaluations.features import Features
 from guided_diffusion.errors import UserError
@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(files):
     """The network of public_graph_w8, an eighth as wide."""
-    return InceptionNetwork(files(12, 8))
+    return InceptionExtractor(files(12, 8))
 
 
 # --- what the network says
@@ -51,7 +51,7 @@ def small(files):
 @pytest.mark.parametrize("file, seed, width_div", [
     ("public_graph_w8", 12, 8), pytest.param("public_graph", 11, 1, marks=pytest.mark.slow)])
 def test_golden_graphs(files, file, seed, width_div):
-    network = InceptionNetwork(files(seed, width_div))
+    network = InceptionExtractor(files(seed, width_div))
     with np.load(GOLDEN / "eval" / f"{file}.npz") as golden:
         sizes = [size for size in ("s32", "s128") if f"{size}_images" in golden]
         assert sizes
@@ -71,7 +71,7 @@ def test_golden_end_to_end(files):
     case = json.loads((GOLDEN / "eval" / "public_e2e.json").read_text())
     images = {"np": np}
     exec(case["recipe"], images)
-    network = InceptionNetwork(files(case["weights_seed"], 1))
+    network = InceptionExtractor(files(case["weights_seed"], 1))
     with np.load(GOLDEN / "eval" / "public_e2e.npz") as golden:
         for side in ("ref", "sample"):
             features = network.features(images[side])
@@ -101,7 +101,7 @@ def test_several_threads_say_the_same(files, small):
     images, before = golden_images(7, 33, seed=2), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        network = InceptionNetwork(files(12, 8))
+        network = InceptionExtractor(files(12, 8))
         features = network.features(images)
         assert torch.get_num_threads() == 3
     finally:
@@ -114,22 +114,22 @@ def test_other_formats(files, small):
     images = golden_images(2, 64, seed=3)
     expected = small.features(images)
     for options, tolerance in (({"channels_last": False}, 1e-5), ({"dtype": "bfloat16"}, 0.05)):
-        for actual, wanted in zip(InceptionNetwork(files(12, 8), **options).features(images), expected, strict=True):
+        for actual, wanted in zip(InceptionExtractor(files(12, 8), **options).features(images), expected, strict=True):
             assert actual.dtype == np.float32
             assert relative_error(actual, wanted) < tolerance
     with pytest.raises(UserError, match="dtype float16: must be one of float32, bfloat16"):
-        InceptionNetwork(files(12, 8), dtype="float16")
+        InceptionExtractor(files(12, 8), dtype="float16")
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta:x", "cuda:99"])
 def test_wrong_device(device):
     with pytest.raises(UserError, match=f"device {device}: cannot be used"):
-        InceptionNetwork(device=device)
+        InceptionExtractor(device=device)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"--inception .*none.pb: no such file"):
-        InceptionNetwork(tmp_path / "none.pb")
+        InceptionExtractor(tmp_path / "none.pb")
 
 
 @pytest.mark.parametrize("images", [
@@ -155,7 +155,7 @@ def test_damaged_weights_are_noticed(tmp_path):
     weights = inception_graph.Weights(fold(values), "0" * 64, 1)
     inception_graph.write_converted(weights, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match=r"image 0 .* not finite"):
-        InceptionNetwork(tmp_path / "nan.safetensors").features(np.zeros((1, 8, 8, 3), np.uint8))
+        InceptionExtractor(tmp_path / "nan.safetensors").features(np.zeros((1, 8, 8, 3), np.uint8))
 
 
 # --- the resize
@@ -273,7 +273,7 @@ def test_other_networks(tmp_path, values, change, message):
     tensorboard()
     (tmp_path / "other.pb").write_bytes(graph(change(values)).SerializeToString())
     with pytest.raises(UserError, match=message) as error:
-        InceptionNetwork(tmp_path / "other.pb", cache=tmp_path)
+        InceptionExtractor(tmp_path / "other.pb", cache=tmp_path)
     assert str(error.value).startswith(str(tmp_path / "other.pb"))
     assert "\n" not in str(error.value)
 
@@ -315,7 +315,7 @@ def test_converted_once(tmp_path, graph_file, monkeypatch):
         again = load_weights(path, tmp_path / "cache")
         assert (again.sha256, again.size) == (first.sha256, first.size)
         assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
-    assert InceptionNetwork(converted).fingerprint == first.sha256
+    assert InceptionExtractor(converted).fingerprint == first.sha256
 
 
 def test_another_graph_is_converted_anew(tmp_path, graph_file):
@@ -402,7 +402,7 @@ def test_no_network(tmp_path, monkeypatch):
         free = listening.getsockname()[1]
     monkeypatch.setattr(inception_graph, "URL", f"http://127.0.0.1:{free}/{FILE_NAME}")
     with pytest.raises(UserError, match=r"cannot be reached \(Connection refused\)") as error:
-        InceptionNetwork(cache=tmp_path)
+        InceptionExtractor(cache=tmp_path)
     assert f"put it at {tmp_path / FILE_NAME}, or name it with --inception PATH" in str(error.value)
     assert os.listdir(tmp_path) == []
 
