@@ -22,7 +22,6 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
 from guided_diffusion.options import Options, option
-from guided_diffusion.packing import first_images
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
@@ -216,7 +215,7 @@ def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
     sampled = {name: row for name, row in table.rows.items() if name not in why}
     grids = []
     for section in table.sections:
-        rows = {title(sampled[name].run, table): first_images(sampled[name].run.samples, SHOWN)
+        rows = {title(sampled[name].run, table): BatchFile(sampled[name].run.samples).first(SHOWN)
                 for name in section.rows if name in sampled}
         if rows:
             grids.append((section.title, rows))
