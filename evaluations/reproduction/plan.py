@@ -153,7 +153,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
     each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
-    disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.judging.backend])
+    disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.evaluation.backend])
     return RowCost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
 
 
@@ -170,12 +170,12 @@ def missing(row: Row, references: str | Path, inception: str = "") -> list[Missi
     for flag, path in run.checkpoints().items():
         if not path or ("://" not in path and not Path(path).is_file()):
             found.append(Missing(path or f"--{flag}", _remedy(run, flag, Path(path).stem)))
-    word = row.judging.reference
+    word = row.evaluation.reference
     if word and find_reference(word, references) is None:
         fetch = (f"python -m evaluations.references {Path(word).stem} --out {references}"
                  if Path(word).stem in reference_names() else "name the folder that holds it with --references")
         found.append(Missing(str(Path(references) / word), fetch))
-    if (word or DFID in row.published) and row.judging.backend in INCEPTIONS and not is_here(inception or None):
+    if (word or DFID in row.published) and row.evaluation.backend in INCEPTIONS and not is_here(inception or None):
         found.append(Missing(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
                              blocks=bool(inception)))
     if DFID in row.published:
