@@ -30,7 +30,8 @@ from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions
 from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
-from .plan import missing, plan
+from .files import missing
+from .plan import plan
 from .report import Pictures, markdown, write_report
 from .results import Circumstances, measure, results, sampler, title
 from .tables import METRICS, Row, Table, in_folder, load_table, table_names

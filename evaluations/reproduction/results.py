@@ -25,7 +25,8 @@ from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference
-from .plan import depth_maps, depth_reference, passes
+from .costs import passes
+from .files import depth_maps, depth_reference
 from .tables import DECIMALS, DFID, METRICS, EvaluationSpec, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"
@@ -122,7 +123,7 @@ def _replicates(compared: Compared) -> dict[str, Replicates]:
 
 
 def _dfid(row: Row, how: Circumstances) -> dict[str, Any]:
-    """dFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
+    """DFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
     samples, reference = depth_maps(row), depth_reference(row, how.references)
     absent = [str(path) for path in (reference, samples) if not path.is_file()]
     if absent:

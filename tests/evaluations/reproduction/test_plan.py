@@ -7,8 +7,11 @@ import pytest
 import torch
 from networks import TINY, TINY_CLASSIFIER
 
+from evaluations.reproduction import files
 from evaluations.reproduction import plan as planning
-from evaluations.reproduction.plan import cost, flops, missing, passes, plan, probe
+from evaluations.reproduction.costs import cost, flops, passes
+from evaluations.reproduction.files import missing
+from evaluations.reproduction.plan import plan, probe
 from evaluations.reproduction.reproduce import ReproduceOptions
 from evaluations.reproduction.tables import in_folder, load_table, read_row
 from guided_diffusion.errors import UserError
@@ -22,9 +25,9 @@ SHORT = {**TINY, **{name: value for name, value in TINY_CLASSIFIER.items() if na
 def row(tiny_checkpoints, tmp_path):
     """A row of the tiny network; `changes` are its values."""
     def make(**changes):
-        files = {"model_path": str(tiny_checkpoints / "model.safetensors"),
+        paths = {"model_path": str(tiny_checkpoints / "model.safetensors"),
                  "classifier_path": str(tiny_checkpoints / "classifier.safetensors"), "out": str(tmp_path / "out")}
-        return read_row("row", {**SHORT, **files, "sel_attn_depth": 0, **changes}, tmp_path / "row.yaml")
+        return read_row("row", {**SHORT, **paths, "sel_attn_depth": 0, **changes}, tmp_path / "row.yaml")
     return make
 
 
@@ -85,7 +88,7 @@ def test_a_last_batch_is_evaluated_whole(row):
 
 def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "is_here", lambda path: False)
+    monkeypatch.setattr(files, "is_here", lambda path: False)
     rows = load_table("sag_cg_imagenet128").rows
     commands = {thing.file: thing.remedy for thing in missing(rows["sag_cg"], "references")}
     assert "fetch_models.py 128x128_diffusion" in commands["models/128x128_diffusion.pt"]
