@@ -22,12 +22,9 @@ from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.unet import Encoder
 
-from ..evaluator import INCEPTIONS
-from .files import MissingFile, missing
+from ..extractors import find_extractor
+from .missing import MissingFile, missing_files
 from .tables import Row
-
-FEATURE_BYTES = {**dict.fromkeys(INCEPTIONS, 4 * (2048 + 2023 + 1008)), "embedded": 4 * (64 + 512 + 10),
-                 "scenes": 4 * (64 + 256 + 4)}       # of an image
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
     each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
-    disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.evaluation.backend])
-    return RowCost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
+    disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
+    return RowCost(count, images, images * each, disk, _weights(run), tuple(missing_files(row, references, inception)))
 
 
 def passes(run: SamplingRun) -> RowPasses:

@@ -26,11 +26,12 @@ from guided_diffusion.packing import first_images
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
-from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
-from .files import missing
+from .missing import missing_files
 from .plan import plan
 from .report import Pictures, markdown, write_report
 from .results import Circumstances, measure, results, sampler, title
@@ -156,7 +157,7 @@ def check(table: Table) -> None:
 
 def check_files(table: Table, options: ReproduceOptions) -> dict[str, str]:
     """Of each row that cannot be run, why; UserError where that is not allowed, and for files that do not fit."""
-    lacking = {name: missing(row, options.references, options.inception) for name, row in table.rows.items()}
+    lacking = {name: missing_files(row, options.references, options.inception) for name, row in table.rows.items()}
     lacking = {name: [str(thing) for thing in things if thing.blocks] for name, things in lacking.items()}
     why = {name: "; ".join(things) for name, things in lacking.items() if things}
     if why and not options.allow_missing:
@@ -169,8 +170,9 @@ def check_files(table: Table, options: ReproduceOptions) -> dict[str, str]:
             _check_reference(row, Path(options.references))
             if dist_util.is_main():
                 _check_folder(row, digests)
-    if dist_util.is_main() and any(row.evaluation.backend in INCEPTIONS for name, row in table.rows.items()
-                                   if name not in why and row.evaluation.reference):
+    if dist_util.is_main() and any(
+            find_extractor(row.evaluation.backend).is_inception for name, row in table.rows.items()
+            if name not in why and row.evaluation.reference):
         find_graph(options.inception or None)
     return why
 

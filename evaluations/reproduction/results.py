@@ -26,7 +26,7 @@ from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, 
 from ..metrics import Replicates
 from ..references import find_reference
 from .costs import passes
-from .files import depth_maps, depth_reference
+from .missing import depth_maps, depth_reference
 from .tables import DECIMALS, DFID, METRICS, EvaluationSpec, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"

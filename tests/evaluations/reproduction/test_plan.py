@@ -7,10 +7,10 @@ import pytest
 import torch
 from networks import TINY, TINY_CLASSIFIER
 
-from evaluations.reproduction import files
+from evaluations.reproduction import missing
 from evaluations.reproduction import plan as planning
 from evaluations.reproduction.costs import cost, flops, passes
-from evaluations.reproduction.files import missing
+from evaluations.reproduction.missing import missing_files
 from evaluations.reproduction.plan import plan, probe
 from evaluations.reproduction.reproduce import ReproduceOptions
 from evaluations.reproduction.tables import in_folder, load_table, read_row
@@ -88,16 +88,17 @@ def test_a_last_batch_is_evaluated_whole(row):
 
 def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "is_here", lambda path: False)
+    monkeypatch.setattr(missing, "is_here", lambda path: False)
     rows = load_table("sag_cg_imagenet128").rows
-    commands = {thing.file: thing.remedy for thing in missing(rows["sag_cg"], "references")}
+    commands = {thing.file: thing.remedy for thing in missing_files(rows["sag_cg"], "references")}
     assert "fetch_models.py 128x128_diffusion" in commands["models/128x128_diffusion.pt"]
     assert "fetch_models.py 128x128_classifier" in commands["models/128x128_classifier.pt"]
     assert "evaluations.references VIRTUAL_imagenet128_labeled" in commands[
         "references/VIRTUAL_imagenet128_labeled.npz"]
     assert "--inception" in commands["classify_image_graph_def.pb"]
-    assert not any("classifier" in thing.file for thing in missing(rows["unguided"], "references") if thing.blocks)
-    church = {thing.file: thing for thing in missing(load_table("dag_dfid").rows["church_dpg"], "references")}
+    unguided = [thing.file for thing in missing_files(rows["unguided"], "references") if thing.blocks]
+    assert unguided and not any("classifier" in file for file in unguided)
+    church = {thing.file: thing for thing in missing_files(load_table("dag_dfid").rows["church_dpg"], "references")}
     assert "no such checkpoint was released" in church["models/lsun_church.pt"].remedy
     assert "image_train" in church["models/church_depth_prior.safetensors"].remedy
     assert [file for file, thing in church.items() if not thing.blocks][1:] == [
@@ -106,7 +107,7 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
 
 def test_a_shipped_table_lacks_nothing():
     for name in ("fmnist32", "scenes32"):
-        assert not [thing for row in load_table(name).rows.values() for thing in missing(row, "references")]
+        assert not [thing for row in load_table(name).rows.values() for thing in missing_files(row, "references")]
 
 
 def test_hours_follow_the_users_figure_and_the_ranks():

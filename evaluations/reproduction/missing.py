@@ -10,7 +10,7 @@ from guided_diffusion.presets import find_preset, released_names
 from guided_diffusion.runs.record import MODEL_FLAG
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..evaluator import INCEPTIONS
+from ..extractors import find_extractor
 from ..extractors.inception_graph import FILE_NAME, is_here
 from ..references import find_reference, reference_names
 from .tables import DFID, Row
@@ -28,7 +28,7 @@ class MissingFile:
         return f"{self.file}: {self.remedy}"
 
 
-def missing(row: Row, references: str | Path, inception: str = "") -> list[MissingFile]:
+def missing_files(row: Row, references: str | Path, inception: str = "") -> list[MissingFile]:
     """Returns the files that the row needs and has not.
 
     references: folder of reference batches; inception: as `--inception`.
@@ -73,7 +73,7 @@ def _missing_reference(row: Row, references: str | Path) -> Iterator[MissingFile
 
 def _missing_inception(row: Row, inception: str) -> Iterator[MissingFile]:
     needed = row.evaluation.reference or DFID in row.published
-    if needed and row.evaluation.backend in INCEPTIONS and not is_here(inception or None):
+    if needed and find_extractor(row.evaluation.backend).is_inception and not is_here(inception or None):
         yield MissingFile(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
                           blocks=bool(inception))
 
