@@ -144,7 +144,7 @@ def main() -> None:
                                    words="the images, then the file to write")
     if len(words) != 2:
         raise UserError(f"{len(words)} words given: the images and the file to write are needed")
-    made = make_reference(*words, options)
+    made = make_reference(words[0], words[1], options)
     if made:
         print(made)
 

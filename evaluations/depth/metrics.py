@@ -14,8 +14,8 @@ The reference is a file of RGB scenes (arr_0, 32x32), or the bundled one by name
 
 The extractor smooths: its depth maps of real scenes have three quarters of the true edge sharpness. These numbers
 compare with no others: not with those of Inception, nor with those of another number of images. Intervals are 95 %
-intervals by bootstrap. Differences are to the first sample file, by the same resampled image indices in both: with the same seed,
-image i begins in the same noise in every file.
+intervals by bootstrap. Differences are to the first sample file, by the same resampled image indices in both: with the
+same seed, image i begins in the same noise in every file.
 """
 
 from __future__ import annotations

@@ -189,6 +189,22 @@ def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refuse
     assert "no images" in message and "precision, recall" in message
 
 
+def test_statistics_of_the_same_network_trained_again_are_refused(save, evaluate, refused, tmp_path):
+    """They are told apart by the SHA-256 of the weights; files that do not hold it, by the name of the network."""
+    sample = save("sample", clothes(20, 1))
+    call("evaluations/make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = dict(made)
+    images = arrays.pop("arr_0")
+    again = save("again", images, **{**arrays, "backend_sha256": np.array("0" * 64)})
+    assert "another --backend" in (message := refused(again, sample)) and "SHA-256 0000000000000000..." in message
+    renamed = save("renamed", images, **{**arrays, "backend": np.array("classifier")})
+    evaluate(renamed, sample)
+    arrays.pop("backend_sha256")
+    evaluate(save("older", images, **arrays), sample)
+    assert "another --backend" in refused(save("foreign", images, **{**arrays, "backend": np.array("other")}), sample)
+
+
 def test_bundled_reference(save, evaluate, tmp_path):
     results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
