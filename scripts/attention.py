@@ -9,6 +9,8 @@ Examples:
         --objects photographs.npz
 """
 
+from collections.abc import Sequence
+
 from evaluations.attention.study import AttentionOptions, study_attention
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import run_script
@@ -16,8 +18,9 @@ from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
-def main() -> None:
-    options = parse_options(None, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parse_options(argv, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     print(study_attention(*options))
 

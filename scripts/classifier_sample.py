@@ -8,14 +8,18 @@ Examples:
         --timestep_respacing 250 --num_samples 50000 --use_fp16 True
 """
 
+from collections.abc import Sequence
+
 from guided_diffusion.cli import run_script
 from guided_diffusion.guidance import ClassifierGuidanceOptions
-from guided_diffusion.runs.sample import sample_command
+from guided_diffusion.runs.command import sample_command
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    sample_command(__doc__, on=ClassifierGuidanceOptions)
+    files = sample_command(argv, __doc__, on=ClassifierGuidanceOptions)
+    if files:
+        print(files)
 
 
 if __name__ == "__main__":

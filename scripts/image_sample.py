@@ -8,13 +8,17 @@ Examples:
         --guide_scale 1.5 --sel_attn_block output --sel_attn_depth 2 --blur_sigma 9 --use_fp16 True
 """
 
+from collections.abc import Sequence
+
 from guided_diffusion.cli import run_script
-from guided_diffusion.runs.sample import sample_command
+from guided_diffusion.runs.command import sample_command
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    sample_command(__doc__)
+    files = sample_command(argv, __doc__)
+    if files:
+        print(files)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Trains the embedded judge on the 60,000 Fashion-MNIST training images.
+"""Training the classifier of Fashion-MNIST that measures: on the 60,000 training images.
 
-    OMP_NUM_THREADS=1 python -m evaluations.train_embedded
-
-makes the shipped evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU core) and, beside it,
-a log with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
+The test images serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
@@ -11,20 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from .bundled import IMAGE_SIZE, round_convolutions
 from .fashion_mnist import WEIGHTS, EmbeddedClassifier, save_embedded
@@ -107,14 +100,3 @@ def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
 def accuracy(model: EmbeddedClassifier, images: Tensor, labels: Tensor) -> float:
     """Share of images (N, 1, 32, 32) in [-1, 1] classified as labelled; leaves the model in evaluation mode."""
     return float((model.eval().predict(images) == labels.numpy()).mean())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(argv, TrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    model = train(options, shlex.join(["python", "-m", "evaluations.train_embedded", *arguments]))
-    print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,19 +1,13 @@
-"""Trains the judge of scenes on rendered rooms of seed 2, which no other network sees.
+"""Training the network that measures scenes: on rendered rooms of seed 2, which no other network sees.
 
-    OMP_NUM_THREADS=1 python -m evaluations.train_scenes_judge
-
-makes the shipped evaluations/models/scenes_judge.safetensors (seven minutes on one CPU core, after the rendering) and,
-beside it, a log with one line per epoch. The held-out scenes (seed 1) serve only to measure: the weights of the last
-epoch are kept.
+The held-out scenes (seed 1) serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from ..depth.accuracy import depth_errors
 from .bundled import IMAGE_SIZE, round_convolutions
@@ -129,14 +122,3 @@ def accuracy(judge: ScenesJudge, scenes: Scenes) -> dict[str, float]:
 
 def in_words(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(argv, JudgeOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    judge = train(options, shlex.join(["python", "-m", "evaluations.train_scenes_judge", *arguments]))
-    print(f"{options.out}: held out, {in_words(judge.accuracy)}")
-
-
-if __name__ == "__main__":
-    run_script(main)
