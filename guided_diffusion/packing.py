@@ -6,7 +6,6 @@ It is written, checked and read as a stream, in the memory of a few images, what
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from .errors import UserError
+from .files import prepare
 
 BLOCK = 2**22          # bytes read at a time
 READ_ERRORS = (OSError, EOFError, ValueError, KeyError, SyntaxError, NotImplementedError, RuntimeError,
@@ -28,21 +28,15 @@ def pack(chunks: Iterable[tuple[np.ndarray, np.ndarray | None]], shape: tuple[in
     shape: (N, H, W, 3) of all images together, uint8. The same samples are the same bytes. Raises UserError, with no
     file left, where it cannot be written or reads back damaged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-                _write(archive, chunks, shape)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if not is_whole(temporary, shape):
-            raise UserError(f"{temporary}: reads back otherwise than it was written; the disk may be failing")
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); the images are kept in {path.parent}: "
-                            "start the same command again to go on") from None
-        raise
+    def save(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            _write(archive, chunks, shape)
+
+    temporary = prepare(path, save, sync=True,
+                        ending=f"the images are kept in {path.parent}: start the same command again to go on")
+    if not is_whole(temporary, shape):
+        temporary.unlink()
+        raise UserError(f"{temporary}: reads back otherwise than it was written; the disk may be failing")
     return temporary
 
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
-from tqdm import tqdm
 
 from . import checkpoint
 from .build import kind_of
@@ -56,8 +52,8 @@ def find_preset(name: str) -> Preset:
     if name not in names:
         raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
     known = _presets()
-    files = {flag: str(MODELS / file) for flag, file in known["files"].get(name, {}).items()}
-    guidance = {**known["guidance"].get(name, {}), **files}
+    files = {flag: str(MODELS / file) for flag, file in known.get("files", {}).get(name, {}).items()}
+    guidance = {**known.get("guidance", {}).get(name, {}), **files}
     path = MODELS / f"{name}.safetensors"
     if path.is_file():
         classifier = f"{name}_classifier"
@@ -71,8 +67,9 @@ def find_preset(name: str) -> Preset:
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
-@cache
 def _presets() -> dict[str, Any]:
+    import yaml  # here, as networks and samplers run without this package
+
     return yaml.safe_load((MODELS / "presets.yaml").read_text())
 
 
@@ -123,4 +120,6 @@ def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> s
 
 
 def _readable(size: int) -> str:
+    from tqdm import tqdm
+
     return tqdm.format_sizeof(size, "B", 1000)

@@ -6,7 +6,6 @@ Parameter names and shapes are those of the released checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -110,11 +109,8 @@ class Encoder(nn.Module):
     """What the UNet and the classifier share: step embedding, input blocks and middle block.
 
     Arguments as in `UNetModel`. `image_size` fixes nothing but the grids that blocks report and the size of an
-    attention pool: every network runs on any height and width that its levels divide. kind: what a checkpoint of it is
-    called, "diffusion", "upsampler" or "classifier".
+    attention pool: every network runs on any height and width that its levels divide.
     """
-
-    kind: ClassVar[str]
 
     def __init__(self, *, image_size: int, in_channels: int, model_channels: int, num_res_blocks: int,
                  attention_resolutions: Sequence[int], dropout: float, channel_mult: Sequence[float],
@@ -239,8 +235,6 @@ class UNetModel(Encoder):
     type of x.
     """
 
-    kind = "diffusion"
-
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions: Sequence[int], dropout: float = 0.0,
                  channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
@@ -301,8 +295,6 @@ class UNetModel(Encoder):
 class SuperResModel(UNetModel):
     """A UNet that also sees a low-resolution image, (N, C, h, w) in [-1, 1], upsampled and stacked under x."""
 
-    kind = "upsampler"
-
     def __init__(self, image_size: int, in_channels: int, *args, **kwargs) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
@@ -339,8 +331,6 @@ class EncoderUNetModel(Encoder):
     pool: "adaptive", "attention", "spatial" or "spatial_v2". Arguments as in `UNetModel`.
     Call: (N, in_channels, H, W), timesteps (N,) -> logits (N, out_channels).
     """
-
-    kind = "classifier"
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions: Sequence[int], dropout: float = 0.0,

@@ -1,10 +1,10 @@
-"""Sample images with classifier guidance, and self-attention guidance where --guide_scale is not 1.
+r"""Sample images with classifier guidance, and self-attention guidance where --guide_scale is not 1.
 
 Examples:
     python scripts/classifier_sample.py --config configs/fmnist32_sag_cg.yaml --num_samples 64 --out samples/sag_cg
-    mpiexec -n 8 python scripts/classifier_sample.py --model 128x128_diffusion \\
-        --model_path models/128x128_diffusion.pt --classifier_path models/128x128_classifier.pt \\
-        --classifier_scale 0.5 --guide_scale 1.1 --sel_attn_block output --sel_attn_depth 8 --blur_sigma 3 \\
+    mpiexec -n 8 python scripts/classifier_sample.py --model 128x128_diffusion \
+        --model_path models/128x128_diffusion.pt --classifier_path models/128x128_classifier.pt \
+        --classifier_scale 0.5 --guide_scale 1.1 --sel_attn_block output --sel_attn_depth 8 --blur_sigma 3 \
         --timestep_respacing 250 --num_samples 50000 --use_fp16 True
 """
 

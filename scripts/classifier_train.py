@@ -1,8 +1,8 @@
-"""Train a classifier of noised images, for classifier guidance.
+r"""Train a classifier of noised images, for classifier guidance.
 
 Examples (each goes on from its last save when started again):
     python scripts/classifier_train.py --config configs/fmnist32_classifier_train.yaml
-    python scripts/classifier_train.py --data_dir photos --num_classes 100 --image_size 64 --classifier_width 64 \\
+    python scripts/classifier_train.py --data_dir photos --num_classes 100 --image_size 64 --classifier_width 64 \
         --batch_size 32 --iterations 50000 --anneal_lr True --out runs/photos_classifier
 """
 

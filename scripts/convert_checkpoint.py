@@ -1,7 +1,7 @@
-"""Write a checkpoint in another precision: the same names, and what its metadata say. Networks load any of them.
+r"""Write a checkpoint in another precision: the same names, and what its metadata say. Networks load any of them.
 
 Example, which makes a file half as large:
-    python scripts/convert_checkpoint.py runs/scenes32/ema_0.999.safetensors --dtype float16 \\
+    python scripts/convert_checkpoint.py runs/scenes32/ema_0.999.safetensors --dtype float16 \
         --out guided_diffusion/models/scenes32.safetensors
 """
 

@@ -1,8 +1,8 @@
-"""Measure how well depth is read from a diffusion network's features: by block, by step and by number of labels.
+r"""Measure how well depth is read from a diffusion network's features: by block, by step and by number of labels.
 
 Examples (each goes on where it was stopped when started again):
     python scripts/depth_accuracy.py --model scenes32 --data scenes --out runs/scenes32_depth_accuracy
-    python scripts/depth_accuracy.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --data bedrooms \\
+    python scripts/depth_accuracy.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --data bedrooms \
         --held_out more_bedrooms --num_held_out 100 --label_counts 10,30,100 --strong_blocks 2,4,5,6,7
 """
 

@@ -1,8 +1,8 @@
-"""Train the depth predictors of depth-aware guidance on a diffusion network's features.
+r"""Train the depth predictors of depth-aware guidance on a diffusion network's features.
 
 Examples (each goes on from its last save when started again):
     python scripts/depth_train.py --model scenes32 --data scenes --out runs/scenes32_depth.safetensors
-    python scripts/depth_train.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --use_fp16 True \\
+    python scripts/depth_train.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --use_fp16 True \
         --data bedrooms --depth_range image --out runs/lsun_bedroom_depth.safetensors
 """
 

@@ -1,8 +1,8 @@
-"""Train a diffusion model on images.
+r"""Train a diffusion model on images.
 
 Examples (each goes on from its last save when started again):
     mpiexec -n 2 python scripts/image_train.py --config configs/fmnist32_train.yaml
-    python scripts/image_train.py --data_dir photos --image_size 64 --num_channels 64 --learn_sigma True \\
+    python scripts/image_train.py --data_dir photos --image_size 64 --num_channels 64 --learn_sigma True \
         --batch_size 32 --lr_anneal_steps 100000 --out runs/photos
 """
 

@@ -1,14 +1,14 @@
-"""Make a reference batch: images and the statistics of their features, in the official layout.
+r"""Make a reference batch: images and the statistics of their features, in the official layout.
 
 IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
 ("fashion-mnist": where Debian installs them; its test images).
 
 Examples, which made the bundled references fmnist32 and scenes32 (the second also holds what scripts/depth_metrics.py
 compares with):
-    python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \\
+    python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \
         --keep features
     python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
-    python scripts/make_reference.py scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \\
+    python scripts/make_reference.py scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \
         --keep features --half True
 """
 

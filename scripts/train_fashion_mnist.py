@@ -11,14 +11,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from evaluations.extractors.train_fashion_mnist import TrainingOptions, train
+from evaluations.extractors.train_fashion_mnist import FashionMnistTrainingOptions, train
 from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    options, = parse_options(argv, TrainingOptions, description=__doc__)
+    options, = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
     model = train(options, shlex.join(["python", "scripts/train_fashion_mnist.py", *arguments]))
     print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")

@@ -11,14 +11,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from evaluations.extractors.train_scenes import JudgeOptions, in_words, train
+from evaluations.extractors.train_scenes import ScenesTrainingOptions, in_words, train
 from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    options, = parse_options(argv, JudgeOptions, description=__doc__)
+    options, = parse_options(argv, ScenesTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
     judge = train(options, shlex.join(["python", "scripts/train_scenes.py", *arguments]))
     print(f"{options.out}: held out, {in_words(judge.accuracy)}")

@@ -17,7 +17,7 @@ from guided_diffusion.options import Options, option, required
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
-from ..extractors.scenes import load_judge
+from ..extractors.scenes import load_scenes
 from .metrics import metres
 
 TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
@@ -105,7 +105,7 @@ class DepthPicturesOptions(Options):
 
 def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
-    judge = load_judge()
+    judge = load_scenes()
     runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
     rows, clouds = {}, {}
     for name, images in runs.items():

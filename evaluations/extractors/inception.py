@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
 
-from ..features import Features
-from .inception_graph import FILE_NAME, LOGITS, load_weights
+from ..features import FeatureExtractor, Features
+from .base import ExtractorKind, chosen_device
+from .inception_graph import FILE_NAME, LOGITS, load_weights, size_caveat
 
-IMAGE_SIZE = 299  # pixels, whatever the images have
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: 2023 numbers
-IMAGES_AT_ONCE = 4  # on a thread of the CPU: about 120 MB in float32
+IMAGE_SIZE = 299            # pixels, whatever the images have
+POOLED = 2048               # numbers of pool_3
+SPATIAL_CHANNELS = 7        # of mixed_6/conv,
+SPATIAL_SIDE = 17           # 17 x 17: 2023 numbers
+CLASSES = 1008
+IMAGES_AT_ONCE = 4          # on a thread of the CPU: about 120 MB in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -117,8 +121,8 @@ class Inception(nn.Module):
                 shapes = torch.func.functional_call(self, meta, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
         except RuntimeError as error:
             raise UserError(f"has not the weights of the 2015 Inception: {str(error).splitlines()[0]}") from None
-        if shapes[1].shape[1] != 17 * 17 * SPATIAL_CHANNELS:
-            channels = shapes[1].shape[1] // 17**2
+        if shapes[1].shape[1] != SPATIAL_SIDE**2 * SPATIAL_CHANNELS:
+            channels = shapes[1].shape[1] // SPATIAL_SIDE**2
             raise UserError(f"has not the weights of the 2015 Inception: mixed_6 has {channels} channels, "
                             f"at least {SPATIAL_CHANNELS} are needed")
 
@@ -221,15 +225,16 @@ def _sources(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, 
     return low.to(device), (low + 1).clamp(max=old - 1).to(device), share.to(device)
 
 
-class InceptionNetwork:
-    """The 2015 Inception as a network of the evaluator.
+class InceptionExtractor:
+    """The 2015 Inception in PyTorch, as an extractor of the evaluator.
 
-    path: the .pb, or what it was converted to; None takes it from the cache, where it is downloaded to.
+    path: the .pb, or the file that it was converted to; None takes it from the cache, where it is downloaded to.
     cache: folder; None is ~/.cache/guided-pixels. Both as in `inception_graph.load_weights`, which raises UserError.
     device: of PyTorch. dtype: "float32", or "bfloat16" for the convolutions.
-    channels_last: memory order of the convolutions' inputs: faster, nearly always.
+    channels_last: memory order of the convolutions' inputs; it is nearly always faster.
 
-    name and fingerprint (SHA-256 of the .pb) stand in every result; size is that of the .pb in bytes.
+    `name` and `fingerprint` (SHA-256 of the .pb) stand in every result. `caveat` says where the .pb has not the size of
+    the official one.
     """
 
     name = "torch Inception 2015"
@@ -243,7 +248,7 @@ class InceptionNetwork:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: cannot be used ({str(error).splitlines()[0]})") from None
         weights = load_weights(path, cache)
-        self.fingerprint, self.size = weights.sha256, weights.size
+        self.fingerprint, self.caveat = weights.sha256, size_caveat(weights.size)
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         try:
@@ -320,3 +325,11 @@ def _workers(count: int) -> ThreadPoolExecutor:
     # it was set for these threads, and as a default for later ones: that is put back
     torch.set_num_threads(count)
     return pool
+
+
+def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    return InceptionExtractor(inception or None, device=chosen_device(device), dtype=dtype)
+
+
+KIND = ExtractorKind("torch", "the 2015 Inception in PyTorch", _load, POOLED, SPATIAL_SIDE**2 * SPATIAL_CHANNELS,
+                     CLASSES, is_inception=True, has_dtype=True)

@@ -20,11 +20,11 @@ from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option
 
 from .bundled import IMAGE_SIZE, round_convolutions
-from .fashion_mnist import WEIGHTS, EmbeddedClassifier, save_embedded
+from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingOptions(Options):
+class FashionMnistTrainingOptions(Options):
     """How the embedded judge is trained."""
 
     data_dir: str = option("fashion-mnist", "folder with the IDX files, or fashion-mnist: where Debian installs them")
@@ -37,7 +37,7 @@ class TrainingOptions(Options):
     seed: int = option(0, "seed of initial weights, order and augmentation", minimum=0)
 
 
-def train(options: TrainingOptions, command: str) -> EmbeddedClassifier:
+def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistClassifier:
     """Trains, writes weights and log, and returns the model as it is in the file, in evaluation mode."""
     out = Path(options.out)
     if not os.access(out.parent, os.W_OK):
@@ -49,7 +49,7 @@ def train(options: TrainingOptions, command: str) -> EmbeddedClassifier:
                         class_cond=True, in_channels=1, seed=options.seed)
     torch.manual_seed(options.seed)
     shifts = torch.Generator().manual_seed(options.seed)
-    model = EmbeddedClassifier().to(memory_format=torch.channels_last)
+    model = FashionMnistClassifier().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True,
                                 weight_decay=options.weight_decay)
     steps = max(1, num_images // options.batch_size)
@@ -76,7 +76,7 @@ def train(options: TrainingOptions, command: str) -> EmbeddedClassifier:
             log.write(f"epoch {epoch:2d}  train loss {loss_sum / steps:.4f}  test accuracy {model.test_accuracy:.4f}  "
                       f"{time.monotonic() - started:.0f} s\n")
             log.flush()
-    save_embedded(model, out, {"command": command, "torch": torch.__version__,
+    save_fashion_mnist(model, out, {"command": command, "torch": torch.__version__,
                                "data": f"Fashion-MNIST, {num_images} training images"})
     return model
 
@@ -97,6 +97,6 @@ def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
     return images.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
-def accuracy(model: EmbeddedClassifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: FashionMnistClassifier, images: Tensor, labels: Tensor) -> float:
     """Share of images (N, 1, 32, 32) in [-1, 1] classified as labelled; leaves the model in evaluation mode."""
     return float((model.eval().predict(images) == labels.numpy()).mean())

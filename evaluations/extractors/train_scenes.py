@@ -22,14 +22,14 @@ from guided_diffusion.options import Options, option
 
 from ..depth.accuracy import depth_errors
 from .bundled import IMAGE_SIZE, round_convolutions
-from .scenes import WEIGHTS, ScenesJudge, save_judge
+from .scenes import WEIGHTS, ScenesExtractor, save_scenes
 from .train_fashion_mnist import learning_rate_factor
 
 SEED, HELD_OUT_SEED = 2, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeOptions(Options):
+class ScenesTrainingOptions(Options):
     """How the judge of scenes is trained."""
 
     out: str = option(str(WEIGHTS), "file for the weights; the log goes beside it, ending in .log")
@@ -45,7 +45,7 @@ class JudgeOptions(Options):
     seed: int = option(0, "seed of initial weights, order and mirroring", minimum=0)
 
 
-def train(options: JudgeOptions, command: str) -> ScenesJudge:
+def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
     """Trains, writes weights and log, and returns the judge as it is in the file, in evaluation mode."""
     out = Path(options.out)
     check_writable("--out", options.out)
@@ -53,7 +53,7 @@ def train(options: JudgeOptions, command: str) -> ScenesJudge:
                         ((SEED, options.num_images), (HELD_OUT_SEED, options.num_held_out)))
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    judge = ScenesJudge().to(memory_format=torch.channels_last)
+    judge = ScenesExtractor().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), options.lr, weight_decay=options.weight_decay)
     steps = max(1, options.num_images // options.batch_size)
     total = steps * options.epochs
@@ -82,7 +82,7 @@ def train(options: JudgeOptions, command: str) -> ScenesJudge:
             log.write(f"epoch {epoch:2d}  train loss {loss_sum / steps:.4f}  {in_words(judge.accuracy)}  "
                       f"{time.monotonic() - started:.0f} s\n")
             log.flush()
-    save_judge(judge, out, {"command": command, "torch": torch.__version__,
+    save_scenes(judge, out, {"command": command, "torch": torch.__version__,
                             "data": f"{options.num_images} rendered scenes of seed {SEED}"})
     return judge
 
@@ -100,7 +100,7 @@ def in_unit(depth: np.ndarray) -> Tensor:
     return torch.from_numpy((depth - NEAR) / (FAR - NEAR) * 2 - 1)[:, None]
 
 
-def judge_loss(judge: ScenesJudge, rgb: Tensor, depth: Tensor, label: Tensor, options: JudgeOptions) -> Tensor:
+def judge_loss(judge: ScenesExtractor, rgb: Tensor, depth: Tensor, label: Tensor, options: ScenesTrainingOptions) -> Tensor:
     """L1 of depth and, for sharp edges, of its differences between neighbours; cross entropy of the kinds."""
     estimated, logits = judge(rgb)
     error = estimated - depth
@@ -109,7 +109,7 @@ def judge_loss(judge: ScenesJudge, rgb: Tensor, depth: Tensor, label: Tensor, op
             + options.class_weight * nn.functional.cross_entropy(logits, label))
 
 
-def accuracy(judge: ScenesJudge, scenes: Scenes) -> dict[str, float]:
+def accuracy(judge: ScenesExtractor, scenes: Scenes) -> dict[str, float]:
     """l1: mean |d - d*| in [-1, 1]; abs_rel: mean |d - d*| / d*, and delta: share of pixels within a factor of 1.25, in
     metres; class: share of main objects whose kind is right. Leaves the judge in evaluation mode.
     """

@@ -30,13 +30,11 @@ from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.unet import Encoder
 
 from ..benchmarks.speed import peak_memory
-from ..evaluator import INCEPTIONS
+from ..extractors import find_extractor
 from ..extractors.inception_graph import FILE_NAME, is_here
 from ..references import find_reference, reference_names
 from .tables import DFID, Row, Table
 
-FEATURE_BYTES = {**dict.fromkeys(INCEPTIONS, 4 * (2048 + 2023 + 1008)), "embedded": 4 * (64 + 512 + 10),
-                 "scenes": 4 * (64 + 256 + 4)}       # of an image
 PROBE_SECONDS = 5.0
 SMALL = 64                      # pixels: larger images are not evaluated on a CPU
 
@@ -153,7 +151,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
     each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
-    disk = row.images * (2 * 3 * run.model.image_size**2 + FEATURE_BYTES[row.judging.backend])
+    disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.judging.backend).feature_bytes)
     return RowCost(count, images, images * each, disk, _weights(run), tuple(missing(row, references, inception)))
 
 
@@ -175,7 +173,8 @@ def missing(row: Row, references: str | Path, inception: str = "") -> list[Missi
         fetch = (f"python -m evaluations.references {Path(word).stem} --out {references}"
                  if Path(word).stem in reference_names() else "name the folder that holds it with --references")
         found.append(Missing(str(Path(references) / word), fetch))
-    if (word or DFID in row.published) and row.judging.backend in INCEPTIONS and not is_here(inception or None):
+    needs_graph = find_extractor(row.judging.backend).is_inception and (word or DFID in row.published)
+    if needs_graph and not is_here(inception or None):
         found.append(Missing(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
                              blocks=bool(inception)))
     if DFID in row.published:

@@ -26,7 +26,8 @@ from guided_diffusion.packing import first_images
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
-from ..evaluator import INCEPTIONS, NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
@@ -168,8 +169,9 @@ def check_files(table: Table, options: ReproduceOptions) -> dict[str, str]:
             _check_reference(row, Path(options.references))
             if dist_util.is_main():
                 _check_folder(row, digests)
-    if dist_util.is_main() and any(row.judging.backend in INCEPTIONS for name, row in table.rows.items()
-                                   if name not in why and row.judging.reference):
+    if dist_util.is_main() and any(
+            find_extractor(row.judging.backend).is_inception for name, row in table.rows.items()
+            if name not in why and row.judging.reference):
         find_graph(options.inception or None)
     return why
 

@@ -27,7 +27,7 @@ from guided_diffusion.options import EVALUATION_SECTION, Options, fill, nearest,
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..evaluator import BACKENDS
+from ..extractors import BACKENDS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DFID = "dfid"

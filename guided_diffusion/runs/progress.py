@@ -7,14 +7,14 @@ from datetime import timedelta
 
 from .. import dist_util
 from ..progress import progress_bar
-from .workers import Crew
+from .workers import WorkQueue
 
 
 class RunProgress:
     """Where the whole job stands, on rank 0: a bar, or plain lines every `log_every` images."""
 
-    def __init__(self, crew: Crew, num_samples: int, todo: int, log_every: int) -> None:
-        self.crew, self.num_samples, self.before, self.log_every = crew, num_samples, num_samples - todo, log_every
+    def __init__(self, queue: WorkQueue, num_samples: int, todo: int, log_every: int) -> None:
+        self.queue, self.num_samples, self.before, self.log_every = queue, num_samples, num_samples - todo, log_every
         self.began, self.logged = time.monotonic(), num_samples - todo
         self.bar = progress_bar(num_samples, "sampling", "image", initial=self.before,
                                 enabled=dist_util.is_main() and not log_every)
@@ -31,9 +31,9 @@ class RunProgress:
         if not dist_util.is_main():
             return
         todo = self.num_samples - self.before
-        made = todo if finished else min(self.crew.work(), todo)
+        made = todo if finished else min(self.queue.work(), todo)
         done = self.before + int(made)
-        ranks = f"{self.crew.alive()} of {self.crew.size} ranks"
+        ranks = f"{self.queue.alive()} of {self.queue.size} ranks"
         if not self.log_every:
             self.bar.set_postfix_str(ranks, refresh=False)
             self.bar.update(done - self.bar.n)

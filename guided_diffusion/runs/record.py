@@ -92,8 +92,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
-        record = read_record(folder / "run.json")
-        return first_images(folder / record["samples"], count), record["configuration"]
+        record = json.loads((folder / "run.json").read_text())
+        return first_images(folder / record["samples"], count), dict(record["configuration"])
     except (*READ_ERRORS, zipfile.BadZipFile) as error:
         raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
 

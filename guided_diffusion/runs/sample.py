@@ -7,7 +7,6 @@ them. Image i depends on (seed, i) and the configuration alone.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
+from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..options import Options, option_fields
 from ..packing import first_images
@@ -36,7 +36,7 @@ from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
-from .workers import Crew
+from .workers import WorkQueue
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,16 @@ class SamplingRun:
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
                 sampler = ImageSampler(self.sample, self.sampler, self.build())
-            crew = Crew()
+            queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
                     sha256 = {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.checkpoints().items()}
                     for method in self.active:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
-                    crew.tell("sha256", named)
-                    crew.tell("todo", self._chunks(named, labels).prepare(self.sample.overwrite))
-            return self._sample(sampler, self._chunks(crew.told("sha256"), labels), crew, began)
+                    queue.put("sha256", named)
+                    queue.put("todo", self._chunks(named, labels).prepare(self.sample.overwrite))
+            return self._sample(sampler, self._chunks(queue.get("sha256"), labels), queue, began)
 
     def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
         return Shards(self.out, self.configuration(), sha256,
@@ -152,13 +152,7 @@ class SamplingRun:
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".writable-{dist_util.rank()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        check_folder("--out", self.out)
 
     def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
@@ -187,13 +181,13 @@ class SamplingRun:
         nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
-    def _sample(self, sampler: ImageSampler, chunks: Shards, crew: Crew, began: float) -> Path | None:
+    def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
-        todo = crew.told("todo")
+        todo = queue.get("todo")
         try:
-            with crew:
+            with queue:
                 if todo is not None:
-                    self._work(sampler, chunks, crew, todo)
+                    self._work(sampler, chunks, queue, todo)
                     if dist_util.is_main():
                         self._finish(chunks, began)
         finally:
@@ -205,28 +199,28 @@ class SamplingRun:
             chunks.remove()
         return chunks.samples
 
-    def _work(self, sampler: ImageSampler, chunks: Shards, crew: Crew, todo: list[int]) -> None:
+    def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: list[int]) -> None:
         """Samples chunks into files as long as there are any."""
         total = sum(len(chunks.chunks[index]) for index in todo)
-        with RunProgress(crew, self.sample.num_samples, total, self.sample.log_every) as progress:
+        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
             done = 0
-            while (ticket := crew.ticket()) < len(todo):
-                numbers, began = chunks.chunks[todo[ticket]], time.monotonic()
+            while (index := queue.next_index()) < len(todo):
+                numbers, began = chunks.chunks[todo[index]], time.monotonic()
 
                 def on_step(part: float, before: int = done, count: int = len(numbers)) -> None:
-                    crew.check()
-                    crew.report(before + part * count)
+                    queue.check()
+                    queue.report(before + part * count)
                     progress.show()
 
                 labels = chunks.labels(numbers)
                 images = sampler.images(numbers, labels, on_step)
                 seconds = time.monotonic() - began
-                chunks.save(todo[ticket], images, labels, dist_util.rank(), seconds)
+                chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
                 done += len(numbers)
-                crew.report(done)
-                crew.finish_ticket()
-            while dist_util.is_main() and crew.finished_tickets() < len(todo):
-                crew.check()
+                queue.report(done)
+                queue.finish_index()
+            while dist_util.is_main() and queue.finished() < len(todo):
+                queue.check()
                 progress.show()
                 time.sleep(0.05)
 
@@ -245,7 +239,7 @@ class SamplingRun:
             **made_by(),
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
-        shards.write_whole(record_path, (json.dumps(record, indent=2) + "\n").encode(), "the samples are kept")
+        write_json(record_path, record, sync=True, ending="the samples are kept")
 
 
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:

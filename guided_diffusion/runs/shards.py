@@ -7,17 +7,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
-import socket
-import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import packing
+from .. import files, packing
 from ..errors import UserError
 from ..fetch import sha256_of
 from .record import READ_ERRORS, difference, identity, read_record
 
 REMEDY = "name another folder, or pass --overwrite True"
-TRIES, PAUSE = 5, 0.2               # of taking the lock, which scripts/run_status.py holds for a moment
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
 
@@ -96,8 +91,8 @@ class Shards:
         buffer = io.BytesIO()
         np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
                  rank=rank, seconds=seconds, **({} if labels is None else {"labels": labels}))
-        write_whole(self.path(index), buffer.getbuffer(),
-                    "finished chunks are kept: start the same command again to go on")
+        files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
+                    ending="finished chunks are kept: start the same command again to go on")
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """The arrays of a finished chunk.
@@ -150,10 +145,11 @@ class Shards:
             return None
         missing = self._missing()
         self.folder.mkdir(exist_ok=True)
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        files.remove_leftovers(self.folder)
+        files.remove_leftovers(self.out, "samples_*")
         manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
-        write_whole(self.folder / "run.json", json.dumps(manifest, indent=2).encode(), "nothing was changed")
+        files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
+                         ending="nothing was changed")
         if earlier:
             kept = [index for index in missing if self.chunks[index].stop <= earlier.num_samples]
             arrays = packing.unpack(earlier.samples, [self.chunks[index] for index in kept])
@@ -195,7 +191,7 @@ class Shards:
 
     def _check_begun(self) -> None:
         before = self._begun()          # without a record each shard still says of which run it is
-        if before is None or not any(self.folder.glob("*.npz")):
+        if before is None or not self._any_finished():
             return
         if different := difference(before, self.identity):
             raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
@@ -241,85 +237,25 @@ class Shards:
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
-        if not any(self.folder.glob("*.npz")):
+        if not self._any_finished():
             self.remove()
+
+    def _any_finished(self) -> bool:
+        return any(self.folder.glob("[0-9]*.npz"))          # no temporary files, whose names begin with a dot
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes | memoryview, comfort: str) -> None:
-    """Writes a file that appears whole or not at all; UserError, ending in `comfort`, where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {comfort}") from None
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the folder for one job; UserError where another works there. The lock ends with its process."""
-    import fcntl  # not on Windows
-
-    path = out / ".lock"
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE)
-        stream = path.open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            continue
-        except OSError as error:
-            warnings.warn(f"{out}: this file system has no locks ({error.strerror}): see to it that no two jobs work "
-                          "there", stacklevel=3)
-            break
-        if _same_file(stream.fileno(), path):           # else its job has just ended and removed it
-            break
-        stream.close()
-    else:
-        raise UserError(f"--out {out}: another job is working there ({holder(out)}); wait for it, or name another "
-                        "folder")
-    try:
-        with contextlib.suppress(OSError):              # a full disk
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-            stream.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            stream.close()
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Holds the folder of a run for one job; UserError where another works there. The lock ends with its process."""
+    return files.locked(out / ".lock", lambda who: UserError(
+        f"--out {out}: another job is working there ({who}); wait for it, or name another folder"))
 
 
 def holder(out: Path) -> str | None:
     """Who holds the folder, in words; None where no one does."""
-    import fcntl
-
-    try:
-        with (out / ".lock").open() as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return stream.read() or "just started"
-    except OSError:
-        pass
-    return None
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
+    return files.lock_holder(out / ".lock")
 
 
 def _cut(array: np.ndarray | None, count: int) -> np.ndarray | None:

@@ -15,9 +15,9 @@ from evaluations import class_accuracy as recognised
 from evaluations.extractors.fashion_mnist import (
     SPATIAL_SHAPE,
     WEIGHTS,
-    EmbeddedClassifier,
-    load_embedded,
-    save_embedded,
+    FashionMnistClassifier,
+    load_fashion_mnist,
+    save_fashion_mnist,
     to_grey,
 )
 from evaluations.extractors.train_fashion_mnist import learning_rate_factor, shift
@@ -28,7 +28,7 @@ needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reas
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_embedded()
+    return load_fashion_mnist()
 
 
 def framed_test_images(count):
@@ -113,9 +113,9 @@ def test_wrong_images(judge, images, message):
 
 def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
     torch.manual_seed(0)
-    model = EmbeddedClassifier((4, 6, 8, 8, 64), test_accuracy=0.25).eval()
-    save_embedded(model, tmp_path / "small.safetensors", {"command": "none"})
-    loaded = load_embedded(tmp_path / "small.safetensors")
+    model = FashionMnistClassifier((4, 6, 8, 8, 64), test_accuracy=0.25).eval()
+    save_fashion_mnist(model, tmp_path / "small.safetensors", {"command": "none"})
+    loaded = load_fashion_mnist(tmp_path / "small.safetensors")
     assert loaded.test_accuracy == 0.25 and not loaded.training
     np.testing.assert_allclose(loaded.features(noise).pooled, model.features(noise).pooled, rtol=0.02, atol=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
@@ -123,11 +123,11 @@ def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
 
 def test_wrong_weight_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        load_embedded(tmp_path / "missing.safetensors")
+        load_fashion_mnist(tmp_path / "missing.safetensors")
     for content in (b"", b"something else", WEIGHTS.read_bytes()[:-1000]):
         (tmp_path / "wrong.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="does not hold an embedded classifier, or is damaged"):
-            load_embedded(tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match="does not hold a Fashion-MNIST classifier, or is damaged"):
+            load_fashion_mnist(tmp_path / "wrong.safetensors")
 
 
 # Training
@@ -147,7 +147,7 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys):
     out = tmp_path / "judge.safetensors"
     assert call("train_fashion_mnist", "--data_dir", tmp_path, "--out", out, "--epochs", 4, "--batch_size", 8,
                 "--lr", 0.02) == 0
-    judge = load_embedded(out)
+    judge = load_fashion_mnist(out)
     assert judge.test_accuracy > 0.5
     assert f"test accuracy {judge.test_accuracy:.2%}" in capsys.readouterr().out
     lines = (tmp_path / "judge.log").read_text().splitlines()

@@ -10,7 +10,7 @@ from commands import call
 from safetensors import safe_open
 
 from evaluations.depth.metrics import edge_sharpness, metres
-from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesJudge, load_judge, save_judge
+from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import accuracy, batch
 from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.depth.scenes import FAR, NEAR, render
@@ -19,7 +19,7 @@ from guided_diffusion.errors import UserError
 
 @pytest.fixture(scope="module")
 def judge():
-    return load_judge()
+    return load_scenes()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_features_and_depth(judge, noise):
     estimated, logits = judge(judge.inputs(noise))
     np.testing.assert_allclose(depth, estimated[:, 0].detach().clamp(-1, 1), atol=1e-4)
     np.testing.assert_allclose(probabilities, logits.detach().softmax(dim=1), atol=1e-4)
-    assert len(judge.fingerprint) == 64 and judge.fingerprint != ScenesJudge().fingerprint
+    assert len(judge.fingerprint) == 64 and judge.fingerprint != ScenesExtractor().fingerprint
 
 
 def test_no_feature_is_dead(judge, scenes):
@@ -118,9 +118,9 @@ def test_wrong_images(judge, images, message):
 
 def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
     torch.manual_seed(0)
-    model = ScenesJudge((4, 6, 8, 10), {"l1": 0.5}).eval()
-    save_judge(model, tmp_path / "small.safetensors", {"command": "none"})
-    loaded = load_judge(tmp_path / "small.safetensors")
+    model = ScenesExtractor((4, 6, 8, 10), {"l1": 0.5}).eval()
+    save_scenes(model, tmp_path / "small.safetensors", {"command": "none"})
+    loaded = load_scenes(tmp_path / "small.safetensors")
     assert loaded.accuracy == {"l1": 0.5} and not loaded.training
     np.testing.assert_allclose(loaded.depth(noise), model.depth(noise), rtol=0.02, atol=2e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
@@ -130,11 +130,11 @@ def test_wrong_weight_files(tmp_path):
     from evaluations.extractors.fashion_mnist import WEIGHTS as CLASSIFIER
 
     with pytest.raises(UserError, match="no such file"):
-        load_judge(tmp_path / "missing.safetensors")
+        load_scenes(tmp_path / "missing.safetensors")
     for content in (b"", WEIGHTS.read_bytes()[:-1000], CLASSIFIER.read_bytes()):
         (tmp_path / "wrong.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match="does not hold a judge of scenes, or is damaged"):
-            load_judge(tmp_path / "wrong.safetensors")
+        with pytest.raises(UserError, match="does not hold an extractor of scenes, or is damaged"):
+            load_scenes(tmp_path / "wrong.safetensors")
 
 
 # Training
@@ -145,7 +145,7 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys, mo
     out = tmp_path / "judge.safetensors"
     assert call("train_scenes", "--out", out, "--num_images", 64, "--num_held_out", 32, "--epochs", 8,
                 "--batch_size", 16) == 0
-    judge = load_judge(out)
+    judge = load_scenes(out)
     held_out = render(1, range(32))
     guess = abs(held_out.depth - np.median(held_out.depth)).mean() * 2 / (FAR - NEAR)
     assert judge.accuracy["l1"] < guess

@@ -1,4 +1,4 @@
-"""Ranks at work: tickets, failures and lost ranks seen by all, whoever is slow."""
+"""Ranks that share work: indices, failures and lost ranks seen by all, whoever is slow."""
 
 import json
 import os
@@ -11,25 +11,25 @@ import time
 import pytest
 from commands import REPOSITORY
 
-from guided_diffusion.runs.workers import Crew
+from guided_diffusion.runs.workers import End, EndKind, WorkQueue
 
 PROGRAM = """
 import json, os, signal, sys, time
 from guided_diffusion import dist_util
-from guided_diffusion.runs import workers as crew
-crew.BEAT, crew.SILENCE, crew.LAST_WORDS = 0.1, 20, 0.2
+from guided_diffusion.runs import workers
+workers.BEAT, workers.SILENCE, workers.LAST_WORDS = 0.1, 20, 0.2
 case, out, rank = sys.argv[1], sys.argv[2], dist_util.rank()
 dist_util.setup_dist()
-result = {"tickets": [], "outcome": "fine"}
-team = crew.Crew()
+result = {"indices": [], "outcome": "fine"}
+queue = workers.WorkQueue()
 with dist_util.together():
     if rank == 0:
-        team.tell("what", [1, "two"])
+        queue.put("what", [1, "two"])
 try:
-    result["told"] = team.told("what")
-    with team:
-        while (ticket := team.ticket()) < 12:
-            result["tickets"].append(ticket)
+    result["value"] = queue.get("what")
+    with queue:
+        while (index := queue.next_index()) < 12:
+            result["indices"].append(index)
             if rank == 1:
                 if case == "fails":
                     raise ValueError("of 1")
@@ -39,15 +39,15 @@ try:
                 os.kill(os.getpid(), signal.SIGKILL)
             for _ in range(20 if case == "slow" and rank == 1 or case != "slow" else 1):
                 time.sleep(0.1)
-                team.check()
-            team.report(len(result["tickets"]))
-            team.finish_ticket()
-        while rank == 0 and team.finished_tickets() < 12:
-            team.check()
+                queue.check()
+            queue.report(len(result["indices"]))
+            queue.finish_index()
+        while rank == 0 and queue.finished() < 12:
+            queue.check()
             time.sleep(0.05)
         if rank == 0:
             time.sleep(0.3)
-            result["work"], result["alive"] = team.work(), team.alive()
+            result["work"], result["alive"] = queue.work(), queue.alive()
 except Exception as error:
     result["outcome"] = f"{type(error).__name__} {error}"
 open(f"{out}/{rank}.json", "w").write(json.dumps(result))
@@ -73,26 +73,32 @@ def ranks_of(case, size, tmp_path):
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
-def test_one_process_has_every_ticket():
-    with Crew() as crew:
-        crew.tell("what", {"a": 1})
-        assert crew.told("what") == {"a": 1}
-        assert [crew.ticket() for _ in range(3)] == [0, 1, 2]
-        crew.finish_ticket()
-        crew.report(2.5)
-        assert (crew.finished_tickets(), crew.work(), crew.alive()) == (1, 2.5, 1)
-    with Crew() as another:
-        assert another.ticket() == 0
-    with pytest.raises(ValueError, match="mine"), Crew():
+def test_one_process_has_every_index():
+    with WorkQueue() as queue:
+        queue.put("what", {"a": 1})
+        assert queue.get("what") == {"a": 1}
+        assert [queue.next_index() for _ in range(3)] == [0, 1, 2]
+        queue.finish_index()
+        queue.report(2.5)
+        assert (queue.finished(), queue.work(), queue.alive()) == (1, 2.5, 1)
+    with WorkQueue() as another:
+        assert another.next_index() == 0
+    with pytest.raises(ValueError, match="mine"), WorkQueue():
         raise ValueError("mine")
+
+
+@pytest.mark.parametrize("end, text", [
+    (End(EndKind.DONE, 0), "done 0"), (End(EndKind.FAILED, 3), "failed 3"), (End(EndKind.LOST, 12), "lost 12")])
+def test_end_is_what_its_text_says(end, text):
+    assert end.encode() == text and End.decode(text) == end
 
 
 @pytest.mark.slow
 def test_slow_rank_stalls_no_other(tmp_path):
     results = ranks_of("slow", 3, tmp_path)
-    assert sorted(ticket for result in results for ticket in result["tickets"]) == list(range(12))
-    assert all(result["outcome"] == "fine" and result["told"] == [1, "two"] for result in results)
-    assert len(results[1]["tickets"]) <= 2
+    assert sorted(index for result in results for index in result["indices"]) == list(range(12))
+    assert all(result["outcome"] == "fine" and result["value"] == [1, "two"] for result in results)
+    assert len(results[1]["indices"]) <= 2
     assert results[0]["work"] == 12 and results[0]["alive"] == 3
 
 
