@@ -1,6 +1,6 @@
 """Train the classifier of Fashion-MNIST that measures samples, on the 60,000 training images.
 
-Without options it makes the bundled evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU
+Without options it makes the bundled evaluations/models/fashion_mnist.safetensors (a quarter of an hour on one CPU
 core) and, beside it, a log with one line per epoch.
 
 Example:

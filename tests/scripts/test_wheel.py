@@ -53,8 +53,8 @@ def installed(source, tmp_path_factory):
 
 
 def test_the_wheel_samples_evaluates_and_plans_a_table(installed, tmp_path):
-    where = run(installed / "python", "-c", "import guided_diffusion, evaluations, guided_pixels; print(*(package.__file__ "
-                "for package in (guided_diffusion, evaluations, guided_pixels)), sep='\\n')", cwd=tmp_path).split()
+    where = run(installed / "python", "-c", "import guided_diffusion as a, evaluations as b, guided_pixels as c; "
+                "print(a.__file__, b.__file__, c.__file__, sep='\\n')", cwd=tmp_path).splitlines()
     assert len(where) == 3 and all(path.startswith(str(installed.parent)) for path in where)
 
     command = installed / "guided-pixels"
