@@ -39,9 +39,9 @@ def save(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Runs a command in evaluations/, which must succeed; its results and what it printed."""
+    """Runs a command, which must succeed; its results and what it printed."""
     def command(name, *words):
-        code = call(f"evaluations/{name}", *words, "--json", tmp_path / "result.json")
+        code = call(name, *words, "--json", tmp_path / "result.json")
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return json.loads((tmp_path / "result.json").read_text()), printed.out
@@ -51,7 +51,7 @@ def command(tmp_path, capsys):
 @pytest.fixture
 def refused(capsys):
     def refused(name, *words):
-        assert call(f"evaluations/{name}", *words) == 2
+        assert call(name, *words) == 2
         out, err = capsys.readouterr()
         assert out == ""
         return next(line for line in err.splitlines() if line.startswith("error: "))
@@ -205,9 +205,9 @@ def test_features_are_what_the_networks_say(extractor, scenes, save):
 def test_the_evaluator_has_the_same_numbers(save, scenes, command):
     """The metrics of depth are metrics of the evaluator as well, where its network estimates depth."""
     sample = save("unguided", scenes.rgb[:60])
-    (by_evaluator,), printed = command("evaluator", "scenes32", sample, "--backend", "scenes",
+    (by_evaluator,), printed = command("evaluate", "scenes32", sample, "--backend", "scenes",
                                        "--metrics", "dfid,fid,sharpness,gap", "--bootstrap", 20)
-    by_command, _ = command("depth/metrics", "scenes32", sample, "--bootstrap", 20)
+    by_command, _ = command("depth_metrics", "scenes32", sample, "--bootstrap", 20)
     for word, number in by_command["rows"][str(sample)]["metrics"].items():
         assert by_evaluator["metrics"][word] == pytest.approx(number["value"], rel=1e-4)
         low, high = number["interval95"]
@@ -220,14 +220,14 @@ def test_the_evaluator_has_the_same_numbers(save, scenes, command):
 
 def test_the_evaluator_needs_a_network_that_estimates_depth(save, scenes, refused):
     sample = save("unguided", scenes.rgb[:10])
-    message = refused("evaluator", sample, sample, "--metrics", "fid,dfid", *FASHION_MNIST)
+    message = refused("evaluate", sample, sample, "--metrics", "fid,dfid", *FASHION_MNIST)
     assert message == ("error: --backend fashion_mnist: does not estimate depth, which dfid of --metrics would need; "
                        "must be one of scenes")
 
 
 def test_command(save, scenes, command):
     files = save("unguided", scenes.rgb), save("upside_down", scenes.rgb[:, ::-1])
-    result, printed = command("depth/metrics", "scenes32", *files, "--bootstrap", 50, "--num_images", 150)
+    result, printed = command("depth_metrics", "scenes32", *files, "--bootstrap", 50, "--num_images", 150)
     assert result["reference"]["images"] == 10000 and result["bootstrap"] == 50
     assert [row["images"] for row in result["rows"].values()] == [150, 150]
     first, other = (row["metrics"] for row in result["rows"].values())
@@ -252,7 +252,7 @@ def test_what_the_command_refuses(save, scenes, refused, tmp_path):
             (("scenes32", good, save("five", scenes.rgb[:5])), "has 5 images"),
             (("fmnist32", good), "has no images"), (("scenes32", good, "--bootstrap", 1), "--bootstrap 1"),
             (("scenes32", good, "--json", "/nowhere/x.json"), "--json /nowhere/x.json: cannot be written")):
-        assert message in refused("depth/metrics", *words), words
+        assert message in refused("depth_metrics", *words), words
 
 
 def test_a_reference_of_another_network_is_refused(extractor, tmp_path):
@@ -277,23 +277,23 @@ def save_depth(tmp_path):
 def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, command):
     real, other = scenes.depth[:80], scenes.depth[80:]
     files, limits = (save_depth("real", real), save_depth("other", other)), f"{NEAR},{FAR}"
-    (result,), printed = command("depth/fid", *files, "--depth_range", limits, "--bootstrap", 20, *FASHION_MNIST)
+    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *FASHION_MNIST)
     value = result["metrics"]["dfid"]
     assert result["sample"]["file"] == str(files[1]) and result["reference"]["images"] == 80
     low, high = result["intervals95"]["dfid"]
     assert low < value < high and f"dFID: {value}" in printed
     as_images = [save(f"{path.stem}_images", depth_images((depth - NEAR) / (FAR - NEAR) * 2 - 1))
                  for path, depth in zip(files, (real, other), strict=True)]
-    (by_hand,), _ = command("evaluator", *as_images, "--metrics", "fid", *FASHION_MNIST)
+    (by_hand,), _ = command("evaluate", *as_images, "--metrics", "fid", *FASHION_MNIST)
     assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
 
 
 def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
     scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
     files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])
-    of_each = [result["metrics"]["dfid"] for result in command("depth/fid", *files, *FASHION_MNIST)[0]]
+    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *FASHION_MNIST)[0]]
     assert of_each == pytest.approx([0, 0], abs=1e-2)
-    fixed = command("depth/fid", *files, "--depth_range", "0.5,9", *FASHION_MNIST)[0]
+    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *FASHION_MNIST)[0]
     assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
 
 
@@ -312,4 +312,4 @@ def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
             ((good, good, "--depth_range", "20,30"), "lies outside --depth_range"),
             ((good, good, "--num_images", 71), "--num_images 71"), ((good,), "1 files given"),
             ((good, good, "--json", "/nowhere/x.json"), "cannot be written")):
-        assert message in refused("depth/fid", *words, *FASHION_MNIST), words
+        assert message in refused("depth_fid", *words, *FASHION_MNIST), words
