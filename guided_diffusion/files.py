@@ -13,13 +13,9 @@ import socket
 import tempfile
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from .errors import UserError
 
@@ -247,18 +243,3 @@ def _is_same_file(stream: IO[str], path: Path) -> bool:
             return os.path.samestat(os.fstat(now.fileno()), os.fstat(stream.fileno()))
     except OSError:
         return False
-
-
-# Arrays
-
-
-def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:
-    """The arrays of these names in an .npz file, None for those it has not.
-
-    Raises UserError, beginning with `otherwise`, where it is no such file, is damaged or holds pickled objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file.get(name) for name in names]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{otherwise} ({error})") from None

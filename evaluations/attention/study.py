@@ -30,8 +30,9 @@ from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder, read_arrays, write_csv, write_text
+from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import to_uint8

@@ -24,8 +24,8 @@ from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
+from ..npz import BatchFile
 from ..options import Options, option_fields, parse_options
-from ..packing import first_images
 from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
@@ -54,7 +54,7 @@ class SamplingRun:
     guidance: tuple[GuidanceOptions, ...]
 
     @classmethod
-    def of(cls, options: Sequence[Options]) -> Self:
+    def of(cls, options: Sequence[Any]) -> Self:
         """The run of SampleOptions and an instance of each of `option_classes()`, in that order."""
         sample, model, diffusion, *rest = options
         return cls(sample, model, diffusion, tuple(one for one in rest if isinstance(one, SamplerOptions)),
@@ -205,18 +205,18 @@ class SamplingRun:
         with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
-                numbers, began = chunks.chunks[todo[index]], time.monotonic()
+                image_ids, began = chunks.chunks[todo[index]], time.monotonic()
 
-                def on_step(part: float, before: int = done, count: int = len(numbers)) -> None:
+                def on_step(part: float, before: int = done, count: int = len(image_ids)) -> None:
                     queue.check()
                     queue.report(before + part * count)
                     progress.show()
 
-                labels = chunks.labels(numbers)
-                images = sampler.images(numbers, labels, on_step)
+                labels = None if chunks.labels is None else chunks.labels(image_ids)
+                images = sampler.images(image_ids, labels, on_step)
                 seconds = time.monotonic() - began
                 chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
-                done += len(numbers)
+                done += len(image_ids)
                 queue.report(done)
                 queue.finish_index()
             while dist_util.is_main() and queue.finished() < len(todo):
@@ -230,7 +230,7 @@ class SamplingRun:
         packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
         os.replace(packed, chunks.samples)
-        pictures.save_grid(first_images(chunks.samples, 64), self.out / "grid.png")
+        pictures.save_grid(BatchFile(chunks.samples).first(64), self.out / "grid.png")
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import files, packing
+from .. import files
 from ..errors import UserError
 from ..fetch import sha256_of
+from ..npz import READ_ERRORS as NPZ_ERRORS
+from ..npz import BatchFile, Chunk, prepare_samples, read_checked
 from .record import READ_ERRORS, difference, identity, read_record
 
 REMEDY = "name another folder, or pass --overwrite True"
@@ -102,9 +103,7 @@ class Shards:
         """
         path, numbers = self.path(index), self.chunks[index]
         try:
-            with zipfile.ZipFile(path) as archive:      # reading a member to its end checks its checksum
-                arrays = {name.removesuffix(".npy"): np.lib.format.read_array(
-                    io.BytesIO(archive.read(name)), allow_pickle=False) for name in archive.namelist()}
+            arrays = read_checked(path)
             held = arrays["numbers"]
             whole = (len(held) > 0 and arrays["images"].shape == (len(held), *self.shape[1:])
                      and arrays["images"].dtype == np.uint8 and arrays["rank"].ndim == arrays["seconds"].ndim == 0
@@ -112,13 +111,13 @@ class Shards:
             run = str(arrays["run"])
         except FileNotFoundError:
             raise
-        except packing.READ_ERRORS as error:
+        except NPZ_ERRORS as error:
             whole, run = False, str(error)
         if not whole:
             raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
         if run != self.fingerprint or held[0] != numbers.start or (np.diff(held) != 1).any():
             raise UserError(f"{path}: is of another run; {REMEDY}")
-        both = min(len(held), len(numbers))
+        both = range(min(len(held), len(numbers)))
         if self.labels is not None and not _equal(_cut(self.labels(numbers), both), _cut(arrays.get("labels"), both)):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
         return arrays
@@ -152,9 +151,9 @@ class Shards:
                          ending="nothing was changed")
         if earlier:
             kept = [index for index in missing if self.chunks[index].stop <= earlier.num_samples]
-            arrays = packing.unpack(earlier.samples, [self.chunks[index] for index in kept])
-            for index, (images, labels) in zip(kept, arrays, strict=True):
-                self.save(index, images, labels)
+            samples = BatchFile(earlier.samples)
+            for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
+                self.save(index, images, _cut(samples.labels, self.chunks[index]))
             missing = [index for index in missing if index not in set(kept)]
         return missing
 
@@ -198,8 +197,8 @@ class Shards:
                             f"differs); {REMEDY}")
 
     def _check_labels(self, earlier: Shards) -> None:
-        count = min(earlier.num_samples, self.num_samples)
-        if self.labels is None or _equal(self.labels(range(count)), _cut(packing.read_labels(earlier.samples), count)):
+        both = range(min(earlier.num_samples, self.num_samples))
+        if self.labels is None or _equal(self.labels(both), _cut(BatchFile(earlier.samples).labels, both)):
             return
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
@@ -222,7 +221,7 @@ class Shards:
         """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""
         timing: list[dict[str, Any]] = []
 
-        def arrays() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        def arrays() -> Iterator[Chunk]:
             for index, numbers in enumerate(self.chunks):
                 try:
                     chunk = self.read(index)
@@ -233,7 +232,7 @@ class Shards:
                 timing.append({"first": numbers.start, "images": len(numbers), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
-        return packing.pack(arrays(), self.shape, self.samples), timing
+        return prepare_samples(arrays(), self.shape, self.samples), timing
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
@@ -258,8 +257,8 @@ def holder(out: Path) -> str | None:
     return files.lock_holder(out / ".lock")
 
 
-def _cut(array: np.ndarray | None, count: int) -> np.ndarray | None:
-    return None if array is None else array[:count]
+def _cut(array: np.ndarray | None, indices: range) -> np.ndarray | None:
+    return None if array is None else array[indices.start:indices.stop]
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

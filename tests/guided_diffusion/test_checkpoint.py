@@ -284,7 +284,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, name, 
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     assert "No space left" in refusal(save_state, tmp_path / name, {"b": torch.ones(1)})
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert_same(load_state_dict(tmp_path / name), tensors())
