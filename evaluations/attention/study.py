@@ -35,7 +35,7 @@ from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
-from guided_diffusion.pixels import to_uint8
+from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
@@ -313,7 +313,7 @@ class AttentionStudy:
             labels = self.network.labels(range(len(images))).numpy()
         with progress_bar(len(images) * len(self.object_steps), "real images", "img") as progress:
             for piece in _pieces(range(len(images)), self.options.batch_size):
-                x0 = torch.from_numpy(images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
+                x0 = from_uint8(torch.from_numpy(images[piece]).permute(0, 3, 1, 2))
                 x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
                 denoise = self.network.denoiser(None if labels is None else torch.from_numpy(labels[piece]))
                 for t in self.object_steps:

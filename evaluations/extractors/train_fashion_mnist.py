@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.progress import progress_bar
 
 from .bundled import IMAGE_SIZE, round_convolutions
 from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
@@ -68,7 +68,8 @@ def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistCla
         for epoch in range(1, options.epochs + 1):
             model.train()
             loss_sum = 0.0
-            for _ in tqdm(range(steps), desc=f"epoch {epoch}/{options.epochs}", unit="batch", leave=False):
+            for _ in progress_bar(steps, f"epoch {epoch}/{options.epochs}", "batch", leave=False,
+                                  iterable=range(steps)):
                 images, labels = next(batches)
                 logits = model(shift(images, options.max_shift, shifts))
                 loss = nn.functional.cross_entropy(logits, labels["y"])

@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from guided_diffusion.cli import run_script
+from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.pixels import from_uint8
+from guided_diffusion.progress import progress_bar
 
 from ..depth.accuracy import depth_errors
 from .bundled import IMAGE_SIZE, round_convolutions
@@ -74,8 +76,8 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
             judge.train()
             loss_sum = 0.0
             order = rng.permutation(options.num_images)
-            for step in tqdm(range(steps), desc=f"epoch {epoch}/{options.epochs}", unit="batch", leave=False,
-                             mininterval=0.5 if sys.stderr.isatty() else 30):
+            for step in progress_bar(steps, f"epoch {epoch}/{options.epochs}", "batch", leave=False,
+                                     iterable=range(steps)):
                 chosen = order[step * options.batch_size:(step + 1) * options.batch_size]
                 loss = judge_loss(judge, *batch(scenes, chosen, rng.random(len(chosen)) < 0.5), options)
                 optimizer.zero_grad()
@@ -98,13 +100,13 @@ def batch(scenes: Scenes, chosen: np.ndarray, mirrored: np.ndarray) -> tuple[Ten
     """RGB (n, 3, 32, 32) and depth (n, 1, 32, 32) in [-1, 1], kinds (n,) of scenes `chosen`, mirrored where True."""
     rgb, depth = scenes.rgb[chosen], scenes.depth[chosen]
     rgb[mirrored], depth[mirrored] = rgb[mirrored, :, ::-1], depth[mirrored, :, ::-1]
-    rgb = torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1
+    rgb = from_uint8(torch.from_numpy(rgb).permute(0, 3, 1, 2))
     return rgb, in_unit(depth), torch.from_numpy(scenes.label[chosen])
 
 
 def in_unit(depth: np.ndarray) -> Tensor:
     """(N, 1, H, W) in [-1, 1] of depth (N, H, W) in metres."""
-    return torch.from_numpy((depth - NEAR) / (FAR - NEAR) * 2 - 1)[:, None]
+    return torch.from_numpy(to_unit_range(depth, NEAR, FAR))[:, None]
 
 
 def judge_loss(judge: ScenesExtractor, rgb: Tensor, depth: Tensor, label: Tensor, options: ScenesTrainingOptions) -> Tensor:

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import ready
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.presets import find_preset, released_names
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.record import MODEL_FLAG
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.unet import Encoder
@@ -296,7 +296,7 @@ def _rates(table: Table, seconds: float | None) -> Mapping[tuple[ModelOptions, i
     for row in table.rows.values():
         kinds.setdefault(_key(row), []).append(row)
     rates = {}
-    for key, rows in tqdm(kinds.items(), desc="timing", unit="network", disable=seconds is not None):
+    for key, rows in progress_bar(len(kinds), "timing", "network", enabled=seconds is None, iterable=kinds.items()):
         row, operations = rows[0], flops(rows[0].run).forward
         name = ", ".join(dict.fromkeys(row.run.sample.model or Path(row.run.sample.model_path).stem for row in rows))
         if seconds is not None:
