@@ -107,7 +107,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
-    with progress_bar(total, images.path.name, "img", enabled=dist_util.is_main()) as progress:
+    with progress_bar(total, images.path.name, "img") as progress:
         for first in range(0, total, ranks * batch_size):
             features: Features | None = None
             with dist_util.together():

@@ -157,7 +157,7 @@ def measure_calls(functions: dict[str, Callable[[], object]], rounds: int, netwo
     memory = {name: peak_memory(function) for name, function in functions.items()}
     passes = {name: count_passes(function, networks) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    with progress_bar(rounds, "timing", "round", enabled=dist_util.is_main()) as progress:
+    with progress_bar(rounds, "timing", "round") as progress:
         for _ in range(rounds):
             for name, function in functions.items():
                 _synchronize()

@@ -17,7 +17,8 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.depth.images import depth_images
-from guided_diffusion.depth.pairs import OWN_RANGE, parse_depth_range, read_depth
+from guided_diffusion.depth.pairs import read_depth
+from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
@@ -143,7 +144,7 @@ def depth_arrays(images: BatchFile, count: int, judge: ScenesExtractor) -> dict[
 
 def metres(depth: np.ndarray) -> np.ndarray:
     """Depth in [-1, 1] in metres."""
-    return NEAR + (depth + 1) / 2 * (FAR - NEAR)
+    return from_unit_range(depth, NEAR, FAR)
 
 
 def edge_sharpness(depth: np.ndarray) -> np.ndarray:
