@@ -20,7 +20,7 @@ from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option
 from guided_diffusion.pixels import from_uint8
 
-from ..depth.accuracy import depth_errors
+from ..depth_errors import depth_errors
 from .bundled import IMAGE_SIZE
 from .scenes import WEIGHTS, ScenesExtractor, save_scenes
 from .training import EpochTraining, learning_rate_factor
