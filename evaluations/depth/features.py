@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
@@ -115,7 +116,7 @@ def check_scenes(file: BatchFile, count: int | None = None) -> None:
 
 def metres(depth: np.ndarray) -> np.ndarray:
     """Turns depth from -1 (NEAR) to 1 (FAR) into metres."""
-    return NEAR + (depth + 1) / 2 * (FAR - NEAR)
+    return from_unit_range(depth, NEAR, FAR)
 
 
 def edge_sharpness(depth: np.ndarray) -> np.ndarray:
