@@ -21,7 +21,7 @@ from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, option, parse_options
 
-from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from ..features import Features, feature_folder
 from ..npz import write_batch
 
@@ -75,8 +75,8 @@ def measure(options: MemoryOptions) -> str:
             paths.append(Path(folder) / f"{('reference', 'sample')[seed]}.npz")
             write_batch(paths[-1], {}, synthetic_images(count, size, seed), (count, size, size, 3))
         began = time.monotonic()
-        evaluation = Evaluation(str(paths[0]), [str(paths[1])], NetworkOptions(),
-                                EvaluatorOptions(metrics=options.metrics), network=Stub())
+        evaluation = Evaluation(str(paths[0]), [str(paths[1])], ExtractorOptions(),
+                                EvaluatorOptions(metrics=options.metrics), extractor=Stub())
         with feature_folder(folder) as cache:
             evaluation.run(cache)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -24,7 +24,7 @@ from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
 
-EMBEDDED = ("--backend", "embedded")
+FASHION_MNIST = ("--backend", "fashion_mnist")
 
 
 @pytest.fixture(scope="module")
@@ -260,23 +260,23 @@ def save_depth(tmp_path):
 def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, command):
     real, other = scenes.depth[:80], scenes.depth[80:]
     files, limits = (save_depth("real", real), save_depth("other", other)), f"{NEAR},{FAR}"
-    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *EMBEDDED)
+    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *FASHION_MNIST)
     value = result["metrics"]["dfid"]
     assert result["sample"]["file"] == str(files[1]) and result["reference"]["images"] == 80
     low, high = result["intervals95"]["dfid"]
     assert low < value < high and f"dFID: {value}" in printed
     as_images = [save(f"{path.stem}_images", depth_images((depth - NEAR) / (FAR - NEAR) * 2 - 1))
                  for path, depth in zip(files, (real, other), strict=True)]
-    (by_hand,), _ = command("evaluator", *as_images, "--metrics", "fid", *EMBEDDED)
+    (by_hand,), _ = command("evaluator", *as_images, "--metrics", "fid", *FASHION_MNIST)
     assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
 
 
 def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
     scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
     files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])
-    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *EMBEDDED)[0]]
+    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *FASHION_MNIST)[0]]
     assert of_each == pytest.approx([0, 0], abs=1e-2)
-    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *EMBEDDED)[0]
+    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *FASHION_MNIST)[0]
     assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
 
 
@@ -295,4 +295,4 @@ def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
             ((good, good, "--depth_range", "20,30"), "lies outside --depth_range"),
             ((good, good, "--num_images", 71), "--num_images 71"), ((good,), "1 files given"),
             ((good, good, "--json", "/nowhere/x.json"), "cannot be written")):
-        assert message in refused("depth_fid", *words, *EMBEDDED), words
+        assert message in refused("depth_fid", *words, *FASHION_MNIST), words
