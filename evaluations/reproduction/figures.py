@@ -1,4 +1,4 @@
-"""Which charts a section of a report has: precision against recall, and its metrics against the option of the section."""
+"""The charts of a section of a report: precision against recall, and its metrics against the section's option."""
 
 from __future__ import annotations
 

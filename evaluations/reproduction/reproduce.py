@@ -18,9 +18,10 @@ import torch
 
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder, locked, write_json, write_text
-from guided_diffusion.options import Options, option
+from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.npz import BatchFile
+from guided_diffusion.options import Options, option
+from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
@@ -32,7 +33,7 @@ from .plan import plan
 from .report import write_report
 from .results import results
 from .tables import Row, Table, in_folder, load_table, table_names
-from .titles import sampler, title
+from .titles import sampler, titles
 
 SHOWN_IMAGES = 12               # of each row in the report
 FEATURES = "features"           # folder of what the networks saw, in that of a table
@@ -146,9 +147,10 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
 def sample(table: Table, why: Mapping[str, str]) -> None:
     """Samples what is not there yet. why: of rows that are left out, the reason."""
     rows = [row for name, row in table.rows.items() if name not in why]
+    named = titles(table)
     for number, row in enumerate(rows, 1):
         if dist_util.is_main():
-            _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, title(row, table),
+            _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
                       sampler(row.run), row.images)
         row.run.run()
 
@@ -156,9 +158,9 @@ def sample(table: Table, why: Mapping[str, str]) -> None:
 def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
     """Returns the first images of every row, and what the first row whose guidance reads attention attends to."""
     sampled = {name: row for name, row in table.rows.items() if name not in why}
-    grids = []
+    named, grids = titles(table), []
     for section in table.sections:
-        rows = {title(sampled[name], table): BatchFile(sampled[name].run.samples).first(SHOWN_IMAGES)
+        rows = {named[name]: BatchFile(sampled[name].run.samples).first(SHOWN_IMAGES)
                 for name in section.rows if name in sampled}
         if rows:
             grids.append((section.title, rows))

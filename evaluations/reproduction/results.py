@@ -12,7 +12,7 @@ from .costs import passes
 from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
 from .tables import DFID, Row, Section, Table
-from .titles import heads, title, usual
+from .titles import heads, titles, usual
 from .verdicts import NOT_RUN, not_comparable, overall, verdict, versus
 
 __all__ = ["not_comparable", "overall", "results", "verdict", "versus"]
@@ -36,16 +36,15 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
         "settings": usual(table),
         "bootstrap": settings.bootstrap, "network": numbers.network, "reference": numbers.reference,
-        "rows": {name: _row(table, name, why.get(name, "")) for name in table.rows},
+        "rows": {name: _row(table.rows[name], title, why.get(name, "")) for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
     }
 
 
-def _row(table: Table, name: str, why: str) -> dict[str, Any]:
-    """Returns what is said of a row in all sections."""
-    row = table.rows[name]
+def _row(row: Row, title: str, why: str) -> dict[str, Any]:
+    """Returns what is said of a row in all sections. why: the reason where it was not run."""
     count = passes(row.run)
-    described = {"title": title(row, table), "state": NOT_RUN if why else "measured", "why": why,
+    described = {"title": title, "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
                  "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
@@ -56,7 +55,7 @@ def _row(table: Table, name: str, why: str) -> dict[str, Any]:
     chunks = [chunk for chunk in record["timing"]["chunks"] if chunk["seconds"]]
     seconds = sum(chunk["seconds"] for chunk in chunks)
     speed = sum(chunk["images"] for chunk in chunks) / seconds if seconds else None
-    return {**described, "samples": f"{name}/{row.run.samples.name}", "sha256": record["sha256"]["samples"],
+    return {**described, "samples": f"{row.name}/{row.run.samples.name}", "sha256": record["sha256"]["samples"],
             "seconds": round(seconds, 1), "images_per_second": speed and round(speed, 3)}
 
 

@@ -1,4 +1,4 @@
-"""What reports show of the sections of a table: their rows and numbers as text, from the results as table.json has them."""
+"""What reports show of the sections of a table, as text: their rows and numbers, taken from table.json."""
 
 from __future__ import annotations
 

@@ -217,8 +217,8 @@ def _section(part: Any, path: Path) -> Section:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
             or len(set(rows)) < len(rows):
         raise UserError(f"rows of a section in {path}: must be a list of different names of rows, in text")
-    numeric = [field.name for cls in (SampleOptions, *option_classes()) for field in option_fields(cls)
-               if field.type in (int, float)]
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    numeric = [field.name for cls in classes for field in option_fields(cls) if field.type in (int, float)]
     if against and against not in numeric:
         raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
     return Section(str(part.get("title", "")), tuple(rows), against)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.runs.sample import SamplingRun
 
-from .tables import Row, Table
+from .tables import Table
 
 
-def title(row: Row, table: Table) -> str:
-    """Returns a row's guidance and sampler, like "SAG s = 0.25, psi = 1.3", without what `usual` says.
+def titles(table: Table) -> dict[str, str]:
+    """Returns the title of each row: its guidance and sampler, without what `usual` says.
 
-    Where an earlier row of one of its sections has the same title, its name is added.
+    Like "SAG s = 0.25, psi = 1.3". Where an earlier row of one of its sections has the same title, a row's name is
+    added.
     """
-    beside = {name for section in table.sections if row.name in section.rows for name in section.rows}
-    earlier = [other for name, other in table.rows.items() if name in beside]
-    earlier = earlier[:[other.name for other in earlier].index(row.name)] if row.name in beside else []
-    words = _words(row.run, table)
-    return f"{words} ({row.name})" if words in [_words(other.run, table) for other in earlier] else words
+    details = {method: _usual_details(table, method) for method in GUIDANCE}
+    common = _most_frequent([sampler(row.run) for row in table.rows.values()])
+    words = {name: _words(row.run, details, common) for name, row in table.rows.items()}
+    twice = {name for section in table.sections for place, name in enumerate(section.rows)
+             if words[name] in [words[other] for other in section.rows[:place]]}
+    return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
 
 
 def usual(table: Table) -> str:
@@ -44,9 +46,9 @@ def heads(run: SamplingRun) -> str:
     return next((method.heads for method in (*run.active, *run.guidance) if method.heads), "")
 
 
-def _words(run: SamplingRun, table: Table) -> str:
-    words = " + ".join(method.title(_usual_details(table, type(method))) for method in run.active) or "no guidance"
-    common = _most_frequent([sampler(row.run) for row in table.rows.values()])
+def _words(run: SamplingRun, details: Mapping[type[GuidanceOptions], Mapping[str, str]], common: str) -> str:
+    """Returns what sets a run apart. details: the usual ones of each method. common: the usual sampler."""
+    words = " + ".join(method.title(details[type(method)]) for method in run.active) or "no guidance"
     return words if sampler(run) == common else f"{words}, {sampler(run)}"
 
 
