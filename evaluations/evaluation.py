@@ -22,7 +22,7 @@ from . import plots
 from .depth.features import DepthExtractor, depth_extractor
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
 from .features import FeatureExtractor, extract
-from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Metric
+from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .npz import BatchFile
@@ -272,7 +272,7 @@ class Evaluation:
 
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison) -> dict[str, Any]:
         values: dict[str, float | None] = {}
-        intervals: dict[str, tuple[float, float]] = {}
+        intervals: dict[str, Interval] = {}
         for metric in self.options.wanted:
             value = metric.value(comparison)
             values[metric.word] = value
@@ -280,7 +280,7 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                intervals[metric.word] = tuple(metric.interval(comparison, self.options.bootstrap))
+                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
         kind = self.extractor_options.kind
         return {
             "reference": reference.description(),

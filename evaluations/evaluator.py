@@ -11,6 +11,7 @@ torchrun the ranks share the images.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, summary
 from evaluations.evaluation import ExtractorOptions as NetworkOptions
@@ -18,15 +19,15 @@ from evaluations.features import feature_folder
 from guided_diffusion import dist_util
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import parse_options
+from guided_diffusion.options import Words, parse_words
 
 __all__ = ["Evaluation", "EvaluatorOptions", "NetworkOptions", "main", "warn"]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    extractor, options, words = parse_options(None, ExtractorOptions, EvaluatorOptions, description=__doc__,
-                                              words="the reference batch, then the sample files")
+    words, (extractor, options) = parse_words(argv, Words("FILE", "the reference batch, then the sample files"),
+                                              ExtractorOptions, EvaluatorOptions, description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     dist_util.setup_dist()

@@ -1,19 +1,4 @@
-r"""Make a reference batch: images and the statistics of their features, in the official layout.
-
-    python -m evaluations.make_reference IMAGES OUT.npz
-
-IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
-("fashion-mnist": where Debian installs them; its test images). The bundled reference fmnist32 was made by
-
-    python -m evaluations.make_reference fashion-mnist evaluations/models/fmnist32_reference.npz \
-        --backend fashion_mnist --keep features
-
-and scenes32, which also holds what `evaluations.depth_metrics` compares with, by
-
-    python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
-    python -m evaluations.make_reference scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \
-        --keep features --half True
-"""
+"""Making a reference batch: images and the statistics of their features, in the official layout."""
 
 from __future__ import annotations
 
@@ -24,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
@@ -37,7 +22,7 @@ from guided_diffusion.image_datasets import (
     read_image,
     resize_smaller_side,
 )
-from guided_diffusion.options import option, parse_options
+from guided_diffusion.options import option
 
 from .depth.features import depth_extractor
 from .evaluation import ExtractorOptions, load_extractor_once
@@ -138,16 +123,5 @@ def _pixels(file: Path, size: int | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def main() -> None:
-    """The command."""
-    options, words = parse_options(None, ReferenceOptions, description=__doc__,
-                                   words="the images, then the file to write")
-    if len(words) != 2:
-        raise UserError(f"{len(words)} words given: the images and the file to write are needed")
-    made = make_reference(*words, options)
-    if made:
-        print(made)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_renamed("python -m evaluations.make_reference", "make_reference")

@@ -1,21 +1,8 @@
-"""How right the geometry of sampled scenes is, by the depth that the extractor of scenes estimates.
+"""The depth metrics of sampled scenes, with their differences from the first sample file, as two tables.
 
-    python -m evaluations.depth_metrics scenes32 samples/dag/unguided/samples_2000x32x32x3.npz MORE.npz [--json FILE]
-
-The reference is a file of RGB scenes (arr_0, 32x32), or the bundled one by name, 10,000 held-out scenes.
-
-    dFID            FID between depth maps of real and of generated images, both estimated by the extractor (as
-                    in arXiv 2212.08861 both come from one network), as 8-bit images, round((d + 1) * 127.5), on
-                    the 64 pooled features of the classifier of Fashion-MNIST
-    FID             of the RGB images, on the 64 pooled features of the extractor
-    edge sharpness  mean over the images of the mean magnitude of the depth gradient, in metres per pixel, over the
-                    tenth of the pixels where it is largest; the gradient is that of forward differences
-    sharpness gap   its distance from that of the real scenes
-
-The extractor smooths: its depth maps of real scenes have three quarters of the true edge sharpness. These numbers
-compare with no others: not with those of Inception, nor with those of another number of images. Intervals are 95 %
-intervals by bootstrap. Differences are to the first sample file, by the same resampled image indices in both: with the same seed,
-image i begins in the same noise in every file.
+They are dFID, FID, edge sharpness and its gap to that of real scenes, by the depth that the extractor of scenes
+estimates: the metrics of these words in `METRICS`. Differences are of the same resampled image indices in both files:
+with the same seed, image i begins in the same noise in every file.
 """
 
 from __future__ import annotations
@@ -26,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from ..metrics import METRICS, Comparison, FeatureSet, FileFeatures, Replicates, Statistic, resampled_mean, resamplings
 from ..metrics.comparison import Feature
@@ -168,16 +154,3 @@ def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsO
             "reference": {"file": real.file, "images": real.features.count, "sharpness": sharpness},
             **extractor.description(), "bootstrap": options.bootstrap, "rows": described})
     return f"{header(extractor, real)}\n\n{markdown(results, sharpness)}"
-
-
-def main() -> None:
-    """The command."""
-    options, words = parse_options(None, DepthMetricsOptions, description=__doc__,
-                                   words="the reference, then the sample files")
-    if len(words) < 2:
-        raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
-    print(measure_depth(words[0], words[1:], options))
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -170,7 +170,7 @@ def test_first_images_only(save, evaluate):
 
 def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refused):
     sample = save("sample", clothes(20, 1))
-    call("evaluations/make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
+    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
     with np.load(tmp_path / "made.npz") as made:
         arrays = dict(made)
     assert arrays["arr_0"].shape == (40, 32, 32, 3)
@@ -189,6 +189,22 @@ def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refuse
     assert "no images" in message and "precision, recall" in message
 
 
+def test_statistics_of_the_same_network_trained_again_are_refused(save, evaluate, refused, tmp_path):
+    """They are told apart by the SHA-256 of the weights; files that do not hold it, by the name of the network."""
+    sample = save("sample", clothes(20, 1))
+    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = dict(made)
+    images = arrays.pop("arr_0")
+    again = save("again", images, **{**arrays, "backend_sha256": np.array("0" * 64)})
+    assert "another --backend" in (message := refused(again, sample)) and "SHA-256 0000000000000000..." in message
+    renamed = save("renamed", images, **{**arrays, "backend": np.array("classifier")})
+    evaluate(renamed, sample)
+    arrays.pop("backend_sha256")
+    evaluate(save("older", images, **arrays), sample)
+    assert "another --backend" in refused(save("foreign", images, **{**arrays, "backend": np.array("other")}), sample)
+
+
 def test_bundled_reference(save, evaluate, tmp_path):
     results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
@@ -199,10 +215,12 @@ def test_bundled_reference(save, evaluate, tmp_path):
 @needs_fashion_mnist
 def test_bundled_reference_is_that_of_the_test_images(tmp_path):
     words = ("fashion-mnist", tmp_path / "made.npz", *FASHION_MNIST, "--keep", "features")
-    assert call("evaluations/make_reference", *words) == 0
+    assert call("make_reference", *words) == 0
     bundled = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
     with np.load(tmp_path / "made.npz") as made, np.load(bundled) as ours:
         assert made.files == ours.files
+        assert [made[name].item() for name in ("backend", "backend_sha256")] == [
+            ours[name].item() for name in ("backend", "backend_sha256")]
         for name in set(made.files) - {"backend", "backend_sha256"}:
             np.testing.assert_allclose(made[name], ours[name], rtol=1e-3, atol=1e-3)
 
@@ -252,7 +270,7 @@ def test_picture(save, evaluate, tmp_path, suffix):
 
 def test_memory_benchmark_says_what_it_measured(capsys):
     arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
-    assert call("evaluations/benchmarks/memory", *arguments) == 0
+    assert call("benchmark_memory", *arguments) == 0
     assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
 
 
@@ -284,14 +302,14 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number}.png")
     made = tmp_path / "made.npz"
-    assert call("evaluations/make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--num_images", 5) == 0
+    assert call("make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--num_images", 5) == 0
     assert str(made) in capsys.readouterr().out
     file = BatchFile(made)
     np.testing.assert_array_equal(file.read("arr_0"), images[:5])
     assert file.value("backend") == "embedded Fashion-MNIST classifier" and file.value("count") == 5
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "z.png")
-    assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="evaluations/make_reference")
-    assert call("evaluations/make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--image_size", 32) == 0
+    assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="make_reference")
+    assert call("make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--image_size", 32) == 0
     assert len(BatchFile(made)) == 7
 
 
@@ -303,7 +321,7 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     (["fashion-mnist", "out.npz", "--keep", "all"], "--keep all: must be one of"),
 ])
 def test_reference_that_cannot_be_made(words, message, refused):
-    assert message in refused(*words, script="evaluations/make_reference")
+    assert message in refused(*words, script="make_reference")
 
 
 # What is refused
