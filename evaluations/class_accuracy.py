@@ -18,10 +18,10 @@ import numpy as np
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
 
 from .extractors.bundled import IMAGE_SIZE
 from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
-from .npz import BatchFile
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,7 @@ from guided_diffusion.image_datasets import (
     read_image,
     resize_smaller_side,
 )
+from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option, parse_options
 from guided_diffusion.pixels import to_rounded_uint8
 
@@ -44,7 +45,6 @@ from .depth.metrics import depth_arrays
 from .evaluator import NetworkOptions, load_network_once, statistics
 from .extractors.scenes import ScenesExtractor
 from .features import extract, feature_folder
-from .npz import BatchFile, write_batch
 
 
 @dataclass(frozen=True)

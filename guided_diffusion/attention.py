@@ -16,19 +16,21 @@ Observer = Callable[["AttentionBlock", Tensor, tuple[int, int]], None]
 
 
 def split_heads(qkv: Tensor, num_heads: int, new_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, (N, heads, T, C / heads) each, of a projection (N, T, 3C).
+    """Splits a projection (N, T, 3C) into queries, keys and values, (N, heads, T, C / heads) each.
 
-    The channels hold, per head, q, k and v (legacy order), or all q, all k and all v (new order).
+    Its channels hold q, k and v head by head (legacy order), or all q, then all k, then all v (new order).
     """
     n, tokens, width = qkv.shape
     channels = width // (3 * num_heads)
     if new_order:
-        return qkv.view(n, tokens, 3, num_heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
-    return qkv.view(n, tokens, num_heads, 3, channels).permute(3, 0, 2, 1, 4).unbind(0)
+        q, k, v = qkv.view(n, tokens, 3, num_heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = qkv.view(n, tokens, num_heads, 3, channels).permute(3, 0, 2, 1, 4).unbind(0)
+    return q, k, v
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(N, heads, T, C / heads) -> (N, T, C)."""
+    """Undoes the split: (N, heads, T, C / heads) -> (N, T, C)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -52,7 +54,7 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (N, heads, T, d) each."""
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al., 1706.03762, equation 1), for (N, heads, T, d) each."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:
         # The fused CPU kernel is two to four times slower than plain products in bfloat16.
         return (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1) @ v
@@ -62,9 +64,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a feature map, with a residual connection (ADM).
 
-    `num_heads`, `new_order` and `grid` (height, width of the map at the model's own image size) describe its
-    attention. `flag_heads` is the number of heads that the official SAG code believes in (the `--num_heads` flag).
-    Observers and an override are set for the length of a `with` block by `guided_diffusion.capture`.
+    num_heads, num_head_channels: the number of heads, or, where that is not -1, the width of each. new_order: see
+    `split_heads`. grid: (height, width) of the map at the model's own image size. `num_heads` of the block is the
+    number of heads that it has. Observers and an override are set for the length of a `with` block by
+    `guided_diffusion.capture`. Raises UserError where the heads do not divide the channels.
     """
 
     def __init__(self, channels: int, *, num_heads: int = 1, num_head_channels: int = -1, new_order: bool = False,
@@ -75,7 +78,6 @@ class AttentionBlock(nn.Module):
         if divisor < 1 or channels % divisor:
             raise UserError(f"--{flag} {divisor}: must divide the {channels} channels of every attention block")
         self.num_heads = divisor if by_number else channels // divisor
-        self.flag_heads = num_heads
         self.new_order = new_order
         self.use_checkpoint = use_checkpoint
         self.grid = grid
@@ -86,17 +88,18 @@ class AttentionBlock(nn.Module):
         self.override: Attention | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> the same shape."""
         if self.observers or self.override is not None:
             # What is observed must be computed once, and its graph kept: no checkpoint then.
             return self._forward(x, self.override or attention, self.observers)
         return checkpoint(self._forward, x, enabled=self.use_checkpoint)
 
     def _forward(self, x: Tensor, attend: Attention = attention, observers: Sequence[Observer] = ()) -> Tensor:
-        grid = x.shape[2:]
+        height, width = x.shape[2:]
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (N, T, C): no copy in channels_last
         qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
         for observe in observers:
-            observe(self, qkv, tuple(grid))
+            observe(self, qkv, (height, width))
         attended = merge_heads(attend(*split_heads(qkv, self.num_heads, self.new_order)))
         out = F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + out.transpose(1, 2).unflatten(2, grid)
+        return x + out.transpose(1, 2).unflatten(2, (height, width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from .attention import Attention, AttentionBlock, received_attention, split_heads
 from .errors import UserError
 from .options import nearest
+from .unet import Encoder, UNetModel
 
 HEADS = ("exact", "official")
+
+Block = TypeVar("Block", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,11 @@ class Received:
     grid: tuple[int, int]
 
 
-def find_blocks(available: Mapping[str, nn.Module], names: Iterable[str], kind: str) -> dict[str, nn.Module]:
-    """The named blocks; raises UserError listing what there is for a name that is not among them."""
+def find_blocks(available: Mapping[str, Block], names: Iterable[str], kind: str) -> dict[str, Block]:
+    """The named blocks among those that are available.
+
+    kind: what a block is called in the UserError that is raised for an unknown name, which lists the known ones.
+    """
     names = list(names)
     for name in names:
         if name not in available:
@@ -35,32 +42,31 @@ def find_blocks(available: Mapping[str, nn.Module], names: Iterable[str], kind: 
 
 
 @contextmanager
-def capture_attention(model: nn.Module, names: Iterable[str], *, heads: str = "exact", graph: bool = False,
+def capture_attention(model: Encoder, names: Iterable[str], *, heads: str = "exact", graph: bool = False,
                       ) -> Iterator[dict[str, Received]]:
-    """The attention received in the named blocks of `model.attention_blocks`, by every evaluation in the block.
+    """Captures the attention that tokens receive in the named blocks of `model.attention_blocks`.
+
+    Every evaluation in the `with` block overwrites what the one before it gave.
 
         with capture_attention(unet, ["output.8"]) as captured:
             eps = unet(x_t, t)
         captured["output.8"].received          # (N, T)
 
-    heads: "exact", or "official" to split the map as the official SAG code does (`--num_heads` heads in legacy
-    order, whatever the block has). graph: keep the autograd graph instead of detaching.
+    heads: "exact", or "official" to split the projection as the official SAG code does (see `official_heads`).
+    graph: keep the autograd graph instead of detaching. Raises UserError for an unknown block, and where the official
+    heads do not divide the channels.
     """
     if heads not in HEADS:
         raise UserError(f"heads {heads!r}: must be one of {', '.join(HEADS)}")
     blocks = find_blocks(model.attention_blocks, names, "attention block")
-    for name, block in blocks.items():
-        channels = block.norm.num_channels
-        if heads == "official" and channels % block.flag_heads:
-            raise UserError(f"--num_heads {block.flag_heads}: must divide the {channels} channels of {name!r}, to "
-                            "split its map as the official code does")
+    split = {name: (block.num_heads, block.new_order) if heads == "exact" else (official_heads(model, name), False)
+             for name, block in blocks.items()}
     captured: dict[str, Received] = {}
 
     def observer(name: str) -> Callable[[AttentionBlock, Tensor, tuple[int, int]], None]:
         def observe(block: AttentionBlock, qkv: Tensor, grid: tuple[int, int]) -> None:
-            split = (block.num_heads, block.new_order) if heads == "exact" else (block.flag_heads, False)
             with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
-                q, k, _ = split_heads(qkv, *split)
+                q, k, _ = split_heads(qkv, *split[name])
                 captured[name] = Received(received_attention(q, k), grid)
         return observe
 
@@ -74,9 +80,26 @@ def capture_attention(model: nn.Module, names: Iterable[str], *, heads: str = "e
             block.observers.remove(observers[name])
 
 
+def official_heads(model: Encoder, name: str) -> int:
+    """The number of heads into which the official SAG code splits the projection of the named attention block.
+
+    That code believes in the argument num_heads (num_heads_upsample in output blocks) and in the legacy order, also
+    where num_head_channels gives the block other heads, and where it has the new order. Raises UserError where that
+    number does not divide the channels of the block.
+    """
+    heads = model.num_heads
+    if isinstance(model, UNetModel) and name.startswith("output."):
+        heads = model.num_heads_upsample
+    channels = model.attention_blocks[name].norm.num_channels
+    if channels % heads:
+        raise UserError(f"--num_heads {heads}: must divide the {channels} channels of {name!r}, to split its map as "
+                        "the official code does")
+    return heads
+
+
 @contextmanager
-def override_attention(model: nn.Module, names: Iterable[str], attention: Attention) -> Iterator[None]:
-    """Within the block, the named attention blocks compute `attention(q, k, v)` instead of softmax attention.
+def override_attention(model: Encoder, names: Iterable[str], attention: Attention) -> Iterator[None]:
+    """Lets the named attention blocks compute `attention(q, k, v)` instead of softmax attention.
 
     q, k, v and the result: (N, heads, T, C / heads). `lambda q, k, v: v` is the identity attention of
     perturbed-attention guidance.
@@ -93,10 +116,11 @@ def override_attention(model: nn.Module, names: Iterable[str], attention: Attent
 
 
 @contextmanager
-def capture_features(model: nn.Module, names: Iterable[str], *, graph: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The outputs of the named blocks (`input.0` ..., `middle`, `output.0` ...), (N, C, H, W) each.
+def capture_features(model: Encoder, names: Iterable[str], *, graph: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Captures the outputs of the named blocks (`input.0` ..., `middle`, `output.0` ...), (N, C, H, W) each.
 
-    graph: keep the autograd graph instead of detaching.
+    Every evaluation in the `with` block overwrites what the one before it gave. graph: keep the autograd graph instead
+    of detaching. Raises UserError for an unknown block.
     """
     blocks = find_blocks(model.feature_blocks, names, "block")
     captured: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -197,13 +197,16 @@ def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any]) -> N
         model.load_state_dict(state)
 
 
-def ready(network: nn.Module, device: torch.device | str) -> nn.Module:
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+
+
+def ready(network: AnyNetwork, device: torch.device | str) -> AnyNetwork:
     """A network for evaluation: on its device, in the faster memory order, frozen."""
     network.to(device)
     if isinstance(network, Encoder):
         network.channels_last()
     return network.eval().requires_grad_(False)
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"

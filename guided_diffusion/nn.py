@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoidal embedding of step indices (ADM; Vaswani et al. 2017).
+    """Sinusoidal embedding of step indices (Vaswani et al., 1706.03762, section 3.5), as ADM uses it.
 
     timesteps: (N,), fractions allowed. Returns (N, dim) float32: cosines, then sines, zero-padded where dim is odd.
     """
@@ -22,9 +25,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm that computes in float32 whatever the input's type, and returns the input's type."""
+    """Group norm that computes in float32 whatever the type of its input, and returns the input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape and type."""
         if x.device.type == "cpu" and is_channels_last(x) and x.shape[2:].numel() < 1024:
             # The kernel for small channels_last maps walks through them by single groups: copying twice is faster.
             normed = super().forward(x.float().contiguous())
@@ -33,14 +37,18 @@ class GroupNorm32(nn.GroupNorm):
 
 
 class SiLU(nn.Module):
-    """SiLU of what nobody else reads, such as a norm's output: in place where no gradient is recorded."""
+    """SiLU that overwrites its input where no gradient is recorded.
+
+    It is for values that nothing else reads, such as the output of a norm.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """The SiLU x * sigmoid(x), element by element."""
         return nn.functional.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x is a map (N, C, H, W) stored in the order N, H, W, C."""
+    """Says whether x is a map (N, C, H, W) that is stored in the order N, H, W, C."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
@@ -49,8 +57,8 @@ def normalization(channels: int) -> GroupNorm32:
     return GroupNorm32(32, channels)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
-    """`module` with all parameters set to zero, so that a residual branch starts as the identity."""
+def zero_module(module: Module) -> Module:
+    """Sets all parameters of `module` to zero, so that a residual branch starts as the identity; returns it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -62,9 +70,9 @@ def mean_flat(x: Tensor) -> Tensor:
 
 
 def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, enabled: bool) -> Tensor:
-    """`function(*inputs)`; if `enabled`, its activations are recomputed in the backward pass instead of kept.
+    """Calls `function(*inputs)`; if `enabled`, activations are computed again in the backward pass instead of kept.
 
-    The gradient also reaches `inputs` where every weight is frozen.
+    The gradient also reaches `inputs` where all weights are frozen.
     """
     if not (enabled and torch.is_grad_enabled()):
         return function(*inputs)

@@ -6,6 +6,8 @@ Parameter names and shapes are those of the released checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,51 +23,56 @@ UPSAMPLER_CHANNEL_MULT = {512: "1,1,2,2,4,4", 256: "1,1,2,2,4,4", 64: "1,2,3,4"}
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
-class StepSequential(nn.Sequential):
-    """A sequence that hands the timestep embedding to the residual blocks in it."""
+class StepSequential(nn.ModuleList):
+    """Layers one after the other, of which the residual blocks are also given the timestep embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(N, C, H, W) and the embedding (N, E) -> the output of the last layer."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution where `convolve`."""
+    """Nearest-neighbour upsampling by 2, followed by a 3x3 convolution if `convolve`."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 2 H, 2 W)."""
         if self.conv is not None and x.device.type == "cpu" and x.dtype == torch.float32 and is_channels_last(x):
-            return self._fused(x)
+            return _upsample_and_convolve(x, self.conv)
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """Both at once, as a transposed convolution with the 3x3 kernel spread over 4x4: 4/9 of the products."""
-        kernel = self.conv.weight.transpose(0, 1).flip(2, 3)
-        spread = sum(F.pad(kernel, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
-        return F.conv_transpose2d(x, spread, self.conv.bias, stride=2, padding=1)
+
+def _upsample_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Both at once, as a transposed convolution with the 3x3 kernel spread over 4x4: 4/9 of the products."""
+    kernel = conv.weight.transpose(0, 1).flip(2, 3)
+    shifted = (F.pad(kernel, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))
+    return F.conv_transpose2d(x, sum(shifted, start=kernel.new_zeros(())), conv.bias, stride=2, padding=1)
 
 
 class Downsample(nn.Module):
-    """Downsampling by 2: a strided 3x3 convolution where `convolve`, else average pooling."""
+    """Downsampling by 2: a strided 3x3 convolution if `convolve`, else average pooling."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H / 2, W / 2)."""
         return self.op(x)
 
 
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions with a residual connection, conditioned on the timestep embedding.
 
-    resample: "up" or "down" by 2 inside the block, or None. scale_shift: the embedding scales and shifts after the
-    second norm, else it is added before it.
+    resample: "up" or "down" changes the resolution by 2 inside the block, None keeps it. scale_shift: the embedding
+    scales and shifts the output of the second norm (adaptive group normalisation, ADM, section 3); else it is added
+    before that norm. use_checkpoint: computes activations again in the backward pass instead of keeping them.
     """
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int, *, dropout: float = 0.0,
@@ -73,7 +80,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.use_checkpoint = use_checkpoint
-        self.resample = {"up": Upsample, "down": Downsample}[resample](channels, False) if resample else None
+        self.resample = _resampling(resample, channels, convolve=False) if resample else None
         self.in_layers = nn.Sequential(
             normalization(channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(
@@ -85,6 +92,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """(N, channels, H, W) and the embedding (N, emb_channels) -> (N, out_channels, H, W), resampled."""
         return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -105,90 +113,120 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
-class Encoder(nn.Module):
-    """What the UNet and the classifier share: step embedding, input blocks and middle block.
+def _resampling(direction: str, channels: int, convolve: bool) -> nn.Module:
+    return Upsample(channels, convolve) if direction == "up" else Downsample(channels, convolve)
 
-    Arguments as in `UNetModel`. `image_size` fixes nothing but the grids that blocks report and the size of an
-    attention pool: every network runs on any height and width that its levels divide.
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What the UNet and the classifier have in common: the arguments of their encoder, by their names there."""
+
+    image_size: int                             # pixels, height and width of the images that it is made for
+    in_channels: int                            # channels of its input
+    model_channels: int                         # width of level 0 before channel_mult
+    num_res_blocks: int                         # residual blocks per level
+    attention_resolutions: Sequence[int]        # downsampling factors (1, 2, 4, ...) whose levels have attention
+    dropout: float                              # probability in training, in [0, 1]
+    channel_mult: Sequence[float]               # width of each level, as a multiple of model_channels
+    use_checkpoint: bool                        # compute activations again in the backward pass
+    num_heads: int                              # attention heads, where num_head_channels is -1
+    num_head_channels: int                      # channels per attention head; -1: channels / num_heads
+    use_scale_shift_norm: bool                  # the timestep embedding scales and shifts, instead of being added
+    resblock_updown: bool                       # residual blocks change the resolution, instead of convolutions
+    use_new_attention_order: bool               # q, k and v lie in the new order (see `attention.split_heads`)
+
+
+class Encoder(nn.Module):
+    """What the UNet and the classifier share: the timestep embedding, the input blocks and the middle block.
+
+    `image_size` fixes nothing but the grids that blocks report and the size of an attention pool: every network runs
+    on any height and width that its levels divide. num_heads: the argument of that name; where `num_head_channels` is
+    given, the blocks have other heads.
     """
 
-    def __init__(self, *, image_size: int, in_channels: int, model_channels: int, num_res_blocks: int,
-                 attention_resolutions: Sequence[int], dropout: float, channel_mult: Sequence[float],
-                 use_checkpoint: bool, num_heads: int, num_head_channels: int, use_scale_shift_norm: bool,
-                 resblock_updown: bool, use_new_attention_order: bool) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.model_channels = model_channels
-        self.channel_mult = tuple(channel_mult)
-        self.num_res_blocks = num_res_blocks
-        self.attention_resolutions = tuple(attention_resolutions)
-        self.resblock_updown = resblock_updown
-        self.image_size = image_size
+        self.config = config
+        self.image_size = config.image_size
+        self.model_channels = config.model_channels
+        self.channel_mult = tuple(config.channel_mult)
+        self.num_res_blocks = config.num_res_blocks
+        self.attention_resolutions = tuple(config.attention_resolutions)
+        self.num_heads = config.num_heads
         self.dtype = torch.float32
         self.memory_format = torch.contiguous_format
-        self._emb_channels = 4 * model_channels
-        self._res_options = {"dropout": dropout, "scale_shift": use_scale_shift_norm, "use_checkpoint": use_checkpoint}
-        self._attention_options = {"num_head_channels": num_head_channels, "new_order": use_new_attention_order,
-                                   "use_checkpoint": use_checkpoint}
+        self._emb_channels = 4 * config.model_channels
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, self._emb_channels), nn.SiLU(), nn.Linear(self._emb_channels, self._emb_channels))
+            nn.Linear(config.model_channels, self._emb_channels), nn.SiLU(),
+            nn.Linear(self._emb_channels, self._emb_channels))
 
         channels = self.level_channels(0)
-        self.input_blocks = nn.ModuleList([StepSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([StepSequential([nn.Conv2d(config.in_channels, channels, 3, padding=1)])])
         self._input_channels = [channels]
         for level in range(self.num_levels):
-            for _ in range(num_res_blocks):
-                layers = [self._res_block(channels, self.level_channels(level))]
+            for _ in range(self.num_res_blocks):
+                layers: list[nn.Module] = [self._res_block(channels, self.level_channels(level))]
                 channels = self.level_channels(level)
                 if 2**level in self.attention_resolutions:
-                    layers.append(self._attention(channels, level, num_heads))
+                    layers.append(self._attention(channels, level, self.num_heads))
                 self._append(self.input_blocks, layers, channels)
             if level < self.num_levels - 1:
                 self._append(self.input_blocks, [self._resample(channels, "down")], channels)
         top = self.num_levels - 1
-        self.middle_block = StepSequential(
-            self._res_block(channels, channels), self._attention(channels, top, num_heads),
-            self._res_block(channels, channels))
+        self.middle_block = StepSequential([
+            self._res_block(channels, channels), self._attention(channels, top, self.num_heads),
+            self._res_block(channels, channels)])
 
     @property
     def num_levels(self) -> int:
+        """The number of resolutions; each is half the one before it."""
         return len(self.channel_mult)
 
     def level_channels(self, level: int) -> int:
+        """The number of channels of the feature maps of a level."""
         return int(self.channel_mult[level] * self.model_channels)
 
     def _append(self, blocks: nn.ModuleList, layers: list[nn.Module], channels: int) -> None:
-        blocks.append(StepSequential(*layers))
+        blocks.append(StepSequential(layers))
         self._input_channels.append(channels)
 
     def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
-        return ResBlock(channels, self._emb_channels, out_channels, resample=resample, **self._res_options)
+        config = self.config
+        return ResBlock(channels, self._emb_channels, out_channels, dropout=config.dropout,
+                        scale_shift=config.use_scale_shift_norm, resample=resample,
+                        use_checkpoint=config.use_checkpoint)
 
     def _resample(self, channels: int, direction: str) -> nn.Module:
-        if self.resblock_updown:
+        if self.config.resblock_updown:
             return self._res_block(channels, channels, direction)
-        return (Upsample if direction == "up" else Downsample)(channels, True)
+        return _resampling(direction, channels, convolve=True)
 
     def _attention(self, channels: int, level: int, num_heads: int) -> AttentionBlock:
-        grid = self.image_size // 2**level
-        return AttentionBlock(channels, num_heads=num_heads, grid=(grid, grid), **self._attention_options)
+        size, config = self.image_size // 2**level, self.config
+        return AttentionBlock(channels, num_heads=num_heads, num_head_channels=config.num_head_channels,
+                              new_order=config.use_new_attention_order, use_checkpoint=config.use_checkpoint,
+                              grid=(size, size))
 
     @property
     def feature_blocks(self) -> dict[str, nn.Module]:
-        """Every block by name: `input.0` ..., `middle`, and, in a UNet, `output.0` ..."""
-        return {**{f"input.{i}": block for i, block in enumerate(self.input_blocks)}, "middle": self.middle_block}
+        """Every block by its name: `input.0` ..., `middle` and, in a UNet, `output.0` ..."""
+        return {**_named("input", self.input_blocks), "middle": self.middle_block}
 
     @property
     def attention_blocks(self) -> dict[str, AttentionBlock]:
-        """The attention block inside each block that has one, by that block's name."""
-        return {name: layer for name, block in self.feature_blocks.items() for layer in block
+        """The attention block inside each block that has one, by the name of that block."""
+        return {name: layer for name, block in self.feature_blocks.items() for layer in block.children()
                 if isinstance(layer, AttentionBlock)}
 
     @property
     def _torso(self) -> list[nn.Module]:
         return [self.input_blocks, self.middle_block]
 
-    def convert_to(self, dtype: torch.dtype) -> Encoder:
-        """Run the torso in `dtype`: its convolutions and attention projections; norms and the output stay float32."""
+    def convert_to(self, dtype: torch.dtype) -> Self:
+        """Runs the torso in `dtype`: its convolutions and attention projections; norms and the output stay float32.
+
+        Returns the network itself, as all conversions do.
+        """
         self.dtype = dtype
         for part in self._torso:
             for module in part.modules():
@@ -196,22 +234,24 @@ class Encoder(nn.Module):
                     module.to(dtype)
         return self
 
-    def convert_to_fp16(self) -> Encoder:
+    def convert_to_fp16(self) -> Self:
+        """Runs the torso in float16."""
         return self.convert_to(torch.float16)
 
-    def convert_to_fp32(self) -> Encoder:
+    def convert_to_fp32(self) -> Self:
+        """Runs the torso in float32."""
         return self.convert_to(torch.float32)
 
-    def channels_last(self) -> Encoder:
-        """Keep weights and feature maps in channels_last order: the faster one for convolutions on most devices."""
+    def channels_last(self) -> Self:
+        """Keeps weights and feature maps in channels_last order: the faster one for convolutions on most devices."""
         self.memory_format = torch.channels_last
-        return self.to(memory_format=torch.channels_last)
+        return self.to(memory_format=torch.channels_last)       # type: ignore[call-overload]  # torch's types lack it
 
     def _embed(self, timesteps: Tensor) -> Tensor:
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The middle block's output, and what every input block gave."""
+        """The output of the middle block, and the outputs of all input blocks."""
         factor = 2 ** (self.num_levels - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise UserError(f"image size {x.shape[2]}x{x.shape[3]}: height and width must be multiples of {factor}, "
@@ -224,15 +264,18 @@ class Encoder(nn.Module):
         return self.middle_block(h, emb), skips
 
 
+def _named(part: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """The blocks by names like "input.3"."""
+    return {f"{part}.{i}": block for i, block in enumerate(blocks)}
+
+
 class UNetModel(Encoder):
     """The ADM UNet.
 
-    image_size: pixels of the square images it was made for. in_channels, out_channels: of x_t and of the prediction
-    (twice in_channels where the variance is learned). model_channels: width of level 0 before channel_mult.
-    attention_resolutions: *downsampling factors* that have attention (1, 2, 4, ...), as in guided-diffusion.
-    num_classes: adds a label embedding; labels are then needed. num_heads_upsample: heads of the output blocks
-    (-1: num_heads). Call: (N, in_channels, H, W), timesteps (N,), y (N,) int64 -> (N, out_channels, H, W) in the
-    type of x.
+    The arguments are those of guided-diffusion. in_channels, out_channels: of x_t and of the prediction (twice
+    in_channels where the variance is learned). attention_resolutions: *downsampling factors* that have attention
+    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. use_fp16: see `convert_to_fp16`.
+    num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see `EncoderConfig`.
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
@@ -241,31 +284,31 @@ class UNetModel(Encoder):
                  use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
                  num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
                  use_new_attention_order: bool = False) -> None:
-        super().__init__(
+        super().__init__(EncoderConfig(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels,
             num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
             channel_mult=channel_mult, use_checkpoint=use_checkpoint, num_heads=num_heads,
             num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
+            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order))
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self._emb_channels)
 
-        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         skip_channels = list(self._input_channels)
         channels = skip_channels[-1]
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(self.num_levels)):
             for i in range(num_res_blocks + 1):
-                layers = [self._res_block(channels + skip_channels.pop(), self.level_channels(level))]
+                layers: list[nn.Module] = [self._res_block(channels + skip_channels.pop(), self.level_channels(level))]
                 channels = self.level_channels(level)
                 if 2**level in self.attention_resolutions:
-                    layers.append(self._attention(channels, level, heads))
+                    layers.append(self._attention(channels, level, self.num_heads_upsample))
                 if level and i == num_res_blocks:
                     layers.append(self._resample(channels, "up"))
-                self.output_blocks.append(StepSequential(*layers))
+                self.output_blocks.append(StepSequential(layers))
         self.out = nn.Sequential(
             normalization(channels), SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)))
         if use_fp16:
@@ -273,13 +316,19 @@ class UNetModel(Encoder):
 
     @property
     def feature_blocks(self) -> dict[str, nn.Module]:
-        return {**super().feature_blocks, **{f"output.{i}": block for i, block in enumerate(self.output_blocks)}}
+        """Every block by its name: `input.0` ..., `middle`, `output.0` ..."""
+        return {**super().feature_blocks, **_named("output", self.output_blocks)}
 
     @property
     def _torso(self) -> list[nn.Module]:
         return [*super()._torso, self.output_blocks]
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """x_t (N, in_channels, H, W), timesteps (N,), labels y (N,) int64 -> the prediction, in the type of x_t.
+
+        Returns (N, out_channels, H, W). Raises UserError where labels are missing or not wanted, and where the levels
+        do not divide H or W.
+        """
         if (y is None) != (self.num_classes is None):
             raise UserError("the network is class-conditional: labels y are needed" if y is None
                             else "the network is not class-conditional: it takes no labels y")
@@ -293,12 +342,20 @@ class UNetModel(Encoder):
 
 
 class SuperResModel(UNetModel):
-    """A UNet that also sees a low-resolution image, (N, C, h, w) in [-1, 1], upsampled and stacked under x."""
+    """A UNet that also sees a low-resolution image, which is upsampled and stacked under x_t.
 
-    def __init__(self, image_size: int, in_channels: int, *args, **kwargs) -> None:
+    The arguments are those of `UNetModel`; in_channels: of one of the two images.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
-    def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None,      # type: ignore[override]
+                y: Tensor | None = None) -> Tensor:
+        """As `UNetModel.forward`; low_res: (N, C, h, w) in [-1, 1], of any size.
+
+        Its place among the arguments is that of guided-diffusion. Raises UserError also where low_res is missing.
+        """
         if low_res is None:
             raise UserError("an upsampling network needs the low-resolution images low_res")
         upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
@@ -318,6 +375,7 @@ class AttentionPool2d(nn.Module):
         self.num_heads = channels // num_head_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, size, size) -> (N, out_channels)."""
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
         q, k, v = split_heads(self.qkv_proj(x).transpose(1, 2), self.num_heads, new_order=True)
@@ -328,8 +386,9 @@ class AttentionPool2d(nn.Module):
 class EncoderUNetModel(Encoder):
     """The half UNet that classifies noisy images.
 
-    pool: "adaptive", "attention", "spatial" or "spatial_v2". Arguments as in `UNetModel`.
-    Call: (N, in_channels, H, W), timesteps (N,) -> logits (N, out_channels).
+    out_channels: the number of classes. pool: how features become logits, "adaptive" or "attention" from the last map,
+    "spatial" or "spatial_v2" from the means of all maps. The other arguments are those of `UNetModel`. Raises UserError
+    for an unknown pool, and for an attention pool whose channels num_head_channels does not divide.
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
@@ -337,35 +396,40 @@ class EncoderUNetModel(Encoder):
                  channel_mult: Sequence[float] = (1, 2, 4, 8), use_checkpoint: bool = False, use_fp16: bool = False,
                  num_heads: int = 1, num_head_channels: int = -1, use_scale_shift_norm: bool = False,
                  resblock_updown: bool = False, use_new_attention_order: bool = False, pool: str = "adaptive") -> None:
-        super().__init__(
+        super().__init__(EncoderConfig(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels,
             num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
             channel_mult=channel_mult, use_checkpoint=use_checkpoint, num_heads=num_heads,
             num_head_channels=num_head_channels, use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order)
-        if pool not in POOLS:
-            raise UserError(f"pool {pool!r}: must be one of {', '.join(POOLS)}")
+            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order))
         self.pool = pool
-        channels = self._input_channels[-1]
-        size = image_size // 2 ** (self.num_levels - 1)
-        # The pooled path sees the last map; the spatial ones the mean of every block's map.
-        features = sum(self._input_channels) + channels
-        self.out = {
-            "adaptive": lambda: nn.Sequential(
-                normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(nn.Conv2d(channels, out_channels, 1)), nn.Flatten()),
-            "attention": lambda: nn.Sequential(
-                normalization(channels), SiLU(),
-                AttentionPool2d(size, channels, num_head_channels, out_channels)),
-            "spatial": lambda: nn.Sequential(
-                nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels)),
-            "spatial_v2": lambda: nn.Sequential(
-                nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels)),
-        }[pool]()
+        self.out = self._head(pool, out_channels)
         if use_fp16:
             self.convert_to_fp16()
 
+    def _head(self, pool: str, out_channels: int) -> nn.Sequential:
+        """The layers that make logits of features."""
+        channels = self._input_channels[-1]
+        features = sum(self._input_channels) + channels         # of the mean of every block's map
+        match pool:
+            case "adaptive":
+                return nn.Sequential(
+                    normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)),
+                    zero_module(nn.Conv2d(channels, out_channels, 1)), nn.Flatten())
+            case "attention":
+                size = self.image_size // 2 ** (self.num_levels - 1)
+                return nn.Sequential(
+                    normalization(channels), SiLU(),
+                    AttentionPool2d(size, channels, self.config.num_head_channels, out_channels))
+            case "spatial":
+                return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+            case "spatial_v2":
+                return nn.Sequential(
+                    nn.Linear(features, 2048), normalization(2048), nn.SiLU(), nn.Linear(2048, out_channels))
+        raise UserError(f"pool {pool!r}: must be one of {', '.join(POOLS)}")
+
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t (N, in_channels, H, W), timesteps (N,) -> logits (N, out_channels), in the type of x_t."""
         h, maps = self._encode(x, self._embed(timesteps))
         if self.pool.startswith("spatial"):
             return self.out(torch.cat([m.to(x.dtype).mean(dim=(2, 3)) for m in [*maps, h]], dim=-1))

@@ -19,11 +19,11 @@ import numpy as np
 
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option, parse_options
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
 from ..features import Features, feature_folder
-from ..npz import write_batch
 
 PIECE = 100
 

@@ -32,6 +32,7 @@ from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile, Statistics
 from guided_diffusion.options import Options, option, parse_options
 from guided_diffusion.progress import progress_bar
 
@@ -40,7 +41,6 @@ from ..evaluator import open_reference, statistics
 from ..extractors.bundled import IMAGE_SIZE
 from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
 from ..extractors.scenes import ScenesExtractor, load_scenes
-from ..npz import BatchFile, Statistics
 
 # By the words of the JSON file; of these names, and of what a difference above and below 0 is.
 NAMES = {"dfid": "dFID", "fid": "FID", "sharpness": "edge sharpness", "gap": "sharpness gap"}

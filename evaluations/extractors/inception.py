@@ -42,6 +42,7 @@ class Conv(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps (N, C, H, W) of x (N, C', H', W')."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
 
 
@@ -52,6 +53,7 @@ class AveragedConv(Conv):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps (N, C, H, W) of x (N, C', H, W)."""
         x = F.conv2d(x, self.weight, self.bias)
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False).relu_()
 
@@ -64,6 +66,7 @@ class Join(nn.Module):
         self.towers = nn.ModuleList(towers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps of x (N, C, H, W), joined along their channels."""
         return torch.cat([tower(x) for tower in self.towers], dim=1)
 
 
@@ -102,10 +105,10 @@ class Inception(nn.Module):
         self._check_widths()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Float32 tensors: pool_3 (N, 2048), the first channels of mixed_6/conv (N, 17 * 17 * 7) in the order height,
-        width, channel, and the logits without bias (N, 1008).
+        """Pooled features, spatial features and logits, in float32.
 
-        images: (N, 3, 299, 299) as `resize` gives them.
+        images: (N, 3, 299, 299) as `resize` makes them. Returns pool_3 (N, 2048), the first channels of mixed_6/conv
+        (N, 17 * 17 * 7) in the order height, width, channel, and the logits without bias (N, 1008).
         """
         x = self.until_mixed_6(images)
         # mixed_6/conv stands first in mixed_6
@@ -290,13 +293,13 @@ class InceptionExtractor:
 
 
 def check_images(images: np.ndarray) -> None:
-    """UserError where images are not (N, H, W, 3), uint8, with N, H, W > 0."""
+    """Raises UserError where images are not (N, H, W, 3), uint8, with N, H, W > 0."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
         raise UserError(f"images of shape {images.shape} and type {images.dtype}: must be (N, H, W, 3), uint8, N > 0")
 
 
 def check_finite(features: Features) -> None:
-    """UserError naming the first image of the batch with NaN or infinity among its features."""
+    """Raises UserError, naming the first image of the batch, where a feature is NaN or infinite."""
     finite = np.all([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in features], axis=0)
     if not finite.all():
         raise UserError(f"image {finite.argmin()} of a batch of {len(finite)}: its features are not finite, "
@@ -304,7 +307,7 @@ def check_finite(features: Features) -> None:
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it, float32 convolutions on a GPU are not rounded to TF32."""
+    """A context in which float32 convolutions on a GPU are not rounded to TF32."""
     cudnn = torch.backends.cudnn
     if device.type != "cuda":
         return contextlib.nullcontext()

@@ -14,6 +14,7 @@ from .bootstrap import (
     resampled_mean,
     resamplings,
 )
+from .comparison import Comparison, ComparisonSettings, Feature, FeatureSet, FileFeatures, feature_statistics
 from .frechet import RunningStatistics, frechet_distance, resampled_frechet_distance
 from .inception_score import inception_score, resampled_inception_score
 from .kid import kid, resampled_kid
@@ -24,13 +25,17 @@ from .neighbours import (
     neighbourhoods,
     precision_recall,
 )
+from .registry import METRICS, FromReference, Metric, Resampled
+from .verdicts import BETTER, EQUAL, HIGHER, LOWER, WORSE, Direction
 
 # Earlier names, which scripts outside this repository use.
 inside, interval = manifold_membership, bootstrap_interval
 
 __all__ = [
-    "Interval", "Neighbourhoods", "Replicates", "RunningStatistics", "Statistic", "bootstrap", "bootstrap_interval",
-    "density_coverage", "frechet_distance", "inception_score", "inside", "interval", "kid", "manifold_membership",
+    "BETTER", "EQUAL", "HIGHER", "LOWER", "METRICS", "WORSE", "Comparison", "ComparisonSettings", "Direction",
+    "Feature", "FeatureSet", "FileFeatures", "FromReference", "Interval", "Metric", "Neighbourhoods", "Replicates",
+    "Resampled", "RunningStatistics", "Statistic", "bootstrap", "bootstrap_interval", "density_coverage",
+    "feature_statistics", "frechet_distance", "inception_score", "inside", "interval", "kid", "manifold_membership",
     "neighbourhoods", "precision_recall", "resampled_frechet_distance", "resampled_inception_score", "resampled_kid",
     "resampled_mean", "resamplings",
 ]

@@ -58,7 +58,7 @@ def parse_blocks(text: str, model: UNetModel, flag: str) -> tuple[str, ...]:
     return tuple(there_are[index] for index in indices)
 
 
-def feature_channels(model: nn.Module, blocks: Sequence[str]) -> dict[str, int]:
+def feature_channels(model: UNetModel, blocks: Sequence[str]) -> dict[str, int]:
     """Channels of the outputs of the named blocks: those of the last convolution in each."""
     convolutions = {name: [m for m in block.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d))][-1]
                     for name, block in find_blocks(model.feature_blocks, blocks, "block").items()}

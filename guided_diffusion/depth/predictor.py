@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .. import checkpoint
 from ..errors import UserError
 from ..nn import timestep_embedding
+from ..unet import UNetModel
 from .features import feature_channels, upsampled
 
 KIND = "depth_predictors"
@@ -137,7 +138,7 @@ def check_network(made_for: str, network_sha256: str, what: str) -> None:
                         f"{network_sha256[:16]}...")
 
 
-def check_fits(predictors: DepthPredictors, model: nn.Module, network_sha256: str | None) -> None:
+def check_fits(predictors: DepthPredictors, model: UNetModel, network_sha256: str | None) -> None:
     """Raises UserError unless the predictors were made for this network.
 
     network_sha256: of its checkpoint; None where there is no file to compare with.

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capture import find_blocks, override_attention
 from ..errors import UserError
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, StepContext
+from ..unet import Encoder
 from .base import GuidanceOptions, Networks
 
 
@@ -27,7 +28,7 @@ class PerturbedAttentionGuidance(ContrastGuidance):
     scale, start, stop: see `Guidance`.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], scale: float, start: int | None = None,
+    def __init__(self, model: Encoder, blocks: Sequence[str], scale: float, start: int | None = None,
                  stop: int | None = None) -> None:
         super().__init__(scale, start, stop)
         if isinstance(blocks, str) or not blocks:
@@ -37,7 +38,7 @@ class PerturbedAttentionGuidance(ContrastGuidance):
         self.blocks = tuple(blocks)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """s (eps(x_t) - eps_perturbed(x_t)), (N, C, H, W)."""
+        """The contrast `s (eps(x_t) - eps_perturbed(x_t))`, (N, C, H, W)."""
         reached = False
 
         def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

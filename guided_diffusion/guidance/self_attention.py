@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..capture import HEADS, Received, capture_attention, find_blocks
@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, StepContext
+from ..unet import Encoder
 from .base import GuidanceOptions, Networks
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
@@ -41,7 +42,7 @@ class SelfAttentionGuidance(ContrastGuidance):
     official code does. start, stop: see `Guidance`.
     """
 
-    def __init__(self, model: nn.Module, block: str, scale: float, blur_sigma: float, threshold: float = 1.0,
+    def __init__(self, model: Encoder, block: str, scale: float, blur_sigma: float, threshold: float = 1.0,
                  mask: str | Mask = "self-attention", heads: str = "exact", start: int | None = None,
                  stop: int | None = None) -> None:
         super().__init__(scale, start, stop)
@@ -70,7 +71,7 @@ class SelfAttentionGuidance(ContrastGuidance):
         return capture_attention(self.model, [self.block], heads=self.heads)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """s (eps(x_t) - eps(x_bar)), (N, C, H, W)."""
+        """The contrast `s (eps(x_t) - eps(x_bar))`, (N, C, H, W)."""
         eps_degraded = ctx.denoise(self.degraded(ctx, pred), ctx.t).eps
         return self.scale * (pred.eps - eps_degraded)
 
@@ -146,7 +147,7 @@ class SagOptions(GuidanceOptions):
 
     @property
     def attention_threshold(self) -> float:
-        """psi."""
+        """The threshold psi of its mask."""
         return self.threshold
 
     def with_heads(self, heads: str) -> Self:

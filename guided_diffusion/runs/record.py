@@ -43,12 +43,12 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
     sample, = _read(configuration, SampleOptions)
     files, unused = [MODEL_FLAG], set()
-    for name, kind in SAMPLERS.items():
-        unused |= _flags(kind) if name != sample.sampler_name else set()
-    for kind in GUIDANCE:
-        method, = _read(configuration, kind)
+    for name, sampler in SAMPLERS.items():
+        unused |= _flags(sampler) if name != sample.sampler_name else set()
+    for guidance in GUIDANCE:
+        method, = _read(configuration, guidance)
         files += method.files()
-        unused |= set() if method.active else _flags(kind)
+        unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):

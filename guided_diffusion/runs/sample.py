@@ -54,7 +54,7 @@ class SamplingRun:
     guidance: tuple[GuidanceOptions, ...]
 
     @classmethod
-    def of(cls, options: Sequence[Options]) -> Self:
+    def of(cls, options: Sequence[Any]) -> Self:
         """The run of SampleOptions and an instance of each of `option_classes()`, in that order."""
         sample, model, diffusion, *rest = options
         return cls(sample, model, diffusion, tuple(one for one in rest if isinstance(one, SamplerOptions)),
@@ -205,18 +205,18 @@ class SamplingRun:
         with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
-                numbers, began = chunks.chunks[todo[index]], time.monotonic()
+                image_ids, began = chunks.chunks[todo[index]], time.monotonic()
 
-                def on_step(part: float, before: int = done, count: int = len(numbers)) -> None:
+                def on_step(part: float, before: int = done, count: int = len(image_ids)) -> None:
                     queue.check()
                     queue.report(before + part * count)
                     progress.show()
 
-                labels = chunks.labels(numbers)
-                images = sampler.images(numbers, labels, on_step)
+                labels = None if chunks.labels is None else chunks.labels(image_ids)
+                images = sampler.images(image_ids, labels, on_step)
                 seconds = time.monotonic() - began
                 chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
-                done += len(numbers)
+                done += len(image_ids)
                 queue.report(done)
                 queue.finish_index()
             while dist_util.is_main() and queue.finished() < len(todo):

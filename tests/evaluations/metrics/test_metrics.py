@@ -284,7 +284,7 @@ def test_several_blocks_agree_with_one(rng, monkeypatch):
     official = precision_recall(reference, sample, distances="official")
     monkeypatch.setattr("evaluations.metrics.arrays.BLOCK_ENTRIES", 2**12)
     assert (precision_recall(reference, sample), density_coverage(reference, sample)) == before
-    monkeypatch.setattr("evaluations.metrics._OFFICIAL_BLOCK", 150)
+    monkeypatch.setattr("evaluations.metrics.official.BLOCK_IMAGES", 150)
     assert precision_recall(reference, sample, distances="official") == official
 
 
