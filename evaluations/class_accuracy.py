@@ -20,7 +20,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 
 from .extractors.bundled import IMAGE_SIZE
-from .extractors.fashion_mnist import CLASS_NAMES, EmbeddedClassifier, load_embedded
+from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
 from .npz import BatchFile
 
 
@@ -49,7 +49,7 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure(judge: EmbeddedClassifier, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def measure(judge: FashionMnistClassifier, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Share recognised with its 95 % interval, over all images and for each class that was asked for."""
     right = judge.predict(images) == labels
     return {**_share(right), "classes": {CLASS_NAMES[c]: _share(right[labels == c]) for c in np.unique(labels)}}
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     check_writable("--json", arguments.json)
-    judge = load_embedded()
+    judge = load_fashion_mnist()
     results = {name: measure(judge, *read_samples(name)) for name in arguments.samples}
     if arguments.json:
         write_json(arguments.json, {"judge_test_accuracy": judge.test_accuracy, "files": results})

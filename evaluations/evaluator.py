@@ -23,8 +23,8 @@ import scipy
 import torch
 
 from evaluations import metrics, plots
-from evaluations.extractors.inception_graph import SIZE as OFFICIAL_SIZE
-from evaluations.features import Features, Network, extract, feature_folder
+from evaluations.extractors import BACKENDS, find_extractor
+from evaluations.features import FeatureExtractor, Features, extract, feature_folder
 from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.cli import run_script
@@ -42,9 +42,6 @@ NAMES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Pr
 NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
 PAIRED = ("kid", *NEIGHBOURS)           # metrics that need the features of the reference, not only their statistics
 SUFFIXES = {"fid": "", "sfid": "_s"}    # of the statistics' names in reference batches
-INCEPTIONS = ("torch", "tensorflow")
-SHIPPED = ("embedded", "scenes")        # networks whose statistics are in the references that name them
-BACKENDS = (*INCEPTIONS, *SHIPPED)
 
 
 @dataclass(frozen=True)
@@ -100,26 +97,13 @@ def shipped_reference(word: str) -> Path:
     return MODELS / f"{word}_reference.npz"
 
 
-def load_network(options: NetworkOptions) -> Network:
-    """The network that `--backend` names."""
-    if options.backend == "embedded":
-        from evaluations.extractors.fashion_mnist import load_embedded
-
-        return load_embedded().to(_device(options))
-    if options.backend == "scenes":
-        from evaluations.extractors.scenes import load_judge
-
-        return load_judge().to(_device(options))
-    if options.backend == "tensorflow":
-        from evaluations.extractors.tensorflow import TensorflowNetwork
-
-        return TensorflowNetwork(options.inception or None, device=options.device or "cpu")
-    from evaluations.extractors.inception import InceptionNetwork
-
-    return InceptionNetwork(options.inception or None, device=_device(options), dtype=options.dtype)
+def load_network(options: NetworkOptions) -> FeatureExtractor:
+    """The extractor that `--backend` names."""
+    return find_extractor(options.backend).load(inception=options.inception, device=options.device,
+                                                dtype=options.dtype)
 
 
-def load_network_once(options: NetworkOptions) -> Network:
+def load_network_once(options: NetworkOptions) -> FeatureExtractor:
     """The network on all ranks; the first one goes ahead, so that a file is downloaded or converted once."""
     network = None
     for turn in (dist_util.is_main(), not dist_util.is_main()):
@@ -127,15 +111,6 @@ def load_network_once(options: NetworkOptions) -> Network:
             if turn:
                 network = load_network(options)
     return network
-
-
-def _device(options: NetworkOptions) -> torch.device:
-    if not options.device:
-        return dist_util.dev()
-    try:
-        return torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
 
 
 def statistics(features: np.ndarray, rows: int = 4096) -> Statistics:
@@ -199,9 +174,9 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, backend: st
         raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
                         "them out of --metrics")
     made_by = reference.value("backend")
-    if made_by is None and backend in SHIPPED and reference.statistics():
+    if made_by is None and not find_extractor(backend).is_inception and reference.statistics():
         raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {backend}")
-    if made_by is not None and backend not in SHIPPED:
+    if made_by is not None and find_extractor(backend).is_inception:
         raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
                         "another --backend")
 
@@ -211,7 +186,7 @@ class Evaluation:
 
     def __init__(self, reference: str, samples: Sequence[str], network_options: NetworkOptions,
                  options: EvaluatorOptions, warn: Callable[[str], None] = lambda text: None,
-                 network: Network | None = None) -> None:
+                 network: FeatureExtractor | None = None) -> None:
         """network: used in place of the one that `network_options` name."""
         self.options, self.network_options, self.network = options, network_options, network
         self.reference = open_reference(reference)
@@ -284,10 +259,8 @@ class Evaluation:
                     or ("sfid" in wanted and not file.statistics("_s")))
 
     def _warn(self, reference: Side, sides: list[Side]) -> None:
-        size = getattr(self.network, "size", OFFICIAL_SIZE)
-        if size != OFFICIAL_SIZE:
-            self.warn(f"the Inception's file has {size} bytes, the official one {OFFICIAL_SIZE}: these are not the "
-                      "numbers that others publish")
+        if self.network.caveat:
+            self.warn(self.network.caveat)
         counts = [side.count for side in (reference, *sides) if side.count]
         if len(set(counts)) > 1:
             self.warn(f"different numbers of images ({_listed(counts)}), on which FID and the others depend")
@@ -307,7 +280,8 @@ class Evaluation:
             "metrics": values,
             **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
             "backend": {"name": self.network.name, "sha256": self.network.fingerprint,
-                        **({"dtype": self.network_options.dtype} if self.network_options.backend == "torch" else {})},
+                        **({"dtype": self.network_options.dtype}
+                           if find_extractor(self.network_options.backend).has_dtype else {})},
             "protocol": {"precision_recall": self.options.precision_recall, "neighbours": NEIGHBOURS,
                          "inception_score_split": SPLIT_SIZE, "seed": self.options.seed},
             "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
@@ -321,11 +295,11 @@ class Evaluation:
             intervals = [result.get("intervals95", {}).get(word) for word in ("precision", "recall")]
             precision, recall = one.precision_recall
             images = one.sample.file.pick(ranked[:shown] + ranked[:-shown - 1:-1])
-            drawn.append(plots.Drawn(
+            drawn.append(plots.PlottedFile(
                 "/".join(one.sample.file.path.parts[-2:]), float(precision.mean()), float(recall.mean()),
                 intervals if all(intervals) else None, one.neighbourhoods.sample_distance,
                 *np.split(images, 2)))
-        plots.draw(self.options.plot, drawn, compared[0].neighbourhoods.reference_distance,
+        plots.plot_evaluation(self.options.plot, drawn, compared[0].neighbourhoods.reference_distance,
                    f"{self.network.name}, reference {self.reference.path.name}")
 
 

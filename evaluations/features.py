@@ -24,18 +24,31 @@ from .npz import BatchFile
 
 
 class Features(NamedTuple):
-    """What a network sees in N images; float32 arrays."""
+    """The features of N images; float32 arrays."""
 
-    pooled: np.ndarray  # (N, D), averages over the last feature map: FID, precision, recall
-    spatial: np.ndarray  # (N, ...), a few channels of an earlier map with their places: sFID
-    probabilities: np.ndarray  # (N, classes), sum 1: Inception Score
+    pooled: np.ndarray              # (N, D), averages over the last feature map: FID, precision, recall
+    spatial: np.ndarray             # (N, ...), a few channels of an earlier map with their places: sFID
+    probabilities: np.ndarray       # (N, classes), sum 1: Inception Score
 
 
-class Network(Protocol):
-    """A source of features. `name` and `fingerprint` (SHA-256 of its weights) stand in every result."""
+class FeatureExtractor(Protocol):
+    """A network that turns images into features; `evaluations.extractors.EXTRACTORS` lists those that there are.
 
-    name: str
-    fingerprint: str
+    `name` and `fingerprint` (SHA-256 of the weights) stand in every result. `caveat` is a sentence that readers of its
+    numbers must know, or "".
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in words."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, in hexadecimal digits."""
+
+    @property
+    def caveat(self) -> str:
+        """What readers of the numbers must know, or ""."""
 
     def features(self, images: np.ndarray) -> Features:
         """Features of images (N, H, W, 3), uint8."""
@@ -63,7 +76,7 @@ def feature_folder(cache: str | Path | None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def extract(images: BatchFile, network: Network, folder: Path, batch_size: int,
+def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,
             num_images: int | None = None) -> Features:
     """Features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
 
@@ -71,13 +84,13 @@ def extract(images: BatchFile, network: Network, folder: Path, batch_size: int,
     UserError for a damaged file, and for features that are not finite numbers, naming the image.
     """
     total = len(images) if num_images is None else num_images
-    done = folder / f"{images.sha256[:32]}-{network.fingerprint[:32]}-{total}"
+    done = folder / f"{images.sha256[:32]}-{extractor.fingerprint[:32]}-{total}"
     with dist_util.together():
         known = done.is_dir()
     if not known:
         partial = folder / f".{done.name}-{_shared_token()}"
         try:
-            _compute(images, network, partial, batch_size, total)
+            _compute(images, extractor, partial, batch_size, total)
             with dist_util.together():
                 if dist_util.is_main() and not done.is_dir():
                     os.replace(partial, done)
@@ -87,7 +100,7 @@ def extract(images: BatchFile, network: Network, folder: Path, batch_size: int,
     return Features(*(np.load(done / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Features._fields))
 
 
-def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int, total: int) -> None:
+def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
     with _progress(total, images.path.name) as progress:
@@ -95,7 +108,7 @@ def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int,
             with dist_util.together():
                 start, batch = next(batches, (total, None))
                 if batch is not None:
-                    features = _features(network, batch, images, start)
+                    features = _features(extractor, batch, images, start)
                     if start == 0:
                         _create(folder, features, total)
             with dist_util.together():
@@ -104,10 +117,10 @@ def _compute(images: BatchFile, network: Network, folder: Path, batch_size: int,
             progress.update(min(ranks * batch_size, total - first))
 
 
-def _features(network: Network, batch: np.ndarray, images: BatchFile, start: int) -> Features:
+def _features(extractor: FeatureExtractor, batch: np.ndarray, images: BatchFile, start: int) -> Features:
     """Features of a batch, each flattened to (n, D), checked to be finite."""
     try:
-        features = network.features(batch)
+        features = extractor.features(batch)
     except UserError as error:
         raise UserError(f"{images.path}: {error}") from None
     flat = Features(*(values.reshape(len(values), -1) for values in features))

@@ -41,7 +41,7 @@ from guided_diffusion.options import option, parse_options
 
 from .depth.metrics import depth_arrays
 from .evaluator import NetworkOptions, load_network_once, statistics
-from .extractors.scenes import ScenesJudge
+from .extractors.scenes import ScenesExtractor
 from .features import extract, feature_folder
 from .npz import BatchFile, write_batch
 
@@ -87,7 +87,7 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
                 arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
             elif options.keep == "images":
                 kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
-            if isinstance(network, ScenesJudge):
+            if isinstance(network, ScenesExtractor):
                 arrays |= depth_arrays(images, count, network)
             write_batch(out, arrays, kept, (count, *images.shape[1:]))
             print(f"reference: {out}, {count} images, {network.name}")

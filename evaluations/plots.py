@@ -1,9 +1,16 @@
-"""The picture of an evaluation: precision against recall, distances to neighbours, the most and least real images."""
+"""Figures: the check for matplotlib, an empty figure, and the picture of an evaluation.
+
+The picture of an evaluation shows precision against recall, distances to the nearest neighbours, and the images of the
+highest and the lowest realism.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +20,45 @@ from guided_diffusion.files import write
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What is drawn of one sample file.
+def require_matplotlib(what: str) -> None:
+    """Checks that matplotlib is installed.
 
-    intervals: of precision and recall, where they were bootstrapped. distances: (N,), from each sample to its nearest
-    reference feature. best, worst: images (n, H, W, 3) of the highest and the lowest realism.
+    what: the beginning of the sentence with its verb, such as "--plot needs" or "the figures need". Raises UserError
+    "WHAT matplotlib: install the extra `eval`" where it is not.
+    """
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        raise UserError(f"{what} matplotlib: install the extra `eval`") from None
+
+
+def new_figure(width: float, height: float, dpi: float | None = None, layout: str | None = "constrained") -> Any:
+    """Returns an empty matplotlib Figure of `width` x `height` inches that needs no display.
+
+    dpi: dots per inch, None for the default of matplotlib. layout: "constrained" keeps axes and labels apart, None
+    leaves them where they are put.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_plot(path: str) -> None:
+    """Raises UserError where the file format of `--plot` is unknown, or where matplotlib is missing."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UserError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
+    require_matplotlib("--plot needs")
+
+
+@dataclass(frozen=True)
+class PlottedFile:
+    """What the picture of an evaluation shows of one sample file.
+
+    intervals: those of precision and recall, where they were resampled. distances: (N,), from each sample to its
+    nearest reference feature. best, worst: images (n, H, W, 3) uint8 of the highest and the lowest realism.
     """
 
     name: str
@@ -30,37 +70,27 @@ class Drawn:
     worst: np.ndarray
 
 
-def check_plot(path: str) -> None:
-    """Raises UserError where the format is unknown or matplotlib is missing."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("--plot needs matplotlib: install the extra `eval`") from None
+def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_distances: np.ndarray, title: str,
+                    ) -> None:
+    """Writes the picture of an evaluation to `path`.
 
-
-def draw(path: str | Path, files: list[Drawn], reference_distances: np.ndarray, title: str) -> None:
-    """Writes the picture; `reference_distances` (M,): from each reference feature to its nearest other one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4 + 1.7 * len(files)), layout="constrained")
-    FigureCanvasAgg(figure)
+    reference_distances: (M,), from each reference feature to its nearest other one.
+    """
+    figure = new_figure(11, 4.4 + 1.7 * len(files))
     figure.suptitle(title, fontsize=10)
     grid = figure.add_gridspec(1 + len(files), 2, height_ratios=[4.4] + [1.7] * len(files))
-    _precision_recall(figure.add_subplot(grid[0, 0]), files)
-    _distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
+    _plot_precision_recall(figure.add_subplot(grid[0, 0]), files)
+    _plot_distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
     for row, file in enumerate(files, start=1):
         for column, (images, word) in enumerate(((file.best, "most"), (file.worst, "least"))):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(_strip(images))
+            axes.imshow(_side_by_side(images))
             axes.set_axis_off()
             axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
     write(path, lambda file: figure.savefig(file, dpi=120))
 
 
-def _precision_recall(axes, files: list[Drawn]) -> None:
+def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:
     for file in files:
         bars = {}
         if file.intervals is not None:
@@ -73,7 +103,7 @@ def _precision_recall(axes, files: list[Drawn]) -> None:
     axes.legend(fontsize=8, loc="lower left")
 
 
-def _distances(axes, files: list[Drawn], reference: np.ndarray) -> None:
+def _plot_distances(axes: Any, files: Sequence[PlottedFile], reference: np.ndarray) -> None:
     longest = np.quantile(np.concatenate([reference, *(file.distances for file in files)]), 0.995)
     bins = np.linspace(0, max(longest, 1e-12), 60)
     axes.hist(reference, bins, density=True, color="0.8", label="reference to reference")
@@ -83,7 +113,7 @@ def _distances(axes, files: list[Drawn], reference: np.ndarray) -> None:
     axes.legend(fontsize=8)
 
 
-def _strip(images: np.ndarray, gap: int = 1) -> np.ndarray:
+def _side_by_side(images: np.ndarray, gap: int = 1) -> np.ndarray:
     """(n, H, W, 3) side by side on white."""
     padded = np.pad(images, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
     return np.concatenate(list(padded), axis=1)

@@ -108,15 +108,18 @@ def kind_of(flags: Mapping[str, object]) -> str:
 
 
 def build_model(options: ModelOptions | UpsamplerOptions) -> UNetModel:
-    """The network that the options describe, with random weights."""
-    upsampler = isinstance(options, UpsamplerOptions)
-    size = options.large_size if upsampler else options.image_size
+    """The network that the options describe, with random weights. Raises UserError where they do not fit together."""
+    if isinstance(options, UpsamplerOptions):
+        return _build_unet(options, SuperResModel, options.large_size, UPSAMPLER_CHANNEL_MULT)
+    return _build_unet(options, UNetModel, options.image_size, CHANNEL_MULT)
+
+
+def _build_unet(options: NetworkOptions, kind: type[UNetModel], size: int, defaults: Mapping[int, str]) -> UNetModel:
     if options.use_fp16 and options.use_bf16:
         raise UserError("--use_fp16 True --use_bf16 True: at most one of them can be True")
-    defaults = UPSAMPLER_CHANNEL_MULT if upsampler else CHANNEL_MULT
     multipliers = _channel_mult(options.channel_mult, size, "channel_mult", defaults)
     _check_widths(options.num_channels, multipliers, "num_channels")
-    model = (SuperResModel if upsampler else UNetModel)(
+    model = kind(
         image_size=size, in_channels=options.in_channels, model_channels=options.num_channels,
         out_channels=options.in_channels * (2 if options.learn_sigma else 1), num_res_blocks=options.num_res_blocks,
         attention_resolutions=_downsampling(options.attention_resolutions, size, "attention_resolutions"),

@@ -6,23 +6,20 @@ machine or at an address, which is fetched once.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import UserError
 from .facts import check_options
 from .fetch import local
+from .files import write
 from .unet import Encoder
 
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
@@ -80,23 +77,21 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         raise UserError(f"{path}: the name of a checkpoint must end in .safetensors, .pt or .pth")
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
-    tensors = _separate(tensors)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata=dict(metadata or {}))
-        else:
-            torch.save(tensors, temporary)
-        temporary.chmod(mode)       # safetensors makes its files private
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    from safetensors import SafetensorError  # here, as networks and samplers run without this package
+    from safetensors.torch import save_file
+
+    separate = _separate(tensors)
+
+    def save(temporary: Path) -> None:
+        try:
+            if path.suffix == ".safetensors":
+                save_file(separate, temporary, metadata=dict(metadata or {}))
+            else:
+                torch.save(separate, temporary)
+        except (RuntimeError, SafetensorError) as error:          # a full disk, in the words of either library
+            raise OSError(str(error).splitlines()[0]) from None
+
+    write(path, save, sync=True)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -104,6 +99,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = locate(path)
     if _format(path) != "safetensors":
         return {}
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -134,6 +131,9 @@ def _format(path: str | Path) -> str:
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except SafetensorError:
@@ -179,7 +179,7 @@ def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any]) -> N
     """
     path = locate(path)
     state = load_state_dict(path)
-    check_options(state, model.kind, options, path)
+    check_options(state, options, path)
     own = model.state_dict()
     misfits = [f"{name} is missing" for name in own.keys() - state.keys()]
     misfits += [f"{name} is not in the network" for name in state.keys() - own.keys()]
@@ -197,13 +197,16 @@ def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any]) -> N
         model.load_state_dict(state)
 
 
-def ready(network: nn.Module, device: torch.device | str) -> nn.Module:
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+
+
+def ready(network: AnyNetwork, device: torch.device | str) -> AnyNetwork:
     """A network for evaluation: on its device, in the faster memory order, frozen."""
     network.to(device)
     if isinstance(network, Encoder):
         network.channels_last()
     return network.eval().requires_grad_(False)
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .build import parse_channel_mult, parse_resolutions
+from .build import kind_of, parse_channel_mult, parse_resolutions
 from .errors import UserError
 from .unet import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
@@ -144,20 +144,20 @@ def _reading(blocks: list[_InputBlock], period: int, width: int) -> dict[str, An
     }
 
 
-def check_options(state: Mapping[str, Any], kind: str, options: Mapping[str, Any], path: str | Path) -> None:
+def check_options(state: Mapping[str, Any], options: Mapping[str, Any], path: str | Path) -> None:
     """Compare the flags given for a network with the weights of the file `path`.
 
-    kind: of the network, "diffusion", "upsampler" or "classifier". options: those of `create_model`,
-    `sr_create_model_and_diffusion` or `create_classifier`. Raises UserError, one sentence that for each mismatch names
-    the flag to pass.
+    options: those of `create_model`, `sr_create_model_and_diffusion` or `create_classifier`. Raises UserError, one
+    sentence that for each mismatch names the flag to pass.
     """
+    kind = kind_of(options)
     try:
         found = infer_options(state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     held = found.pop("kind")
     if held != kind:
-        flag = "classifier_path" if held == "classifier" else "model_path"
+        flag = f"{held if held == 'classifier' else 'model'}_path"
         hint = f": pass it as --{flag}" if "classifier" in (held, kind) else ""
         raise UserError(f"{path} is {_KINDS[held]}, not {_KINDS[kind]}{hint}")
     flags = _CLASSIFIER_FLAGS if kind == "classifier" else {}

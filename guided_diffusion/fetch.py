@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from .errors import UserError
+from .files import locked, reason
 
 TIMEOUT = 60          # seconds without a byte
 TRIES = 5             # in a row that bring nothing new
@@ -133,7 +134,7 @@ class Download:
         try:
             if not self.target.exists():
                 self.target.parent.mkdir(parents=True, exist_ok=True)
-                with _locked(self.target.with_name(f".{self.target.name}.lock")):
+                with locked(self.target.with_name(f".{self.target.name}.lock")):
                     if not self.target.exists():          # as another process may have been first
                         self._fetch()
                         fetched = True
@@ -141,7 +142,7 @@ class Download:
         except _Failure as failure:
             raise UserError(f"{self._shown} {failure}: {self._by_hand}") from None
         except OSError as error:
-            raise UserError(f"the download of {self._shown} to {self.target} failed ({_reason(error)}): "
+            raise UserError(f"the download of {self._shown} to {self.target} failed ({reason(error)}): "
                             f"{self._by_hand}") from None
         if problem:
             raise UserError(f"{self.target}: {problem}, delete it to have it downloaded again")
@@ -299,13 +300,13 @@ def _ask_web(url: str, start: int, version: str) -> _Answer:
         if start and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return _ask_web(url, 0, "")
         kind = _Broken if error.code in _TRANSIENT else _Failure
-        raise kind(f"cannot be downloaded (HTTP {error.code} {_reason(error.reason)})") from None
+        raise kind(f"cannot be downloaded (HTTP {error.code} {reason(error.reason)})") from None
     except urllib.error.URLError as error:
-        raise _Unreachable(f"cannot be reached ({_reason(error.reason)})") from None
+        raise _Unreachable(f"cannot be reached ({reason(error.reason)})") from None
     except (http.client.InvalidURL, ValueError):
         raise _Failure("is no address to fetch from") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"gives no answer ({_reason(error)})") from None
+        raise _Broken(f"gives no answer ({reason(error)})") from None
     if response.headers.get_content_type() == "text/html":
         response.close()
         raise _Failure("gave a web page instead of a file")
@@ -347,7 +348,7 @@ def _web_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
             try:
                 piece = response.read1(min(_PIECE, left))
             except (OSError, http.client.HTTPException) as error:
-                raise _Broken(f"broke off ({_reason(error)})") from None
+                raise _Broken(f"broke off ({reason(error)})") from None
             if not piece:
                 return
             left -= len(piece)
@@ -396,33 +397,7 @@ def _blob_errors() -> Iterator[None]:
     except FileNotFoundError:
         raise _Failure("cannot be downloaded (there is no such file)") from None
     except Exception as error:
-        raise _Unreachable(f"cannot be reached ({_reason(getattr(error, 'message', error))})") from None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, on this machine and on those that share the folder; the lock ends with the process."""
-    import fcntl  # here, as it is not on Windows, where local files need no lock
-
-    while True:
-        with open(path, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(path, file):          # who had the lock before has removed its file
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_still(path: Path, file: BinaryIO) -> bool:
-    """Whether `path` is the open file; opened anew, as a network file system may remember what was there before."""
-    try:
-        with open(path, "rb") as now:
-            return os.path.samestat(os.fstat(now.fileno()), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        raise _Unreachable(f"cannot be reached ({reason(getattr(error, 'message', error))})") from None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -446,8 +421,3 @@ def _progress(name: str, done: int, total: int | None) -> tqdm:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _reason(error: object) -> str:
-    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(words).split())

@@ -1,75 +1,245 @@
-"""Files that commands write: checked before the work, and never half there. And arrays that they read."""
+"""Files and folders that commands write: whole or not at all, under a lock, and checked before the work begins."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
+import socket
 import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any
 
 from .errors import UserError
 
+TRIES, PAUSE = 5, 0.2          # of taking a lock that is not waited for, and the seconds between them
 
-def check_writable(flag: str, path: str) -> None:
-    """Raises UserError, naming the flag, where the file `path` could not be written; no path is fine."""
+_numbers = itertools.count()
+
+
+def reason(error: object) -> str:
+    """What went wrong, in the words of the operating system where it has any, on one line."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(words).split())
+
+
+# Checks before the work
+
+
+def check_writable(flag: str, path: str | Path, parents: bool = False) -> None:
+    """Raises UserError, naming the flag (with its dashes), where the file `path` could not be written; "" is fine.
+
+    parents: make the folder of `path` first.
+    """
     if not path:
         return
     folder = Path(path).parent
     try:
+        if parents:
+            folder.mkdir(parents=True, exist_ok=True)
         if Path(path).is_dir():
             raise IsADirectoryError(0, "is a folder")
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{flag} {path}: cannot be written ({reason(error)})") from None
 
 
-def write(path: str | Path, save: Callable[[Path], object]) -> None:
-    """`save(temporary)`, then the temporary file, of the same suffix, becomes `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):          # where its folder is none, there is nothing to remove either
-            temporary.unlink()
+def check_folder(flag: str, path: str | Path) -> Path:
+    """Makes the folder `path`, writes a file in it as a test, and returns it.
 
-
-def write_json(path: str | Path, content: Any) -> None:
-    write(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same names, at least one; numbers with six digits, NaN left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: ("" if math.isnan(value) else f"{value:.6g}") if isinstance(value, float) else value
-                         for name, value in row.items()})
-    write(path, lambda file: file.write_text(text.getvalue()))
-
-
-def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:
-    """The arrays of these names in an .npz file, None for those it has not.
-
-    Raises UserError, beginning with `otherwise`, where it is no such file, is damaged or holds pickled objects.
+    Raises UserError, naming the flag (with its dashes, like --out), where either is impossible.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file.get(name) for name in names]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{otherwise} ({error})") from None
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({reason(error)})") from None
+    return Path(path)
+
+
+# Files that appear whole or not at all
+
+
+def write(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "",
+          parents: bool = False) -> None:
+    """Calls `save(temporary)`, then renames the temporary file, which has the suffix of `path`, to `path`.
+
+    Arguments and errors are those of `prepare`.
+    """
+    temporary = prepare(path, save, sync=sync, ending=ending, parents=parents)
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error, ending) from None
+
+
+def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "",
+            parents: bool = False) -> Path:
+    """Calls `save(temporary)` and returns the temporary file, which a rename then turns into `path`.
+
+    The temporary file lies beside `path`, has its suffix, and a name that no other process uses, on this host or on
+    another one. It has the access rights of any new file.
+
+    sync: have the data on the disk before the rename, so that a power cut leaves the old file or the new one.
+    ending: what comforts the user, at the end of the sentence, like "finished chunks are kept".
+    parents: make the folder of `path` first.
+
+    Raises UserError where the operating system refuses. Whatever `save` raises, no temporary file is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.tmp{path.suffix}")
+    try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save(temporary)
+        if temporary.stat().st_mode != mode:          # safetensors makes its files private
+            temporary.chmod(mode)
+        if sync:
+            _sync(temporary)
+    except BaseException as error:
+        with contextlib.suppress(OSError):          # where its folder is none, there is nothing to remove either
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _unwritable(path, error, ending) from None
+        raise
+    return temporary
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes the temporary files that killed processes left in a folder, where no process may be writing now.
+
+    name: of the files that they would have become, as a pattern without the suffix.
+    """
+    for left in folder.glob(f".{name}.tmp*"):
+        left.unlink(missing_ok=True)
+
+
+def _unwritable(path: str | Path, error: OSError, ending: str) -> UserError:
+    return UserError(f"{path}: cannot be written ({reason(error)}){f'; {ending}' if ending else ''}")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_text(path: str | Path, text: str, *, sync: bool = False, ending: str = "") -> None:
+    """Writes a text file in UTF-8, whole or not at all; arguments and errors as `prepare`."""
+    write(path, lambda file: file.write_text(text, encoding="utf-8"), sync=sync, ending=ending)
+
+
+def write_json(path: str | Path, content: Any, *, sync: bool = False, ending: str = "") -> None:
+    """Writes a JSON file, whole or not at all; arguments and errors as `prepare`."""
+    write_text(path, json.dumps(content, indent=2) + "\n", sync=sync, ending=ending)
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Writes a CSV file, whole or not at all: floats with six digits, NaN left empty. Errors as `prepare`.
+
+    columns: in their order; None: the names in the first row, of which there must then be at least one.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0] if columns is None else columns), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _csv_value(value) for name, value in row.items()})
+    write_text(path, text.getvalue())
+
+
+def _csv_value(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+# Locks
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[str | None], Exception] | None = None) -> Iterator[None]:
+    """Holds the lock file `path` for this process, against others on this machine and on those that share the folder.
+
+    The lock ends with its process, however that ends; the file is removed when the work is done.
+
+    busy: makes, of the words that say who holds the lock, the exception to raise where another process keeps it for a
+        second; None: wait for as long as it takes.
+
+    A file system without locks is warned of where `busy` is given, as the work is then as safe as its user makes it;
+    whoever waits needs the lock, and gets the OSError.
+    """
+    stream = _acquired(path, busy)
+    try:
+        with contextlib.suppress(OSError):              # a full disk
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds a lock file, in words; None where no one does."""
+    import fcntl  # not on Windows
+
+    try:
+        with path.open() as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return stream.read() or "just started"
+    except OSError:
+        pass
+    return None
+
+
+def _acquired(path: Path, busy: Callable[[str | None], Exception] | None) -> IO[str]:
+    """The open lock file, locked (see `locked`)."""
+    import fcntl  # not on Windows
+
+    attempts = 0
+    while True:
+        stream = path.open("a+")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if busy is None:
+                stream.close()
+                raise
+            warnings.warn(f"{path.parent}: this file system has no locks ({reason(error)}): see to it that no two jobs "
+                          "work there", stacklevel=4)
+            return stream
+        else:
+            if _is_same_file(stream, path):          # else who had the lock before has removed its file
+                return stream
+        stream.close()
+        attempts += 1
+        if busy is not None:
+            if attempts == TRIES:
+                raise busy(lock_holder(path))
+            time.sleep(PAUSE)
+
+
+def _is_same_file(stream: IO[str], path: Path) -> bool:
+    """Whether `path` is the open file; opened anew, as a network file system may remember what was there before."""
+    try:
+        with path.open("rb") as now:
+            return os.path.samestat(os.fstat(now.fileno()), os.fstat(stream.fileno()))
+    except OSError:
+        return False

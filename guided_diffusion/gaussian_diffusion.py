@@ -67,8 +67,8 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Iterator[Images]:
         """The DDPM chain from noise (x_T) to images, step by step as `p_sample` gives them."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
-        return self._chain(sampling.ddpm_step, denoise, _x_T(model, shape, noise, device), _terms(guidance, cond_fn),
-                           progress)
+        return self._chain(sampling.ddpm_step, denoise, _first_noise(model, shape, noise, device),
+                           _terms(guidance, cond_fn), progress)
 
     def p_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None,
                       **options: Any) -> Tensor:
@@ -83,7 +83,7 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Iterator[Images]:
         """The DDIM chain, as `p_sample_loop_progressive`."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
-        return self._chain(sampling.DdimOptions(eta=eta).step(), denoise, _x_T(model, shape, noise, device),
+        return self._chain(sampling.DdimOptions(eta=eta).step(), denoise, _first_noise(model, shape, noise, device),
                            _terms(guidance, cond_fn), progress)
 
     def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None,
@@ -125,7 +125,8 @@ def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:
     return lambda: torch.randn_like(x) if noise is None else noise
 
 
-def _x_T(model: nn.Module, shape: Sequence[int], noise: Tensor | None, device: torch.device | str | None) -> Tensor:
+def _first_noise(model: nn.Module, shape: Sequence[int], noise: Tensor | None,
+                 device: torch.device | str | None) -> Tensor:
     device = next(model.parameters()).device if device is None else device
     return torch.randn(*shape, device=device) if noise is None else noise.to(device)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
-from .files import read_arrays
+from .npz import read_arrays
 
 FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

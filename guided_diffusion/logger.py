@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import logging
 import os
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .files import write_csv
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class MetricLogger:
         self._columns: list[str] = []
         if self._path and self._path.exists():
             self._columns, rows = _read(self._path)
-            _rewrite(self._path, self._columns, [row for row in rows if int(row["step"]) <= resume_step])
+            write_csv(self._path, [row for row in rows if int(row["step"]) <= resume_step], self._columns)
 
     def add(self, name: str, values: Tensor | float) -> None:
         """Adds one value, or each element of a tensor, to the mean of `name`."""
@@ -47,7 +48,7 @@ class MetricLogger:
         if new_columns:
             rows = _read(self._path)[1] if self._path.exists() else []
             self._columns += new_columns
-            _rewrite(self._path, self._columns, rows)
+            write_csv(self._path, rows, self._columns)
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
@@ -62,16 +63,3 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     reader = csv.DictReader(text[:text.rfind("\n") + 1].splitlines())
     columns = list(reader.fieldnames or [])
     return columns, list(reader)
-
-
-def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

@@ -56,9 +56,5 @@ def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """`picture` as PNG; the file appears whole or not at all. Raises UserError where it cannot be written."""
-    def draw(file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file, format="PNG")
-
-    write(path, draw)
+    """Writes `picture` as PNG, whole or not at all, and makes its folder. Raises UserError where it cannot."""
+    write(path, lambda file: picture.save(file, format="PNG"), parents=True)

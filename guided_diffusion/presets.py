@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
-from tqdm import tqdm
 
 from . import checkpoint
 from .build import kind_of
@@ -42,6 +38,7 @@ def preset_names() -> list[str]:
 
 
 def released_names() -> list[str]:
+    """The names of the released checkpoints."""
     return list(_presets()["presets"])
 
 
@@ -56,8 +53,8 @@ def find_preset(name: str) -> Preset:
     if name not in names:
         raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
     known = _presets()
-    files = {flag: str(MODELS / file) for flag, file in known["files"].get(name, {}).items()}
-    guidance = {**known["guidance"].get(name, {}), **files}
+    files = {flag: str(MODELS / file) for flag, file in known.get("files", {}).get(name, {}).items()}
+    guidance = {**known.get("guidance", {}).get(name, {}), **files}
     path = MODELS / f"{name}.safetensors"
     if path.is_file():
         classifier = f"{name}_classifier"
@@ -71,8 +68,9 @@ def find_preset(name: str) -> Preset:
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
-@cache
 def _presets() -> dict[str, Any]:
+    import yaml  # here, as networks and samplers run without this package
+
     return yaml.safe_load((MODELS / "presets.yaml").read_text())
 
 
@@ -86,7 +84,7 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
         raise UserError(f"no NAME is given: name a checkpoint, there are {', '.join(known)}")
     for name in names:
         if name in preset_names() and name not in known:
-            raise UserError(f"{name}: is shipped, there is nothing to fetch: pass --model {name}")
+            raise UserError(f"{name}: is bundled, there is nothing to fetch: pass --model {name}")
         if name not in known:
             raise UserError(f"{name}: is no released checkpoint{nearest(name, known)}, there are {', '.join(known)}")
     return [find_preset(name) for name in dict.fromkeys(names or known)]
@@ -94,8 +92,8 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
 
 def description(preset: Preset, ask: bool = True) -> str:
     """What is to know of a released checkpoint before it is fetched, in lines; `ask` the server for its size."""
-    size = size_of(preset.url) if ask else None
-    about = f"about {_readable(4 * preset.parameters)}"          # of float32, and next to nothing else
+    size = size_of(_url(preset)) if ask else None
+    about = f"about {_readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
     guide = f", guided by {preset.classifier}" if preset.classifier else ""
     return (f"{preset.name}: {preset.kind}, {preset.parameters:,} parameters{guide}\n"
             f"    address: {preset.url}\n"
@@ -118,9 +116,17 @@ def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> s
 
     target = folder / f"{preset.name}.pt"
     done = "is there already" if target.exists() else "fetched"
-    Download(preset.url, target, sha256=sha256, check=misfit).run()
+    Download(_url(preset), target, sha256=sha256, check=misfit).run()
     return f"{target}: {done}, {target.stat().st_size:,} bytes, SHA-256 {sha256_of(target)}"
 
 
+def _url(preset: Preset) -> str:
+    if preset.url is None:
+        raise UserError(f"{preset.name}: is bundled, there is nothing to fetch")
+    return preset.url
+
+
 def _readable(size: int) -> str:
+    from tqdm import tqdm
+
     return tqdm.format_sizeof(size, "B", 1000)

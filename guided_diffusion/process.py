@@ -88,6 +88,7 @@ class Denoiser:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
+        """One evaluation of the network at x_t (N, C, H, W), at steps t (N,)."""
         output = self.model(x_t, self.diffusion.model_timesteps(t), **self.model_kwargs)
         return self.diffusion.interpret(output, x_t, t, self.process_xstart)
 
@@ -110,8 +111,8 @@ class DiffusionProcess:
     betas: (T,) in (0, 1]. rescale_timesteps: the network sees t * 1000 / T. Raises UserError for other betas.
     """
 
-    def __init__(self, *, betas: Sequence[float], model_mean_type: ModelMeanType, model_var_type: ModelVarType,
-                 loss_type: LossType, rescale_timesteps: bool = False) -> None:
+    def __init__(self, *, betas: Sequence[float] | np.ndarray, model_mean_type: ModelMeanType,
+                 model_var_type: ModelVarType, loss_type: LossType, rescale_timesteps: bool = False) -> None:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
             raise UserError("betas: must be a list of numbers greater than 0 and at most 1")

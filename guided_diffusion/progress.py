@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enabled: bool = True,
@@ -14,5 +15,7 @@ def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enab
 
     options: further ones of tqdm, such as unit_scale.
     """
+    from tqdm import tqdm  # here, as networks and samplers run without this package
+
     return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, disable=not enabled,
                 mininterval=0.5 if sys.stderr.isatty() else 10, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     and last among them.
     """
     shown = f"--timestep_respacing {section_counts}"
-    if isinstance(section_counts, str):
-        if section_counts.startswith("ddim"):
-            return _ddim_steps(num_timesteps, section_counts.removeprefix("ddim"), shown)
-        section_counts = section_counts.split(",")
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _ddim_steps(num_timesteps, section_counts.removeprefix("ddim"), shown)
     try:
-        counts = [int(count) for count in section_counts]
+        counts = [int(count) for count in
+                  (section_counts.split(",") if isinstance(section_counts, str) else section_counts)]
     except ValueError:
         counts = []
     if not counts:
@@ -60,7 +60,7 @@ class SpacedDiffusion(GaussianDiffusion):
     use_timesteps: original step indices. betas and the rest: of the base process, as in `GaussianDiffusion`.
     """
 
-    def __init__(self, use_timesteps: Iterable[int], *, betas: Sequence[float], **kwargs) -> None:
+    def __init__(self, use_timesteps: Iterable[int], *, betas: Sequence[float] | np.ndarray, **kwargs: Any) -> None:
         base = GaussianDiffusion(betas=betas, **kwargs)
         kept = np.array(sorted(set(use_timesteps)))
         abar = base.alphas_cumprod[kept]

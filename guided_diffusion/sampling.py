@@ -163,9 +163,9 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
 
 
 def _scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
-    """d loss / d x_t where guided (N,), 0 elsewhere; each image's by the first of LOSS_SCALES that makes it finite.
+    """The gradient d loss / d x_t where guided (N,), 0 elsewhere.
 
-    NaN or infinity is left where none does.
+    Each image's is by the first of LOSS_SCALES that makes it finite; NaN or infinity is left where none does.
     """
     gradient, missing = torch.zeros_like(x_t), guided
     for scale in LOSS_SCALES:

@@ -41,10 +41,12 @@ def classifier_defaults() -> dict[str, Any]:
 
 
 def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of `create_classifier_and_diffusion` and their defaults."""
     return {**classifier_defaults(), **asdict(DiffusionOptions())}
 
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of `sr_create_model_and_diffusion` and their defaults."""
     return {**asdict(UpsamplerOptions()), **asdict(DiffusionOptions())}
 
 
@@ -94,4 +96,5 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The parsed values of the flags `keys`."""
     return {key: getattr(args, key) for key in keys}

@@ -98,7 +98,9 @@ class Guidance:
 
 
 class ContrastGuidance(Guidance):
-    """A term that changes eps by comparing with another evaluation. To write one, give it `delta`:
+    """A term that changes eps by comparing with another evaluation.
+
+    To write one, give it `delta`:
 
         class HalfNoise(ContrastGuidance):
             passes = Passes(forward=1)
@@ -115,7 +117,9 @@ class ContrastGuidance(Guidance):
 
 
 class GradientGuidance(Guidance):
-    """A term that gives the gradient of a log-probability at x_t. To write one, give it `gradient`:
+    """A term that gives the gradient of a log-probability at x_t.
+
+    To write one, give it `gradient`:
 
         class TowardsGrey(GradientGuidance):
             def gradient(self, ctx, pred):
@@ -128,7 +132,9 @@ class GradientGuidance(Guidance):
 
 
 class LossGuidance(Guidance):
-    """A term that lowers a loss of the step's own evaluation. To write one, give it `loss`:
+    """A term that lowers a loss of the step's own evaluation.
+
+    To write one, give it `loss`:
 
         class Darker(LossGuidance):
             def loss(self, ctx, pred):

@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from tqdm import tqdm
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
 from .errors import UserError
+from .files import check_folder, write_json
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import find_data, holds_idx, load_data
 from .logger import MetricLogger
@@ -375,13 +375,8 @@ class TrainLoop:
 
     def _begin_folder(self) -> None:
         record = {"model": self.config, "training": asdict(self.options)}
-        temporary = self.out / "config.json.tmp"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            os.replace(temporary, self.out / "config.json")
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        check_folder("--out", self.out)
+        write_json(self.out / "config.json", record, sync=True)
 
     def _check_same_run(self) -> None:
         """Raises UserError where the output folder's run differs in what its state depends on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -140,12 +140,9 @@ class Encoder(nn.Module):
     """What the UNet and the classifier share: the timestep embedding, the input blocks and the middle block.
 
     `image_size` fixes nothing but the grids that blocks report and the size of an attention pool: every network runs
-    on any height and width that its levels divide. kind: what a checkpoint of the network is called, "diffusion",
-    "upsampler" or "classifier". num_heads: the argument of that name; where `num_head_channels` is given, the blocks
-    have other heads.
+    on any height and width that its levels divide. num_heads: the argument of that name; where `num_head_channels` is
+    given, the blocks have other heads.
     """
-
-    kind: ClassVar[str]
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -281,8 +278,6 @@ class UNetModel(Encoder):
     num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see `EncoderConfig`.
     """
 
-    kind = "diffusion"
-
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions: Sequence[int], dropout: float = 0.0,
                  channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
@@ -352,8 +347,6 @@ class SuperResModel(UNetModel):
     The arguments are those of `UNetModel`; in_channels: of one of the two images.
     """
 
-    kind = "upsampler"
-
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
@@ -397,8 +390,6 @@ class EncoderUNetModel(Encoder):
     "spatial" or "spatial_v2" from the means of all maps. The other arguments are those of `UNetModel`. Raises UserError
     for an unknown pool, and for an attention pool whose channels num_head_channels does not divide.
     """
-
-    kind = "classifier"
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,
                  attention_resolutions: Sequence[int], dropout: float = 0.0,

@@ -21,8 +21,8 @@ import scipy.linalg
 
 from guided_diffusion.cli import run_script
 
-from ..extractors.inception import InceptionNetwork
-from ..extractors.tensorflow import TensorflowNetwork
+from ..extractors.inception import InceptionExtractor
+from ..extractors.tensorflow import TensorflowExtractor
 from ..metrics import RunningStatistics, frechet_distance, precision_recall
 
 Work = Callable[[], object]
@@ -155,7 +155,7 @@ def covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Com
 
 def inception_features(path: str, sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
     images = rng.integers(0, 256, (sizes.inception_images, 256, 256, 3), dtype=np.uint8)
-    here, there = InceptionNetwork(path), TensorflowNetwork(path)
+    here, there = InceptionExtractor(path), TensorflowExtractor(path)
     for network in (here, there):
         network.features(images[:2])
     return compare(f"Inception, {len(images)} images of 256 x 256", lambda: here.features(images),

@@ -42,7 +42,7 @@ class MemoryOptions(Options):
 class Stub:
     """Random projections of 8 x 8 pixels to as many features as Inception has."""
 
-    name, fingerprint = "stub", "0" * 64
+    name, fingerprint, caveat = "stub", "0" * 64, ""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)

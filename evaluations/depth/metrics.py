@@ -37,8 +37,8 @@ from guided_diffusion.progress import progress_bar
 from .. import metrics
 from ..evaluator import open_reference, statistics
 from ..extractors.bundled import IMAGE_SIZE
-from ..extractors.fashion_mnist import EmbeddedClassifier, load_embedded
-from ..extractors.scenes import ScenesJudge, load_judge
+from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
+from ..extractors.scenes import ScenesExtractor, load_scenes
 from ..npz import BatchFile, Statistics
 
 # By the words of the JSON file; of these names, and of what a difference above and below 0 is.
@@ -82,8 +82,8 @@ class Target(NamedTuple):
 class DepthEvaluator:
     """The two networks, the shipped ones unless others are given."""
 
-    def __init__(self, judge: ScenesJudge | None = None, classifier: EmbeddedClassifier | None = None) -> None:
-        self.judge, self.classifier = judge or load_judge(), classifier or load_embedded()
+    def __init__(self, judge: ScenesExtractor | None = None, classifier: FashionMnistClassifier | None = None) -> None:
+        self.judge, self.classifier = judge or load_scenes(), classifier or load_fashion_mnist()
 
     def description(self) -> dict[str, Any]:
         return {"judge": {"name": self.judge.name, "sha256": self.judge.fingerprint, "accuracy": self.judge.accuracy},
@@ -132,7 +132,7 @@ def check_scenes(file: BatchFile, count: int | None = None) -> None:
         raise UserError(f"{file.path}: has {len(file)} images, {count or 2} are needed")
 
 
-def depth_arrays(images: BatchFile, count: int, judge: ScenesJudge) -> dict[str, np.ndarray]:
+def depth_arrays(images: BatchFile, count: int, judge: ScenesExtractor) -> dict[str, np.ndarray]:
     """What a reference file holds of the depth of its images, by the names of DEPTH_ARRAYS."""
     evaluator = DepthEvaluator(judge)
     seen = evaluator.see(images, count)

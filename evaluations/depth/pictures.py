@@ -20,7 +20,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
-from ..extractors.scenes import load_judge
+from ..extractors.scenes import load_scenes
 from .metrics import metres
 
 TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.num_images < 1:
         raise UserError(f"--num_images {arguments.num_images}: must be at least 1")
-    judge = load_judge()
+    judge = load_scenes()
     runs = {folder.resolve().name: run_samples(folder, arguments.num_images)[0] for folder in arguments.folders}
     rows, clouds = {}, {}
     for name, images in runs.items():

@@ -1,4 +1,4 @@
-"""What the small networks that are shipped with their weights have in common: images, layers, features, files."""
+"""What the small extractors that are bundled with their weights have in common: images, layers, features, files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,31 @@ IMAGE_SIZE = 32
 Images = np.ndarray | Tensor
 
 
-class ShippedNetwork(nn.Module):
-    """Base: features of images, once there are `inputs` and `read`."""
+class BundledExtractor(nn.Module):
+    """The base of extractors of 32x32 images: a subclass defines `name`, `inputs` and `forward_features`.
+
+    For example, an extractor that reads RGB images and has a convolution, a pooling and a linear layer defines
+
+        name = "small classifier"
+
+        def inputs(self, images):
+            return rgb_inputs(images)
+
+        def forward_features(self, inputs):
+            feature_map = self.conv(inputs)                                  # (N, 64, 8, 8)
+            pooled = feature_map.mean(dim=(2, 3))
+            return pooled, feature_map[:, :4], self.classify(pooled)
+    """
 
     name: str
+    caveat = ""
 
     def inputs(self, images: Images) -> Tensor:
-        """What the network reads, (N, C, 32, 32) float32 in [-1, 1]. Raises UserError for images it can't read."""
+        """Images as the network reads them: (N, C, 32, 32) float32 in [-1, 1]. Raises UserError for other images."""
         raise NotImplementedError
 
-    def read(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Pooled features, spatial features and logits, then whatever else the network says; each (N, ...)."""
+    def forward_features(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Pooled features, spatial features and logits, then whatever else the network computes; each (N, ...)."""
         raise NotImplementedError
 
     @property
@@ -46,37 +60,40 @@ class ShippedNetwork(nn.Module):
 
     @torch.no_grad()
     def outputs(self, images: Images, batch_size: int = 250) -> list[Tensor]:
-        """What `read` returns of all images, float32, on the CPU; `images` as in `inputs`."""
+        """The results of `forward_features` for all images, float32, on the CPU; `images` as in `inputs`."""
         device = next(self.parameters()).device
-        parts = [self.read(piece.to(device)) for piece in self.inputs(images).split(batch_size)]
+        parts = [self.forward_features(piece.to(device)) for piece in self.inputs(images).split(batch_size)]
         return [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]
 
     def features(self, images: Images, batch_size: int = 250) -> Features:
         """Features and class probabilities of images; `images` as in `inputs`."""
-        return as_features(*self.outputs(images, batch_size)[:3])
+        pooled, spatial, logits = self.outputs(images, batch_size)[:3]
+        return as_features(pooled, spatial, logits)
 
     def predict(self, images: Images, batch_size: int = 250) -> np.ndarray:
         """The most probable class of each image: (N,), int64; `images` as in `inputs`."""
         return self.features(images, batch_size).probabilities.argmax(axis=1)
 
 
-Shipped = TypeVar("Shipped", bound=ShippedNetwork)
+Bundled = TypeVar("Bundled", bound=BundledExtractor)
 
 
 def as_features(pooled: Tensor, spatial: Tensor, logits: Tensor) -> Features:
+    """The features as arrays, with probabilities in place of logits (N, classes)."""
     return Features(pooled.numpy(), spatial.contiguous().numpy(), logits.softmax(dim=1).numpy())
 
 
 def conv_block(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
+    """A 3x3 convolution with batch norm and ReLU."""
     return nn.Sequential(nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
                          nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
-    """(N, C, 32, 32) of the type they have: uint8 (N, 32, 32, C), or floating point (N, C, 32, 32) in [-1, 1].
+    """Moves the channels of images to the front, (N, C, 32, 32), and leaves their type as it is.
 
-    channels: what C may be. Raises UserError for any other shape or type, or for no image at all.
+    images: uint8 (N, 32, 32, C), or floating point (N, C, 32, 32) in [-1, 1]. channels: the values that C may have.
+    Raises UserError for any other shape or type, or for no image at all.
     """
     read_only = isinstance(images, np.ndarray) and not images.flags.writeable
     images = torch.as_tensor(images.copy() if read_only else images)          # torch warns of what it may not write
@@ -95,10 +112,10 @@ def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
     return images.movedim(channel_dim, 1)
 
 
-def load_shipped(path: str | os.PathLike, kind: str, build: Callable[[Mapping[str, str]], Shipped]) -> Shipped:
-    """The network in a file that `save_shipped` wrote, in evaluation mode, float32.
+def load_bundled(path: str | os.PathLike, kind: str, build: Callable[[Mapping[str, str]], Bundled]) -> Bundled:
+    """Loads the network in a file that `save_bundled` wrote, in evaluation mode and float32.
 
-    kind: what it is called in messages. build: from the metadata to a network with weights of the same shapes. Raises
+    kind: its name in messages. build: makes, from the metadata, a network with weights of the same shapes. Raises
     UserError where the file is missing, damaged, or of another kind.
     """
     try:
@@ -116,8 +133,8 @@ def load_shipped(path: str | os.PathLike, kind: str, build: Callable[[Mapping[st
     return model.eval().to(memory_format=torch.channels_last)
 
 
-def save_shipped(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-    """Writes weights and metadata; convolutions in float16, the rest in float32."""
+def save_bundled(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+    """Writes weights and metadata to a file: convolutions in float16, the rest in float32."""
     weights = {name: (tensor.half() if tensor.ndim == 4 else tensor).contiguous()
                for name, tensor in model.state_dict().items()}
     write(path, lambda file: file.write_bytes(save(weights, dict(metadata))))
@@ -125,7 +142,7 @@ def save_shipped(model: nn.Module, path: str | os.PathLike, metadata: Mapping[st
 
 @torch.no_grad()
 def round_convolutions(model: nn.Module) -> None:
-    """Rounds convolution weights to float16, as the file holds them, so that what is measured is the file's."""
+    """Rounds convolution weights to float16, as the file holds them, so that the file's network is measured."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.copy_(parameter.half())

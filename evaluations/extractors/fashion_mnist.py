@@ -1,13 +1,13 @@
-"""The embedded judge: a small convolutional classifier of clean Fashion-MNIST images, shipped with its weights.
+"""A small convolutional classifier of clean Fashion-MNIST images, bundled with its weights.
 
-It says which share of samples is recognised as the class asked for, and its features serve FID, sFID and the
-Inception Score where Inception would be out of place. It never guides sampling. Trained by
-`python -m evaluations.train_embedded`.
+It measures class accuracy, and its features serve FID, sFID and the Inception Score where Inception would be out of
+place. It never guides sampling. `evaluations.extractors.train_fashion_mnist` trains it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,25 +15,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .bundled import Images, ShippedNetwork, channels_first, conv_block, load_shipped, save_shipped
+from ..features import FeatureExtractor
+from .base import ExtractorKind, chosen_device
+from .bundled import BundledExtractor, Images, channels_first, conv_block, load_bundled, save_bundled
 
 SPATIAL_SHAPE = (8, 8, 8)
 CLASS_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-WEIGHTS = Path(__file__).parents[1] / "models" / "fmnist_embedded.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "models" / "fashion_mnist.safetensors"
 
 
-class EmbeddedClassifier(ShippedNetwork):
+class FashionMnistClassifier(BundledExtractor):
     """Five 3x3 convolutions with batch norm and ReLU (32 -> 16 -> 8 pixels), global average pooling, one linear layer.
 
     widths: output channels of the five convolutions; the second and the fourth halve the resolution.
-    test_accuracy: share of the 10,000 test images classified rightly (NaN before training).
+    test_accuracy: share of the 10,000 test images that it classifies correctly (NaN before training).
 
     Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the last map; spatial
     (N, 8, 8, 8), the first 8 channels of the last map at 16 x 16, averaged over squares of 2 x 2; probabilities
     (N, 10).
     """
 
-    name = "embedded Fashion-MNIST classifier"
+    name = "embedded Fashion-MNIST classifier"          # stands in stored statistics and results
 
     def __init__(self, widths: Sequence[int] = (24, 48, 48, 96, 64), test_accuracy: float = float("nan")) -> None:
         super().__init__()
@@ -45,12 +47,14 @@ class EmbeddedClassifier(ShippedNetwork):
 
     def forward(self, grey: Tensor) -> Tensor:
         """Logits (N, 10) of images (N, 1, 32, 32) in [-1, 1]."""
-        return self.read(grey)[2]
+        return self.forward_features(grey)[2]
 
     def inputs(self, images: Images) -> Tensor:
+        """Grey images, as `to_grey` makes them."""
         return to_grey(images)
 
-    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features (N, 64), spatial features (N, 8, 8, 8) and logits (N, 10)."""
         at_16 = self.at_16(inputs.contiguous(memory_format=torch.channels_last))
         pooled = self.at_8(at_16).mean(dim=(2, 3))
         spatial = nn.functional.avg_pool2d(at_16[:, :SPATIAL_SHAPE[0]], 2)
@@ -58,7 +62,7 @@ class EmbeddedClassifier(ShippedNetwork):
 
 
 def to_grey(images: Images) -> Tensor:
-    """(N, 1, 32, 32), float32 in [-1, 1]; grey is the mean over the channels.
+    """Grey images (N, 1, 32, 32), float32 in [-1, 1]; grey is the mean over the channels.
 
     images: uint8 (N, 32, 32, 3 or 1), or floating point (N, 3 or 1, 32, 32) in [-1, 1]: a 28 x 28 picture in the
     middle of a black frame. Raises UserError for any other shape or type, or for no image at all.
@@ -68,21 +72,29 @@ def to_grey(images: Images) -> Tensor:
     return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
 
 
-def load_embedded(path: str | os.PathLike | None = None) -> EmbeddedClassifier:
-    """The shipped judge, or the one in a file that `save_embedded` wrote; in evaluation mode, float32.
+def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistClassifier:
+    """Loads the bundled classifier, or the one in a file that `save_fashion_mnist` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
     """
-    def build(metadata: Mapping[str, str]) -> EmbeddedClassifier:
-        return EmbeddedClassifier(json.loads(metadata["widths"]), float(metadata["test_accuracy"]))
+    def build(metadata: Mapping[str, str]) -> FashionMnistClassifier:
+        return FashionMnistClassifier(json.loads(metadata["widths"]), float(metadata["test_accuracy"]))
 
-    return load_shipped(path or WEIGHTS, "an embedded classifier", build)
+    return load_bundled(path or WEIGHTS, "a Fashion-MNIST classifier", build)
 
 
-def save_embedded(model: EmbeddedClassifier, path: str | os.PathLike, notes: dict[str, str]) -> None:
-    """Writes the model with its architecture and test accuracy; convolutions in float16, the rest in float32.
+def save_fashion_mnist(model: FashionMnistClassifier, path: str | os.PathLike, notes: dict[str, str]) -> None:
+    """Writes the classifier with its architecture and test accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.
     """
-    save_shipped(model, path, {**notes, "widths": json.dumps(model.widths),
+    save_bundled(model, path, {**notes, "widths": json.dumps(model.widths),
                                "test_accuracy": f"{model.test_accuracy:.4f}"})
+
+
+def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    return load_fashion_mnist().to(chosen_device(device))
+
+
+KIND = ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", _load, pooled=64,
+                     spatial=math.prod(SPATIAL_SHAPE), probabilities=len(CLASS_NAMES), old_names=("embedded",))

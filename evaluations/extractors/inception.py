@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
 
-from ..features import Features
-from .inception_graph import FILE_NAME, LOGITS, load_weights
+from ..features import FeatureExtractor, Features
+from .base import ExtractorKind, chosen_device
+from .inception_graph import FILE_NAME, LOGITS, load_weights, size_caveat
 
-IMAGE_SIZE = 299  # pixels, whatever the images have
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: 2023 numbers
-IMAGES_AT_ONCE = 4  # on a thread of the CPU: about 120 MB in float32
+IMAGE_SIZE = 299            # pixels, whatever the images have
+POOLED = 2048               # numbers of pool_3
+SPATIAL_CHANNELS = 7        # of mixed_6/conv,
+SPATIAL_SIDE = 17           # 17 x 17: 2023 numbers
+CLASSES = 1008
+IMAGES_AT_ONCE = 4          # on a thread of the CPU: about 120 MB in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +42,7 @@ class Conv(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps (N, C, H, W) of x (N, C', H', W')."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding).relu_()
 
 
@@ -48,6 +53,7 @@ class AveragedConv(Conv):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps (N, C, H, W) of x (N, C', H, W)."""
         x = F.conv2d(x, self.weight, self.bias)
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False).relu_()
 
@@ -60,6 +66,7 @@ class Join(nn.Module):
         self.towers = nn.ModuleList(towers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Feature maps of x (N, C, H, W), joined along their channels."""
         return torch.cat([tower(x) for tower in self.towers], dim=1)
 
 
@@ -98,10 +105,10 @@ class Inception(nn.Module):
         self._check_widths()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Float32 tensors: pool_3 (N, 2048), the first channels of mixed_6/conv (N, 17 * 17 * 7) in the order height,
-        width, channel, and the logits without bias (N, 1008).
+        """Pooled features, spatial features and logits, in float32.
 
-        images: (N, 3, 299, 299) as `resize` gives them.
+        images: (N, 3, 299, 299) as `resize` makes them. Returns pool_3 (N, 2048), the first channels of mixed_6/conv
+        (N, 17 * 17 * 7) in the order height, width, channel, and the logits without bias (N, 1008).
         """
         x = self.until_mixed_6(images)
         # mixed_6/conv stands first in mixed_6
@@ -117,8 +124,8 @@ class Inception(nn.Module):
                 shapes = torch.func.functional_call(self, meta, torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
         except RuntimeError as error:
             raise UserError(f"has not the weights of the 2015 Inception: {str(error).splitlines()[0]}") from None
-        if shapes[1].shape[1] != 17 * 17 * SPATIAL_CHANNELS:
-            channels = shapes[1].shape[1] // 17**2
+        if shapes[1].shape[1] != SPATIAL_SIDE**2 * SPATIAL_CHANNELS:
+            channels = shapes[1].shape[1] // SPATIAL_SIDE**2
             raise UserError(f"has not the weights of the 2015 Inception: mixed_6 has {channels} channels, "
                             f"at least {SPATIAL_CHANNELS} are needed")
 
@@ -221,15 +228,16 @@ def _sources(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, 
     return low.to(device), (low + 1).clamp(max=old - 1).to(device), share.to(device)
 
 
-class InceptionNetwork:
-    """The 2015 Inception as a network of the evaluator.
+class InceptionExtractor:
+    """The 2015 Inception in PyTorch, as an extractor of the evaluator.
 
-    path: the .pb, or what it was converted to; None takes it from the cache, where it is downloaded to.
+    path: the .pb, or the file that it was converted to; None takes it from the cache, where it is downloaded to.
     cache: folder; None is ~/.cache/guided-pixels. Both as in `inception_graph.load_weights`, which raises UserError.
     device: of PyTorch. dtype: "float32", or "bfloat16" for the convolutions.
-    channels_last: memory order of the convolutions' inputs: faster, nearly always.
+    channels_last: memory order of the convolutions' inputs; it is nearly always faster.
 
-    name and fingerprint (SHA-256 of the .pb) stand in every result; size is that of the .pb in bytes.
+    `name` and `fingerprint` (SHA-256 of the .pb) stand in every result. `caveat` says where the .pb has not the size of
+    the official one.
     """
 
     name = "torch Inception 2015"
@@ -243,7 +251,7 @@ class InceptionNetwork:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device}: cannot be used ({str(error).splitlines()[0]})") from None
         weights = load_weights(path, cache)
-        self.fingerprint, self.size = weights.sha256, weights.size
+        self.fingerprint, self.caveat = weights.sha256, size_caveat(weights.size)
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         try:
@@ -285,13 +293,13 @@ class InceptionNetwork:
 
 
 def check_images(images: np.ndarray) -> None:
-    """UserError where images are not (N, H, W, 3), uint8, with N, H, W > 0."""
+    """Raises UserError where images are not (N, H, W, 3), uint8, with N, H, W > 0."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
         raise UserError(f"images of shape {images.shape} and type {images.dtype}: must be (N, H, W, 3), uint8, N > 0")
 
 
 def check_finite(features: Features) -> None:
-    """UserError naming the first image of the batch with NaN or infinity among its features."""
+    """Raises UserError, naming the first image of the batch, where a feature is NaN or infinite."""
     finite = np.all([np.isfinite(x).reshape(len(x), -1).all(axis=1) for x in features], axis=0)
     if not finite.all():
         raise UserError(f"image {finite.argmin()} of a batch of {len(finite)}: its features are not finite, "
@@ -299,7 +307,7 @@ def check_finite(features: Features) -> None:
 
 
 def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it, float32 convolutions on a GPU are not rounded to TF32."""
+    """A context in which float32 convolutions on a GPU are not rounded to TF32."""
     cudnn = torch.backends.cudnn
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -320,3 +328,11 @@ def _workers(count: int) -> ThreadPoolExecutor:
     # it was set for these threads, and as a default for later ones: that is put back
     torch.set_num_threads(count)
     return pool
+
+
+def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    return InceptionExtractor(inception or None, device=chosen_device(device), dtype=dtype)
+
+
+KIND = ExtractorKind("torch", "the 2015 Inception in PyTorch", _load, POOLED, SPATIAL_SIDE**2 * SPATIAL_CHANNELS,
+                     CLASSES, is_inception=True, has_dtype=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, default_cache
+from guided_diffusion.files import write
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -61,6 +62,14 @@ def is_here(path: str | os.PathLike | None = None) -> bool:
     return Path(path or default_cache() / FILE_NAME).is_file()
 
 
+def size_caveat(size: int) -> str:
+    """What readers of the numbers must know of a .pb of `size` bytes: "" for the official size."""
+    if size == SIZE:
+        return ""
+    return (f"the Inception's file has {size} bytes, the official one {SIZE}: these are not the numbers that others "
+            "publish")
+
+
 def read_graph(path: Path) -> bytes:
     """The bytes of the .pb; UserError where it cannot be read."""
     try:
@@ -93,9 +102,8 @@ def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike
     weights = Weights(parse_graph(content, str(graph)), sha256, len(content))
     try:
         write_converted(weights, converted)
-    except OSError as error:
-        warnings.warn(f"{converted}: cannot be written ({error.strerror}), the graph will be converted again next time",
-                      stacklevel=2)
+    except UserError as error:
+        warnings.warn(f"{error}, the graph will be converted again next time", stacklevel=2)
     return weights
 
 
@@ -120,13 +128,7 @@ def write_converted(weights: Weights, path: Path) -> None:
     """Writes weights with the SHA-256 of the .pb and of their own values, which `read_converted` checks."""
     metadata = {"format": FORMAT, "pb_sha256": weights.sha256, "pb_bytes": str(weights.size),
                 "content_sha256": _content_sha256(weights.tensors)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(save(weights.tensors, metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(path, lambda file: file.write_bytes(save(weights.tensors, metadata)), parents=True)
 
 
 def _content_sha256(tensors: Mapping[str, Tensor]) -> str:

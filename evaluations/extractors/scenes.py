@@ -1,13 +1,14 @@
-"""The judge of scenes: a small convolutional network that reads rendered rooms (`guided_diffusion.depth.scenes`).
+"""The extractor of scenes: a small convolutional network for rendered rooms (`guided_diffusion.depth.scenes`).
 
 It estimates their depth map and the kind of their main object, and its features serve FID, sFID, precision, recall and
-the Inception Score of scenes: an extractor of its own, whose numbers compare with no others. It is trained on scenes of
-a seed that no other network sees, and never guides sampling. Trained by `python -m evaluations.train_scenes_judge`.
+the Inception Score of scenes. These numbers can be compared with those of no other extractor. It is trained on scenes
+of a seed that no other network sees, and never guides sampling. `evaluations.extractors.train_scenes` trains it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,25 +19,26 @@ from torch import Tensor, nn
 
 from guided_diffusion.depth.scenes import KINDS
 
-from ..features import Features
-from .bundled import Images, ShippedNetwork, as_features, channels_first, conv_block, load_shipped, save_shipped
+from ..features import FeatureExtractor, Features
+from .base import ExtractorKind, chosen_device
+from .bundled import BundledExtractor, Images, as_features, channels_first, conv_block, load_bundled, save_bundled
 
 SPATIAL_SHAPE = (4, 8, 8)
-WEIGHTS = Path(__file__).parents[1] / "models" / "scenes_judge.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "models" / "scenes.safetensors"
 
 
-class ScenesJudge(ShippedNetwork):
+class ScenesExtractor(BundledExtractor):
     """A U-shaped network of 3x3 convolutions with batch norm and ReLU: 32 -> 16 -> 8 -> 4 pixels and back, with skips.
 
     widths: channels at 32, 16, 8 and 4 pixels. accuracy: on held-out scenes, by the words of
-    `evaluations.train_scenes_judge.accuracy` (empty before training).
+    `evaluations.extractors.train_scenes.accuracy` (empty before training).
 
     Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the map at 4 x 4; spatial
     (N, 4, 8, 8), the first 4 channels of the map at 8 x 8 on the way down; probabilities (N, 4) of the kinds. Depth is
     upsampled by moving channels to pixels, which keeps edges sharp.
     """
 
-    name = "judge of scenes"
+    name = "judge of scenes"            # stands in stored statistics and results
 
     def __init__(self, widths: Sequence[int] = (12, 32, 64, 64), accuracy: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -54,16 +56,16 @@ class ScenesJudge(ShippedNetwork):
 
     def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
         """Depth (N, 1, 32, 32), about -1 (NEAR) to 1 (FAR), and logits (N, 4) of images (N, 3, 32, 32) in [-1, 1]."""
-        _, _, logits, depth = self.read(rgb)
+        _, _, logits, depth = self.forward_features(rgb)
         return depth, logits
 
     def inputs(self, images: Images) -> Tensor:
-        """(N, 3, 32, 32) in [-1, 1] of uint8 (N, 32, 32, 3), or the same."""
+        """RGB images (N, 3, 32, 32) in [-1, 1] of uint8 (N, 32, 32, 3), or of floating point (N, 3, 32, 32)."""
         images = channels_first(images, (3,))
         return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
-    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pooled and spatial features, logits, depth."""
+    def forward_features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pooled features (N, 64), spatial features (N, 4, 8, 8), logits (N, 4) and depth (N, 1, 32, 32)."""
         at_32 = self.down_32(inputs.contiguous(memory_format=torch.channels_last))
         at_16 = self.down_16(at_32)
         at_8 = self.down_8(at_16)
@@ -75,35 +77,43 @@ class ScenesJudge(ShippedNetwork):
         return pooled, at_8[:, :SPATIAL_SHAPE[0]], self.classify(pooled), self.to_depth(x)
 
     def depth(self, images: Images, batch_size: int = 250) -> np.ndarray:
-        """Depth maps (N, 32, 32) float32 in [-1, 1] (-1 NEAR, 1 FAR); `inputs` raises the UserErrors."""
+        """Depth maps (N, 32, 32) float32, from -1 (NEAR) to 1 (FAR). Raises UserError as `inputs` does."""
         return self.features_and_depth(images, batch_size)[1]
 
     def features_and_depth(self, images: Images, batch_size: int = 250) -> tuple[Features, np.ndarray]:
-        """Both, of one evaluation."""
-        *seen, depth = self.outputs(images, batch_size)
-        return as_features(*seen), depth[:, 0].clamp(-1, 1).contiguous().numpy()
+        """Features and depth maps, as `features` and `depth` return them, from one evaluation of the network."""
+        pooled, spatial, logits, depth = self.outputs(images, batch_size)
+        return as_features(pooled, spatial, logits), depth[:, 0].clamp(-1, 1).contiguous().numpy()
 
 
 def _finer(channels: int, out_channels: int) -> nn.Sequential:
-    """Twice the resolution: a 1x1 convolution to four times as many channels, which become pixels."""
+    """Doubles the resolution: a 1x1 convolution makes four times as many channels, which become pixels."""
     return nn.Sequential(nn.Conv2d(channels, 4 * out_channels, 1, bias=False), nn.BatchNorm2d(4 * out_channels),
                          nn.ReLU(inplace=True), nn.PixelShuffle(2))
 
 
-def load_judge(path: str | os.PathLike | None = None) -> ScenesJudge:
-    """The shipped judge, or the one in a file that `save_judge` wrote; in evaluation mode, float32.
+def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
+    """Loads the bundled extractor, or the one in a file that `save_scenes` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
     """
-    def build(metadata: Mapping[str, str]) -> ScenesJudge:
-        return ScenesJudge(json.loads(metadata["widths"]), json.loads(metadata["accuracy"]))
+    def build(metadata: Mapping[str, str]) -> ScenesExtractor:
+        return ScenesExtractor(json.loads(metadata["widths"]), json.loads(metadata["accuracy"]))
 
-    return load_shipped(path or WEIGHTS, "a judge of scenes", build)
+    return load_bundled(path or WEIGHTS, "an extractor of scenes", build)
 
 
-def save_judge(model: ScenesJudge, path: str | os.PathLike, notes: dict[str, str]) -> None:
-    """Writes the model with its architecture and accuracy; convolutions in float16, the rest in float32.
+def save_scenes(model: ScenesExtractor, path: str | os.PathLike, notes: dict[str, str]) -> None:
+    """Writes the extractor with its architecture and accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.
     """
-    save_shipped(model, path, {**notes, "widths": json.dumps(model.widths), "accuracy": json.dumps(model.accuracy)})
+    save_bundled(model, path, {**notes, "widths": json.dumps(model.widths), "accuracy": json.dumps(model.accuracy)})
+
+
+def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    return load_scenes().to(chosen_device(device))
+
+
+KIND = ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", _load, pooled=64,
+                     spatial=math.prod(SPATIAL_SHAPE), probabilities=len(KINDS), estimates_depth=True)

@@ -9,14 +9,15 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 
-from ..features import Features
-from .inception import SPATIAL_CHANNELS, check_finite, check_images
-from .inception_graph import FILE_NAME, find_graph, read_graph
+from ..features import FeatureExtractor, Features
+from .base import ExtractorKind
+from .inception import CLASSES, POOLED, SPATIAL_CHANNELS, SPATIAL_SIDE, check_finite, check_images
+from .inception_graph import FILE_NAME, find_graph, read_graph, size_caveat
 
 OUTPUTS = ("pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul:0")
 
 
-class TensorflowNetwork:
+class TensorflowExtractor:
     """The graph in a TensorFlow session, as a network of the evaluator; needs the package tensorflow.
 
     path: the .pb; None takes it from the cache folder (None is ~/.cache/guided-pixels), where it is downloaded to.
@@ -33,7 +34,7 @@ class TensorflowNetwork:
         if path.suffix == ".safetensors":
             raise UserError(f"--inception {path}: TensorFlow needs the graph itself, {FILE_NAME}")
         content = read_graph(path)
-        self.fingerprint, self.size = hashlib.sha256(content).hexdigest(), len(content)
+        self.fingerprint, self.caveat = hashlib.sha256(content).hexdigest(), size_caveat(len(content))
         graph_def = tf.GraphDef()
         with tf.Graph().as_default() as graph:
             self._images = tf.placeholder(tf.float32, [None, None, None, 3])
@@ -78,3 +79,11 @@ def _tensorflow():
         raise UserError(f"--backend tensorflow needs the package tensorflow ({error}): "
                         "pip install 'guided-pixels[tf]'") from None
     return tf
+
+
+def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    return TensorflowExtractor(inception or None, device=device or "cpu")
+
+
+KIND = ExtractorKind("tensorflow", "the 2015 Inception in TensorFlow", _load, POOLED,
+                     SPATIAL_SIDE**2 * SPATIAL_CHANNELS, CLASSES, is_inception=True)

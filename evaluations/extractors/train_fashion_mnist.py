@@ -1,38 +1,36 @@
-"""Trains the embedded judge on the 60,000 Fashion-MNIST training images.
+"""Trains the classifier of Fashion-MNIST on the 60,000 training images.
 
-    OMP_NUM_THREADS=1 python -m evaluations.train_embedded
+    OMP_NUM_THREADS=1 python -m evaluations.extractors.train_fashion_mnist
 
-makes the shipped evaluations/models/fmnist_embedded.safetensors (a quarter of an hour on one CPU core) and, beside it,
-a log with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
+makes the bundled evaluations/models/fashion_mnist.safetensors (a quarter of an hour on one CPU core) and, beside it, a
+log with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option, parse_options
 
-from .bundled import IMAGE_SIZE, round_convolutions
-from .fashion_mnist import WEIGHTS, EmbeddedClassifier, save_embedded
+from .bundled import IMAGE_SIZE
+from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
+from .training import EpochTraining, learning_rate_factor
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingOptions(Options):
-    """How the embedded judge is trained."""
+class FashionMnistTrainingOptions(Options):
+    """How the classifier is trained."""
 
     data_dir: str = option("fashion-mnist", "folder with the IDX files, or fashion-mnist: where Debian installs them")
     out: str = option(str(WEIGHTS), "file for the weights; the log goes beside it, ending in .log")
@@ -44,8 +42,11 @@ class TrainingOptions(Options):
     seed: int = option(0, "seed of initial weights, order and augmentation", minimum=0)
 
 
-def train(options: TrainingOptions, command: str) -> EmbeddedClassifier:
-    """Trains, writes weights and log, and returns the model as it is in the file, in evaluation mode."""
+def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistClassifier:
+    """Trains the classifier, writes weights and log, and returns it as it is in the file, in evaluation mode.
+
+    command: the command line, which log and weights name. Raises UserError for data or a folder that cannot be used.
+    """
     out = Path(options.out)
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written")
@@ -56,47 +57,33 @@ def train(options: TrainingOptions, command: str) -> EmbeddedClassifier:
                         class_cond=True, in_channels=1, seed=options.seed)
     torch.manual_seed(options.seed)
     shifts = torch.Generator().manual_seed(options.seed)
-    model = EmbeddedClassifier().to(memory_format=torch.channels_last)
+    model = FashionMnistClassifier().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True,
                                 weight_decay=options.weight_decay)
     steps = max(1, num_images // options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, warm_up=steps, total=steps * options.epochs))
-    started = time.monotonic()
-    with out.with_suffix(".log").open("w") as log:
-        log.write(f"# {command}\n# torch {torch.__version__}, {num_images} training and {len(test[1])} test images\n")
-        for epoch in range(1, options.epochs + 1):
-            model.train()
-            loss_sum = 0.0
-            for _ in tqdm(range(steps), desc=f"epoch {epoch}/{options.epochs}", unit="batch", leave=False):
-                images, labels = next(batches)
-                logits = model(shift(images, options.max_shift, shifts))
-                loss = nn.functional.cross_entropy(logits, labels["y"])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                loss_sum += loss.item()
-            if epoch == options.epochs:
-                round_convolutions(model)
-            model.test_accuracy = accuracy(model, *test)
-            log.write(f"epoch {epoch:2d}  train loss {loss_sum / steps:.4f}  test accuracy {model.test_accuracy:.4f}  "
-                      f"{time.monotonic() - started:.0f} s\n")
-            log.flush()
-    save_embedded(model, out, {"command": command, "torch": torch.__version__,
-                               "data": f"Fashion-MNIST, {num_images} training images"})
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(steps):
+            images, labels = next(batches)
+            logits = model(shift(images, options.max_shift, shifts))
+            yield nn.functional.cross_entropy(logits, labels["y"])
+
+    def measure() -> str:
+        model.test_accuracy = classification_accuracy(model, *test)
+        return f"test accuracy {model.test_accuracy:.4f}"
+
+    EpochTraining(model, optimizer, schedule, options.epochs, steps, losses, measure).run(
+        out.with_suffix(".log"),
+        f"# {command}\n# torch {torch.__version__}, {num_images} training and {len(test[1])} test images\n")
+    save_fashion_mnist(model, out, {"command": command, "torch": torch.__version__,
+                                    "data": f"Fashion-MNIST, {num_images} training images"})
     return model
 
 
-def learning_rate_factor(step: int, warm_up: int, total: int) -> float:
-    """Rises linearly to 1 over the first `warm_up` steps, then falls to 0 at `total` as half a cosine."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
-
-
 def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
-    """Each (N, C, H, W) image moved by up to `largest` pixels along each axis; what leaves at one edge re-enters."""
+    """Moves each image (N, C, H, W) by up to `largest` pixels along each axis; what leaves at one edge re-enters."""
     size = images.shape[-1]
     moves = torch.randint(-largest, largest + 1, (len(images), 2), generator=generator)
     rows, columns = ((torch.arange(size) + moves[:, axis, None]) % size for axis in (0, 1))     # (N, size) each
@@ -104,15 +91,16 @@ def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
     return images.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
-def accuracy(model: EmbeddedClassifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images (N, 1, 32, 32) in [-1, 1] classified as labelled; leaves the model in evaluation mode."""
+def classification_accuracy(model: FashionMnistClassifier, images: Tensor, labels: Tensor) -> float:
+    """Share of images (N, 1, 32, 32) in [-1, 1] that are classified as labelled; leaves evaluation mode on."""
     return float((model.eval().predict(images) == labels.numpy()).mean())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_options(argv, TrainingOptions, description=__doc__)
+    """Runs the command; argv: its arguments, None for those of the process."""
+    (options,) = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
-    model = train(options, shlex.join(["python", "-m", "evaluations.train_embedded", *arguments]))
+    model = train(options, shlex.join(["python", "-m", "evaluations.extractors.train_fashion_mnist", *arguments]))
     print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
 
 

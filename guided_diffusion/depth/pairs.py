@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_arrays
 from ..image_datasets import classes_by_name, crop_square, image_extent, read_image, resize_smaller_side
+from ..npz import read_arrays
 from .scenes import DEPTH_RANGE, render
 from .scenes.files import render_scenes
 

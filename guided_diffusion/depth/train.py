@@ -25,6 +25,7 @@ from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..errors import UserError
 from ..fetch import sha256_of
+from ..files import check_writable
 from ..gaussian_diffusion import GaussianDiffusion
 from ..options import Options, option
 from ..progress import progress_bar
@@ -261,10 +262,8 @@ class PredictorTraining:
     def _check_out(self) -> None:
         if self.out.suffix != ".safetensors":
             raise UserError(f"--out {self.out}: the name must end in .safetensors")
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        if not self.out.exists():
+            check_writable("--out", self.out, parents=True)
         for path in (self.out, self.state):
             if path.exists():
                 self._check_same(path)

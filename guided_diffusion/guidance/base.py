@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -41,7 +41,9 @@ from ..errors import UserError
 from ..options import Options, option_fields
 from ..presets import Preset
 from ..terms import Guidance, Passes
-from ..unet import UNetModel
+from ..unet import Encoder, UNetModel
+
+AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Networks:
     seed: int = 0
     random_weights: bool = False
 
-    def load(self, network: nn.Module, path: str, flags: Mapping[str, Any]) -> nn.Module:
+    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any]) -> AnyEncoder:
         """A further network, ready for evaluation: the weights in `path` (see `checkpoint.load_into`), or random ones.
 
         flags: the options that it was built from.

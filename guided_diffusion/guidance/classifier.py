@@ -37,7 +37,7 @@ class ClassifierGuidance(GradientGuidance):
         self.classifier = classifier
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """scale * grad_x log p(y | x_t), (N, C, H, W). Raises UserError without labels."""
+        """The gradient `scale * grad_x log p(y | x_t)`, (N, C, H, W). Raises UserError without labels."""
         y = ctx.model_kwargs.get("y")
         if y is None:
             raise UserError("classifier guidance needs labels: model_kwargs has no y")

@@ -90,7 +90,7 @@ class DepthConsistencyGuidance(_DepthGuidance):
     branches = ("strong", "weak")
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """scale * L_dc of each image, (N,)."""
+        """The loss `scale * L_dc` of each image, (N,)."""
         with torch.no_grad():
             strong = self.depth(ctx, "strong")
         return self.reduced((strong - self.depth(ctx, "weak")) ** 2)
@@ -119,7 +119,7 @@ class DepthPriorGuidance(_DepthGuidance):
         self.seed = seed
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """scale * L_dp of each image, (N,)."""
+        """The loss `scale * L_dp` of each image, (N,)."""
         depth = self.depth(ctx, "strong")
         size = self.prior.image_size
         if depth.shape[2:] != (size, size):
@@ -129,7 +129,7 @@ class DepthPriorGuidance(_DepthGuidance):
         return self.reduced((eta - self.prior.eps(self.prior.diffusion.q_sample(depth, tau, noise=eta), tau)) ** 2)
 
     def draw(self, image_ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """tau (N,) int64 and eta (N, 1, size, size) float32 of images (N,) at steps t (N,), on the CPU."""
+        """Draws tau (N,) int64 and eta (N, 1, size, size) float32 of images (N,) at steps t (N,), on the CPU."""
         last, size = self.prior.diffusion.num_timesteps - 1, self.prior.image_size
         low, high = (round(fraction * last) for fraction in (TAU_RANGE if self.tau is None else (self.tau, self.tau)))
         taus, etas = [], []
@@ -191,7 +191,7 @@ class DagOptions(GuidanceOptions):
         """Both terms, or the one that is on."""
         predictors = load_predictors(locate(self.depth_predictor), nets.device)
         check_fits(predictors, nets.model, None)
-        common = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop}
+        common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop}
         terms: list[Guidance] = []
         if self.dcg_scale:
             terms.append(DepthConsistencyGuidance(nets.model, predictors, self.dcg_scale, **common))

@@ -38,7 +38,7 @@ class PerturbedAttentionGuidance(ContrastGuidance):
         self.blocks = tuple(blocks)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """s (eps(x_t) - eps_perturbed(x_t)), (N, C, H, W)."""
+        """The contrast `s (eps(x_t) - eps_perturbed(x_t))`, (N, C, H, W)."""
         reached = False
 
         def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

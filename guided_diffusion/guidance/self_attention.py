@@ -71,7 +71,7 @@ class SelfAttentionGuidance(ContrastGuidance):
         return capture_attention(self.model, [self.block], heads=self.heads)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """s (eps(x_t) - eps(x_bar)), (N, C, H, W)."""
+        """The contrast `s (eps(x_t) - eps(x_bar))`, (N, C, H, W)."""
         eps_degraded = ctx.denoise(self.degraded(ctx, pred), ctx.t).eps
         return self.scale * (pred.eps - eps_degraded)
 
@@ -147,7 +147,7 @@ class SagOptions(GuidanceOptions):
 
     @property
     def attention_threshold(self) -> float:
-        """psi."""
+        """The threshold psi of its mask."""
         return self.threshold
 
     def with_heads(self, heads: str) -> Self:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..guidance import GUIDANCE
+from ..npz import BatchFile
 from ..options import Options, option_fields, options_from
-from ..packing import first_images
 from ..sampling import SAMPLERS
 from .options import SampleOptions
 
@@ -44,12 +43,12 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
     sample, = _read(configuration, SampleOptions)
     files, unused = [MODEL_FLAG], set()
-    for name, kind in SAMPLERS.items():
-        unused |= _flags(kind) if name != sample.sampler_name else set()
-    for kind in GUIDANCE:
-        method, = _read(configuration, kind)
+    for name, sampler in SAMPLERS.items():
+        unused |= _flags(sampler) if name != sample.sampler_name else set()
+    for guidance in GUIDANCE:
+        method, = _read(configuration, guidance)
         files += method.files()
-        unused |= set() if method.active else _flags(kind)
+        unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
@@ -91,9 +90,9 @@ def read_record(path: Path) -> dict[str, Any]:
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
-        record = read_record(folder / "run.json")
-        return first_images(folder / record["samples"], count), record["configuration"]
-    except (*READ_ERRORS, zipfile.BadZipFile) as error:
+        record = json.loads((folder / "run.json").read_text())
+        return BatchFile(folder / record["samples"]).first(count), dict(record["configuration"])
+    except READ_ERRORS as error:
         raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
 
 

@@ -7,7 +7,6 @@ them. Image i depends on (seed, i) and the configuration alone.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,10 @@ from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
+from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
+from ..npz import BatchFile
 from ..options import Options, option_fields, parse_options
-from ..packing import first_images
 from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
@@ -54,7 +54,7 @@ class SamplingRun:
     guidance: tuple[GuidanceOptions, ...]
 
     @classmethod
-    def of(cls, options: Sequence[Options]) -> Self:
+    def of(cls, options: Sequence[Any]) -> Self:
         """The run of SampleOptions and an instance of each of `option_classes()`, in that order."""
         sample, model, diffusion, *rest = options
         return cls(sample, model, diffusion, tuple(one for one in rest if isinstance(one, SamplerOptions)),
@@ -152,13 +152,7 @@ class SamplingRun:
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / f".writable-{dist_util.rank()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+        check_folder("--out", self.out)
 
     def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
@@ -211,18 +205,18 @@ class SamplingRun:
         with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
-                numbers, began = chunks.chunks[todo[index]], time.monotonic()
+                image_ids, began = chunks.chunks[todo[index]], time.monotonic()
 
-                def on_step(part: float, before: int = done, count: int = len(numbers)) -> None:
+                def on_step(part: float, before: int = done, count: int = len(image_ids)) -> None:
                     queue.check()
                     queue.report(before + part * count)
                     progress.show()
 
-                labels = chunks.labels(numbers)
-                images = sampler.images(numbers, labels, on_step)
+                labels = None if chunks.labels is None else chunks.labels(image_ids)
+                images = sampler.images(image_ids, labels, on_step)
                 seconds = time.monotonic() - began
                 chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
-                done += len(numbers)
+                done += len(image_ids)
                 queue.report(done)
                 queue.finish_index()
             while dist_util.is_main() and queue.finished() < len(todo):
@@ -236,7 +230,7 @@ class SamplingRun:
         packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
         os.replace(packed, chunks.samples)
-        pictures.save_grid(first_images(chunks.samples, 64), self.out / "grid.png")
+        pictures.save_grid(BatchFile(chunks.samples).first(64), self.out / "grid.png")
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,
@@ -245,7 +239,7 @@ class SamplingRun:
             **made_by(),
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
-        shards.write_whole(record_path, (json.dumps(record, indent=2) + "\n").encode(), "the samples are kept")
+        write_json(record_path, record, sync=True, ending="the samples are kept")
 
 
 def sample_command(description: str, on: type[GuidanceOptions] | None = None) -> None:

@@ -7,17 +7,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
-import socket
-import time
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import packing
+from .. import files
 from ..errors import UserError
 from ..fetch import sha256_of
+from ..npz import READ_ERRORS as NPZ_ERRORS
+from ..npz import BatchFile, Chunk, prepare_samples, read_checked
 from .record import READ_ERRORS, difference, identity, read_record
 
 REMEDY = "name another folder, or pass --overwrite True"
-TRIES, PAUSE = 5, 0.2               # of taking the lock, which scripts/run_status.py holds for a moment
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
 
@@ -96,8 +92,8 @@ class Shards:
         buffer = io.BytesIO()
         np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
                  rank=rank, seconds=seconds, **({} if labels is None else {"labels": labels}))
-        write_whole(self.path(index), buffer.getbuffer(),
-                    "finished chunks are kept: start the same command again to go on")
+        files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
+                    ending="finished chunks are kept: start the same command again to go on")
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """The arrays of a finished chunk.
@@ -107,9 +103,7 @@ class Shards:
         """
         path, numbers = self.path(index), self.chunks[index]
         try:
-            with zipfile.ZipFile(path) as archive:      # reading a member to its end checks its checksum
-                arrays = {name.removesuffix(".npy"): np.lib.format.read_array(
-                    io.BytesIO(archive.read(name)), allow_pickle=False) for name in archive.namelist()}
+            arrays = read_checked(path)
             held = arrays["numbers"]
             whole = (len(held) > 0 and arrays["images"].shape == (len(held), *self.shape[1:])
                      and arrays["images"].dtype == np.uint8 and arrays["rank"].ndim == arrays["seconds"].ndim == 0
@@ -117,13 +111,13 @@ class Shards:
             run = str(arrays["run"])
         except FileNotFoundError:
             raise
-        except packing.READ_ERRORS as error:
+        except NPZ_ERRORS as error:
             whole, run = False, str(error)
         if not whole:
             raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
         if run != self.fingerprint or held[0] != numbers.start or (np.diff(held) != 1).any():
             raise UserError(f"{path}: is of another run; {REMEDY}")
-        both = min(len(held), len(numbers))
+        both = range(min(len(held), len(numbers)))
         if self.labels is not None and not _equal(_cut(self.labels(numbers), both), _cut(arrays.get("labels"), both)):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
         return arrays
@@ -150,15 +144,16 @@ class Shards:
             return None
         missing = self._missing()
         self.folder.mkdir(exist_ok=True)
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+        files.remove_leftovers(self.folder)
+        files.remove_leftovers(self.out, "samples_*")
         manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
-        write_whole(self.folder / "run.json", json.dumps(manifest, indent=2).encode(), "nothing was changed")
+        files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
+                         ending="nothing was changed")
         if earlier:
             kept = [index for index in missing if self.chunks[index].stop <= earlier.num_samples]
-            arrays = packing.unpack(earlier.samples, [self.chunks[index] for index in kept])
-            for index, (images, labels) in zip(kept, arrays, strict=True):
-                self.save(index, images, labels)
+            samples = BatchFile(earlier.samples)
+            for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
+                self.save(index, images, _cut(samples.labels, self.chunks[index]))
             missing = [index for index in missing if index not in set(kept)]
         return missing
 
@@ -195,15 +190,15 @@ class Shards:
 
     def _check_begun(self) -> None:
         before = self._begun()          # without a record each shard still says of which run it is
-        if before is None or not any(self.folder.glob("*.npz")):
+        if before is None or not self._any_finished():
             return
         if different := difference(before, self.identity):
             raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
                             f"differs); {REMEDY}")
 
     def _check_labels(self, earlier: Shards) -> None:
-        count = min(earlier.num_samples, self.num_samples)
-        if self.labels is None or _equal(self.labels(range(count)), _cut(packing.read_labels(earlier.samples), count)):
+        both = range(min(earlier.num_samples, self.num_samples))
+        if self.labels is None or _equal(self.labels(both), _cut(BatchFile(earlier.samples).labels, both)):
             return
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
@@ -226,7 +221,7 @@ class Shards:
         """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""
         timing: list[dict[str, Any]] = []
 
-        def arrays() -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        def arrays() -> Iterator[Chunk]:
             for index, numbers in enumerate(self.chunks):
                 try:
                     chunk = self.read(index)
@@ -237,93 +232,33 @@ class Shards:
                 timing.append({"first": numbers.start, "images": len(numbers), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
-        return packing.pack(arrays(), self.shape, self.samples), timing
+        return prepare_samples(arrays(), self.shape, self.samples), timing
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
-        if not any(self.folder.glob("*.npz")):
+        if not self._any_finished():
             self.remove()
+
+    def _any_finished(self) -> bool:
+        return any(self.folder.glob("[0-9]*.npz"))          # no temporary files, whose names begin with a dot
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_whole(path: Path, content: bytes | memoryview, comfort: str) -> None:
-    """Writes a file that appears whole or not at all; UserError, ending in `comfort`, where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {comfort}") from None
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the folder for one job; UserError where another works there. The lock ends with its process."""
-    import fcntl  # not on Windows
-
-    path = out / ".lock"
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE)
-        stream = path.open("a+")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.close()
-            continue
-        except OSError as error:
-            warnings.warn(f"{out}: this file system has no locks ({error.strerror}): see to it that no two jobs work "
-                          "there", stacklevel=3)
-            break
-        if _same_file(stream.fileno(), path):           # else its job has just ended and removed it
-            break
-        stream.close()
-    else:
-        raise UserError(f"--out {out}: another job is working there ({holder(out)}); wait for it, or name another "
-                        "folder")
-    try:
-        with contextlib.suppress(OSError):              # a full disk
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-            stream.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            stream.close()
+def locked(out: Path) -> AbstractContextManager[None]:
+    """Holds the folder of a run for one job; UserError where another works there. The lock ends with its process."""
+    return files.locked(out / ".lock", lambda who: UserError(
+        f"--out {out}: another job is working there ({who}); wait for it, or name another folder"))
 
 
 def holder(out: Path) -> str | None:
     """Who holds the folder, in words; None where no one does."""
-    import fcntl
-
-    try:
-        with (out / ".lock").open() as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return stream.read() or "just started"
-    except OSError:
-        pass
-    return None
+    return files.lock_holder(out / ".lock")
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
-
-
-def _cut(array: np.ndarray | None, count: int) -> np.ndarray | None:
-    return None if array is None else array[:count]
+def _cut(array: np.ndarray | None, indices: range) -> np.ndarray | None:
+    return None if array is None else array[indices.start:indices.stop]
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

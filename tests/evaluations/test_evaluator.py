@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import REPOSITORY, call, execute
-from golden import GOLDEN, needs_golden
+from golden import GOLDEN
 from PIL import Image
 
 from evaluations.npz import BatchFile, write_batch
@@ -74,7 +74,6 @@ def values(results):
 
 
 @pytest.mark.slow
-@needs_golden
 def test_the_official_command_end_to_end(save, evaluate, tmp_path):
     from synthetic_inception import write_weights
 
@@ -221,10 +220,10 @@ def test_intervals(save, evaluate):
 
 
 def test_probability_zero_is_told(save, evaluate, monkeypatch):
-    from evaluations.extractors.fashion_mnist import EmbeddedClassifier
+    from evaluations.extractors.fashion_mnist import FashionMnistClassifier
 
-    real = EmbeddedClassifier.features
-    monkeypatch.setattr(EmbeddedClassifier, "features", lambda self, images: real(self, images)._replace(
+    real = FashionMnistClassifier.features
+    monkeypatch.setattr(FashionMnistClassifier, "features", lambda self, images: real(self, images)._replace(
         probabilities=np.eye(10, dtype=np.float32)[np.arange(len(images)) % 10]))
     results, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(20, 1)))
     assert results[0]["metrics"]["is"] is None
@@ -234,7 +233,7 @@ def test_probability_zero_is_told(save, evaluate, monkeypatch):
 def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch):
     files = save("reference", clothes(30)), save("sample", clothes(20, 1))
     first = values(evaluate(*files, "--cache", tmp_path / "cache")[0])
-    monkeypatch.setattr("evaluations.extractors.fashion_mnist.EmbeddedClassifier.features", None)
+    monkeypatch.setattr("evaluations.extractors.fashion_mnist.FashionMnistClassifier.features", None)
     assert values(evaluate(*files, "--cache", tmp_path / "cache")[0]) == first
 
 
@@ -354,15 +353,15 @@ def test_options_that_are_refused(words, message, save, refused):
 
 
 def test_features_that_are_not_numbers_end_it(save, refused, monkeypatch):
-    from evaluations.extractors.fashion_mnist import EmbeddedClassifier
+    from evaluations.extractors.fashion_mnist import FashionMnistClassifier
 
-    real = EmbeddedClassifier.features
+    real = FashionMnistClassifier.features
 
     def broken(self, images):
         features = real(self, images)
         features.pooled[2] = np.nan
         return features
 
-    monkeypatch.setattr(EmbeddedClassifier, "features", broken)
+    monkeypatch.setattr(FashionMnistClassifier, "features", broken)
     files = save("reference", clothes(10)), save("sample", clothes(10))
     assert "reference.npz: the pooled features of image 2 are not finite" in refused(*files, "--batch_size", 32)

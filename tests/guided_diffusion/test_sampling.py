@@ -191,7 +191,7 @@ def test_what_is_not_finite_is_named_by_step_and_image(value, step):
         return out
 
     chain = sample_chain(step, Denoiser(diffusion, network), normal(0, 4), lambda index: normal(index, 4),
-                         numbers=torch.tensor([20, 21, 22, 23]))
+                         image_ids=torch.tensor([20, 21, 22, 23]))
     for _ in range(5):                              # original steps 999, 888, ..., 555
         next(chain)
     with pytest.raises(NonFiniteError, match=r"step 4.*image 21, 22$"):

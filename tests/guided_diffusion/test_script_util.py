@@ -14,6 +14,7 @@ from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOpt
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import NonFiniteError, UserError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from guided_diffusion.guidance import Networks
 from guided_diffusion.guidance.self_attention import SagOptions
 from guided_diffusion.options import options_from
 from guided_diffusion.script_util import (
@@ -172,12 +173,13 @@ def test_an_argparse_value_that_is_neither_true_nor_false_ends_the_command(capsy
 
 def test_self_attention_guidance_from_its_options():
     model, _ = create_model_and_diffusion(**FLAGS)
-    guidance = SagOptions(guide_scale=1.1, sel_attn_depth=3, guide_start=50, attention_heads="official").build(model)
+    nets = Networks(model, "cpu")
+    guidance, = SagOptions(guide_scale=1.1, sel_attn_depth=3, guide_start=50, attention_heads="official").build(nets)
     assert guidance.block == "output.3" and guidance.scale == pytest.approx(0.1) and guidance.start == 50
     assert guidance.heads == "official"
-    assert SagOptions(sel_attn_block="middle", sel_attn_depth=3).build(model).block == "middle"
+    assert SagOptions(sel_attn_block="middle", sel_attn_depth=3).build(nets)[0].block == "middle"
     with pytest.raises(UserError, match=r"'output.8' is no attention block .*there are: .*output\.5"):
-        SagOptions().build(model)
+        SagOptions().build(nets)
 
 
 # Wrong flags

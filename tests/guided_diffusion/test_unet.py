@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN, cases, fill, needs_golden, noise, relative_error
+from golden import GOLDEN, cases, fill, noise, relative_error
 from networks import with_random_weights
 from torch.nn import functional as F
 
@@ -26,12 +26,7 @@ FORMATS = ("contiguous", "channels_last")
 HALF = {"use_fp16": torch.float16, "use_bf16": torch.bfloat16}
 
 
-def released():
-    path = GOLDEN / "checkpoints.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-RELEASED = released()
+RELEASED = json.loads((GOLDEN / "checkpoints.json").read_text())
 
 
 def create(kind, flags):
@@ -51,7 +46,6 @@ def example(model, seed=0, size=(16, 16), batch=2):
 # Released checkpoints
 
 
-@needs_golden
 def test_there_are_fourteen_released_checkpoints():
     assert len(RELEASED) == 14
 

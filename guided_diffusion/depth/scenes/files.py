@@ -59,11 +59,7 @@ def checked_npz(out: str) -> Path:
     path = Path(out)
     if path.suffix != ".npz":
         raise UserError(f"--out {out}: the name must end in .npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    check_writable("--out", out)
+    check_writable("--out", path, parents=True)
     return path
 
 

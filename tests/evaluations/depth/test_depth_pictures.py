@@ -17,7 +17,7 @@ from evaluations.depth.pictures import (
 )
 from guided_diffusion.depth.scenes import FAR, FOV, KINDS, NEAR, render
 from guided_diffusion.errors import UserError
-from guided_diffusion.packing import pack
+from guided_diffusion.npz import prepare_samples
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def folders(tmp_path, rendered):
     for name, part in (("plain", slice(0, 6)), ("guided", slice(6, 12))):
         folder = tmp_path / name
         folder.mkdir()
-        pack([(rendered.rgb[part], None)], (6, 32, 32, 3), folder / "samples_6x32x32x3.npz").rename(
+        prepare_samples([(rendered.rgb[part], None)], (6, 32, 32, 3), folder / "samples_6x32x32x3.npz").rename(
             folder / "samples_6x32x32x3.npz")
         (folder / "run.json").write_text(json.dumps({"samples": "samples_6x32x32x3.npz", "configuration": {}}))
     return [str(tmp_path / "plain"), str(tmp_path / "guided")]

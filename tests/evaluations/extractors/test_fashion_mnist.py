@@ -1,4 +1,4 @@
-"""The embedded judge: its accuracy, its inputs, its training command, and the share of samples it recognises."""
+"""The classifier of Fashion-MNIST: its accuracy, its inputs, its training command, and class accuracy."""
 
 import itertools
 import json
@@ -13,13 +13,14 @@ from evaluations import class_accuracy as recognised
 from evaluations.extractors.fashion_mnist import (
     SPATIAL_SHAPE,
     WEIGHTS,
-    EmbeddedClassifier,
-    load_embedded,
-    save_embedded,
+    FashionMnistClassifier,
+    load_fashion_mnist,
+    save_fashion_mnist,
     to_grey,
 )
-from evaluations.extractors.train_fashion_mnist import learning_rate_factor, shift
 from evaluations.extractors.train_fashion_mnist import main as train
+from evaluations.extractors.train_fashion_mnist import shift
+from evaluations.extractors.training import learning_rate_factor
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 
@@ -27,8 +28,8 @@ needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reas
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return load_embedded()
+def classifier():
+    return load_fashion_mnist()
 
 
 def framed_test_images(count):
@@ -43,48 +44,48 @@ def noise():
 
 
 @needs_fashion_mnist
-def test_shipped_judge_recognises_real_test_images(judge):
+def test_bundled_classifier_is_right_on_real_test_images(classifier):
     images, labels = framed_test_images(1000)
-    predicted = judge.predict(images)
+    predicted = classifier.predict(images)
     assert predicted.shape == (1000,) and predicted.dtype == np.int64
     assert (predicted == labels).mean() > 0.9
-    assert judge.test_accuracy >= 0.91
+    assert classifier.test_accuracy >= 0.91
 
 
 @pytest.mark.slow
 @needs_fashion_mnist
-def test_accuracy_in_the_file_is_the_measured_one(judge):
+def test_accuracy_in_the_file_is_the_measured_one(classifier):
     images, labels = framed_test_images(10000)
-    assert (judge.predict(images) == labels).mean() == pytest.approx(judge.test_accuracy, abs=3e-4)
+    assert (classifier.predict(images) == labels).mean() == pytest.approx(classifier.test_accuracy, abs=3e-4)
 
 
-def test_shipped_file_is_small_and_describes_itself():
+def test_bundled_file_is_small_and_describes_itself():
     assert WEIGHTS.stat().st_size <= 400_000
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert {"widths", "test_accuracy", "command", "data"} <= set(metadata)
 
 
-def test_features(judge, noise):
-    pooled, spatial, probabilities = judge.features(noise)
+def test_features(classifier, noise):
+    pooled, spatial, probabilities = classifier.features(noise)
     assert pooled.shape == (5, 64) and spatial.shape == (5, *SPATIAL_SHAPE) and probabilities.shape == (5, 10)
     assert {pooled.dtype, spatial.dtype, probabilities.dtype} == {np.dtype(np.float32)}
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    logits = judge(to_grey(noise)).softmax(dim=1)
+    logits = classifier(to_grey(noise)).softmax(dim=1)
     np.testing.assert_allclose(probabilities, logits.detach().numpy(), rtol=1e-4, atol=1e-6)
 
 
 @needs_fashion_mnist
-def test_no_channel_of_the_spatial_features_is_dead(judge):
-    assert (judge.features(framed_test_images(50)[0]).spatial.std(axis=(0, 2, 3)) > 1e-3).all()
+def test_no_channel_of_the_spatial_features_is_dead(classifier):
+    assert (classifier.features(framed_test_images(50)[0]).spatial.std(axis=(0, 2, 3)) > 1e-3).all()
 
 
-def test_result_does_not_depend_on_batch_or_form_of_the_images(judge, noise):
-    pooled = judge.features(noise).pooled
+def test_result_does_not_depend_on_batch_or_form_of_the_images(classifier, noise):
+    pooled = classifier.features(noise).pooled
     as_floats = torch.from_numpy(noise).permute(0, 3, 1, 2) / 127.5 - 1
     grey = as_floats.mean(dim=1, keepdim=True)
     for images in (torch.from_numpy(noise), as_floats, as_floats.double(), grey, grey.numpy()):
-        np.testing.assert_allclose(judge.features(images, batch_size=2).pooled, pooled, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(classifier.features(images, batch_size=2).pooled, pooled, rtol=1e-3, atol=1e-4)
 
 
 def test_grey_levels():
@@ -106,16 +107,16 @@ def test_grey_levels():
     (np.zeros((2, 32, 32, 3), np.int64), "must be uint8 or floating point"),
     (np.zeros((0, 32, 32, 3), np.uint8), "at least one"),
 ])
-def test_wrong_images(judge, images, message):
+def test_wrong_images(classifier, images, message):
     with pytest.raises(ValueError, match=message):
-        judge.predict(images)
+        classifier.predict(images)
 
 
-def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
+def test_saved_classifier_is_the_same_up_to_rounding(tmp_path, noise):
     torch.manual_seed(0)
-    model = EmbeddedClassifier((4, 6, 8, 8, 64), test_accuracy=0.25).eval()
-    save_embedded(model, tmp_path / "small.safetensors", {"command": "none"})
-    loaded = load_embedded(tmp_path / "small.safetensors")
+    model = FashionMnistClassifier((4, 6, 8, 8, 64), test_accuracy=0.25).eval()
+    save_fashion_mnist(model, tmp_path / "small.safetensors", {"command": "none"})
+    loaded = load_fashion_mnist(tmp_path / "small.safetensors")
     assert loaded.test_accuracy == 0.25 and not loaded.training
     np.testing.assert_allclose(loaded.features(noise).pooled, model.features(noise).pooled, rtol=0.02, atol=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
@@ -123,11 +124,11 @@ def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
 
 def test_wrong_weight_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        load_embedded(tmp_path / "missing.safetensors")
+        load_fashion_mnist(tmp_path / "missing.safetensors")
     for content in (b"", b"something else", WEIGHTS.read_bytes()[:-1000]):
         (tmp_path / "wrong.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="does not hold an embedded classifier, or is damaged"):
-            load_embedded(tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match="does not hold a Fashion-MNIST classifier, or is damaged"):
+            load_fashion_mnist(tmp_path / "wrong.safetensors")
 
 
 # Training
@@ -144,13 +145,13 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys):
         images[:, :14] = (labels * 28)[:, None, None]      # the class is the brightness of the upper half
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
-    out = tmp_path / "judge.safetensors"
+    out = tmp_path / "classifier.safetensors"
     train(["--data_dir", str(tmp_path), "--out", str(out), "--epochs", "4", "--batch_size", "8", "--lr", "0.02"])
-    judge = load_embedded(out)
-    assert judge.test_accuracy > 0.5
-    assert f"test accuracy {judge.test_accuracy:.2%}" in capsys.readouterr().out
-    lines = (tmp_path / "judge.log").read_text().splitlines()
-    assert len(lines) == 6 and "--epochs 4" in lines[0] and f"test accuracy {judge.test_accuracy:.4f}" in lines[-1]
+    classifier = load_fashion_mnist(out)
+    assert classifier.test_accuracy > 0.5
+    assert f"test accuracy {classifier.test_accuracy:.2%}" in capsys.readouterr().out
+    lines = (tmp_path / "classifier.log").read_text().splitlines()
+    assert len(lines) == 6 and "--epochs 4" in lines[0] and f"test accuracy {classifier.test_accuracy:.4f}" in lines[-1]
     with safe_open(out, "pt") as file:
         assert "--epochs 4" in file.metadata()["command"]
 
@@ -180,7 +181,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert factors[30] == pytest.approx(0.5) and factors[50] == pytest.approx(0)
 
 
-# The share recognised
+# Class accuracy
 
 
 class AlwaysTrousers:
@@ -210,12 +211,12 @@ def test_wilson_interval_known_values():
     assert recognised.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
-def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys, judge):
+def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys, classifier):
     recognised.main([str(samples), "--json", str(tmp_path / "result.json")])
     printed = capsys.readouterr().out
-    assert str(samples) in printed and "T-shirt" in printed and f"{judge.test_accuracy:.1%}" in printed
+    assert str(samples) in printed and "T-shirt" in printed and f"{classifier.test_accuracy:.1%}" in printed
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["judge_test_accuracy"] == judge.test_accuracy
+    assert result["judge_test_accuracy"] == classifier.test_accuracy
     assert result["files"][str(samples)]["images"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "samples.npz"]
 

@@ -1,4 +1,4 @@
-"""The judge of scenes: its accuracy, its inputs, its training command, and the reference that is shipped with it."""
+"""The extractor of scenes: its accuracy, its inputs, its training command, and the bundled reference."""
 
 import json
 
@@ -9,22 +9,22 @@ from commands import call
 from safetensors import safe_open
 
 from evaluations.depth.metrics import edge_sharpness, metres
-from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesJudge, load_judge, save_judge
-from evaluations.extractors.train_scenes import accuracy, batch
+from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import main as train
+from evaluations.extractors.train_scenes import scenes_accuracy, training_batch
 from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return load_judge()
+def extractor():
+    return load_scenes()
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    """Held-out scenes that neither the judge nor what is stored of its accuracy has seen."""
+    """Held-out scenes that neither the extractor nor what is stored of its accuracy has seen."""
     return render(1, range(20000, 20200))
 
 
@@ -33,8 +33,8 @@ def noise():
     return np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
 
 
-def test_accuracy_is_what_the_file_says(judge, scenes):
-    claimed, found = judge.accuracy, accuracy(judge, scenes)
+def test_accuracy_is_what_the_file_says(extractor, scenes):
+    claimed, found = extractor.accuracy, scenes_accuracy(extractor, scenes)
     assert claimed.keys() == found.keys() == {"l1", "abs_rel", "delta", "class"}
     assert claimed["delta"] > 0.95 and claimed["class"] > 0.7
     # Of 200 scenes, so within some standard errors.
@@ -54,7 +54,7 @@ def test_accuracy_against_direct_formulas(scenes):
             kinds[:, 2] = 1
             return type("Features", (), {"probabilities": kinds}), np.zeros(images.shape[:3], np.float32)
 
-    found, middle = accuracy(Guess(), scenes), (NEAR + FAR) / 2
+    found, middle = scenes_accuracy(Guess(), scenes), (NEAR + FAR) / 2
     assert found["l1"] == pytest.approx(abs(scenes.depth - middle).mean() * 2 / (FAR - NEAR), abs=1e-4)
     assert found["abs_rel"] == pytest.approx((abs(scenes.depth - middle) / scenes.depth).mean(), abs=1e-4)
     factor = np.maximum(scenes.depth / middle, middle / scenes.depth)
@@ -62,46 +62,46 @@ def test_accuracy_against_direct_formulas(scenes):
     assert found["class"] == pytest.approx((scenes.label == 2).mean(), abs=1e-4)
 
 
-def test_depth_has_edges(judge, scenes):
-    sharpness = [edge_sharpness(depth).mean() for depth in (scenes.depth, metres(judge.depth(scenes.rgb)))]
+def test_depth_has_edges(extractor, scenes):
+    sharpness = [edge_sharpness(depth).mean() for depth in (scenes.depth, metres(extractor.depth(scenes.rgb)))]
     assert 0.65 * sharpness[0] < sharpness[1] <= sharpness[0]
 
 
-def test_shipped_file_is_small_and_describes_itself(judge):
+def test_bundled_file_is_small_and_describes_itself(extractor):
     assert WEIGHTS.stat().st_size < 700_000
-    assert 150_000 < sum(parameter.numel() for parameter in judge.parameters()) < 300_000
+    assert 150_000 < sum(parameter.numel() for parameter in extractor.parameters()) < 300_000
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
         assert {file.get_tensor(name).dtype for name in file.keys() if name.endswith("0.weight")  # noqa: SIM118
                 and file.get_tensor(name).ndim == 4} == {torch.float16}
     assert {"widths", "accuracy", "command", "data"} <= set(metadata)
-    assert json.loads(metadata["accuracy"]) == judge.accuracy
+    assert json.loads(metadata["accuracy"]) == extractor.accuracy
 
 
-def test_features_and_depth(judge, noise):
-    pooled, spatial, probabilities = judge.features(noise)
+def test_features_and_depth(extractor, noise):
+    pooled, spatial, probabilities = extractor.features(noise)
     assert pooled.shape == (5, 64) and spatial.shape == (5, *SPATIAL_SHAPE) and probabilities.shape == (5, 4)
     assert {pooled.dtype, spatial.dtype, probabilities.dtype} == {np.dtype(np.float32)}
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    depth = judge.depth(noise)
+    depth = extractor.depth(noise)
     assert depth.shape == (5, 32, 32) and depth.dtype == np.float32 and abs(depth).max() <= 1
-    estimated, logits = judge(judge.inputs(noise))
+    estimated, logits = extractor(extractor.inputs(noise))
     np.testing.assert_allclose(depth, estimated[:, 0].detach().clamp(-1, 1), atol=1e-4)
     np.testing.assert_allclose(probabilities, logits.detach().softmax(dim=1), atol=1e-4)
-    assert len(judge.fingerprint) == 64 and judge.fingerprint != ScenesJudge().fingerprint
+    assert len(extractor.fingerprint) == 64 and extractor.fingerprint != ScenesExtractor().fingerprint
 
 
-def test_no_feature_is_dead(judge, scenes):
-    features = judge.features(scenes.rgb[:100])
+def test_no_feature_is_dead(extractor, scenes):
+    features = extractor.features(scenes.rgb[:100])
     assert (features.spatial.std(axis=(0, 2, 3)) > 1e-3).all()
     assert (features.pooled.std(axis=0) > 1e-4).mean() > 0.9
 
 
-def test_result_does_not_depend_on_batch_or_form_of_the_images(judge, noise):
-    depth = judge.depth(noise)
+def test_result_does_not_depend_on_batch_or_form_of_the_images(extractor, noise):
+    depth = extractor.depth(noise)
     as_floats = torch.from_numpy(noise).permute(0, 3, 1, 2) / 127.5 - 1
     for images in (torch.from_numpy(noise), as_floats, as_floats.double().numpy()):
-        np.testing.assert_allclose(judge.depth(images, batch_size=2), depth, atol=1e-4)
+        np.testing.assert_allclose(extractor.depth(images, batch_size=2), depth, atol=1e-4)
 
 
 @pytest.mark.parametrize("images, message", [
@@ -111,16 +111,16 @@ def test_result_does_not_depend_on_batch_or_form_of_the_images(judge, noise):
     (np.zeros((2, 32, 32, 3), np.int64), "must be uint8 or floating point"),
     (np.zeros((0, 32, 32, 3), np.uint8), "at least one"),
 ])
-def test_wrong_images(judge, images, message):
+def test_wrong_images(extractor, images, message):
     with pytest.raises(UserError, match=message):
-        judge.depth(images)
+        extractor.depth(images)
 
 
-def test_saved_judge_is_the_same_up_to_rounding(tmp_path, noise):
+def test_saved_extractor_is_the_same_up_to_rounding(tmp_path, noise):
     torch.manual_seed(0)
-    model = ScenesJudge((4, 6, 8, 10), {"l1": 0.5}).eval()
-    save_judge(model, tmp_path / "small.safetensors", {"command": "none"})
-    loaded = load_judge(tmp_path / "small.safetensors")
+    model = ScenesExtractor((4, 6, 8, 10), {"l1": 0.5}).eval()
+    save_scenes(model, tmp_path / "small.safetensors", {"command": "none"})
+    loaded = load_scenes(tmp_path / "small.safetensors")
     assert loaded.accuracy == {"l1": 0.5} and not loaded.training
     np.testing.assert_allclose(loaded.depth(noise), model.depth(noise), rtol=0.02, atol=2e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
@@ -130,11 +130,11 @@ def test_wrong_weight_files(tmp_path):
     from evaluations.extractors.fashion_mnist import WEIGHTS as CLASSIFIER
 
     with pytest.raises(UserError, match="no such file"):
-        load_judge(tmp_path / "missing.safetensors")
+        load_scenes(tmp_path / "missing.safetensors")
     for content in (b"", WEIGHTS.read_bytes()[:-1000], CLASSIFIER.read_bytes()):
         (tmp_path / "wrong.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match="does not hold a judge of scenes, or is damaged"):
-            load_judge(tmp_path / "wrong.safetensors")
+        with pytest.raises(UserError, match="does not hold an extractor of scenes, or is damaged"):
+            load_scenes(tmp_path / "wrong.safetensors")
 
 
 # Training
@@ -142,16 +142,16 @@ def test_wrong_weight_files(tmp_path):
 
 def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("evaluations.extractors.train_scenes.render_scenes", render)
-    out = tmp_path / "judge.safetensors"
+    out = tmp_path / "extractor.safetensors"
     train(["--out", str(out), "--num_images", "64", "--num_held_out", "32", "--epochs", "8", "--batch_size", "16"])
-    judge = load_judge(out)
+    extractor = load_scenes(out)
     held_out = render(1, range(32))
     guess = abs(held_out.depth - np.median(held_out.depth)).mean() * 2 / (FAR - NEAR)
-    assert judge.accuracy["l1"] < guess
-    assert judge.accuracy == accuracy(judge, held_out)          # what is measured is the file's
-    assert f"l1 {judge.accuracy['l1']:.4f}" in capsys.readouterr().out
-    lines = (tmp_path / "judge.log").read_text().splitlines()
-    assert len(lines) == 10 and "--epochs 8" in lines[0] and f"l1 {judge.accuracy['l1']:.4f}" in lines[-1]
+    assert extractor.accuracy["l1"] < guess
+    assert extractor.accuracy == scenes_accuracy(extractor, held_out)          # what is measured is the file's
+    assert f"l1 {extractor.accuracy['l1']:.4f}" in capsys.readouterr().out
+    lines = (tmp_path / "extractor.log").read_text().splitlines()
+    assert len(lines) == 10 and "--epochs 8" in lines[0] and f"l1 {extractor.accuracy['l1']:.4f}" in lines[-1]
 
 
 def test_training_command_refuses_what_cannot_work(tmp_path):
@@ -163,8 +163,8 @@ def test_training_command_refuses_what_cannot_work(tmp_path):
 
 def test_mirrored_scenes_are_mirrored_in_image_and_depth(scenes):
     chosen, mirrored = np.array([3, 7, 5]), np.array([False, True, False])
-    rgb, depth, label = batch(scenes, chosen, mirrored)
-    plain_rgb, plain_depth, plain_label = batch(scenes, chosen, ~np.ones(3, bool))
+    rgb, depth, label = training_batch(scenes, chosen, mirrored)
+    plain_rgb, plain_depth, plain_label = training_batch(scenes, chosen, ~np.ones(3, bool))
     assert torch.equal(rgb[1], plain_rgb[1].flip(-1)) and torch.equal(depth[1], plain_depth[1].flip(-1))
     assert torch.equal(rgb[::2], plain_rgb[::2]) and torch.equal(depth[::2], plain_depth[::2])
     assert torch.equal(label, plain_label) and label.tolist() == scenes.label[chosen].tolist()
@@ -188,7 +188,7 @@ def test_evaluator_tells_scenes_from_other_images(tmp_path, scenes, noise, capsy
     assert 1 < real["is"] <= 4
 
 
-def test_evaluator_refuses_what_the_judge_cannot_read(tmp_path, scenes, capsys):
+def test_evaluator_refuses_what_the_extractor_cannot_read(tmp_path, scenes, capsys):
     large = np.zeros((10, 64, 64, 3), np.uint8) + 9
     write_batch(tmp_path / "large.npz", {}, iter([large]), large.shape)
     write_batch(tmp_path / "real.npz", {}, iter([scenes.rgb[:10]]), (10, 32, 32, 3))
@@ -200,19 +200,19 @@ def test_evaluator_refuses_what_the_judge_cannot_read(tmp_path, scenes, capsys):
     assert "another --backend" in capsys.readouterr().err
 
 
-def test_shipped_reference_is_that_of_held_out_scenes(judge, tmp_path):
+def test_bundled_reference_is_that_of_held_out_scenes(extractor, tmp_path):
     from evaluations.evaluator import open_reference
 
-    shipped = open_reference("scenes32")
-    assert shipped.path.stat().st_size < 3_000_000
-    assert shipped.value("count") == 10000 and shipped.value("judge") == judge.fingerprint
+    bundled = open_reference("scenes32")
+    assert bundled.path.stat().st_size < 3_000_000
+    assert bundled.value("count") == 10000 and bundled.value("judge") == extractor.fingerprint
     first = render(1, range(64)).rgb
-    np.testing.assert_allclose(shipped.read("pooled")[:64], judge.features(first).pooled, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(bundled.read("pooled")[:64], extractor.features(first).pooled, rtol=2e-3, atol=2e-3)
     write_batch(tmp_path / "few.npz", {}, iter([first]), first.shape)
     made = tmp_path / "made.npz"
     assert call("evaluations/make_reference", tmp_path / "few.npz", made, "--backend", "scenes", "--keep", "features",
                 "--half", "True") == 0
     made = BatchFile(made)
-    assert made.members.keys() == shipped.members.keys()
+    assert made.members.keys() == bundled.members.keys()
     assert made.read("pooled").dtype == np.float16
-    np.testing.assert_allclose(made.read("sharpness"), shipped.read("sharpness")[:64], rtol=1e-3)
+    np.testing.assert_allclose(made.read("sharpness"), bundled.read("sharpness")[:64], rtol=1e-3)

@@ -3,11 +3,11 @@ import sys
 
 import numpy as np
 import pytest
-from golden import GOLDEN, needs_golden, relative_error
+from golden import GOLDEN, relative_error
 from synthetic_inception import make_synthetic_graph
 
-from evaluations.extractors.inception import InceptionNetwork
-from evaluations.extractors.tensorflow import TensorflowNetwork
+from evaluations.extractors.inception import InceptionExtractor
+from evaluations.extractors.tensorflow import TensorflowExtractor
 from guided_diffusion.errors import UserError
 
 needs_tensorflow = pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None,
@@ -23,12 +23,11 @@ def graph_file(tmp_path_factory):
     return path
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_tensorflow_and_torch_agree(graph_file, tmp_path):
     pytest.importorskip("tensorboard")
-    ours, theirs = InceptionNetwork(graph_file, cache=tmp_path), TensorflowNetwork(graph_file)
+    ours, theirs = InceptionExtractor(graph_file, cache=tmp_path), TensorflowExtractor(graph_file)
     assert ours.fingerprint == theirs.fingerprint
     assert ours.name != theirs.name
     random = np.random.default_rng(0)
@@ -40,11 +39,10 @@ def test_tensorflow_and_torch_agree(graph_file, tmp_path):
             assert relative_error(actual, expected) < 1e-4
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_golden_graph(graph_file):
-    network = TensorflowNetwork(graph_file)
+    network = TensorflowExtractor(graph_file)
     with np.load(GOLDEN / "eval" / "public_graph_w8.npz") as golden:
         for size in ("s32", "s128"):
             features = network.features(golden[f"{size}_images"])
@@ -54,7 +52,6 @@ def test_golden_graph(graph_file):
         network.features(np.zeros((2, 8, 8), np.uint8))
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_wrong_files(graph_file, tmp_path):
@@ -62,16 +59,15 @@ def test_wrong_files(graph_file, tmp_path):
     for wrong in (b"", b"no graph at all" * 100, content[:100_000], content.replace(b"mixed_6/conv", b"mixed_6/othe")):
         (tmp_path / "wrong.pb").write_bytes(wrong)
         with pytest.raises(UserError, match=r"wrong\.pb: is not the 2015 Inception, or is truncated") as error:
-            TensorflowNetwork(tmp_path / "wrong.pb")
+            TensorflowExtractor(tmp_path / "wrong.pb")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"--inception .*none.pb: no such file"):
-        TensorflowNetwork(tmp_path / "none.pb")
+        TensorflowExtractor(tmp_path / "none.pb")
     (tmp_path / "converted.safetensors").touch()
     with pytest.raises(UserError, match="TensorFlow needs the graph itself"):
-        TensorflowNetwork(tmp_path / "converted.safetensors")
+        TensorflowExtractor(tmp_path / "converted.safetensors")
 
 
-@needs_golden
 @needs_tensorflow
 @pytest.mark.slow
 def test_damaged_weights_are_noticed(tmp_path):
@@ -82,11 +78,11 @@ def test_damaged_weights_are_noticed(tmp_path):
         patch.setattr(module, "synthetic_weights", lambda *_: values)
         (tmp_path / "nan.pb").write_bytes(module.build_graph_def(12, 8).SerializeToString())
     with pytest.raises(UserError, match="not finite"):
-        TensorflowNetwork(tmp_path / "nan.pb").features(np.zeros((1, 8, 8, 3), np.uint8))
+        TensorflowExtractor(tmp_path / "nan.pb").features(np.zeros((1, 8, 8, 3), np.uint8))
 
 
 def test_missing_tensorflow_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow.compat.v1", None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"--backend tensorflow needs the package tensorflow .*pip install"):
-        TensorflowNetwork()
+        TensorflowExtractor()

@@ -1,7 +1,6 @@
 """The numbers of the evaluator: the official evaluator's golden cases, brute force, properties, and bad input."""
 
 import json
-import pickle
 import tracemalloc
 
 import numpy as np
@@ -15,8 +14,8 @@ from evaluations.metrics import (
     density_coverage,
     frechet_distance,
     inception_score,
-    inside,
     kid,
+    manifold_membership,
     neighbourhoods,
     precision_recall,
     resampled_frechet_distance,
@@ -28,12 +27,10 @@ from guided_diffusion.errors import UserError
 
 
 def golden_cases(name):
-    """The golden cases of that file, each a pytest parameter; the slow ones are marked. None without the folder."""
-    path = GOLDEN / "eval" / f"{name}.json"
-    cases = json.loads(path.read_text())["cases"] if path.is_file() else []
+    """The golden cases of that file, each a pytest parameter; the slow ones are marked."""
+    cases = json.loads((GOLDEN / "eval" / f"{name}.json").read_text())["cases"]
     marks = {2048: pytest.mark.slow}
-    parameters = [pytest.param(case, id=case["name"], marks=marks.get(case.get("dim"), ())) for case in cases]
-    return parameters or [pytest.param(None, marks=pytest.mark.skip(reason=f"no golden cases at {path}"))]
+    return [pytest.param(case, id=case["name"], marks=marks.get(case.get("dim"), ())) for case in cases]
 
 
 def golden_outputs(name):
@@ -142,28 +139,21 @@ def test_statistics_golden(case):
         np.testing.assert_allclose(covariance.diagonal(), outputs[f"{case['name']}__sigma_diag"], rtol=1e-10)
         np.testing.assert_allclose(covariance[:16, :16], outputs[f"{case['name']}__sigma_corner16"], atol=1e-12)
     else:
-        np.testing.assert_allclose(covariance, outputs[f"{case['name']}__sigma"], rtol=1e-10, atol=1e-13)
+        expected = outputs[f"{case['name']}__sigma"]        # of a large one, the first rows may be all that is kept
+        np.testing.assert_allclose(covariance[:len(expected)], expected, rtol=1e-10, atol=1e-13)
 
 
-def test_statistics_do_not_depend_on_pieces_ranks_or_a_common_mean(rng):
+def test_statistics_do_not_depend_on_pieces_or_a_common_mean(rng):
     features = rng.standard_normal((1000, 20)) @ rng.standard_normal((20, 20)) + 1e6
     mean, covariance = np.mean(features, axis=0), np.cov(features, rowvar=False)
     for piece in (1, 7, 1000):
         running = statistics(features, piece)
         np.testing.assert_allclose(running[0], mean, rtol=1e-14)
         np.testing.assert_allclose(running[1], covariance, rtol=1e-10, atol=1e-10 * covariance.max())
-    ranks = [RunningStatistics() for _ in range(4)]     # the last one sees nothing
-    for rank, part in zip(ranks, np.split(features, [10, 400]), strict=False):
-        rank.update(part)
-        rank.update(part[:0])
-    whole = RunningStatistics()
-    for rank in ranks:
-        whole.merge(pickle.loads(pickle.dumps(rank)))
-    assert whole.count == 1000
-    np.testing.assert_allclose(whole.covariance, covariance, rtol=1e-10, atol=1e-10 * covariance.max())
-    assert np.array_equal(whole.covariance, whole.covariance.T)
-    whole.update(np.ones((5, 20)))
-    assert ranks[0].count == 10         # what was merged is left as it was
+    running = RunningStatistics()
+    for part in np.split(features, [0, 10, 400]):
+        running.update(part)
+    assert running.count == 1000 and np.array_equal(running.covariance, running.covariance.T)
 
 
 def test_statistics_flatten_spatial_features(rng):
@@ -177,10 +167,7 @@ def test_statistics_refuse(rng):
         with pytest.raises(UserError, match="no images"):
             read()
     running.update(rng.standard_normal((3, 4)))
-    other = RunningStatistics()
-    other.update(rng.standard_normal((3, 5)))
     for action, message in ((lambda: running.update(np.ones((2, 5))), "5 channels: those before had 4"),
-                            (lambda: running.merge(other), "5 channels"),
                             (lambda: running.update(np.full((2, 4), np.nan)), "NaN"),
                             (lambda: running.update(np.ones(4)), r"shape \(4,\)"),
                             (lambda: running.update(np.array([["a"] * 4])), "real numbers")):
@@ -237,18 +224,16 @@ def test_precision_recall_golden(case):
     official = precision_recall(reference, sample, distances="official")
     assert official == pytest.approx((case["ref"]["precision"], case["ref"]["recall"]), abs=0.002)
     outputs = golden_outputs("public_pr")
-    of_sample, of_reference = inside(reference, sample, distances="official")
+    of_sample, of_reference = manifold_membership(reference, sample, distances="official")
     for ours, name in ((of_sample, "sample_in_ref_manifold"), (of_reference, "ref_in_sample_manifold")):
         theirs = np.unpackbits(outputs[f"{case['name']}__ref__{name}"], count=len(ours)).astype(bool)
         assert (ours != theirs).sum() <= 2
 
 
 def extra_runs():
-    path = GOLDEN / "eval" / "public_pr.json"
-    return json.loads(path.read_text())["extra_runs_on_first_case"] if path.is_file() else None
+    return json.loads((GOLDEN / "eval" / "public_pr.json").read_text())["extra_runs_on_first_case"]
 
 
-@pytest.mark.skipif(extra_runs() is None, reason="no golden cases")
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_official_precision_recall_with_another_k_and_overflow(k):
     case = golden_cases("public_pr")[0].values[0]
@@ -280,7 +265,7 @@ def test_exact_precision_recall_is_that_of_float64(seed):
     k = int(rng.integers(1, 6))
     (reference_radii, sample_radii), distances = brute_force(reference, sample, k)
     expected = (distances <= reference_radii[:, None]).any(axis=0), (distances <= sample_radii).any(axis=1)
-    for ours, theirs in zip(inside(reference, sample, k), expected, strict=True):
+    for ours, theirs in zip(manifold_membership(reference, sample, k), expected, strict=True):
         assert np.array_equal(ours, theirs)
 
 
@@ -297,9 +282,9 @@ def test_several_blocks_agree_with_one(rng, monkeypatch):
     reference, sample = rng.standard_normal((2, 700, 6))
     before = precision_recall(reference, sample), density_coverage(reference, sample)
     official = precision_recall(reference, sample, distances="official")
-    monkeypatch.setattr("evaluations.metrics._BLOCK_ENTRIES", 2**12)
+    monkeypatch.setattr("evaluations.metrics.arrays.BLOCK_ENTRIES", 2**12)
     assert (precision_recall(reference, sample), density_coverage(reference, sample)) == before
-    monkeypatch.setattr("evaluations.metrics._OFFICIAL_BLOCK", 150)
+    monkeypatch.setattr("evaluations.metrics.official.BLOCK_IMAGES", 150)
     assert precision_recall(reference, sample, distances="official") == official
 
 
@@ -341,7 +326,7 @@ def test_metrics_fall_as_noise_is_removed(rng):
 
 
 def test_memory_stays_far_below_whole_matrices(rng, monkeypatch):
-    monkeypatch.setattr("evaluations.metrics._BLOCK_ENTRIES", 2**20)
+    monkeypatch.setattr("evaluations.metrics.arrays.BLOCK_ENTRIES", 2**20)
     reference, sample = rng.standard_normal((2, 4000, 16), dtype=np.float32)        # whole: 64 MB in float32
     tracemalloc.start()
     try:
@@ -411,7 +396,7 @@ def brute_force_kid(reference, sample):
 
 def test_kid_is_the_unbiased_estimate(rng, monkeypatch):
     reference, sample = rng.standard_normal((300, 20)), 1.1 * rng.standard_normal((200, 20)) + 0.1
-    monkeypatch.setattr("evaluations.metrics._BLOCK_ENTRIES", 2**14)
+    monkeypatch.setattr("evaluations.metrics.arrays.BLOCK_ENTRIES", 2**14)
     assert kid(reference, sample) == pytest.approx(brute_force_kid(reference, sample), rel=1e-10)
     single = kid(reference.astype(np.float32), sample.astype(np.float32))
     assert single == pytest.approx(brute_force_kid(reference, sample), rel=1e-4)

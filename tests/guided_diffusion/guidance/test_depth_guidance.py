@@ -20,7 +20,7 @@ from guided_diffusion.guidance import (
     ClassifierGuidance,
     DepthConsistencyGuidance,
     DepthPriorGuidance,
-    Descent,
+    LossGuidance,
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
     StepContext,
@@ -284,7 +284,7 @@ def test_in_a_batch_of_several_steps_only_images_in_the_window_are_guided(case, 
 
 
 def test_what_a_loss_is_outside_its_window_does_not_matter(case):
-    class Broken(Descent):
+    class Broken(LossGuidance):
         def loss(self, ctx, pred):
             return pred.eps.sum(dim=(1, 2, 3)) * torch.where(ctx.t == 8, math.nan, 1.0)
 
@@ -492,7 +492,7 @@ def descent_exactly(case, scales=(40.0, 40.0)):
     """The gradient itself, (N, C, H, W), not its rounded difference to a sample."""
     active = [(term, torch.tensor([True, True])) for term in terms(case, scales).values()]
     denoise = Denoiser(case.diffusion, case.model, model_kwargs=case.kwargs)
-    return sampling._evaluated_with_descent(StepContext(denoise, case.x, case.t, torch.arange(2)), active)[2]
+    return sampling._evaluated_with_losses(StepContext(denoise, case.x, case.t, torch.arange(2)), active)[2]
 
 
 def test_large_gradients_in_float16_are_scaled_less_for_each_image_alone(monkeypatch):
@@ -502,13 +502,13 @@ def test_large_gradients_in_float16_are_scaled_less_for_each_image_alone(monkeyp
 
     class Uneven(DepthConsistencyGuidance):
         def loss(self, ctx, pred):
-            return super().loss(ctx, pred) * factors[ctx.numbers]
+            return super().loss(ctx, pred) * factors[ctx.image_ids]
 
     def gradient(numbers):
         denoise = Denoiser(case.diffusion, case.model, model_kwargs={"y": case.kwargs["y"][:len(numbers)]})
         ctx = StepContext(denoise, case.x[:len(numbers)], case.t[:len(numbers)], torch.tensor(numbers))
         active = [(Uneven(case.model, case.predictors, 1.0), torch.ones(len(numbers), dtype=torch.bool))]
-        return sampling._evaluated_with_descent(ctx, active)[2]
+        return sampling._evaluated_with_losses(ctx, active)[2]
 
     expected = gradient([0, 1])
     case.model.convert_to(torch.float16)
@@ -529,9 +529,9 @@ def test_scaling_the_loss_changes_no_bit_in_float32(case, monkeypatch):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_gradient_that_stays_infinite_is_named_by_step_and_image(case, sampler):
-    class Broken(Descent):
+    class Broken(LossGuidance):
         def loss(self, ctx, pred):
-            return pred.eps.sum(dim=(1, 2, 3)) * torch.where(ctx.numbers == 1, math.inf, 1.0)
+            return pred.eps.sum(dim=(1, 2, 3)) * torch.where(ctx.image_ids == 1, math.inf, 1.0)
 
     with pytest.raises(sampling.NonFiniteError, match=r"step 3.*image 1$"):
         getattr(case.diffusion, f"{sampler}_loop")(case.model, case.x.shape, case.x, model_kwargs=case.kwargs,

@@ -363,7 +363,7 @@ def test_mask_can_be_a_function_of_any_resolution_and_strength(case):
     seen = []
 
     def mask(ctx, pred):
-        seen.append((ctx.numbers.tolist(), pred.pred_xstart.shape))
+        seen.append((ctx.image_ids.tolist(), pred.pred_xstart.shape))
         return torch.tensor([[0.0, 0.5, 1.0, 0.0]]).expand(2, 1, 2, 4)
 
     eps = step(case, [SelfAttentionGuidance(case.model, BLOCK, 0.7, 2.0, mask=mask)])["eps"]

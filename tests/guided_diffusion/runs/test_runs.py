@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import REPOSITORY, call, execute, flags, samples_in
 from launchers import needs_mpi
 from networks import TINY
 
 from guided_diffusion.rng import image_labels
-from guided_diffusion.runs import sample as sample_util
+from guided_diffusion.runs import sampler
 from guided_diffusion.runs.shards import locked
 from guided_diffusion.runs.status import run_status
 
@@ -224,8 +225,8 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
     short = {**SHORT, "keep_shards": keep_shards}
     assert call("image_sample", *line(tmp_path / "grown", **short)) == 0
     made = []
-    images = sample_util.Sampler.images
-    monkeypatch.setattr(sample_util.Sampler, "images", lambda self, numbers, *rest: (
+    images = sampler.ImageSampler.images
+    monkeypatch.setattr(sampler.ImageSampler, "images", lambda self, numbers, *rest: (
         made.extend(numbers), images(self, numbers, *rest))[1])
     assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": 9})) == 0
     assert made == [4, 5, 6, 7, 8]                  # chunk 2 was cut short
@@ -299,14 +300,14 @@ def test_status_of_a_finished_run(line, tmp_path, capsys):
 @pytest.mark.parametrize("limit, auto, code", [(2, True, 0), (2, False, 2), (1, True, 0), (0, True, 2)])
 def test_out_of_memory(limit, auto, code, line, tmp_path, capsys, monkeypatch):
     sizes = []
-    piece = sample_util.Sampler._piece
+    piece = sampler.ImageSampler._piece
 
     def limited(self, numbers, *rest):
         sizes.append(len(numbers))
         if len(numbers) > limit:
-            raise sample_util.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return piece(self, numbers, *rest)
-    monkeypatch.setattr(sample_util.Sampler, "_piece", limited)
+    monkeypatch.setattr(sampler.ImageSampler, "_piece", limited)
     options = {**SHORT, "batch_size": 5, "auto_batch": auto}
     assert call("image_sample", *line(tmp_path / "out", **options)) == code
     if code:

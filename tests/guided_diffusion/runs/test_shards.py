@@ -205,13 +205,13 @@ def test_disk_that_fills_up_loses_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
             fill(run(), [1])
         assert contents(run().out) == before
     fill(run(), [1, 2])
     before = contents(run().out)
-    monkeypatch.setattr(module.packing.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
         run().pack()
     assert contents(run().out) == before

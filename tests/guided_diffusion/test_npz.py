@@ -1,4 +1,4 @@
-"""Sample files read as a stream: what comes out, and what is refused."""
+"""Sample files, written and read as a stream: what comes out, and what is refused."""
 
 import io
 import tracemalloc
@@ -7,11 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, is_whole, prepare_samples, write_batch
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (11, 6, 5, 3), np.uint8)
+SHAPE = (7, 4, 5, 3)          # of samples that come in chunks
 
 
 @pytest.fixture
@@ -182,8 +183,72 @@ def test_header_that_claims_more_than_there_is(tmp_path):
 
 
 def test_zip_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluations.npz.SMALL", 10**6)
+    monkeypatch.setattr("guided_diffusion.npz.SMALL", 10**6)
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", b"\0" * 2 * 10**6)
     with pytest.raises(UserError, match="which no images do"):
         BatchFile(tmp_path / "bomb.npz")
+
+
+# Samples in chunks
+
+@pytest.fixture
+def chunks():
+    """Chunks of 3, 3 and 1 images with labels, and the arrays they are together."""
+    images, labels = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8), np.arange(7)
+    return [(images[i:i + 3], labels[i:i + 3]) for i in range(0, 7, 3)], images, labels
+
+
+@pytest.fixture
+def prepared(chunks, tmp_path):
+    return prepare_samples(chunks[0], SHAPE, tmp_path / "samples.npz")
+
+
+def test_samples_joins_chunks_in_order(chunks, prepared, tmp_path):
+    parts, images, labels = chunks
+    with np.load(prepared, allow_pickle=False) as file:
+        assert file.files == ["arr_0", "arr_1"]
+        assert file["arr_0"].dtype == np.uint8 and (file["arr_0"] == images).all()
+        assert file["arr_1"].dtype == np.int64 and (file["arr_1"] == labels).all()
+    again = prepare_samples(iter(parts), SHAPE, tmp_path / "again.npz")
+    assert again.read_bytes() == prepared.read_bytes()
+
+
+def test_samples_without_labels(tmp_path):
+    prepared = prepare_samples([(np.ones((2, 4, 4, 3), np.uint8), None)], (2, 4, 4, 3), tmp_path / "samples.npz")
+    with np.load(prepared, allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+    assert BatchFile(prepared).labels is None
+
+
+def test_samples_that_fails_leaves_nothing(chunks, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare_samples(chunks[0], SHAPE, tmp_path / "nowhere" / "samples.npz")
+    with pytest.raises(UserError, match="reads back"):
+        prepare_samples(chunks[0][:2], SHAPE, tmp_path / "samples.npz")             # one image is missing
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flipped_byte_of_an_image_shows(prepared):
+    assert is_whole(prepared, SHAPE) and not is_whole(prepared, (6, *SHAPE[1:]))
+    content = prepared.read_bytes()
+    start = content.index(b"NUMPY")
+    for at in range(start, start + 500, 7):
+        prepared.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1:])
+        assert not is_whole(prepared, SHAPE), at
+    prepared.write_bytes(content[:-30])
+    assert not is_whole(prepared, SHAPE)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 100])
+def test_first_images(count, chunks, prepared):
+    assert (BatchFile(prepared).first(count) == chunks[1][:count]).all()
+    assert len(BatchFile(prepared).first(count)) == min(count, 7)
+
+
+def test_images_of_the_ranges_asked_for(chunks, prepared):
+    _, images, labels = chunks
+    wanted, file = [range(0, 2), range(3, 4), range(4, 7)], BatchFile(prepared)
+    for indices, some in zip(wanted, file.images(wanted), strict=True):
+        assert (some == images[indices.start:indices.stop]).all()
+    assert (file.labels == labels).all()

@@ -1,0 +1,111 @@
+"""What the evaluation network of scenes sees of the depth of images: features of depth maps, and how sharp edges are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.scenes import FAR, NEAR
+from guided_diffusion.errors import UserError
+from guided_diffusion.progress import progress_bar
+
+from ..extractors.bundled import IMAGE_SIZE
+from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
+from ..extractors.scenes import ScenesExtractor, load_scenes
+from ..metrics import feature_statistics
+from ..npz import BatchFile
+
+EDGE_SHARE = 0.1
+BATCH = 250
+DEPTH_ARRAYS = ("mu_depth", "sigma_depth", "sharpness")     # in reference files, beside the SHA-256 of both networks
+
+
+class DepthFeatures(NamedTuple):
+    """Features of N images and of their estimated depth maps, by the names of `metrics.Feature`."""
+
+    pooled: np.ndarray              # (N, 64), of the images, by the extractor of scenes
+    depth: np.ndarray               # (N, 64), of the depth maps, by the classifier of Fashion-MNIST
+    sharpness: np.ndarray           # (N,), metres per pixel
+
+
+class DepthExtractor:
+    """Two networks: the extractor of scenes estimates depth maps, the classifier of Fashion-MNIST reads them as images.
+
+    They are the bundled ones unless others are given.
+    """
+
+    def __init__(self, scenes: ScenesExtractor | None = None, classifier: FashionMnistClassifier | None = None) -> None:
+        self.scenes, self.classifier = scenes or load_scenes(), classifier or load_fashion_mnist()
+
+    def description(self) -> dict[str, Any]:
+        """Returns what results say of the two networks."""
+        return {"judge": {"name": self.scenes.name, "sha256": self.scenes.fingerprint,
+                          "accuracy": self.scenes.accuracy},
+                "extractor": {"name": self.classifier.name, "sha256": self.classifier.fingerprint}}
+
+    def features(self, file: BatchFile, count: int | None = None) -> DepthFeatures:
+        """Returns the features of the first `count` images of a file (None: of all).
+
+        Raises UserError where the file has fewer images, or images of another size.
+        """
+        check_scenes(file, count)
+        count, parts = count or len(file), []
+        with progress_bar(count, file.path.name, "img") as progress:
+            for _, images in file.batches(BATCH, num_images=count):
+                features, depth = self.scenes.features_and_depth(images)
+                parts.append(DepthFeatures(features.pooled, self.classifier.features(depth_images(depth)).pooled,
+                                           edge_sharpness(metres(depth))))
+                progress.update(len(images))
+        return DepthFeatures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+    def reference_arrays(self, images: BatchFile, count: int) -> dict[str, np.ndarray]:
+        """Returns what a reference file holds of the depth of its first `count` images, by name."""
+        features = self.features(images, count)
+        depth = feature_statistics(features.depth)
+        return {"mu_depth": depth.mean, "sigma_depth": depth.covariance, "sharpness": features.sharpness,
+                "judge": np.array(self.scenes.fingerprint), "extractor": np.array(self.classifier.fingerprint)}
+
+    def is_stored(self, reference: BatchFile) -> bool:
+        """Whether a reference file holds what `reference_arrays` returns.
+
+        Raises UserError where it was made by other networks.
+        """
+        if not all(name in reference.members for name in DEPTH_ARRAYS):
+            return False
+        made_by = {"judge": self.scenes.fingerprint, "extractor": self.classifier.fingerprint}
+        for name, fingerprint in made_by.items():
+            if reference.value(name) != fingerprint:
+                raise UserError(f"{reference.path}: its statistics are those of another {name} (SHA-256 "
+                                f"{str(reference.value(name))[:16]}..., not {fingerprint[:16]}...): make it again with "
+                                "scripts/make_reference.py")
+        return True
+
+
+def check_scenes(file: BatchFile, count: int | None = None) -> None:
+    """Raises UserError where a file has not `count` images (None: two), or where they are not 32x32."""
+    if not len(file):
+        raise UserError(f"{file.path}: has no images, arr_0 must be (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8")
+    if file.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise UserError(f"{file.path}: its images are {file.resolution}, the extractor of scenes reads {IMAGE_SIZE}x"
+                        f"{IMAGE_SIZE}; for others scripts/depth_fid.py compares depth maps that you estimated")
+    if len(file) < (count or 2):
+        raise UserError(f"{file.path}: has {len(file)} images, {count or 2} are needed")
+
+
+def metres(depth: np.ndarray) -> np.ndarray:
+    """Turns depth from -1 (NEAR) to 1 (FAR) into metres."""
+    return NEAR + (depth + 1) / 2 * (FAR - NEAR)
+
+
+def edge_sharpness(depth: np.ndarray) -> np.ndarray:
+    """Returns (N,): mean magnitude of the gradient of depth (N, H, W) over the tenth of the pixels where it is largest.
+
+    It is in the unit of depth per pixel. The gradient is that of forward differences to the right and down, so at
+    (H - 1)(W - 1) pixels: a step between two pixels counts with its whole height, a ramp with its slope.
+    """
+    across, down = depth[:, :-1, 1:] - depth[:, :-1, :-1], depth[:, 1:, :-1] - depth[:, :-1, :-1]
+    magnitude = np.hypot(across, down).reshape(len(depth), -1)
+    count = max(1, round(EDGE_SHARE * magnitude.shape[1]))
+    return np.partition(magnitude, -count, axis=1)[:, -count:].mean(axis=1)

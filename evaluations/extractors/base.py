@@ -1,0 +1,66 @@
+"""What the package says of each extractor: one record, which stands in the extractor's own file.
+
+To add an extractor, write a file with a class that has `name`, `fingerprint`, `caveat` and `features` (the protocol
+`evaluations.features.FeatureExtractor`) and with an `ExtractorKind`, and list that in `EXTRACTORS`:
+
+    def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+        return Brightness()
+
+    KIND = ExtractorKind("brightness", "mean brightness of each quarter", _load, pooled=4, spatial=64, probabilities=2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError
+
+from ..features import FeatureExtractor
+
+FLOAT32_BYTES = 4
+
+
+class Loader(Protocol):
+    """A function that loads an extractor."""
+
+    def __call__(self, *, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+        """Loads the extractor; each takes of the three options what concerns it.
+
+        inception: the Inception's file; "" takes it from the cache. device: like "cuda:1"; "" is the rank's own.
+        dtype: type of the computation. Raises UserError where a file or the device cannot be used.
+        """
+
+
+@dataclass(frozen=True)
+class ExtractorKind:
+    """What is known of an extractor before it is loaded."""
+
+    name: str                           # the word that --backend takes
+    title: str                          # what it is, for help and messages
+    load: Loader
+    pooled: int                         # numbers of an image: averages over the last feature map
+    spatial: int                        # numbers of an image: some channels of an earlier map, with their places
+    probabilities: int                  # classes
+    old_names: tuple[str, ...] = ()     # words that --backend takes as well
+    is_inception: bool = False          # the 2015 Inception: its file is --inception, its references name no network
+    has_dtype: bool = False             # computes in the type of --dtype
+    estimates_depth: bool = False       # is an `evaluations.features.DepthExtractor`
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of the stored features of one image."""
+        return FLOAT32_BYTES * (self.pooled + self.spatial + self.probabilities)
+
+
+def chosen_device(word: str) -> torch.device:
+    """The device of that word, "" for the rank's own; raises UserError for one that is not there."""
+    if not word:
+        return dist_util.dev()
+    try:
+        return torch.empty(0, device=word).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {word}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,119 @@
+"""Precision and recall, density and coverage, and realism: which images lie among the nearest neighbours of others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+
+from .arrays import check_k, checked_pair
+from .distances import Balls, Membership, centred_points, lengths, nearest_neighbours, squared_distances
+from .official import official_membership
+
+
+class Neighbourhoods(NamedTuple):
+    """How N reference and M sample images lie to each other. A ball reaches from an image to its k-th neighbour."""
+
+    sample_inside: np.ndarray           # (M,) bool, within a reference ball of k; the mean is the precision
+    reference_inside: np.ndarray        # (N,) bool, within a sample ball of k; the mean is the recall
+    density: np.ndarray                 # (M,), reference balls of density_k around it / density_k; mean: density
+    covered: np.ndarray                 # (N,) bool, its ball of density_k holds a sample; the mean is the coverage
+    realism: np.ndarray                 # (M,) in [0, inf], Kynkaanniemi et al. 1904.06991, eq. 3
+    sample_distance: np.ndarray         # (M,), from each sample to the nearest reference image
+    reference_distance: np.ndarray      # (N,), from each reference image to the nearest other one
+
+
+def precision_recall(reference: np.ndarray, sample: np.ndarray, k: int = 3,
+                     distances: str = "exact") -> tuple[float, float]:
+    """Returns improved precision and recall, both in [0, 1] (Kynkaanniemi et al. 1904.06991, eq. 2).
+
+    reference: (N, D), sample: (M, D), N and M at least k + 1. Precision is the share of the samples that lie within
+    the distance of some reference image to its k-th neighbour (`<=`), recall the same with the roles exchanged.
+
+    distances: "exact" decides as float64 does. "official" reproduces the official evaluator on a CPU: distances in
+    half precision, or in single precision for 10,000 x 10,000 images among which half precision overflows. It moves
+    ordinary results by up to 0.008, and results of features with a large common mean by much more.
+    Raises UserError for shapes that do not fit, too few images, NaN or infinity, k below 1, other `distances`.
+    """
+    sample_inside, reference_inside = manifold_membership(reference, sample, k, distances)
+    return float(sample_inside.mean()), float(reference_inside.mean())
+
+
+def manifold_membership(reference: np.ndarray, sample: np.ndarray, k: int = 3,
+                        distances: str = "exact") -> tuple[np.ndarray, np.ndarray]:
+    """Returns which samples count for precision, (M,) bool, and which reference images for recall, (N,) bool.
+
+    Arguments and errors are those of `precision_recall`. The results are also the fields `sample_inside` and
+    `reference_inside` of `Neighbourhoods`.
+    """
+    reference, sample = checked_pair(reference, sample, k)
+    if distances == "official":
+        return official_membership(reference, sample, k)
+    if distances != "exact":
+        raise UserError(f"distances {distances!r}: must be exact or official")
+    real, generated = centred_points(reference, sample)
+    membership = Membership(real, Balls(real, k), generated, Balls(generated, k))
+    for rows, squared in squared_distances(real, generated):
+        membership.update(rows, squared)
+    return membership.decide()
+
+
+def density_coverage(reference: np.ndarray, sample: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """Returns density, in [0, inf), and coverage, in [0, 1] (Naeem et al. 2002.09797, eq. 4 and 5).
+
+    reference: (N, D), sample: (M, D), N and M at least k + 1. Balls reach from each reference image to its k-th
+    neighbour, boundary excluded as in the authors' code: identical sets have density 1 and coverage 1.
+    Raises UserError as `precision_recall`.
+    """
+    real, generated = centred_points(*checked_pair(reference, sample, k))
+    counts = _BallCounts(Balls(real, k), len(generated.centred))
+    for rows, squared in squared_distances(real, generated):
+        counts.update(rows, squared)
+    return float(counts.density.mean() / k), float(counts.covered.mean())
+
+
+class _BallCounts:
+    """How many reference balls hold each sample, and which of them hold one."""
+
+    def __init__(self, balls: Balls, samples: int) -> None:
+        self.balls = balls
+        self.density, self.covered = np.zeros(samples), np.zeros(len(balls.below), bool)
+
+    def update(self, rows: slice, squared: np.ndarray) -> None:
+        """Takes in squared distances of those reference images from all samples."""
+        within = squared < self.balls.below[rows, None]
+        self.density += np.count_nonzero(within, axis=0)
+        self.covered[rows] = within.any(axis=1)
+
+
+def neighbourhoods(reference: np.ndarray, sample: np.ndarray, k: int = 3, density_k: int = 5) -> Neighbourhoods:
+    """Returns all that distances say, computed in one go: precision, recall, density, coverage, realism, distances.
+
+    reference: (N, D), sample: (M, D), both of more than max(k, density_k) images. The realism of a sample is the
+    largest ratio of a reference ball's radius to the sample's distance from its centre, over the half of the balls
+    with the smaller radii: it is >= 1 within such a ball and inf on a centre. Raises UserError as `precision_recall`.
+    """
+    check_k(k, "k")
+    check_k(density_k, "density_k")
+    real, generated = centred_points(*checked_pair(reference, sample, max(k, density_k)))
+    neighbours = nearest_neighbours(real, max(k, density_k))
+    balls = Balls(real, k, neighbours)
+    membership = Membership(real, balls, generated, Balls(generated, k))
+    count = len(generated.centred)
+    counts = _BallCounts(Balls(real, density_k, neighbours), count)
+    nearest, ratio = np.full(count, np.inf, np.float32), np.full(count, np.inf, np.float32)
+    trusted = balls.squared_radii <= np.median(balls.squared_radii)
+    for rows, squared in squared_distances(real, generated):
+        membership.update(rows, squared)
+        counts.update(rows, squared)
+        np.minimum(nearest, squared.min(axis=0), out=nearest)
+        chosen = np.flatnonzero(trusted[rows])
+        radii = np.maximum(balls.squared_radii[rows][chosen, None], np.finfo(np.float32).tiny)
+        np.minimum(ratio, (squared[chosen] / radii).min(axis=0, initial=np.inf), out=ratio)
+    sample_inside, reference_inside = membership.decide()
+    with np.errstate(divide="ignore"):
+        realism = 1 / np.sqrt(np.maximum(ratio, 0, dtype=np.float64))
+    return Neighbourhoods(sample_inside, reference_inside, counts.density / density_k, counts.covered, realism,
+                          lengths(nearest, generated), lengths(neighbours[:, 1], real))

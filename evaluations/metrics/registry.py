@@ -1,0 +1,181 @@
+"""The metrics of the evaluator, in the order in which it prints them. Everything else loops over `METRICS`.
+
+To add a metric, write its functions in a file of this package and its record here. A comparison has the features of
+the reference and of the samples, by kind:
+
+    def _brightness(comparison: Comparison) -> float:
+        return float(comparison.sample[Feature.POOLED].mean())
+
+    Metric("brightness", "Brightness", HIGHER, Feature.POOLED, _brightness,
+           lambda comparison: Resampled(resampled_mean(comparison.sample[Feature.POOLED].mean(axis=1)),
+                                        comparison.sample.count))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+
+from .bootstrap import Interval, Replicates, Statistic, bootstrap, resampled_mean, resamplings
+from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, Comparison, Feature
+from .frechet import frechet_distance, resampled_frechet_distance
+from .inception_score import inception_score, resampled_inception_score
+from .kid import kid, resampled_kid
+from .verdicts import HIGHER, LOWER, Direction
+
+SPLIT_SIZE = 5000               # images of a split of the Inception Score, as in the official evaluator
+KID_IMAGES = 10_000             # images of each file that KID uses at most
+
+
+class FromReference(Enum):
+    """What a metric needs of the reference."""
+
+    NOTHING = 0
+    STATISTICS = 1              # mean and covariance of features of the metric's kind
+    FEATURES = 2                # the features themselves
+
+
+class Resampled(NamedTuple):
+    """A metric of resampled images. sizes: how many images there are, as `bootstrap` takes it."""
+
+    statistic: Statistic
+    sizes: int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a sample file beside a reference.
+
+    word: its name in options and results. title: its name as the evaluator prints it. feature: the kind of features
+    that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
+    reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
+    told otherwise. if_nan: what it means that the value is not a number.
+    """
+
+    word: str
+    title: str
+    direction: Direction
+    feature: Feature
+    value: Callable[[Comparison], float]
+    resampled: Callable[[Comparison], Resampled]
+    needs: FromReference = FromReference.NOTHING
+    neighbours: int = 0
+    official: bool = False
+    if_nan: str = "it is not a number"
+
+    @property
+    def label(self) -> str:
+        """The name within a sentence or a table: the title, in small letters where it is not an abbreviation."""
+        return self.title.lower() if self.title[1:].islower() else self.title
+
+    @property
+    def smallest_count(self) -> int:
+        """The smallest number of images of each file."""
+        return 1 + max(1, self.neighbours)
+
+    @property
+    def needs_depth(self) -> bool:
+        """Whether the extractor must estimate depth."""
+        return self.feature in OF_DEPTH
+
+    def interval(self, comparison: Comparison, replicates: int) -> Interval:
+        """Returns the 95 % interval by so many resamplings; raises UserError for fewer than 2."""
+        return bootstrap(*self.resampled(comparison), replicates, comparison.settings.seed)
+
+    def replicates(self, comparison: Comparison, count: int) -> Replicates:
+        """Returns the value with those of `count` resamplings, which are the same for files of equally many images.
+
+        Raises UserError for fewer than 2.
+        """
+        statistic, sizes = self.resampled(comparison)
+        return Replicates(self.value(comparison), statistic(resamplings(sizes, count, comparison.settings.seed)))
+
+
+def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
+    """The record of a Frechet distance between features of a kind."""
+    def value(comparison: Comparison) -> float:
+        return frechet_distance(*comparison.reference.statistics(feature), *comparison.sample.statistics(feature))
+
+    def resampled(comparison: Comparison) -> Resampled:
+        return Resampled(resampled_frechet_distance(*comparison.reference.statistics(feature),
+                                                    comparison.sample[feature]), comparison.sample.count)
+
+    return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official)
+
+
+def _mean(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int, official: bool = False,
+          ) -> Metric:
+    """The record of the mean of `values`, one for each image, that come from nearest neighbours."""
+    def value(comparison: Comparison) -> float:
+        return float(values(comparison).mean())
+
+    def resampled(comparison: Comparison) -> Resampled:
+        return Resampled(resampled_mean(values(comparison)), len(values(comparison)))
+
+    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official)
+
+
+def _inception_score(comparison: Comparison) -> float:
+    return inception_score(comparison.sample[Feature.PROBABILITIES], SPLIT_SIZE)
+
+
+def _resampled_inception_score(comparison: Comparison) -> Resampled:
+    count = comparison.sample.count
+    splits = [min(SPLIT_SIZE, count - start) for start in range(0, count, SPLIT_SIZE)]
+    return Resampled(resampled_inception_score(comparison.sample[Feature.PROBABILITIES], SPLIT_SIZE), splits)
+
+
+def _kid(comparison: Comparison) -> float:
+    return kid(comparison.reference[Feature.POOLED], comparison.sample[Feature.POOLED], KID_IMAGES,
+               comparison.settings.seed)
+
+
+def _resampled_kid(comparison: Comparison) -> Resampled:
+    statistic = resampled_kid(comparison.reference[Feature.POOLED], comparison.sample[Feature.POOLED], KID_IMAGES,
+                              comparison.settings.seed)
+    return Resampled(statistic, min(comparison.sample.count, KID_IMAGES))
+
+
+def _sharpness(comparison: Comparison) -> float:
+    return float(np.mean(comparison.sample[Feature.SHARPNESS]))
+
+
+def _resampled_sharpness(comparison: Comparison) -> Resampled:
+    return Resampled(resampled_mean(comparison.sample[Feature.SHARPNESS]), comparison.sample.count)
+
+
+def _real_sharpness(comparison: Comparison) -> float:
+    return float(np.mean(comparison.reference[Feature.SHARPNESS]))
+
+
+def _sharpness_gap(comparison: Comparison) -> float:
+    return abs(_sharpness(comparison) - _real_sharpness(comparison))
+
+
+def _resampled_sharpness_gap(comparison: Comparison) -> Resampled:
+    (sharpness, sizes), real = _resampled_sharpness(comparison), _real_sharpness(comparison)
+    return Resampled(lambda counts: abs(sharpness(counts) - real), sizes)
+
+
+METRICS: dict[str, Metric] = {metric.word: metric for metric in (
+    Metric("is", "Inception Score", HIGHER, Feature.PROBABILITIES, _inception_score, _resampled_inception_score,
+           official=True, if_nan="a class has probability 0 for some image, so that the Inception Score is not a "
+                                 "number, as in the official evaluator"),
+    _frechet("fid", "FID", Feature.POOLED, official=True),
+    _frechet("sfid", "sFID", Feature.SPATIAL, official=True),
+    _mean("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
+    _mean("recall", "Recall", lambda comparison: comparison.membership[1], MANIFOLD_K, official=True),
+    Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES),
+    _mean("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
+    _mean("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, DENSITY_K),
+    # Of depth maps that the extractor estimates (Hong et al. 2212.08861): FID of the maps, sharpness of their edges.
+    _frechet("dfid", "dFID", Feature.DEPTH, official=False),
+    Metric("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS, _sharpness,
+           _resampled_sharpness),
+    Metric("gap", "Sharpness gap", LOWER, Feature.SHARPNESS, _sharpness_gap, _resampled_sharpness_gap,
+           FromReference.FEATURES),
+)}

@@ -1,0 +1,124 @@
+"""Every code block of the README and the documentation: run where it can run here, else its options are read."""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from code_blocks import DOCUMENTS, blocks_in, commands_in
+from commands import REPOSITORY, call
+
+from guided_diffusion.options import OptionParser
+
+BLOCKS = [block for path in DOCUMENTS for block in blocks_in(path)]
+PYTHON = [path for path in DOCUMENTS if any(block.language == "python" for block in blocks_in(path))]
+SHELL = [block for block in BLOCKS if block.language == "sh"]
+
+# Smaller than in the documents, so that all of them together take less than a minute: what is given to a command in
+# place of its own values, or beside them.
+SAMPLING = {"num_samples": 12, "batch_size": 12, "timestep_respacing": 2}
+SMALLER = {
+    "image_sample": SAMPLING,
+    "classifier_sample": SAMPLING,
+    "dag_sample": SAMPLING,
+    "evaluate": {"num_images": 12, "bootstrap": 2},
+    "attention": {"num_images": 6, "timestep_respacing": 2},
+    "benchmark": {"rounds": 1, "batch_size": 2},
+    "depth_train": {"iterations": 2, "num_images": 8},
+    "reproduce": {"num_samples": 12, "evaluation_seconds": 0.05},
+}
+ACTIVATION = ". .venv/bin/activate"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the shell blocks run, one after the other: a folder with nothing but the configurations."""
+    path = tmp_path_factory.mktemp("blocks")
+    shutil.copytree(REPOSITORY / "configs", path / "configs")
+    return path
+
+
+def smaller(script, arguments):
+    """The arguments of a command with the smaller values in SMALLER."""
+    arguments, values = list(arguments), SMALLER.get(script, {})
+    for name, value in values.items():
+        if f"--{name}" in arguments:
+            arguments[arguments.index(f"--{name}") + 1] = str(value)
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments
+
+
+def file_names(words):
+    """The words as a shell gives them to a command: patterns of existing files become those files."""
+    return [name for word in words for name in (sorted(glob.glob(word)) or [word])]
+
+
+def with_new_names(words, count):
+    """The words with the number of images in the names of sample files."""
+    return [re.sub(r"samples_\d+x", f"samples_{count}x", word) for word in words]
+
+
+def script_of(words):
+    return words[0].removeprefix("scripts/").removesuffix(".py")
+
+
+def test_no_block_is_of_a_kind_that_nothing_checks():
+    assert {block.language for block in BLOCKS} <= {"python", "sh", "yaml", "text"}
+    unfenced = re.compile(r"^    (?:.*\bpython |mpiexec |torchrun )", re.MULTILINE)
+    assert [path.name for path in DOCUMENTS if unfenced.search(re.sub(r"^```.*?^```$", "", path.read_text(),
+                                                                      flags=re.MULTILINE | re.DOTALL))] == []
+
+
+def test_most_blocks_are_known_and_those_that_cannot_run_say_why():
+    assert len([block for block in SHELL if not block.why]) >= 10
+    assert len([block for block in BLOCKS if block.language == "python" and not block.why]) >= 5
+    assert all(len(block.why.split()) >= 2 for block in BLOCKS if block.why)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
+def test_python_blocks_run(path, tmp_path):
+    """All blocks of a document run in one process, as one who reads it from the top would type them."""
+    program = "\n".join(block.text for block in blocks_in(path) if block.language == "python" and not block.why)
+    for block in blocks_in(path):
+        if block.language == "python":
+            compile(block.text, str(block), "exec")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in SHELL if not block.why], ids=str)
+def test_shell_blocks_run(block, folder, monkeypatch):
+    if block.text.strip() == ACTIVATION:
+        return
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for words in commands_in(block):
+        script = script_of(words)
+        arguments = file_names(with_new_names(smaller(script, words[1:]), SAMPLING["num_samples"]))
+        assert call(script, *arguments) == 0, [script, *arguments]
+
+
+class Read(Exception):
+    """The options of a command were read: it does not run."""
+
+
+@pytest.mark.parametrize("block", [block for block in SHELL if block.why], ids=str)
+def test_options_of_blocks_that_cannot_run_are_those_of_the_commands(block, monkeypatch):
+    real = OptionParser.read
+
+    def read(*arguments, **named):
+        real(*arguments, **named)
+        raise Read
+
+    monkeypatch.setattr(OptionParser, "read", read)
+    monkeypatch.chdir(REPOSITORY)
+    for words in commands_in(block):
+        with pytest.raises(Read):
+            call(script_of(words), *words[1:])
