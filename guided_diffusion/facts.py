@@ -157,7 +157,7 @@ def check_options(state: Mapping[str, Any], options: Mapping[str, Any], path: st
         raise UserError(f"{path}: {error}") from None
     held = found.pop("kind")
     if held != kind:
-        flag = "classifier_path" if held == "classifier" else "model_path"
+        flag = f"{held if held == 'classifier' else 'model'}_path"
         hint = f": pass it as --{flag}" if "classifier" in (held, kind) else ""
         raise UserError(f"{path} is {_KINDS[held]}, not {_KINDS[kind]}{hint}")
     flags = _CLASSIFIER_FLAGS if kind == "classifier" else {}

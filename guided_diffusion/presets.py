@@ -84,7 +84,7 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
         raise UserError(f"no NAME is given: name a checkpoint, there are {', '.join(known)}")
     for name in names:
         if name in preset_names() and name not in known:
-            raise UserError(f"{name}: is shipped, there is nothing to fetch: pass --model {name}")
+            raise UserError(f"{name}: is bundled, there is nothing to fetch: pass --model {name}")
         if name not in known:
             raise UserError(f"{name}: is no released checkpoint{nearest(name, known)}, there are {', '.join(known)}")
     return [find_preset(name) for name in dict.fromkeys(names or known)]

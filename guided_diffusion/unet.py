@@ -140,7 +140,8 @@ class Encoder(nn.Module):
     """What the UNet and the classifier share: the timestep embedding, the input blocks and the middle block.
 
     `image_size` fixes nothing but the grids that blocks report and the size of an attention pool: every network runs
-    on any height and width that its levels divide.
+    on any height and width that its levels divide. num_heads: the argument of that name; where `num_head_channels` is
+    given, the blocks have other heads.
     """
 
     def __init__(self, config: EncoderConfig) -> None:

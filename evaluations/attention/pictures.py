@@ -14,7 +14,8 @@ from guided_diffusion.files import write
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pictures import save
 
-from .measures import EVERY_STEP, Row
+from ..plots import new_figure
+from .measures import EVERY_STEP, AttentionRow
 
 CELL = 96               # pixels that a small image is enlarged to, or a little less
 GAP = 2                 # pixels between images
@@ -29,10 +30,10 @@ DPI = 100
 
 
 def overlay(x0: np.ndarray, received: np.ndarray, grid: tuple[int, int], threshold: float) -> np.ndarray:
-    """(N, h, w, 3) uint8: received attention in colours over grey images, with the outline of the mask.
+    """Received attention in colours over grey images, with the outline of the mask: (N, h, w, 3) uint8.
 
     x0: (N, H, W, 3) uint8. received: (N, T) of a block of this grid (T = height * width), mean 1 over T: white is the
-    average, blue less, red more. The mask is `received > threshold`. h, w: H, W as `enlarged`.
+    average, blue less, red more. The mask is `received > threshold`. h and w are H and W as `enlarged` has them.
     """
     from matplotlib import colormaps
 
@@ -49,27 +50,27 @@ def overlay(x0: np.ndarray, received: np.ndarray, grid: tuple[int, int], thresho
 
 
 def enlarged(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) images, small ones by the whole factor that brings them to about CELL pixels."""
+    """Enlarges images (N, H, W, 3) of fewer than CELL pixels by the whole factor that brings them close to it."""
     factor = max(1, CELL // images.shape[1])
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(N, H, W) bool: the pixels of a mask (N, H, W) that have a neighbour outside it; image borders are no outline."""
+    """The pixels of a mask (N, H, W) bool that have a neighbour outside it; image borders are no outline."""
     padded = np.pad(mask, ((0, 0), (1, 1), (1, 1)), mode="edge")
     within = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
     return mask & ~within
 
 
 def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(N, h, w) -> (N, *size)."""
+    """Values (N, h, w) enlarged to (N, *size) by nearest neighbours."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, values.shape[1:], strict=True))
     return values[:, rows][:, :, columns]
 
 
-def draw_overlays(folder: Path, number: int, steps: Sequence[int], x0: np.ndarray,
+def draw_overlays(folder: Path, image_id: int, steps: Sequence[int], x0: np.ndarray,
                   received: Mapping[str, tuple[np.ndarray, tuple[int, int]]], threshold: float) -> None:
-    """overlay_NUMBER.png and .svg of one image: a column for each step, a row for x0 and for each block.
+    """Draws overlay_NUMBER.png and .svg of one image: a column for each step, a row for x0 and for each block.
 
     x0: (steps, H, W, 3) uint8. received: by block, (steps, T) and its grid.
     """
@@ -82,7 +83,7 @@ def draw_overlays(folder: Path, number: int, steps: Sequence[int], x0: np.ndarra
     height, width = canvas.shape[:2]
     left, top, bottom = 96, 24, 62          # pixels
     total = left + width + 10, top + height + bottom
-    figure = _figure(total[0] / DPI, total[1] / DPI, layout=None)
+    figure = new_figure(total[0] / DPI, total[1] / DPI, DPI, layout=None)
     axes = figure.add_axes([left / total[0], bottom / total[1], width / total[0], height / total[1]])
     axes.imshow(canvas, interpolation="none", aspect="auto", extent=(0, width, height, 0))
     axes.xaxis.tick_top()
@@ -98,17 +99,17 @@ def draw_overlays(folder: Path, number: int, steps: Sequence[int], x0: np.ndarra
     figure.colorbar(colours, cax=bar, orientation="horizontal", ticks=list(ticks))
     bar.set_xticklabels([f"{2.0**tick:g}" for tick in ticks], fontsize=8)
     bar.set_xlabel(f"received attention / average; green outline: mask, above {threshold:g}", fontsize=8, labelpad=1)
-    _save(figure, folder / f"overlay_{number}", colours=None)
+    _save(figure, folder / f"overlay_{image_id}", colours=None)
 
 
-def draw_frequencies(folder: Path, rows: Sequence[Row]) -> None:
-    """frequency.png and .svg: spectra of masked and of all patches, and their ratio, a column for each block.
+def draw_frequencies(folder: Path, rows: Sequence[AttentionRow]) -> None:
+    """Draws frequency.png and .svg: spectra of masked and of all patches, and their ratio, a column for each block.
 
     rows: those of frequency.csv that are to be drawn.
     """
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     steps = list(dict.fromkeys(row["t"] for row in rows if row["t"] != EVERY_STEP))
-    figure = _figure(1.8 + 3 * len(blocks), 5.6)
+    figure = new_figure(1.8 + 3 * len(blocks), 5.6, DPI)
     panels = figure.subplots(2, len(blocks), squeeze=False, sharex=True, sharey="row")
     for block, (above, below) in zip(blocks, panels.T, strict=True):
         of_block = [row for row in rows if row["block"] == block]
@@ -133,16 +134,16 @@ def draw_frequencies(folder: Path, rows: Sequence[Row]) -> None:
     _save(figure, folder / "frequency")
 
 
-def draw_overlaps(folder: Path, rows: Sequence[Row]) -> None:
-    """semantic.png and .svg: IoU with objects against psi, attention and random masks, a panel for each block.
+def draw_overlaps(folder: Path, rows: Sequence[AttentionRow]) -> None:
+    """Draws semantic.png and .svg: IoU with objects over psi, of attention and random masks, a panel for each block.
 
-    rows: of semantic.csv.
+    rows: those of semantic.csv.
     """
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     steps = list(dict.fromkeys(row["t"] for row in rows if row["t"] != EVERY_STEP))
     lines = math.ceil(len(blocks) / 5)
     columns = math.ceil(len(blocks) / lines)
-    figure = _figure(1 + 2.4 * columns, 0.8 + 2.3 * lines)
+    figure = new_figure(1 + 2.4 * columns, 0.8 + 2.3 * lines, DPI)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
     for axes, block in zip(panels, blocks, strict=False):
         for index, t in enumerate((*steps, EVERY_STEP)):
@@ -176,18 +177,8 @@ def _step_style(index: int, count: int, t: int | str) -> dict[str, Any]:
     return {"color": colormaps["viridis"](index / max(1, count)), "lw": 0.9, "label": f"t = {t}"}
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained"):
-    """An empty figure, in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path: Path, colours: int | None = 256) -> None:
-    """`figure` as path.png, with a palette of so many colours or with all, and path.svg; the same bytes each time."""
+def _save(figure: Any, path: Path, colours: int | None = 256) -> None:
+    """Writes a figure as path.png, in so many colours (None: all), and as path.svg; the same bytes each time."""
     import matplotlib
 
     figure.canvas.draw()

@@ -1,13 +1,13 @@
-"""What self-attention attends to while a network denoises: the analysis of SAG (2210.00939, section 3).
+"""What self-attention attends to while a network denoises: the analysis of SAG (arXiv 2210.00939, section 3).
 
-A token is masked where the attention it receives, averaged over the heads and 1 on average over the tokens, is above
-the threshold psi.
+A token is masked where the attention that it receives is above the threshold psi. This attention is averaged over the
+heads, and its mean over the tokens is 1.
 
-    frequency   images are sampled, and x0 as predicted at some steps is cut into the patches of a block's tokens: mean
-                magnitude of the 2-D Fourier transform of masked patches against that of all patches
-    semantics   real images with object masks are noised to some steps: intersection over union (IoU) of mask and
-                objects, against random masks with as many tokens, over psi; and with the objects of the image before,
-                which tells how much of it is a matter of place alone
+    frequency   Images are sampled, and x0 as predicted at some steps is cut into the patches of a block's tokens. The
+                mean magnitude of the 2-D Fourier transform of masked patches is compared with that of all patches.
+    semantics   Real images with object masks are noised to some steps. The intersection over union (IoU) of mask and
+                objects is compared with that of random masks with as many tokens, over psi, and with the IoU of the
+                mask and the objects of the image before, which tells how much is a matter of place alone.
 
 Steps t are indices into the (respaced) chain. The output folder holds overlay_NUMBER.png for the chosen images,
 frequency.csv and .png, semantic.csv and .png, each figure as .svg too, and summary.md.
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion import dist_util, sampling
+from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, write, write_csv
-from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.files import check_folder, write_csv, write_text
+from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
@@ -39,14 +39,25 @@ from guided_diffusion.pixels import to_uint8
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
-from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS, sample_chain
 
-from .measures import EVERY_STEP, HIGH, PatchStatistics, Ratio, Row, Seen, overlap_rows, overlaps
+from ..plots import require_matplotlib
+from .measures import (
+    EVERY_STEP,
+    HIGH,
+    AttentionRow,
+    Observation,
+    PatchStatistics,
+    Ratio,
+    overlap_rows,
+    overlaps,
+)
 from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, overlay
 
 SCENES = "scenes"
-SHIPPED_SCENES = "scenes32"     # the shipped model whose real images are rendered, with their masks
+BUNDLED_SCENES = "scenes32"     # the bundled model whose real images are rendered, with their masks
 NUM_STEPS = 6
 
 
@@ -54,7 +65,7 @@ NUM_STEPS = 6
 class AttentionOptions(Options):
     """The study of attention."""
 
-    model: str = option("", "a model by name: a shipped one (scenes32), or the flags of a released checkpoint")
+    model: str = option("", "a model by name: a bundled one (scenes32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
     images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
     steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
@@ -71,27 +82,27 @@ class AttentionOptions(Options):
     attention_heads: str = option("exact", "exact, or official: split heads as the official SAG code does",
                                   choices=HEADS)
     objects: str = option("", f"real images with objects: an .npz (arr_0 images, mask: not 0 on objects, arr_1 labels "
-                          f"if there are), or {SCENES}, rendered ones; unset: {SCENES} for --model {SHIPPED_SCENES}, "
+                          f"if there are), or {SCENES}, rendered ones; unset: {SCENES} for --model {BUNDLED_SCENES}, "
                           "for others none")
-    object_seed: int = option(1, f"seed of the {SCENES}; the shipped model was trained on those of 0", minimum=0)
+    object_seed: int = option(1, f"seed of the {SCENES}; the bundled model was trained on those of 0", minimum=0)
     object_steps: str = option("", "respaced steps that real images are noised to; unset: those of --steps")
     bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
     out: str = option("runs/attention", "folder for figures, tables and summary")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.numbers, self.psis        # which raise for what is not allowed
+        _ = self.image_ids, self.psis        # which raise for what is not allowed
 
     @property
-    def numbers(self) -> list[int]:
+    def image_ids(self) -> list[int]:
         """The images that are drawn."""
-        return _values("images", self.images, int, "image numbers from 0 up, like 0,1,2", lambda n: n >= 0)
+        return _parsed_list("images", self.images, int, "image numbers from 0 up, like 0,1,2", lambda n: n >= 0)
 
     @property
     def psis(self) -> list[float]:
         """Rising thresholds, --threshold among them."""
-        psis = _values("thresholds", self.thresholds, float, "numbers from 0 up, like 0.5,1,2",
-                       lambda psi: psi >= 0 and math.isfinite(psi))
+        psis = _parsed_list("thresholds", self.thresholds, float, "numbers from 0 up, like 0.5,1,2",
+                            lambda psi: psi >= 0 and math.isfinite(psi))
         return sorted({*psis, self.threshold})
 
     def chosen_steps(self, flag: str, num_timesteps: int) -> list[int]:
@@ -99,20 +110,20 @@ class AttentionOptions(Options):
         text = getattr(self, flag)
         if not text:
             return evenly_spaced(num_timesteps)
-        steps = _values(flag, text, int, f"steps from 0 to {num_timesteps - 1} of this chain, comma-separated",
-                        lambda t: 0 <= t < num_timesteps)
+        steps = _parsed_list(flag, text, int, f"steps from 0 to {num_timesteps - 1} of this chain, comma-separated",
+                             lambda t: 0 <= t < num_timesteps)
         return sorted(steps, reverse=True)
 
     def run(self, model: ModelOptions, diffusion: DiffusionOptions) -> SamplingRun:
-        """The unguided sampling run that is looked at."""
+        """The unguided sampling run that is observed."""
         sample = SampleOptions(
-            model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.numbers) + 1),
+            model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.image_ids) + 1),
             batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, out=self.out)
-        return SamplingRun.of([sample, model, diffusion, *(kind() for kind in option_classes()[2:])])
+        return SamplingRun.of([sample, model, diffusion, *(kind() for kind in (*SAMPLERS.values(), *GUIDANCE))])
 
 
-def _values(flag: str, text: str, kind: type, expected: str, allowed: Callable[[Any], bool]) -> list[Any]:
-    """Different values of a comma-separated list; UserError where it is none or a value is not allowed."""
+def _parsed_list(flag: str, text: str, kind: type, expected: str, allowed: Callable[[Any], bool]) -> list[Any]:
+    """The different values of a comma-separated list; raises UserError where one is not allowed, or there is none."""
     try:
         values = list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
@@ -128,49 +139,59 @@ def evenly_spaced(num_timesteps: int, count: int = NUM_STEPS) -> list[int]:
 
 
 def study_attention(options: AttentionOptions, model: ModelOptions, diffusion: DiffusionOptions) -> str:
-    """The whole study; returns the summary. Raises UserError for what is wrong, before the first image is sampled."""
+    """Runs the whole study and returns its summary.
+
+    Raises UserError for whatever is wrong with the options, before the first image is sampled.
+    """
     return AttentionStudy(options, options.run(model, diffusion)).run()
 
 
 # What a network attends to
 
 
-class Watched:
-    """The network of a sampling run, and what its attention blocks receive, split into heads as `heads` says."""
+class ObservedNetwork:
+    """The network of a sampling run, with which one observes what its attention blocks receive.
+
+    heads: as in `capture_attention`.
+    """
 
     def __init__(self, run: SamplingRun, heads: str) -> None:
         self.run, self.heads = run, heads
         self.model, self.network, self.diffusion, self.guidance = run.build()
         self.labels = run.labels()
 
-    def noise(self, numbers: Sequence[int], step: int) -> Tensor:
+    def noise(self, image_ids: Sequence[int], step: int) -> Tensor:
+        """The noise (N, C, H, W) of these images at a step, as sampling draws it."""
         shape = (self.run.model.in_channels, self.run.model.image_size, self.run.model.image_size)
-        return image_noise(self.run.sample.seed, numbers, step, shape).to(dist_util.dev())
+        return image_noise(self.run.sample.seed, image_ids, step, shape).to(dist_util.dev())
 
     def denoiser(self, labels: Tensor | None) -> Denoiser:
+        """The network as samplers call it, on images of these classes (N,); None where it has no classes."""
         kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
         return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs)
 
     @torch.no_grad()
-    def see(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Seen:
-        """One evaluation at x_t (N, C, H, W) of step t."""
+    def observe(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Observation:
+        """Evaluates the network once, at x_t (N, C, H, W) of step t, and observes these blocks."""
         with capture_attention(self.model, blocks, heads=self.heads) as captured:
             x0 = denoise(x_t, torch.full((len(x_t),), t, device=x_t.device)).pred_xstart
-        return Seen(t, x0.cpu(), {name: Received(seen.received.cpu(), seen.grid) for name, seen in captured.items()})
+        received = {name: Received(one.received.cpu(), one.grid) for name, one in captured.items()}
+        return Observation(t, x0.cpu(), received)
 
-    def chain(self, numbers: Sequence[int], steps: Sequence[int], blocks: Sequence[str]) -> Iterator[Seen]:
-        """The chosen steps of the chain of these images, from noise to image.
+    def observe_chain(self, image_ids: Sequence[int], steps: Sequence[int], blocks: Sequence[str],
+                      ) -> Iterator[Observation]:
+        """Observes the chosen steps of the chain of these images, from noise to image.
 
-        They are evaluated once more than the chain does it: guidance also evaluates the network on degraded images,
+        Each is evaluated once more than the chain does it, as guidance evaluates the network on degraded images too,
         and attention that nobody reads need not be captured.
         """
-        denoise = self.denoiser(None if self.labels is None else self.labels(numbers))
-        x_t = self.noise(numbers, self.diffusion.num_timesteps)
-        chain = sampling.sample_chain(self.run.sampler.step(), denoise, x_t, lambda t: self.noise(numbers, t),
-                                      self.guidance, torch.tensor(numbers))
+        denoise = self.denoiser(None if self.labels is None else self.labels(image_ids))
+        x_t = self.noise(image_ids, self.diffusion.num_timesteps)
+        chain = sample_chain(self.run.sampler.step(), denoise, x_t, lambda t: self.noise(image_ids, t),
+                             self.guidance, torch.tensor(image_ids))
         for t in reversed(range(min(steps), self.diffusion.num_timesteps)):
             if t in steps:
-                yield self.see(denoise, x_t, t, blocks)
+                yield self.observe(denoise, x_t, t, blocks)
             x_t = next(chain)["sample"]
 
 
@@ -179,17 +200,20 @@ def attention_method(run: SamplingRun) -> GuidanceOptions | None:
     return next((method for method in run.active if method.attention_block), None)
 
 
-def overlay_strip(run: SamplingRun, numbers: Sequence[int], steps: int = NUM_STEPS) -> np.ndarray:
-    """(h, w, 3) uint8: a row for each image of the run, from noise to image, x0 and then the attention on it.
+def overlay_strip(run: SamplingRun, image_ids: Sequence[int], steps: int = NUM_STEPS) -> np.ndarray:
+    """Draws a row for each image, from noise to image: x0, then the attention on it. Returns (h, w, 3) uint8.
 
-    Of the block that its `attention_method` reads, with its mask; steps: how many.
+    The attention is that of the block that the run's `attention_method` reads, with its mask. steps: how many. Raises
+    UserError where no method of the run reads attention, or there is no such block.
     """
     method = attention_method(run)
-    watched, block = Watched(run, method.heads), method.attention_block
-    chosen = evenly_spaced(watched.diffusion.num_timesteps, steps)
-    pairs = []
-    for seen in watched.chain(numbers, chosen, [block]):
-        x0, (received, grid) = to_uint8(seen.x0), seen.arrays(block)
+    if method is None:
+        raise UserError(f"{run.title()}: no guidance method of this run reads the attention of a block")
+    network, block = ObservedNetwork(run, method.heads), method.attention_block
+    chosen = evenly_spaced(network.diffusion.num_timesteps, steps)
+    pairs: list[np.ndarray] = []
+    for observation in network.observe_chain(image_ids, chosen, [block]):
+        x0, (received, grid) = to_uint8(observation.x0), observation.arrays(block)
         pairs += [enlarged(x0), overlay(x0, received, grid, method.attention_threshold)]
     return image_grid(np.stack(pairs, axis=1).reshape(-1, *pairs[0].shape[1:]), len(pairs))
 
@@ -197,26 +221,43 @@ def overlay_strip(run: SamplingRun, numbers: Sequence[int], steps: int = NUM_STE
 # Objects
 
 
-class Objects(NamedTuple):
-    """Real images with their objects."""
+class ObjectImages(NamedTuple):
+    """Real images with masks of their objects."""
 
     images: np.ndarray                  # (N, H, W, 3) uint8
     mask: np.ndarray                    # (N, H, W) bool, True on objects
     labels: np.ndarray | None           # (N,) int64
-    source: str                         # what they are, in a word
+    source: str                         # where they are from, for messages
 
 
-def read_objects(options: AttentionOptions, model: ModelOptions) -> Objects | None:
-    """The first --num_images of --objects, None where there are none. Raises UserError for a file that does not fit."""
-    source = options.objects or (SCENES if options.model == SHIPPED_SCENES else "")
+def read_objects(options: AttentionOptions, model: ModelOptions) -> ObjectImages | None:
+    """Reads the first --num_images of --objects; None where there are none.
+
+    Raises UserError for a file that does not fit the options or the model.
+    """
+    source = options.objects or (SCENES if options.model == BUNDLED_SCENES else "")
     if not source:
         return None
     count, size = options.num_images, model.image_size
     if source == SCENES:
         scenes = render(options.object_seed, range(count), size)
-        return Objects(scenes.rgb, scenes.mask > 0, None, f"{SCENES} of seed {options.object_seed}")
+        return ObjectImages(scenes.rgb, scenes.mask > 0, None, f"{SCENES} of seed {options.object_seed}")
     flag = f"--objects {source}"
     images, mask, labels = read_arrays(source, ("arr_0", "mask", "arr_1"), f"{flag}: cannot be read")
+    images, mask = _checked_images(flag, images, mask, size)
+    if count > len(images):
+        raise UserError(f"--num_images {count}: {source} holds {len(images)} images")
+    if model.class_cond and labels is not None:
+        _check_labels(flag, labels, len(images), model.num_classes)
+        labels = labels[:count].astype(np.int64)
+    else:
+        labels = None
+    return ObjectImages(images[:count], mask[:count] != 0, labels, Path(source).name)
+
+
+def _checked_images(flag: str, images: np.ndarray | None, mask: np.ndarray | None, size: int,
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Images and masks as they are; raises UserError where one is missing, or they are not of `size` pixels."""
     if images is None or mask is None:
         raise UserError(f"{flag}: has no {'arr_0 (images)' if images is None else 'mask (objects)'}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -226,35 +267,27 @@ def read_objects(options: AttentionOptions, model: ModelOptions) -> Objects | No
                         f"{size}x{size}")
     if mask.shape != images.shape[:3] or mask.dtype.kind not in "biu":
         raise UserError(f"{flag}: mask is {mask.shape} {mask.dtype}, must be {images.shape[:3]} whole numbers")
-    if count > len(images):
-        raise UserError(f"--num_images {count}: {source} holds {len(images)} images")
-    if not model.class_cond or labels is None:
-        return Objects(images[:count], mask[:count] != 0, None, Path(source).name)
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0 or (
-            labels.max() >= model.num_classes):
-        raise UserError(f"{flag}: arr_1 must be {len(images)} classes from 0 to {model.num_classes - 1}")
-    return Objects(images[:count], mask[:count] != 0, labels[:count].astype(np.int64), Path(source).name)
+    return images, mask
+
+
+def _check_labels(flag: str, labels: np.ndarray, count: int, num_classes: int) -> None:
+    """Raises UserError where labels are not `count` classes."""
+    if (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0
+            or labels.max() >= num_classes):
+        raise UserError(f"{flag}: arr_1 must be {count} classes from 0 to {num_classes - 1}")
 
 
 # The study
 
 
 class AttentionStudy:
-    """All of it, into the folder --out. Raises UserError as it is made, for whatever is wrong."""
+    """The whole study of a run, into the folder --out. Raises UserError as it is made, for whatever is wrong."""
 
     def __init__(self, options: AttentionOptions, run: SamplingRun) -> None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise UserError("the figures need matplotlib: install the extra `eval`") from None
-        self.options, self.out = options, Path(options.out)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
-        check_writable("--out", str(self.out / "summary.md"))
+        require_matplotlib("the figures need")
+        self.options, self.out = options, check_folder("--out", options.out)
         self.objects = read_objects(options, run.model)
-        self.network = Watched(run, options.attention_heads)
+        self.network = ObservedNetwork(run, options.attention_heads)
         length = self.network.diffusion.num_timesteps
         self.steps = options.chosen_steps("steps", length)
         self.object_steps = options.chosen_steps("object_steps", length) if options.object_steps else self.steps
@@ -263,96 +296,98 @@ class AttentionStudy:
         self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
 
     def run(self) -> str:
-        """The summary; all files are then written."""
+        """Writes all files and returns the summary."""
         patches = self._sample()
         frequencies = patches.rows()
         if frequencies:
             write_csv(self.out / "frequency.csv", frequencies)
             last = {row["resolution"]: row["block"] for row in frequencies}
             draw_frequencies(self.out, [row for row in frequencies if row["block"] in last.values()])
-        overlap = self._compare() if self.objects is not None else []
+        overlap = [] if self.objects is None else self._compare_with_objects(self.objects)
         if overlap:
             write_csv(self.out / "semantic.csv", overlap)
             draw_overlaps(self.out, overlap)
         text = self._summary(patches, overlap)
-        write(self.out / "summary.md", lambda file: file.write_text(text))
+        write_text(self.out / "summary.md", text)
         return text
 
     def _sample(self) -> PatchStatistics:
         """Samples, draws the chosen images, and sums up the first --num_images."""
         options = self.options
         patches = PatchStatistics(options.threshold)
-        numbers = sorted({*range(options.num_images), *options.numbers})
-        with progress_bar(len(numbers) * len(self.steps), "sampled images", "img") as progress:
-            for piece in _pieces(numbers, options.batch_size):
-                drawn: dict[int, list[Seen]] = {number: [] for number in piece if number in options.numbers}
-                counted = sum(number < options.num_images for number in piece)
-                for seen in self.network.chain(piece, self.steps, self.blocks):
+        image_ids = sorted({*range(options.num_images), *options.image_ids})
+        with progress_bar(len(image_ids) * len(self.steps), "sampled images", "img") as progress:
+            for piece in _pieces(image_ids, options.batch_size):
+                drawn: dict[int, list[Observation]] = {one: [] for one in piece if one in options.image_ids}
+                counted = sum(image_id < options.num_images for image_id in piece)
+                for observation in self.network.observe_chain(piece, self.steps, self.blocks):
                     if counted:
-                        patches.add(seen.of(slice(counted)))
-                    for number, of_image in drawn.items():
-                        index = piece.index(number)
-                        of_image.append(seen.of(slice(index, index + 1)))
+                        patches.add(observation.select(slice(counted)))
+                    for image_id, of_image in drawn.items():
+                        index = piece.index(image_id)
+                        of_image.append(observation.select(slice(index, index + 1)))
                     progress.update(len(piece))
-                for number, of_image in drawn.items():
-                    self._draw(number, of_image)
+                for image_id, of_image in drawn.items():
+                    self._draw_image(image_id, of_image)
         return patches
 
-    def _draw(self, number: int, seen: Sequence[Seen]) -> None:
-        received = {block: (np.concatenate([one.received[block].received.numpy() for one in seen]),
-                            seen[0].received[block].grid) for block in self.blocks}
-        draw_overlays(self.out, number, self.steps, to_uint8(torch.cat([one.x0 for one in seen])), received,
+    def _draw_image(self, image_id: int, observations: Sequence[Observation]) -> None:
+        received = {block: (np.concatenate([one.received[block].received.numpy() for one in observations]),
+                            observations[0].received[block].grid) for block in self.blocks}
+        draw_overlays(self.out, image_id, self.steps, to_uint8(torch.cat([one.x0 for one in observations])), received,
                       self.options.threshold)
 
-    def _compare(self) -> list[Row]:
-        """The overlap of masks and objects."""
-        images, objects, labels, _ = self.objects
-        others = np.roll(objects, 1, axis=0)
+    def _compare_with_objects(self, objects: ObjectImages) -> list[AttentionRow]:
+        """Compares masks with objects; returns the rows of semantic.csv."""
+        others = np.roll(objects.mask, 1, axis=0)
         scores: dict[tuple[str, int], list[np.ndarray]] = {}
-        if labels is None and self.network.labels is not None:
-            labels = self.network.labels(range(len(images))).numpy()
-        with progress_bar(len(images) * len(self.object_steps), "real images", "img") as progress:
-            for piece in _pieces(range(len(images)), self.options.batch_size):
-                x0 = torch.from_numpy(images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
-                x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
-                denoise = self.network.denoiser(None if labels is None else torch.from_numpy(labels[piece]))
-                for t in self.object_steps:
-                    steps = torch.full((len(piece),), t, device=dist_util.dev())
-                    x_t = self.network.diffusion.q_sample(x0.to(steps.device), steps, self.network.noise(piece, t))
-                    seen = self.network.see(denoise, x_t, t, self.blocks)
+        count = len(objects.images)
+        with progress_bar(count * len(self.object_steps), "real images", "img") as progress:
+            for piece in _pieces(range(count), self.options.batch_size):
+                for observation in self._observe_real(objects, piece):
                     for block in self.blocks:
-                        scores.setdefault((block, t), []).append(overlaps(
-                            seen.received[block], torch.from_numpy(objects[piece]), torch.from_numpy(others[piece]),
-                            self.options.psis, piece, t))
+                        scores.setdefault((block, observation.t), []).append(overlaps(
+                            observation.received[block], torch.from_numpy(objects.mask[piece]),
+                            torch.from_numpy(others[piece]), self.options.psis, piece, observation.t))
                     progress.update(len(piece))
         joined = {key: np.concatenate(parts) for key, parts in scores.items()}
         return overlap_rows({(block, t): joined[block, t] for block in self.blocks for t in self.object_steps},
                             self.options.psis, self.options.bootstrap)
 
-    def _summary(self, patches: PatchStatistics, overlap: Sequence[Row]) -> str:
+    def _observe_real(self, objects: ObjectImages, piece: list[int]) -> Iterator[Observation]:
+        """Observes some of the real images, noised to each of --object_steps."""
+        x0 = torch.from_numpy(objects.images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
+        labels = None if objects.labels is None else torch.from_numpy(objects.labels[piece])
+        if labels is None and self.network.labels is not None:
+            labels = self.network.labels(piece)
+        denoise = self.network.denoiser(labels)
+        for t in self.object_steps:
+            steps = torch.full((len(piece),), t, device=dist_util.dev())
+            x_t = self.network.diffusion.q_sample(x0.to(steps.device), steps, self.network.noise(piece, t))
+            yield self.network.observe(denoise, x_t, t, self.blocks)
+
+    def _summary(self, patches: PatchStatistics, overlap: Sequence[AttentionRow]) -> str:
         options = self.options
         ratios = {block: patches.high_ratio(block, options.bootstrap) for block in self.blocks}
         at_psi = {row["block"]: row for row in overlap if row["t"] == EVERY_STEP and row["psi"] == options.threshold}
-        rows = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with objects of "
-                f"another image | above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|---|"]
+        lines = ["| block | grid | tokens masked | IoU with objects | of random masks | difference | with objects of "
+                 f"another image | above {HIGH:g} cycles / pixel, masked / all |", "|---|---|---|---|---|---|---|---|"]
         for block, (height, width) in patches.grids.items():
-            row, ratio = at_psi.get(block), ratios[block]
-            cells = [block, f"{height}x{width}", f"{100 * patches.share(block):.0f} %"]
-            cells += ["-"] * 4 if row is None else [
-                f"{row['iou']:.3f}", f"{row['random']:.3f}",
-                f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
-                f"{row['other']:.3f}"]
-            cells.append("-" if math.isnan(ratio.value) else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
-            rows.append(f"| {' | '.join(cells)} |")
+            ratio = ratios[block]
+            cells = [block, f"{height}x{width}", f"{100 * patches.share(block):.0f} %",
+                     *_overlap_cells(at_psi.get(block)),
+                     "-" if math.isnan(ratio.value) else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"]
+            lines.append(f"| {' | '.join(cells)} |")
         model = options.model or Path(options.model_path).name
         return "\n".join([
             f"{model}, seed {options.seed}: {options.num_images} images sampled by "
             f"{'DDIM' if options.use_ddim else 'DDPM'} in {self.network.diffusion.num_timesteps} steps, seen at t = "
             f"{_listed(self.steps)}. A token is masked where it receives more than {options.threshold:g} times the "
-            "average attention. In brackets 95 % intervals.", "", *rows, "",
+            "average attention. In brackets 95 % intervals.", "", *lines, "",
             *_frequency_verdict(ratios), *self._object_verdict(at_psi), ""])
 
-    def _object_verdict(self, at_psi: dict[str, Row]) -> list[str]:
+    def _object_verdict(self, at_psi: dict[str, AttentionRow]) -> list[str]:
         if self.objects is None:
             return ["Semantic analysis: skipped, as --objects names no images with object masks."]
         best = max(at_psi.values(), key=lambda row: row["difference"])
@@ -361,6 +396,14 @@ class AttentionStudy:
         return [f"Masks pick objects better than random ones in {better} of {len(at_psi)} blocks, worse in {worse}; "
                 f"best: {best['block']} ({best['difference']:+.3f}). On {len(self.objects.images)} images of "
                 f"{self.objects.source}, noised to t = {_listed(self.object_steps)}."]
+
+
+def _overlap_cells(row: AttentionRow | None) -> list[str]:
+    """The cells of the summary that compare masks with objects; None: there are no objects."""
+    if row is None:
+        return ["-"] * 4
+    return [f"{row['iou']:.3f}", f"{row['random']:.3f}",
+            f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})", f"{row['other']:.3f}"]
 
 
 def _frequency_verdict(ratios: dict[str, Ratio]) -> list[str]:
@@ -377,5 +420,5 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
-def _pieces(numbers: Sequence[int], size: int) -> list[list[int]]:
-    return [list(numbers[start:start + size]) for start in range(0, len(numbers), size)]
+def _pieces(image_ids: Sequence[int], size: int) -> list[list[int]]:
+    return [list(image_ids[start:start + size]) for start in range(0, len(image_ids), size)]

@@ -36,7 +36,8 @@ VERDICTS = {
 @dataclass(frozen=True)
 class Pictures:
     """grids: titles of sections with row title -> (n, H, W, 3) uint8, the images number 0 to n - 1 of each row.
-    overlays: captions with RGB pictures (H, W, 3) uint8."""
+    overlays: captions with RGB pictures (H, W, 3) uint8.
+    """
 
     grids: Sequence[tuple[str, Mapping[str, np.ndarray]]] = field(default_factory=list)
     overlays: Sequence[tuple[str, np.ndarray]] = field(default_factory=list)

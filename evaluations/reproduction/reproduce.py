@@ -30,7 +30,8 @@ from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..npz import BatchFile
 from ..references import find_reference
-from .plan import missing, plan
+from .missing import missing_files
+from .plan import plan
 from .report import Pictures, markdown, write_report
 from .results import Circumstances, measure, results, sampler, title
 from .tables import METRICS, Row, Table, in_folder, load_table, table_names
@@ -87,10 +88,10 @@ def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict
             guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
             row = replace(row, run=replace(row.run, guidance=guidance))
         if options.reference:
-            if Path(options.reference).name != row.judging.reference:
+            if Path(options.reference).name != row.evaluation.reference:
                 changed[name].append(f"reference {Path(options.reference).name}, published with "
-                                     f"{row.judging.reference or 'an unknown one'}")
-            row = replace(row, judging=replace(row.judging, reference=options.reference))
+                                     f"{row.evaluation.reference or 'an unknown one'}")
+            row = replace(row, evaluation=replace(row.evaluation, reference=options.reference))
         rows[name] = row
     return replace(table, rows=rows), changed
 
@@ -155,7 +156,7 @@ def check(table: Table) -> None:
 
 def check_files(table: Table, options: ReproduceOptions) -> dict[str, str]:
     """Of each row that cannot be run, why; UserError where that is not allowed, and for files that do not fit."""
-    lacking = {name: missing(row, options.references, options.inception) for name, row in table.rows.items()}
+    lacking = {name: missing_files(row, options.references, options.inception) for name, row in table.rows.items()}
     lacking = {name: [str(thing) for thing in things if thing.blocks] for name, things in lacking.items()}
     why = {name: "; ".join(things) for name, things in lacking.items() if things}
     if why and not options.allow_missing:
@@ -169,19 +170,19 @@ def check_files(table: Table, options: ReproduceOptions) -> dict[str, str]:
             if dist_util.is_main():
                 _check_folder(row, digests)
     if dist_util.is_main() and any(
-            find_extractor(row.judging.backend).is_inception for name, row in table.rows.items()
-            if name not in why and row.judging.reference):
+            find_extractor(row.evaluation.backend).is_inception for name, row in table.rows.items()
+            if name not in why and row.evaluation.reference):
         find_graph(options.inception or None)
     return why
 
 
 def _check_reference(row: Row, references: Path) -> None:
-    if not row.judging.reference:
+    if not row.evaluation.reference:
         return
-    file, size = BatchFile(find_reference(row.judging.reference, references)), row.run.model.image_size
+    file, size = BatchFile(find_reference(row.evaluation.reference, references)), row.run.model.image_size
     if len(file) and file.shape[1:3] != (size, size):
         raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
-    check_reference(file, EvaluatorOptions(metrics=",".join(METRICS)), row.judging.backend)
+    check_reference(file, EvaluatorOptions(metrics=",".join(METRICS)), row.evaluation.backend)
     if 0 < len(file) < FEWEST:
         raise UserError(f"{file.path}: has {len(file)} images, at least {FEWEST} are needed")
 

@@ -25,8 +25,9 @@ from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
 from ..metrics import Replicates
 from ..references import find_reference
-from .plan import depth_maps, depth_reference, passes
-from .tables import DECIMALS, DFID, METRICS, Judging, Row, Section, Table, smallest
+from .costs import passes
+from .missing import depth_maps, depth_reference
+from .tables import DECIMALS, DFID, METRICS, EvaluationSpec, Row, Section, Table, smallest
 
 REPRODUCED, DIFFERS, NOT_COMPARABLE, NOT_RUN = "reproduced", "differs", "not comparable", "not run here"
 BETTER, WORSE, EQUAL = "better", "worse", "no difference"
@@ -61,24 +62,24 @@ def measure(table: Table, sampled: Sequence[str], how: Circumstances, features: 
     sampled: names of the rows that there are samples of. features: folder that keeps what the networks saw.
     """
     wanted = _wanted(table, sampled)
-    groups: dict[Judging, list[str]] = {}
+    groups: dict[EvaluationSpec, list[str]] = {}
     for name in sampled:
-        judging = table.rows[name].judging
-        if judging.reference:
-            key = Judging(reference=judging.reference, backend=judging.backend)
+        spec = table.rows[name].evaluation
+        if spec.reference:
+            key = EvaluationSpec(reference=spec.reference, backend=spec.backend)
             groups.setdefault(key, []).append(name)
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     networks: dict[str, Any] = {}
     first: tuple[Any, Any] = (None, None)
     with progress_bar(len(wanted), "evaluating", "row", enabled=dist_util.is_main()) as progress:
-        for judging, names in groups.items():
-            options = replace(how.network, backend=judging.backend)
-            if judging.backend not in networks:
-                networks[judging.backend] = load_network_once(options)
-            network = networks[judging.backend]
+        for spec, names in groups.items():
+            options = replace(how.network, backend=spec.backend)
+            if spec.backend not in networks:
+                networks[spec.backend] = load_network_once(options)
+            network = networks[spec.backend]
             chosen = EvaluatorOptions(metrics=",".join(METRICS), bootstrap=how.bootstrap)
             with dist_util.together():
-                evaluation = Evaluation(str(find_reference(judging.reference, how.references)),
+                evaluation = Evaluation(str(find_reference(spec.reference, how.references)),
                                         [str(table.rows[name].run.samples) for name in names], options, chosen,
                                         network=network)
             reference, sides = evaluation.sides(features)
@@ -122,7 +123,7 @@ def _replicates(compared: Compared) -> dict[str, Replicates]:
 
 
 def _dfid(row: Row, how: Circumstances) -> dict[str, Any]:
-    """dFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
+    """DFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
     samples, reference = depth_maps(row), depth_reference(row, how.references)
     absent = [str(path) for path in (reference, samples) if not path.is_file()]
     if absent:
@@ -131,7 +132,7 @@ def _dfid(row: Row, how: Circumstances) -> dict[str, Any]:
     with dist_util.together():
         if (count := DepthFile(str(samples)).shape[0]) != row.images:
             raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")
-    found = depth_fid(str(reference), [str(samples)], replace(how.network, backend=row.judging.backend),
+    found = depth_fid(str(reference), [str(samples)], replace(how.network, backend=row.evaluation.backend),
                       DepthFidOptions(bootstrap=how.bootstrap))
     return {"value": found[0]["metrics"][DFID], "interval95": list(found[0]["intervals95"][DFID])} if found else {}
 
@@ -158,8 +159,8 @@ def _row(table: Table, name: str, why: str) -> dict[str, Any]:
     described = {"title": title(row.run, table), "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
                  "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),
-                 "seconds": None, "images_per_second": None, "published_source": row.judging.source,
-                 "note": row.judging.note}
+                 "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
+                 "note": row.evaluation.note}
     if why:
         return described
     record = json.loads((row.run.out / "run.json").read_text())
@@ -231,14 +232,14 @@ def overall(verdicts: Sequence[str]) -> str:
 
 def not_comparable(row: Row, images: int, changed: Sequence[str]) -> list[str]:
     """Why the row's numbers cannot be held against the published ones; empty where they can."""
-    judging, reasons = row.judging, list(changed)
-    if judging.images is None:
+    spec, reasons = row.evaluation, list(changed)
+    if spec.images is None:
         reasons.append("the number of images of the published number is not known")
-    elif images != judging.images:
-        reasons.append(f"{images:,} images, published with {judging.images:,}")
+    elif images != spec.images:
+        reasons.append(f"{images:,} images, published with {spec.images:,}")
     used = {method.heads for method in row.run.active} - {None}
-    if judging.heads and used - {judging.heads}:
-        reasons.append(f"attention heads {', '.join(used)}, published with {judging.heads}")
+    if spec.heads and used - {spec.heads}:
+        reasons.append(f"attention heads {', '.join(used)}, published with {spec.heads}")
     return reasons
 
 

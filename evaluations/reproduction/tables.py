@@ -3,21 +3,24 @@
     title: what the table shows
     source: where its numbers were published
     note: what else there is to know
+    extends: a file of the same kind, relative to this one, whose values this one starts from
     shared: {option: value, ...}            # of all rows
     rows:
       NAME: {option: value, ...}            # a row that needs no file; any other row NAME is the file NAME.yaml
     sections:                               # what is shown together; a row may stand in several
       - {title: ..., rows: [NAME, ...], against: an option that sets the rows apart and is drawn against}
 
-A row's values are options of a sampling run, so that the sampling scripts take its file as `--config`, and a section
-`evaluation`, which only this package reads: the fields of `Judging`, and `published: {metric: number, ...}`.
+Where a table extends another file, its options and rows change those of that file one by one, and a section takes the
+place of the one with the same title. A row's values are options of a sampling run, so that the sampling scripts take
+its file as `--config`, and a section `evaluation`, which only this package reads: the fields of `EvaluationSpec`, and
+`published: {metric: number, ...}`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +36,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 DFID = "dfid"
 DECIMALS = 2                    # of all published numbers
 METRICS = ("fid", "sfid", "is", "precision", "recall")
+PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections"}
 
 
 @dataclass(frozen=True)
-class Judging(Options):
+class EvaluationSpec(Options):
     """How the images of a row are evaluated, and under which circumstances its published numbers hold."""
 
-    reference: str = option("", "reference batch: a file name, or a shipped one by name")
+    reference: str = option("", "reference batch: a file name, or a bundled one by name")
     backend: str = option("torch", "the network that sees the images", choices=BACKENDS)
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
@@ -50,27 +54,34 @@ class Judging(Options):
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. published: by the words of the metrics, empty where nothing was; file: what it was read from."""
+    """One setting of a table.
+
+    published: the published numbers by the words of the metrics, empty where there are none. file: what the row was
+    read from.
+    """
 
     name: str
     run: SamplingRun
-    judging: Judging
+    evaluation: EvaluationSpec
     published: Mapping[str, float]
     file: Path
 
     @property
     def images(self) -> int:
+        """The number of images that are sampled."""
         return self.run.sample.num_samples
 
     def changed(self, **values: Any) -> Row:
-        """With other values of some flags of the sampling run."""
+        """Returns the row with other values of some flags of its sampling run."""
         return dataclasses.replace(self, run=self.run.changed(**values))
 
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that are shown together, the first of which the others are compared with. against: a numeric option that
-    sets them apart, or none."""
+    """Rows that are shown together; the others are compared with the first one.
+
+    against: a numeric option that sets the rows apart, or "".
+    """
 
     title: str
     rows: tuple[str, ...]
@@ -79,7 +90,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows by name, in the order of the sections."""
+    """A table: all its rows by name, in the order of the sections."""
 
     name: str
     title: str
@@ -89,7 +100,10 @@ class Table:
     sections: tuple[Section, ...]
 
     def chosen(self, names: str) -> Table:
-        """The table of the comma-separated rows alone, of all where there are none; UserError for unknown ones."""
+        """Returns the table of the comma-separated rows alone, or of all where there are none.
+
+        Raises UserError for a row that the table does not have.
+        """
         words = [word for word in names.replace(" ", "").split(",") if word]
         for word in words:
             if word not in self.rows:
@@ -107,23 +121,62 @@ class Table:
 
 
 def table_names() -> list[str]:
+    """Returns the names of all tables, sorted."""
     return sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 
 
 def load_table(name: str) -> Table:
-    """The table of that name. Raises UserError for an unknown one, and for a file that is no table."""
+    """Returns the table of that name. Raises UserError for an unknown one, and for a file that is no table."""
     if name not in table_names():
         raise UserError(f"TABLE {name}: there is no such table{nearest(name, table_names())}, there are "
                         f"{', '.join(table_names())}")
     path = CONFIGS / name / "table.yaml"
+    content = _read_parts(path)
+    sections = tuple(content["sections"].values())
+    rows = {}
+    for row, (values, file) in _values_of_rows(content["rows"], sections, path).items():
+        rows[row] = read_row(row, _over(content["shared"], values), file)
+    return Table(name, str(content.get("title", name)), content.get("source", ""), content.get("note", ""), rows,
+                 sections)
+
+
+def _read_parts(path: Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
+    """Returns the parts of a table file over those of the file that it extends: shared, rows, and sections by title.
+
+    chain: the files that extend this one. Raises UserError for a part that is unknown or of another kind.
+    """
     content = read_yaml(path)
-    _known(content, {"title", "source", "note", "shared", "rows", "sections"}, str(path))
+    _known(content, PARTS, str(path))
     shared = _mapping(content.get("shared"), f"shared in {path}")
-    inline = {row: _mapping(values, f"row {row} in {path}")
-              for row, values in _mapping(content.get("rows"), f"rows in {path}").items()}
+    rows = {row: _mapping(values, f"row {row} in {path}")
+            for row, values in _mapping(content.get("rows"), f"rows in {path}").items()}
     if not isinstance(content.get("sections"), list):
         raise UserError(f"sections in {path}: must be a list of sections, each with title and rows")
-    sections = tuple(_section(part, path) for part in content["sections"])
+    parts = [_section(part, path) for part in content["sections"]]
+    sections = {section.title or str(number): section for number, section in enumerate(parts)}
+    base: dict[str, Any] = {"shared": {}, "rows": {}, "sections": {}}
+    if "extends" in content:
+        base = _read_parts(_extended(content["extends"], path, chain), (*chain, path))
+    return {**base, **content, "shared": _over(base["shared"], shared), "rows": {**base["rows"], **rows},
+            "sections": {**base["sections"], **sections}}
+
+
+def _extended(name: Any, path: Path, chain: Sequence[Path]) -> Path:
+    """Returns the file that a table extends."""
+    if not isinstance(name, str):
+        raise UserError(f"extends in {path}: must be the name of one file")
+    file = (path.parent / name).resolve()
+    if file in {other.resolve() for other in (*chain, path)}:
+        raise UserError(f"extends {name} in {path}: goes round in a circle")
+    return file
+
+
+def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Section], path: Path,
+                    ) -> dict[str, tuple[dict[str, Any], Path]]:
+    """Returns the values of every row and the file that they stand in, in the order of the sections.
+
+    inline: rows that stand in the table's own file. Raises UserError for a row that stands nowhere, or in no section.
+    """
     names = list(dict.fromkeys(row for section in sections for row in section.rows))
     files = {file.stem: file for file in path.parent.glob("*.yaml") if file != path}
     for row in (*inline, *files):
@@ -131,18 +184,15 @@ def load_table(name: str) -> Table:
             raise UserError(f"row {row} of {path}: stands in no section{nearest(str(row), names)}")
         if row in inline and row in files:
             raise UserError(f"row {row} of {path}: stands there and in {files[row]}, must stand in one of them")
-    rows = {}
     for row in names:
         if row not in (*inline, *files):
             raise UserError(f"row {row} of {path}: is neither among its rows nor a file {row}.yaml beside it"
                             f"{nearest(row, (*inline, *files))}")
-        file = files.get(row, path)
-        rows[row] = read_row(row, _over(shared, inline[row] if row in inline else read_yaml(file)), file)
-    return Table(name, str(content.get("title", name)), content.get("source", ""), content.get("note", ""), rows,
-                 sections)
+    return {row: (inline[row], path) if row in inline else (read_yaml(files[row]), files[row]) for row in names}
 
 
 def _section(part: Any, path: Path) -> Section:
+    """Returns a section of a table file; raises UserError where it is none."""
     part = _mapping(part, f"a section in {path}")
     _known(part, {"title", "rows", "against"}, f"a section of {path}")
     rows, against = part.get("rows"), part.get("against", "")
@@ -157,25 +207,27 @@ def _section(part: Any, path: Path) -> Section:
 
 
 def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:
+    """Raises UserError for a name that is not among `names`."""
     for name in values:
         if name not in names:
             raise UserError(f"{name} in {where}: is none of {', '.join(sorted(names))}{nearest(str(name), names)}")
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:
-    """A mapping; an empty one for None."""
+    """Returns the mapping, or an empty one for None; raises UserError for anything else."""
     if values is not None and not isinstance(values, dict):
         raise UserError(f"{where}: must be names and values")
     return dict(values or {})
 
 
 def _over(shared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values` over `shared`, and those of the section `evaluation` one by one."""
     sections = [_mapping(part.get(NOT_OPTIONS), NOT_OPTIONS) for part in (shared, values)]
     return {**shared, **values, NOT_OPTIONS: sections[0] | sections[1]}
 
 
 def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
-    """The row of these values, read from `file`. Raises UserError for whatever is wrong with them."""
+    """Returns the row of these values, read from `file`. Raises UserError for whatever is wrong with them."""
     values = dict(values)
     section = _mapping(values.pop(NOT_OPTIONS, None), f"{NOT_OPTIONS} in {file}")
     published = _mapping(section.pop("published", None), f"published in {file}")
@@ -184,20 +236,23 @@ def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"published {metric}: {value} of row {name} in {file}: must be a number")
     try:
-        judging, = fill(section, [Judging], None, source=str(file))
+        evaluation, = fill(section, [EvaluationSpec], None, source=str(file))
         run = SamplingRun.of(fill(values, [SampleOptions, *option_classes()], preset_values, source=str(file)))
     except UserError as error:
         raise UserError(f"row {name} in {file}: {str(error).replace(f' in {file}', '')}") from None
-    return Row(name, run, judging, published, file)
+    return Row(name, run, evaluation, published, file)
 
 
 def in_folder(table: Table, out: str | Path, num_samples: int | None = None) -> Table:
-    """The table with every row's samples in a folder of `out`, and another number of images where one is given."""
+    """Returns the table with every row's samples in a folder of `out`.
+
+    num_samples: another number of images for every row; None keeps those of the rows.
+    """
     changes: dict[str, Any] = {} if num_samples is None else {"num_samples": num_samples}
     return dataclasses.replace(table, rows={
         name: row.changed(out=str(Path(out) / name), **changes) for name, row in table.rows.items()})
 
 
 def smallest(rows: Sequence[Row]) -> int:
-    """The number of images that all rows have."""
+    """Returns the number of images that all rows have."""
     return min(row.images for row in rows)

@@ -100,7 +100,7 @@ def test_list_asks_no_server(server, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["tny"], "tny: is no released checkpoint (did you mean tiny?), there are tiny, other"),
     (["tiny", "zzz"], "zzz: is no released checkpoint, there are tiny, other"),
-    (["shipped"], "shipped: is shipped, there is nothing to fetch: pass --model shipped"),
+    (["shipped"], "shipped: is bundled, there is nothing to fetch: pass --model shipped"),
     ([], "no NAME is given: name a checkpoint, there are tiny, other"),
     (["--all", "--sha256", "0" * 64], "is that of one file"),
     (["tiny", "--sha256", "12"], "must be 64 hexadecimal digits")])

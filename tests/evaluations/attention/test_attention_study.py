@@ -2,7 +2,6 @@
 
 import csv
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from commands import call, flags
 from PIL import Image
 
 from evaluations.attention.measures import (
+    Observation,
     PatchStatistics,
-    Seen,
     iou,
     overlap_rows,
     overlaps,
@@ -20,7 +19,7 @@ from evaluations.attention.measures import (
     radial_profile,
 )
 from evaluations.attention.pictures import CELL, OUTLINE, draw_overlaps, outline, overlay
-from evaluations.attention.study import AttentionOptions, Watched, evenly_spaced, overlay_strip
+from evaluations.attention.study import AttentionOptions, ObservedNetwork, evenly_spaced, overlay_strip
 from guided_diffusion.capture import Received
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
@@ -123,7 +122,7 @@ def test_masked_patches_against_all():
     statistics = PatchStatistics(1.0)
     one_pixel = Received(torch.full((2, 256), 1.0), (16, 16))
     for t in (7, 0):
-        statistics.add(Seen(t, x0, {"upper": upper, "lower": lower, "pixels": one_pixel}))
+        statistics.add(Observation(t, x0, {"upper": upper, "lower": lower, "pixels": one_pixel}))
     rows = statistics.rows()
     assert {row["block"] for row in rows} == {"upper", "lower"}          # a pixel has no spectrum
     np.testing.assert_allclose(statistics.high_ratio("upper", 20), 2)    # and so in any resampling
@@ -139,14 +138,14 @@ def test_the_interval_of_the_ratio_is_of_other_images():
     for _ in range(10):             # in pieces
         noise = torch.randn(10, 1, 16, 16, generator=generator)
         noise[:, :, :4, :4] *= torch.linspace(1, 3, 10).reshape(-1, 1, 1, 1)
-        statistics.add(Seen(0, noise, {"middle": attending([0], n=10)}))
+        statistics.add(Observation(0, noise, {"middle": attending([0], n=10)}))
     value, low, high = statistics.high_ratio("middle", 200)
     assert 1.5 < low < value < high < 2.2 and 0.05 < high - low < 0.4
 
 
 def test_without_a_masked_patch_there_is_no_ratio():
     statistics = PatchStatistics(5.0)
-    statistics.add(Seen(0, torch.ones(1, 1, 8, 8), {"middle": attending([0])}))
+    statistics.add(Observation(0, torch.ones(1, 1, 8, 8), {"middle": attending([0])}))
     assert all(np.isnan(row["ratio"]) and row["masked_patches"] == 0 for row in statistics.rows())
     assert np.isnan(statistics.high_ratio("middle", 20)).all()
 
@@ -201,28 +200,30 @@ def tiny_run(tiny_flags, tiny_checkpoints):
     given = {**tiny_flags, "timestep_respacing": "6", "sel_attn_depth": 1, "blur_sigma": 1.0, "num_samples": 4,
              "model_path": str(tiny_checkpoints / "model.safetensors"), "batch_size": 3}
     values = options_from(given, SampleOptions, *option_classes())
-    return SamplingRun(*values)
+    return SamplingRun.of(values)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_what_is_seen_is_the_first_evaluation_of_each_step_of_the_run(tiny_run, scale, tmp_path):
-    run = replace(tiny_run, sag=replace(tiny_run.sag, guide_scale=scale), sample=replace(
-        tiny_run.sample, num_samples=3, out=str(tmp_path)))
-    seen = list(Watched(run).chain([0, 1, 2], [4, 0], ["output.1"]))
+    run = tiny_run.changed(guide_scale=scale, num_samples=3, out=str(tmp_path))
+    seen = list(ObservedNetwork(run, "exact").observe_chain([0, 1, 2], [4, 0], ["output.1"]))
     assert [one.t for one in seen] == [4, 0]
     if scale == 1:                  # the last x0 is the sample: DDPM adds no noise there
         with np.load(run.run()) as file:
             np.testing.assert_allclose(to_uint8(seen[1].x0).astype(int), file["arr_0"], atol=1)
     assert torch.allclose(seen[1].received["output.1"].received.mean(dim=1), torch.ones(3))
-    first = next(Watched(tiny_run).chain([0, 1, 2], [4], ["output.1"]))
+    first = next(ObservedNetwork(tiny_run, "exact").observe_chain([0, 1, 2], [4], ["output.1"]))
     assert torch.equal(first.x0, seen[0].x0) == (scale == 1)            # guidance of the step before
 
 
 def test_a_strip_of_a_run(tiny_run):
-    strip = overlay_strip(tiny_run, [2, 0], steps=3)
+    guided = tiny_run.changed(guide_scale=1.5)
+    strip = overlay_strip(guided, [2, 0], steps=3)
     assert strip.shape == (2 * (CELL + 2) + 2, 6 * (CELL + 2) + 2, 3) and strip.dtype == np.uint8
     with pytest.raises(UserError, match=r"'output.5' is no attention block"):
-        overlay_strip(replace(tiny_run, sag=replace(tiny_run.sag, sel_attn_depth=5)), [0])
+        overlay_strip(guided.changed(sel_attn_depth=5), [0])
+    with pytest.raises(UserError, match="no guidance: no guidance method of this run reads the attention"):
+        overlay_strip(tiny_run, [0])
 
 
 # The command
@@ -285,7 +286,7 @@ def test_without_objects_the_semantic_analysis_is_skipped(tiny, tmp_path, capsys
     assert {row["block"] for row in rows_of(tmp_path / "frequency.csv")} == {"middle"}
 
 
-def test_the_shipped_scenes_have_their_objects(tmp_path):
+def test_the_bundled_scenes_have_their_objects(tmp_path):
     assert call("attention", "--model", "scenes32", "--timestep_respacing", "2", "--num_images", "4", "--images", "0",
                 "--steps", "0", "--object_steps", "1,0", "--bootstrap", "20", "--out", tmp_path) == 0
     rows = rows_of(tmp_path / "semantic.csv")

@@ -233,15 +233,15 @@ def test_another_reference_or_other_heads_are_not_comparable(mini, line, tmp_pat
     options = reproduction.ReproduceOptions(reference="mine.npz", heads="official", out=str(tmp_path))
     table, changed = reproduction.choose(["mini"], options)
     assert all("reference mine.npz, published with fmnist32" in changed[name][0] for name in table.rows)
-    assert {row.run.sag.attention_heads for row in table.rows.values()} == {"official"}
-    assert {row.judging.reference for row in table.rows.values()} == {"mine.npz"}
+    assert {row.run.configuration()["attention_heads"] for row in table.rows.values()} == {"official"}
+    assert {row.evaluation.reference for row in table.rows.values()} == {"mine.npz"}
 
 
 def test_checkpoints_may_lie_elsewhere(tmp_path):
     options = reproduction.ReproduceOptions(models="/weights", out=str(tmp_path))
     table, _ = reproduction.choose(["sag_cg_imagenet128"], options)
     assert table.rows["sag_cg"].run.sample.model_path == "/weights/128x128_diffusion.pt"
-    assert table.rows["sag_cg"].run.sample.classifier_path == "/weights/128x128_classifier.pt"
+    assert table.rows["sag_cg"].run.checkpoints()["classifier_path"] == "/weights/128x128_classifier.pt"
 
 
 def test_ranks_must_agree_with_the_launcher(monkeypatch):
@@ -260,8 +260,9 @@ def test_the_embedded_tables_have_the_rows_of_the_papers(tmp_path):
         assert all(table.rows[row].images >= 5000 for row in ("unguided", "sag", "cg", "sag_cg"))
         runs = [row.run for row in table.rows.values()]
         assert len({run.sample.seed for run in runs}) == 1
-        assert {run.sag.mask for run in runs} == {"self-attention", "global", "high-frequency", "random", "square"}
-        assert {run.sag.blur_sigma for run in runs} == {1.0, 3.0, 9.0}
+        masks = {run.configuration()["mask"] for run in runs}
+        assert masks == {"self-attention", "global", "high-frequency", "random", "square"}
+        assert {run.configuration()["blur_sigma"] for run in runs} == {1.0, 3.0, 9.0}
         samplers = {(run.sample.use_ddim, run.diffusion.timestep_respacing) for run in runs}
         assert {(False, "250"), (True, "ddim25"), (True, "ddim50"), (True, "ddim100")} <= samplers
     assert (REPOSITORY / "configs" / "fmnist32" / "table.yaml").is_file()

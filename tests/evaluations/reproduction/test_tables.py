@@ -13,10 +13,10 @@ from golden import BUNDLED, GOLDEN
 from evaluations.references import reference_names
 from evaluations.reproduction import tables
 from evaluations.reproduction.tables import load_table, table_names
-from guided_diffusion.build import build_classifier, build_diffusion, build_model
+from guided_diffusion.build import build_diffusion, build_model
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance.self_attention import SagOptions
 from guided_diffusion.options import option_fields, read_yaml
+from guided_diffusion.presets import find_preset
 from guided_diffusion.runs.options import SampleOptions, option_classes
 
 PUBLISHED = BUNDLED / "published.yaml"
@@ -31,14 +31,14 @@ every_row = pytest.mark.parametrize(("table", "row"), ROWS, ids=lambda value: ge
 
 def setting(table, row):
     """What sets a row of published.yaml apart, as `published_setting` names it."""
-    run = row.run
+    run, flags = row.run, row.run.configuration()
     model = run.sample.model or Path(run.sample.model_path).stem
-    scale = round(run.sag.guide_scale - 1, 6)
+    scale = round(flags["guide_scale"] - 1, 6)
     if table == "sag_cg_imagenet128":
-        return scale == 0.1, run.guided_by_classifier
+        return scale == 0.1, flags["classifier_guidance"]
     if table == "sag_pretrained_256":
         return model, scale
-    return model, run.dag.dcg_scale == 40, run.dag.dpg_scale == 40, run.sample.use_ddim
+    return model, flags["dcg_scale"] == 40, flags["dpg_scale"] == 40, run.sample.use_ddim
 
 
 def published_setting(table, row):
@@ -57,7 +57,7 @@ def test_each_published_row_has_one_file_with_its_numbers(name):
                     for row in published["rows"]]
     assert len({one for one, _ in ours}) == len(ours)
     if "reference" in published:
-        assert {row.judging.reference for row in table.rows.values()} == {published["reference"]}
+        assert {row.evaluation.reference for row in table.rows.values()} == {published["reference"]}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -67,8 +67,7 @@ def test_every_file_of_the_folder_is_a_row(name):
     assert files == set(table.rows) and table.source and table.note
     assert all(row.file == tables.CONFIGS / name / f"{row.name}.yaml" for row in table.rows.values())
     for section in table.sections:
-        first = table.rows[section.rows[0]].run
-        assert (first.sag.guide_scale, first.guided_by_classifier, first.dag.files()) == (1, False, {})
+        assert table.rows[section.rows[0]].run.active == []
 
 
 @every_row
@@ -78,7 +77,7 @@ def test_the_header_holds_the_command(table, row):
     for line in header:
         for word in line.split():
             assert not word.startswith(("scripts/", "configs/")) or (REPOSITORY / word).is_file()
-    assert row.judging.source and list(TABLES[table].chosen(row.name).rows) == [row.name]
+    assert row.evaluation.source and list(TABLES[table].chosen(row.name).rows) == [row.name]
 
 
 # The networks
@@ -95,10 +94,10 @@ def shapes():
     """The names and shapes of a network's weights, each distinct one built once."""
     known = {}
 
-    def shapes(build, options):
+    def shapes(build, options=None):
         if options not in known:
             with torch.device("meta"):
-                network = build(options)
+                network = build() if options is None else build(options)
             known[options] = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         return known[options]
     return shapes
@@ -115,12 +114,13 @@ def test_networks_are_those_of_the_released_checkpoints(table, row, released, sh
     else:
         assert run.sample.model == name
     assert shapes(build_model, run.model) == released[name]
-    if run.guided_by_classifier:
-        assert run.sample.classifier_path == "models/128x128_classifier.pt"
-        assert shapes(build_classifier, run.classifier) == released["128x128_classifier"]
+    for method in run.active:
+        if "classifier_path" in method.files():
+            assert method.files() == {"classifier_path": "models/128x128_classifier.pt"}
+            assert shapes(method.networks()["classifier"]) == released["128x128_classifier"]
 
 
-# Sampling and judging
+# Sampling and evaluation
 
 @every_row
 def test_steps(table, row):
@@ -130,58 +130,65 @@ def test_steps(table, row):
     assert run.diffusion.timestep_respacing == ("ddim50" if church else "250")
     diffusion = build_diffusion(run.diffusion)
     assert (diffusion.num_timesteps, run.diffusion.learn_sigma) == (50 if church else 250, True)
-    assert run.sample.num_samples == (5000 if table == "dag_dfid" else 50_000) and run.pag.pag_scale == 0
+    assert run.sample.num_samples == (5000 if table == "dag_dfid" else 50_000)
 
 
 def test_guidance_of_imagenet_128():
     for name, row in TABLES["sag_cg_imagenet128"].rows.items():
         assert sag_settings(row) == (1.1 if "sag" in name else 1.0, "output", 8, 3.0, "exact", "self-attention", 1.0)
-        assert row.run.guided_by_classifier == ("cg" in name) and row.run.sample.classifier_scale == 0.5
-        assert row.run.sag.guide_start is None and row.run.dag.files() == {}
+        assert [method.short for method in row.run.active] == [word.upper() for word in ("sag", "cg") if word in name]
+        assert row.run.configuration()["classifier_scale"] == 0.5 and row.run.configuration()["guide_start"] is None
 
 
 def test_guidance_at_256_pixels():
     for name, row in TABLES["sag_pretrained_256"].rows.items():
         scale = float(name.partition("_sag_")[2] or 0)
         assert sag_settings(row) == (1 + scale, "output", 2, 9.0, "official", "self-attention", 1.0)
-        assert row.run.sag.guide_start is None and row.run.dag.files() == {} and not row.run.guided_by_classifier
+        assert [method.short for method in row.run.active] == ["SAG"] * ("sag" in name)
+        assert row.run.configuration()["guide_start"] is None
 
 
 def sag_settings(row):
-    sag = row.run.sag
-    return (sag.guide_scale, sag.sel_attn_block, sag.sel_attn_depth, sag.blur_sigma, sag.attention_heads, sag.mask,
-            sag.threshold)
+    flags = row.run.configuration()
+    return tuple(flags[name] for name in ("guide_scale", "sel_attn_block", "sel_attn_depth", "blur_sigma",
+                                          "attention_heads", "mask", "threshold"))
 
 
 def test_guidance_by_depth():
     for name, row in TABLES["dag_dfid"].rows.items():
-        dag = row.run.dag
-        assert (dag.dcg_scale, dag.dpg_scale) == (40 * ("_dcg" in name), 40 * ("_dpg" in name))
-        assert dag.depth_predictor.endswith("_depth.safetensors") and dag.depth_prior.endswith("prior.safetensors")
-        assert (dag.dag_reduction, dag.depth_tau, dag.dag_start, dag.dag_stop) == ("mean", None, None, None)
-        assert row.run.sag.guide_scale == 1 and not row.run.guided_by_classifier
+        flags = row.run.configuration()
+        assert (flags["dcg_scale"], flags["dpg_scale"]) == (40 * ("_dcg" in name), 40 * ("_dpg" in name))
+        assert flags["depth_predictor"].endswith("_depth.safetensors")
+        assert flags["depth_prior"].endswith("prior.safetensors")
+        assert flags["dag_reduction"] == "mean"
+        assert [flags[name] for name in ("depth_tau", "dag_start", "dag_stop")] == [None] * 3
+        assert [method.short for method in row.run.active] == ["DAG"] * ("_d" in name)
 
 
-def test_block_and_blur_are_those_that_the_name_of_the_model_stands_for():
+def test_block_and_blur_are_stated_once_with_the_name_of_the_model():
+    """Files of configs/models/ leave them to the name of the model, and its rows get them from there."""
+    for file in (tables.CONFIGS / "models").glob("*.yaml"):
+        assert not {"sel_attn_block", "sel_attn_depth", "blur_sigma"} & yaml.safe_load(file.read_text()).keys()
     for _, row in ROWS:
-        if row.run.sample.model and row.run.sag.guide_scale != 1:
-            preset = tables.preset_values({"model": row.run.sample.model})
-            names = {field.name for field in option_fields(SagOptions)} & preset.keys()
-            assert {name: preset[name] for name in names} == {name: getattr(row.run.sag, name) for name in names}
+        if row.run.sample.model:
+            flags = row.run.configuration()
+            preset = find_preset(row.run.sample.model).guidance
+            assert {"sel_attn_depth", "blur_sigma"} <= preset.keys()
+            assert preset == {name: flags[name] for name in preset}
 
 
 @every_row
 def test_how_the_numbers_were_made(table, row):
-    judging = row.judging
-    assert judging.backend == "torch"
-    assert judging.images == (None if table == "dag_dfid" else 50_000)
-    assert judging.heads == ("official" if table == "sag_pretrained_256" else "")
+    spec = row.evaluation
+    assert spec.backend == "torch"
+    assert spec.images == (None if table == "dag_dfid" else 50_000)
+    assert spec.heads == ("official" if table == "sag_pretrained_256" else "")
     places = {"imagenet256": "VIRTUAL_imagenet256_labeled", "lsun_cat": "VIRTUAL_lsun_cat256", "church": None,
               "lsun_horse": "VIRTUAL_lsun_horse256", "bedroom": "VIRTUAL_lsun_bedroom256"}
     place = next((name for start, name in places.items() if row.name.startswith(start)), "VIRTUAL_imagenet128_labeled")
-    assert judging.reference == (f"{place}.npz" if place else "")
+    assert spec.reference == (f"{place}.npz" if place else "")
     assert place is None or place in reference_names()
-    assert "not known" in judging.note.lower() or table == "sag_pretrained_256"
+    assert "not known" in spec.note.lower() or table == "sag_pretrained_256"
 
 
 @every_row
@@ -242,11 +249,27 @@ def test_values_of_a_row_go_before_those_of_its_table_and_of_what_it_includes(wr
     table = load_table("mini")
     a, b = table.rows["a"], table.rows["b"]
     assert (a.run.sample.seed, a.images, a.run.sample.batch_size, a.published) == (2, 8, 4, {"fid": 2})
-    judging = a.judging
-    assert (judging.reference, judging.note, judging.images, judging.heads) == ("r", "n", 6, "official")
-    assert (b.run.sample.seed, b.images, b.judging.images, b.published) == (3, 9, 7, {})
+    spec = a.evaluation
+    assert (spec.reference, spec.note, spec.images, spec.heads) == ("r", "n", 6, "official")
+    assert (b.run.sample.seed, b.images, b.evaluation.images, b.published) == (3, 9, 7, {})
     assert table.sections[0].rows == ("a", "b") and table.sections[0].against == "seed"
     assert [row.file.name for row in (a, b)] == ["a.yaml", "table.yaml"]
+
+
+def test_a_table_extends_another_file_row_by_row_and_section_by_title(write):
+    write("shared: {model: fmnist32, seed: 1, evaluation: {reference: r}}\nrows: {a: {seed: 2}, b: {seed: 3}, c: {}}\n"
+          "sections: [{title: X, rows: [a, b]}, {title: Y, rows: [a]}]", "base.yaml")
+    write("extends: ../base.yaml\ntitle: Mini\nshared: {batch_size: 4}\nrows: {b: {seed: 9}}\n"
+          "sections: [{title: Y, rows: [c, a]}, {title: Z, rows: [b]}]")
+    table = load_table("mini")
+    assert {name: row.run.sample.seed for name, row in table.rows.items()} == {"a": 2, "b": 9, "c": 1}
+    assert {(row.run.sample.batch_size, row.evaluation.reference) for row in table.rows.values()} == {(4, "r")}
+    assert [(section.title, section.rows) for section in table.sections] == [
+        ("X", ("a", "b")), ("Y", ("c", "a")), ("Z", ("b",))]
+    write("extends: mini/table.yaml\nsections: []", "base.yaml")
+    assert "extends mini/table.yaml in " in refusal() and "goes round in a circle" in refusal()
+    write("extends: 3\nsections: []")
+    assert "must be the name of one file" in refusal()
 
 
 def test_what_is_chosen_of_a_table(write):

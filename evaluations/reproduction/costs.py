@@ -1,0 +1,154 @@
+"""What a row of a table costs, before it is begun: evaluations, arithmetic, disk and weights.
+
+Evaluations are counted by the windows of the guidance terms that a row has, and by what each term says that a guided
+step costs (`terms.Passes`). The arithmetic of each kind is counted on the networks themselves, without weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from guided_diffusion.build import ModelOptions, build_model
+from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.unet import Encoder
+
+from ..extractors import find_extractor
+from .missing import MissingFile, missing_files
+from .tables import Row
+
+
+@dataclass(frozen=True)
+class RowPasses:
+    """Passes through the networks for one image, from noise to sample.
+
+    forward: evaluations of the diffusion network. backward: gradients through them. others: evaluations of further
+    networks by name, each with its gradient.
+    """
+
+    steps: int
+    forward: int
+    backward: int
+    others: Mapping[str, int]
+
+    def __str__(self) -> str:
+        """Like "40", or "40 + 20 back + 20 of the classifier"."""
+        parts = [(self.backward, "back"), *((count, f"of the {name}") for name, count in self.others.items())]
+        return " + ".join([str(self.forward), *(f"{count} {word}" for count, word in parts if count)])
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of each pass for one image; others: of the networks that can be counted."""
+
+    forward: int
+    backward: int
+    others: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """What a whole row costs.
+
+    images: those that are evaluated, as a last batch is filled up. flops: without those of networks that only their
+    file describes. disk: bytes at most, of samples, chunks and features. weights: bytes of the networks.
+    """
+
+    passes: RowPasses
+    images: int
+    flops: int
+    disk: int
+    weights: int
+    missing: tuple[MissingFile, ...]
+
+    def hours(self, seconds_per_flop: float, ranks: int) -> float:
+        """Returns the hours of sampling on so many ranks."""
+        return self.flops * seconds_per_flop / ranks / 3600
+
+
+def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
+    """Returns what a row costs. references: folder of reference batches; inception: as `--inception`."""
+    run, count, one = row.run, passes(row.run), flops(row.run)
+    images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
+    each = count.forward * one.forward + count.backward * one.backward
+    each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
+    disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
+    return RowCost(count, images, images * each, disk, _weights(run), tuple(missing_files(row, references, inception)))
+
+
+def passes(run: SamplingRun) -> RowPasses:
+    """Returns the passes of a run, by the scales and windows of its guidance."""
+    t = torch.arange(run.num_steps)
+    forward, backward, others = run.num_steps, torch.zeros_like(t, dtype=torch.bool), Counter[str]()
+    for method in run.active:
+        for term, step in method.schedule():
+            window = term.window(t)
+            guided = int(window.sum())
+            forward += step.forward * guided
+            backward |= window & bool(step.backward)          # one pass for all terms of a step
+            others.update({name: count * guided for name, count in step.others.items() if guided})
+    return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others))
+
+
+def flops(run: SamplingRun) -> Flops:
+    """Returns the operations of each pass; a multiplication and an addition count as two."""
+    forward, backward = network_flops(run.model, run.model.image_size)
+    others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size)
+              for method in run.active for name in method.networks()}
+    return Flops(forward, backward, others)
+
+
+def network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
+    """Returns the operations of an evaluation at an image of `size` pixels, and of the gradient through it.
+
+    They are those of float32, whatever the precision of the network.
+    """
+    return _network_flops(replace(options, use_fp16=False, use_bf16=False), size)
+
+
+@lru_cache
+def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
+    model, inputs = _on_meta(lambda: build_model(options), options.in_channels, size)
+    labels = [torch.zeros(1, dtype=torch.long, device="meta")] if options.class_cond else []
+    with torch.no_grad():
+        forward = _counted(lambda: model(*inputs, *labels))
+    return forward, _counted(lambda: model(*inputs, *labels).sum().backward()) - forward
+
+
+@lru_cache
+def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -> int:
+    """Returns the operations of an evaluation of another network of a guidance method, with its gradient."""
+    model, inputs = _on_meta(method.networks()[name], channels, size)
+    return _counted(lambda: model(*inputs).sum().backward())
+
+
+def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Returns a network without weights, and an image and a step for it."""
+    with torch.device("meta"):
+        model = build().eval().requires_grad_(False)
+        if isinstance(model, Encoder):
+            model.convert_to_fp32()
+        return model, (torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long))
+
+
+def _counted(function: Callable[[], object]) -> int:
+    """Returns the operations that a call makes."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _weights(run: SamplingRun) -> int:
+    """Returns the bytes of the weights of all networks of a run."""
+    with torch.device("meta"):
+        networks = [build_model(run.model), *(build() for method in run.active for build in method.networks().values())]
+    return sum(weight.numel() * weight.element_size() for network in networks for weight in network.parameters())

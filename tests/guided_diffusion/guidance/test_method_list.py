@@ -1,0 +1,177 @@
+"""Guidance is a list everywhere: a method that is added in one place is found wherever methods are."""
+
+import ast
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from commands import REPOSITORY, call, flags, samples_in
+from networks import TINY
+
+import guided_diffusion.pictures
+from guided_diffusion.guidance import GUIDANCE, GradientGuidance, Guidance, GuidanceOptions, Networks, Passes
+from guided_diffusion.options import option
+from guided_diffusion.runs.record import identity
+
+SHORT = {**TINY, "timestep_respacing": "3", "num_samples": 4, "batch_size": 2, "labels": "balanced"}
+
+
+class TowardsGrey(GradientGuidance):
+    passes = Passes(others={"painter": 1})
+
+    def gradient(self, ctx, pred):
+        return -self.scale * ctx.x_t
+
+
+@dataclass(frozen=True)
+class GreyOptions(GuidanceOptions):
+    """Guidance towards grey."""
+
+    short = "grey"
+    switched_on: ClassVar = {"grey_scale": 3.0}
+
+    grey_scale: float = option(0.0, "scale of guidance towards grey; 0: off")
+    grey_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    grey_model: str = option("", "a file that it needs")
+
+    @property
+    def active(self):
+        return self.grey_scale != 0
+
+    def headline(self):
+        return f"grey {self.grey_scale:g}"
+
+    def details(self):
+        return {"start": f"from step {self.grey_start}"}
+
+    def files(self):
+        return {"grey_model": self.grey_model} if self.active else {}
+
+    def build(self, nets: Networks):
+        return [TowardsGrey(self.grey_scale, self.grey_start)]
+
+    def schedule(self):
+        return [(Guidance(self.grey_scale, self.grey_start), TowardsGrey.passes)]
+
+
+@pytest.fixture
+def grey():
+    """The method, in the one list there is."""
+    GUIDANCE.append(GreyOptions)
+    yield GreyOptions
+    GUIDANCE.remove(GreyOptions)
+
+
+def run(out, tiny_checkpoints, **changes):
+    options = {**SHORT, "model_path": tiny_checkpoints / "model.safetensors", "out": out, **changes}
+    return call("image_sample", *flags(options))
+
+
+def record(out):
+    return json.loads((out / "run.json").read_text())
+
+
+def test_a_new_method_is_in_the_help(grey, capsys):
+    assert call("image_sample", "--help") == 0
+    text = capsys.readouterr().out
+    assert "Guidance towards grey:" in text and "--grey_scale" in text and "--grey_start" in text
+
+
+def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_checkpoints, monkeypatch):
+    (tmp_path / "file").write_text("weights")
+    assert run(tmp_path / "plain", tiny_checkpoints) == 0
+    assert run(tmp_path / "grey", tiny_checkpoints, grey_scale=3, grey_start=2, grey_model=tmp_path / "file") == 0
+    plain, guided = (samples_in(tmp_path / name)[0].astype(int) for name in ("plain", "grey"))
+    assert (plain != guided).any()
+
+    written = record(tmp_path / "grey")
+    assert written["configuration"]["grey_scale"] == 3 and written["configuration"]["grey_start"] == 2
+    assert len(written["sha256"]["grey_model"]) == 64
+    assert written["fingerprint"] != record(tmp_path / "plain")["fingerprint"]
+    known = identity(written["configuration"], written["sha256"])
+    assert known["grey_scale"] == 3 and known["grey_model"] == written["sha256"]["grey_model"]
+    assert not [name for name in identity(**{key: record(tmp_path / "plain")[key] for key in ("configuration", "sha256")})
+                if name.startswith("grey")]
+
+    rows = {}
+    monkeypatch.setattr(guided_diffusion.pictures, "save_comparison", lambda images, path: rows.update(images))
+    assert call("compare", tmp_path / "plain", tmp_path / "grey", "--out", tmp_path / "comparison.png") == 0
+    assert list(rows) == ["plain: no guidance", "grey: grey 3, from step 2"]
+
+
+def test_a_file_that_a_new_method_needs_is_asked_for(grey, tmp_path, tiny_checkpoints, capsys):
+    assert run(tmp_path / "out", tiny_checkpoints, grey_scale=3) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --grey_model is not given: grey needs it"
+
+
+# What a run's identity is
+
+
+@pytest.mark.parametrize("changes", [
+    {"dag_start": 5}, {"sel_attn_depth": 0, "blur_sigma": 1}, {"pag_blocks": "output.0"}, {"eta": 0.5},
+    {"classifier_scale": 4, "classifier_path": "elsewhere.pt"}])
+def test_options_of_what_is_off_are_no_part_of_a_run(changes, tmp_path, tiny_checkpoints, capsys):
+    assert run(tmp_path, tiny_checkpoints) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    assert run(tmp_path, tiny_checkpoints, **changes) == 0, capsys.readouterr().err
+    assert (tmp_path / "run.json").read_bytes() == before          # finished, and known as such
+
+
+@pytest.mark.parametrize(("options", "changes", "flag"), [
+    ({"guide_scale": 1.2, "sel_attn_depth": 1}, {"blur_sigma": 1}, "blur_sigma"),
+    ({"use_ddim": True, "eta": 0.0}, {"eta": 0.5}, "eta"),
+    ({}, {"sampler": "ddim"}, "sampler"),
+    ({}, {"seed": 1}, "seed")])
+def test_options_of_what_is_on_are_a_part_of_it(options, changes, flag, tmp_path, tiny_checkpoints, capsys):
+    assert run(tmp_path, tiny_checkpoints, **options) == 0
+    assert run(tmp_path, tiny_checkpoints, **{**options, **changes}) == 2
+    assert f"--{flag} differs" in capsys.readouterr().err
+
+
+def test_both_ways_to_ask_for_ddim_are_one_run(tmp_path, tiny_checkpoints, capsys):
+    assert run(tmp_path, tiny_checkpoints, use_ddim=True) == 0
+    before = (tmp_path / "run.json").read_bytes()
+    assert run(tmp_path, tiny_checkpoints, sampler="ddim") == 0
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert run(tmp_path, tiny_checkpoints, sampler="ddpm", use_ddim=True) == 2
+    assert "--use_ddim True --sampler ddpm" in capsys.readouterr().err
+
+
+# No other code knows a method
+
+
+def own_flags():
+    """The flags that methods define themselves, by name."""
+    return {name for method in GUIDANCE for name in method.__annotations__ if not name.startswith("_")
+            and name in {field.name for field in dataclasses.fields(method)}}
+
+
+def names_in(tree):
+    """Attributes, keywords, words and strings of a program, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg, node.value.lineno
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+", node.value):
+            yield node.value, node.lineno
+
+
+def test_no_code_outside_guidance_names_a_flag_of_a_method():
+    flags_of_methods = own_flags()
+    assert {"guide_scale", "pag_scale", "classifier_scale", "dcg_scale"} <= flags_of_methods
+    found = []
+    for package in ("guided_diffusion", "evaluations", "scripts"):
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            if "guidance" in path.parts:
+                continue
+            tree = ast.parse(path.read_text())
+            # A program may have options or variables of its own by such a name, like the threshold of a study.
+            own = {node.target.id for node in ast.walk(tree)
+                   if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+            found += [f"{path.relative_to(REPOSITORY)}:{line}: {name}" for name, line in names_in(tree)
+                      if name in flags_of_methods - own - {"mask", "threshold"}]
+    assert not found
