@@ -27,7 +27,7 @@ SMALLER = {
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
     "evaluate": {"num_images": 12, "bootstrap": 2},
-    "attention": {"num_images": 6, "timestep_respacing": 2},
+    "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},
     "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
     "reproduce": {"num_samples": 12, "evaluation_seconds": 0.05},
