@@ -21,6 +21,7 @@ setup(
         "eval": evaluation,
         "tf": ["tensorflow"],
         "tf-cpu": ["tensorflow-cpu"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "dev": ["pytest", "ruff", "selenium", *evaluation],     # selenium: looks at reports in Chromium
     },
 )

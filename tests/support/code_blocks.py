@@ -43,6 +43,11 @@ def blocks_in(path):
                   found["language"], found["text"], found["why"] or "") for found in FENCED.finditer(text)]
 
 
+def in_language(path, language):
+    """The code blocks of a Markdown file that are in one language."""
+    return [block for block in blocks_in(path) if block.language == language]
+
+
 def commands_in(block):
     """The commands that a shell block calls, each a list of words: a file of `scripts`, and its arguments.
 
