@@ -25,11 +25,11 @@ import torch
 from evaluations import metrics, plots
 from evaluations.extractors import BACKENDS, find_extractor
 from evaluations.features import FeatureExtractor, Features, extract, feature_folder
-from evaluations.npz import BatchFile, Statistics
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile, Statistics
 from guided_diffusion.options import Options, Words, nearest, option, parse_words
 
 MODELS = Path(__file__).parent / "models"

@@ -15,12 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-
-from .npz import BatchFile
+from guided_diffusion.npz import BatchFile
+from guided_diffusion.progress import progress_bar
 
 
 class Features(NamedTuple):
@@ -103,7 +102,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
-    with _progress(total, images.path.name) as progress:
+    with progress_bar(total, images.path.name, "img") as progress:
         for first in range(0, total, ranks * batch_size):
             with dist_util.together():
                 start, batch = next(batches, (total, None))
@@ -148,7 +147,3 @@ def _shared_token() -> str:
     token = torch.tensor(int.from_bytes(os.urandom(7)), device=dist_util.dev())
     dist_util.sync_params([token])
     return f"{int(token):x}"
-
-
-def _progress(total: int, name: str) -> tqdm:
-    return tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, disable=not dist_util.is_main())

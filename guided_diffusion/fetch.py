@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -24,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
 from .errors import UserError
 from .files import locked, reason
+from .progress import progress_bar
 
 TIMEOUT = 60          # seconds without a byte
 TRIES = 5             # in a row that bring nothing new
@@ -206,7 +204,8 @@ class Download:
             _check_space(self.target.parent, (total or 0) - answer.start)
             part.begin(answer)
             done = answer.start
-            with open(part.path, "ab") as file, _progress(self.target.name, done, total) as progress:
+            bar = progress_bar(total, f"downloading {self.target.name}", "B", done, unit_scale=True, unit_divisor=1000)
+            with open(part.path, "ab") as file, bar as progress:
                 for piece in answer.pieces:
                     file.write(piece)
                     progress.update(len(piece))
@@ -412,11 +411,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise _Failure(f"does not fit into {folder} ({needed:,} bytes are needed, {free:,} are free)")
-
-
-def _progress(name: str, done: int, total: int | None) -> tqdm:
-    return tqdm(total=total, initial=done, desc=f"downloading {name}", unit="B", unit_scale=True, unit_divisor=1000,
-                mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
 def _digest(text: str) -> str:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from .errors import UserError
 from .npz import read_arrays
+from .pixels import from_uint8
+from .rng import stream_generator
 
 FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -110,7 +112,8 @@ class BatchPlan:
 
     def draws(self, batch: int) -> np.ndarray:
         """(batch_size, 4), uniform in [0, 1): a row for each image's flip, crop size, crop top and crop left."""
-        rows = np.random.default_rng((self.seed, 1, batch)).random((self.world_size * self.batch_size, 4))
+        generator = stream_generator("augmentation", self.seed, batch)
+        rows = generator.random((self.world_size * self.batch_size, 4))
         return rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
 
     def flips(self, draws: np.ndarray) -> np.ndarray:
@@ -120,7 +123,7 @@ class BatchPlan:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(num_images)
+    return stream_generator("order", seed, epoch).permutation(num_images)
 
 
 # IDX files
@@ -202,7 +205,7 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
     height, width = images.shape[1:]
     top, left = (frame[1] - height) // 2, (frame[2] - width) // 2
     framed = np.full((len(images), *frame), -1, np.float32)
-    framed[:, :, top:top + height, left:left + width] = _to_unit(images)[:, None]
+    framed[:, :, top:top + height, left:left + width] = from_uint8(images)[:, None]
     return torch.from_numpy(framed)
 
 
@@ -217,7 +220,7 @@ def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[i
             batch = pad_to_frame(chosen, frame)
         else:
             pixels = chosen if frame[0] == 3 else _grey(chosen)
-            batch = torch.from_numpy(_to_unit(pixels)).movedim(3, 1)
+            batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
         yield batch, _conditions(labels, indices)
 
 
@@ -326,7 +329,7 @@ def _decode(path: Path, in_channels: int, image_size: int, plan: BatchPlan, draw
     pixels = np.asarray(image).reshape(image_size, image_size, in_channels)
     if plan.flips(draw[None])[0]:
         pixels = pixels[:, ::-1]
-    return _to_unit(pixels).transpose(2, 0, 1)
+    return from_uint8(pixels).transpose(2, 0, 1)
 
 
 def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: int, image_size: int, plan: BatchPlan,
@@ -343,10 +346,6 @@ def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: i
             (indices, decoding), following = following, begin(number)
             images = torch.from_numpy(np.stack([future.result() for future in decoding]))
             yield images, _conditions(labels, indices)
-
-
-def _to_unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def _conditions(labels: np.ndarray | None, indices: np.ndarray) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
@@ -38,14 +36,15 @@ from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import find_data, holds_idx, load_data
 from .logger import MetricLogger
 from .options import Options, option
+from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
+from .rng import seeded_torch, stream_generator
 
 _log = logging.getLogger(__name__)
 
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
 # How a network was run in training; not facts about the weights, which are stored in float32.
 EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
-STREAMS = {"train": 0, "validation": 1, "weights": 2, "dropout": 3}
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 
@@ -213,10 +212,8 @@ class TrainLoop:
         total = self.options.total_steps
         start = logged = self.step
         clock = time.monotonic()
-        progress = tqdm(
-            total=total and total * global_batch, initial=self.step * global_batch, unit="img", dynamic_ncols=True,
-            smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30, disable=not dist_util.is_main())
-        with progress:
+        with progress_bar(total and total * global_batch, "training", "img", self.step * global_batch,
+                          smoothing=0.05) as progress:
             while total is None or self.step < total:
                 with _explained_compilation(self.options.compile and self.step == start):
                     self.run_step(logger)
@@ -233,9 +230,9 @@ class TrainLoop:
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        batch = self._batch(*next(self.data), "train", self.step)
+        batch = self._batch(*next(self.data), "training", self.step)
         values = []
-        with _seeded(self.options.seed, "dropout", self.step, dist_util.rank()):
+        with seeded_torch("dropout", self.options.seed, self.step, dist_util.rank(), device=dist_util.dev()):
             for part in batch.split(self.options.microbatch):
                 part = part.to(dist_util.dev())
                 losses = self.losses(self.network, part)
@@ -282,18 +279,19 @@ class TrainLoop:
             checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
         dist_util.barrier()
 
-    def _batch(self, images: Tensor, cond: dict[str, Tensor], stream: str, number: int) -> Batch:
-        """This rank's part of global batch `number`: t and weights are drawn for all of it, noise image by image."""
-        count, rank = len(images), dist_util.rank()
-        part = slice(rank * count, (rank + 1) * count)
-        t, weights = self.sampler.sample(count * dist_util.world_size(), self._rng(stream, number))
-        first = number * count * dist_util.world_size()
-        noise = [self._rng(stream, number, first + i).standard_normal(images.shape[1:], np.float32)
-                 for i in range(part.start, part.stop)]
-        return Batch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
+    def _batch(self, images: Tensor, cond: dict[str, Tensor], purpose: str, index: int) -> Batch:
+        """This rank's part of a global batch: t and weights are drawn for all of it, noise image by image.
 
-    def _rng(self, stream: str, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, STREAMS[stream], *numbers))
+        purpose: training or validation. index: of the global batch.
+        """
+        count, rank, seed = len(images), dist_util.rank(), self.options.seed
+        part = slice(rank * count, (rank + 1) * count)
+        t, weights = self.sampler.sample(count * dist_util.world_size(),
+                                         stream_generator(f"{purpose} timesteps", seed, index))
+        first = index * count * dist_util.world_size()
+        noise = [stream_generator(f"{purpose} noise", seed, index, first + i).standard_normal(
+                     images.shape[1:], np.float32) for i in range(part.start, part.stop)]
+        return Batch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -421,15 +419,6 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, stream: str, *numbers: int) -> Iterator[None]:
-    """Torch's global random numbers as a function of the arguments, put back as they were at the end."""
-    sequence = np.random.SeedSequence((seed, STREAMS[stream], *numbers))
-    with torch.random.fork_rng([dist_util.dev()] if dist_util.dev().type == "cuda" else []):
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-        yield
-
-
-@contextlib.contextmanager
 def _explained_compilation(active: bool) -> Iterator[None]:
     try:
         yield
@@ -449,7 +438,7 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     """Trains a diffusion model."""
     dist_util.setup_dist()
     config = {**asdict(model_options), **asdict(diffusion_options)}
-    with _seeded(options.seed, "weights"):
+    with seeded_torch("weights", options.seed):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
@@ -466,7 +455,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
     dist_util.setup_dist()
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
-    with _seeded(options.seed, "weights"):
+    with seeded_torch("weights", options.seed):
         classifier = build_classifier(classifier_options)
     diffusion = build_diffusion(diffusion_options)
 

@@ -35,7 +35,7 @@ from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
-from guided_diffusion.pixels import to_uint8
+from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
@@ -356,7 +356,7 @@ class AttentionStudy:
 
     def _observe_real(self, objects: ObjectImages, piece: list[int]) -> Iterator[Observation]:
         """Observes some of the real images, noised to each of --object_steps."""
-        x0 = torch.from_numpy(objects.images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x0 = from_uint8(torch.from_numpy(objects.images[piece]).permute(0, 3, 1, 2))
         x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
         labels = None if objects.labels is None else torch.from_numpy(objects.labels[piece])
         if labels is None and self.network.labels is not None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
 from ..features import Features, feature_folder
-from ..npz import write_batch
 
 PIECE = 100
 

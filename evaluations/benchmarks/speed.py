@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
 from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
 from guided_diffusion.options import Options, option
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import without_labels
 from guided_diffusion.unet import UNetModel
 
@@ -133,7 +133,7 @@ def measure(functions: dict[str, Callable[[], object]], rounds: int, networks: S
     memory = {name: peak_memory(function) for name, function in functions.items()}
     passes = {name: count_passes(function, networks) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in tqdm(range(rounds), unit="round", disable=not dist_util.is_main()):
+    for _ in progress_bar(rounds, "measuring", "round", iterable=range(rounds)):
         for name, function in functions.items():
             _synchronize()
             start = time.perf_counter()

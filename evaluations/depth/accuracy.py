@@ -29,8 +29,9 @@ from torch import Tensor
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
-from guided_diffusion.depth.pairs import SCENES, Pairs, checked_depth_range, in_units, parse_depth_range
+from guided_diffusion.depth.pairs import SCENES, Pairs, checked_depth_range
 from guided_diffusion.depth.predictor import DepthPredictors
+from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.train import (
     EVALUATED_AT_ONCE,
     Network,
@@ -45,6 +46,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import write, write_csv
 from guided_diffusion.options import option
 from guided_diffusion.progress import progress_bar
+from guided_diffusion.rng import stream_generator
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +176,7 @@ class AccuracyStudy:
         return {key: np.concatenate(parts).reshape(len(self.steps), count, 3) for key, parts in errors.items()}
 
     def _rng(self, image: int, step: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, HELD_OUT_SEED, int(image), step))
+        return stream_generator("held-out noise", self.options.seed, image, step)
 
     def _tables(self, errors: dict[tuple[int, str], np.ndarray]) -> list[list[Row]]:
         """blocks, timesteps and labels, also written as CSV."""
@@ -233,7 +235,7 @@ def depth_errors(predicted: Tensor, depth: Tensor, limits: tuple[float, float] |
     l1 = (predicted - depth).abs().mean(dim=(1, 2, 3))
     if limits is None or limits[0] <= 0:
         return np.stack([l1.cpu().numpy(), *np.full((2, len(depth)), np.nan)], axis=1)
-    metres, true = in_units(predicted, *limits), in_units(depth, *limits)
+    metres, true = (from_unit_range(maps.clamp(-1, 1), *limits) for maps in (predicted, depth))
     relative = ((metres - true).abs() / true).mean(dim=(1, 2, 3))
     near = (torch.maximum(metres / true, true / metres) < THRESHOLD).float().mean(dim=(1, 2, 3))
     return torch.stack([l1, relative, near], dim=1).double().cpu().numpy()

@@ -17,14 +17,15 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.depth.images import depth_images
-from guided_diffusion.depth.pairs import OWN_RANGE, parse_depth_range, read_depth
+from guided_diffusion.depth.pairs import read_depth
+from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
 from ..features import feature_folder
-from ..npz import BatchFile, write_batch
 
 PIECE = 64
 

@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile, Statistics
 from guided_diffusion.options import Options, option
 from guided_diffusion.progress import progress_bar
 
@@ -36,7 +38,6 @@ from ..evaluator import open_reference, statistics
 from ..extractors.bundled import IMAGE_SIZE
 from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
 from ..extractors.scenes import ScenesExtractor, load_scenes
-from ..npz import BatchFile, Statistics
 
 # By the words of the JSON file; of these names, and of what a difference above and below 0 is.
 NAMES = {"dfid": "dFID", "fid": "FID", "sharpness": "edge sharpness", "gap": "sharpness gap"}
@@ -143,7 +144,7 @@ def depth_arrays(images: BatchFile, count: int, judge: ScenesExtractor) -> dict[
 
 def metres(depth: np.ndarray) -> np.ndarray:
     """Depth in [-1, 1] in metres."""
-    return NEAR + (depth + 1) / 2 * (FAR - NEAR)
+    return from_unit_range(depth, NEAR, FAR)
 
 
 def edge_sharpness(depth: np.ndarray) -> np.ndarray:

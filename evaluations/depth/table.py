@@ -22,12 +22,12 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
 from guided_diffusion.guidance import DagOptions, Networks
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors.bundled import IMAGE_SIZE
-from ..npz import BatchFile
 from .metrics import EQUAL, DepthEvaluator, Target, compare, header, markdown, real_sharpness
 
 UNGUIDED = "unguided"

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.pixels import from_uint8
+
 from ..features import FeatureExtractor
 from .base import ExtractorKind, chosen_device
 from .bundled import BundledExtractor, Images, channels_first, conv_block, load_bundled, save_bundled
@@ -69,7 +71,7 @@ def to_grey(images: Images) -> Tensor:
     """
     images = channels_first(images, (3, 1))
     grey = images.float().mean(dim=1, keepdim=True)
-    return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
+    return from_uint8(grey) if images.dtype == torch.uint8 else grey
 
 
 def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistClassifier:

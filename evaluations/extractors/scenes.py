@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.depth.scenes import KINDS
+from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor, Features
 from .base import ExtractorKind, chosen_device
@@ -62,7 +63,7 @@ class ScenesExtractor(BundledExtractor):
     def inputs(self, images: Images) -> Tensor:
         """RGB images (N, 3, 32, 32) in [-1, 1] of uint8 (N, 32, 32, 3), or of floating point (N, 3, 32, 32)."""
         images = channels_first(images, (3,))
-        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+        return from_uint8(images) if images.dtype == torch.uint8 else images.float()
 
     def forward_features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pooled features (N, 64), spatial features (N, 4, 8, 8), logits (N, 4) and depth (N, 1, 32, 32)."""

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option
+from guided_diffusion.pixels import from_uint8
 
 from ..depth.accuracy import depth_errors
 from .bundled import IMAGE_SIZE
@@ -87,13 +89,13 @@ def training_batch(scenes: Scenes, chosen: np.ndarray, mirrored: np.ndarray) -> 
     """
     rgb, depth = scenes.rgb[chosen], scenes.depth[chosen]
     rgb[mirrored], depth[mirrored] = rgb[mirrored, :, ::-1], depth[mirrored, :, ::-1]
-    rgb = torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1
+    rgb = from_uint8(torch.from_numpy(rgb).permute(0, 3, 1, 2))
     return rgb, in_unit(depth), torch.from_numpy(scenes.label[chosen])
 
 
 def in_unit(depth: np.ndarray) -> Tensor:
     """(N, 1, H, W) in [-1, 1] of depth (N, H, W) in metres."""
-    return torch.from_numpy((depth - NEAR) / (FAR - NEAR) * 2 - 1)[:, None]
+    return torch.from_numpy(to_unit_range(depth, NEAR, FAR))[:, None]
 
 
 def scenes_loss(extractor: ScenesExtractor, rgb: Tensor, depth: Tensor, label: Tensor,

@@ -21,6 +21,7 @@ from guided_diffusion.checkpoint import locate
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.runs.shards import locked
 
@@ -28,7 +29,6 @@ from ..attention.study import attention_method, overlay_strip
 from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
-from ..npz import BatchFile
 from ..references import find_reference
 from .missing import missing_files
 from .plan import plan

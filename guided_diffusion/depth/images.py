@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..options import Options, option
+from ..pixels import to_rounded_uint8
 from ..progress import progress_bar
-from .pairs import checked_depth_range, open_pairs, parse_depth_range, read_depth
+from .pairs import checked_depth_range, open_pairs, read_depth
+from .ranges import parse_depth_range
 from .scenes.files import checked_npz, save_npz
 
 
@@ -41,7 +43,7 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
 
 def depth_images(depth: np.ndarray) -> np.ndarray:
     """(..., H, W, 3) uint8, the grey in every channel, of depth (..., H, W) in [-1, 1]; near is black."""
-    return np.repeat(np.rint((depth + 1) * 127.5).astype(np.uint8)[..., None], 3, axis=-1)
+    return np.repeat(to_rounded_uint8(depth)[..., None], 3, axis=-1)
 
 
 def write_depth_images(options: DepthImageOptions) -> None:

@@ -29,6 +29,7 @@ from ..files import check_writable
 from ..gaussian_diffusion import GaussianDiffusion
 from ..options import Options, option
 from ..progress import progress_bar
+from ..rng import seeded_torch, stream_generator
 from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import Pairs, checked_depth_range, read_pairs
@@ -36,7 +37,6 @@ from .predictor import DepthPredictors, load_predictors, save_predictors
 
 _log = logging.getLogger(__name__)
 
-STREAMS = {"weights": 0, "batch": 1, "noise": 2}
 STATE_KIND = "depth_training"
 EVALUATED_AT_ONCE = 32          # images
 STATISTICS = 256                # noised images whose features tell their mean and variance
@@ -97,7 +97,7 @@ def load_network(options: PredictorOptions, model_options: ModelOptions, diffusi
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     checkpoint.load_into(model, options.model_path, facts)
-    model.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
+    checkpoint.ready(model, dist_util.dev())
     return Network(model, diffusion, sha256_of(checkpoint.locate(options.model_path)), facts)
 
 
@@ -160,7 +160,7 @@ class NoisedFeatures:
 
     def _noise(self, images: np.ndarray, draws: np.ndarray) -> tuple[Tensor, Tensor]:
         """Indices into the chain (N,), and noise like the images; no noise where the features are kept."""
-        generators = [np.random.default_rng((self.seed, STREAMS["noise"], int(image), int(draw)))
+        generators = [stream_generator("depth noise", self.seed, image, draw)
                       for image, draw in zip(images, draws, strict=True)]
         t = torch.tensor([int(generator.integers(self.network.diffusion.num_timesteps)) for generator in generators])
         shape = (0,) if self._kept else self.pairs.images.shape[1:]
@@ -197,8 +197,7 @@ class PredictorTraining:
             "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
             **network.facts}
         self._check_out()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(options.seed, "weights"))
+        with seeded_torch("depth weights", options.seed):
             self.predictors = DepthPredictors(channels, network.model.image_size, depth_range, network.sha256)
         self.predictors.to(dist_util.dev())
         self.optimizer = torch.optim.AdamW(self.predictors.parameters(), lr=options.lr)
@@ -231,7 +230,7 @@ class PredictorTraining:
     def run_step(self) -> dict[str, float]:
         """One update of the weights; the L1 loss of each branch before it."""
         options, count = self.options, len(self.pairs.images)
-        rng = np.random.default_rng((options.seed, STREAMS["batch"], self.step))
+        rng = stream_generator("depth batch", options.seed, self.step)
         images = rng.integers(count, size=options.batch_size)
         draws = (rng.integers(options.draws, size=options.batch_size) if options.draws
                  else self.step * options.batch_size + np.arange(options.batch_size))
@@ -322,7 +321,3 @@ def digest(pairs: Pairs) -> str:
         if tensor is not None:
             result.update(np.ascontiguousarray(tensor.numpy()).data)
     return result.hexdigest()
-
-
-def _seed(seed: int, stream: str) -> int:
-    return int(np.random.SeedSequence((seed, STREAMS[stream])).generate_state(1, np.uint64)[0])

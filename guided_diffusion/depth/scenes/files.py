@@ -15,6 +15,7 @@ from ...files import check_writable, write
 from ...options import Options, option
 from ...pictures import grid, save
 from ...progress import progress_bar
+from ..ranges import to_fraction
 from .renderer import FAR, NEAR, Scenes, render
 
 CHUNK = 128
@@ -73,7 +74,7 @@ def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Ima
     blocks = []
     for row in range(min(rows, -(-len(scenes.rgb) // columns))):
         part = slice(row * columns, (row + 1) * columns)
-        near = 1 - (scenes.depth[part] - NEAR) / (FAR - NEAR)
+        near = 1 - to_fraction(scenes.depth[part], NEAR, FAR)
         depth = np.repeat((near * 255).astype(np.uint8)[..., None], 3, axis=3)
         blocks += [grid(pictures, columns) for pictures in (scenes.rgb[part], depth, _MASK_COLOURS[scenes.mask[part]])]
     sheet = Image.fromarray(np.concatenate(blocks))

@@ -19,10 +19,10 @@ from evaluations.depth.metrics import (
 )
 from evaluations.evaluator import statistics
 from evaluations.metrics import frechet_distance
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
 
 EMBEDDED = ("--backend", "embedded")
 
