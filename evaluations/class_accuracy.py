@@ -1,27 +1,32 @@
-"""Which share of sampled clothes is recognised as the class asked for, by the embedded judge of clean images.
-
-    python -m evaluations.recognised samples_1000x32x32x3.npz [MORE.npz ...] [--json FILE]
+"""Class accuracy: the share of sampled clothes that a classifier of clean images sees as the class asked for.
 
 A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
+from guided_diffusion.options import Options, option
 
 from .extractors.bundled import IMAGE_SIZE
 from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
+
+
+@dataclass(frozen=True)
+class ClassAccuracyOptions(Options):
+    """The measurement."""
+
+    json: str = option("", "also write the figures to this file")
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
@@ -76,20 +81,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="+", metavar="SAMPLES.npz", help="sample files with labels")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    arguments = parser.parse_args(argv)
-    check_writable("--json", arguments.json)
+def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
+    """The table of these sample files, and how good the classifier is on real images.
+
+    Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
+    """
+    check_writable("--json", options.json)
     judge = load_fashion_mnist()
-    results = {name: measure(judge, *read_samples(name)) for name in arguments.samples}
-    if arguments.json:
-        write_json(arguments.json, {"judge_test_accuracy": judge.test_accuracy, "files": results})
-    print(table(results))
-    print(f"\nThe judge, a classifier of clean images, recognises {judge.test_accuracy:.1%} of the real test images; "
-          "it took no part in sampling.")
-
-
-if __name__ == "__main__":
-    run_script(main)
+    results = {name: measure(judge, *read_samples(name)) for name in samples}
+    if options.json:
+        write_json(options.json, {"judge_test_accuracy": judge.test_accuracy, "files": results})
+    return (f"{table(results)}\n\nThe judge, a classifier of clean images, recognises {judge.test_accuracy:.1%} of the "
+            "real test images; it took no part in sampling.")

@@ -30,7 +30,7 @@ from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, Statistics
-from guided_diffusion.options import Options, nearest, option, parse_options
+from guided_diffusion.options import Options, Words, nearest, option, parse_words
 
 MODELS = Path(__file__).parent / "models"
 SPLIT_SIZE = 5000
@@ -400,9 +400,10 @@ def _described(side: dict[str, Any]) -> str:
     return f"{side['file']}, {count} images{size}, statistics {side['statistics']}, sha256 {side['sha256'][:16]}"
 
 
-def main() -> None:
-    network, options, words = parse_options(None, NetworkOptions, EvaluatorOptions, description=__doc__,
-                                            words="the reference batch, then the sample files")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    words, (network, options) = parse_words(argv, Words("FILE", "the reference batch, then the sample files"),
+                                            NetworkOptions, EvaluatorOptions, description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     dist_util.setup_dist()

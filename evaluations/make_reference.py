@@ -1,19 +1,4 @@
-"""Make a reference batch: images and the statistics of their features, in the official layout.
-
-    python -m evaluations.make_reference IMAGES OUT.npz
-
-IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
-("fashion-mnist": where Debian installs them; its test images). The shipped reference fmnist32 was made by
-
-    python -m evaluations.make_reference fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \\
-        --keep features
-
-and scenes32, which also holds what `evaluations.depth_metrics` compares with, by
-
-    python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
-    python -m evaluations.make_reference scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \\
-        --keep features --half True
-"""
+"""Making a reference batch: images and the statistics of their features, in the official layout."""
 
 from __future__ import annotations
 
@@ -24,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
@@ -38,7 +23,7 @@ from guided_diffusion.image_datasets import (
     resize_smaller_side,
 )
 from guided_diffusion.npz import BatchFile, write_batch
-from guided_diffusion.options import option, parse_options
+from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
 from .depth.metrics import depth_arrays
@@ -60,8 +45,13 @@ class ReferenceOptions(NetworkOptions):
                                     "unset: they must have one size", minimum=1)
 
 
-def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
-    """Writes the reference batch `out` of the images in `source`."""
+def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
+    """Writes the reference batch `out` of the images in `source`; returns what to say of it, "" on other ranks.
+
+    source: an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
+    ("fashion-mnist": where Debian installs them; its test images).
+    """
+    made = ""
     dist_util.setup_dist()
     with dist_util.together():
         if dist_util.is_main():
@@ -91,9 +81,10 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> None:
             if isinstance(network, ScenesExtractor):
                 arrays |= depth_arrays(images, count, network)
             write_batch(out, arrays, kept, (count, *images.shape[1:]))
-            print(f"reference: {out}, {count} images, {network.name}")
+            made = f"reference: {out}, {count} images, {network.name}"
             packed.unlink(missing_ok=True)
     dist_util.shutdown()
+    return made
 
 
 def pack(source: str, path: Path, options: ReferenceOptions) -> None:
@@ -127,13 +118,5 @@ def _pixels(file: Path, size: int | None) -> np.ndarray:
     return np.asarray(image)
 
 
-def main() -> None:
-    options, words = parse_options(None, ReferenceOptions, description=__doc__,
-                                   words="the images, then the file to write")
-    if len(words) != 2:
-        raise UserError(f"{len(words)} words given: the images and the file to write are needed")
-    make_reference(*words, options)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    run_renamed("python -m evaluations.make_reference", "make_reference")

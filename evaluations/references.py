@@ -1,21 +1,19 @@
 """The official reference batches of guided-diffusion, by name: which there are, fetching them, and finding one.
 
-    python -m evaluations.references --list
-    python -m evaluations.references VIRTUAL_imagenet128_labeled [MORE ...] [--out references]
-
 Each holds images, for precision and recall, and the statistics of a larger set, for FID and sFID.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import nearest
+from guided_diffusion.options import Options, nearest, option, switch
 
 from .evaluator import shipped_reference
 
@@ -73,25 +71,31 @@ def _description(name: str, ask: bool) -> str:
     return f"{name}\n    address: {url}" + (f"\n    size:    {size:,} bytes" if size else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reference batches, as --list names them")
-    parser.add_argument("--list", action="store_true", help="say what there is and fetch nothing")
-    parser.add_argument("--out", type=Path, default=Path("references"),
-                        help="folder for the files (default: references)")
-    arguments = parser.parse_args()
-    names = list(dict.fromkeys(arguments.names)) or (reference_names() if arguments.list else [])
+@dataclass(frozen=True)
+class ReferencesOptions(Options):
+    """The reference batches."""
+
+    list: bool = switch("say what there is and fetch nothing")
+    out: str = option("references", "folder for the files")
+
+
+def fetch_references(names: Sequence[str], options: ReferencesOptions) -> Iterator[str]:
+    """Fetches the reference batches of these names, and yields what to say of each, before and after.
+
+    Raises UserError, before the first is fetched, for no name and for an unknown one.
+    """
+    names = list(dict.fromkeys(names)) or (reference_names() if options.list else [])
     if not names:
         raise UserError(f"no NAME is given: name a reference batch, there are {', '.join(FOLDERS)}")
     for name in names:
-        reference_url(name)          # so that an unknown one is refused before the first is fetched
+        reference_url(name)
     for name in names:
-        print(_description(name, ask=not arguments.list), flush=True)
-    for name in names if not arguments.list else []:
-        done = "is there already" if (arguments.out / f"{name}.npz").exists() else "fetched"
-        path = fetch_reference(name, arguments.out)
-        print(f"{path}: {done}, {path.stat().st_size:,} bytes, SHA-256 {sha256_of(path)}", flush=True)
+        yield _description(name, ask=not options.list)
+    for name in names if not options.list else []:
+        done = "is there already" if (Path(options.out) / f"{name}.npz").exists() else "fetched"
+        path = fetch_reference(name, options.out)
+        yield f"{path}: {done}, {path.stat().st_size:,} bytes, SHA-256 {sha256_of(path)}"
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_renamed("python -m evaluations.references", "fetch_references")

@@ -2,7 +2,7 @@
 
 An options class states each field once, with its default, help and range; the command line, the YAML keys, the
 help text and the checks all come from there. Values take precedence in this order: command line, `--config` file,
-named preset, default.
+named preset, default of the command, default of the class.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UserError
+from .places import find_configuration
 
-NOT_OPTIONS = "evaluation"      # section of a configuration that no option comes from: how its images are judged
+EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
+
+Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gave to values that a name stands for
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
@@ -26,6 +30,16 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, min
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def switch(help: str) -> Any:
+    """A dataclass field that is False unless `--name` is given, which takes no value: the next word is another one."""
+    return dataclasses.field(default=False, metadata={"help": help, "switch": True})
+
+
+def required(help: str) -> Any:
+    """A dataclass field of text that the command line or the `--config` file must give."""
+    return dataclasses.field(default="", metadata={"help": f"{help}; must be given", "required": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +63,12 @@ class OptionField:
 
     @property
     def help(self) -> str:
+        """What the option means, and its default."""
         return f"{self.metadata.get('help', '')} (default: {'unset' if self.default in (None, '') else self.default})"
 
 
 def option_fields(cls: type) -> list[OptionField]:
+    """The options of a class, in the order in which it states them."""
     hints = typing.get_type_hints(cls)
     result = []
     for field in dataclasses.fields(cls):
@@ -120,7 +136,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
     """The mapping in a YAML file. `include` names a file, relative to this one, whose values it starts from.
 
-    The section NOT_OPTIONS of a file changes that of an included one key by key; every other value replaces it.
+    The section EVALUATION_SECTION of a file changes that of an included one key by key; every other value replaces it.
     chain: the files that include this one. Raises UserError where a file is missing, holds something else, or
     includes itself.
     """
@@ -136,8 +152,8 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
         raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must hold option names and values, one a line")
-    if not isinstance(content.get(NOT_OPTIONS, {}), dict):
-        raise UserError(f"{NOT_OPTIONS} in {path}: must hold names and values")
+    if not isinstance(content.get(EVALUATION_SECTION, {}), dict):
+        raise UserError(f"{EVALUATION_SECTION} in {path}: must hold names and values")
     if "include" not in content:
         return content
     included = content.pop("include")
@@ -147,62 +163,118 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
     if (path.parent / included).resolve() in {file.resolve() for file in chain}:
         raise UserError(f"include {included} in {path}: goes round in a circle")
     values = read_yaml(path.parent / included, chain)
-    section = {**values.get(NOT_OPTIONS, {}), **content.get(NOT_OPTIONS, {})}
-    return {**values, **content, **({NOT_OPTIONS: section} if section else {})}
+    section = {**values.get(EVALUATION_SECTION, {}), **content.get(EVALUATION_SECTION, {})}
+    return {**values, **content, **({EVALUATION_SECTION: section} if section else {})}
 
 
-def parse_options(
-    argv: Sequence[str] | None, *classes: type, description: str = "",
-    preset: Callable[[dict[str, Any]], dict[str, Any]] | None = None, words: str = "",
-    defaults: Mapping[str, Any] | None = None,
-) -> list[Any]:
-    """One instance of each options class from the command line and the `--config` file it may name.
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What a command takes without an option's name, such as files.
 
-    A name that several classes have is one option for all of them. `preset` receives what the user gave and
-    returns values that go before the defaults. defaults: those of a command, in place of the classes' own. `words` is
-    the help of what is given without a name, such as files:
-    with it, the list of these words comes last. Raises UserError for an unknown name or a value not allowed.
+    name: as the help calls them, like FILE. needed: whether there must be at least one.
     """
-    fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below")
-    for cls in classes:
-        group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
-        for field in option_fields(cls):
-            if f"--{field.name}" in parser._option_string_actions:
-                continue
-            bare = {"nargs": "?", "const": "True"} if field.type is bool else {}
-            group.add_argument(f"--{field.name}", metavar=field.type.__name__.upper(), default=argparse.SUPPRESS,
-                               help=_with_default(field, defaults).help.replace("%", "%%"), **bare)
-    parser.error = _refuse
-    if words:
-        parser.add_argument("words", nargs="*", metavar="FILE", help=words)
-    parse = parser.parse_known_intermixed_args if words else parser.parse_known_args
-    known, unknown = parse(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(f"{name}: no such option{nearest(name, [f'--{n}' for n in fields])}")
-    flags = vars(known)
-    config, files = flags.pop("config"), flags.pop("words", None)
-    given = {**(read_yaml(config) if config else {}), **flags}
-    given.pop(NOT_OPTIONS, None)
-    parsed = fill(given, classes, preset, source=str(config), defaults=defaults)
-    return [*parsed, files] if words else parsed
+
+    name: str
+    help: str
+    needed: bool = False
 
 
-def _with_default(field: OptionField, defaults: Mapping[str, Any] | None) -> OptionField:
-    return dataclasses.replace(field, default=(defaults or {}).get(field.name, field.default))
+class OptionParser(argparse.ArgumentParser):
+    """The command line of every command: `--config FILE`, the options of options classes, and words where declared.
+
+    A name that several classes have is one option for all of them. What is wrong on the command line raises UserError,
+    and for an unknown option it names the nearest one. defaults: those of the command, in place of the classes' own.
+    program: what the usage line calls the command; None: the name of the file that runs.
+    """
+
+    def __init__(self, *classes: type, description: str = "", words: Words | None = None,
+                 defaults: Mapping[str, Any] | None = None, program: str | None = None) -> None:
+        super().__init__(program, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.classes, self.words, self.defaults = classes, words, dict(defaults or {})
+        self.fields = _fields_by_name(classes)
+        self.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below: a path, or the "
+                                                          "name of one that comes with this library")
+        declared: set[str] = set()
+        for cls in classes:
+            group = self.add_argument_group((cls.__doc__ or cls.__name__).splitlines()[0].rstrip("."))
+            for field in option_fields(cls):
+                if field.name not in declared:
+                    self._declare(group.add_argument, field)
+            declared |= {field.name for field in option_fields(cls)}
+        if words is not None:
+            self.add_argument("words", nargs="*", metavar=words.name, help=words.help.replace("%", "%%"))
+
+    def _declare(self, add: Callable[..., object], field: OptionField) -> None:
+        field = dataclasses.replace(field, default=self.defaults.get(field.name, field.default))
+        kind: dict[str, Any] = {"metavar": field.type.__name__.upper()}
+        if field.metadata.get("switch"):
+            kind = {"action": "store_true"}
+        elif field.type is bool:
+            kind |= {"nargs": "?", "const": "True"}
+        add(f"--{field.name}", default=argparse.SUPPRESS, help=field.help.replace("%", "%%"), **kind)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError, where argparse would end the process."""
+        raise UserError(message)
+
+    def read(self, argv: Sequence[str] | None, preset: Preset | None = None) -> tuple[list[str], list[Any]]:
+        """The words, and one instance of each options class, from `argv` and the `--config` file it may name.
+
+        argv: None for the arguments of this process. preset: receives what the user gave, and returns values that go
+        before the defaults. Raises UserError for an unknown name, a value that is not allowed, and what is missing.
+        """
+        known, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            raise UserError(f"{name}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
+        flags = vars(known)
+        config, words = flags.pop("config"), flags.pop("words", [])
+        given = {**(read_yaml(find_configuration(config)) if config else {}), **flags}
+        given.pop(EVALUATION_SECTION, None)
+        parsed = fill(given, self.classes, preset, source=str(config), defaults=self.defaults)
+        missing = [self.words.name] if self.words and self.words.needed and not words else []
+        missing += [f"--{name}" for name, field in self.fields.items() if field.metadata.get("required")
+                    and not any(getattr(one, name, None) for one in parsed)]
+        if missing:
+            raise UserError(f"the following arguments are required: {', '.join(missing)}")
+        return words, parsed
 
 
-def fill(given: dict[str, Any], classes: Sequence[type], preset: Callable[[dict[str, Any]], dict[str, Any]] | None,
-         source: str, defaults: Mapping[str, Any] | None = None) -> list[Any]:
-    """One instance of each options class from values by name; `preset` and `defaults` as in `parse_options`.
+def parse_options(argv: Sequence[str] | None, *classes: type, description: str = "",
+                  preset: Preset | None = None, defaults: Mapping[str, Any] | None = None) -> list[Any]:
+    """One instance of each options class from a command line that has no words; see `OptionParser` and its `read`."""
+    parser = OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
+    return parser.read(argv, preset)[1]
+
+
+def parse_words(argv: Sequence[str] | None, words: Words, *classes: type,
+                description: str = "") -> tuple[list[str], list[Any]]:
+    """The words of a command line, and one instance of each options class; see `OptionParser` and its `read`."""
+    return OptionParser(*classes, description=description, words=words, program=_program(argv)).read(argv)
+
+
+def _program(argv: Sequence[str] | None) -> str:
+    """How the command was called: the file that runs, and what stands between it and the command's own arguments."""
+    called, arguments = sys.argv, sys.argv[1:] if argv is None else list(argv)
+    before = len(called) - len(arguments)
+    own = before >= 1 and called[before:] == arguments
+    return " ".join([Path(called[0]).name, *(called[1:before] if own else [])])
+
+
+def _fields_by_name(classes: Iterable[type]) -> dict[str, OptionField]:
+    """The options of all classes; where several have one of a name, that of the first."""
+    return {field.name: field for cls in reversed(list(classes)) for field in option_fields(cls)}
+
+
+def fill(given: dict[str, Any], classes: Sequence[type], preset: Preset | None, source: str,
+         defaults: Mapping[str, Any] | None = None) -> list[Any]:
+    """One instance of each options class from values by name; `preset` and `defaults` as in `OptionParser`.
 
     Raises UserError for a name that none of the classes has, and for a value that is not allowed; source: the file
     that the message names.
     """
-    fields = {field.name: field for cls in reversed(classes) for field in option_fields(cls)}
+    fields = _fields_by_name(classes)
     for name in given:
         if name not in fields:
             raise UserError(f"{name} in {source}: no such option{nearest(str(name), fields)}")
@@ -218,7 +290,3 @@ def options_from(flags: Mapping[str, Any], *classes: type) -> list[Any]:
         if name not in names:
             raise UserError(f"{name}: no such flag{nearest(name, names)}")
     return [cls(**{f.name: flags[f.name] for f in option_fields(cls) if f.name in flags}) for cls in classes]
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)

@@ -1,13 +1,15 @@
-"""Look at what self-attention attends to: overlays on the predicted image, frequencies of masked patches, and objects.
+r"""Look at what self-attention attends to: overlays on the predicted image, frequencies of masked patches, and objects.
 
 Examples:
     python scripts/attention.py --model scenes32 --timestep_respacing 25 --out runs/attention/scenes32
-    python scripts/attention.py --model fmnist32 --timestep_respacing 25 --labels balanced --images 0,1,2 \\
+    python scripts/attention.py --model fmnist32 --timestep_respacing 25 --labels balanced --images 0,1,2 \
         --blocks output.2,output.3 --out runs/attention/fmnist32
-    python scripts/attention.py --model 256x256_diffusion_uncond --model_path models/256x256_diffusion_uncond.pt \\
-        --timestep_respacing 25 --num_images 64 --batch_size 4 --use_fp16 True --attention_heads official \\
+    python scripts/attention.py --model 256x256_diffusion_uncond --model_path models/256x256_diffusion_uncond.pt \
+        --timestep_respacing 25 --num_images 64 --batch_size 4 --use_fp16 True --attention_heads official \
         --objects photographs.npz
 """
+
+from collections.abc import Sequence
 
 from evaluations.attention.study import AttentionOptions, study_attention
 from guided_diffusion.build import DiffusionOptions, ModelOptions
@@ -16,8 +18,9 @@ from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
-def main() -> None:
-    options = parse_options(None, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parse_options(argv, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     print(study_attention(*options))
 

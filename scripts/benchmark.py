@@ -6,6 +6,8 @@ Example:
     python scripts/benchmark.py --model fmnist32 --batch_size 64
 """
 
+from collections.abc import Sequence
+
 from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import run_script
@@ -14,10 +16,10 @@ from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, model, diffusion, *methods = parse_options(
-        None, BenchmarkOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
+        argv, BenchmarkOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=lambda given: preset_values({"model": "fmnist32", **given}))
     print(benchmark(options, model, diffusion, methods))
 

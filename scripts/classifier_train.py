@@ -1,24 +1,24 @@
-"""Train a classifier of noised images, for classifier guidance.
+r"""Train a classifier of noised images, for classifier guidance.
 
 Examples (each goes on from its last save when started again):
     python scripts/classifier_train.py --config configs/fmnist32_classifier_train.yaml
-    python scripts/classifier_train.py --data_dir photos --num_classes 100 --image_size 64 --classifier_width 64 \\
+    python scripts/classifier_train.py --data_dir photos --num_classes 100 --image_size 64 --classifier_width 64 \
         --batch_size 32 --iterations 50000 --anneal_lr True --out runs/photos_classifier
 """
 
-import logging
-import sys
+from collections.abc import Sequence
 
 from guided_diffusion.build import ClassifierOptions, DiffusionOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.options import parse_options
 from guided_diffusion.train_util import ClassifierTrainOptions, train_classifier
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options = parse_options(None, ClassifierOptions, DiffusionOptions, ClassifierTrainOptions, description=__doc__)
-    train_classifier(*options)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    train_classifier(*parse_options(argv, ClassifierOptions, DiffusionOptions, ClassifierTrainOptions,
+                                    description=__doc__))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,18 @@ Examples:
     mpiexec -n 8 python scripts/dag_sample.py --config configs/dag_dfid/bedroom_dcg_dpg.yaml --out samples/bedroom_dag
 """
 
+from collections.abc import Sequence
+
 from guided_diffusion.cli import run_script
 from guided_diffusion.guidance import DagOptions
-from guided_diffusion.runs.sample import sample_command
+from guided_diffusion.runs.command import sample_command
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    sample_command(__doc__, on=DagOptions)
+    files = sample_command(argv, __doc__, on=DagOptions)
+    if files:
+        print(files)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Measure how well depth is read from a diffusion network's features: by block, by step and by number of labels.
+r"""Measure how well depth is read from a diffusion network's features: by block, by step and by number of labels.
 
 Examples (each goes on where it was stopped when started again):
     python scripts/depth_accuracy.py --model scenes32 --data scenes --out runs/scenes32_depth_accuracy
-    python scripts/depth_accuracy.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --data bedrooms \\
+    python scripts/depth_accuracy.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --data bedrooms \
         --held_out more_bedrooms --num_held_out 100 --label_counts 10,30,100 --strong_blocks 2,4,5,6,7
 """
 
-import logging
-import sys
+from collections.abc import Sequence
 
 from evaluations.depth.accuracy import DepthAccuracyOptions, measure_accuracy
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options = parse_options(None, DepthAccuracyOptions, ModelOptions, DiffusionOptions, description=__doc__,
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    options = parse_options(argv, DepthAccuracyOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     print(measure_accuracy(*options))
 

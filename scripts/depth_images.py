@@ -6,13 +6,16 @@ Examples:
     python scripts/image_train.py --data_dir data/bedrooms_depth.npz --in_channels 1 --image_size 128 --out runs/prior
 """
 
+from collections.abc import Sequence
+
 from guided_diffusion.cli import run_script
 from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
 from guided_diffusion.options import parse_options
 
 
-def main() -> None:
-    options, = parse_options(None, DepthImageOptions, description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options, = parse_options(argv, DepthImageOptions, description=__doc__)
     write_depth_images(options)
     print(f"depth images: {options.out}")
 

@@ -1,24 +1,24 @@
-"""Train the depth predictors of depth-aware guidance on a diffusion network's features.
+r"""Train the depth predictors of depth-aware guidance on a diffusion network's features.
 
 Examples (each goes on from its last save when started again):
     python scripts/depth_train.py --model scenes32 --data scenes --out runs/scenes32_depth.safetensors
-    python scripts/depth_train.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --use_fp16 True \\
+    python scripts/depth_train.py --model lsun_bedroom --model_path models/lsun_bedroom.pt --use_fp16 True \
         --data bedrooms --depth_range image --out runs/lsun_bedroom_depth.safetensors
 """
 
-import logging
-import sys
+from collections.abc import Sequence
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options = parse_options(None, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    options = parse_options(argv, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     train_predictors(*options)
     print(f"predictors: {options[0].out}")

@@ -1,23 +1,23 @@
-"""Train a diffusion model on images.
+r"""Train a diffusion model on images.
 
 Examples (each goes on from its last save when started again):
     mpiexec -n 2 python scripts/image_train.py --config configs/fmnist32_train.yaml
-    python scripts/image_train.py --data_dir photos --image_size 64 --num_channels 64 --learn_sigma True \\
+    python scripts/image_train.py --data_dir photos --image_size 64 --num_channels 64 --learn_sigma True \
         --batch_size 32 --lr_anneal_steps 100000 --out runs/photos
 """
 
-import logging
-import sys
+from collections.abc import Sequence
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.options import parse_options
 from guided_diffusion.train_util import TrainOptions, train_diffusion
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    train_diffusion(*parse_options(None, ModelOptions, DiffusionOptions, TrainOptions, description=__doc__))
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    train_diffusion(*parse_options(argv, ModelOptions, DiffusionOptions, TrainOptions, description=__doc__))
 
 
 if __name__ == "__main__":

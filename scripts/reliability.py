@@ -5,13 +5,16 @@ Examples:
     python scripts/reliability.py --pack_images 50000
 """
 
+from collections.abc import Sequence
+
 from evaluations.benchmarks.reliability import ReliabilityOptions, packing_trial, reliability, table
 from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
 
 
-def main() -> None:
-    options, = parse_options(None, ReliabilityOptions, description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options, = parse_options(argv, ReliabilityOptions, description=__doc__)
     print(packing_trial(options) if options.pack_images else table(reliability(options)))
 
 

@@ -6,20 +6,21 @@ Examples (each goes on where it was stopped when started again):
     python scripts/reproduce.py fmnist32 --rows unguided,sag --num_samples 200 --ranks 2
 """
 
-import logging
 import sys
+from collections.abc import Sequence
 
 from evaluations.reproduction.reproduce import ReproduceOptions, launch, reproduce
 from evaluations.reproduction.tables import table_names
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
-from guided_diffusion.options import parse_options
+from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.options import Words, parse_words
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    options, words = parse_options(None, ReproduceOptions, description=__doc__,
-                                   words=f"the table: {', '.join(table_names())}")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    words, (options,) = parse_words(argv, Words("TABLE", f"the table: {', '.join(table_names())}"), ReproduceOptions,
+                                    description=__doc__)
     code = launch(options)
     if code is not None:
         sys.exit(code)

@@ -4,21 +4,32 @@ Example:
     python scripts/run_status.py samples/sag
 """
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from guided_diffusion.cli import run_script
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import Options, Words, parse_words, switch
 from guided_diffusion.runs.status import run_status
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the --out of the run")
-    parser.add_argument("--json", action="store_true", help="for programs: the same as JSON")
-    arguments = parser.parse_args()
-    status = run_status(arguments.folder)
-    print(json.dumps(status.as_dict()) if arguments.json else status)
+@dataclass(frozen=True)
+class StatusOptions(Options):
+    """The report."""
+
+    json: bool = switch("for programs: the same as JSON")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    folders, (options,) = parse_words(argv, Words("FOLDER", "the --out of the run", needed=True), StatusOptions,
+                                      description=__doc__)
+    if len(folders) > 1:
+        raise UserError(f"{len(folders)} folders given: name one")
+    status = run_status(Path(folders[0]))
+    print(json.dumps(status.as_dict()) if options.json else status)
 
 
 if __name__ == "__main__":

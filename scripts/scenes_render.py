@@ -5,13 +5,16 @@ Examples:
     python scripts/scenes_render.py --num_images 48 --image_size 64 --seed 1 --out few.npz --sheet few.png
 """
 
+from collections.abc import Sequence
+
 from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes.files import SceneOptions, write_scenes
 from guided_diffusion.options import parse_options
 
 
-def main() -> None:
-    options, = parse_options(None, SceneOptions, description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options, = parse_options(argv, SceneOptions, description=__doc__)
     write_scenes(options)
     print(f"scenes: {options.out}")
 

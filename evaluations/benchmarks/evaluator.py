@@ -1,25 +1,24 @@
 """How much faster the evaluator's numbers come, and in how much memory, than in the official evaluator's ways.
 
-`python -m evaluations.benchmark` prints a table for this machine; both ways are timed in turns, so that the ratios
-hold where the machine is busy, too. TensorFlow takes part where it is installed, Inception where --inception names
-its graph. Run it with OMP_NUM_THREADS=2 and the like to limit the threads.
+Both ways are timed in turns, so that the ratios hold where the machine is busy, too. TensorFlow takes part where it is
+installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.options import Options, option, switch
 
 from ..extractors.inception import InceptionExtractor
 from ..extractors.tensorflow import TensorflowExtractor
@@ -226,21 +225,21 @@ def row(comparison: Comparison) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller sizes: seconds instead of minutes")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each way, of which the fastest counts")
-    parser.add_argument("--inception", metavar="FILE", help="the graph of the 2015 Inception, to time that as well")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats {arguments.repeats}: must be at least 1")
-    print(HEADER, "| --- | --- |" + " ---: |" * 5, sep="\n", flush=True)
-    for comparison in comparisons(QUICK if arguments.quick else Sizes(), arguments.repeats, arguments.inception):
-        print(row(comparison), flush=True)
-    print("\nPeaks of the resident memory are above the features and images themselves.")
+@dataclass(frozen=True)
+class EvaluatorBenchmarkOptions(Options):
+    """The measurement."""
+
+    quick: bool = switch("smaller sizes: seconds instead of minutes")
+    repeats: int = option(2, "runs of each way, of which the fastest counts", minimum=1)
+    inception: str = option("", "the graph of the 2015 Inception, to time that as well; unset: it is left out")
+
+
+def benchmark_evaluator(options: EvaluatorBenchmarkOptions) -> Iterator[str]:
+    """The lines of the table, each as soon as it is measured."""
+    yield HEADER
+    yield "| --- | --- |" + " ---: |" * 5
+    for comparison in comparisons(QUICK if options.quick else Sizes(), options.repeats, options.inception or None):
+        yield row(comparison)
+    yield "\nPeaks of the resident memory are above the features and images themselves."
     if _tensorflow_distances() is None:
-        print(NO_TENSORFLOW)
-
-
-if __name__ == "__main__":
-    run_script(main)
+        yield NO_TENSORFLOW

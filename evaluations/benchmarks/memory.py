@@ -1,10 +1,4 @@
-"""Peak memory of an evaluation, on synthetic images with a network of Inception's sizes that computes next to nothing.
-
-    python -m evaluations.memory_benchmark --num_images 50000 --image_size 256 --metrics is,fid,sfid
-
-writes two files of that many images (50,000 of 256x256 take 9.8 GB) into a temporary folder, evaluates one against the
-other, and prints the time and the largest resident memory of the process.
-"""
+"""Peak memory of an evaluation of synthetic images by a network of Inception's sizes that computes almost nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import write_batch
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions
 from ..features import Features, feature_folder
@@ -64,7 +57,7 @@ def synthetic_images(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
         yield squares.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
 
 
-def measure(options: MemoryOptions) -> str:
+def benchmark_memory(options: MemoryOptions) -> str:
     """One line: what was evaluated, in how many seconds, and the peak of resident memory."""
     if options.image_size % 8:
         raise UserError(f"--image_size {options.image_size}: must be a multiple of 8")
@@ -82,7 +75,3 @@ def measure(options: MemoryOptions) -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return (f"{options.num_images} images of {size}x{size} against {options.reference_images}, {options.metrics}: "
             f"{time.monotonic() - began:.0f} s, peak {peak:.0f} MiB")
-
-
-if __name__ == "__main__":
-    run_script(lambda: print(measure(*parse_options(None, MemoryOptions, description=__doc__))))

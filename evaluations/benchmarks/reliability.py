@@ -22,9 +22,9 @@ import numpy as np
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.options import Options, option
+from guided_diffusion.places import command_file
 from guided_diffusion.runs.shards import Shards
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "image_sample.py"
 PATIENCE = 120          # seconds for a job to end
 
 
@@ -138,8 +138,8 @@ def _start(options: ReliabilityOptions, out: Path, *words: str, overwrite: bool 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(SCRIPT), "--model", options.model, "--out", str(out), "--overwrite", str(overwrite),
-               *words]
+    command = [sys.executable, str(command_file("image_sample")), "--model", options.model, "--out", str(out),
+               "--overwrite", str(overwrite), *words]
     for name in ("num_samples", "batch_size", "timestep_respacing"):
         command += [f"--{name}", str(getattr(options, name))]
     several = {"WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

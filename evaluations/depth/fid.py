@@ -1,7 +1,5 @@
 """dFID of depth maps that were estimated with any network: FID between two sets of them, seen as images.
 
-    python -m evaluations.depth_fid REFERENCE.npz SAMPLES.npz [MORE.npz ...] [--depth_range NEAR,FAR] [--json FILE]
-
 A file holds depth, (N, H, W) numbers; estimate those of real and of generated images with one and the same network
 (arXiv 2212.08861 has a DPT). Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own
 range, or that of --depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the
@@ -10,7 +8,7 @@ network are here too: Inception of 2015 unless told otherwise. Under mpiexec or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.pairs import read_depth
 from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
 from ..features import feature_folder
@@ -127,18 +124,12 @@ def depth_fid(reference: str, samples: list[str], network: NetworkOptions, optio
     return results
 
 
-def main() -> None:
-    network, options, words = parse_options(None, NetworkOptions, DepthFidOptions, description=__doc__,
-                                            words="the reference, then the sample files, of depth maps")
-    if len(words) < 2:
-        raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
-    for result in depth_fid(words[0], words[1:], network, options):
+def in_words(results: Sequence[Mapping[str, Any]]) -> str:
+    """Two lines for each result."""
+    lines = []
+    for result in results:
         low, high = result.get("intervals95", {}).get("dfid", (None, None))
         interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
-        print(f"sample: {result['sample']['file']}, {result['sample']['images']} depth maps\n"
-              f"dFID: {result['metrics']['dfid']}{interval}")
-    dist_util.shutdown()
-
-
-if __name__ == "__main__":
-    run_script(main)
+        lines += [f"sample: {result['sample']['file']}, {result['sample']['images']} depth maps",
+                  f"dFID: {result['metrics']['dfid']}{interval}"]
+    return "\n".join(lines)

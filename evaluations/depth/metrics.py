@@ -1,7 +1,5 @@
 """How right the geometry of sampled scenes is, by the depth that the judge of scenes sees in them.
 
-    python -m evaluations.depth_metrics scenes32 samples/dag/unguided/samples_2000x32x32x3.npz MORE.npz [--json FILE]
-
 The reference is a file of RGB scenes (arr_0, 32x32), or the shipped one by name, 10,000 held-out scenes.
 
     dFID            FID between depth maps of real and of generated images, both estimated by the judge (as arXiv
@@ -20,20 +18,19 @@ image i begins in the same noise in every file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, Statistics
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 from guided_diffusion.progress import progress_bar
 
 from .. import metrics
@@ -256,17 +253,17 @@ def header(evaluator: DepthEvaluator, target: Target) -> str:
             f"features:  {evaluator.classifier.name}, sha256 {evaluator.classifier.fingerprint[:16]}")
 
 
-def main() -> None:
-    options, words = parse_options(None, DepthMetricsOptions, description=__doc__,
-                                   words="the reference, then the sample files")
-    if len(words) < 2:
-        raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
+def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsOptions) -> str:
+    """The tables of these sample files against the reference, and what they were made with.
+
+    Raises UserError for files that are no scenes, and where --json cannot be written.
+    """
     check_writable("--json", options.json)
-    files = {name: BatchFile(name) for name in words[1:]}
+    files = {name: BatchFile(name) for name in samples}
     for file in files.values():
         check_scenes(file, options.num_images)
     evaluator = DepthEvaluator()
-    target = evaluator.target(words[0])
+    target = evaluator.target(reference)
     seen = {name: evaluator.see(file, options.num_images) for name, file in files.items()}
     results = compare(target, seen, options.bootstrap, options.seed)
     real = real_sharpness(target, options.bootstrap, options.seed)
@@ -275,8 +272,4 @@ def main() -> None:
         write_json(options.json, {"reference": {"file": target.file, "images": target.images, "sharpness": real},
                                   **evaluator.description(), "bootstrap": options.bootstrap,
                                   "rows": {name: {**described[name], "metrics": results[name]} for name in files}})
-    print(f"{header(evaluator, target)}\n\n{markdown(results, real)}")
-
-
-if __name__ == "__main__":
-    run_script(main)
+    return f"{header(evaluator, target)}\n\n{markdown(results, real)}"

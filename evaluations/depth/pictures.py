@@ -1,22 +1,19 @@
 """Pictures of geometry: samples with the depth that the judge sees in them, surface normals, and point clouds.
 
-    python -m evaluations.depth_pictures samples/dag/unguided samples/dag/both --out geometry.png --cloud cloud.png
-
 Each folder holds a finished run of 32x32 scenes. Column i of every block is image number i, so that runs with the same
 seed show what guidance changes.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.depth.scenes import intrinsics
-from guided_diffusion.errors import UserError
+from guided_diffusion.options import Options, option, required
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
@@ -97,29 +94,29 @@ def _between(one: np.ndarray, other: np.ndarray, part: np.ndarray) -> np.ndarray
     return np.where(edge, np.where(part < 0.5, one, other), (1 - part) * one + part * other)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="the --out of sampling runs")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file: images, depth maps and normals")
-    parser.add_argument("--cloud", type=Path, help="PNG file: point clouds")
-    parser.add_argument("--num_images", type=int, default=12, help="images of each run (default: 12)")
-    arguments = parser.parse_args(argv)
-    if arguments.num_images < 1:
-        raise UserError(f"--num_images {arguments.num_images}: must be at least 1")
+@dataclass(frozen=True)
+class DepthPicturesOptions(Options):
+    """The pictures."""
+
+    out: str = required("PNG file: images, depth maps and normals")
+    cloud: str = option("", "PNG file: point clouds; unset: none")
+    num_images: int = option(12, "images of each run", minimum=1)
+
+
+def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
+    """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
     judge = load_scenes()
-    runs = {folder.resolve().name: run_samples(folder, arguments.num_images)[0] for folder in arguments.folders}
-    rows, clouds = {}, {}
+    runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
+    rows: dict[str, np.ndarray] = {}
+    clouds: dict[str, np.ndarray] = {}
     for name, images in runs.items():
         depth = judge.depth(images)
         rows |= {name: images, f"{name}: depth": depth_colours(depth), f"{name}: normals": normal_colours(depth)}
         clouds[name] = np.stack([point_cloud(image, seen) for image, seen in zip(images, metres(depth), strict=True)])
-    columns = min(12, arguments.num_images)
-    save_comparison(rows, arguments.out, columns)
-    print(f"geometry: {arguments.out}")
-    if arguments.cloud:
-        save_comparison({name: cloud[:columns // 2] for name, cloud in clouds.items()}, arguments.cloud, columns // 2)
-        print(f"point clouds: {arguments.cloud}")
-
-
-if __name__ == "__main__":
-    run_script(main)
+    columns = min(12, options.num_images)
+    save_comparison(rows, Path(options.out), columns)
+    drawn = f"geometry: {options.out}"
+    if not options.cloud:
+        return drawn
+    save_comparison({name: cloud[:columns // 2] for name, cloud in clouds.items()}, Path(options.cloud), columns // 2)
+    return f"{drawn}\npoint clouds: {options.cloud}"

@@ -1,27 +1,21 @@
-"""Trains the classifier of Fashion-MNIST on the 60,000 training images.
+"""Training the classifier of Fashion-MNIST that measures: on the 60,000 training images.
 
-    OMP_NUM_THREADS=1 python -m evaluations.extractors.train_fashion_mnist
-
-makes the bundled evaluations/models/fashion_mnist.safetensors (a quarter of an hour on one CPU core) and, beside it, a
-log with one line per epoch. The test images serve only to measure: the weights of the last epoch are kept.
+The test images serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 
 from .bundled import IMAGE_SIZE
 from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
@@ -94,15 +88,3 @@ def shift(images: Tensor, largest: int, generator: torch.Generator) -> Tensor:
 def classification_accuracy(model: FashionMnistClassifier, images: Tensor, labels: Tensor) -> float:
     """Share of images (N, 1, 32, 32) in [-1, 1] that are classified as labelled; leaves evaluation mode on."""
     return float((model.eval().predict(images) == labels.numpy()).mean())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; argv: its arguments, None for those of the process."""
-    (options,) = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    model = train(options, shlex.join(["python", "-m", "evaluations.extractors.train_fashion_mnist", *arguments]))
-    print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
-
-
-if __name__ == "__main__":
-    run_script(main)

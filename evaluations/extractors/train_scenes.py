@@ -1,30 +1,23 @@
-"""Trains the extractor of scenes on rendered rooms of seed 2, which no other network sees.
+"""Training the network that measures scenes: on rendered rooms of seed 2, which no other network sees.
 
-    OMP_NUM_THREADS=1 python -m evaluations.extractors.train_scenes
-
-makes the bundled evaluations/models/scenes.safetensors (seven minutes on one CPU core, after the rendering) and, beside
-it, a log with one line per epoch. The held-out scenes (seed 1) serve only to measure: the weights of the last epoch are
-kept.
+The held-out scenes (seed 1) serve only to measure: the weights of the last epoch are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guided_diffusion.cli import run_script
 from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
-from guided_diffusion.options import Options, option, parse_options
+from guided_diffusion.options import Options, option
 from guided_diffusion.pixels import from_uint8
 
 from ..depth.accuracy import depth_errors
@@ -131,15 +124,3 @@ def scenes_accuracy(extractor: ScenesExtractor, scenes: Scenes) -> dict[str, flo
 def accuracy_in_words(values: dict[str, float]) -> str:
     """What `scenes_accuracy` returns, in one line."""
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; argv: its arguments, None for those of the process."""
-    (options,) = parse_options(argv, ScenesTrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    extractor = train(options, shlex.join(["python", "-m", "evaluations.extractors.train_scenes", *arguments]))
-    print(f"{options.out}: held out, {accuracy_in_words(extractor.accuracy)}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import NOT_OPTIONS, Options, fill, nearest, option, option_fields, read_yaml
+from guided_diffusion.options import EVALUATION_SECTION, Options, fill, nearest, option, option_fields, read_yaml
+from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors import BACKENDS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = configurations()
 DFID = "dfid"
 DECIMALS = 2                    # of all published numbers
 METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -222,14 +223,14 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
 
 def _over(shared: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` over `shared`, and those of the section `evaluation` one by one."""
-    sections = [_mapping(part.get(NOT_OPTIONS), NOT_OPTIONS) for part in (shared, values)]
-    return {**shared, **values, NOT_OPTIONS: sections[0] | sections[1]}
+    sections = [_mapping(part.get(EVALUATION_SECTION), EVALUATION_SECTION) for part in (shared, values)]
+    return {**shared, **values, EVALUATION_SECTION: sections[0] | sections[1]}
 
 
 def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
     """Returns the row of these values, read from `file`. Raises UserError for whatever is wrong with them."""
     values = dict(values)
-    section = _mapping(values.pop(NOT_OPTIONS, None), f"{NOT_OPTIONS} in {file}")
+    section = _mapping(values.pop(EVALUATION_SECTION, None), f"{EVALUATION_SECTION} in {file}")
     published = _mapping(section.pop("published", None), f"published in {file}")
     _known(published, {*METRICS, DFID}, f"published of row {name} in {file}")
     for metric, value in published.items():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__, dist_util
+from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..fetch import without_secrets
@@ -20,6 +20,7 @@ from ..guidance import GUIDANCE
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from
 from ..sampling import SAMPLERS
+from ..version import __version__
 from .options import SampleOptions
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.

@@ -25,13 +25,13 @@ from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..npz import BatchFile
-from ..options import Options, option_fields, parse_options
+from ..options import Options, option_fields
 from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
 from .labels import Labels, make_labels
-from .options import SampleOptions, option_classes, preset_values
+from .options import SampleOptions
 from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
 from .sampler import BuiltRun, ImageSampler
@@ -240,19 +240,6 @@ class SamplingRun:
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
         write_json(record_path, record, sync=True, ending="the samples are kept")
-
-
-def sample_command(description: str, on: type[GuidanceOptions] | None = None) -> None:
-    """A command that samples: reads its options, runs, and says where the files are.
-
-    on: a guidance method that is on, with its paper's scales, unless told otherwise.
-    """
-    options = parse_options(None, SampleOptions, *option_classes(), description=description, preset=preset_values,
-                            defaults=None if on is None else on.switched_on)
-    path = SamplingRun.of(options).run()
-    if path is not None:
-        print(f"samples: {path}\npicture: {path.parent / 'grid.png'}\nrecord:  {path.parent / 'run.json'}")
-    dist_util.shutdown()
 
 
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:

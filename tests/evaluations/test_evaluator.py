@@ -170,7 +170,7 @@ def test_first_images_only(save, evaluate):
 
 def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refused):
     sample = save("sample", clothes(20, 1))
-    call("evaluations/make_reference", save("source", clothes(40)), tmp_path / "made.npz", *EMBEDDED)
+    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *EMBEDDED)
     with np.load(tmp_path / "made.npz") as made:
         arrays = dict(made)
     assert arrays["arr_0"].shape == (40, 32, 32, 3)
@@ -198,7 +198,7 @@ def test_shipped_reference(save, evaluate, tmp_path):
 @pytest.mark.slow
 @needs_fashion_mnist
 def test_shipped_reference_is_that_of_the_test_images(tmp_path):
-    code = call("evaluations/make_reference", "fashion-mnist", tmp_path / "made.npz", *EMBEDDED, "--keep", "features")
+    code = call("make_reference", "fashion-mnist", tmp_path / "made.npz", *EMBEDDED, "--keep", "features")
     assert code == 0
     shipped = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
     with np.load(tmp_path / "made.npz") as made, np.load(shipped) as ours:
@@ -252,7 +252,7 @@ def test_picture(save, evaluate, tmp_path, suffix):
 
 def test_memory_benchmark_says_what_it_measured(capsys):
     arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
-    assert call("evaluations/benchmarks/memory", *arguments) == 0
+    assert call("benchmark_memory", *arguments) == 0
     assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
 
 
@@ -284,14 +284,14 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number}.png")
     made = tmp_path / "made.npz"
-    assert call("evaluations/make_reference", tmp_path / "pictures", made, *EMBEDDED, "--num_images", 5) == 0
+    assert call("make_reference", tmp_path / "pictures", made, *EMBEDDED, "--num_images", 5) == 0
     assert str(made) in capsys.readouterr().out
     file = BatchFile(made)
     np.testing.assert_array_equal(file.read("arr_0"), images[:5])
     assert file.value("backend") == "embedded Fashion-MNIST classifier" and file.value("count") == 5
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "z.png")
-    assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="evaluations/make_reference")
-    assert call("evaluations/make_reference", tmp_path / "pictures", made, *EMBEDDED, "--image_size", 32) == 0
+    assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="make_reference")
+    assert call("make_reference", tmp_path / "pictures", made, *EMBEDDED, "--image_size", 32) == 0
     assert len(BatchFile(made)) == 7
 
 
@@ -303,7 +303,7 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     (["fashion-mnist", "out.npz", "--keep", "all"], "--keep all: must be one of"),
 ])
 def test_reference_that_cannot_be_made(words, message, refused):
-    assert message in refused(*words, script="evaluations/make_reference")
+    assert message in refused(*words, script="make_reference")
 
 
 # What is refused

@@ -1,9 +1,9 @@
 """The official reference batches, from a server on this machine, and finding a reference by its word."""
 
+import functools
 import hashlib
 import io
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from evaluations import references
 from evaluations.evaluator import MODELS
 from evaluations.references import fetch_reference, find_reference, reference_names, reference_url
 from guided_diffusion import fetch
-from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 
 CAT = "VIRTUAL_lsun_cat256"
@@ -41,16 +40,9 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run():
     """Runs the command in this process and returns its exit code."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["references", *map(str, arguments)])
-        try:
-            run_script(references.main)
-        except SystemExit as end:
-            return end.code or 0
-        return 0
-    return run
+    return functools.partial(call, "fetch_references")
 
 
 def test_each_name_has_its_official_address():
@@ -126,7 +118,7 @@ def test_unknown_names_are_refused_before_anything_is_fetched(server, run, capsy
 
 
 def test_the_command_runs_as_a_module_does(capsys):
-    assert call("evaluations/references", "--list", CAT) == 0
+    assert call("fetch_references", "--list", CAT) == 0
     assert capsys.readouterr().out == f"{CAT}\n    address: {OFFICIAL}lsun/cat/{CAT}.npz\n"
 
 

@@ -23,10 +23,7 @@ def call(script, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [path, *map(str, arguments)])
         try:
-            if "/" in script and script != "evaluations/evaluator":
-                runpy.run_module(script.replace("/", "."), run_name="__main__")
-            else:
-                runpy.run_path(path, run_name="__main__")
+            runpy.run_path(path, run_name="__main__")
         except SystemExit as end:
             return end.code or 0
     return 0

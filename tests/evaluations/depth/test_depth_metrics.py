@@ -48,9 +48,9 @@ def save(tmp_path):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Runs a command in evaluations/, which must succeed; its results and what it printed."""
+    """Runs a command, which must succeed; its results and what it printed."""
     def command(name, *words):
-        code = call(f"evaluations/{name}", *words, "--json", tmp_path / "result.json")
+        code = call(name, *words, "--json", tmp_path / "result.json")
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return json.loads((tmp_path / "result.json").read_text()), printed.out
@@ -60,7 +60,7 @@ def command(tmp_path, capsys):
 @pytest.fixture
 def refused(capsys):
     def refused(name, *words):
-        assert call(f"evaluations/{name}", *words) == 2
+        assert call(name, *words) == 2
         out, err = capsys.readouterr()
         assert out == ""
         return next(line for line in err.splitlines() if line.startswith("error: "))
@@ -267,7 +267,7 @@ def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, c
     assert low < value < high and f"dFID: {value}" in printed
     as_images = [save(f"{path.stem}_images", depth_images((depth - NEAR) / (FAR - NEAR) * 2 - 1))
                  for path, depth in zip(files, (real, other), strict=True)]
-    (by_hand,), _ = command("evaluator", *as_images, "--metrics", "fid", *EMBEDDED)
+    (by_hand,), _ = command("evaluate", *as_images, "--metrics", "fid", *EMBEDDED)
     assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
 
 

@@ -4,19 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
 
 from evaluations.depth.pictures import (
     CLOUD_SIZE,
     depth_colours,
-    main,
     normal_colours,
     normals,
     point_cloud,
     points,
 )
 from guided_diffusion.depth.scenes import FAR, FOV, KINDS, NEAR, render
-from guided_diffusion.errors import UserError
 from guided_diffusion.npz import prepare_samples
 
 
@@ -93,8 +92,8 @@ def folders(tmp_path, rendered):
 
 
 def test_the_command_draws_both_pictures(folders, tmp_path, capsys):
-    main([*folders, "--out", str(tmp_path / "geometry.png"), "--cloud", str(tmp_path / "cloud.png"),
-          "--num_images", "4"])
+    assert call("depth_pictures", *folders, "--out", tmp_path / "geometry.png", "--cloud", tmp_path / "cloud.png",
+                "--num_images", 4) == 0
     for name in ("geometry.png", "cloud.png"):
         assert str(tmp_path / name) in capsys.readouterr().out or name == "cloud.png"
         with Image.open(tmp_path / name) as picture:
@@ -103,8 +102,8 @@ def test_the_command_draws_both_pictures(folders, tmp_path, capsys):
         assert picture.height > 6 * 64          # images, depth and normals of both
 
 
-def test_what_the_command_refuses(folders, tmp_path):
-    with pytest.raises(UserError, match="--num_images 0: must be at least 1"):
-        main([*folders, "--out", str(tmp_path / "a.png"), "--num_images", "0"])
-    with pytest.raises(UserError, match="holds no finished sampling run"):
-        main([str(tmp_path), "--out", str(tmp_path / "a.png")])
+def test_what_the_command_refuses(folders, tmp_path, capsys):
+    assert call("depth_pictures", *folders, "--out", tmp_path / "a.png", "--num_images", 0) == 2
+    assert "--num_images 0: must be at least 1" in capsys.readouterr().err
+    assert call("depth_pictures", tmp_path, "--out", tmp_path / "a.png") == 2
+    assert "holds no finished sampling run" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 import struct
 
 import numpy as np
 import pytest
 import torch
+from commands import call
 from safetensors import safe_open
 
 from evaluations import class_accuracy as recognised
@@ -18,10 +20,8 @@ from evaluations.extractors.fashion_mnist import (
     save_fashion_mnist,
     to_grey,
 )
-from evaluations.extractors.train_fashion_mnist import main as train
 from evaluations.extractors.train_fashion_mnist import shift
 from evaluations.extractors.training import learning_rate_factor
-from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Fashion-MNIST is not installed")
@@ -146,7 +146,8 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys):
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
     out = tmp_path / "classifier.safetensors"
-    train(["--data_dir", str(tmp_path), "--out", str(out), "--epochs", "4", "--batch_size", "8", "--lr", "0.02"])
+    assert call("train_fashion_mnist", "--data_dir", tmp_path, "--out", out, "--epochs", 4, "--batch_size", 8,
+                "--lr", 0.02) == 0
     classifier = load_fashion_mnist(out)
     assert classifier.test_accuracy > 0.5
     assert f"test accuracy {classifier.test_accuracy:.2%}" in capsys.readouterr().out
@@ -156,11 +157,11 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys):
         assert "--epochs 4" in file.metadata()["command"]
 
 
-def test_training_command_refuses_what_cannot_work(tmp_path):
-    for arguments, message in ((["--epochs", "0"], "--epochs 0"), (["--data_dir", str(tmp_path)], "has neither"),
-                               (["--out", str(tmp_path / "no" / "x")], "--out .* does not exist")):
-        with pytest.raises(UserError, match=message):
-            train(arguments)
+def test_training_command_refuses_what_cannot_work(tmp_path, capsys):
+    for arguments, message in ((["--epochs", "0"], "--epochs 0"), (["--data_dir", tmp_path], "has neither"),
+                               (["--out", tmp_path / "no" / "x"], "--out .* does not exist")):
+        assert call("train_fashion_mnist", *arguments) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_shift_moves_whole_images():
@@ -212,7 +213,7 @@ def test_wilson_interval_known_values():
 
 
 def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys, classifier):
-    recognised.main([str(samples), "--json", str(tmp_path / "result.json")])
+    assert call("class_accuracy", samples, "--json", tmp_path / "result.json") == 0
     printed = capsys.readouterr().out
     assert str(samples) in printed and "T-shirt" in printed and f"{classifier.test_accuracy:.1%}" in printed
     result = json.loads((tmp_path / "result.json").read_text())
@@ -246,4 +247,4 @@ def test_wrong_sample_files(samples, tmp_path):
         with pytest.raises(ValueError, match="is not an"):
             recognised.read_samples(tmp_path / "wrong.npz")
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
-        recognised.main([str(samples), "--json", str(tmp_path / "nowhere" / "x.json")])
+        recognised.class_accuracy([str(samples)], recognised.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))

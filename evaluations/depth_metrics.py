@@ -1,0 +1,6 @@
+"""The old name of the command `scripts/depth_metrics.py`."""
+
+from guided_diffusion.cli import run_renamed
+
+if __name__ == "__main__":
+    run_renamed("python -m evaluations.depth_metrics", "depth_metrics")

@@ -1,0 +1,63 @@
+"""A model by its name, ready to sample: the network, its process, and the classifier that guides it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import dist_util
+from .build import DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
+from .checkpoint import load_into, ready
+from .errors import UserError
+from .guidance import ClassifierGuidanceOptions
+from .options import option_fields, options_from
+from .presets import find_preset
+from .respace import SpacedDiffusion
+from .runs.options import preset_values
+from .unet import EncoderUNetModel, UNetModel
+
+_CLASSES = (ModelOptions, DiffusionOptions, ClassifierGuidanceOptions)
+
+
+class LoadedModel(NamedTuple):
+    """What `load` returns. classifier: None where there is none."""
+
+    model: UNetModel
+    diffusion: SpacedDiffusion
+    classifier: EncoderUNetModel | None
+
+
+def load(name: str, *, model_path: str | Path = "", device: torch.device | str | None = None,
+         **flags: Any) -> LoadedModel:
+    """The model of that name with its weights, frozen and in evaluation mode, on its device.
+
+        model, diffusion, classifier = load("fmnist32", timestep_respacing="50")
+
+    name: a bundled model, or a released checkpoint, whose file `model_path` then names. device: None for the GPU of
+    this rank, or the CPU where there is none. flags: options of the network, the process and the classifier that
+    differ from those of the name, such as timestep_respacing, use_fp16, or classifier_path for a released checkpoint.
+    A bundled model brings its classifier.
+
+    Raises UserError for an unknown name or flag, and for a file that is missing or does not fit.
+    """
+    values = preset_values({"model": name})
+    path = model_path or values.get("model_path", "")
+    if not path:
+        raise UserError(f"{name}: needs its file: `guided-pixels fetch {name}` fetches {find_preset(name).url} to "
+                        f'models/{name}.pt; then pass model_path="models/{name}.pt"')
+    known = {field.name for cls in _CLASSES for field in option_fields(cls)}
+    given = {**{flag: value for flag, value in values.items() if flag in known}, **flags}
+    model_options, diffusion_options, guidance = options_from(given, *_CLASSES)
+    device = dist_util.dev() if device is None else device
+    with torch.device("meta"):
+        model = build_model(model_options)
+        classifier = build_classifier(guidance) if guidance.classifier_path else None
+    load_into(model, path, asdict(model_options) | asdict(diffusion_options))
+    ready(model, device)
+    if classifier is not None:
+        load_into(classifier, guidance.classifier_path, asdict(guidance))
+        ready(classifier, device)
+    return LoadedModel(model, build_diffusion(diffusion_options), classifier)

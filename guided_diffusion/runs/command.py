@@ -1,0 +1,26 @@
+"""What the commands that sample share; they differ in the guidance that is on unless told otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import dist_util
+from ..guidance import GuidanceOptions
+from ..options import parse_options
+from .options import SampleOptions, option_classes, preset_values
+from .sample import SamplingRun
+
+
+def sample_command(argv: Sequence[str] | None, description: str, on: type[GuidanceOptions] | None = None) -> str:
+    """Samples as a command line says; returns where the files are, "" on ranks other than the first.
+
+    argv: None for the arguments of this process. on: a guidance method that is on, with its paper's scales, unless the
+    command line says otherwise. Raises UserError for what is wrong with the options, before the first image is sampled.
+    """
+    options = parse_options(argv, SampleOptions, *option_classes(), description=description, preset=preset_values,
+                            defaults=None if on is None else on.switched_on)
+    path = SamplingRun.of(options).run()
+    dist_util.shutdown()
+    if path is None:
+        return ""
+    return f"samples: {path}\npicture: {path.parent / 'grid.png'}\nrecord:  {path.parent / 'run.json'}"

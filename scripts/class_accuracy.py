@@ -1,0 +1,25 @@
+"""Measure class accuracy: the share of sampled clothes that a classifier sees as the class asked for.
+
+The classifier has seen clean images of Fashion-MNIST alone, and takes no part in sampling. A sample file holds arr_0,
+(N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for.
+
+Example:
+    python scripts/class_accuracy.py samples/*/samples_*.npz --json accuracy.json
+"""
+
+from collections.abc import Sequence
+
+from evaluations.class_accuracy import ClassAccuracyOptions, class_accuracy
+from guided_diffusion.cli import run_script
+from guided_diffusion.options import Words, parse_words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    samples, (options,) = parse_words(argv, Words("SAMPLES.npz", "sample files with labels", needed=True),
+                                      ClassAccuracyOptions, description=__doc__)
+    print(class_accuracy(samples, options))
+
+
+if __name__ == "__main__":
+    run_script(main)

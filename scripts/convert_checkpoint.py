@@ -1,0 +1,42 @@
+r"""Write a checkpoint in another precision: the same names, and what its metadata say. Networks load any of them.
+
+Example, which makes a file half as large:
+    python scripts/convert_checkpoint.py runs/scenes32/ema_0.999.safetensors --dtype float16 \
+        --out guided_diffusion/models/scenes32.safetensors
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+from guided_diffusion.cli import run_script
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import Options, Words, option, parse_words, required
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Options):
+    """The checkpoint to write."""
+
+    out: str = required("file to write, .safetensors or .pt")
+    dtype: str = option("float16", "type of its numbers, where they are no whole numbers", choices=tuple(DTYPES))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    files, (options,) = parse_words(argv, Words("CHECKPOINT", "checkpoint to read, .pt or .safetensors", needed=True),
+                                    ConvertOptions, description=__doc__)
+    if len(files) > 1:
+        raise UserError(f"{len(files)} checkpoints given: name one")
+    dtype, weights = DTYPES[options.dtype], load_state_dict(files[0])
+    converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    save_state(options.out, converted, read_metadata(files[0]))
+    print(f"checkpoint: {options.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

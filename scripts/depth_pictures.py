@@ -1,0 +1,25 @@
+"""Draw the geometry of samples: images, the depth seen in them, surface normals, and point clouds.
+
+Each folder holds a finished run of 32x32 scenes. Column i of every block is image number i, so that runs with the same
+seed show what guidance changes.
+
+Example:
+    python scripts/depth_pictures.py samples/dag/unguided samples/dag/both --out geometry.png --cloud cloud.png
+"""
+
+from collections.abc import Sequence
+
+from evaluations.depth.pictures import DepthPicturesOptions, draw_geometry
+from guided_diffusion.cli import run_script
+from guided_diffusion.options import Words, parse_words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    folders, (options,) = parse_words(argv, Words("FOLDER", "the --out of sampling runs", needed=True),
+                                      DepthPicturesOptions, description=__doc__)
+    print(draw_geometry(folders, options))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,36 @@
+r"""Make a reference batch: images and the statistics of their features, in the official layout.
+
+IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
+("fashion-mnist": where Debian installs them; its test images).
+
+Examples, which made the bundled references fmnist32 and scenes32 (the second also holds what scripts/depth_metrics.py
+compares with):
+    python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \
+        --keep features
+    python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
+    python scripts/make_reference.py scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \
+        --keep features --half True
+"""
+
+from collections.abc import Sequence
+
+from evaluations.make_reference import ReferenceOptions, make_reference
+from guided_diffusion.cli import run_script
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import Words, parse_words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    words, (options,) = parse_words(argv, Words("FILE", "the images, then the file to write"), ReferenceOptions,
+                                    description=__doc__)
+    if len(words) != 2:
+        raise UserError(f"{len(words)} words given: the images and the file to write are needed")
+    images, out = words
+    made = make_reference(images, out, options)
+    if made:
+        print(made)
+
+
+if __name__ == "__main__":
+    run_script(main)
