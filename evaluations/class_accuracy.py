@@ -15,11 +15,11 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 
 from .extractors.bundled import IMAGE_SIZE
 from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
-from .npz import BatchFile
 
 
 @dataclass(frozen=True)

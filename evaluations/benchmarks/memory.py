@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option
 
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from ..extractors import EXTRACTORS
 from ..features import Features, feature_folder
 from ..memory import MIB, process_peak
-from ..npz import write_batch
 
 PIECE = 100
 

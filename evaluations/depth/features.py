@@ -11,6 +11,7 @@ from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
 
 from ..extractors.bundled import IMAGE_SIZE
@@ -18,7 +19,6 @@ from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnis
 from ..extractors.scenes import load_scenes
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
-from ..npz import BatchFile
 
 EDGE_SHARE = 0.1
 BATCH = 250

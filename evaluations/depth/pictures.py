@@ -107,7 +107,8 @@ def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
     judge = load_scenes()
     runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
-    rows, clouds = {}, {}
+    rows: dict[str, np.ndarray] = {}
+    clouds: dict[str, np.ndarray] = {}
     for name, images in runs.items():
         depth = judge.depth(images)
         rows |= {name: images, f"{name}: depth": depth_colours(depth), f"{name}: normals": normal_colours(depth)}
