@@ -382,7 +382,7 @@ class AttentionStudy:
         model = options.model or Path(options.model_path).name
         return "\n".join([
             f"{model}, seed {options.seed}: {options.num_images} images sampled by "
-            f"{'DDIM' if options.use_ddim else 'DDPM'} in {self.network.diffusion.num_timesteps} steps, seen at t = "
+            f"{self.network.run.sampler.title} in {self.network.diffusion.num_timesteps} steps, seen at t = "
             f"{_listed(self.steps)}. A token is masked where it receives more than {options.threshold:g} times the "
             "average attention. In brackets 95 % intervals.", "", *lines, "",
             *_frequency_verdict(ratios), *self._object_verdict(at_psi), ""])

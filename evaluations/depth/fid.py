@@ -8,7 +8,7 @@ network are here too: Inception of 2015 unless told otherwise. Under mpiexec or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option
 
-from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from ..features import feature_folder
 
 PIECE = 64
@@ -83,11 +83,11 @@ class _Piece:
         return f"{self.title} {self.first + index}"
 
 
-def depth_fid(reference: str, samples: list[str], network: NetworkOptions, options: DepthFidOptions,
-              ) -> list[dict[str, Any]]:
+def depth_fid(reference: str, samples: list[str], network: ExtractorOptions, options: DepthFidOptions,
+              warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """The results of the evaluator, FID called dfid, for each file of samples; none on ranks other than the first.
 
-    Raises UserError for files and options that cannot work.
+    warn: receives each warning, a sentence. Raises UserError for files and options that cannot work.
     """
     dist_util.setup_dist()
     with dist_util.together():
