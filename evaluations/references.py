@@ -14,9 +14,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
 from guided_diffusion.options import Options, nearest, option, switch
 
-from .evaluator import shipped_reference
 from .npz import BatchFile
 
+MODELS = Path(__file__).parent / "models"
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
 FOLDERS = {
     "VIRTUAL_imagenet64_labeled": "imagenet/64",
@@ -60,9 +60,20 @@ def _misfit(path: Path) -> str | None:
     return None
 
 
+def bundled_reference(name: str) -> Path:
+    """Returns where the bundled reference batch of that name is, if there is one."""
+    return MODELS / f"{name}_reference.npz"
+
+
+def open_reference(word: str) -> BatchFile:
+    """Opens the reference batch at that path, or the bundled one of that name. Raises UserError as `BatchFile`."""
+    bundled = bundled_reference(word)
+    return BatchFile(bundled if bundled.is_file() and not Path(word).exists() else word)
+
+
 def find_reference(word: str, folder: str | Path) -> Path | None:
-    """The file that `word` names: a path, one in `folder`, or a shipped reference batch; None where there is none."""
-    candidates = [Path(word), Path(folder) / word, shipped_reference(word)] if word else []
+    """The file that `word` names: a path, one in `folder`, or a bundled reference batch; None where there is none."""
+    candidates = [Path(word), Path(folder) / word, bundled_reference(word)] if word else []
     return next((path for path in candidates if path.is_file()), None)
 
 

@@ -191,7 +191,7 @@ class OptionParser(argparse.ArgumentParser):
                  defaults: Mapping[str, Any] | None = None, program: str | None = None) -> None:
         super().__init__(program, description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.classes, self.defaults = classes, dict(defaults or {})
+        self.classes, self.words, self.defaults = classes, words, dict(defaults or {})
         self.fields = _fields_by_name(classes)
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below: a path, or the "
                                                           "name of one that comes with this library")
@@ -203,8 +203,7 @@ class OptionParser(argparse.ArgumentParser):
                     self._declare(group.add_argument, field)
             declared |= {field.name for field in option_fields(cls)}
         if words is not None:
-            self.add_argument("words", nargs="+" if words.needed else "*", metavar=words.name,
-                              help=words.help.replace("%", "%%"))
+            self.add_argument("words", nargs="*", metavar=words.name, help=words.help.replace("%", "%%"))
 
     def _declare(self, add: Callable[..., object], field: OptionField) -> None:
         field = dataclasses.replace(field, default=self.defaults.get(field.name, field.default))
@@ -234,8 +233,9 @@ class OptionParser(argparse.ArgumentParser):
         given = {**(read_yaml(find_configuration(config)) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
         parsed = fill(given, self.classes, preset, source=str(config), defaults=self.defaults)
-        missing = [f"--{name}" for name, field in self.fields.items() if field.metadata.get("required")
-                   and not any(getattr(one, name, None) for one in parsed)]
+        missing = [self.words.name] if self.words and self.words.needed and not words else []
+        missing += [f"--{name}" for name, field in self.fields.items() if field.metadata.get("required")
+                    and not any(getattr(one, name, None) for one in parsed)]
         if missing:
             raise UserError(f"the following arguments are required: {', '.join(missing)}")
         return words, parsed

@@ -25,9 +25,10 @@ from guided_diffusion.options import Options, option
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
-from ..evaluator import NEIGHBOURS, EvaluatorOptions, NetworkOptions, check_reference
+from ..evaluation import EvaluatorOptions, ExtractorOptions, check_reference
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
+from ..metrics import METRICS as KNOWN_METRICS
 from ..npz import BatchFile
 from ..references import find_reference
 from .missing import missing_files
@@ -36,7 +37,7 @@ from .report import Pictures, markdown, write_report
 from .results import Circumstances, measure, results, sampler, title
 from .tables import METRICS, Row, Table, in_folder, load_table, table_names
 
-FEWEST = 1 + max(NEIGHBOURS[word] for word in METRICS if word in NEIGHBOURS)
+FEWEST = max(KNOWN_METRICS[word].smallest_count for word in METRICS)
 SHOWN = 12                      # images of each row in the report
 FEATURES = "features"           # folder of what the networks saw, in that of a table
 OVERLAID = 4                    # images whose attention is shown
@@ -109,7 +110,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             if dist_util.is_main() else ""
     dist_util.setup_dist()
     folder = Path(options.out) / table.name
-    how = Circumstances(Path(options.references), NetworkOptions(inception=options.inception), options.bootstrap,
+    how = Circumstances(Path(options.references), ExtractorOptions(inception=options.inception), options.bootstrap,
                         changed)
     with ExitStack() as stack:
         with dist_util.together():
@@ -182,7 +183,7 @@ def _check_reference(row: Row, references: Path) -> None:
     file, size = BatchFile(find_reference(row.evaluation.reference, references)), row.run.model.image_size
     if len(file) and file.shape[1:3] != (size, size):
         raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
-    check_reference(file, EvaluatorOptions(metrics=",".join(METRICS)), row.evaluation.backend)
+    check_reference(file, EvaluatorOptions(metrics=",".join(METRICS)), find_extractor(row.evaluation.backend))
     if 0 < len(file) < FEWEST:
         raise UserError(f"{file.path}: has {len(file)} images, at least {FEWEST} are needed")
 

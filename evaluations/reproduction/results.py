@@ -22,8 +22,9 @@ from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
-from ..evaluator import Compared, Evaluation, EvaluatorOptions, NetworkOptions, Side, load_network_once
-from ..metrics import Replicates
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, load_extractor_once
+from ..metrics import METRICS as KNOWN_METRICS
+from ..metrics import Comparison, FileFeatures, Replicates
 from ..references import find_reference
 from .costs import passes
 from .missing import depth_maps, depth_reference
@@ -41,7 +42,7 @@ class Circumstances:
     """How the rows are judged. changed: by row, what of that is not as the row's file has it, in words."""
 
     references: Path                    # folder of reference batches
-    network: NetworkOptions             # without its backend, which the rows name
+    network: ExtractorOptions           # without its backend, which the rows name
     bootstrap: int
     changed: Mapping[str, Sequence[str]]
 
@@ -75,21 +76,22 @@ def measure(table: Table, sampled: Sequence[str], how: Circumstances, features: 
         for spec, names in groups.items():
             options = replace(how.network, backend=spec.backend)
             if spec.backend not in networks:
-                networks[spec.backend] = load_network_once(options)
+                networks[spec.backend] = load_extractor_once(options)
             network = networks[spec.backend]
             chosen = EvaluatorOptions(metrics=",".join(METRICS), bootstrap=how.bootstrap)
             with dist_util.together():
                 evaluation = Evaluation(str(find_reference(spec.reference, how.references)),
                                         [str(table.rows[name].run.samples) for name in names], options, chosen,
-                                        network=network)
-            reference, sides = evaluation.sides(features)
+                                        extractor=network)
+            reference, sides = evaluation.features(features)
             if not dist_util.is_main():
                 continue
             if first[0] is None:
                 first = (_described(reference), {"name": network.name, "sha256": network.fingerprint})
             for name, side in zip(names, sides, strict=True):
                 for count in wanted[name]:
-                    replicates[name, count] = _replicates(Compared(reference, side.first(count), chosen))
+                    comparison = Comparison(reference, side.first(count), chosen.settings)
+                    replicates[name, count] = _replicates(comparison, how.bootstrap)
                 progress.update()
     depth = {name: _dfid(table.rows[name], how) for name in sampled if DFID in table.rows[name].published}
     return Numbers(replicates, depth, *first) if dist_util.is_main() else None
@@ -111,14 +113,14 @@ def section_images(table: Table, section: Section, sampled: Sequence[str]) -> in
     return smallest([row for row in rows if row.name in sampled] or rows)
 
 
-def _described(reference: Side) -> dict[str, Any]:
+def _described(reference: FileFeatures) -> dict[str, Any]:
     described = reference.description()
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"]}
 
 
-def _replicates(compared: Compared) -> dict[str, Replicates]:
+def _replicates(comparison: Comparison, count: int) -> dict[str, Replicates]:
     """By the words of METRICS, without an Inception Score that is not a number."""
-    found = {word: compared.replicates(word) for word in METRICS}
+    found = {word: KNOWN_METRICS[word].replicates(comparison, count) for word in METRICS}
     return {word: number for word, number in found.items() if math.isfinite(number.estimate)}
 
 

@@ -27,12 +27,13 @@ from typing import Any
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import EVALUATION_SECTION, Options, fill, nearest, option, option_fields, read_yaml
+from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors import BACKENDS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = configurations()
 DFID = "dfid"
 DECIMALS = 2                    # of all published numbers
 METRICS = ("fid", "sfid", "is", "precision", "recall")

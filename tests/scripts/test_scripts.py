@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from guided_diffusion import checkpoint, presets
-from guided_diffusion.build import build_classifier, build_model
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_classifier, build_model
 from guided_diffusion.checkpoint import save_state
-from guided_diffusion.guidance import ClassifierGuidanceOptions, Networks
+from guided_diffusion.guidance import ClassifierGuidanceOptions, Networks, SagOptions
 from guided_diffusion.options import parse_options
 from guided_diffusion.presets import preset_names
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
@@ -149,9 +149,10 @@ def shipped(tmp_path, monkeypatch, tiny_checkpoints):
 
 
 def options_of(script, arguments):
-    """sample, model, diffusion, ddpm, ddim, sag, pag, classifier, dag."""
+    """The options of a run, by their class."""
     on = ClassifierGuidanceOptions.switched_on if script == "classifier_sample" else {}
-    return parse_options(arguments, SampleOptions, *option_classes(), preset=preset_values, defaults=on)
+    options = parse_options(arguments, SampleOptions, *option_classes(), preset=preset_values, defaults=on)
+    return {type(one): one for one in options}
 
 
 # Known command lines
@@ -161,7 +162,9 @@ def options_of(script, arguments):
 def test_readme_command_means_what_it_says(name):
     script, line = README[name]
     given = dict(zip(line.split()[::2], line.split()[1::2], strict=True))
-    _, model, diffusion, _, _, sag, _, classifier, _ = options_of(script, line.split())
+    options = options_of(script, line.split())
+    model, diffusion, sag = options[ModelOptions], options[DiffusionOptions], options[SagOptions]
+    classifier = options[ClassifierGuidanceOptions]
 
     assert diffusion.timestep_respacing == given["--timestep_respacing"]
     assert diffusion.noise_schedule == given["--noise_schedule"]
@@ -192,9 +195,10 @@ def test_readme_command_runs(name, tmp_path):
     given["model_path"] = str(tmp_path / "model.pt")
     if "classifier_path" in given:
         given["classifier_path"] = str(tmp_path / "classifier.pt")
-    _, model, _, _, _, _, _, classifier, _ = options_of(script, flags(given))
-    for build, options, path in ((build_model, model, "model.pt"), (build_classifier, classifier, "classifier.pt")):
-        save_state(tmp_path / path, with_random_weights(build(options)).float().state_dict())
+    options = options_of(script, flags(given))
+    for build, cls, path in ((build_model, ModelOptions, "model.pt"),
+                             (build_classifier, ClassifierGuidanceOptions, "classifier.pt")):
+        save_state(tmp_path / path, with_random_weights(build(options[cls])).float().state_dict())
 
     assert call(script, *flags(given)) == 0
     images, labels = samples_in(tmp_path / "out")
@@ -203,7 +207,7 @@ def test_readme_command_runs(name, tmp_path):
 
 
 def test_help_lists_every_flag_with_its_meaning(capsys):
-    for path in sorted((REPOSITORY / "scripts").glob("*.py")):
+    for path in sorted((REPOSITORY / "scripts").glob("[a-z]*.py")):
         assert call(path.stem, "--help") == 0, path
         text = capsys.readouterr().out
         entries = dict(re.findall(r"^  (?:-h, )?--(\w+)((?:.*\n?)(?: {10,}.*\n?)*)", text, re.MULTILINE))
@@ -269,9 +273,10 @@ def test_shipped_model_runs_by_name_with_its_classifier(shipped, command, classi
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if "diffusion" in name or "lsun" in name])
 def test_released_model_by_name(name, refused, tmp_path):
-    sample, model, _, classifier, *_ = options_of(
+    options = options_of(
         "classifier_sample", ["--model", name, "--model_path", "model.pt", "--classifier_path", "classifier.pt"])
-    assert (sample.model_path, sample.classifier_path) == ("model.pt", "classifier.pt")
+    model, classifier = options[ModelOptions], options[ClassifierGuidanceOptions]
+    assert (options[SampleOptions].model_path, classifier.classifier_path) == ("model.pt", "classifier.pt")
     assert model.image_size == classifier.image_size == (256 if "lsun" in name else int(name.split("x")[0]))
     assert classifier.classifier_depth == (4 if name == "64x64_diffusion" else 2)
 
@@ -651,11 +656,13 @@ def test_compare_refuses_what_is_no_finished_run(command, tmp_path, capsys):
     assert not (tmp_path / "comparison.png").exists()
 
 
-def test_a_halved_checkpoint_is_half_as_large_and_loads_as_before(tmp_path, tiny_checkpoints, capsys):
+@pytest.mark.parametrize("command", [["halve_checkpoint"], ["convert_checkpoint", "--dtype", "float16"]],
+                         ids=lambda command: command[0])
+def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(command, tmp_path, tiny_checkpoints, capsys):
     whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
     weights = load_file(tiny_checkpoints / "model.safetensors")
     save_state(whole, weights, {"config": json.dumps(TINY)})
-    assert call("halve_checkpoint", whole, "--out", half) == 0
+    assert call(*command, whole, "--out", half) == 0
     assert str(half) in capsys.readouterr().out
     assert half.stat().st_size < 0.6 * whole.stat().st_size
     assert checkpoint.read_metadata(half) == {"config": json.dumps(TINY)}
@@ -663,5 +670,7 @@ def test_a_halved_checkpoint_is_half_as_large_and_loads_as_before(tmp_path, tiny
     checkpoint.load_into(model, half, TINY)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-4)
-    assert call("halve_checkpoint", tmp_path / "none.pt", "--out", half) == 2
+    assert call(*command, tmp_path / "none.pt", "--out", half) == 2
     assert "there is no such file" in capsys.readouterr().err
+    assert call(*command, whole) == 2
+    assert "required: --out" in capsys.readouterr().err

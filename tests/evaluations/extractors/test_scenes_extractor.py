@@ -202,7 +202,7 @@ def test_evaluator_refuses_what_the_extractor_cannot_read(tmp_path, scenes, caps
 
 
 def test_bundled_reference_is_that_of_held_out_scenes(extractor, tmp_path):
-    from evaluations.evaluator import open_reference
+    from evaluations.references import open_reference
 
     bundled = open_reference("scenes32")
     assert bundled.path.stat().st_size < 3_000_000
