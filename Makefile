@@ -1,6 +1,8 @@
 # make sample: images without guidance, with self-attention guidance, with a classifier, and with both
 # make test:   all tests
-# Both set up their own environment in .venv first.
+# make lint:   style and types
+# make docs:   the documentation as a site, in build/site
+# Each sets up its own environment in .venv first.
 
 PYTHON ?= python3
 EXTRAS ?= dev
@@ -8,7 +10,7 @@ NUM_SAMPLES ?= 40
 OUT ?= samples
 SETTINGS = unguided sag cg sag_cg
 
-.PHONY: sample test lint
+.PHONY: sample test lint docs
 
 sample: .venv/ready
 	for setting in $(SETTINGS); do \
@@ -22,6 +24,14 @@ test: .venv/ready
 
 lint: .venv/ready
 	.venv/bin/ruff check .
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
+
+.venv/docs: .venv/ready
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

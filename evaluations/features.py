@@ -19,9 +19,8 @@ import torch
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
-
-from .npz import BatchFile
 
 
 class Features(NamedTuple):

@@ -22,6 +22,7 @@ from guided_diffusion.image_datasets import (
     read_image,
     resize_smaller_side,
 )
+from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
@@ -29,7 +30,6 @@ from .depth.features import depth_extractor
 from .evaluation import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, Features, extract, feature_folder
 from .metrics import feature_statistics
-from .npz import BatchFile, write_batch
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option, switch
-
-from .npz import BatchFile
 
 MODELS = Path(__file__).parent / "models"
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"

@@ -11,17 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option
 
-<<<<<<< HEAD
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from ..extractors import EXTRACTORS
-=======
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
->>>>>>> metrics
 from ..features import Features, feature_folder
 from ..memory import MIB, process_peak
-from ..npz import write_batch
 
 PIECE = 100
 
@@ -75,13 +71,8 @@ def benchmark_memory(options: MemoryOptions) -> str:
             paths.append(Path(folder) / f"{('reference', 'sample')[seed]}.npz")
             write_batch(paths[-1], {}, synthetic_images(count, size, seed), (count, size, size, 3))
         began = time.monotonic()
-<<<<<<< HEAD
         evaluation = Evaluation(str(paths[0]), [str(paths[1])], ExtractorOptions(),
                                 EvaluatorOptions(metrics=options.metrics), extractor=RandomProjections())
-=======
-        evaluation = Evaluation(str(paths[0]), [str(paths[1])], ExtractorOptions(),
-                                EvaluatorOptions(metrics=options.metrics), extractor=Stub())
->>>>>>> metrics
         with feature_folder(folder) as cache:
             evaluation.run(cache)
     peak = process_peak() / MIB

@@ -21,11 +21,11 @@ from guided_diffusion.depth.pairs import read_depth
 from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option
 
 from ..evaluator import Evaluation, EvaluatorOptions, NetworkOptions, warn
 from ..features import feature_folder
-from ..npz import BatchFile, write_batch
 
 PIECE = 64
 

@@ -22,13 +22,13 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
 from guided_diffusion.guidance import DagOptions, Networks
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors.bundled import IMAGE_SIZE
 from ..metrics import EQUAL, FeatureSet
-from ..npz import BatchFile
 from .features import DepthExtractor
 from .metrics import DepthReference, compare, header, markdown, read_reference, real_sharpness
 

@@ -6,10 +6,6 @@ The held-out scenes (seed 1) serve only to measure: the weights of the last epoc
 from __future__ import annotations
 
 import dataclasses
-<<<<<<< HEAD
-=======
-import sys
->>>>>>> metrics
 from collections.abc import Iterator
 from pathlib import Path
 

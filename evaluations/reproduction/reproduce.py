@@ -21,6 +21,7 @@ from guided_diffusion.checkpoint import locate
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import write, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.runs.shards import locked
 
@@ -29,7 +30,6 @@ from ..evaluation import EvaluatorOptions, ExtractorOptions, check_reference
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..metrics import METRICS as KNOWN_METRICS
-from ..npz import BatchFile
 from ..references import find_reference
 from .missing import missing_files
 from .plan import plan

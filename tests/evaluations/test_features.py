@@ -9,8 +9,8 @@ import pytest
 from commands import execute
 
 from evaluations.features import Features, extract, feature_folder
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 
@@ -105,7 +105,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1].split(":")
 from test_features import Stub
 from evaluations.features import extract, feature_folder
-from evaluations.npz import BatchFile
+from guided_diffusion.npz import BatchFile
 from guided_diffusion import dist_util
 dist_util.setup_dist()
 with feature_folder(sys.argv[3]) as folder:

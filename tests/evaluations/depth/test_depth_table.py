@@ -10,7 +10,6 @@ from networks import TINY, with_random_weights
 from PIL import Image
 
 from evaluations.depth.table import Row, TableOptions, sweep_rows, table_rows
-from evaluations.npz import write_batch
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
@@ -18,6 +17,7 @@ from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import DagOptions
+from guided_diffusion.npz import write_batch
 from guided_diffusion.script_util import create_model
 
 BIN = Path(sys.executable).parent

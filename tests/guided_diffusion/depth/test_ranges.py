@@ -20,5 +20,5 @@ def test_near_and_far_become_the_ends_and_come_back():
 def test_words_of_a_depth_range():
     assert parse_depth_range("image") is None and parse_depth_range("1,9.5") == (1, 9.5)
     for text in ("", "9,1", "1,1", "1", "1,2,3", "nan,2", "near,far", "1,inf"):
-        with pytest.raises(UserError, match="--depth_range .*NEAR,FAR"):
+        with pytest.raises(UserError, match=r"--depth_range .*NEAR,FAR"):
             parse_depth_range(text)
