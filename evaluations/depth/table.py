@@ -240,7 +240,7 @@ def draw_rows(path: Path, results: Mapping[str, dict[str, Any]], real: dict[str,
         axes.set(yticks=list(places), yticklabels=names, xlabel=title)
         axes.grid(alpha=0.3)
     axes.invert_yaxis()
-    write(path, lambda file: figure.savefig(file, dpi=120))
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def draw_sweep(path: Path, sweep: Mapping[str, Sequence[Row]], results: Mapping[str, dict[str, Any]],
@@ -257,7 +257,7 @@ def draw_sweep(path: Path, sweep: Mapping[str, Sequence[Row]], results: Mapping[
         axes.set(xlabel="scale", ylabel=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    write(path, lambda file: figure.savefig(file, dpi=120))
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def _figure(width: float, height: float):
