@@ -201,7 +201,8 @@ def report(options: TableOptions, run: SamplingRun, rows: Sequence[Row], paths: 
                             "metrics": results[row.name]} for row in rows}
     shared = {flag: value for flag, value in run.configuration().items() if flag not in SCALES}
     write_json(out / "table.json", {
-        "reference": {"file": target.file, "images": target.features.count, "sharpness": real}, **evaluator.description(),
+        "reference": {"file": target.file, "images": target.features.count, "sharpness": real},
+        **evaluator.description(),
         "bootstrap": options.bootstrap, "rows": described, "version": __version__,
         "configuration": shared})
     text = _text(rows, run, options, header(evaluator, target), markdown(results, real))

@@ -48,9 +48,11 @@ class Pairs(NamedTuple):
 class DepthMaps(Protocol):
     """Where depth maps come from; each is read when it is asked for."""
 
-    def depth(self, index: int) -> np.ndarray: ...         # (H, W), of numbers
+    def depth(self, index: int) -> np.ndarray:
+        """One depth map (H, W), whole numbers or floats in the units of the files."""
 
-    def name(self, index: int) -> str: ...                  # of the depth map, for messages
+    def name(self, index: int) -> str:
+        """What messages call the depth map."""
 
 
 class Source(DepthMaps, Protocol):
@@ -58,9 +60,11 @@ class Source(DepthMaps, Protocol):
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int, channels: int) -> Image.Image: ...
+    def image(self, index: int, channels: int) -> Image.Image:
+        """One image, RGB (3 channels) or grey (1)."""
 
-    def labels(self) -> np.ndarray | None: ...
+    def labels(self) -> np.ndarray | None:
+        """The classes (N,) of all images, None where there are none."""
 
 
 def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None = None, flag: str = "num_labels",
