@@ -37,10 +37,8 @@ def test_every_module_is_in_the_reference_once(hook):
     reference = [name for page in (DOCS / "reference").glob("*.md")
                  for name in re.findall(r"^::: ([\w.]+)$", hook.expanded(page.read_text()), re.MULTILINE)]
     assert len(set(reference)) == len(reference)
-    old_names = {"evaluations." + path.stem for path in (REPOSITORY / "evaluations").glob("*.py")
-                 if "run_renamed(" in path.read_text()}
     packages = ("guided_diffusion", "evaluations")
-    assert {name for package in packages for name in hook.modules(package)} - {*packages, *old_names} == set(reference)
+    assert {name for package in packages for name in hook.modules(package)} - set(packages) == set(reference)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
