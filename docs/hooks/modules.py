@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
 PATTERN = re.compile(r"^::: ([\w.]+)\.(\*|others)$", re.MULTILINE)
 NAME = re.compile(r"^::: ([\w.]+)", re.MULTILINE)
-OLD_NAME = "run_renamed("       # in a file that only leads from the old name of a command to the new one
+OLD_NAME = "import run_renamed"      # in a file that only leads from the old name of a command to the new one
 
 
 def modules(package: str) -> list[str]:

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from commands import REPOSITORY
 
+from guided_diffusion import __version__
+
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -49,6 +51,11 @@ def test_links_of_the_front_pages_lead_to_files(name):
 def test_the_site_asks_no_other_server():
     theme = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["theme"]
     assert theme["font"] is False
+
+
+def test_the_version_is_one_everywhere():
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == __version__
+    assert re.search(r"^## ([\d.]+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
 
 
 def test_the_golden_cases_are_few_enough_for_every_clone():
