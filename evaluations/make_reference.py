@@ -26,14 +26,14 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
-from .depth.metrics import depth_arrays
-from .evaluator import NetworkOptions, load_network_once, statistics
-from .extractors.scenes import ScenesExtractor
-from .features import extract, feature_folder
+from .depth.features import depth_extractor
+from .evaluation import ExtractorOptions, load_extractor_once
+from .features import FeatureExtractor, Features, extract, feature_folder
+from .metrics import feature_statistics
 
 
 @dataclass(frozen=True)
-class ReferenceOptions(NetworkOptions):
+class ReferenceOptions(ExtractorOptions):
     """The reference batch."""
 
     keep: str = option("images", "what stands beside the statistics: images, for precision and recall with any "
@@ -46,10 +46,11 @@ class ReferenceOptions(NetworkOptions):
 
 
 def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
-    """Writes the reference batch `out` of the images in `source`; returns what to say of it, "" on other ranks.
+    """Writes the reference batch `out` of the images in `source`, on all ranks together.
 
     source: an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
-    ("fashion-mnist": where Debian installs them; its test images).
+    ("fashion-mnist": where Debian installs them; its test images). Returns a line that says what was made, "" on ranks
+    other than the first. Raises UserError for images that cannot be read, and where `out` cannot be written.
     """
     made = ""
     dist_util.setup_dist()
@@ -57,38 +58,43 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
         if dist_util.is_main():
             check_writable("OUT", out)
     with feature_folder(options.cache) as folder:
-        packed = folder / f"packed-{Path(out).name}"
+        written = folder / f"images-{Path(out).name}"
         with dist_util.together():
             if not source.endswith(".npz") and dist_util.is_main():
-                pack(source, packed, options)
+                write_images(source, written, options)
         with dist_util.together():
-            images = BatchFile(source if source.endswith(".npz") else packed)
+            images = BatchFile(source if source.endswith(".npz") else written)
             count = options.num_images or len(images)
             if not 2 <= count <= len(images):
                 raise UserError(f"{source} holds {len(images)} images: {count} are needed")
-        network = load_network_once(options)
-        features = extract(images, network, folder, options.batch_size, count)
+        extractor = load_extractor_once(options)
+        features = extract(images, extractor, folder, options.batch_size, count)
         if dist_util.is_main():
-            pooled, spatial = statistics(features.pooled), statistics(features.spatial)
-            arrays = {"mu": pooled.mean, "sigma": pooled.covariance,
-                      "mu_s": spatial.mean, "sigma_s": spatial.covariance,
-                      "backend": np.array(network.name), "count": np.array(count)}
+            arrays = _statistics(features, extractor, count)
             kept = None
             if options.keep == "features":
                 arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
             elif options.keep == "images":
                 kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
-            if isinstance(network, ScenesExtractor):
-                arrays |= depth_arrays(images, count, network)
+            if options.kind.estimates_depth:
+                arrays |= depth_extractor(extractor).reference_arrays(images, count)
             write_batch(out, arrays, kept, (count, *images.shape[1:]))
-            made = f"reference: {out}, {count} images, {network.name}"
-            packed.unlink(missing_ok=True)
+            made = f"reference: {out}, {count} images, {extractor.name}"
+            written.unlink(missing_ok=True)
     dist_util.shutdown()
     return made
 
 
-def pack(source: str, path: Path, options: ReferenceOptions) -> None:
-    """Packs the images of a folder into an .npz."""
+def _statistics(features: Features, extractor: FeatureExtractor, count: int) -> dict[str, np.ndarray]:
+    """Returns the statistics of the features, with the extractor's name and the SHA-256 of its weights."""
+    pooled, spatial = feature_statistics(features.pooled), feature_statistics(features.spatial)
+    return {"mu": pooled.mean, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance,
+            "backend": np.array(extractor.name), "backend_sha256": np.array(extractor.fingerprint),
+            "count": np.array(count)}
+
+
+def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
+    """Writes the images of a folder into an .npz."""
     folder = find_data(source)
     if holds_idx(folder):
         pixels, _ = load_arrays(folder, "test")

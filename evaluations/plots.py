@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,8 @@ def require_matplotlib(what: str) -> None:
         raise UserError(f"{what} matplotlib: install the extra `eval`") from None
 
 
-def new_figure(width: float, height: float, dpi: float | None = None, layout: str | None = "constrained") -> Any:
+def new_figure(width: float, height: float, dpi: float | None = None,
+               layout: Literal["constrained"] | None = "constrained") -> Any:
     """Returns an empty matplotlib Figure of `width` x `height` inches that needs no display.
 
     dpi: dots per inch, None for the default of matplotlib. layout: "constrained" keeps axes and labels apart, None

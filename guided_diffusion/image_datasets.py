@@ -34,14 +34,14 @@ IDX_PREFIXES = {"train": "train", "test": "t10k"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif"}
 MIN_CROP_FRACTION = 0.8  # a random crop keeps at least this share of the smaller side
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+ImageBatch = tuple[Tensor, dict[str, Tensor]]          # images, and {"y": labels} or {}
 
 
 def load_data(
     *, data_dir: str | os.PathLike, batch_size: int, image_size: int, class_cond: bool = False,
     deterministic: bool = False, random_crop: bool = False, random_flip: bool = True, in_channels: int = 3,
     split: str = "train", seed: int = 0, start_batch: int = 0, rank: int = 0, world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Endless batches of (images, {"y": labels}), or (images, {}) without class_cond.
 
     images: (batch_size, in_channels, image_size, image_size), float32 in [-1, 1]; labels: (batch_size,), int64.
@@ -65,6 +65,7 @@ def load_data(
     if in_channels not in (1, 3):
         raise UserError(f"--in_channels {in_channels}: image data has 1 channel (grey) or 3")
     folder = find_data(data_dir)
+    labels: np.ndarray | None
     plan = functools.partial(BatchPlan, batch_size=batch_size, seed=seed, shuffle=not deterministic,
                              flip=random_flip, crop=random_crop, rank=rank, world_size=world_size)
     frame = (in_channels, image_size, image_size)
@@ -210,7 +211,7 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
 
 
 def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
-                   start_batch: int) -> Iterator[Batch]:
+                   start_batch: int) -> Iterator[ImageBatch]:
     """Batches of images (N, H, W), padded to the frame, or (N, H, W, 3), which fill it."""
     for number in itertools.count(start_batch):
         indices, flips = plan.indices(number), plan.flips(plan.draws(number))
@@ -228,6 +229,7 @@ def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[i
 
 
 def is_npz(path: str | os.PathLike) -> bool:
+    """Whether the name says that a file holds NumPy arrays."""
     return Path(path).suffix == ".npz"
 
 
@@ -239,18 +241,20 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     arrays are missing or of other shapes.
     """
     where = f"--data_dir {path}"
-    images, *others = read_arrays(path, ["arr_0", "arr_1"] if labelled else ["arr_0"],
+    images, *others = read_arrays(Path(path), ["arr_0", "arr_1"] if labelled else ["arr_0"],
                                   f"{where}: is not an .npz file of images, or is damaged")
     labels = others[0] if labelled else None
     expected = (*frame[1:], 3)
     if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
-    if labelled and (labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+    if not labelled:
+        return images, None
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
-    if labelled and labels.min() < 0:
+    if labels.min() < 0:
         raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
-    return images, labels if labels is None else labels.astype(np.int64)
+    return images, labels.astype(np.int64)
 
 
 def _grey(images: np.ndarray) -> np.ndarray:
@@ -333,7 +337,7 @@ def _decode(path: Path, in_channels: int, image_size: int, plan: BatchPlan, draw
 
 
 def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: int, image_size: int, plan: BatchPlan,
-                    start_batch: int) -> Iterator[Batch]:
+                    start_batch: int) -> Iterator[ImageBatch]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def begin(number: int) -> tuple[np.ndarray, list[Future]]:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Array = TypeVar("Array", np.ndarray, Tensor)
+Pixels = TypeVar("Pixels", np.ndarray, Tensor)
 
 
-def from_uint8(pixels: Array) -> Array:
+def from_uint8(pixels: Pixels) -> Pixels:
     """Pixels from 0 to 255, of any shape and type, as float32 in [-1, 1]: x / 127.5 - 1."""
     if isinstance(pixels, Tensor):
         return pixels.float() / 127.5 - 1

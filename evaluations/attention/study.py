@@ -207,9 +207,9 @@ def overlay_strip(run: SamplingRun, image_ids: Sequence[int], steps: int = NUM_S
     UserError where no method of the run reads attention, or there is no such block.
     """
     method = attention_method(run)
-    if method is None:
+    if method is None or method.attention_block is None:
         raise UserError(f"{run.title()}: no guidance method of this run reads the attention of a block")
-    network, block = ObservedNetwork(run, method.heads), method.attention_block
+    network, block = ObservedNetwork(run, method.heads or "exact"), method.attention_block
     chosen = evenly_spaced(network.diffusion.num_timesteps, steps)
     pairs: list[np.ndarray] = []
     for observation in network.observe_chain(image_ids, chosen, [block]):
@@ -382,7 +382,7 @@ class AttentionStudy:
         model = options.model or Path(options.model_path).name
         return "\n".join([
             f"{model}, seed {options.seed}: {options.num_images} images sampled by "
-            f"{'DDIM' if options.use_ddim else 'DDPM'} in {self.network.diffusion.num_timesteps} steps, seen at t = "
+            f"{self.network.run.sampler.title} in {self.network.diffusion.num_timesteps} steps, seen at t = "
             f"{_listed(self.steps)}. A token is masked where it receives more than {options.threshold:g} times the "
             "average attention. In brackets 95 % intervals.", "", *lines, "",
             *_frequency_verdict(ratios), *self._object_verdict(at_psi), ""])

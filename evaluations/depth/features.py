@@ -1,8 +1,9 @@
-"""What the evaluation network of scenes sees of the depth of images: features of depth maps, and how sharp edges are."""
+"""Features of the depth of images: those of estimated depth maps, and how sharp the edges in these are."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from guided_diffusion.progress import progress_bar
 
 from ..extractors.bundled import IMAGE_SIZE
 from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
-from ..extractors.scenes import ScenesExtractor, load_scenes
+from ..extractors.scenes import load_scenes
+from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
 
 EDGE_SHARE = 0.1
@@ -31,13 +33,23 @@ class DepthFeatures(NamedTuple):
     sharpness: np.ndarray           # (N,), metres per pixel
 
 
+@runtime_checkable
+class DepthEstimator(FeatureExtractor, Protocol):
+    """An extractor that also estimates depth. accuracy: on held-out images, by name."""
+
+    accuracy: Mapping[str, float]
+
+    def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
+        """Returns features of images (N, 32, 32, 3), uint8, and depth maps (N, 32, 32), from -1 (NEAR) to 1 (FAR)."""
+
+
 class DepthExtractor:
     """Two networks: the extractor of scenes estimates depth maps, the classifier of Fashion-MNIST reads them as images.
 
     They are the bundled ones unless others are given.
     """
 
-    def __init__(self, scenes: ScenesExtractor | None = None, classifier: FashionMnistClassifier | None = None) -> None:
+    def __init__(self, scenes: DepthEstimator | None = None, classifier: FashionMnistClassifier | None = None) -> None:
         self.scenes, self.classifier = scenes or load_scenes(), classifier or load_fashion_mnist()
 
     def description(self) -> dict[str, Any]:
@@ -82,6 +94,13 @@ class DepthExtractor:
                                 f"{str(reference.value(name))[:16]}..., not {fingerprint[:16]}...): make it again with "
                                 "scripts/make_reference.py")
         return True
+
+
+def depth_extractor(extractor: FeatureExtractor) -> DepthExtractor:
+    """Returns the depth extractor of an evaluation network; raises UserError where that does not estimate depth."""
+    if not isinstance(extractor, DepthEstimator):
+        raise UserError(f"{extractor.name}: does not estimate depth")
+    return DepthExtractor(extractor)
 
 
 def check_scenes(file: BatchFile, count: int | None = None) -> None:

@@ -28,7 +28,9 @@ from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors.bundled import IMAGE_SIZE
-from .metrics import EQUAL, DepthEvaluator, Target, compare, header, markdown, real_sharpness
+from ..metrics import EQUAL, FeatureSet
+from .features import DepthExtractor
+from .metrics import DepthReference, compare, header, markdown, read_reference, real_sharpness
 
 UNGUIDED = "unguided"
 ROWS = (UNGUIDED, "dcg", "dpg", "both")
@@ -147,8 +149,8 @@ def make_table(options: TableOptions, run: SamplingRun) -> str:
     with dist_util.together():
         rows = table_rows(options, depth_options(run))
         check(rows, run)
-        evaluator = DepthEvaluator()
-        target = evaluator.target(options.reference) if dist_util.is_main() else None
+        evaluator = DepthExtractor()
+        target = read_reference(options.reference, evaluator) if dist_util.is_main() else None
     paths = sample_rows(rows, run, options.out)
     with dist_util.together():
         return report(options, run, rows, paths, evaluator, target) if target is not None else ""
@@ -187,18 +189,20 @@ def sample_rows(rows: Sequence[Row], run: SamplingRun, out: str | Path) -> dict[
 
 
 def report(options: TableOptions, run: SamplingRun, rows: Sequence[Row], paths: Mapping[str, Path],
-           evaluator: DepthEvaluator, target: Target) -> str:
+           evaluator: DepthExtractor, target: DepthReference) -> str:
     """Evaluates the files and writes all that the table consists of; returns its text."""
     out = Path(options.out)
     files = {name: BatchFile(path) for name, path in paths.items()}
-    results = compare(target, {name: evaluator.see(file) for name, file in files.items()}, options.bootstrap)
+    rows_features = {name: FeatureSet(evaluator.features(file)._asdict()) for name, file in files.items()}
+    results = compare(target, rows_features, options.bootstrap)
     real = real_sharpness(target, options.bootstrap)
     described = {row.name: {**asdict(row), "samples": str(paths[row.name].relative_to(out)),
                             "sha256": files[row.name].sha256, "images": len(files[row.name]),
                             "metrics": results[row.name]} for row in rows}
     shared = {flag: value for flag, value in run.configuration().items() if flag not in SCALES}
     write_json(out / "table.json", {
-        "reference": {"file": target.file, "images": target.images, "sharpness": real}, **evaluator.description(),
+        "reference": {"file": target.file, "images": target.features.count, "sharpness": real},
+        **evaluator.description(),
         "bootstrap": options.bootstrap, "rows": described, "version": __version__,
         "configuration": shared})
     text = _text(rows, run, options, header(evaluator, target), markdown(results, real))

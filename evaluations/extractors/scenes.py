@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def _finer(channels: int, out_channels: int) -> nn.Sequential:
                          nn.ReLU(inplace=True), nn.PixelShuffle(2))
 
 
-def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
+def load_scenes(path: str | Path | None = None) -> ScenesExtractor:
     """Loads the bundled extractor, or the one in a file that `save_scenes` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
@@ -104,7 +103,7 @@ def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
     return load_bundled(path or WEIGHTS, "an extractor of scenes", build)
 
 
-def save_scenes(model: ScenesExtractor, path: str | os.PathLike, notes: dict[str, str]) -> None:
+def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the extractor with its architecture and accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.

@@ -36,7 +36,7 @@ def centred_points(*sets: np.ndarray) -> list[Points]:
     is rounded.
     """
     means = [features.mean(axis=0, dtype=np.float64) for features in sets]
-    centre = (sum(means, np.float64(0)) / len(sets)).astype(np.float32)
+    centre = np.asarray(np.sum(means, axis=0) / len(sets), np.float32)
     centred = [np.subtract(features, centre, out=np.empty(features.shape, np.float32), casting="same_kind")
                for features in sets]
     unit = max(max(points.max(), -points.min()) for points in centred) or np.float32(1)

@@ -47,6 +47,11 @@ def depth_maps(row: Row) -> Path:
     return row.run.out / "depth.npz"
 
 
+def needs_depth_maps(row: Row) -> bool:
+    """Whether the user has to estimate depth for a row's dFID, as its extractor does not compute it."""
+    return DFID in row.published and DFID not in row.evaluation.words
+
+
 def _missing_checkpoints(run: SamplingRun) -> Iterator[MissingFile]:
     for flag, path in run.checkpoints().items():
         if not path or ("://" not in path and not Path(path).is_file()):
@@ -72,14 +77,14 @@ def _missing_reference(row: Row, references: str | Path) -> Iterator[MissingFile
 
 
 def _missing_inception(row: Row, inception: str) -> Iterator[MissingFile]:
-    needed = row.evaluation.reference or DFID in row.published
+    needed = row.evaluation.reference or needs_depth_maps(row)
     if needed and find_extractor(row.evaluation.backend).is_inception and not is_here(inception or None):
         yield MissingFile(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
                           blocks=bool(inception))
 
 
 def _missing_depth(row: Row, references: str | Path) -> Iterator[MissingFile]:
-    if DFID not in row.published:
+    if not needs_depth_maps(row):
         return
     for file, what in ((depth_reference(row, references), "of real images"), (depth_maps(row), "of the samples")):
         if not file.is_file():

@@ -32,11 +32,11 @@ from guided_diffusion.runs.options import SampleOptions, option_classes, preset_
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors import BACKENDS
+from ..metrics import METRICS
 
 CONFIGS = configurations()
 DFID = "dfid"
 DECIMALS = 2                    # of all published numbers
-METRICS = ("fid", "sfid", "is", "precision", "recall")
 PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections"}
 
 
@@ -46,11 +46,29 @@ class EvaluationSpec(Options):
 
     reference: str = option("", "reference batch: a file name, or a bundled one by name")
     backend: str = option("torch", "the network that sees the images", choices=BACKENDS)
+    metrics: str = option("fid,sfid,is,precision,recall", f"which numbers, of {','.join(METRICS)}; shown in this order")
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
                         choices=("", "exact", "official"))
     source: str = option("", "where the numbers were published")
     note: str = option("", "what else there is to know")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word in self.words:
+            if word not in METRICS:
+                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
+                                f"{nearest(word, METRICS)}")
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the metrics, in order."""
+        return list(dict.fromkeys(self.metrics.replace(" ", "").lower().split(",")))
+
+    @property
+    def smallest_count(self) -> int:
+        """The smallest number of images that the metrics need."""
+        return max(METRICS[word].smallest_count for word in self.words)
 
 
 @dataclass(frozen=True)
@@ -200,8 +218,8 @@ def _section(part: Any, path: Path) -> Section:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
             or len(set(rows)) < len(rows):
         raise UserError(f"rows of a section in {path}: must be a list of different names of rows, in text")
-    numeric = [field.name for cls in (SampleOptions, *option_classes()) for field in option_fields(cls)
-               if field.type in (int, float)]
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    numeric = [field.name for cls in classes for field in option_fields(cls) if field.type in (int, float)]
     if against and against not in numeric:
         raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
     return Section(str(part.get("title", "")), tuple(rows), against)
@@ -232,7 +250,7 @@ def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
     values = dict(values)
     section = _mapping(values.pop(EVALUATION_SECTION, None), f"{EVALUATION_SECTION} in {file}")
     published = _mapping(section.pop("published", None), f"published in {file}")
-    _known(published, {*METRICS, DFID}, f"published of row {name} in {file}")
+    _known(published, set(METRICS), f"published of row {name} in {file}")
     for metric, value in published.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"published {metric}: {value} of row {name} in {file}: must be a number")

@@ -12,7 +12,7 @@ from ..errors import UserError
 
 OWN_RANGE = "image"
 
-Array = TypeVar("Array", np.ndarray, Tensor)
+Depth = TypeVar("Depth", np.ndarray, Tensor)
 
 
 def parse_depth_range(text: str) -> tuple[float, float] | None:
@@ -42,6 +42,6 @@ def to_unit_range(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return to_fraction(depth, near, far) * 2 - 1
 
 
-def from_unit_range(depth: Array, near: float, far: float) -> Array:
+def from_unit_range(depth: Depth, near: float, far: float) -> Depth:
     """Depth from -1 to 1 in the units of NEAR and FAR (metres for scenes); what lies beyond is not clamped."""
     return near + (depth + 1) / 2 * (far - near)

@@ -1,4 +1,4 @@
-"""The evaluator as its users meet it: the official numbers, shipped references, what is said and what is refused."""
+"""The evaluator as its users meet it: the official numbers, bundled references, what is said and what is refused."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from guided_diffusion.npz import BatchFile, write_batch
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
 BIN = Path(sys.executable).parent
-EMBEDDED = ("--backend", "embedded")
+FASHION_MNIST = ("--backend", "fashion_mnist")
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
 
@@ -41,7 +41,7 @@ def save(tmp_path):
 @pytest.fixture
 def evaluate(tmp_path, capsys):
     """Runs the evaluator; returns its results and what it printed."""
-    def evaluate(*words, backend=EMBEDDED):
+    def evaluate(*words, backend=FASHION_MNIST):
         capsys.readouterr()
         code = call("evaluations/evaluator", *words, *backend, "--json", tmp_path / "result.json")
         printed = capsys.readouterr()
@@ -53,7 +53,7 @@ def evaluate(tmp_path, capsys):
 @pytest.fixture
 def refused(tmp_path, capsys):
     """Runs the evaluator, which must refuse: exit code 2, one sentence, no file. Returns the sentence."""
-    def refused(*words, script="evaluations/evaluator", backend=EMBEDDED):
+    def refused(*words, script="evaluations/evaluator", backend=FASHION_MNIST):
         before = sorted(tmp_path.iterdir())
         capsys.readouterr()
         code = call(script, *words, *backend)
@@ -170,7 +170,7 @@ def test_first_images_only(save, evaluate):
 
 def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refused):
     sample = save("sample", clothes(20, 1))
-    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *EMBEDDED)
+    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
     with np.load(tmp_path / "made.npz") as made:
         arrays = dict(made)
     assert arrays["arr_0"].shape == (40, 32, 32, 3)
@@ -189,7 +189,23 @@ def test_stored_statistics_are_used_as_they_are(save, evaluate, tmp_path, refuse
     assert "no images" in message and "precision, recall" in message
 
 
-def test_shipped_reference(save, evaluate, tmp_path):
+def test_statistics_of_the_same_network_trained_again_are_refused(save, evaluate, refused, tmp_path):
+    """They are told apart by the SHA-256 of the weights; files that do not hold it, by the name of the network."""
+    sample = save("sample", clothes(20, 1))
+    call("make_reference", save("source", clothes(40)), tmp_path / "made.npz", *FASHION_MNIST)
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = dict(made)
+    images = arrays.pop("arr_0")
+    again = save("again", images, **{**arrays, "backend_sha256": np.array("0" * 64)})
+    assert "another --backend" in (message := refused(again, sample)) and "SHA-256 0000000000000000..." in message
+    renamed = save("renamed", images, **{**arrays, "backend": np.array("classifier")})
+    evaluate(renamed, sample)
+    arrays.pop("backend_sha256")
+    evaluate(save("older", images, **arrays), sample)
+    assert "another --backend" in refused(save("foreign", images, **{**arrays, "backend": np.array("other")}), sample)
+
+
+def test_bundled_reference(save, evaluate, tmp_path):
     results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
     assert results[0]["metrics"]["precision"] < 0.2
@@ -197,13 +213,15 @@ def test_shipped_reference(save, evaluate, tmp_path):
 
 @pytest.mark.slow
 @needs_fashion_mnist
-def test_shipped_reference_is_that_of_the_test_images(tmp_path):
-    code = call("make_reference", "fashion-mnist", tmp_path / "made.npz", *EMBEDDED, "--keep", "features")
-    assert code == 0
-    shipped = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
-    with np.load(tmp_path / "made.npz") as made, np.load(shipped) as ours:
+def test_bundled_reference_is_that_of_the_test_images(tmp_path):
+    words = ("fashion-mnist", tmp_path / "made.npz", *FASHION_MNIST, "--keep", "features")
+    assert call("make_reference", *words) == 0
+    bundled = REPOSITORY / "evaluations" / "models" / "fmnist32_reference.npz"
+    with np.load(tmp_path / "made.npz") as made, np.load(bundled) as ours:
         assert made.files == ours.files
-        for name in set(made.files) - {"backend"}:
+        assert [made[name].item() for name in ("backend", "backend_sha256")] == [
+            ours[name].item() for name in ("backend", "backend_sha256")]
+        for name in set(made.files) - {"backend", "backend_sha256"}:
             np.testing.assert_allclose(made[name], ours[name], rtol=1e-3, atol=1e-3)
 
 
@@ -265,7 +283,7 @@ def test_memory_benchmark_says_what_it_measured(capsys):
 def test_ranks_find_what_one_finds(save, evaluate, tmp_path):
     files = save("reference", clothes(50)), save("sample", clothes(41, 1))
     alone = values(evaluate(*files, "--batch_size", 8)[0])[0]
-    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", *files, *EMBEDDED,
+    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", *files, *FASHION_MNIST,
                     "--batch_size", 8, "--json", tmp_path / "shared.json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "shared.json").read_text())[0]["metrics"] == pytest.approx(alone, rel=1e-6, abs=1e-9)
@@ -284,14 +302,14 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     for number, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{number}.png")
     made = tmp_path / "made.npz"
-    assert call("make_reference", tmp_path / "pictures", made, *EMBEDDED, "--num_images", 5) == 0
+    assert call("make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--num_images", 5) == 0
     assert str(made) in capsys.readouterr().out
     file = BatchFile(made)
     np.testing.assert_array_equal(file.read("arr_0"), images[:5])
     assert file.value("backend") == "embedded Fashion-MNIST classifier" and file.value("count") == 5
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "z.png")
     assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="make_reference")
-    assert call("make_reference", tmp_path / "pictures", made, *EMBEDDED, "--image_size", 32) == 0
+    assert call("make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--image_size", 32) == 0
     assert len(BatchFile(made)) == 7
 
 
@@ -348,7 +366,7 @@ def test_files_that_are_refused(save, refused, tmp_path):
 ])
 def test_options_that_are_refused(words, message, save, refused):
     good = save("good", clothes(10))
-    backend = () if "--backend" in words else EMBEDDED
+    backend = () if "--backend" in words else FASHION_MNIST
     assert message in refused(*(good if word == "good.npz" else word for word in words), backend=backend)
 
 

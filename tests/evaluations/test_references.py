@@ -11,8 +11,7 @@ from commands import call
 from local_server import serving
 
 from evaluations import references
-from evaluations.evaluator import MODELS
-from evaluations.references import fetch_reference, find_reference, reference_names, reference_url
+from evaluations.references import MODELS, fetch_reference, find_reference, reference_names, reference_url
 from guided_diffusion import fetch
 from guided_diffusion.errors import UserError
 

@@ -6,25 +6,16 @@ import numpy as np
 import pytest
 from commands import call
 
-from evaluations.depth import metrics as depth_metrics
-from evaluations.depth.metrics import (
-    NAMES,
-    DepthEvaluator,
-    Seen,
-    Target,
-    compare,
-    edge_sharpness,
-    metres,
-    verdict,
-)
-from evaluations.evaluator import statistics
-from evaluations.metrics import frechet_distance
+from evaluations.depth.features import DepthExtractor, DepthFeatures, edge_sharpness, metres
+from evaluations.depth.metrics import DepthReference, compare, read_reference
+from evaluations.metrics import METRICS, FeatureSet, frechet_distance
+from evaluations.references import open_reference
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile, write_batch
 
-EMBEDDED = ("--backend", "embedded")
+FASHION_MNIST = ("--backend", "fashion_mnist")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +24,8 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def evaluator():
-    return DepthEvaluator()
+def extractor():
+    return DepthExtractor()
 
 
 @pytest.fixture
@@ -110,31 +101,32 @@ def normal(shift, count=400, seed=0):
     """Features and sharpness around `shift`; the same seed has the same noise."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(count, 3)) + shift
-    return Seen(features, features + 1, rng.normal(1 + shift, 0.1, count))
+    return DepthFeatures(features, features + 1, rng.normal(1 + shift, 0.1, count))
 
 
-def target_of(seen):
-    return Target("real.npz", len(seen.pooled), statistics(seen.pooled), statistics(seen.depth_features),
-                  seen.sharpness)
+def compared(real, rows, replicates):
+    """What `compare` says of rows of features beside those of a reference."""
+    reference = DepthReference("real.npz", FeatureSet(real._asdict()))
+    return compare(reference, {name: FeatureSet(row._asdict()) for name, row in rows.items()}, replicates)
 
 
 def test_numbers_against_direct_formulas():
     real, row = normal(0, seed=5), normal(0.3)
-    found = compare(target_of(real), {"row": row}, replicates=50)["row"]
-    assert found.keys() == NAMES.keys()
-    for word, ours, theirs in (("fid", row.pooled, real.pooled), ("dfid", row.depth_features, real.depth_features)):
+    found = compared(real, {"row": row}, replicates=50)["row"]
+    assert list(found) == ["dfid", "fid", "sharpness", "gap"]
+    for word, ours, theirs in (("fid", row.pooled, real.pooled), ("dfid", row.depth, real.depth)):
         direct = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))
         assert found[word]["value"] == pytest.approx(direct, rel=1e-4)
         assert found[word]["interval95"][0] < direct < found[word]["interval95"][1]
     assert found["sharpness"]["value"] == pytest.approx(row.sharpness.mean())
     assert found["gap"]["value"] == pytest.approx(abs(row.sharpness.mean() - real.sharpness.mean()))
-    assert compare(target_of(real), {"row": real}, replicates=5)["row"]["dfid"]["value"] < 1e-6
+    assert compared(real, {"row": real}, replicates=5)["row"]["dfid"]["value"] < 1e-6
 
 
 def test_differences_hold_the_truth_and_say_what_they_mean():
     real = normal(0, seed=5)
     rows = {"unguided": normal(0.4), "worse": normal(0.7), "better": normal(0.1), "same": normal(0.4, seed=9)}
-    found = compare(target_of(real), rows, replicates=300)
+    found = compared(real, rows, replicates=300)
     assert "verdict" not in found["unguided"]["fid"]
     truth = {name: 3 * (shift**2 - 0.4**2) for name, shift in (("worse", 0.7), ("better", 0.1), ("same", 0.4))}
     for name, difference in truth.items():
@@ -147,14 +139,14 @@ def test_differences_hold_the_truth_and_say_what_they_mean():
     assert verdicts == {
         "worse": {"dfid": "worse", "fid": "worse", "sharpness": "sharper", "gap": "worse"},
         "better": {"dfid": "better", "fid": "better", "sharpness": "softer", "gap": "better"},
-        "same": dict.fromkeys(NAMES, "no difference")}
+        "same": dict.fromkeys(found["same"], "no difference")}
 
 
 def test_differences_are_paired():
     """Where a row is the first one but for a constant, the difference hardly moves, unlike the numbers themselves."""
     base = normal(0.4)
-    shifted = Seen(base.pooled, base.depth_features, base.sharpness + 0.02)
-    found = compare(target_of(normal(0, seed=5)), {"first": base, "shifted": shifted}, replicates=100)["shifted"]
+    shifted = base._replace(sharpness=base.sharpness + 0.02)
+    found = compared(normal(0, seed=5), {"first": base, "shifted": shifted}, replicates=100)["shifted"]
     assert found["sharpness"]["difference95"] == pytest.approx([0.02, 0.02])
     assert found["fid"]["difference95"] == [0, 0] and found["fid"]["verdict"] == "no difference"
     low, high = found["sharpness"]["interval95"]
@@ -166,32 +158,34 @@ def test_rate_at_which_intervals_hold_a_known_mean():
     rng, held, trials = np.random.default_rng(0), 0, 100
     for _ in range(trials):
         common = rng.normal(size=60)
-        rows = {name: Seen(*[np.zeros((60, 2))] * 2, common + rng.normal(shift, 0.5, 60))
+        rows = {name: DepthFeatures(*[np.zeros((60, 2))] * 2, common + rng.normal(shift, 0.5, 60))
                 for name, shift in (("first", 1.0), ("second", 1.3))}
-        target = Target("", 2, *[statistics(np.zeros((2, 2)))] * 2, np.array([5.0, 5.0]))
-        low, high = compare(target, rows, replicates=100)["second"]["sharpness"]["difference95"]
+        real = DepthFeatures(*[np.zeros((2, 2))] * 2, np.array([5.0, 5.0]))
+        low, high = compared(real, rows, replicates=100)["second"]["sharpness"]["difference95"]
         held += low < 0.3 < high
     assert 85 <= held <= 100
 
 
 def test_verdict():
-    assert verdict("fid", 0.1, 2) == "worse" and verdict("fid", -2, -0.1) == "better"
-    assert verdict("sharpness", 0.1, 2) == "sharper" and verdict("gap", -1, 0) == "no difference"
+    for word, low, high, expected in (("fid", 0.1, 2, "worse"), ("fid", -2, -0.1, "better"),
+                                      ("precision", 0.1, 2, "better"), ("recall", -2, -0.1, "worse"),
+                                      ("sharpness", 0.1, 2, "sharper"), ("gap", -1, 0, "no difference")):
+        assert METRICS[word].direction.verdict(low, high) == expected
 
 
 def test_different_numbers_of_images():
     with pytest.raises(UserError, match="b has 5 images and a has 6"):
-        compare(target_of(normal(0)), {"a": normal(0, 6), "b": normal(0, 5)}, replicates=5)
+        compared(normal(0), {"a": normal(0, 6), "b": normal(0, 5)}, replicates=5)
 
 
 # On images
 
 
-def test_scenes_against_themselves_and_changed(evaluator, scenes, save):
+def test_scenes_against_themselves_and_changed(extractor, scenes, save):
     real = BatchFile(save("real", scenes.rgb))
-    target = evaluator.target(str(real.path))
-    found = compare(target, {name: evaluator.see(BatchFile(save(name, images))) for name, images in (
-        ("same", scenes.rgb), ("blurred", blurred(scenes.rgb)), ("dark", scenes.rgb // 4))}, replicates=50)
+    rows = {name: FeatureSet(extractor.features(BatchFile(save(name, images)))._asdict()) for name, images in (
+        ("same", scenes.rgb), ("blurred", blurred(scenes.rgb)), ("dark", scenes.rgb // 4))}
+    found = compare(read_reference(str(real.path), extractor), rows, replicates=50)
     assert found["same"]["dfid"]["value"] < 1e-3 and found["same"]["fid"]["value"] < 1e-3
     assert found["same"]["gap"]["value"] == pytest.approx(0, abs=1e-6)
     for name in ("blurred", "dark"):
@@ -199,13 +193,36 @@ def test_scenes_against_themselves_and_changed(evaluator, scenes, save):
     assert found["blurred"]["sharpness"]["verdict"] == "softer"
 
 
-def test_seen_is_what_the_networks_say(evaluator, scenes, save):
-    seen = evaluator.see(BatchFile(save("some", scenes.rgb[:20])), 12)
-    depth = evaluator.judge.depth(scenes.rgb[:12])
-    np.testing.assert_allclose(seen.pooled, evaluator.judge.features(scenes.rgb[:12]).pooled, rtol=1e-4, atol=1e-5)
-    images = depth_images(depth)
-    np.testing.assert_allclose(seen.depth_features, evaluator.classifier.features(images).pooled, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(seen.sharpness, edge_sharpness(metres(depth)), rtol=1e-5)
+def test_features_are_what_the_networks_say(extractor, scenes, save):
+    found = extractor.features(BatchFile(save("some", scenes.rgb[:20])), 12)
+    pooled, depth = extractor.scenes.features(scenes.rgb[:12]).pooled, extractor.scenes.depth(scenes.rgb[:12])
+    np.testing.assert_allclose(found.pooled, pooled, rtol=1e-4, atol=1e-5)
+    expected = extractor.classifier.features(depth_images(depth)).pooled
+    np.testing.assert_allclose(found.depth, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.sharpness, edge_sharpness(metres(depth)), rtol=1e-5)
+
+
+def test_the_evaluator_has_the_same_numbers(save, scenes, command):
+    """The metrics of depth are metrics of the evaluator as well, where its network estimates depth."""
+    sample = save("unguided", scenes.rgb[:60])
+    (by_evaluator,), printed = command("evaluate", "scenes32", sample, "--backend", "scenes",
+                                       "--metrics", "dfid,fid,sharpness,gap", "--bootstrap", 20)
+    by_command, _ = command("depth_metrics", "scenes32", sample, "--bootstrap", 20)
+    for word, number in by_command["rows"][str(sample)]["metrics"].items():
+        assert by_evaluator["metrics"][word] == pytest.approx(number["value"], rel=1e-4)
+        low, high = number["interval95"]
+        bounds = [pytest.approx(low, rel=1e-3, abs=1e-3), pytest.approx(high, rel=1e-3)]
+        assert by_evaluator["intervals95"][word] == bounds
+    assert [line.split(": ")[0] for line in printed.splitlines()[-4:]] == [
+        "FID", "dFID", "Edge sharpness", "Sharpness gap"]
+    assert by_evaluator["depth"]["extractor"]["sha256"] == by_command["extractor"]["sha256"]
+
+
+def test_the_evaluator_needs_a_network_that_estimates_depth(save, scenes, refused):
+    sample = save("unguided", scenes.rgb[:10])
+    message = refused("evaluate", sample, sample, "--metrics", "fid,dfid", *FASHION_MNIST)
+    assert message == ("error: --backend fashion_mnist: does not estimate depth, which dfid of --metrics would need; "
+                       "must be one of scenes")
 
 
 def test_command(save, scenes, command):
@@ -238,12 +255,12 @@ def test_what_the_command_refuses(save, scenes, refused, tmp_path):
         assert message in refused("depth_metrics", *words), words
 
 
-def test_a_reference_of_another_judge_is_refused(evaluator, tmp_path):
-    shipped = BatchFile(depth_metrics.open_reference("scenes32").path)
-    arrays = {name: shipped.read(name) for name in shipped.members} | {"judge": np.array("0" * 64)}
+def test_a_reference_of_another_network_is_refused(extractor, tmp_path):
+    bundled = open_reference("scenes32")
+    arrays = {name: bundled.read(name) for name in bundled.members} | {"judge": np.array("0" * 64)}
     np.savez(tmp_path / "other.npz", **arrays)
     with pytest.raises(UserError, match=r"other.npz: its statistics are those of another judge \(SHA-256 0000"):
-        evaluator.target(str(tmp_path / "other.npz"))
+        read_reference(str(tmp_path / "other.npz"), extractor)
 
 
 # Files of depth maps
@@ -260,23 +277,23 @@ def save_depth(tmp_path):
 def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, command):
     real, other = scenes.depth[:80], scenes.depth[80:]
     files, limits = (save_depth("real", real), save_depth("other", other)), f"{NEAR},{FAR}"
-    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *EMBEDDED)
+    (result,), printed = command("depth_fid", *files, "--depth_range", limits, "--bootstrap", 20, *FASHION_MNIST)
     value = result["metrics"]["dfid"]
     assert result["sample"]["file"] == str(files[1]) and result["reference"]["images"] == 80
     low, high = result["intervals95"]["dfid"]
     assert low < value < high and f"dFID: {value}" in printed
     as_images = [save(f"{path.stem}_images", depth_images((depth - NEAR) / (FAR - NEAR) * 2 - 1))
                  for path, depth in zip(files, (real, other), strict=True)]
-    (by_hand,), _ = command("evaluate", *as_images, "--metrics", "fid", *EMBEDDED)
+    (by_hand,), _ = command("evaluate", *as_images, "--metrics", "fid", *FASHION_MNIST)
     assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
 
 
 def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
     scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
     files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])
-    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *EMBEDDED)[0]]
+    of_each = [result["metrics"]["dfid"] for result in command("depth_fid", *files, *FASHION_MNIST)[0]]
     assert of_each == pytest.approx([0, 0], abs=1e-2)
-    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *EMBEDDED)[0]
+    fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *FASHION_MNIST)[0]
     assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
 
 
@@ -295,4 +312,4 @@ def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
             ((good, good, "--depth_range", "20,30"), "lies outside --depth_range"),
             ((good, good, "--num_images", 71), "--num_images 71"), ((good,), "1 files given"),
             ((good, good, "--json", "/nowhere/x.json"), "cannot be written")):
-        assert message in refused("depth_fid", *words, *EMBEDDED), words
+        assert message in refused("depth_fid", *words, *FASHION_MNIST), words

@@ -9,7 +9,7 @@ import torch
 from commands import call
 from safetensors import safe_open
 
-from evaluations.depth.metrics import edge_sharpness, metres
+from evaluations.depth.features import edge_sharpness, metres
 from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import scenes_accuracy, training_batch
 from guided_diffusion.depth.scenes import FAR, NEAR, render
@@ -202,7 +202,7 @@ def test_evaluator_refuses_what_the_extractor_cannot_read(tmp_path, scenes, caps
 
 
 def test_bundled_reference_is_that_of_held_out_scenes(extractor, tmp_path):
-    from evaluations.evaluator import open_reference
+    from evaluations.references import open_reference
 
     bundled = open_reference("scenes32")
     assert bundled.path.stat().st_size < 3_000_000

@@ -205,7 +205,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
 
     np.savez(tmp_path / "numbers.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(512), sigma_s=np.eye(512))
     assert "has no images (arr_0), which precision, recall" in refused(line(reference=tmp_path / "numbers.npz"))
-    assert "of --backend embedded" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
+    assert "of --backend fashion_mnist" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
 
     mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
     assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from evaluations.evaluator import NetworkOptions
+from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import Replicates
-from evaluations.reproduction.results import Circumstances, Numbers, not_comparable, overall, results, verdict, versus
+from evaluations.reproduction.measurements import EvaluationSettings, Measurements
+from evaluations.reproduction.results import not_comparable, overall, results, verdict, versus
 from evaluations.reproduction.tables import Table, in_folder, load_table
 
 
@@ -65,7 +66,8 @@ def table(tmp_path) -> Table:
 
 
 def how(**changes):
-    return Circumstances(**{"references": None, "network": NetworkOptions(), "bootstrap": 10, "changed": {}, **changes})
+    return EvaluationSettings(**{"references": None, "extractor": ExtractorOptions(), "bootstrap": 10, "changed": {},
+                                 **changes})
 
 
 def written(table):
@@ -80,7 +82,7 @@ def test_published_measured_difference_and_verdict_stand_together(table):
     written(table)
     measured = {(name, 50_000): {"fid": number(5.9 - index), "precision": number(0.7, 0.001)}
                 for index, name in enumerate(table.rows)}
-    said = results(table, Numbers(measured, {}, None, None), {}, how())
+    said = results(table, Measurements(measured, {}, None, None), {}, how())
     section, = said["sections"]
     first, second, *_ = section["rows"]
     fid = first["metrics"]["fid"]
@@ -93,7 +95,7 @@ def test_published_measured_difference_and_verdict_stand_together(table):
 
 
 def test_rows_that_were_not_run_have_no_value(table):
-    said = results(table, Numbers({}, {}, None, None), dict.fromkeys(table.rows, "no checkpoint"), how())
+    said = results(table, Measurements({}, {}, None, None), dict.fromkeys(table.rows, "no checkpoint"), how())
     assert all(row["state"] == "not run here" and row["why"] == "no checkpoint" for row in said["rows"].values())
     for row in said["sections"][0]["rows"]:
         assert row["verdict"] == "not run here"
@@ -101,7 +103,7 @@ def test_rows_that_were_not_run_have_no_value(table):
 
 
 def test_rows_say_in_words_what_sets_them_apart():
-    said = results(load_table("fmnist32"), Numbers({}, {}, None, None), dict.fromkeys(
+    said = results(load_table("fmnist32"), Measurements({}, {}, None, None), dict.fromkeys(
         load_table("fmnist32").rows, "not today"), how())
     titles = {name: row["title"] for name, row in said["rows"].items()}
     assert titles["unguided"] == "no guidance" and titles["sag_cg"] == "SAG s = 0.1 + CG scale 2"

@@ -1,0 +1,343 @@
+"""Evaluations: sample files against one reference, by an extractor and the metrics that are asked for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+
+from guided_diffusion import __version__, dist_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
+from guided_diffusion.options import Options, nearest, option
+
+from . import plots
+from .depth.features import DepthExtractor, depth_extractor
+from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
+from .features import FeatureExtractor, extract
+from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
+from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
+from .metrics.registry import SPLIT_SIZE
+from .references import open_reference
+
+
+@dataclass(frozen=True)
+class ExtractorOptions(Options):
+    """The network that sees the images."""
+
+    backend: str = option("torch", "the network: " + "; ".join(f"{kind.name}, {kind.title}"
+                                                              for kind in EXTRACTORS.values()), choices=BACKENDS)
+    inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
+                            "this library, else downloaded")
+    device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
+    dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first "
+                       "decimal and is for quick looks", choices=("float32", "bfloat16"))
+    batch_size: int = option(64, "images at a time on each rank", minimum=1)
+    cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
+
+    @property
+    def kind(self) -> ExtractorKind:
+        """What is known of the extractor before it is loaded."""
+        return find_extractor(self.backend)
+
+
+def _depth_words() -> str:
+    return " and ".join(word for word, metric in METRICS.items() if metric.needs_depth)
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions(Options):
+    """The evaluation."""
+
+    metrics: str = option(",".join(word for word, metric in METRICS.items() if metric.official),
+                          f"which numbers, of {','.join(METRICS)}; {_depth_words()} need an extractor of depth")
+    num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
+    precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
+                                   choices=("exact", "official"))
+    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
+    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    json: str = option("", "also write the results to this file")
+    plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for word in self._words():
+            if word not in METRICS:
+                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
+                                f"{nearest(word, METRICS)}")
+
+    def _words(self) -> list[str]:
+        return self.metrics.replace(" ", "").lower().split(",")
+
+    @property
+    def wanted(self) -> list[Metric]:
+        """The metrics that are asked for, in the order of METRICS."""
+        words = self._words()
+        return [metric for word, metric in METRICS.items() if word in words]
+
+    @property
+    def settings(self) -> ComparisonSettings:
+        """What the values of the metrics depend on besides the features."""
+        dense = any(metric.neighbours > MANIFOLD_K for metric in self.wanted)
+        return ComparisonSettings(self.precision_recall, self.seed, bool(self.plot) or dense)
+
+
+def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
+    """Loads the extractor that `--backend` names. Raises UserError where its file or the device cannot be used."""
+    return options.kind.load(inception=options.inception, device=options.device, dtype=options.dtype)
+
+
+def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:
+    """Loads the extractor on all ranks; the first one goes ahead, so that a file is downloaded or converted once."""
+    extractor: FeatureExtractor | None = None
+    for turn in (dist_util.is_main(), not dist_util.is_main()):
+        with dist_util.together():
+            if turn:
+                extractor = load_extractor(options)
+    assert extractor is not None            # each rank has had its turn
+    return extractor
+
+
+def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
+    """Raises UserError where a reference lacks what the metrics need, or was made by another kind of extractor."""
+    lacking = [metric.word for metric in options.wanted if not _is_stored(reference, metric)]
+    if options.plot and Feature.POOLED not in reference.members:
+        lacking.append("plot")
+    if lacking and not len(reference):
+        raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
+                        "them out of --metrics")
+    made_by = reference.value("backend")
+    if made_by is None and not kind.is_inception and reference.statistics():
+        raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {kind.name}")
+    if made_by is not None and kind.is_inception and "Inception" not in made_by:
+        raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
+                        "another --backend")
+
+
+def _is_stored(reference: BatchFile, metric: Metric) -> bool:
+    """Whether a reference holds what the metric needs of it, so that no feature needs to be extracted."""
+    if metric.needs is FromReference.STATISTICS:
+        return reference.statistics(SUFFIXES[metric.feature]) is not None
+    return metric.needs is FromReference.NOTHING or metric.feature in reference.members
+
+
+def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> None:
+    """Raises UserError where the statistics stored in a reference are those of another extractor.
+
+    Extractors are told apart by the SHA-256 of their weights, and by name where the reference does not hold that.
+    """
+    name, sha256 = reference.value("backend"), reference.value("backend_sha256")
+    if name is None:
+        return
+    if (name == extractor.name) if sha256 is None else (sha256 == extractor.fingerprint):
+        return
+    weights = "" if sha256 is None else f" (SHA-256 {sha256[:16]}..., not {extractor.fingerprint[:16]}...)"
+    raise UserError(f"{reference.path}: its statistics are of the network {name!r}, not of {extractor.name!r}{weights}"
+                    ": pass another --backend")
+
+
+class Evaluation:
+    """Sample files against one reference.
+
+    extractor: used in place of the one that `extractor_options` name. warn: receives each warning, a sentence. Raises
+    UserError for files and options that cannot work, before the network is loaded.
+    """
+
+    def __init__(self, reference: str, samples: Sequence[str], extractor_options: ExtractorOptions,
+                 options: EvaluatorOptions, warn: Callable[[str], None] = lambda text: None,
+                 extractor: FeatureExtractor | None = None) -> None:
+        self.options, self.extractor_options = options, extractor_options
+        self.reference = open_reference(reference)
+        self.samples = [BatchFile(path) for path in samples]
+        self.warn = warn
+        self._given = extractor
+        self._check_options()
+        self._check_samples()
+        check_reference(self.reference, options, extractor_options.kind)
+        self._check_counts()
+
+    def _check_options(self) -> None:
+        options, kind = self.options, self.extractor_options.kind
+        for flag in ("json", "plot"):
+            check_writable(f"--{flag}", getattr(options, flag))
+        if options.plot:
+            plots.check_plot(options.plot)
+        if options.bootstrap == 1:
+            raise UserError("--bootstrap 1: must be 0, or at least 2")
+        of_depth = [metric.word for metric in options.wanted if metric.needs_depth]
+        if of_depth and not kind.estimates_depth:
+            able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
+            raise UserError(f"--backend {kind.name}: does not estimate depth, which {', '.join(of_depth)} of --metrics "
+                            f"would need; must be one of {able}")
+
+    def _check_samples(self) -> None:
+        if not self.samples:
+            raise UserError("no sample file is given: name the reference and one or more sample files")
+        for file in self.samples:
+            if not len(file):
+                raise UserError(f"{file.path}: has no images, arr_0 must be (N, H, W, 3) uint8")
+            if self.options.num_images and self.options.num_images > len(file):
+                raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
+
+    def _check_counts(self) -> None:
+        needed = max(metric.smallest_count for metric in self.options.wanted)
+        counts = [(file, self._count(file)) for file in self.samples] + [(self.reference, len(self.reference))]
+        for file, count in counts:
+            if 0 < count < needed:
+                raise UserError(f"{file.path}: has {count} images, --metrics {self.options.metrics} needs at least "
+                                f"{needed}")
+
+    def _count(self, file: BatchFile) -> int:
+        return self.options.num_images or len(file)
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """The extractor. It is loaded when it is first needed, which must be on all ranks together."""
+        return self._given or load_extractor_once(self.extractor_options)
+
+    @cached_property
+    def depth(self) -> DepthExtractor | None:
+        """What extracts the features of depth maps, None where no metric needs them."""
+        needed = any(metric.needs_depth for metric in self.options.wanted)
+        return depth_extractor(self.extractor) if needed else None
+
+    def features(self, folder: Path) -> tuple[FileFeatures, list[FileFeatures]]:
+        """Extracts what the metrics need of the reference and of each sample file; called on all ranks.
+
+        folder: keeps the features. Raises UserError where the reference's statistics are those of another extractor.
+        """
+        extractor = self.extractor
+        with dist_util.together():
+            check_extractor_of(self.reference, extractor)
+            if self.depth:
+                self.depth.is_stored(self.reference)
+        wanted = self.options.wanted
+        lacking = [metric for metric in wanted if not _is_stored(self.reference, metric)]
+        plots_pooled = bool(self.options.plot)
+        reference = self._extract(self.reference, len(self.reference), folder, lacking,
+                                  plots_pooled and Feature.POOLED not in self.reference.members)
+        return reference, [self._extract(file, self._count(file), folder, wanted, plots_pooled)
+                           for file in self.samples]
+
+    def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
+                 ) -> FileFeatures:
+        """Extracts the features that `metrics` read, and those of a picture, of the first `count` images."""
+        features: dict[str, np.ndarray] = {}
+        if plotted or any(not metric.needs_depth for metric in metrics):
+            features |= extract(file, self.extractor, folder, self.extractor_options.batch_size, count)._asdict()
+        if any(metric.needs_depth for metric in metrics):
+            with dist_util.together():
+                if self.depth and dist_util.is_main():      # only the first rank computes metrics
+                    found = self.depth.features(file, count)
+                    features |= {Feature.DEPTH: found.depth, Feature.SHARPNESS: found.sharpness}
+        return FileFeatures(file, count or int(file.value("count") or 0), features)
+
+    def run(self, folder: Path) -> list[dict[str, Any]]:
+        """Returns the results, one for each sample file; an empty list on ranks other than the first.
+
+        It writes the files of `--json` and `--plot`. folder: keeps the features.
+        """
+        reference, samples = self.features(folder)
+        results = []
+        with dist_util.together():
+            if dist_util.is_main():
+                self._warn(reference, samples)
+                comparisons = [Comparison(reference, sample, self.options.settings) for sample in samples]
+                results = [self._result(reference, sample, comparison)
+                           for sample, comparison in zip(samples, comparisons, strict=True)]
+                if self.options.plot:
+                    self._plot(samples, comparisons, results)
+                if self.options.json:
+                    write_json(self.options.json, results)
+        return results
+
+    def _warn(self, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
+        if self.extractor.caveat:
+            self.warn(self.extractor.caveat)
+        files = (reference, *samples)
+        counts = [features.count for features in files if features.count]
+        if len(set(counts)) > 1:
+            self.warn(f"different numbers of images ({_listed(counts)}), on which FID and the others depend")
+        sizes = [features.file.resolution for features in files if len(features.file)]
+        if len(set(sizes)) > 1:
+            self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
+
+    def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison) -> dict[str, Any]:
+        values: dict[str, float | None] = {}
+        intervals: dict[str, Interval] = {}
+        for metric in self.options.wanted:
+            value = metric.value(comparison)
+            values[metric.word] = value
+            if np.isnan(value):
+                self.warn(f"{sample.file.path}: {metric.if_nan}")
+                values[metric.word] = None          # JSON has no NaN
+            if self.options.bootstrap:
+                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
+        kind = self.extractor_options.kind
+        return {
+            "reference": reference.description(),
+            "sample": sample.description(),
+            "metrics": values,
+            **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
+            "backend": {"name": self.extractor.name, "sha256": self.extractor.fingerprint,
+                        **({"dtype": self.extractor_options.dtype} if kind.has_dtype else {})},
+            **({"depth": self.depth.description()} if self.depth else {}),
+            "protocol": {"precision_recall": self.options.precision_recall,
+                         "neighbours": {word: metric.neighbours for word, metric in METRICS.items()
+                                        if metric.neighbours},
+                         "inception_score_split": SPLIT_SIZE, "seed": self.options.seed},
+            "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
+                         "scipy": scipy.__version__, "python": platform.python_version()},
+        }
+
+    def _plot(self, samples: Sequence[FileFeatures], comparisons: Sequence[Comparison],
+              results: Sequence[dict[str, Any]], shown: int = 10) -> None:
+        plotted = []
+        for sample, comparison, result in zip(samples, comparisons, results, strict=True):
+            ranked = np.argsort(-comparison.neighbourhoods.realism, kind="stable").tolist()
+            bounds = result.get("intervals95", {})
+            precision, recall = comparison.membership
+            images = sample.file.pick(ranked[:shown] + ranked[:-shown - 1:-1])
+            best, worst = np.split(images, 2)
+            plotted.append(plots.PlottedFile(
+                "/".join(sample.file.path.parts[-2:]), float(precision.mean()), float(recall.mean()),
+                (bounds["precision"], bounds["recall"]) if {"precision", "recall"} <= bounds.keys() else None,
+                comparison.neighbourhoods.sample_distance, best, worst))
+        plots.plot_evaluation(self.options.plot, plotted, comparisons[0].neighbourhoods.reference_distance,
+                              f"{self.extractor.name}, reference {self.reference.path.name}")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Lists different values in their order."""
+    return ", ".join(map(str, dict.fromkeys(values)))
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """Returns the results in words: what they were made with, then for each file a line for each metric."""
+    first = results[0]
+    reference, backend = first["reference"], first["backend"]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    lines = [f"reference: {_described(reference)}",
+             f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
+             f"protocol:  {first['protocol']['precision_recall']} precision and recall; {versions}"]
+    for result in results:
+        lines.append(f"sample:    {_described(result['sample'])}")
+        for word, value in result["metrics"].items():
+            low, high = result.get("intervals95", {}).get(word, (None, None))
+            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
+    return "\n".join(lines)
+
+
+def _described(file: dict[str, Any]) -> str:
+    size = f" of {file['resolution']}" if "resolution" in file else ""
+    count = file["images"] or "an unknown number of"
+    return f"{file['file']}, {count} images{size}, statistics {file['statistics']}, sha256 {file['sha256'][:16]}"

@@ -1,0 +1,125 @@
+"""What is checked before hours of sampling: the rows themselves, their files, and that guidance fits the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from guided_diffusion import dist_util
+from guided_diffusion.build import build_model
+from guided_diffusion.checkpoint import locate
+from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
+from guided_diffusion.guidance import Networks
+from guided_diffusion.npz import BatchFile
+from guided_diffusion.runs.sample import SamplingRun
+
+from ..evaluation import EvaluatorOptions, check_reference
+from ..extractors import EXTRACTORS, find_extractor
+from ..extractors.inception_graph import find_graph
+from ..metrics import METRICS
+from ..plots import require_matplotlib
+from ..references import find_reference
+from .measurements import EvaluationSettings
+from .missing import missing_files
+from .tables import Row, Table
+
+
+def check_rows(table: Table) -> None:
+    """Raises UserError for what is wrong with the rows themselves."""
+    for name, row in table.rows.items():
+        fewest = row.evaluation.smallest_count
+        if row.images < fewest:
+            needing = [METRICS[word].label for word in row.evaluation.words if METRICS[word].smallest_count == fewest]
+            raise UserError(f"--num_samples {row.images}: row {name} needs at least {fewest} images, for "
+                            f"{' and '.join(needing)}")
+        _check_depth(row)
+    used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
+    if len(set(used.values())) > 1:
+        pairs = ", ".join(f"{name} {mode}" for name, mode in used.items())
+        raise UserError(f"{table.name}: mixes attention heads ({pairs}), so that its rows cannot be compared: pass "
+                        "--heads exact or --heads official")
+    require_matplotlib("the report needs")
+
+
+def _check_depth(row: Row) -> None:
+    """Raises UserError where a metric needs depth that the row's extractor does not estimate."""
+    of_depth = [word for word in row.evaluation.words if METRICS[word].needs_depth]
+    if of_depth and not find_extractor(row.evaluation.backend).estimates_depth:
+        able = ", ".join(kind.name for kind in EXTRACTORS.values() if kind.estimates_depth)
+        raise UserError(f"row {row.name} in {row.file}: its backend {row.evaluation.backend} does not estimate depth, "
+                        f"which {', '.join(of_depth)} would need; must be one of {able}")
+
+
+def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool) -> dict[str, str]:
+    """Returns for each row that cannot be run the reason.
+
+    allow_missing: whether such rows are allowed. Raises UserError where they are not, and for files that do not fit.
+    """
+    inception = settings.extractor.inception
+    lacking = {name: [str(file) for file in missing_files(row, settings.references, inception) if file.blocks]
+               for name, row in table.rows.items()}
+    why = {name: "; ".join(files) for name, files in lacking.items() if files}
+    if why and not allow_missing:
+        files = list(dict.fromkeys(file for name in why for file in lacking[name]))
+        raise UserError(f"{len(why)} of {len(table.rows)} rows cannot be run, files are missing: {'; '.join(files)} "
+                        "(--plan True lists all; --allow_missing True goes on with the other rows)")
+    rows = [row for name, row in table.rows.items() if name not in why]
+    for row in rows:
+        _check_reference(row, settings.references)
+    if dist_util.is_main():
+        digests = _Digests()
+        for row in rows:
+            _check_folder(row, digests)
+        _check_guidance(rows, digests)
+        if any(row.evaluation.reference and find_extractor(row.evaluation.backend).is_inception for row in rows):
+            find_graph(inception or None)
+    return why
+
+
+class _Digests(dict[str, str]):
+    """The SHA-256 of files by path, each computed once."""
+
+    def __missing__(self, path: str) -> str:
+        self[path] = sha256_of(locate(path))
+        return self[path]
+
+    def of(self, paths: Mapping[str, str]) -> dict[str, str]:
+        """Returns the digests of paths by flag."""
+        return {flag: self[path] for flag, path in paths.items()}
+
+
+def _check_reference(row: Row, references: Path) -> None:
+    """Raises UserError where the row's reference does not fit its images or its metrics."""
+    spec = row.evaluation
+    path = find_reference(spec.reference, references)
+    if path is None:
+        return
+    file, size = BatchFile(path), row.run.model.image_size
+    if len(file) and file.shape[1:3] != (size, size):
+        raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
+    check_reference(file, EvaluatorOptions(metrics=spec.metrics), find_extractor(spec.backend))
+    if 0 < len(file) < spec.smallest_count:
+        raise UserError(f"{file.path}: has {len(file)} images, at least {spec.smallest_count} are needed")
+
+
+def _check_folder(row: Row, digests: _Digests) -> None:
+    """Raises UserError where the row's folder holds the images of another configuration."""
+    if (row.run.out / "run.json").exists() or (row.run.out / "shards").exists():
+        row.run.check_folder(digests.of(row.run.checkpoints()))
+
+
+def _check_guidance(rows: Sequence[Row], digests: _Digests) -> None:
+    """Raises UserError where a file of guidance does not fit its network: only a later row would meet it."""
+    runs: dict[object, SamplingRun] = {}
+    for row in rows:
+        if len(row.run.checkpoints()) > 1:
+            runs.setdefault(tuple(row.run.checkpoints().items()), row.run)
+    for run in runs.values():
+        with torch.device("meta"):
+            model = build_model(run.model)
+        for method in run.active:
+            method.build(Networks(model, dist_util.dev(), run.sample.seed))
+            method.check(digests.of(run.checkpoints()))

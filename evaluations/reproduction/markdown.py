@@ -1,0 +1,71 @@
+"""The report of a table as Markdown: of what its numbers are, a table for each section with its reasons, and timing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..metrics import METRICS
+from .sections import SectionRow, ShownSection, shown_sections
+from .verdicts import NOT_RUN
+from .wording import DOES_NOT_APPLY, REFERENCE, facts, reading, written_count
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Returns the report of results as table.json has them."""
+    sections = list(shown_sections(results))
+    words = reading(any(shown.published for shown in sections),
+                    [verdict for shown in sections for verdict in shown.verdicts])
+    lines = [f"# {results['title']}", "", *(f"- {term}: {text}" for term, text in facts(results)), "",
+             f"    {results['command']}", "", "How to read the tables:", "",
+             *(f"- *{word}*: {meaning}" for word, meaning in words), ""]
+    for shown in sections:
+        lines += [f"## {shown.title}", "", shown.sentence, ""]
+        lines += _published_lines(shown) if shown.published else _compared_lines(shown)
+        lines += ["", *(f"- {title}: {note}" for title, note in shown.notes), *[""] * bool(shown.notes)]
+    return "\n".join([*lines, "## Timing", "", *_timing_lines(results)]).rstrip() + "\n"
+
+
+def _published_lines(shown: ShownSection) -> list[str]:
+    """Returns a line for each number, beside the published one."""
+    lines = []
+    for row in shown.rows:
+        title = row.title
+        for cell in row.cells.values():
+            lines.append([title, cell.metric, cell.published or DOES_NOT_APPLY, str(cell),
+                          cell.difference or DOES_NOT_APPLY, cell.verdict,
+                          *([str(cell.against or "")] if shown.compared else [])])
+            title = ""
+        if not row.cells:
+            lines.append([title, "", "", NOT_RUN, "", NOT_RUN, *[""] * shown.compared])
+    last = [f"against {shown.first}"] if shown.compared else []
+    return _table_lines(["row", "metric", "published", "measured", "difference", "verdict", *last], lines)
+
+
+def _compared_lines(shown: ShownSection) -> list[str]:
+    """Returns a line for each row, and one for the reference's own values."""
+    lines = [[row.title, *(_compared_cell(row, word) for word in shown.words)] for row in shown.rows]
+    if shown.reference:
+        lines.append([REFERENCE, *(str(shown.reference.get(word, DOES_NOT_APPLY)) for word in shown.words)])
+    return _table_lines(["row", *(METRICS[word].label for word in shown.words)], lines)
+
+
+def _compared_cell(row: SectionRow, word: str) -> str:
+    cell = row.cells.get(word)
+    if cell is None:
+        return DOES_NOT_APPLY if row.ran else NOT_RUN
+    return str(cell) + (f", {cell.against.verdict}" if cell.against else "")
+
+
+def _timing_lines(results: Mapping[str, Any]) -> list[str]:
+    lines = [[row["title"], f"{row['images']:,}",
+              *(NOT_RUN if row[word] is None else written_count(row[word])
+                for word in ("evaluations", "gradients", "images_per_second"))] for row in results["rows"].values()]
+    return _table_lines(["row", "images", "network evaluations per image", "backward passes per image",
+                         "images/s of a rank"], lines, numbers=4)
+
+
+def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:
+    """Returns the lines of a Markdown table, the last `numbers` columns of which are aligned to the right."""
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in (head, rule, *rows)]

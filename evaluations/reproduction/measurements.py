@@ -1,0 +1,154 @@
+"""From sampled rows to numbers: every sample file is seen once, and all numbers of all sections are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.progress import progress_bar
+
+from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, load_extractor_once
+from ..features import FeatureExtractor
+from ..metrics import METRICS, Comparison, FileFeatures, Replicates
+from ..references import find_reference
+from .missing import depth_maps, depth_reference, needs_depth_maps
+from .tables import DFID, EvaluationSpec, Row, Section, Table, smallest
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the rows are evaluated.
+
+    references: folder of reference batches. extractor: without its backend, which the rows name. bootstrap: number of
+    resamplings. changed: by row, what of its evaluation is not as the row's file has it, in words.
+    """
+
+    references: Path
+    extractor: ExtractorOptions
+    bootstrap: int
+    changed: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The numbers of the rows that were sampled.
+
+    replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
+    the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
+    images, sha256 and, for the metrics that have any, its own values. network: of the first row.
+    """
+
+    replicates: Mapping[tuple[str, int], Mapping[str, Replicates]]
+    depth: Mapping[str, Mapping[str, Any]]
+    reference: Mapping[str, Any] | None
+    network: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are evaluated together: against one reference, by one extractor, with the same metrics."""
+
+    reference: str
+    backend: str
+    metrics: str
+
+
+def measure(table: Table, sampled: Sequence[str], settings: EvaluationSettings, folder: Path) -> Measurements | None:
+    """Evaluates all sample files, on all ranks; None on ranks other than the first.
+
+    sampled: names of the rows that there are samples of. folder: keeps the features.
+    """
+    counts = _counts(table, sampled)
+    replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
+    extractors: dict[str, FeatureExtractor] = {}
+    first: tuple[Any, Any] = (None, None)
+    with progress_bar(len(counts), "evaluating", "row", enabled=dist_util.is_main()) as progress:
+        for group, rows in _groups(table, sampled).items():
+            options = replace(settings.extractor, backend=group.backend)
+            if group.backend not in extractors:
+                extractors[group.backend] = load_extractor_once(options)
+            extractor = extractors[group.backend]
+            chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap)
+            with dist_util.together():
+                evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
+                                        [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)
+            reference, samples = evaluation.features(folder)
+            if not dist_util.is_main():
+                continue
+            if first[0] is None:
+                first = (_described(reference, rows[0].evaluation, settings.bootstrap),
+                         {"name": extractor.name, "sha256": extractor.fingerprint})
+            for row, sample in zip(rows, samples, strict=True):
+                for count in counts[row.name]:
+                    comparison = Comparison(reference, sample.first(count), chosen.settings)
+                    replicates[row.name, count] = _replicates(comparison, row.evaluation, settings.bootstrap)
+                progress.update()
+    depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
+    return Measurements(replicates, depth, *first) if dist_util.is_main() else None
+
+
+def section_images(table: Table, section: Section, sampled: Sequence[str]) -> int:
+    """Returns the number of images that a section is evaluated with: as many as its smallest row has."""
+    rows = [table.rows[name] for name in section.rows]
+    return smallest([row for row in rows if row.name in sampled] or rows)
+
+
+def _groups(table: Table, sampled: Sequence[str]) -> dict[_Group, list[Row]]:
+    """Returns the rows that are evaluated together."""
+    groups: dict[_Group, list[Row]] = {}
+    for name in sampled:
+        row = table.rows[name]
+        spec = row.evaluation
+        if spec.reference:
+            groups.setdefault(_Group(spec.reference, spec.backend, spec.metrics), []).append(row)
+    return groups
+
+
+def _counts(table: Table, sampled: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the numbers of images that each row is evaluated with, one for each of its sections."""
+    counts: dict[str, list[int]] = {name: [] for name in sampled}
+    for section in table.sections:
+        count = section_images(table, section, sampled)
+        for name in section.rows:
+            if name in counts and count not in counts[name]:
+                counts[name].append(count)
+    return counts
+
+
+def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) -> dict[str, Any]:
+    """Returns what the results say of the reference, with its own values of metrics where neither way is better."""
+    described = reference.description()
+    own = {}
+    for metric in (METRICS[word] for word in spec.words):
+        if not metric.direction.reading:
+            number = metric.replicates(Comparison(reference, reference), bootstrap)
+            own[metric.word] = {"value": number.estimate, "interval95": list(number.interval)}
+    return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],
+            **({"metrics": own} if own else {})}
+
+
+def _replicates(comparison: Comparison, spec: EvaluationSpec, bootstrap: int) -> dict[str, Replicates]:
+    """Returns the numbers of a row by the words of its metrics, without those that are not a number."""
+    found = {word: METRICS[word].replicates(comparison, bootstrap) for word in spec.words}
+    return {word: number for word, number in found.items() if math.isfinite(number.estimate)}
+
+
+def _depth_fid(row: Row, settings: EvaluationSettings) -> dict[str, Any]:
+    """Returns dFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
+    samples, reference = depth_maps(row), depth_reference(row, settings.references)
+    absent = [str(path) for path in (reference, samples) if not path.is_file()]
+    if absent:
+        return {"why": f"estimate depth with one network for the reference and the samples, into {' and '.join(absent)}"
+                       " (evaluations.depth_fid says how such a file looks)"}
+    with dist_util.together():
+        if (count := DepthFile(str(samples)).shape[0]) != row.images:
+            raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")
+    found = depth_fid(str(reference), [str(samples)], replace(settings.extractor, backend=row.evaluation.backend),
+                      DepthFidOptions(bootstrap=settings.bootstrap))
+    return {"value": found[0]["metrics"][DFID], "interval95": list(found[0]["intervals95"][DFID])} if found else {}

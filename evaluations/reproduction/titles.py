@@ -1,0 +1,63 @@
+"""The rows of a table in words: settings that most rows have are said once, and titles say what else there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.runs.sample import SamplingRun
+
+from .tables import Table
+
+
+def titles(table: Table) -> dict[str, str]:
+    """Returns the title of each row: its guidance and sampler, without what `usual` says.
+
+    Like "SAG s = 0.25, psi = 1.3". Where an earlier row of one of its sections has the same title, a row's name is
+    added.
+    """
+    details = {method: _usual_details(table, method) for method in GUIDANCE}
+    common = _most_frequent([sampler(row.run) for row in table.rows.values()])
+    words = {name: _words(row.run, details, common) for name, row in table.rows.items()}
+    twice = {name for section in table.sections for place, name in enumerate(section.rows)
+             if words[name] in [words[other] for other in section.rows[:place]]}
+    return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
+
+
+def usual(table: Table) -> str:
+    """Returns what holds where a row's title says nothing else."""
+    runs = [row.run for row in table.rows.values()]
+    parts = [_most_frequent([sampler(run) for run in runs]),
+             f"seed {_most_frequent([run.sample.seed for run in runs])}"]
+    for method in GUIDANCE:
+        if details := _usual_details(table, method):
+            parts.append(f"{method.short}: {', '.join(details.values())}")
+    return "; ".join(parts)
+
+
+def sampler(run: SamplingRun) -> str:
+    """Returns the sampler and its steps, like "DDPM, 250 steps"."""
+    return f"{run.sampler.title}, {run.num_steps} steps"
+
+
+def heads(run: SamplingRun) -> str:
+    """Returns how attention is split into heads, by the first method that is on and reads it, or that could."""
+    return next((method.heads for method in (*run.active, *run.guidance) if method.heads), "")
+
+
+def _words(run: SamplingRun, details: Mapping[type[GuidanceOptions], Mapping[str, str]], common: str) -> str:
+    """Returns what sets a run apart. details: the usual ones of each method. common: the usual sampler."""
+    words = " + ".join(method.title(details[type(method)]) for method in run.active) or "no guidance"
+    return words if sampler(run) == common else f"{words}, {sampler(run)}"
+
+
+def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:
+    """Returns the most frequent details of a method among the rows that have it; none where none has."""
+    details = [method.details() for row in table.rows.values() for method in row.run.active if type(method) is kind]
+    return {name: _most_frequent([one[name] for one in details]) for name in details[0]} if details else {}
+
+
+def _most_frequent(values: Sequence[Any]) -> Any:
+    """Returns the most frequent value, the first of those that are equally frequent."""
+    return max(dict.fromkeys(values), key=values.count)

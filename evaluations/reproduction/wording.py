@@ -1,0 +1,106 @@
+"""How numbers are written in reports, and what reports say around their tables.
+
+Numbers that could not be had are written `not run here`. A metric that a row does not know is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..metrics import EQUAL
+from .tables import DECIMALS
+from .verdicts import DIFFERS, NOT_COMPARABLE, NOT_RUN, REPRODUCED
+
+DOES_NOT_APPLY = "-"
+REFERENCE = "real images"       # the title of the reference's own values
+VERDICTS = {
+    REPRODUCED: "the published number lies within the 95 % interval of the measured one, widened by the square root "
+                "of two, as both are of random samples, and by half a unit of its last digit",
+    DIFFERS: "it lies outside",
+    NOT_COMPARABLE: "measured under other circumstances, which are listed below the table",
+    NOT_RUN: "there is no measured number",
+}
+
+
+# Numbers
+
+
+def decimals(interval: Sequence[float] | None, value: float | None) -> int:
+    """Returns the decimals that show two digits of the width of an interval, or four digits of a value without one."""
+    width = interval[1] - interval[0] if interval else 0.0
+    if width > 0:
+        return min(6, max(0, 1 - math.floor(math.log10(width))))
+    return min(6, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0
+
+
+def written(value: float, places: int = DECIMALS, sign: str = "") -> str:
+    """Returns a number with so many decimals; sign: "+" writes one before positive numbers too."""
+    return f"{value:{sign}z.{places}f}"
+
+
+def written_interval(bounds: Sequence[float] | None, places: int, sign: str = "") -> str:
+    """Returns an interval like "0.48 to 0.67"; "" for none."""
+    return " to ".join(written(bound, places, sign) for bound in bounds or ())
+
+
+def written_count(value: float) -> str:
+    """Returns a count or a rate, like "40", "7.36" or "12,400"."""
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.3g}"
+
+
+# Around the tables
+
+
+def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what the numbers of a report are numbers of, as terms and texts."""
+    rows = results["rows"].values()
+    run = sum(row["state"] == "measured" for row in rows)
+    return [(term, text) for term, text in (
+        ("source", results["source"]),
+        ("note", results["note"]),
+        ("rows", f"{len(rows)}, of which {run} were run here" if run < len(rows) else f"{run}, all of them run here"),
+        ("settings", f"{results['settings']}, where a row says nothing else" if results["settings"] else ""),
+        ("images", _images(sorted({row["images"] for row in rows}))),
+        ("network", _network(results["network"])),
+        ("reference", _reference(results["reference"])),
+        ("intervals", f"95 %, of {results['bootstrap']:,} resamplings of the images"),
+        ("made by", f"version {results['version']} on {results['device']}, "
+                    f"{results['ranks']} rank{'s' * (results['ranks'] != 1)}"),
+    ) if text]
+
+
+def _images(counts: Sequence[int]) -> str:
+    if not counts:
+        return ""
+    span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    return f"{span} a row; image number i of every row is drawn from the same seed"
+
+
+def _network(network: Mapping[str, Any] | None) -> str:
+    return f"{network['name']}, sha256 {network['sha256'][:16]}" if network else NOT_RUN
+
+
+def _reference(reference: Mapping[str, Any] | None) -> str:
+    if not reference:
+        return NOT_RUN
+    return f"{reference['file']}, {reference['images']:,} images, sha256 {reference['sha256'][:16]}"
+
+
+def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns how tables are to be read, as words and their meanings.
+
+    published: whether there are published numbers. verdicts: those on differences from the first row.
+    """
+    words = [("interval", "from the lower to the upper 95 % bound, beside or below its number")]
+    if published:
+        words += [("difference", "measured minus published"), *VERDICTS.items()]
+    else:
+        words.append((NOT_RUN, VERDICTS[NOT_RUN]))
+    if verdicts:
+        others = sorted(set(verdicts) - {EQUAL} - {"better", "worse"})
+        words += [(", ".join(("better", "worse", *others)),
+                   "than the first row, by the paired difference on the same image numbers"),
+                  (EQUAL, "the 95 % interval of the paired difference holds 0")]
+    return words
