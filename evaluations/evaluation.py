@@ -16,6 +16,7 @@ import torch
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
 
 from . import plots
@@ -25,7 +26,6 @@ from .features import FeatureExtractor, extract
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
-from .npz import BatchFile
 from .references import open_reference
 
 

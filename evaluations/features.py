@@ -1,6 +1,6 @@
-"""Features of the images of a file: computed once, by all ranks together, and kept in files that are mapped, not held.
+"""Features of the images of a file: computed once, by all ranks together, and kept in files that are mapped.
 
-No file of features is as large as memory must be: 50,000 images need 1 GB on disk and a batch in memory.
+Memory holds one batch only: the features of 50,000 images take 1 GB on the disk.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-
-from .npz import BatchFile
+from guided_diffusion.files import check_folder
+from guided_diffusion.npz import BatchFile
+from guided_diffusion.progress import progress_bar
 
 
 class Features(NamedTuple):
@@ -56,18 +56,21 @@ class FeatureExtractor(Protocol):
 
 @contextmanager
 def feature_folder(cache: str | Path | None) -> Iterator[Path]:
-    """The folder for features: `cache`, made where it is missing, or a temporary one that all ranks share."""
+    """The folder for features: `cache`, made where it is missing, or a temporary one for the length of the block.
+
+    Raises UserError where `cache` cannot be written, and without it where the ranks are on several machines.
+    """
     if cache:
-        try:
-            Path(cache).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=cache):
-                pass
-        except OSError as error:
-            raise UserError(f"--cache {cache}: cannot be written ({error.strerror})") from None
-        yield Path(cache)
+        yield check_folder("--cache", cache)
         return
     folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
-    folder.mkdir(exist_ok=True)
+    with dist_util.together():
+        if dist_util.is_main():
+            folder.mkdir()
+    with dist_util.together():
+        if not folder.is_dir():
+            raise UserError("--cache is not given: the ranks are on several machines, so it must name a folder that "
+                            "all of them share")
     try:
         yield folder
         dist_util.barrier()
@@ -78,10 +81,10 @@ def feature_folder(cache: str | Path | None) -> Iterator[Path]:
 
 def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,
             num_images: int | None = None) -> Features:
-    """Features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
+    """Computes the features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
 
-    The batches are dealt to the ranks in turn; a file that `folder` already has features of is not read again. Raises
-    UserError for a damaged file, and for features that are not finite numbers, naming the image.
+    Each rank takes one batch after another in turn. A file whose features `folder` already holds is not read again.
+    Raises UserError for a damaged file, and, naming the image, for features that are not finite.
     """
     total = len(images) if num_images is None else num_images
     done = folder / f"{images.sha256[:32]}-{extractor.fingerprint[:32]}-{total}"
@@ -103,21 +106,22 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
-    with _progress(total, images.path.name) as progress:
+    with progress_bar(total, images.path.name, "img") as progress:
         for first in range(0, total, ranks * batch_size):
+            features: Features | None = None
             with dist_util.together():
                 start, batch = next(batches, (total, None))
                 if batch is not None:
-                    features = _features(extractor, batch, images, start)
+                    features = _checked_features(extractor, batch, images, start)
                     if start == 0:
-                        _create(folder, features, total)
+                        _create_files(folder, features, total)
             with dist_util.together():
-                if batch is not None:
-                    _write(folder, features, start)
+                if features is not None:
+                    _write_rows(folder, features, start)
             progress.update(min(ranks * batch_size, total - first))
 
 
-def _features(extractor: FeatureExtractor, batch: np.ndarray, images: BatchFile, start: int) -> Features:
+def _checked_features(extractor: FeatureExtractor, batch: np.ndarray, images: BatchFile, start: int) -> Features:
     """Features of a batch, each flattened to (n, D), checked to be finite."""
     try:
         features = extractor.features(batch)
@@ -131,24 +135,20 @@ def _features(extractor: FeatureExtractor, batch: np.ndarray, images: BatchFile,
     return flat
 
 
-def _create(folder: Path, features: Features, total: int) -> None:
+def _create_files(folder: Path, features: Features, total: int) -> None:
     folder.mkdir()
     for name, values in zip(Features._fields, features, strict=True):
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (total, values.shape[1]))
 
 
-def _write(folder: Path, features: Features, start: int) -> None:
+def _write_rows(folder: Path, features: Features, start: int) -> None:
     for name, values in zip(Features._fields, features, strict=True):
         rows = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
         rows[start:start + len(values)] = values
 
 
 def _shared_token() -> str:
-    """A random word that is the same on all ranks."""
+    """Draws a random word that is the same on all ranks."""
     token = torch.tensor(int.from_bytes(os.urandom(7)), device=dist_util.dev())
     dist_util.sync_params([token])
     return f"{int(token):x}"
-
-
-def _progress(total: int, name: str) -> tqdm:
-    return tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, disable=not dist_util.is_main())

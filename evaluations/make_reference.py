@@ -22,13 +22,14 @@ from guided_diffusion.image_datasets import (
     read_image,
     resize_smaller_side,
 )
+from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
+from guided_diffusion.pixels import to_rounded_uint8
 
 from .depth.features import depth_extractor
 from .evaluation import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, Features, extract, feature_folder
 from .metrics import feature_statistics
-from .npz import BatchFile, write_batch
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
         pixels, _ = load_arrays(folder, "test")
         side = 2 ** int(np.ceil(np.log2(max(pixels.shape[1:]))))
         grey = pad_to_frame(pixels, (1, side, side))
-        images = ((grey + 1) * 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        images = np.repeat(to_rounded_uint8(grey.numpy()).transpose(0, 2, 3, 1), 3, axis=3)
         write_batch(path, {}, iter([images]), images.shape)
         return
     files = list_images(folder)[:options.num_images]

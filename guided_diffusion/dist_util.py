@@ -1,7 +1,8 @@
-"""Ranks: who am I, how many are we, and which device is mine.
+"""The ranks of a job: which one this process is, how many there are, and which device it uses.
 
-One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank this is,
-and torch.distributed connects them: nccl where every rank has a GPU, gloo elsewhere. CUDA_VISIBLE_DEVICES is respected.
+One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank a process
+is, and torch.distributed connects the ranks: by nccl where there are GPUs, else by gloo. CUDA_VISIBLE_DEVICES is
+respected.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor
 from . import checkpoint
 from .errors import LostRankError, PeerError, UserError
 
+__all__ = ["LostRankError", "PeerError", "barrier", "dev", "is_main", "load_state_dict", "rank", "setup_dist",
+           "shutdown", "store", "sync_params", "together", "world_size"]
+
 # (rank, number of ranks, rank on this node) as launchers export them: torchrun, Hydra (MPICH, Intel), Open MPI, Slurm.
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -28,17 +32,16 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
-# A rank without a chunk of its own waits for one that has, on a CPU for hours; a rank that dies is noticed by others.
-PATIENCE = timedelta(days=2)
-ASSEMBLY = timedelta(minutes=10)
+PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
+ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
 
-_meeting: dist.Store | None = None         # what connects the ranks
+_meeting: dist.Store | None = None      # the store of keys and values that connects the ranks
 
 
 def _launched() -> tuple[int, int, int]:
-    """(rank, number of ranks, local rank) from the environment; (0, 1, 0) where there is no launcher.
+    """Reads (rank, number of ranks, local rank) from the environment; (0, 1, 0) where there is no launcher.
 
-    An interactive Slurm allocation also sets SLURM_NTASKS: only a job step has SLURM_STEP_ID and more than one task.
+    An interactive Slurm allocation also sets SLURM_NTASKS: only a job step also has SLURM_STEP_ID.
     """
     for names in LAUNCHERS:
         if all(name in os.environ for name in names[:2]):
@@ -50,7 +53,10 @@ def _launched() -> tuple[int, int, int]:
 
 
 def setup_dist() -> None:
-    """Connect the ranks that the launcher started; nothing to do for one process, or a second time."""
+    """Connects the ranks that the launcher started; does nothing for one process, or when called again.
+
+    Raises UserError where the ranks cannot find each other, and LostRankError where not all of them start.
+    """
     this, size, _ = _launched()
     if size == 1 or dist.is_initialized():
         return
@@ -68,7 +74,10 @@ def setup_dist() -> None:
 
 
 def store(name: str) -> dist.Store:
-    """Keys and values that all ranks see, apart from those of any other name; one process has its own."""
+    """A store of keys and values that all ranks share, separate from the stores of other names.
+
+    A single process has a store of its own.
+    """
     return dist.HashStore() if _meeting is None else dist.PrefixStore(name, _meeting)
 
 
@@ -82,7 +91,7 @@ def _await_all(meeting: dist.Store, this: int, size: int) -> None:
 
 
 def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
-    """The ranks' meeting point: rank 0 listens on a port that the system picks and tells the others over MPI."""
+    """The store where the ranks meet: rank 0 listens on a port that the system picks, and sends it over MPI."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -95,9 +104,9 @@ def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
     one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
     if this == 0:
         host = "127.0.0.1" if one_node else _own_address()
-        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-        comm.bcast((host, store.port))
-        return store
+        meeting = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        comm.bcast((host, meeting.port))
+        return meeting
     host, port = comm.bcast(None)
     return dist.TCPStore(host, port, size, is_master=False)
 
@@ -112,42 +121,48 @@ def _own_address() -> str:
 
 
 def rank() -> int:
+    """The number of this process among the ranks, from 0."""
     return _launched()[0]
 
 
 def world_size() -> int:
+    """The number of ranks; 1 where there is no launcher."""
     return _launched()[1]
 
 
 def is_main() -> bool:
-    """True on the one rank that writes and shows progress."""
+    """Whether this is rank 0: the one rank that writes files and shows progress."""
     return rank() == 0
 
 
 def dev() -> torch.device:
-    """This rank's device: a GPU by its rank on the node, else the CPU."""
+    """The device of this rank: the GPU with the number of the rank on its node, or the CPU where there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", _launched()[2] % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def load_state_dict(path: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a checkpoint; every rank maps the file, so a node reads it once."""
+    """The tensors of a checkpoint, by name (see `checkpoint.load_state_dict`).
+
+    Every rank maps the file into memory, so that a node reads it once.
+    """
     return checkpoint.load_state_dict(path, map_location)
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Waits until all ranks have come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All ranks leave the block when the last one has come, and if any failed in it, all fail.
+    """All ranks leave the `with` block when the last one is through it, and if one of them failed in it, all fail.
 
-    The first rank that failed raises its exception and the others raise PeerError, so that none waits for a rank that
-    will never come. No rank may wait for others inside the block.
+    Of the ranks that failed, the one with the lowest number raises its own exception; all others raise PeerError, so
+    that none waits for a rank that will never come. LostRankError is raised where a rank was killed. No rank may wait
+    for others inside the block.
     """
     failure = None
     try:
@@ -171,7 +186,7 @@ def together() -> Iterator[None]:
 
 
 def sync_params(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the values of rank 0."""
+    """Overwrites the tensors of every rank with those of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             with torch.no_grad():
@@ -179,7 +194,7 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
 
 
 def shutdown() -> None:
-    """Disconnect the ranks; nothing to do for one process."""
+    """Disconnects the ranks; does nothing for one process."""
     global _meeting
     if dist.is_initialized():
         dist.destroy_process_group()

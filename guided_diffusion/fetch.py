@@ -2,6 +2,11 @@
 
 Addresses begin with https:// or http://, or with gs:// or az://, which need the package blobfile. Processes that want
 the same file at the same time, such as the ranks of a node, wait for the one that fetches it.
+
+Why not pooch or huggingface_hub: checkpoints here are up to 2 GB and lie on plain web servers and in blob storage. A
+download that breaks off must go on where it stopped, in the next run as well, and only if the server still has the same
+file; ranks must not fetch a file twice; and a file is checked for its size, its SHA-256 and its content before any
+other process sees it. Of these, pooch has the SHA-256 alone, and huggingface_hub serves its own hub.
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ import contextlib
 import hashlib
 import http.client
 import json
-import math
 import os
 import re
 import shutil
@@ -19,15 +23,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from tqdm import tqdm
+from typing import IO, Any
 
 from .errors import UserError
 from .files import locked, reason
+from .progress import progress_bar
 
 TIMEOUT = 60          # seconds without a byte
 TRIES = 5             # in a row that bring nothing new
@@ -45,6 +49,7 @@ def default_cache() -> Path:
 
 
 def is_address(path: str | Path) -> bool:
+    """Whether `path` is an address that can be fetched, and not the path of a local file."""
     return isinstance(path, str) and path.lower().startswith(_WEB + _BLOBS)
 
 
@@ -67,7 +72,7 @@ def local(path: str | Path, cache: str | Path | None = None,
     """
     if not is_address(path):
         return path
-    url, _, fragment = path.partition("#")
+    url, _, fragment = str(path).partition("#")
     if fragment and not fragment.startswith("sha256="):
         raise UserError(f"{path}: only #sha256= and the SHA-256 of the file can follow an address")
     folder = Path(cache) if cache is not None else default_cache() / "checkpoints"
@@ -89,6 +94,7 @@ def size_of(url: str) -> int | None:
 
 
 def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -206,7 +212,8 @@ class Download:
             _check_space(self.target.parent, (total or 0) - answer.start)
             part.begin(answer)
             done = answer.start
-            with open(part.path, "ab") as file, _progress(self.target.name, done, total) as progress:
+            bar = progress_bar(total, f"downloading {self.target.name}", "B", done, unit_scale=True, unit_divisor=1000)
+            with open(part.path, "ab") as file, bar as progress:
                 for piece in answer.pieces:
                     file.write(piece)
                     progress.update(len(piece))
@@ -281,7 +288,7 @@ class _Part:
 class _Answer:
     """What a server sends: the file from byte `start` on."""
 
-    pieces: Iterator[bytes]
+    pieces: Generator[bytes, None, None]
     start: int
     total: int | None          # bytes of the whole file, where known
     version: str               # what changes when the file does; "" where nothing tells
@@ -329,20 +336,21 @@ def _request(url: str, headers: Mapping[str, str] | None = None, method: str = "
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but not from https to http."""
 
-    def redirect_request(self, request, answer, code, message, headers, address):
+    def redirect_request(self, request: urllib.request.Request, answer: IO[bytes], code: int, message: str,
+                         headers: http.client.HTTPMessage, address: str) -> urllib.request.Request | None:
         if request.type == "https" and not address.lower().startswith("https:"):
             raise urllib.error.HTTPError(request.full_url, code, "redirect away from https", headers, answer)
         return super().redirect_request(request, answer, code, message, headers, address)
 
 
-def _version(headers: Mapping[str, str]) -> str:
+def _version(headers: Message) -> str:
     """What a request for the rest of a file can name with If-Range: an entity tag that is not weak, else a date."""
     tag = headers.get("ETag", "")
     return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
-def _web_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    left = math.inf if response.length is None else response.length
+def _web_pieces(response: http.client.HTTPResponse) -> Generator[bytes, None, None]:
+    left = sys.maxsize if response.length is None else response.length
     with response:
         while left:          # as a server may keep the connection open after the last byte
             try:
@@ -379,7 +387,7 @@ def _blob_version(stat: Any) -> str:
     return f"{stat.version or stat.mtime}, {stat.size} bytes"
 
 
-def _blob_pieces(storage: Any, url: str, file: BinaryIO, stat: Any) -> Iterator[bytes]:
+def _blob_pieces(storage: Any, url: str, file: Any, stat: Any) -> Generator[bytes, None, None]:
     with _blob_errors(), file:
         while piece := file.read1(_BLOB_PIECE):
             yield piece
@@ -412,11 +420,6 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise _Failure(f"does not fit into {folder} ({needed:,} bytes are needed, {free:,} are free)")
-
-
-def _progress(name: str, done: int, total: int | None) -> tqdm:
-    return tqdm(total=total, initial=done, desc=f"downloading {name}", unit="B", unit_scale=True, unit_divisor=1000,
-                mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
 def _digest(text: str) -> str:

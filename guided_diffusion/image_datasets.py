@@ -25,6 +25,8 @@ from torch import Tensor
 
 from .errors import UserError
 from .npz import read_arrays
+from .pixels import from_uint8
+from .rng import stream_generator
 
 FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -32,14 +34,14 @@ IDX_PREFIXES = {"train": "train", "test": "t10k"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif"}
 MIN_CROP_FRACTION = 0.8  # a random crop keeps at least this share of the smaller side
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+ImageBatch = tuple[Tensor, dict[str, Tensor]]          # images, and {"y": labels} or {}
 
 
 def load_data(
     *, data_dir: str | os.PathLike, batch_size: int, image_size: int, class_cond: bool = False,
     deterministic: bool = False, random_crop: bool = False, random_flip: bool = True, in_channels: int = 3,
     split: str = "train", seed: int = 0, start_batch: int = 0, rank: int = 0, world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[ImageBatch]:
     """Endless batches of (images, {"y": labels}), or (images, {}) without class_cond.
 
     images: (batch_size, in_channels, image_size, image_size), float32 in [-1, 1]; labels: (batch_size,), int64.
@@ -63,6 +65,7 @@ def load_data(
     if in_channels not in (1, 3):
         raise UserError(f"--in_channels {in_channels}: image data has 1 channel (grey) or 3")
     folder = find_data(data_dir)
+    labels: np.ndarray | None
     plan = functools.partial(BatchPlan, batch_size=batch_size, seed=seed, shuffle=not deterministic,
                              flip=random_flip, crop=random_crop, rank=rank, world_size=world_size)
     frame = (in_channels, image_size, image_size)
@@ -110,7 +113,8 @@ class BatchPlan:
 
     def draws(self, batch: int) -> np.ndarray:
         """(batch_size, 4), uniform in [0, 1): a row for each image's flip, crop size, crop top and crop left."""
-        rows = np.random.default_rng((self.seed, 1, batch)).random((self.world_size * self.batch_size, 4))
+        generator = stream_generator("augmentation", self.seed, batch)
+        rows = generator.random((self.world_size * self.batch_size, 4))
         return rows[self.rank * self.batch_size:(self.rank + 1) * self.batch_size]
 
     def flips(self, draws: np.ndarray) -> np.ndarray:
@@ -120,7 +124,7 @@ class BatchPlan:
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(num_images)
+    return stream_generator("order", seed, epoch).permutation(num_images)
 
 
 # IDX files
@@ -202,12 +206,12 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
     height, width = images.shape[1:]
     top, left = (frame[1] - height) // 2, (frame[2] - width) // 2
     framed = np.full((len(images), *frame), -1, np.float32)
-    framed[:, :, top:top + height, left:left + width] = _to_unit(images)[:, None]
+    framed[:, :, top:top + height, left:left + width] = from_uint8(images)[:, None]
     return torch.from_numpy(framed)
 
 
 def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
-                   start_batch: int) -> Iterator[Batch]:
+                   start_batch: int) -> Iterator[ImageBatch]:
     """Batches of images (N, H, W), padded to the frame, or (N, H, W, 3), which fill it."""
     for number in itertools.count(start_batch):
         indices, flips = plan.indices(number), plan.flips(plan.draws(number))
@@ -217,7 +221,7 @@ def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[i
             batch = pad_to_frame(chosen, frame)
         else:
             pixels = chosen if frame[0] == 3 else _grey(chosen)
-            batch = torch.from_numpy(_to_unit(pixels)).movedim(3, 1)
+            batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
         yield batch, _conditions(labels, indices)
 
 
@@ -225,6 +229,7 @@ def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[i
 
 
 def is_npz(path: str | os.PathLike) -> bool:
+    """Whether the name says that a file holds NumPy arrays."""
     return Path(path).suffix == ".npz"
 
 
@@ -236,18 +241,20 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     arrays are missing or of other shapes.
     """
     where = f"--data_dir {path}"
-    images, *others = read_arrays(path, ["arr_0", "arr_1"] if labelled else ["arr_0"],
+    images, *others = read_arrays(Path(path), ["arr_0", "arr_1"] if labelled else ["arr_0"],
                                   f"{where}: is not an .npz file of images, or is damaged")
     labels = others[0] if labelled else None
     expected = (*frame[1:], 3)
     if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
-    if labelled and (labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+    if not labelled:
+        return images, None
+    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
-    if labelled and labels.min() < 0:
+    if labels.min() < 0:
         raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
-    return images, labels if labels is None else labels.astype(np.int64)
+    return images, labels.astype(np.int64)
 
 
 def _grey(images: np.ndarray) -> np.ndarray:
@@ -326,11 +333,11 @@ def _decode(path: Path, in_channels: int, image_size: int, plan: BatchPlan, draw
     pixels = np.asarray(image).reshape(image_size, image_size, in_channels)
     if plan.flips(draw[None])[0]:
         pixels = pixels[:, ::-1]
-    return _to_unit(pixels).transpose(2, 0, 1)
+    return from_uint8(pixels).transpose(2, 0, 1)
 
 
 def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: int, image_size: int, plan: BatchPlan,
-                    start_batch: int) -> Iterator[Batch]:
+                    start_batch: int) -> Iterator[ImageBatch]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
         def begin(number: int) -> tuple[np.ndarray, list[Future]]:
@@ -343,10 +350,6 @@ def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: i
             (indices, decoding), following = following, begin(number)
             images = torch.from_numpy(np.stack([future.result() for future in decoding]))
             yield images, _conditions(labels, indices)
-
-
-def _to_unit(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def _conditions(labels: np.ndarray | None, indices: np.ndarray) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class BatchFile:
             raise UserError(f"{self.path}: {otherwise}{f' ({detail})' if detail else ''}") from None
 
     @contextmanager
-    def _array(self, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+    def _array(self, name: str) -> Iterator[tuple[io.BufferedIOBase, tuple[int, ...], np.dtype]]:
         """The bytes of an array after its header, its shape and its type."""
         with self._opened(f"{name} is damaged") as archive, archive.open(self.members[name]) as stream:
             shape, fortran_order, dtype = _header(stream)
@@ -110,15 +110,15 @@ class BatchFile:
                 raise UserError(f"{self.path}: {name} {kind}, it must be a plain array in C order")
             if math.prod(shape) * dtype.itemsize > self.members[name].file_size:
                 raise UserError(f"{self.path}: {name} is damaged (shorter than its header says)")
-            yield stream, shape, dtype
+            yield cast(io.BufferedIOBase, stream), shape, dtype
 
     def read(self, name: str) -> np.ndarray:
-        """A whole array: for statistics, not for images."""
+        """A whole array by its name, for statistics: images are read in parts."""
         with self._array(name) as (stream, shape, dtype):
             return _rows(stream, shape, dtype)
 
     def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
-        """An array (N, ...) from front to back, `size` rows at a time."""
+        """An array (N, ...) by its name, from front to back, `size` rows at a time."""
         with self._array(name) as (stream, shape, dtype):
             for start in range(0, shape[0], size):
                 yield _rows(stream, (min(size, shape[0] - start), *shape[1:]), dtype)
@@ -129,7 +129,7 @@ class BatchFile:
             return shape, dtype
 
     def value(self, name: str) -> Any:
-        """A single stored word or number, or None where there is none of that name."""
+        """A single stored word or number by its name, None where the file has none of that name."""
         return self.read(name).item() if name in self.members else None
 
     def batches(self, batch_size: int, ours: slice = slice(None), num_images: int | None = None,
@@ -172,7 +172,10 @@ class BatchFile:
         return self.read("arr_1") if "arr_1" in self.members else None
 
     def statistics(self, suffix: str = "") -> Statistics | None:
-        """Those stored under mu and sigma, or with suffix "_s" under mu_s and sigma_s, as float64; None if neither is.
+        """The stored statistics, as float64, None where there are none.
+
+        suffix: "" for those of pooled features, mu and sigma, "_s" for those of spatial ones, mu_s and sigma_s. Raises
+        UserError where they are incomplete, of other shapes or not finite.
         """
         if suffix not in self._statistics:
             self._statistics[suffix] = self._read_statistics(suffix)
@@ -226,7 +229,9 @@ def is_whole(path: Path, shape: tuple[int, int, int, int]) -> bool:
             for name in archive.namelist():
                 with archive.open(name) as stream:
                     found, _, dtype = _header(stream)
-                    size = sum(len(block) for block in iter(lambda stream=stream: stream.read(BLOCK), b""))
+                    size = 0
+                    while block := stream.read(BLOCK):
+                        size += len(block)
                     if name == "arr_0.npy" and (found, dtype, size) != (shape, np.uint8, math.prod(shape)):
                         return False
     except READ_ERRORS:
@@ -300,19 +305,19 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read[version](stream)
 
 
-def _rows(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _rows(stream: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The next array of this shape; raises EOFError where the file ends too early."""
     data = bytearray(math.prod(shape) * dtype.itemsize)
     view, done = memoryview(data), 0
     while done < len(data):
-        got = stream.readinto(view[done:])          # type: ignore[attr-defined]
+        got = stream.readinto(view[done:])
         if not got:
             raise EOFError("it ends too early")
         done += got
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _skip(stream: IO[bytes], count: int) -> None:
+def _skip(stream: io.BufferedIOBase, count: int) -> None:
     while count:
         got = len(stream.read(min(count, BLOCK)))
         if not got:

@@ -1,21 +1,21 @@
-"""The progress of work on one rank: a bar with rate and time left, redrawn rarely where nobody watches."""
+"""The progress of work: a bar with rate and time left, on rank 0 alone, redrawn rarely where nobody watches."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+import torch.distributed as dist
+from tqdm import tqdm
 
 
 def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enabled: bool = True,
                  **options: Any) -> tqdm:
-    """A bar of `total` units, of which `initial` are done; nothing is shown where not `enabled`.
+    """A bar of `total` units (None: unknown), of which `initial` are done; other ranks than 0 show nothing.
 
-    options: further ones of tqdm, such as unit_scale.
+    what: in words, before the bar. unit: what is counted. enabled: False shows nothing. options: further ones of tqdm,
+    such as unit_scale, or an iterable to loop over.
     """
-    from tqdm import tqdm  # here, as networks and samplers run without this package
-
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, disable=not enabled,
-                mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+    other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
+                disable=other_rank or not enabled, mininterval=0.5 if sys.stderr.isatty() else 10, **options)

@@ -18,6 +18,8 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 
 
 class HasTimesteps(Protocol):
+    """What a sampler asks of a diffusion process: the number of its timesteps."""
+
     num_timesteps: int
 
 
@@ -31,13 +33,16 @@ def create_named_schedule_sampler(name: str, diffusion: HasTimesteps) -> Schedul
 
 
 class ScheduleSampler:
-    """A distribution over timesteps; importance weights keep the expected loss that of uniform timesteps."""
+    """A distribution over timesteps; importance weights keep the expected loss that of uniform timesteps.
+
+    A subclass says `probabilities`, and, where they follow the losses, the three methods after `sample`.
+    """
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
     def probabilities(self) -> np.ndarray:
-        """(num_timesteps,), float64, sums to 1."""
+        """The probability of each timestep: (num_timesteps,), float64, sums to 1."""
         raise NotImplementedError
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -50,6 +55,7 @@ class ScheduleSampler:
         """Shows the sampler the unweighted losses (N,) of timesteps t (N,) of a global batch."""
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What the sampler has learnt from losses, to be kept with the state of the training."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -57,14 +63,15 @@ class ScheduleSampler:
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike."""
+    """Draws every timestep with the same probability."""
 
     def probabilities(self) -> np.ndarray:
+        """1 / num_timesteps each: (num_timesteps,), float64."""
         return np.full(self.num_timesteps, 1 / self.num_timesteps)
 
 
 class LossSecondMomentResampler(ScheduleSampler):
-    """Timesteps in proportion to sqrt(E[loss^2]) over their last losses (Improved DDPM, section 3.3, eq. 18).
+    """Draws timesteps in proportion to sqrt(E[loss^2]) over their last losses (Improved DDPM, section 3.3, eq. 18).
 
     Uniform until each timestep has `history_per_term` losses. `uniform_prob` of the probability stays uniform, so
     that no timestep is forgotten.
@@ -77,6 +84,7 @@ class LossSecondMomentResampler(ScheduleSampler):
         self._counts = np.zeros(num_timesteps, np.int64)
 
     def probabilities(self) -> np.ndarray:
+        """The probability of each timestep by its last losses (Improved DDPM, eq. 18): (num_timesteps,), float64."""
         uniform = np.full(self.num_timesteps, 1 / self.num_timesteps)
         moments = np.sqrt((self._history**2).mean(axis=1))
         if self._counts.min() < self._history.shape[1] or moments.sum() == 0:
@@ -84,13 +92,16 @@ class LossSecondMomentResampler(ScheduleSampler):
         return (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * uniform
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:
+        """Keeps the unweighted losses (N,) of timesteps t (N,) of a global batch, the oldest ones give way."""
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
             self._history[step] = [*self._history[step, 1:], loss]
             self._counts[step] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The last losses of each timestep, and how many it has had."""
         return {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over what `state_dict` returned."""
         self._history[:] = state["history"].numpy()
         self._counts[:] = state["counts"].numpy()

@@ -1,32 +1,99 @@
-"""Randomness by image number: image i of a run is a function of (seed, i) alone, not of batch, rank or restarts.
+"""Every use of random numbers that a result depends on, and how its key is built from the seed.
 
-Counter-based (Philox): the numbers of any image and step can be had without those before them.
+Random numbers are functions of keys, never of what was drawn before: image i of a run depends on (seed, i) alone, not
+on batch, rank or restarts, and step s of a training on (seed, s). There are two kinds of streams.
+
+Images (`IMAGE_STREAMS`), by the counter-based Philox: the key is (seed, image), the counter (0, 0, step, word). The
+words differ, so no two uses share a number.
+
+Trainings (`STREAMS`), by NumPy's SeedSequence of (seed, word, *indices), which takes missing indices for zeros. Uses of
+one program and one word share keys, like the order of epoch e and the timesteps of step e of a training. They draw
+numbers of different kinds from them; words of their own would change what each seed has meant in every training so
+far. A new use takes a word that its program has not yet: a test refuses anything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-STREAMS = {"noise": 0, "label": 1, "mask": 2, "depth": 3, "scene": 4}
+IMAGE_STREAMS = {
+    "noise": 0,         # of x_T and of each step of a sampler
+    "label": 1,         # the class of an image, where --labels is random
+    "mask": 2,          # tokens that a random mask of self-attention guidance takes, with the seed 0
+    "depth": 3,         # tau and eta of depth prior guidance
+    "scene": 4,         # all of a rendered scene
+}
 
 
-def image_generator(seed: int, number: int, step: int = 0, stream: str = "noise") -> np.random.Generator:
-    """The generator of one image (number >= 0) at one step, for one purpose."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, number], counter=[0, 0, step, STREAMS[stream]]))
+class Stream(NamedTuple):
+    """One use of random numbers in a training: the word and the indices that its key has after the seed."""
+
+    program: str
+    word: int
+    indices: tuple[str, ...] = ()
 
 
-def image_noise(seed: int, numbers: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, (len(numbers), *shape) float32 on the CPU."""
+IMAGE_TRAINING, DEPTH_TRAINING = "training on images", "training of depth predictors"
+
+STREAMS = {
+    "order": Stream(IMAGE_TRAINING, 0, ("epoch",)),                         # permutation of the images
+    "augmentation": Stream(IMAGE_TRAINING, 1, ("batch",)),                  # flips and crops
+    "training timesteps": Stream(IMAGE_TRAINING, 0, ("step",)),
+    "training noise": Stream(IMAGE_TRAINING, 0, ("step", "image")),
+    "validation timesteps": Stream(IMAGE_TRAINING, 1, ("batch",)),
+    "validation noise": Stream(IMAGE_TRAINING, 1, ("batch", "image")),
+    "weights": Stream(IMAGE_TRAINING, 2),
+    "dropout": Stream(IMAGE_TRAINING, 3, ("step", "rank")),
+    "depth weights": Stream(DEPTH_TRAINING, 0),
+    "depth batch": Stream(DEPTH_TRAINING, 1, ("step",)),                    # which images, and which draws of each
+    "depth noise": Stream(DEPTH_TRAINING, 2, ("image", "draw")),            # timestep and noise
+    "held-out noise": Stream(DEPTH_TRAINING, 1, ("image", "step")),         # of the images that measure accuracy
+}
+
+
+def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "noise") -> np.random.Generator:
+    """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS."""
+    return np.random.Generator(
+        np.random.Philox(key=[seed % 2**64, image_id], counter=[0, 0, step, IMAGE_STREAMS[stream]]))
+
+
+def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, (len(image_ids), *shape) float32 on the CPU."""
     return torch.from_numpy(np.stack([
-        image_generator(seed, int(number), step).standard_normal(tuple(shape), dtype=np.float32)
-        for number in numbers]))
+        image_generator(seed, int(image_id), step).standard_normal(tuple(shape), dtype=np.float32)
+        for image_id in image_ids]))
 
 
-def image_labels(seed: int, numbers: Sequence[int], num_classes: int) -> Tensor:
-    """Uniform labels, (len(numbers),) int64 in [0, num_classes)."""
-    return torch.tensor([int(image_generator(seed, int(number), stream="label").integers(num_classes))
-                         for number in numbers], dtype=torch.int64)
+def image_labels(seed: int, image_ids: Sequence[int], num_classes: int) -> Tensor:
+    """Uniform labels, (len(image_ids),) int64 in [0, num_classes)."""
+    return torch.tensor([int(image_generator(seed, int(image_id), stream="label").integers(num_classes))
+                         for image_id in image_ids], dtype=torch.int64)
+
+
+def stream_generator(stream: str, seed: int, *indices: int) -> np.random.Generator:
+    """The generator of one use in STREAMS, at its indices."""
+    return np.random.default_rng(_sequence(stream, seed, indices))
+
+
+@contextlib.contextmanager
+def seeded_torch(stream: str, seed: int, *indices: int, device: torch.device | None = None) -> Iterator[None]:
+    """PyTorch's global random numbers as one use in STREAMS, at its indices, put back as they were at the end.
+
+    device: a GPU whose numbers are meant too.
+    """
+    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(int(_sequence(stream, seed, indices).generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _sequence(stream: str, seed: int, indices: Sequence[int]) -> np.random.SeedSequence:
+    known = STREAMS[stream]
+    if len(indices) != len(known.indices):
+        raise ValueError(f"stream {stream!r}: has the indices {known.indices}, not {len(indices)} of them")
+    return np.random.SeedSequence((seed, known.word, *map(int, indices)))

@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
@@ -38,14 +36,16 @@ from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import find_data, holds_idx, load_data
 from .logger import MetricLogger
 from .options import Options, option
+from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
+from .rng import seeded_torch, stream_generator
+from .unet import Encoder
 
 _log = logging.getLogger(__name__)
 
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
 # How a network was run in training; not facts about the weights, which are stored in float32.
 EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
-STREAMS = {"train": 0, "validation": 1, "weights": 2, "dropout": 3}
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 
@@ -76,18 +76,32 @@ class LoopOptions(Options):
         if self.microbatch == 0:
             raise UserError("--microbatch 0: must be at least 1, or -1 for the whole batch")
 
-    # What the loop asks of each kind of training.
-    total_steps = None      # int, or None: until it is stopped
-    decays = False          # the learning rate falls linearly to 0 at total_steps
-    ema_rates = ()          # of the moving averages of the weights
-    eval_interval = 1       # steps between two validation batches
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the training; None: until it is stopped."""
+        return None
+
+    @property
+    def decays(self) -> bool:
+        """Whether the learning rate falls linearly to 0 at `total_steps`."""
+        return False
+
+    @property
+    def ema_rates(self) -> tuple[float, ...]:
+        """Decay per step of each moving average of the weights."""
+        return ()
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between two validation batches."""
+        return 1
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step (from 0): rises over lr_warmup_steps, and falls to 0 at total_steps if decays."""
-        rate = self.lr
+        rate, total = self.lr, self.total_steps
         if step < self.lr_warmup_steps:
             rate *= (step + 1) / self.lr_warmup_steps
-        return rate * (1 - step / self.total_steps) if self.decays else rate
+        return rate * (1 - step / total) if self.decays and total else rate
 
 
 @dataclass(frozen=True)
@@ -105,14 +119,17 @@ class TrainOptions(LoopOptions):
 
     @property
     def total_steps(self) -> int | None:
+        """Steps of the training; None: until it is stopped."""
         return self.lr_anneal_steps or None
 
     @property
     def decays(self) -> bool:
+        """Whether the learning rate falls linearly to 0 at `total_steps`."""
         return self.lr_anneal_steps > 0
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
+        """Decay per step of each moving average of the weights; raises UserError for --ema_rate that has none."""
         try:
             rates = tuple(float(rate) for rate in self.ema_rate.split(",")) if self.ema_rate else ()
         except ValueError:
@@ -137,16 +154,23 @@ class ClassifierTrainOptions(LoopOptions):
 
     @property
     def total_steps(self) -> int:
+        """Steps of the training."""
         return self.iterations
 
     @property
     def decays(self) -> bool:
+        """Whether the learning rate falls linearly to 0 at `total_steps`."""
         return self.anneal_lr
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between two validation batches."""
+        return self.eval_interval
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one rank computes losses of.
+class TrainingBatch:
+    """The images that one rank computes losses of in a step.
 
     images, noise: (N, C, H, W), in [-1, 1] and standard normal. t: (N,), original step indices. weights: (N,), what
     the losses are multiplied with. cond: {"y": (N,)} or nothing.
@@ -158,20 +182,26 @@ class Batch:
     weights: Tensor
     cond: dict[str, Tensor]
 
-    def split(self, size: int) -> list[Batch]:
+    def split(self, size: int) -> list[TrainingBatch]:
         """Parts of at most `size` images; -1: the whole."""
         size = len(self.t) if size == -1 else size
-        return [self._map(lambda x, start=start: x[start:start + size]) for start in range(0, len(self.t), size)]
+        return [self._part(slice(start, start + size)) for start in range(0, len(self.t), size)]
 
-    def to(self, device: torch.device) -> Batch:
+    def _part(self, images: slice) -> TrainingBatch:
+        return self._map(lambda x: x[images])
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The batch on another device."""
         return self._map(lambda x: x.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TrainingBatch:
         cond = {name: function(value) for name, value in self.cond.items()}
-        return Batch(function(self.images), function(self.noise), function(self.t), function(self.weights), cond)
+        return TrainingBatch(images=function(self.images), noise=function(self.noise), t=function(self.t),
+                             weights=function(self.weights), cond=cond)
 
 
-Losses = Callable[[nn.Module, Batch], dict[str, Tensor]]
+Network = Callable[..., Tensor]          # of the training, compiled or not
+Losses = Callable[[Network, TrainingBatch], dict[str, Tensor]]
 
 
 class TrainLoop:
@@ -183,7 +213,7 @@ class TrainLoop:
     Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
+    def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
                  config: dict[str, Any], validation_data: Data | None = None) -> None:
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
@@ -193,7 +223,7 @@ class TrainLoop:
         self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
         if options.resume_checkpoint:
             self._load_weights(options.resume_checkpoint)
-        self.network = torch.compile(self.model) if options.compile else self.model
+        self.network: Network = torch.compile(self.model) if options.compile else self.model
         self.optimizer = torch.optim.AdamW(
             self.precision.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
         self.ema = {rate: [param.detach().clone() for param in self.precision.master_params]
@@ -201,7 +231,8 @@ class TrainLoop:
         self.step = 0
         self._load_state()
         self.data = data(self.step)
-        self.validation_data = validation_data(-(-self.step // options.eval_interval)) if validation_data else None
+        validated = -(-self.step // options.validation_interval)
+        self.validation_data = validation_data(validated) if validation_data else None
 
     def run(self) -> None:
         """Trains until the last step, or for ever."""
@@ -213,14 +244,12 @@ class TrainLoop:
         total = self.options.total_steps
         start = logged = self.step
         clock = time.monotonic()
-        progress = tqdm(
-            total=total and total * global_batch, initial=self.step * global_batch, unit="img", dynamic_ncols=True,
-            smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30, disable=not dist_util.is_main())
-        with progress:
+        with progress_bar(total and total * global_batch, "training", "img", self.step * global_batch,
+                          smoothing=0.05) as progress:
             while total is None or self.step < total:
                 with _explained_compilation(self.options.compile and self.step == start):
                     self.run_step(logger)
-                if self.validation_data and (self.step - 1) % self.options.eval_interval == 0:
+                if (self.step - 1) % self.options.validation_interval == 0:
                     self.validate(logger)
                 progress.update(global_batch)
                 if self.step % self.options.log_interval == 0 or self.step == total:
@@ -233,9 +262,9 @@ class TrainLoop:
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        batch = self._batch(*next(self.data), "train", self.step)
+        batch = self._batch(*next(self.data), "training", self.step)
         values = []
-        with _seeded(self.options.seed, "dropout", self.step, dist_util.rank()):
+        with seeded_torch("dropout", self.options.seed, self.step, dist_util.rank(), device=dist_util.dev()):
             for part in batch.split(self.options.microbatch):
                 part = part.to(dist_util.dev())
                 losses = self.losses(self.network, part)
@@ -262,8 +291,11 @@ class TrainLoop:
 
     @torch.no_grad()
     def validate(self, logger: MetricLogger) -> None:
-        """Logs the losses of one batch of the validation data, names beginning with `val_`."""
-        batch = self._batch(*next(self.validation_data), "validation", (self.step - 1) // self.options.eval_interval)
+        """Logs the losses of one batch of the validation data, if there are any, names beginning with `val_`."""
+        if self.validation_data is None:
+            return
+        index = (self.step - 1) // self.options.validation_interval
+        batch = self._batch(*next(self.validation_data), "validation", index)
         self.model.eval()
         parts = [self.losses(self.model, part.to(dist_util.dev())) for part in batch.split(self.options.microbatch)]
         self.model.train()
@@ -282,25 +314,26 @@ class TrainLoop:
             checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
         dist_util.barrier()
 
-    def _batch(self, images: Tensor, cond: dict[str, Tensor], stream: str, number: int) -> Batch:
-        """This rank's part of global batch `number`: t and weights are drawn for all of it, noise image by image."""
-        count, rank = len(images), dist_util.rank()
-        part = slice(rank * count, (rank + 1) * count)
-        t, weights = self.sampler.sample(count * dist_util.world_size(), self._rng(stream, number))
-        first = number * count * dist_util.world_size()
-        noise = [self._rng(stream, number, first + i).standard_normal(images.shape[1:], np.float32)
-                 for i in range(part.start, part.stop)]
-        return Batch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
+    def _batch(self, images: Tensor, cond: dict[str, Tensor], purpose: str, index: int) -> TrainingBatch:
+        """Draws t and weights for a global batch, noise image by image, and returns the part of this rank.
 
-    def _rng(self, stream: str, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng((self.options.seed, STREAMS[stream], *numbers))
+        purpose: training or validation. index: of the global batch.
+        """
+        count, rank, seed = len(images), dist_util.rank(), self.options.seed
+        part = slice(rank * count, (rank + 1) * count)
+        t, weights = self.sampler.sample(count * dist_util.world_size(),
+                                         stream_generator(f"{purpose} timesteps", seed, index))
+        first = index * count * dist_util.world_size()
+        noise = [stream_generator(f"{purpose} noise", seed, index, first + i).standard_normal(
+                     images.shape[1:], np.float32) for i in range(part.start, part.stop)]
+        return TrainingBatch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
         for rate, average in self.ema.items():
             update_ema(average, self.precision.master_params, min(rate, (1 + self.step) / (10 + self.step)))
 
-    def _gather(self, batch: Batch, losses: dict[str, Tensor]) -> tuple[Batch, dict[str, Tensor]]:
+    def _gather(self, batch: TrainingBatch, losses: dict[str, Tensor]) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
         if dist_util.world_size() > 1:
@@ -310,7 +343,7 @@ class TrainLoop:
             rows = torch.cat(pieces, dim=1).cpu()
         return replace(batch, t=rows[0].long(), weights=rows[1]), dict(zip(losses, rows[2:], strict=True))
 
-    def _log_losses(self, logger: MetricLogger, prefix: str, batch: Batch, losses: dict[str, Tensor]) -> None:
+    def _log_losses(self, logger: MetricLogger, prefix: str, batch: TrainingBatch, losses: dict[str, Tensor]) -> None:
         quarters = batch.t * 4 // self.sampler.num_timesteps
         for name, values in losses.items():
             values = values * batch.weights
@@ -362,7 +395,7 @@ class TrainLoop:
         _log.info("going on from step %d, saved in %s", self.step, self.out)
 
     def _load_moments(self, values: dict[str, Tensor]) -> None:
-        """In the layout of the parameters, which the fused optimiser takes for granted."""
+        """Copies the moments into the layout of the parameters, which the fused optimiser takes for granted."""
         for name, param in self._named(self.precision.master_params).items():
             moments = {key: torch.empty_like(param, requires_grad=False).copy_(values[f"{key}/{name}"])
                        for key in ("exp_avg", "exp_avg_sq")}
@@ -397,7 +430,7 @@ class TrainLoop:
 
 @torch.no_grad()
 def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> None:
-    """average = rate * average + (1 - rate) * params, in place.
+    """Moves each average a step towards its parameter, in place: average = rate * average + (1 - rate) * param.
 
     The loop gives min(rate, (1 + step) / (10 + step)), so that the random start is soon forgotten.
     """
@@ -421,15 +454,6 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, stream: str, *numbers: int) -> Iterator[None]:
-    """Torch's global random numbers as a function of the arguments, put back as they were at the end."""
-    sequence = np.random.SeedSequence((seed, STREAMS[stream], *numbers))
-    with torch.random.fork_rng([dist_util.dev()] if dist_util.dev().type == "cuda" else []):
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-        yield
-
-
-@contextlib.contextmanager
 def _explained_compilation(active: bool) -> Iterator[None]:
     try:
         yield
@@ -446,16 +470,16 @@ def _explained_compilation(active: bool) -> Iterator[None]:
 
 
 def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOptions, options: TrainOptions) -> None:
-    """Trains a diffusion model."""
+    """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
     config = {**asdict(model_options), **asdict(diffusion_options)}
-    with _seeded(options.seed, "weights"):
+    with seeded_torch("weights", options.seed):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
     data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
 
-    def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
     TrainLoop(model, losses, sampler, data, options, config).run()
@@ -466,11 +490,11 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
     dist_util.setup_dist()
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
-    with _seeded(options.seed, "weights"):
+    with seeded_torch("weights", options.seed):
         classifier = build_classifier(classifier_options)
     diffusion = build_diffusion(diffusion_options)
 
-    def losses(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         t = batch.t if options.noised else torch.zeros_like(batch.t)
         x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
         return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])

@@ -12,7 +12,8 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.depth.fid import DepthFidOptions, depth_fid, in_words
-from evaluations.evaluator import NetworkOptions
+from evaluations.evaluation import ExtractorOptions
+from evaluations.evaluator import warn
 from guided_diffusion import dist_util
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
@@ -22,11 +23,11 @@ from guided_diffusion.options import Words, parse_words
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     words, (network, options) = parse_words(
-        argv, Words("FILE", "the reference, then the sample files, of depth maps"), NetworkOptions, DepthFidOptions,
+        argv, Words("FILE", "the reference, then the sample files, of depth maps"), ExtractorOptions, DepthFidOptions,
         description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
-    results = depth_fid(words[0], words[1:], network, options)
+    results = depth_fid(words[0], words[1:], network, options, warn)
     if results:
         print(in_words(results))
     dist_util.shutdown()

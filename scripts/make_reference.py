@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                                     description=__doc__)
     if len(words) != 2:
         raise UserError(f"{len(words)} words given: the images and the file to write are needed")
-    made = make_reference(*words, options)
+    images, out = words
+    made = make_reference(images, out, options)
     if made:
         print(made)
 

@@ -27,12 +27,15 @@ def modules(package: str) -> list[str]:
     return names
 
 
+def entry(name: str) -> str:
+    """The line that shows a module; of a package only its docstring, as its names are shown where they are defined."""
+    is_package = (ROOT / name.replace(".", "/")).is_dir()
+    return f"::: {name}" + ("\n    options: {members: false}" if is_package else "")
+
+
 def expanded(markdown: str) -> str:
-    """`markdown` with every `::: package.*` written out; what a package only hands on is shown where it is defined."""
-    def written_out(found: re.Match[str]) -> str:
-        return "\n\n".join(f"::: {name}" + ("\n    options: {members: false}" if (ROOT / name.replace(".", "/")).is_dir()
-                                            else "") for name in modules(found[1]))
-    return PATTERN.sub(written_out, markdown)
+    """`markdown` with every `::: package.*` written out."""
+    return PATTERN.sub(lambda found: "\n\n".join(map(entry, modules(found[1]))), markdown)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

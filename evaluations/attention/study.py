@@ -35,7 +35,7 @@ from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import grid as image_grid
-from guided_diffusion.pixels import to_uint8
+from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
@@ -207,9 +207,9 @@ def overlay_strip(run: SamplingRun, image_ids: Sequence[int], steps: int = NUM_S
     UserError where no method of the run reads attention, or there is no such block.
     """
     method = attention_method(run)
-    if method is None:
+    if method is None or method.attention_block is None:
         raise UserError(f"{run.title()}: no guidance method of this run reads the attention of a block")
-    network, block = ObservedNetwork(run, method.heads), method.attention_block
+    network, block = ObservedNetwork(run, method.heads or "exact"), method.attention_block
     chosen = evenly_spaced(network.diffusion.num_timesteps, steps)
     pairs: list[np.ndarray] = []
     for observation in network.observe_chain(image_ids, chosen, [block]):
@@ -356,7 +356,7 @@ class AttentionStudy:
 
     def _observe_real(self, objects: ObjectImages, piece: list[int]) -> Iterator[Observation]:
         """Observes some of the real images, noised to each of --object_steps."""
-        x0 = torch.from_numpy(objects.images[piece]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x0 = from_uint8(torch.from_numpy(objects.images[piece]).permute(0, 3, 1, 2))
         x0 = x0.mean(dim=1, keepdim=True) if self.network.run.model.in_channels == 1 else x0
         labels = None if objects.labels is None else torch.from_numpy(objects.labels[piece])
         if labels is None and self.network.labels is not None:
@@ -382,7 +382,7 @@ class AttentionStudy:
         model = options.model or Path(options.model_path).name
         return "\n".join([
             f"{model}, seed {options.seed}: {options.num_images} images sampled by "
-            f"{'DDIM' if options.use_ddim else 'DDPM'} in {self.network.diffusion.num_timesteps} steps, seen at t = "
+            f"{self.network.run.sampler.title} in {self.network.diffusion.num_timesteps} steps, seen at t = "
             f"{_listed(self.steps)}. A token is masked where it receives more than {options.threshold:g} times the "
             "average attention. In brackets 95 % intervals.", "", *lines, "",
             *_frequency_verdict(ratios), *self._object_verdict(at_psi), ""])

@@ -7,13 +7,10 @@ installed.
 from __future__ import annotations
 
 import functools
-import math
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -22,29 +19,35 @@ from guided_diffusion.options import Options, option, switch
 
 from ..extractors.inception import InceptionExtractor
 from ..extractors.tensorflow import TensorflowExtractor
+from ..memory import ResidentMemoryPeak
 from ..metrics import RunningStatistics, frechet_distance, precision_recall
 
 Work = Callable[[], object]
 
 
-class Cost(NamedTuple):
+class WorkCost(NamedTuple):
+    """What a piece of work costs."""
+
     seconds: float
     megabytes: float    # peak above what the process held before; NaN where the system does not say
 
 
-class Comparison(NamedTuple):
+class WayComparison(NamedTuple):
+    """The cost of some work as this package does it, and in another way."""
+
     what: str
     other_way: str
-    here: Cost
-    there: Cost
+    here: WorkCost
+    there: WorkCost
 
     @property
     def ratio(self) -> float:
+        """How many times as fast this package is."""
         return self.there.seconds / self.here.seconds
 
 
 class Sizes(NamedTuple):
-    """What is measured."""
+    """The sizes of what is measured."""
 
     channels: int = 2048
     images: int = 10_000            # on each side of precision and recall
@@ -56,69 +59,44 @@ QUICK = Sizes(channels=256, images=1000, covariance_images=5000, inception_image
 NO_TENSORFLOW = "TensorFlow is not installed: precision and recall are compared with numpy alone."
 
 
-def compare(what: str, here: Work, others: dict[str, Work], repeats: int) -> list[Comparison]:
-    """The fastest of `repeats` runs of each, in turns, and the highest of their peaks; others: other ways by name."""
-    costs = {name: [] for name in ("", *others)}
+def compare(what: str, here: Work, others: Mapping[str, Work], repeats: int) -> list[WayComparison]:
+    """Runs each way `repeats` times, in turns; takes the fastest run and the highest peak of each.
+
+    what: the work in words. here: the work as this package does it. others: other ways by name.
+    """
+    costs: dict[str, list[WorkCost]] = {name: [] for name in ("", *others)}
     for _ in range(repeats):
         for name, work in (("", here), *others.items()):
-            costs[name].append(measure(work))
-    best = {name: Cost(min(cost.seconds for cost in runs), max(cost.megabytes for cost in runs))
+            costs[name].append(measure_work(work))
+    best = {name: WorkCost(min(cost.seconds for cost in runs), max(cost.megabytes for cost in runs))
             for name, runs in costs.items()}
-    return [Comparison(what, name, best[""], best[name]) for name in others]
+    return [WayComparison(what, name, best[""], best[name]) for name in others]
 
 
-def measure(work: Work) -> Cost:
-    """Time and peak of the resident memory of one run."""
-    with _WatchedMemory() as memory:
+def measure_work(work: Work) -> WorkCost:
+    """The time of one run and the peak of its resident memory."""
+    with ResidentMemoryPeak() as memory:
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start
-    return Cost(seconds, memory.peak / 1e6)
-
-
-class _WatchedMemory:
-    """Within the block a thread looks at the resident memory every few milliseconds; peak: bytes above the start."""
-
-    def __enter__(self) -> _WatchedMemory:
-        self._start = self._peak = _resident_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._peak = max(self._peak, _resident_bytes())
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    @property
-    def peak(self) -> float:
-        return self._peak - self._start
-
-
-def _resident_bytes() -> float:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096.0
-    except OSError:
-        return math.nan
+    return WorkCost(seconds, memory.peak / 1e6)
 
 
 # What is compared
 
 
-def comparisons(sizes: Sizes, repeats: int, inception: str | None = None) -> Iterator[Comparison]:
+def comparisons(sizes: Sizes, repeats: int, inception: str | None = None) -> Iterator[WayComparison]:
+    """All comparisons, each as soon as it is measured; inception: the graph's file, None leaves that one out."""
     rng = np.random.default_rng(0)
-    yield from frechet(sizes, repeats, rng)
-    yield from neighbours(sizes, repeats, rng)
-    yield from covariance(sizes, repeats, rng)
+    yield from compare_frechet(sizes, repeats, rng)
+    yield from compare_neighbours(sizes, repeats, rng)
+    yield from compare_covariance(sizes, repeats, rng)
     if inception:
-        yield from inception_features(inception, sizes, repeats, rng)
+        yield from compare_inception(inception, sizes, repeats, rng)
 
 
-def frechet(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+def compare_frechet(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[WayComparison]:
+    """The Fréchet distance, against the matrix square root alone that the official code takes."""
     channels = sizes.channels
     sigma1, sigma2 = (np.cov(_features(rng, 2 * channels, channels), rowvar=False) for _ in range(2))
     mu = np.zeros(channels)
@@ -126,7 +104,8 @@ def frechet(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Compar
                    {"scipy.linalg.sqrtm of the product": lambda: scipy.linalg.sqrtm(sigma1 @ sigma2)}, repeats)
 
 
-def neighbours(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+def compare_neighbours(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[WayComparison]:
+    """Precision and recall, against whole matrices of distances in numpy and, where it is installed, TensorFlow."""
     reference, sample = (_features(rng, sizes.images, sizes.channels) for _ in range(2))
     plain = functools.partial(whole_precision_recall, reference, sample, numpy_distances)
     ways = {"numpy in float32, whole matrices": plain}
@@ -139,7 +118,8 @@ def neighbours(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Com
                    lambda: precision_recall(reference, sample), ways, repeats)
 
 
-def covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+def compare_covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[WayComparison]:
+    """The covariance of features that come in pieces, against numpy.cov of all."""
     features = _features(rng, sizes.covariance_images, sizes.channels)
 
     def streamed() -> np.ndarray:
@@ -152,7 +132,8 @@ def covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Com
                    {"numpy.cov": lambda: np.cov(features, rowvar=False)}, repeats)
 
 
-def inception_features(path: str, sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[Comparison]:
+def compare_inception(path: str, sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[WayComparison]:
+    """Features of the Inception in the file `path`, against TensorFlow."""
     images = rng.integers(0, 256, (sizes.inception_images, 256, 256, 3), dtype=np.uint8)
     here, there = InceptionExtractor(path), TensorflowExtractor(path)
     for network in (here, there):
@@ -162,7 +143,7 @@ def inception_features(path: str, sizes: Sizes, repeats: int, rng: np.random.Gen
 
 
 def _features(rng: np.random.Generator, images: int, channels: int) -> np.ndarray:
-    """Like those of a network: not negative, correlated, float32."""
+    """Random features (images, channels) like those of a network: not negative, correlated, float32."""
     latent = rng.standard_normal((images, 64), dtype=np.float32)
     features = latent @ rng.standard_normal((64, channels), dtype=np.float32) / 8
     features += rng.standard_normal((images, channels), dtype=np.float32)
@@ -176,7 +157,7 @@ Distances = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def numpy_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Squared distances in float32 as one writes them down: |u|^2 - 2 u.v + |v|^2."""
+    """Squared distances in float32 by the formula |u|^2 - 2 u.v + |v|^2."""
     squares = (np.square(features).sum(axis=1) for features in (left, right))
     return np.maximum(next(squares)[:, None] - 2 * (left @ right.T) + next(squares), 0)
 
@@ -192,19 +173,19 @@ def whole_precision_recall(reference: np.ndarray, sample: np.ndarray, distances:
 
 
 def _tensorflow_distances() -> Distances | None:
-    """Squared distances in half precision, in single precision if they overflow; None without TensorFlow."""
+    """Squared distances in half precision, or in single precision if they overflow; None without TensorFlow."""
     try:
         import tensorflow as tf
     except ImportError:
         return None
 
-    def squared(left, right):
+    def squared(left: Any, right: Any) -> Any:
         left_squares = tf.reduce_sum(tf.square(left), axis=1)[:, None]
         right_squares = tf.reduce_sum(tf.square(right), axis=1)[None]
         return tf.maximum(left_squares - 2 * tf.matmul(left, right, transpose_b=True) + right_squares, 0)
 
     @tf.function(reduce_retracing=True)
-    def distances(left, right):
+    def distances(left: Any, right: Any) -> Any:
         half = squared(tf.cast(left, tf.float16), tf.cast(right, tf.float16))
         return tf.cond(tf.reduce_all(tf.math.is_finite(half)), lambda: tf.cast(half, tf.float32),
                        lambda: squared(left, right))
@@ -218,7 +199,8 @@ def _tensorflow_distances() -> Distances | None:
 HEADER = "| What | Compared with | Times as fast | Seconds | Seconds there | Peak, MB | Peak there, MB |"
 
 
-def row(comparison: Comparison) -> str:
+def row(comparison: WayComparison) -> str:
+    """A row of the table, as Markdown."""
     here, there = comparison.here, comparison.there
     cells = (comparison.what, comparison.other_way, f"{comparison.ratio:.1f}", f"{here.seconds:.3g}",
              f"{there.seconds:.3g}", f"{here.megabytes:.0f}", f"{there.megabytes:.0f}")

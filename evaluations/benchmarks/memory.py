@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option
 
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
+from ..extractors import EXTRACTORS
 from ..features import Features, feature_folder
-from ..npz import write_batch
+from ..memory import MIB, process_peak
 
 PIECE = 100
 
@@ -32,16 +33,18 @@ class MemoryOptions(Options):
     tmp_dir: str = option("", "folder for the temporary files; unset: the system's")
 
 
-class Stub:
-    """Random projections of 8 x 8 pixels to as many features as Inception has."""
+class RandomProjections:
+    """An extractor that computes next to nothing: 8 x 8 pixels, projected to as many features as Inception has."""
 
-    name, fingerprint, caveat = "stub", "0" * 64, ""
+    name, fingerprint, caveat = "random projections", "0" * 64, ""
 
     def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.weights = [rng.normal(size=(192, width)).astype(np.float32) for width in (2048, 2023, 1008)]
+        rng, sizes = np.random.default_rng(0), EXTRACTORS["torch"]
+        self.weights = [rng.normal(size=(192, width)).astype(np.float32)
+                        for width in (sizes.pooled, sizes.spatial, sizes.probabilities)]
 
     def features(self, images: np.ndarray) -> Features:
+        """Features of images (N, H, W, 3), uint8, with H and W multiples of 8."""
         step = images.shape[1] // 8
         x = images[:, ::step, ::step].reshape(len(images), -1).astype(np.float32) / 255
         pooled, spatial, logits = (x @ weights for weights in self.weights)
@@ -50,7 +53,7 @@ class Stub:
 
 
 def synthetic_images(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Images (n, size, size, 3) of 8 x 8 random squares, in pieces."""
+    """Makes images of 8 x 8 random squares, in pieces (n, size, size, 3) uint8."""
     rng = np.random.default_rng(seed)
     for start in range(0, count, PIECE):
         squares = rng.integers(0, 256, (min(PIECE, count - start), 8, 8, 3), np.uint8)
@@ -69,9 +72,9 @@ def benchmark_memory(options: MemoryOptions) -> str:
             write_batch(paths[-1], {}, synthetic_images(count, size, seed), (count, size, size, 3))
         began = time.monotonic()
         evaluation = Evaluation(str(paths[0]), [str(paths[1])], ExtractorOptions(),
-                                EvaluatorOptions(metrics=options.metrics), extractor=Stub())
+                                EvaluatorOptions(metrics=options.metrics), extractor=RandomProjections())
         with feature_folder(folder) as cache:
             evaluation.run(cache)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = process_peak() / MIB
     return (f"{options.num_images} images of {size}x{size} against {options.reference_images}, {options.metrics}: "
             f"{time.monotonic() - began:.0f} s, peak {peak:.0f} MiB")

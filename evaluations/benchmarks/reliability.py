@@ -1,4 +1,4 @@
-"""Does a killed sampling run lose anything? Kills at random moments, restarts, and compares the files.
+"""The reliability of sampling: jobs are killed at random moments and restarted, and their files are compared.
 
 Ranks are started by hand, as `srun` does, so that a killed rank takes no other with it and the others have to notice.
 """
@@ -25,6 +25,8 @@ from guided_diffusion.options import Options, option
 from guided_diffusion.places import command_file
 from guided_diffusion.runs.shards import Shards
 
+from ..memory import MIB, process_peak
+
 PATIENCE = 120          # seconds for a job to end
 
 
@@ -36,7 +38,7 @@ class ReliabilityOptions(Options):
     ranks: int = option(2, "ranks of each job", minimum=1)
     seed: int = option(0, "seed of the moments and of the ranks that are killed", minimum=0)
     out: str = option("runs/reliability", "folder for the runs")
-    model: str = option("fmnist32", "a shipped model")
+    model: str = option("fmnist32", "a bundled model")
     num_samples: int = option(96, "number of images", minimum=1)
     batch_size: int = option(4, "images in a chunk", minimum=1)
     timestep_respacing: str = option("10", "steps of each image")
@@ -46,7 +48,7 @@ class ReliabilityOptions(Options):
 
 @dataclass(frozen=True)
 class Kill:
-    """What came of one kill."""
+    """The outcome of one kill."""
 
     victim: str             # a rank, or all
     moment: float           # seconds after the start
@@ -57,13 +59,16 @@ class Kill:
 
 
 def reliability(options: ReliabilityOptions) -> list[Kill]:
-    """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, and restarts each until it is finished."""
+    """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, and restarts each until it is finished.
+
+    Raises UserError where a restarted job fails.
+    """
     chance, out = random.Random(options.seed), Path(options.out)
     whole = out / "whole"
     _finish(_start(options, whole, overwrite=True))
     sha256 = sha256_of(_samples(whole))
-    return [_try(options, out / f"kill{number:02d}", sha256, chance, None if number % 2 else
-                 chance.randrange(options.ranks)) for number in range(options.kills)]
+    return [_kill_job(options, out / f"kill{index:02d}", sha256, chance, None if index % 2 else
+                      chance.randrange(options.ranks)) for index in range(options.kills)]
 
 
 def packing_trial(options: ReliabilityOptions) -> str:
@@ -73,37 +78,36 @@ def packing_trial(options: ReliabilityOptions) -> str:
     run.out.mkdir(parents=True, exist_ok=True)
     run.prepare(overwrite=True)
     chance = np.random.default_rng(options.seed)
-    for index, numbers in enumerate(run.chunks):
-        images = chance.integers(0, 256, (len(numbers), *run.shape[1:]), dtype=np.uint8)
-        run.save(index, images, np.asarray(numbers) % 10)
-    before, began = _peak_memory(), time.monotonic()
+    for index, image_ids in enumerate(run.chunks):
+        images = chance.integers(0, 256, (len(image_ids), *run.shape[1:]), dtype=np.uint8)
+        run.save(index, images, np.asarray(image_ids) % 10)
+    before, began = process_peak(), time.monotonic()
     packed, _ = run.pack()
     seconds, size = time.monotonic() - began, packed.stat().st_size
     packed.unlink()
     run.remove()
     return (f"{options.pack_images} images, {size / 2**30:.2f} GiB, packed and checked in {seconds:.0f} s; peak memory "
-            f"{_peak_memory() / 2**20:.0f} MiB, {before / 2**20:.0f} MiB before")
-
-
-def _peak_memory() -> int:
-    """Bytes of this process, at their most (getrusage would count the process that started it)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+            f"{process_peak() / MIB:.0f} MiB, {before / MIB:.0f} MiB before")
 
 
 def table(kills: Sequence[Kill]) -> str:
-    """The kills as Markdown, and their sum."""
+    """The kills as a table in Markdown, and their sum."""
     rows = ["| kill | killed | after s | had done | job gone after s | finished images redone | file equal |",
             "|---|---|---|---|---|---|---|"]
-    rows += [f"| {number} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
+    rows += [f"| {index} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
              f"{kill.images_redone} | {'yes' if kill.equal else 'NO'} |"
-             for number, kill in enumerate(kills, 1)]
+             for index, kill in enumerate(kills, 1)]
     rows += ["", f"{len(kills)} kills tried, {sum(kill.images_redone for kill in kills)} finished images redone, "
              f"{sum(kill.equal for kill in kills)} of {len(kills)} files equal."]
     return "\n".join(rows)
 
 
-def _try(options: ReliabilityOptions, out: Path, sha256: str, chance: random.Random, victim: int | None) -> Kill:
+def _kill_job(options: ReliabilityOptions, out: Path, sha256: str, chance: random.Random, victim: int | None,
+              ) -> Kill:
+    """Kills a job, restarts it, and says what came of it.
+
+    sha256: that of the file of an undisturbed job. victim: the rank to kill; None: all of them.
+    """
     began, ranks = time.monotonic(), _start(options, out, overwrite=True)
     _await_moment(options, out, chance, ranks[0])
     moment = time.monotonic() - began

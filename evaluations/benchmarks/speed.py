@@ -1,4 +1,4 @@
-"""Time and memory of network evaluations and guided steps, measured in turn in one run and compared as ratios."""
+"""The speed of a model: time and memory of evaluations and guided steps, measured in turn and compared as ratios."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
+from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
 from guided_diffusion.options import Options, option
+from guided_diffusion.process import Denoiser
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import without_labels
+from guided_diffusion.sampling import ddpm_step, sample_step
 from guided_diffusion.unet import UNetModel
+
+from ..memory import peak_memory
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions(Options):
     """The benchmark."""
 
-    model: str = option("fmnist32", "a model by name: a shipped one, or the flags of a released checkpoint")
+    model: str = option("fmnist32", "a model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
     together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
     batch_size: int = option(64, "images at a time", minimum=1)
@@ -34,31 +39,35 @@ class BenchmarkOptions(Options):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Milliseconds of each round, peak memory above what was there before in MiB, and passes through the network."""
+class CallCost:
+    """What a call costs."""
 
-    milliseconds: list[float]
-    memory: float
-    forward: int
+    milliseconds: list[float]       # of each round
+    memory: float                   # peak above what was there before, MiB
+    forward: int                    # passes through the network
     backward: int
 
     @property
     def median(self) -> float:
+        """The median of the milliseconds."""
         return statistics.median(self.milliseconds)
 
-    def ratio(self, other: Measured) -> float:
-        """Median over the rounds of this time over the other's in the same round."""
+    def ratio(self, other: CallCost) -> float:
+        """The median over the rounds of this call's time divided by the other's in the same round."""
         return statistics.median(a / b for a, b in zip(self.milliseconds, other.milliseconds, strict=True))
 
 
 def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
               methods: Sequence[GuidanceOptions]) -> str:
-    """The table of one run, as Markdown."""
+    """Measures everything in one run, and returns the table as Markdown.
+
+    methods: an instance of each class of GUIDANCE. Raises UserError for files that are missing or do not fit.
+    """
     device = dist_util.dev()
     diffusion = build_diffusion(diffusion_options)
     nets = Networks(build_model(model_options), device, random_weights=True)
     model = nets.load(nets.model, options.model_path, asdict(model_options))
-    plain_model = _without_care(model)
+    plain_model = _contiguous_copy(model)
 
     size, batch = model_options.image_size, options.batch_size
     x = torch.randn(batch, model_options.in_channels, size, size, device=device)
@@ -69,7 +78,8 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
     network = model if model_options.class_cond else without_labels(model)
 
     def step(*guidance: Guidance) -> Callable[[], object]:
-        return lambda: diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=noise)
+        denoise = Denoiser(diffusion, network, model_kwargs={"y": y})
+        return lambda: sample_step(ddpm_step, denoise, x, t, lambda: noise, guidance)
 
     def evaluation() -> Tensor:
         return model(x, diffusion.model_timesteps(t), **labels)
@@ -79,23 +89,41 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
             return plain_model(x, diffusion.model_timesteps(t), **labels)
 
     functions = {"network evaluation": evaluation, "unguided step": step(), "plain evaluation": plain}
-    built = {name: method.build(nets) for one in methods for name, method in one.variants().items()}
-    for name in [word.strip() for word in options.together.split(",") if word.strip()]:
-        parts = name.split(" + ")
-        if all(part in built for part in parts):
-            built[name] = [term for part in parts for term in built[part]]
-    for name, terms in built.items():
+    for name, terms in _built_terms(methods, nets, options.together).items():
         if any(isinstance(term, LossGuidance) for term in terms):
             functions[f"{name} step"] = checkpointed(model, step(*terms), False)
             functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)
         else:
             functions[f"{name} step"] = step(*terms)
-    return table(measure(functions, options.rounds, [model, plain_model]), batch, str(device))
+    return cost_table(measure_calls(functions, options.rounds, [model, plain_model]), batch, str(device))
+
+
+def _built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: str) -> dict[str, list[Guidance]]:
+    """The terms that are timed, by name: those of each method's variants, and of `together` as --together says."""
+    built = {name: variant.build(nets) for method in methods for name, variant in _variants(method).items()}
+    for name in [word.strip() for word in together.split(",") if word.strip()]:
+        parts = name.split(" + ")
+        if all(part in built for part in parts):
+            built[name] = [term for part in parts for term in built[part]]
+    return built
+
+
+def _variants(method: GuidanceOptions) -> dict[str, GuidanceOptions]:
+    """The variants of a method for which there are files.
+
+    Raises UserError where files are given, and there is no variant that these are enough for.
+    """
+    variants: dict[str, GuidanceOptions] = dict(method.variants())
+    files = {flag: getattr(method, flag) for flag in method.remedies}
+    if not variants and any(files.values()):
+        missing = next(flag for flag, path in files.items() if not path)
+        raise UserError(f"--{missing} is not given: {method.need(missing)}")
+    return variants
 
 
 def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool) -> Callable[[], object]:
-    """`function`, during which the blocks of the network recompute their activations in a backward pass, or not."""
-    blocks = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
+    """A call of `function` in which the network's blocks recompute their activations in a backward pass, or do not."""
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
 
     def call() -> object:
         before = [block.use_checkpoint for block in blocks]
@@ -109,42 +137,46 @@ def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool
     return call
 
 
-def _without_care(model: UNetModel) -> UNetModel:
-    """A copy of the network with contiguous feature maps."""
+def _contiguous_copy(model: UNetModel) -> UNetModel:
+    """A copy of the network whose feature maps are contiguous, as those of the official code are."""
     plain = copy.deepcopy(model)
     plain.memory_format = torch.contiguous_format
-    return plain.to(memory_format=torch.contiguous_format)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.contiguous()
+    return plain
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention that holds its whole (T, T) map."""
+    """Attention (N, heads, T, C) that holds its whole (T, T) map, as that of the official code does."""
     scale = q.shape[-1] ** -0.25
     weights = ((q * scale) @ (k * scale).transpose(2, 3)).float().softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
 
 @torch.no_grad()
-def measure(functions: dict[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
-            ) -> dict[str, Measured]:
-    """Each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.
+def measure_calls(functions: dict[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
+                  ) -> dict[str, CallCost]:
+    """Calls each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.
 
     networks: those whose passes are counted.
     """
     memory = {name: peak_memory(function) for name, function in functions.items()}
     passes = {name: count_passes(function, networks) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in tqdm(range(rounds), unit="round", disable=not dist_util.is_main()):
-        for name, function in functions.items():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: Measured(times[name], memory[name], *passes[name]) for name in functions}
+    with progress_bar(rounds, "timing", "round") as progress:
+        for _ in range(rounds):
+            for name, function in functions.items():
+                _synchronize()
+                start = time.perf_counter()
+                function()
+                _synchronize()
+                times[name].append(1000 * (time.perf_counter() - start))
+            progress.update()
+    return {name: CallCost(times[name], memory[name], *passes[name]) for name in functions}
 
 
 def count_passes(function: Callable[[], object], networks: Sequence[nn.Module]) -> tuple[int, int]:
-    """Forward and backward passes through the networks in a call, backward ones where they reach the input.
+    """Counts forward and backward passes through the networks in a call, backward ones where they reach the input.
 
     Blocks that a checkpoint computes again in the backward pass count as part of it.
     """
@@ -169,31 +201,13 @@ def count_passes(function: Callable[[], object], networks: Sequence[nn.Module]) 
     return forward, backward
 
 
-def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that a call needs above what it found, by the allocator's own events."""
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak / 2**20
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def table(measured: dict[str, Measured], batch: int, device: str) -> str:
-    """Times and ratios as Markdown."""
+def cost_table(measured: dict[str, CallCost], batch: int, device: str) -> str:
+    """Times and ratios as a table in Markdown."""
     one, plain = measured["network evaluation"], measured["plain evaluation"]
     lines = [f"batch {batch} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
              "| | milliseconds | peak MiB | / network evaluation | network passes, forward + backward |",

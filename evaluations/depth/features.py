@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from guided_diffusion.depth.images import depth_images
+from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
 
 from ..extractors.bundled import IMAGE_SIZE
@@ -17,7 +19,6 @@ from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnis
 from ..extractors.scenes import load_scenes
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
-from ..npz import BatchFile
 
 EDGE_SHARE = 0.1
 BATCH = 250
@@ -115,7 +116,7 @@ def check_scenes(file: BatchFile, count: int | None = None) -> None:
 
 def metres(depth: np.ndarray) -> np.ndarray:
     """Turns depth from -1 (NEAR) to 1 (FAR) into metres."""
-    return NEAR + (depth + 1) / 2 * (FAR - NEAR)
+    return from_unit_range(depth, NEAR, FAR)
 
 
 def edge_sharpness(depth: np.ndarray) -> np.ndarray:

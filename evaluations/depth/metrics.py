@@ -15,11 +15,11 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 
 from ..metrics import METRICS, Comparison, FeatureSet, FileFeatures, Replicates, Statistic, resampled_mean, resamplings
 from ..metrics.comparison import Feature
-from ..npz import BatchFile
 from ..references import open_reference
 from .features import DepthExtractor, check_scenes
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor
 from .base import ExtractorKind, chosen_device
@@ -69,10 +70,10 @@ def to_grey(images: Images) -> Tensor:
     """
     images = channels_first(images, (3, 1))
     grey = images.float().mean(dim=1, keepdim=True)
-    return grey / 127.5 - 1 if images.dtype == torch.uint8 else grey
+    return from_uint8(grey) if images.dtype == torch.uint8 else grey
 
 
-def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistClassifier:
+def load_fashion_mnist(path: str | Path | None = None) -> FashionMnistClassifier:
     """Loads the bundled classifier, or the one in a file that `save_fashion_mnist` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
@@ -83,7 +84,7 @@ def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistCla
     return load_bundled(path or WEIGHTS, "a Fashion-MNIST classifier", build)
 
 
-def save_fashion_mnist(model: FashionMnistClassifier, path: str | os.PathLike, notes: dict[str, str]) -> None:
+def save_fashion_mnist(model: FashionMnistClassifier, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the classifier with its architecture and test accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.depth.scenes import KINDS
+from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor, Features
 from .base import ExtractorKind, chosen_device
@@ -62,7 +62,7 @@ class ScenesExtractor(BundledExtractor):
     def inputs(self, images: Images) -> Tensor:
         """RGB images (N, 3, 32, 32) in [-1, 1] of uint8 (N, 32, 32, 3), or of floating point (N, 3, 32, 32)."""
         images = channels_first(images, (3,))
-        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+        return from_uint8(images) if images.dtype == torch.uint8 else images.float()
 
     def forward_features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pooled features (N, 64), spatial features (N, 4, 8, 8), logits (N, 4) and depth (N, 1, 32, 32)."""
@@ -92,7 +92,7 @@ def _finer(channels: int, out_channels: int) -> nn.Sequential:
                          nn.ReLU(inplace=True), nn.PixelShuffle(2))
 
 
-def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
+def load_scenes(path: str | Path | None = None) -> ScenesExtractor:
     """Loads the bundled extractor, or the one in a file that `save_scenes` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
@@ -103,7 +103,7 @@ def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
     return load_bundled(path or WEIGHTS, "an extractor of scenes", build)
 
 
-def save_scenes(model: ScenesExtractor, path: str | os.PathLike, notes: dict[str, str]) -> None:
+def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the extractor with its architecture and accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.

@@ -6,7 +6,6 @@ The held-out scenes (seed 1) serve only to measure: the weights of the last epoc
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, option
+from guided_diffusion.pixels import from_uint8
 
-from ..depth.accuracy import depth_errors
-from .bundled import IMAGE_SIZE
+from ..depth_errors import depth_errors
+from .bundled import IMAGE_SIZE, channels_last
 from .scenes import WEIGHTS, ScenesExtractor, save_scenes
 from .training import EpochTraining, learning_rate_factor
 
@@ -55,7 +56,7 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
                         ((SEED, options.num_images), (HELD_OUT_SEED, options.num_held_out)))
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    extractor = ScenesExtractor().to(memory_format=torch.channels_last)
+    extractor = channels_last(ScenesExtractor())
     optimizer = torch.optim.AdamW(extractor.parameters(), options.lr, weight_decay=options.weight_decay)
     steps = max(1, options.num_images // options.batch_size)
     total = steps * options.epochs
@@ -88,13 +89,13 @@ def training_batch(scenes: Scenes, chosen: np.ndarray, mirrored: np.ndarray) -> 
     """
     rgb, depth = scenes.rgb[chosen], scenes.depth[chosen]
     rgb[mirrored], depth[mirrored] = rgb[mirrored, :, ::-1], depth[mirrored, :, ::-1]
-    rgb = torch.from_numpy(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return rgb, in_unit(depth), torch.from_numpy(scenes.label[chosen])
+    rgb = from_uint8(torch.from_numpy(rgb).permute(0, 3, 1, 2))
+    return rgb, depth_tensor(depth), torch.from_numpy(scenes.label[chosen])
 
 
-def in_unit(depth: np.ndarray) -> Tensor:
-    """(N, 1, H, W) in [-1, 1] of depth (N, H, W) in metres."""
-    return torch.from_numpy((depth - NEAR) / (FAR - NEAR) * 2 - 1)[:, None]
+def depth_tensor(depth: np.ndarray) -> Tensor:
+    """Depth (N, H, W) in metres as a tensor (N, 1, H, W) in [-1, 1]."""
+    return torch.from_numpy(to_unit_range(depth, NEAR, FAR))[:, None]
 
 
 def scenes_loss(extractor: ScenesExtractor, rgb: Tensor, depth: Tensor, label: Tensor,
@@ -114,7 +115,7 @@ def scenes_accuracy(extractor: ScenesExtractor, scenes: Scenes) -> dict[str, flo
     in metres. class: share of main objects whose kind is right.
     """
     features, depth = extractor.eval().features_and_depth(scenes.rgb)
-    errors = depth_errors(torch.from_numpy(depth)[:, None], in_unit(scenes.depth), (NEAR, FAR)).mean(axis=0)
+    errors = depth_errors(torch.from_numpy(depth)[:, None], depth_tensor(scenes.depth), (NEAR, FAR)).mean(axis=0)
     right = (features.probabilities.argmax(axis=1) == scenes.label).mean()
     return {name: round(float(value), 4)
             for name, value in zip(("l1", "abs_rel", "delta", "class"), (*errors, right), strict=True)}

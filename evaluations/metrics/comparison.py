@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..npz import BatchFile, Statistics
+from guided_diffusion.npz import BatchFile, Statistics
+
 from .frechet import RunningStatistics
 from .neighbours import Neighbourhoods, manifold_membership, neighbourhoods
 

@@ -172,7 +172,7 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES),
     _mean("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
     _mean("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, DENSITY_K),
-    # Of depth maps that the extractor estimates (Hong et al. 2212.08861): FID of the maps, sharpness of their edges.
+    # Of depth maps that the extractor estimates (Kim et al., 2212.08861): FID of the maps, sharpness of their edges.
     _frechet("dfid", "dFID", Feature.DEPTH, official=False),
     Metric("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS, _sharpness,
            _resampled_sharpness),

@@ -17,7 +17,7 @@ from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import ready
 from guided_diffusion.progress import progress_bar
 
-from ..benchmarks.speed import peak_memory
+from ..memory import peak_memory
 from .costs import RowCost, cost, network_flops
 from .tables import Row, Table
 

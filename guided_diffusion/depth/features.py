@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,6 @@ def upsampled(x: Tensor, size: int) -> Tensor:
     if x.shape[2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-
-
-def concatenated(maps: Mapping[str, Tensor], size: int) -> Tensor:
-    """The maps (N, C_k, h_k, w_k) at one size, stacked: (N, sum of C_k, size, size)."""
-    return torch.cat([upsampled(x, size) for x in maps.values()], dim=1)
 
 
 def decoder_blocks(model: UNetModel) -> tuple[str, ...]:

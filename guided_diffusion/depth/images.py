@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..npz import write_batch
 from ..options import Options, option
+from ..pixels import to_rounded_uint8
 from ..progress import progress_bar
-from .pairs import checked_depth_range, open_pairs, parse_depth_range, read_depth
-from .scenes.files import checked_npz, save_npz
+from .pairs import checked_depth_range, open_pairs, read_depth
+from .ranges import parse_depth_range
+from .scenes.files import checked_npz
 
 
 @dataclass(frozen=True)
 class DepthImageOptions(Options):
-    """The depth images."""
+    """Options that say which depth images to make, and where to."""
 
     data: str = option("", "pairs: an .npz file (arr_0, depth), a folder with images/ and depth/, or scenes")
     depth_range: str = option("", "depths that become black and white: image (each map's own), or NEAR,FAR in the "
@@ -41,10 +44,10 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
 
 def depth_images(depth: np.ndarray) -> np.ndarray:
     """(..., H, W, 3) uint8, the grey in every channel, of depth (..., H, W) in [-1, 1]; near is black."""
-    return np.repeat(np.rint((depth + 1) * 127.5).astype(np.uint8)[..., None], 3, axis=-1)
+    return np.repeat(to_rounded_uint8(depth)[..., None], 3, axis=-1)
 
 
 def write_depth_images(options: DepthImageOptions) -> None:
     """Writes the file, whole or not at all. Raises UserError for data that is wrong, and where it can't be written."""
     out = checked_npz(options.out)
-    save_npz(out, arr_0=grey_images(options))
+    write_batch(out, {"arr_0": grey_images(options)})

@@ -15,7 +15,6 @@ the units of the files, beyond which is clamped.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -27,12 +26,13 @@ from torch import Tensor
 from ..errors import UserError
 from ..image_datasets import classes_by_name, crop_square, image_extent, read_image, resize_smaller_side
 from ..npz import read_arrays
+from ..pixels import from_uint8
+from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
 from .scenes.files import render_scenes
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
-OWN_RANGE = "image"
 IMAGE_SUFFIXES, DEPTH_SUFFIXES = (".png", ".jpg", ".jpeg"), (".npy", ".png")
 _GREY_MODES = ("L", "I", "I;16", "I;16B")
 
@@ -45,18 +45,26 @@ class Pairs(NamedTuple):
     labels: Tensor | None
 
 
-class Source(Protocol):
+class DepthMaps(Protocol):
+    """Where depth maps come from; each is read when it is asked for."""
+
+    def depth(self, index: int) -> np.ndarray:
+        """One depth map (H, W), whole numbers or floats in the units of the files."""
+
+    def name(self, index: int) -> str:
+        """What messages call the depth map."""
+
+
+class Source(DepthMaps, Protocol):
     """Where pairs come from; each is read when it is asked for."""
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int, channels: int) -> Image.Image: ...
+    def image(self, index: int, channels: int) -> Image.Image:
+        """One image, RGB (3 channels) or grey (1)."""
 
-    def depth(self, index: int) -> np.ndarray: ...         # (H, W), of numbers
-
-    def name(self, index: int) -> str: ...                  # of the depth map, for messages
-
-    def labels(self) -> np.ndarray | None: ...
+    def labels(self) -> np.ndarray | None:
+        """The classes (N,) of all images, None where there are none."""
 
 
 def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None = None, flag: str = "num_labels",
@@ -111,21 +119,7 @@ def checked_depth_range(data: str, text: str) -> str:
     return text or OWN_RANGE
 
 
-def parse_depth_range(text: str) -> tuple[float, float] | None:
-    """NEAR and FAR; None where each map has its own."""
-    if text == OWN_RANGE:
-        return None
-    try:
-        near, far = map(float, text.split(","))
-    except ValueError:
-        near = far = 0.0
-    if not (math.isfinite(near) and math.isfinite(far) and near < far):
-        raise UserError(f"--depth_range {text}: must be {OWN_RANGE}, or NEAR,FAR, two numbers of which the first is "
-                        "the smaller one")
-    return near, far
-
-
-def read_depth(source: Source, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
+def read_depth(source: DepthMaps, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
     """One depth map, (size, size) float32 in [-1, 1]; limits: what becomes -1 and 1, None for its own extremes.
 
     Raises UserError where it is not finite, is constant or lies outside the limits.
@@ -141,22 +135,17 @@ def read_depth(source: Source, index: int, size: int, limits: tuple[float, float
     near, far = limits or (float(resized.min()), float(resized.max()))
     if near == far:
         raise UserError(f"{name}: is constant in the part of the image that is used")
-    unit = np.clip((resized - near) / (far - near), 0, 1)
+    unit = to_unit_range(resized, near, far)
     if unit.min() == unit.max():
         raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {depth.min():g} to "
                         f"{depth.max():g}")
-    return (unit * 2 - 1).astype(np.float32)
-
-
-def in_units(depth: Tensor, near: float, far: float) -> Tensor:
-    """Depths in [-1, 1], clamped, in the units of NEAR and FAR."""
-    return near + (depth.clamp(-1, 1) + 1) / 2 * (far - near)
+    return unit.astype(np.float32)
 
 
 def _pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:
     image = crop_square(resize_smaller_side(source.image(index, channels), size), size)
     pixels = np.asarray(image).reshape(size, size, channels)
-    return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+    return from_uint8(pixels.transpose(2, 0, 1))
 
 
 # Sources

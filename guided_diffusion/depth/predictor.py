@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,12 @@ class DepthPredictor(nn.Module):
     weights, whatever that of the maps.
 
     The first layer is linear, and so is upsampling: it is applied at each block's own resolution, and its outputs are
-    upsampled and summed. The same function as an MLP on `features.concatenated(maps, size)` at a part of its cost.
+    upsampled and summed. This is the same function as an MLP on all maps upsampled to `size` and concatenated, at a
+    part of its cost.
     """
+
+    mean: Tensor          # of the features, (sum of channels,)
+    std: Tensor
 
     def __init__(self, channels: Mapping[str, int], size: int) -> None:
         super().__init__()
@@ -52,11 +57,12 @@ class DepthPredictor(nn.Module):
 
     @property
     def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks whose maps the branch reads."""
         return tuple(self.channels)
 
     @torch.no_grad()
     def standardise(self, maps: Mapping[str, Tensor]) -> None:
-        """From now on features are shifted and scaled as gives these maps mean 0 and variance 1 in every channel."""
+        """Shifts and scales features from now on so that these maps have mean 0 and variance 1 in every channel."""
         moments = [torch.var_mean(maps[name].float(), dim=(0, 2, 3), correction=0) for name in self.blocks]
         self.mean.copy_(torch.cat([mean for _, mean in moments]))
         self.std.copy_((torch.cat([variance for variance, _ in moments]) + EPSILON).sqrt())
@@ -85,7 +91,9 @@ class DepthPredictors(nn.Module):
     def __init__(self, branches: Mapping[str, Mapping[str, int]], size: int, depth_range: str,
                  network_sha256: str) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict({name: DepthPredictor(channels, size) for name, channels in branches.items()})
+        # A ModuleDict, whose own type knows no more of its values than that they are modules.
+        self.branches = cast(Mapping[str, DepthPredictor], nn.ModuleDict(
+            {name: DepthPredictor(channels, size) for name, channels in branches.items()}))
         self.size = size
         self.depth_range = depth_range
         self.network_sha256 = network_sha256
@@ -97,13 +105,16 @@ class DepthPredictors(nn.Module):
 
     @property
     def blocks(self) -> tuple[str, ...]:
+        """Names of all blocks that any branch reads."""
         return tuple(self.channels)
 
     def standardise(self, maps: Mapping[str, Tensor]) -> None:
+        """Standardises every branch by these maps (`DepthPredictor.standardise`)."""
         for branch in self.branches.values():
             branch.standardise(maps)
 
     def forward(self, maps: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
+        """Depth (N, 1, size, size) by branch, from maps (N, C_k, h_k, w_k) at original steps t (N,)."""
         return {name: branch(maps, t) for name, branch in self.branches.items()}
 
 

@@ -28,6 +28,7 @@ class DepthPrior:
 
     @property
     def image_size(self) -> int:
+        """Height and width of the maps in pixels."""
         return self.model.image_size
 
     def eps(self, d_tau: Tensor, tau: Tensor) -> Tensor:

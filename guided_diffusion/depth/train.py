@@ -28,7 +28,9 @@ from ..fetch import sha256_of
 from ..files import check_writable
 from ..gaussian_diffusion import GaussianDiffusion
 from ..options import Options, option
+from ..presets import find_preset
 from ..progress import progress_bar
+from ..rng import seeded_torch, stream_generator
 from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import Pairs, checked_depth_range, read_pairs
@@ -36,7 +38,6 @@ from .predictor import DepthPredictors, load_predictors, save_predictors
 
 _log = logging.getLogger(__name__)
 
-STREAMS = {"weights": 0, "batch": 1, "noise": 2}
 STATE_KIND = "depth_training"
 EVALUATED_AT_ONCE = 32          # images
 STATISTICS = 256                # noised images whose features tell their mean and variance
@@ -46,9 +47,9 @@ RECIPE = ("steps", "batch_size", "lr", "draws", "seed")
 
 @dataclass(frozen=True)
 class PredictorOptions(Options):
-    """What predictors are trained on, and how."""
+    """Options that say what predictors are trained on, and how."""
 
-    model: str = option("", "a diffusion model by name: a shipped one, or the flags of a released checkpoint")
+    model: str = option("", "a diffusion model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
     data: str = option("", "labelled images: an .npz file (arr_0, depth), a folder with images/ and depth/, or scenes")
     depth_range: str = option("", "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the units of "
@@ -69,35 +70,35 @@ class PredictorOptions(Options):
 
 @dataclass(frozen=True)
 class DepthTrainOptions(PredictorOptions):
-    """What predictors are trained on, and how."""
+    """Options of a training of predictors, and the file to write them to."""
 
     out: str = option("predictors.safetensors", "file for the predictors")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen diffusion network. diffusion: its whole chain. sha256: of its file. facts: its options by flag name."""
+    """A frozen diffusion network whose features predictors read."""
 
     model: UNetModel
-    diffusion: GaussianDiffusion
-    sha256: str
-    facts: dict[str, Any]
+    diffusion: GaussianDiffusion          # the whole chain
+    sha256: str                           # of the checkpoint, hexadecimal
+    facts: dict[str, Any]                 # options by flag name
 
 
 def load_network(options: PredictorOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
                  ) -> Network:
     """The network that the options name; raises UserError where there is none or the options don't fit it."""
     if not options.model_path:
-        url = checkpoint.find_preset(options.model).url if options.model else None
+        url = find_preset(options.model).url if options.model else None
         hint = f" (`python scripts/fetch_models.py {options.model}` fetches it from {url})" if url else ""
-        raise UserError(f"--model_path is not given: name a checkpoint, or a shipped model with --model{hint}")
+        raise UserError(f"--model_path is not given: name a checkpoint, or a bundled model with --model{hint}")
     diffusion_options = replace(diffusion_options, timestep_respacing="")
     facts = asdict(model_options) | asdict(diffusion_options)
     with torch.device("meta"):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     checkpoint.load_into(model, options.model_path, facts)
-    model.to(dist_util.dev()).channels_last().eval().requires_grad_(False)
+    checkpoint.ready(model, dist_util.dev())
     return Network(model, diffusion, sha256_of(checkpoint.locate(options.model_path)), facts)
 
 
@@ -107,9 +108,11 @@ def read_labelled(options: PredictorOptions, network: Network, data: str, count:
     model = network.model
     pairs = read_pairs(data, size=model.image_size, depth_range=options.depth_range, count=count, flag=flag,
                        channels=model.in_channels, class_cond=model.num_classes is not None, seed=seed)
-    if pairs.labels is not None and not 0 <= int(pairs.labels.min()) <= int(pairs.labels.max()) < model.num_classes:
-        raise UserError(f"{data}: has classes from {int(pairs.labels.min())} to {int(pairs.labels.max())}, the network "
-                        f"knows 0 to {model.num_classes - 1}")
+    if pairs.labels is not None and model.num_classes is not None:
+        least, greatest = int(pairs.labels.min()), int(pairs.labels.max())
+        if not 0 <= least <= greatest < model.num_classes:
+            raise UserError(f"{data}: has classes from {least} to {greatest}, the network knows 0 to "
+                            f"{model.num_classes - 1}")
     return pairs
 
 
@@ -146,11 +149,11 @@ class NoisedFeatures:
         kept = {name: torch.empty((count, *x.shape[2:], x.shape[1]), dtype=torch.float16) for name, x in maps.items()}
         with progress_bar(count, "features", "img") as progress:
             for start in range(0, count, EVALUATED_AT_ONCE):
-                numbers = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
-                maps, _ = self(*np.divmod(numbers, draws))
+                rows = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
+                maps, _ = self(*np.divmod(rows, draws))
                 for name, x in maps.items():
-                    kept[name][start:start + len(numbers)] = x.movedim(1, 3)
-                progress.update(len(numbers))
+                    kept[name][start:start + len(rows)] = x.movedim(1, 3)
+                progress.update(len(rows))
         for name, x in kept.items():
             if not torch.isfinite(x).all():
                 raise UserError(f"--cache_gb {gigabytes:g}: must be 0, as features of block {name!r} are too large for "
@@ -160,7 +163,7 @@ class NoisedFeatures:
 
     def _noise(self, images: np.ndarray, draws: np.ndarray) -> tuple[Tensor, Tensor]:
         """Indices into the chain (N,), and noise like the images; no noise where the features are kept."""
-        generators = [np.random.default_rng((self.seed, STREAMS["noise"], int(image), int(draw)))
+        generators = [stream_generator("depth noise", self.seed, image, draw)
                       for image, draw in zip(images, draws, strict=True)]
         t = torch.tensor([int(generator.integers(self.network.diffusion.num_timesteps)) for generator in generators])
         shape = (0,) if self._kept else self.pairs.images.shape[1:]
@@ -197,8 +200,7 @@ class PredictorTraining:
             "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
             **network.facts}
         self._check_out()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(options.seed, "weights"))
+        with seeded_torch("depth weights", options.seed):
             self.predictors = DepthPredictors(channels, network.model.image_size, depth_range, network.sha256)
         self.predictors.to(dist_util.dev())
         self.optimizer = torch.optim.AdamW(self.predictors.parameters(), lr=options.lr)
@@ -231,7 +233,7 @@ class PredictorTraining:
     def run_step(self) -> dict[str, float]:
         """One update of the weights; the L1 loss of each branch before it."""
         options, count = self.options, len(self.pairs.images)
-        rng = np.random.default_rng((options.seed, STREAMS["batch"], self.step))
+        rng = stream_generator("depth batch", options.seed, self.step)
         images = rng.integers(count, size=options.batch_size)
         draws = (rng.integers(options.draws, size=options.batch_size) if options.draws
                  else self.step * options.batch_size + np.arange(options.batch_size))
@@ -252,9 +254,9 @@ class PredictorTraining:
 
     def _standardise(self) -> None:
         count, draws = len(self.pairs.images), self.options.draws
-        numbers = np.arange(min(STATISTICS, count * draws) if draws else STATISTICS)
+        chosen = np.arange(min(STATISTICS, count * draws) if draws else STATISTICS)
         parts = [self.features(part % count, part // count)[0]
-                 for part in np.split(numbers, range(EVALUATED_AT_ONCE, len(numbers), EVALUATED_AT_ONCE))]
+                 for part in np.split(chosen, range(EVALUATED_AT_ONCE, len(chosen), EVALUATED_AT_ONCE))]
         self.predictors.standardise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     # Files
@@ -322,7 +324,3 @@ def digest(pairs: Pairs) -> str:
         if tensor is not None:
             result.update(np.ascontiguousarray(tensor.numpy()).data)
     return result.hexdigest()
-
-
-def _seed(seed: int, stream: str) -> int:
-    return int(np.random.SeedSequence((seed, STREAMS[stream])).generate_state(1, np.uint64)[0])

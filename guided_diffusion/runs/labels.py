@@ -1,4 +1,4 @@
-"""Labels of a run's images: each a function of the seed and the image's number."""
+"""Labels of a run's images: each a function of the seed and the index of its image."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from torch import Tensor
 from ..errors import UserError
 from ..rng import image_labels
 
-Labels = Callable[[Sequence[int]], Tensor]          # image numbers -> (N,) int64
+Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
 
 
 def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> Labels:
-    """What `--labels` says: random, balanced, a class, or a .npy file of (num_samples,) classes or more.
+    """Makes labels as `--labels` says: random, balanced, a class, or a .npy file of (num_samples,) classes or more.
 
     Raises UserError for anything else, for a class that there is not, and for a file that is too short.
     """
     if text == "random":
-        return lambda numbers: image_labels(seed, numbers, num_classes)
+        return lambda image_ids: image_labels(seed, image_ids, num_classes)
     if text == "balanced":
-        return lambda numbers: torch.tensor(numbers) % num_classes
+        return lambda image_ids: torch.tensor(image_ids) % num_classes
     if is_file(text):
         labels = _read(text, num_classes, num_samples)
-        return lambda numbers: labels[list(numbers)]
+        return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file")
     if int(text) >= num_classes:
         raise UserError(f"--labels {text}: must be a class from 0 to {num_classes - 1}")
-    return lambda numbers: torch.full((len(numbers),), int(text))
+    return lambda image_ids: torch.full((len(image_ids),), int(text))
 
 
 def is_file(text: str) -> bool:
+    """Whether `--labels` names a file of labels."""
     return text.endswith(".npy")
 
 

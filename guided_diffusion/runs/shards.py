@@ -2,7 +2,9 @@
 
     OUT/.lock                  held by the job that works there
     OUT/shards/run.json        what the images depend on
-    OUT/shards/000123.npz      images, labels, numbers of one chunk; run: the fingerprint; rank, seconds
+    OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds
+
+`run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def samples_file(out: Path, num_samples: int, image_size: int) -> Path:
 
 @dataclass(frozen=True)
 class Shards:
-    """The chunks of the run of a configuration, in its folder."""
+    """The chunks of one sampling run in its folder."""
 
     out: Path
     configuration: Mapping[str, Any]        # every option, by flag name
@@ -52,14 +54,17 @@ class Shards:
 
     @property
     def folder(self) -> Path:
+        """The folder of the finished chunks."""
         return self.out / "shards"
 
     @property
     def num_samples(self) -> int:
+        """Images of the run."""
         return self.configuration["num_samples"]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Shape (N, H, W, 3) of all images together."""
         size = self.configuration["image_size"]
         return self.num_samples, size, size, 3
 
@@ -70,18 +75,22 @@ class Shards:
 
     @cached_property
     def chunks(self) -> list[range]:
+        """The indices of the images of each chunk."""
         size, total = self.configuration["batch_size"], self.num_samples
         return [range(first, min(first + size, total)) for first in range(0, total, size)]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """What the images depend on, by flag name."""
         return identity(self.configuration, self.sha256)
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the identity, hexadecimal."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def path(self, index: int) -> Path:
+        """The file of a chunk, whether it is finished or not."""
         return self.folder / f"{index:06d}.npz"
 
     # One shard
@@ -89,9 +98,10 @@ class Shards:
     def save(self, index: int, images: np.ndarray, labels: np.ndarray | None, rank: int = 0,
              seconds: float = 0.0) -> None:
         """Writes a chunk: images (n, H, W, 3) uint8, labels (n,) int64; rank and seconds tell how it was made."""
+        labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
         buffer = io.BytesIO()
         np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
-                 rank=rank, seconds=seconds, **({} if labels is None else {"labels": labels}))
+                 rank=rank, seconds=seconds, **labelled)
         files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
                     ending="finished chunks are kept: start the same command again to go on")
 
@@ -101,7 +111,7 @@ class Shards:
         Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
         where it is of another run. A chunk of fewer or more images, from a shorter or longer run, is read too.
         """
-        path, numbers = self.path(index), self.chunks[index]
+        path, image_ids = self.path(index), self.chunks[index]
         try:
             arrays = read_checked(path)
             held = arrays["numbers"]
@@ -115,10 +125,10 @@ class Shards:
             whole, run = False, str(error)
         if not whole:
             raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
-        if run != self.fingerprint or held[0] != numbers.start or (np.diff(held) != 1).any():
+        if run != self.fingerprint or held[0] != image_ids.start or (np.diff(held) != 1).any():
             raise UserError(f"{path}: is of another run; {REMEDY}")
-        both = range(min(len(held), len(numbers)))
-        if self.labels is not None and not _equal(_cut(self.labels(numbers), both), _cut(arrays.get("labels"), both)):
+        both = range(min(len(held), len(image_ids)))
+        if self.labels is not None and not _equal(_cut(self.labels(image_ids), both), _cut(arrays.get("labels"), both)):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
         return arrays
 
@@ -222,14 +232,14 @@ class Shards:
         timing: list[dict[str, Any]] = []
 
         def arrays() -> Iterator[Chunk]:
-            for index, numbers in enumerate(self.chunks):
+            for index, image_ids in enumerate(self.chunks):
                 try:
                     chunk = self.read(index)
                 except FileNotFoundError:
                     raise UserError(f"{self.path(index)}: is gone; start the same command again") from None
-                if len(chunk["numbers"]) != len(numbers):
+                if len(chunk["numbers"]) != len(image_ids):
                     raise UserError(f"{self.path(index)}: was changed; start the same command again")
-                timing.append({"first": numbers.start, "images": len(numbers), "rank": int(chunk["rank"]),
+                timing.append({"first": image_ids.start, "images": len(image_ids), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
         return prepare_samples(arrays(), self.shape, self.samples), timing
@@ -243,6 +253,7 @@ class Shards:
         return any(self.folder.glob("[0-9]*.npz"))          # no temporary files, whose names begin with a dot
 
     def remove(self) -> None:
+        """Removes the folder of shards with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -262,4 +273,4 @@ def _cut(array: np.ndarray | None, indices: range) -> np.ndarray | None:
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    return (one is None) == (other is None) and (one is None or np.array_equal(one, other))
+    return one is other if one is None or other is None else np.array_equal(one, other)

@@ -26,9 +26,11 @@ class RunStatus:
 
     @property
     def missing(self) -> int:
+        """Images that are still to be sampled."""
         return self.num_samples - self.done - self.damaged
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it by name, for JSON."""
         return {**asdict(self), "missing": self.missing, "samples": self.samples and str(self.samples)}
 
     def __str__(self) -> str:
@@ -69,11 +71,11 @@ def _run(out: Path, record: Path) -> Shards | None:
 
 def _of_shards(run: Shards) -> RunStatus:
     done, damaged, files = 0, 0, []
-    for index, numbers in enumerate(run.chunks):
+    for index, image_ids in enumerate(run.chunks):
         try:
-            done += len(numbers) if run.has(index) else 0
+            done += len(image_ids) if run.has(index) else 0
         except UserError as error:
-            damaged += len(numbers)
+            damaged += len(image_ids)
             files.append(run.path(index).name + ("" if isinstance(error, DamagedError) else " (of another run)"))
     packed = run.samples if done == run.num_samples and (run.out / "run.json").exists() else None
     return RunStatus(run.num_samples, done, damaged, tuple(files), holder(run.out), packed)

@@ -6,16 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from code_blocks import DOCUMENTS, blocks_in, commands_in
+from code_blocks import DOCUMENTS, blocks_in, commands_in, in_language
 from commands import REPOSITORY, call
 
+from evaluations.reproduction import tables
 from guided_diffusion.options import OptionParser
 
 BLOCKS = [block for path in DOCUMENTS for block in blocks_in(path)]
-PYTHON = [path for path in DOCUMENTS if any(block.language == "python" for block in blocks_in(path))]
-SHELL = [block for block in BLOCKS if block.language == "sh"]
+PYTHON = {path.name: blocks for path in DOCUMENTS if (blocks := in_language(path, "python"))}
+SHELL = {path.name: blocks for path in DOCUMENTS if (blocks := in_language(path, "sh"))}
 
 # Smaller than in the documents, so that all of them together take less than a minute: what is given to a command in
 # place of its own values, or beside them.
@@ -25,20 +27,12 @@ SMALLER = {
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
     "evaluate": {"num_images": 12, "bootstrap": 2},
-    "attention": {"num_images": 6, "timestep_respacing": 2},
+    "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},
-    "depth_train": {"iterations": 2, "num_images": 8},
+    "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
     "reproduce": {"num_samples": 12, "evaluation_seconds": 0.05},
 }
-ACTIVATION = ". .venv/bin/activate"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the shell blocks run, one after the other: a folder with nothing but the configurations."""
-    path = tmp_path_factory.mktemp("blocks")
-    shutil.copytree(REPOSITORY / "configs", path / "configs")
-    return path
+ACTIVATION = ". .venv/bin/activate\n"
 
 
 def smaller(script, arguments):
@@ -57,9 +51,9 @@ def file_names(words):
     return [name for word in words for name in (sorted(glob.glob(word)) or [word])]
 
 
-def with_new_names(words, count):
-    """The words with the number of images in the names of sample files."""
-    return [re.sub(r"samples_\d+x", f"samples_{count}x", word) for word in words]
+def with_new_count(words):
+    """The words with the smaller number of images in the names of sample files."""
+    return [re.sub(r"samples_\d+x", f"samples_{SAMPLING['num_samples']}x", word) for word in words]
 
 
 def script_of(words):
@@ -74,42 +68,53 @@ def test_no_block_is_of_a_kind_that_nothing_checks():
 
 
 def test_most_blocks_are_known_and_those_that_cannot_run_say_why():
-    assert len([block for block in SHELL if not block.why]) >= 10
-    assert len([block for block in BLOCKS if block.language == "python" and not block.why]) >= 5
+    assert sum(not block.why for blocks in SHELL.values() for block in blocks) >= 10
+    assert sum(not block.why for blocks in PYTHON.values() for block in blocks) >= 8
     assert all(len(block.why.split()) >= 2 for block in BLOCKS if block.why)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.name)
-def test_python_blocks_run(path, tmp_path):
+@pytest.mark.parametrize("document", PYTHON)
+def test_python_blocks_run(document, tmp_path):
     """All blocks of a document run in one process, as one who reads it from the top would type them."""
-    program = "\n".join(block.text for block in blocks_in(path) if block.language == "python" and not block.why)
-    for block in blocks_in(path):
-        if block.language == "python":
-            compile(block.text, str(block), "exec")
+    for block in PYTHON[document]:
+        compile(block.text, str(block), "exec")
+    program = "\n".join(block.text for block in PYTHON[document] if not block.why)
+    program = re.sub(r'(timestep_respacing"?[=:] ?)"\d+"', rf'\1"{SAMPLING["timestep_respacing"]}"', program)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [block for block in SHELL if not block.why], ids=str)
-def test_shell_blocks_run(block, folder, monkeypatch):
-    if block.text.strip() == ACTIVATION:
-        return
-    monkeypatch.chdir(folder)
+@pytest.mark.parametrize("document", [name for name, blocks in SHELL.items() if any(not block.why for block in blocks)])
+def test_shell_blocks_run(document, tmp_path, monkeypatch):
+    """All blocks of a document run one after the other, in a folder with nothing but the configurations."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    write_configurations(document, tmp_path)
+    monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for words in commands_in(block):
-        script = script_of(words)
-        arguments = file_names(with_new_names(smaller(script, words[1:]), SAMPLING["num_samples"]))
-        assert call(script, *arguments) == 0, [script, *arguments]
+    monkeypatch.chdir(tmp_path)
+    for block in SHELL[document]:
+        for words in commands_in(block) if not block.why and block.text != ACTIVATION else ():
+            arguments = file_names(with_new_count(smaller(script_of(words), words[1:])))
+            assert call(script_of(words), *arguments) == 0, f"{block}: {words[0]} {arguments}"
+
+
+def write_configurations(document, folder):
+    """The YAML blocks of a document, each in the file that its first line names."""
+    for block in BLOCKS:
+        if block.language == "yaml" and Path(block.document).name == document:
+            path = folder / block.text.splitlines()[0].removeprefix("# ")
+            path.parent.mkdir(parents=True)
+            path.write_text(block.text)
 
 
 class Read(Exception):
     """The options of a command were read: it does not run."""
 
 
-@pytest.mark.parametrize("block", [block for block in SHELL if block.why], ids=str)
+@pytest.mark.parametrize("block", [block for blocks in SHELL.values() for block in blocks if block.why], ids=str)
 def test_options_of_blocks_that_cannot_run_are_those_of_the_commands(block, monkeypatch):
     real = OptionParser.read
 

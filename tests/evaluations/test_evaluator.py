@@ -12,8 +12,8 @@ from commands import REPOSITORY, call, execute
 from golden import GOLDEN
 from PIL import Image
 
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
+from guided_diffusion.npz import BatchFile, write_batch
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
 BIN = Path(sys.executable).parent

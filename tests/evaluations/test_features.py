@@ -9,8 +9,8 @@ import pytest
 from commands import execute
 
 from evaluations.features import Features, extract, feature_folder
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 
@@ -18,7 +18,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
 class Stub:
     """A network whose features are the pixels; counts the images it sees."""
 
-    name, fingerprint = "stub", "0" * 64
+    name, fingerprint, caveat = "stub", "0" * 64, ""
 
     def __init__(self):
         self.seen = 0
@@ -87,6 +87,12 @@ def test_damaged_images_are_named(file, tmp_path):
         extract(BatchFile(file.path), Stub(), tmp_path / "cache", 5)
 
 
+def test_a_rank_that_does_not_see_the_temporary_folder_says_what_to_name(monkeypatch):
+    monkeypatch.setattr("evaluations.features.dist_util.is_main", lambda: False)       # the first rank is elsewhere
+    with pytest.raises(UserError, match="--cache is not given: the ranks are on several machines"), feature_folder(""):
+        pass
+
+
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache .*file: cannot be written"), feature_folder(tmp_path / "file"):
@@ -96,10 +102,10 @@ def test_folder_that_cannot_be_written(tmp_path):
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(":")
 from test_features import Stub
 from evaluations.features import extract, feature_folder
-from evaluations.npz import BatchFile
+from guided_diffusion.npz import BatchFile
 from guided_diffusion import dist_util
 dist_util.setup_dist()
 with feature_folder(sys.argv[3]) as folder:
@@ -121,7 +127,7 @@ def test_ranks_share_the_work(launcher, file, tmp_path):
     if launcher == "mpiexec" and not (LAUNCHERS[launcher][0].exists() and importlib.util.find_spec("mpi4py")):
         pytest.skip("mpiexec or mpi4py is not installed: the extra `mpi`")
     (tmp_path / "program.py").write_text(PROGRAM)
-    tests, shared = Path(__file__).parent, tmp_path / "shared"
+    tests, shared = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}", tmp_path / "shared"
     ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
     assert ended.returncode == 0, ended.stderr
     seen = [int(path.read_text()) for path in tmp_path.glob("shared-seen-*")]

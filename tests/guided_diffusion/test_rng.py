@@ -1,9 +1,19 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from guided_diffusion.rng import STREAMS, image_generator, image_labels, image_noise
+from guided_diffusion.rng import (
+    IMAGE_STREAMS,
+    STREAMS,
+    image_generator,
+    image_labels,
+    image_noise,
+    seeded_torch,
+    stream_generator,
+)
 
 
 def test_noise_of_an_image_is_the_same_in_any_batch_and_order():
@@ -45,8 +55,8 @@ def test_labels_are_uniform():
     assert stats.chisquare(counts).pvalue > 0.001
 
 
-def test_streams_are_independent():
-    draws = [image_generator(0, 5, 2, stream).standard_normal(4096) for stream in STREAMS]
+def test_streams_of_images_are_independent():
+    draws = [image_generator(0, 5, 2, stream).standard_normal(4096) for stream in IMAGE_STREAMS]
     correlations = np.corrcoef(draws) - np.eye(len(draws))
     assert abs(correlations).max() < 0.08
 
@@ -56,3 +66,56 @@ def test_the_numbers_themselves_do_not_change():
     expected = [[0.3736333, -1.0456378], [4.2794123, -0.3392039]]
     np.testing.assert_allclose(image_noise(0, [0, 1], 2, (2,)), expected, rtol=1e-6)
     assert image_labels(0, range(12), 10).tolist() == [7, 8, 4, 5, 1, 9, 0, 9, 1, 9, 1, 7]
+
+
+# Trainings
+
+def first_numbers(stream):
+    """What the generators of a stream draw first, at small seeds and indices: the number -> (seed, *indices)."""
+    keys = itertools.product(range(3), *[range(4)] * len(STREAMS[stream].indices))
+    drawn = {int(stream_generator(stream, *key).integers(2**63)): key for key in keys}
+    assert len(drawn) == 3 * 4 ** len(STREAMS[stream].indices)
+    return drawn
+
+
+def test_streams_of_a_training_share_no_key_but_by_their_word():
+    for one, other in itertools.combinations(STREAMS, 2):
+        shared = first_numbers(one).keys() & first_numbers(other).keys()
+        if STREAMS[one].program == STREAMS[other].program:
+            assert bool(shared) == (STREAMS[one].word == STREAMS[other].word), (one, other)
+
+
+def test_no_further_stream_of_a_training_takes_a_word_that_is_taken():
+    """The words that carry more than one use do so from before: a new use needs a word of its own."""
+    uses = {}
+    for name, stream in STREAMS.items():
+        uses.setdefault((stream.program, stream.word), set()).add(name)
+    assert [names for names in uses.values() if len(names) > 1] == [
+        {"order", "training timesteps", "training noise"},
+        {"augmentation", "validation timesteps", "validation noise"},
+        {"depth batch", "held-out noise"}]
+
+
+def test_the_numbers_of_a_training_do_not_change():
+    """A training can be repeated with a later version: the same numbers as from tuples (seed, word, *indices)."""
+    words = {"order": 0, "augmentation": 1, "training timesteps": 0, "training noise": 0, "validation timesteps": 1,
+             "validation noise": 1, "weights": 2, "dropout": 3, "depth weights": 0, "depth batch": 1, "depth noise": 2,
+             "held-out noise": 1}
+    assert words.keys() == STREAMS.keys()
+    for name, word in words.items():
+        indices = tuple(range(5, 5 + len(STREAMS[name].indices)))
+        expected = np.random.default_rng((7, word, *indices)).random(4)
+        np.testing.assert_array_equal(stream_generator(name, 7, *indices).random(4), expected)
+
+
+def test_seeded_torch_leaves_the_global_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with seeded_torch("dropout", 0, 3, 1):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with seeded_torch("dropout", 0, 3, 1):
+        assert torch.equal(torch.rand(3), inside)
+    with pytest.raises(ValueError, match="has the indices"), seeded_torch("dropout", 0, 3):
+        pass

@@ -1,4 +1,4 @@
-"""What `pip install .` leaves: in an empty environment, without the checkout in sight, everything is there and works."""
+"""What `pip install .` leaves: in an empty environment, without the checkout in sight, all is there and works."""
 
 import os
 import shutil
@@ -11,7 +11,8 @@ import pytest
 from commands import REPOSITORY
 
 pytestmark = pytest.mark.slow
-SOURCES = ("guided_diffusion", "evaluations", "scripts", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("guided_diffusion", "evaluations", "scripts", "configs", "setup.py", "pyproject.toml", "README.md",
+           "LICENSE")
 
 
 def run(*command, cwd):

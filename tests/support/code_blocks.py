@@ -3,7 +3,6 @@
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 from commands import REPOSITORY
 
@@ -42,6 +41,11 @@ def blocks_in(path):
     text = path.read_text(encoding="utf-8")
     return [Block(path.relative_to(REPOSITORY).as_posix(), text.count("\n", 0, found.start("language")) + 1,
                   found["language"], found["text"], found["why"] or "") for found in FENCED.finditer(text)]
+
+
+def in_language(path, language):
+    """The code blocks of a Markdown file that are in one language."""
+    return [block for block in blocks_in(path) if block.language == language]
 
 
 def commands_in(block):

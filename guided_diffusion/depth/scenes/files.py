@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ...files import check_writable, write
+from ...files import check_writable
+from ...npz import write_batch
 from ...options import Options, option
 from ...pictures import grid, save
 from ...progress import progress_bar
+from ..ranges import to_fraction
 from .renderer import FAR, NEAR, Scenes, render
 
 CHUNK = 128
@@ -23,7 +25,7 @@ _MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 20
 
 @dataclass(frozen=True)
 class SceneOptions(Options):
-    """The scenes to render."""
+    """Options that say which scenes to render, and where to."""
 
     num_images: int = option(10000, "number of scenes", minimum=1)
     start: int = option(0, "number of the first scene", minimum=0)
@@ -34,7 +36,7 @@ class SceneOptions(Options):
 
 
 def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
-    """`render` on all cores, with progress."""
+    """Renders scenes as `render` does, on all cores, and shows the progress."""
     pieces = [numbers[start:start + CHUNK] for start in range(0, len(numbers), CHUNK)]
     with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
             progress_bar(len(numbers), "rendering", "scene") as progress:
@@ -46,16 +48,22 @@ def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
 
 
 def write_scenes(options: SceneOptions) -> None:
-    """Renders, and writes the file and the contact sheet. Raises UserError for files that cannot be written."""
+    """Renders the scenes and writes their file and, if wanted, the contact sheet.
+
+    Raises UserError, before anything is rendered, where the file cannot be written.
+    """
     out = checked_npz(options.out)
     scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images), options.image_size)
-    save_npz(out, arr_0=scenes.rgb, arr_1=scenes.label, depth=scenes.depth, mask=scenes.mask)
+    write_batch(out, {"arr_0": scenes.rgb, "arr_1": scenes.label, "depth": scenes.depth, "mask": scenes.mask})
     if options.sheet:
         save(contact_sheet(scenes), Path(options.sheet))
 
 
 def checked_npz(out: str) -> Path:
-    """The path of a file to write, its folder made; raises UserError for another suffix, and where it can't be."""
+    """Returns the path of an .npz file to write, and makes its folder.
+
+    Raises UserError for another suffix, and where the file cannot be written.
+    """
     path = Path(out)
     if path.suffix != ".npz":
         raise UserError(f"--out {out}: the name must end in .npz")
@@ -63,17 +71,12 @@ def checked_npz(out: str) -> Path:
     return path
 
 
-def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """An uncompressed .npz, whole or not at all."""
-    write(path, lambda temporary: np.savez(temporary, **arrays))
-
-
 def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Image:
     """The first scenes, in each row of the sheet their images, depth maps (near is bright) and masks."""
     blocks = []
     for row in range(min(rows, -(-len(scenes.rgb) // columns))):
         part = slice(row * columns, (row + 1) * columns)
-        near = 1 - (scenes.depth[part] - NEAR) / (FAR - NEAR)
+        near = 1 - to_fraction(scenes.depth[part], NEAR, FAR)
         depth = np.repeat((near * 255).astype(np.uint8)[..., None], 3, axis=3)
         blocks += [grid(pictures, columns) for pictures in (scenes.rgb[part], depth, _MASK_COLOURS[scenes.mask[part]])]
     sheet = Image.fromarray(np.concatenate(blocks))

@@ -165,9 +165,10 @@ class _Rooms:
         forward = np.stack([np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)], axis=1)
         right = np.stack([np.cos(yaw), zero, -np.sin(yaw)], axis=1)
         lamp = np.stack([draws.uniform(-1.5, 1.5), 0.95 * height, draws.uniform(0.5, 0.6 * length)], axis=1)
-        surfaces = tuple(_Texture.draw(draws, cell) for cell in ((0.4, 1.2), (0.3, 0.9), (0.6, 1.2)))
+        walls, floor, ceiling = (_Texture.draw(draws, cell) for cell in ((0.4, 1.2), (0.3, 0.9), (0.6, 1.2)))
         count = 1 + draws.integers(MAX_OBJECTS)
-        rooms = cls(half_width, height, length, eye, forward, right, np.cross(forward, right), lamp, surfaces, [])
+        rooms = cls(half_width, height, length, eye, forward, right, np.cross(forward, right), lamp,
+                    (walls, floor, ceiling), [])
         for place in range(MAX_OBJECTS):
             rooms.objects.append(rooms._object(draws, place, count > place, yaw))
         return rooms
@@ -320,14 +321,18 @@ def _cone(o: Array, d: Array, radius: Array, height: Array, flat: Array) -> tupl
 _SHAPES = (_box, _sphere, _cylinder, _cone)
 
 
-def _first_root(a: Array, half_b: Array, c: Array, valid: Callable[[Array], Array] = lambda root: True) -> Array:
+def _anything(root: Array) -> Array:
+    return np.ones_like(root, bool)
+
+
+def _first_root(a: Array, half_b: Array, c: Array, valid: Callable[[Array], Array] = _anything) -> Array:
     """The smallest positive valid root of a x^2 + 2 half_b x + c, infinite where there is none."""
     discriminant = half_b**2 - a * c
     root = np.sqrt(np.maximum(discriminant, 0))
     with np.errstate(divide="ignore", invalid="ignore"):
-        roots = (-half_b - root) / a, (-half_b + root) / a
-        roots = [np.where((discriminant >= 0) & (x > 0) & valid(x), x, np.inf) for x in roots]
-    return np.minimum(*roots)
+        first, second = (np.where((discriminant >= 0) & (x > 0) & valid(x), x, np.inf)
+                         for x in ((-half_b - root) / a, (-half_b + root) / a))
+    return np.minimum(first, second)
 
 
 def _between(y: Array, height: Array) -> Array:

@@ -9,11 +9,11 @@ from commands import call
 from evaluations.depth.features import DepthExtractor, DepthFeatures, edge_sharpness, metres
 from evaluations.depth.metrics import DepthReference, compare, read_reference
 from evaluations.metrics import METRICS, FeatureSet, frechet_distance
-from evaluations.npz import BatchFile, write_batch
 from evaluations.references import open_reference
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
 
 FASHION_MNIST = ("--backend", "fashion_mnist")
 

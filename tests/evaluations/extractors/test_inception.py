@@ -286,7 +286,7 @@ def test_reading_needs_tensorboard_and_says_so(monkeypatch):
 
 def test_reading_does_not_bring_tensorflow():
     tensorboard()
-    code = ("import sys\nfrom evaluations import inception\n"
+    code = ("import sys\nfrom evaluations.extractors import inception\n"
             "assert 'tensorboard' not in sys.modules\n"
             "try: inception.load_weights.__globals__['parse_graph'](b'', 'graph')\n"
             "except ValueError: pass\n"

@@ -9,12 +9,12 @@ import torch
 from commands import call
 from safetensors import safe_open
 
-from evaluations.depth.metrics import edge_sharpness, metres
+from evaluations.depth.features import edge_sharpness, metres
 from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import scenes_accuracy, training_batch
-from evaluations.npz import BatchFile, write_batch
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
 
 
 @pytest.fixture(scope="module")

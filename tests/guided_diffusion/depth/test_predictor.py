@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from guided_diffusion.capture import capture_features
 from guided_diffusion.checkpoint import read_metadata, save_state
 from guided_diffusion.depth.features import (
-    concatenated,
     decoder_blocks,
     decoder_features,
     feature_channels,
     parse_blocks,
+    upsampled,
 )
 from guided_diffusion.depth.predictor import (
     TIME_CHANNELS,
@@ -48,6 +48,11 @@ def predictors_for(model, sha256="ab" * 32, **branches):
 
 
 # Features
+
+
+def concatenated(maps, size):
+    """The maps (N, C_k, h_k, w_k) at one size, stacked: (N, sum of C_k, size, size)."""
+    return torch.cat([upsampled(x, size) for x in maps.values()], dim=1)
 
 
 def test_features_are_the_outputs_of_the_blocks(model):

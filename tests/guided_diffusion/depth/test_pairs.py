@@ -6,7 +6,8 @@ import torch
 from commands import call
 from PIL import Image
 
-from guided_diffusion.depth.pairs import in_units, parse_depth_range, read_pairs
+from guided_diffusion.depth.pairs import read_pairs
+from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, render
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_data
@@ -44,7 +45,7 @@ def test_pairs_of_an_npz(tmp_path):
     assert pairs.images.dtype == pairs.depth.dtype == torch.float32 and pairs.labels.tolist() == [0, 1, 0]
     assert np.allclose(pairs.images.numpy().transpose(0, 2, 3, 1), values["arr_0"][:3] / 127.5 - 1, atol=1e-6)
     assert np.allclose(pairs.depth[:, 0], (values["depth"][:3] - 5) / 4, atol=1e-6)
-    assert torch.allclose(in_units(pairs.depth, 1, 9)[:, 0], torch.from_numpy(values["depth"][:3]), atol=1e-5)
+    assert torch.allclose(from_unit_range(pairs.depth, 1, 9)[:, 0], torch.from_numpy(values["depth"][:3]), atol=1e-5)
     own = read_pairs(npz(tmp_path), size=16).depth
     assert own.amin(dim=(1, 2, 3)).tolist() == [-1] * 4 and own.amax(dim=(1, 2, 3)).tolist() == [1] * 4
     clamped = read_pairs(npz(tmp_path), size=16, depth_range="2,3").depth
@@ -87,7 +88,7 @@ def test_scenes_as_pairs():
     pairs = read_pairs("scenes", size=16, count=3, class_cond=True, seed=1)
     scenes = render(1, range(3), 16)
     near, far = parse_depth_range(DEPTH_RANGE)
-    assert np.allclose(in_units(pairs.depth, near, far)[:, 0], scenes.depth, atol=1e-4)
+    assert np.allclose(from_unit_range(pairs.depth, near, far)[:, 0], scenes.depth, atol=1e-4)
     assert np.allclose(pairs.images.numpy().transpose(0, 2, 3, 1), scenes.rgb / 127.5 - 1, atol=1e-6)
     assert pairs.labels.tolist() == scenes.label.tolist()
     with pytest.raises(UserError, match=f"--depth_range 1,2: is always {DEPTH_RANGE} for scenes"):

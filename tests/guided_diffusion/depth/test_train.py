@@ -1,0 +1,164 @@
+"""Training of depth predictors: it learns, a kill does not harm it, and what does not fit together is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import call, flags
+from depth_world import MODEL, world_flags, write_world
+from networks import with_random_weights
+
+from guided_diffusion import checkpoint
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.checkpoint import read_metadata, save_state
+from guided_diffusion.depth import train as depth_train
+from guided_diffusion.depth.features import decoder_features
+from guided_diffusion.depth.pairs import read_pairs
+from guided_diffusion.depth.predictor import check_fits, load_predictors
+from guided_diffusion.depth.train import DepthTrainOptions, load_network, train_predictors
+from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
+from guided_diffusion.script_util import create_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A network of random weights, and pairs in which depth is the brightness of the image."""
+    return write_world(tmp_path_factory.mktemp("depth"))
+
+
+def parts(given):
+    return [cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
+            for cls in (DepthTrainOptions, ModelOptions, DiffusionOptions)]
+
+
+def train(world, out, **changes):
+    return train_predictors(*parts(world_flags(world, out, **changes)))
+
+
+def weights(path):
+    return checkpoint.load_state_dict(path)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_learns_what_is_in_the_features(world, tmp_path):
+    given = {"steps": 300, "batch_size": 8, "lr": 1e-2, "strong_blocks": "1,2,3"}
+    predictors = train(world, tmp_path / "p.safetensors", **given)
+    held = read_pairs(str(world / "held.npz"), size=8, depth_range="0,1")
+    model = load_network(*parts(world_flags(world, tmp_path / "p.safetensors"))).model
+    t = torch.zeros(len(held.images), dtype=torch.int64)
+    depth = predictors(decoder_features(model, predictors.blocks, held.images, t, graph=False), t)
+    mean = (held.depth - held.depth.mean()).abs().mean()
+    assert (depth["strong"] - held.depth).abs().mean() < 0.5 * mean
+    assert (depth["weak"] - held.depth).abs().mean() < mean
+
+
+def test_the_file(world, tmp_path):
+    out = tmp_path / "p.safetensors"
+    assert call("depth_train", *flags(world_flags(world, out))) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    predictors = load_predictors(out)
+    assert {name: branch.blocks for name, branch in predictors.branches.items()} == {
+        "strong": ("output.1", "output.3"), "weak": ("output.0",)}
+    assert (predictors.size, predictors.depth_range) == (8, "0,1")
+    check_fits(predictors, create_model(**MODEL), sha256_of(world / "model.safetensors"))
+    recipe = json.loads(read_metadata(out)["training"])
+    assert recipe["steps"] == 12 and recipe["num_labels"] == 12 and recipe["diffusion_steps"] == 100
+    assert all(branch.std.std() > 0 for branch in predictors.branches.values())          # set from the features
+
+
+@pytest.mark.parametrize("changes", [{}, {"cache_gb": 0}, {"draws": 0}])
+def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypatch, changes):
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    train(world, whole, **changes)
+    step = depth_train.PredictorTraining.run_step
+
+    def dies(self):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(depth_train.PredictorTraining, "run_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, killed, **changes)
+    assert not killed.exists() and read_metadata(tmp_path / "killed.state.safetensors")["step"] == "5"
+    monkeypatch.undo()
+    train(world, killed, **changes, save_interval=100)
+    assert equal(weights(whole), weights(killed)) and not (tmp_path / "killed.state.safetensors").exists()
+
+    before = killed.stat().st_mtime_ns
+    train(world, killed, **changes)          # finished: stays as it is
+    assert killed.stat().st_mtime_ns == before
+
+
+def test_features_are_the_same_kept_or_not(world, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(world, tmp_path / "kept.safetensors")
+    train(world, tmp_path / "computed.safetensors", cache_gb=0)
+    assert "features of 48 noised images are kept in 0.00 GB" in caplog.text
+    assert "features of 48 noised images are computed in each step, as they take 0.00 GB" in caplog.text
+    kept, computed = weights(tmp_path / "kept.safetensors"), weights(tmp_path / "computed.safetensors")
+    assert max((kept[name] - computed[name]).abs().max() for name in kept) < 0.01
+    train(world, tmp_path / "seed.safetensors", seed=1)
+    assert not equal(kept, weights(tmp_path / "seed.safetensors"))
+
+
+def test_steps_are_uniform_over_the_whole_chain(world, tmp_path):
+    network = load_network(*parts(world_flags(world, tmp_path / "p.safetensors")))
+    pairs = read_pairs(str(world / "pairs.npz"), size=8, depth_range="0,1")
+    features = depth_train.NoisedFeatures(network, pairs, ("output.0",), 0)
+    numbers = np.arange(400)
+    _, t = features(numbers % 20, numbers // 20)
+    counts = np.histogram(t.numpy(), bins=5, range=(0, 100))[0]
+    assert t.max() > 95 and counts.min() > 50 and counts.max() < 110
+
+
+def test_another_training_in_the_same_file_is_refused(world, tmp_path):
+    out = tmp_path / "p.safetensors"
+    train(world, out)
+    for changes, message in (({"steps": 13}, "of a training with steps 12, not 13"),
+                             ({"weak_blocks": "2"}, "of a training with branches"),
+                             ({"num_labels": 11}, "num_labels 12, not 11"),
+                             ({"depth_range": "0,2"}, "depth_range 0,1, not 0,2"),
+                             ({"data": str(world / "held.npz")}, "with data_sha256"),
+                             ({"diffusion_steps": 50}, "diffusion_steps 100, not 50")):
+        with pytest.raises(UserError, match=message):
+            train(world, out, **changes)
+    (tmp_path / "q.state.safetensors").write_bytes(out.read_bytes())
+    with pytest.raises(UserError, match="steps 12, not 13"):
+        train(world, tmp_path / "q.safetensors", steps=13)
+    with pytest.raises(UserError, match=r"model\.safetensors is something else, name another --out"):
+        train(world, world / "model.safetensors")
+
+
+def test_what_is_wrong_shows_before_the_work(world, tmp_path, capsys):
+    out = tmp_path / "p.safetensors"
+    for changes, message in (
+            ({"weak_blocks": "4"}, "--weak_blocks 4: the network has no decoder block 4, it has 0 to 3"),
+            ({"num_labels": 21}, "--num_labels 21: must be at most 20"),
+            ({"depth_range": "1"}, "--depth_range 1: must be image, or NEAR,FAR"),
+            ({"data": ""}, "--data is not given"),
+            ({"model_path": ""}, "--model_path is not given: name a checkpoint"),
+            ({"num_channels": 64}, "has 32 base channels: pass --num_channels 32"),
+            ({"out": tmp_path / "p.pt"}, "must end in .safetensors"),
+            ({"class_cond": True, "num_classes": 2, "model_path": world / "conditional.safetensors"},
+             "has no labels, which the class-conditional network needs"),
+            ({"lr": 1e30}, "the loss is not finite at step")):
+        assert call("depth_train", *flags(world_flags(world, out) | changes)) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_networks_with_classes_are_given_labels(world, tmp_path):
+    changes = {"class_cond": True, "num_classes": 2, "model_path": str(world / "conditional.safetensors"),
+               "data": str(world / "held.npz")}
+    train(world, tmp_path / "p.safetensors", **changes)
+    with pytest.raises(UserError, match="has classes from 0 to 1, the network knows 0 to 0"):
+        save_state(tmp_path / "one.safetensors", with_random_weights(create_model(
+            **MODEL, class_cond=True, num_classes=1)).state_dict())
+        train(world, tmp_path / "q.safetensors", **changes | {
+            "num_classes": 1, "model_path": str(tmp_path / "one.safetensors")})
