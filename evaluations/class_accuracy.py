@@ -6,9 +6,9 @@ A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes ask
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,11 @@ class ClassAccuracyOptions(Options):
     json: str = option("", "also write the figures to this file")
 
 
-def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file; UserError where it holds anything else."""
+def read_labelled_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file.
+
+    Raises UserError where it holds anything else.
+    """
     file = BatchFile(path)
     if len(file) == 0:
         raise UserError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
@@ -47,33 +50,39 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927); z = 1.96 gives 95 %."""
+    """The bounds of Wilson's score interval of a share (Wilson 1927); z = 1.96 gives the 95 % interval."""
     share, weight = successes / trials, z * z / trials
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure(judge: FashionMnistClassifier, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Share recognised with its 95 % interval, over all images and for each class that was asked for."""
-    right = judge.predict(images) == labels
-    return {**_share(right), "classes": {CLASS_NAMES[c]: _share(right[labels == c]) for c in np.unique(labels)}}
+def measure_class_accuracy(classifier: FashionMnistClassifier, images: np.ndarray, labels: np.ndarray,
+                           ) -> dict[str, Any]:
+    """Measures the class accuracy with its 95 % interval, over all images and for each class that was asked for.
+
+    images: (N, 32, 32, 3) uint8. labels: (N,), the classes asked for. `recognised` counts the images that the
+    classifier sees as the class asked for, and `share` is the accuracy.
+    """
+    right = classifier.predict(images) == labels
+    return {**_accuracy(right), "classes": {CLASS_NAMES[c]: _accuracy(right[labels == c]) for c in np.unique(labels)}}
 
 
-def _share(right: np.ndarray) -> dict[str, Any]:
-    recognised, images = int(right.sum()), len(right)
-    return {"images": images, "recognised": recognised, "share": recognised / images,
-            "interval95": wilson_interval(recognised, images)}
+def _accuracy(right: np.ndarray) -> dict[str, Any]:
+    """The accuracy in results; right: (N,) bool."""
+    correct, images = int(right.sum()), len(right)
+    return {"images": images, "recognised": correct, "share": correct / images,
+            "interval95": wilson_interval(correct, images)}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """One line per file: number of images, share recognised with its interval; then the shares per class."""
+def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
+    """A line for each file: its number of images, its accuracy and the interval; then a line for each class."""
     width = max(len("file"), *map(len, results))
-    lines = [f"{'file':{width}}  images  recognised  95 % interval"]
+    lines = [f"{'file':{width}}  images    accuracy  95 % interval"]
     for name, result in results.items():
         low, high = result["interval95"]
         lines.append(f"{name:{width}}  {result['images']:6d}  {result['share']:10.1%}  {low:.1%} to {high:.1%}")
-    lines += ["", f"{'class':{width}}  images  recognised"]
+    lines += ["", f"{'class':{width}}  images    accuracy"]
     for name, result in results.items():
         lines.append(name)
         for class_name, share in result["classes"].items():
@@ -82,14 +91,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
-    """The table of these sample files, and how good the classifier is on real images.
+    """Measures sample files; returns their table, and how good the classifier is on real images.
 
     Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
     """
     check_writable("--json", options.json)
-    judge = load_fashion_mnist()
-    results = {name: measure(judge, *read_samples(name)) for name in samples}
+    classifier = load_fashion_mnist()
+    results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name)) for name in samples}
     if options.json:
-        write_json(options.json, {"judge_test_accuracy": judge.test_accuracy, "files": results})
-    return (f"{table(results)}\n\nThe judge, a classifier of clean images, recognises {judge.test_accuracy:.1%} of the "
-            "real test images; it took no part in sampling.")
+        write_json(options.json, {"judge_test_accuracy": classifier.test_accuracy, "files": results})
+    return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {classifier.test_accuracy:.1%} "
+            "of the real test images; it took no part in sampling.")

@@ -34,22 +34,23 @@ def reference_names() -> list[str]:
 
 
 def reference_url(name: str) -> str:
-    """Where the reference batch of that name is. Raises UserError for a name that is none."""
+    """The address of the reference batch of that name; raises UserError for an unknown name."""
     if name not in FOLDERS:
         raise UserError(f"{name}: is no reference batch{nearest(name, FOLDERS)}, there are {', '.join(FOLDERS)}")
     return f"{URL}{FOLDERS[name]}/{name}.npz"
 
 
 def fetch_reference(name: str, folder: str | Path) -> Path:
-    """Has a reference batch in `folder`, as NAME.npz, and returns its path; shows progress on stderr.
+    """Fetches a reference batch to `folder`, as NAME.npz, unless it is there, and returns its path.
 
-    Raises UserError for an unknown name, where it cannot be had, or where another file has its name.
+    Progress is shown on stderr. Raises UserError for an unknown name, where the download fails, or where another file
+    has this name.
     """
     return Download(reference_url(name), Path(folder) / f"{name}.npz", check=_misfit).run()
 
 
 def _misfit(path: Path) -> str | None:
-    """Why a file is no reference batch, in words that follow its name."""
+    """Says why a file is no reference batch, in words that follow its name; None where it is one."""
     try:
         if BatchFile(path).statistics() is None:
             return "is no reference batch, it has no mu and sigma"
@@ -76,7 +77,7 @@ def find_reference(word: str, folder: str | Path) -> Path | None:
 
 
 def _description(name: str, ask: bool) -> str:
-    """What is to know of a reference batch before it is fetched, in lines; `ask` the server for its size."""
+    """Describes a reference batch before it is fetched, in lines; ask: also ask the server for its size."""
     url = reference_url(name)
     size = size_of(url) if ask else None
     return f"{name}\n    address: {url}" + (f"\n    size:    {size:,} bytes" if size else "")

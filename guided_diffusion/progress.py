@@ -6,16 +6,17 @@ import sys
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 
 def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enabled: bool = True,
-                 **options: Any) -> tqdm:
-    """A bar of `total` units (None: unknown), of which `initial` are done; other ranks than 0 show nothing.
+                 **options: Any) -> Any:
+    """A tqdm of `total` units (None: unknown), of which `initial` are done; other ranks than 0 show nothing.
 
     what: in words, before the bar. unit: what is counted. enabled: False shows nothing. options: further ones of tqdm,
     such as unit_scale, or an iterable to loop over.
     """
+    from tqdm import tqdm  # here, as networks and samplers run without this package
+
     other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
     return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
                 disable=other_rank or not enabled, mininterval=0.5 if sys.stderr.isatty() else 10, **options)

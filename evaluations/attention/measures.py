@@ -103,8 +103,8 @@ class PatchStatistics:
 
     def of_images(self, block: str, t: int | str = EVERY_STEP) -> np.ndarray:
         """The sums (N, 2, 2) of the attribute `images` for a block, at one step or over all steps."""
-        return sum(np.concatenate(parts) for (name, step), parts in self.images.items()
-                   if name == block and t in (step, EVERY_STEP))
+        return np.sum([np.concatenate(parts) for (name, step), parts in self.images.items()
+                       if name == block and t in (step, EVERY_STEP)], axis=0)
 
     def share(self, block: str) -> float:
         """The share of the block's tokens that are masked, over all steps."""

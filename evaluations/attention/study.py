@@ -207,9 +207,9 @@ def overlay_strip(run: SamplingRun, image_ids: Sequence[int], steps: int = NUM_S
     UserError where no method of the run reads attention, or there is no such block.
     """
     method = attention_method(run)
-    if method is None:
+    if method is None or method.attention_block is None:
         raise UserError(f"{run.title()}: no guidance method of this run reads the attention of a block")
-    network, block = ObservedNetwork(run, method.heads), method.attention_block
+    network, block = ObservedNetwork(run, method.heads or "exact"), method.attention_block
     chosen = evenly_spaced(network.diffusion.num_timesteps, steps)
     pairs: list[np.ndarray] = []
     for observation in network.observe_chain(image_ids, chosen, [block]):

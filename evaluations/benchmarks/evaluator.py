@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ QUICK = Sizes(channels=256, images=1000, covariance_images=5000, inception_image
 NO_TENSORFLOW = "TensorFlow is not installed: precision and recall are compared with numpy alone."
 
 
-def compare(what: str, here: Work, others: dict[str, Work], repeats: int) -> list[WayComparison]:
+def compare(what: str, here: Work, others: Mapping[str, Work], repeats: int) -> list[WayComparison]:
     """Runs each way `repeats` times, in turns; takes the fastest run and the highest peak of each.
 
     what: the work in words. here: the work as this package does it. others: other ways by name.

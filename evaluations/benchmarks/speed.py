@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
 from guided_diffusion.options import Options, option
+from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import without_labels
+from guided_diffusion.sampling import ddpm_step, sample_step
 from guided_diffusion.unet import UNetModel
 
 from ..memory import peak_memory
@@ -75,7 +78,8 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
     network = model if model_options.class_cond else without_labels(model)
 
     def step(*guidance: Guidance) -> Callable[[], object]:
-        return lambda: diffusion.p_sample(network, x, t, model_kwargs={"y": y}, guidance=guidance, noise=noise)
+        denoise = Denoiser(diffusion, network, model_kwargs={"y": y})
+        return lambda: sample_step(ddpm_step, denoise, x, t, lambda: noise, guidance)
 
     def evaluation() -> Tensor:
         return model(x, diffusion.model_timesteps(t), **labels)
@@ -119,7 +123,7 @@ def _variants(method: GuidanceOptions) -> dict[str, GuidanceOptions]:
 
 def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool) -> Callable[[], object]:
     """A call of `function` in which the network's blocks recompute their activations in a backward pass, or do not."""
-    blocks = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
 
     def call() -> object:
         before = [block.use_checkpoint for block in blocks]
@@ -137,7 +141,9 @@ def _contiguous_copy(model: UNetModel) -> UNetModel:
     """A copy of the network whose feature maps are contiguous, as those of the official code are."""
     plain = copy.deepcopy(model)
     plain.memory_format = torch.contiguous_format
-    return plain.to(memory_format=torch.contiguous_format)
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.contiguous()
+    return plain
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class DepthFidOptions(Options):
 
 
 class DepthFile:
-    """A file of depth maps. Raises UserError for anything else."""
+    """A file of depth maps. Raises UserError as it is made, where the file holds anything else."""
 
     def __init__(self, path: str) -> None:
         self.file = BatchFile(path)
@@ -56,76 +56,98 @@ class DepthFile:
             raise UserError(f"{path}: has {self.shape[0]} depth map, at least 2 are needed")
 
     def images(self, limits: tuple[float, float] | None) -> Iterator[np.ndarray]:
-        """Pieces (n, S, S, 3) uint8, S the smaller side; limits as in `read_depth`, which raises the UserErrors."""
+        """The depth maps as images, in pieces (n, S, S, 3) uint8, where S is the smaller side.
+
+        limits: NEAR and FAR, or None: each map has its own. Raises UserError as `read_depth` does.
+        """
         size, first = min(self.shape[1:]), 0
         for depth in self.file.pieces("depth", PIECE):
-            piece = _Piece(depth, f"{self.file.path}: depth map", first)
+            piece = _DepthPiece(depth, f"{self.file.path}: depth map", first)
             yield depth_images(np.stack([read_depth(piece, index, size, limits) for index in range(len(depth))]))
             first += len(depth)
 
     def write_images(self, path: Path, limits: tuple[float, float] | None) -> None:
+        """Writes the depth maps as images; limits as in `images`."""
         size = min(self.shape[1:])
         write_batch(path, {}, self.images(limits), (self.shape[0], size, size, 3))
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Depth maps (n, H, W) as `read_depth` asks for them, the first of them map number `first`."""
+class _DepthPiece:
+    """Depth maps (n, H, W) of a file, from number `first` on, as `read_depth` asks for them."""
 
     maps: np.ndarray
     title: str
     first: int
 
     def depth(self, index: int) -> np.ndarray:
+        """One of the maps, (H, W)."""
         return self.maps[index]
 
     def name(self, index: int) -> str:
+        """Its name in messages."""
         return f"{self.title} {self.first + index}"
 
 
-def depth_fid(reference: str, samples: list[str], network: ExtractorOptions, options: DepthFidOptions,
+def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOptions, options: DepthFidOptions,
               warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """The results of the evaluator, FID called dfid, for each file of samples; none on ranks other than the first.
+    """Compares files of depth maps; returns the evaluator's results for each file of samples, with FID as dfid.
 
-    warn: receives each warning, a sentence. Raises UserError for files and options that cannot work.
+    warn: receives each warning, a sentence. On ranks other than the first there are no results. Raises UserError for
+    files and options that cannot work.
     """
     dist_util.setup_dist()
     with dist_util.together():
         limits = parse_depth_range(options.depth_range)
         check_writable("--json", options.json)
-        files = [DepthFile(path) for path in (reference, *samples)]
-        for file in files[1:]:
-            if options.num_images and options.num_images > file.shape[0]:
-                raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
-    with feature_folder(network.cache) as folder:
-        packed = [folder / f"depth-{number}-{file.file.sha256[:16]}.npz" for number, file in enumerate(files)]
+        files = _checked_files(reference, samples, options)
+    with feature_folder(extractor.cache) as folder:
+        pictures = [folder / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
         try:
             with dist_util.together():
                 if dist_util.is_main():
-                    for file, path in zip(files, packed, strict=True):
+                    for file, path in zip(files, pictures, strict=True):
                         file.write_images(path, limits)
             with dist_util.together():
                 chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
                                           seed=options.seed)
-                evaluation = Evaluation(str(packed[0]), list(map(str, packed[1:])), network, chosen, warn=warn)
+                evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen, warn=warn)
             results = evaluation.run(folder)
         finally:
-            if dist_util.is_main():
-                for path in packed:
-                    path.unlink(missing_ok=True)
+            _remove_files(pictures)
     for result, file in zip(results, files[1:], strict=bool(results)):
-        for side, source in (("reference", files[0]), ("sample", file)):
-            result[side] |= {"file": str(source.file.path), "sha256": source.file.sha256}
-        for numbers in (result["metrics"], result.get("intervals95", {})):
-            numbers |= {"dfid": numbers.pop("fid")} if numbers else {}
-        result["protocol"] = {"depth_range": options.depth_range, "seed": options.seed}
+        _describe_depth(result, files[0], file, options)
     if results and options.json:
         write_json(options.json, results)
     return results
 
 
+def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOptions) -> list[DepthFile]:
+    """The files, the reference first; raises UserError where one is none, or has fewer maps than --num_images."""
+    files = [DepthFile(path) for path in (reference, *samples)]
+    for file in files[1:]:
+        if options.num_images and options.num_images > file.shape[0]:
+            raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
+    return files
+
+
+def _remove_files(paths: Sequence[Path]) -> None:
+    if dist_util.is_main():
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _describe_depth(result: dict[str, Any], reference: DepthFile, sample: DepthFile, options: DepthFidOptions) -> None:
+    """Puts the files of depth maps, dfid and --depth_range into a result, in place of images and fid."""
+    for name, source in (("reference", reference), ("sample", sample)):
+        result[name] |= {"file": str(source.file.path), "sha256": source.file.sha256}
+    for values in (result["metrics"], result.get("intervals95", {})):
+        values |= {"dfid": values.pop("fid")} if values else {}
+    result["protocol"] = {"depth_range": options.depth_range, "seed": options.seed}
+
+
 def in_words(results: Sequence[Mapping[str, Any]]) -> str:
-    """Two lines for each result."""
+    """Results as text, two lines for each."""
     lines = []
     for result in results:
         low, high = result.get("intervals95", {}).get("dfid", (None, None))

@@ -1,4 +1,4 @@
-"""Pictures of geometry: samples with the depth that the judge sees in them, surface normals, and point clouds.
+"""Pictures of geometry: samples with the depth that is estimated of them, surface normals, and point clouds.
 
 Each folder holds a finished run of 32x32 scenes. Column i of every block is image number i, so that runs with the same
 seed show what guidance changes.
@@ -17,8 +17,8 @@ from guided_diffusion.options import Options, option, required
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
+from ..extractors.depth import metres
 from ..extractors.scenes import load_scenes
-from .features import metres
 
 TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
 CLOUD_SIZE = 128                # pixels
@@ -26,14 +26,14 @@ DENSITY = 6                     # points per pixel and axis
 
 
 def depth_colours(depth: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8: depth (N, H, W) in [-1, 1] in colours, near is bright."""
+    """Depth (N, H, W) in [-1, 1] in colours, (N, H, W, 3) uint8; near is bright."""
     from matplotlib import colormaps
 
     return colormaps["magma"]((1 - depth) / 2, bytes=True)[..., :3]
 
 
 def points(depth: np.ndarray) -> np.ndarray:
-    """(..., H, W, 3): the point that each pixel sees, in metres: to the right, down, and along the optical axis.
+    """The point that each pixel sees, (..., H, W, 3) in metres: to the right, down, and along the optical axis.
 
     depth: (..., H, W), metres, of square scenes.
     """
@@ -43,21 +43,24 @@ def points(depth: np.ndarray) -> np.ndarray:
 
 
 def normals(depth: np.ndarray) -> np.ndarray:
-    """(..., H, W, 3): unit normals, towards the camera, of the surface with this depth (..., H, W) in metres."""
-    seen = points(depth)
-    across, down = np.gradient(seen, axis=-2), np.gradient(seen, axis=-3)
+    """Unit normals (..., H, W, 3), towards the camera, of the surface with this depth (..., H, W) in metres."""
+    surface = points(depth)
+    across, down = np.gradient(surface, axis=-2), np.gradient(surface, axis=-3)
     normal = np.cross(down, across)
     return normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-9)
 
 
 def normal_colours(depth: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8: the usual colours of normals (right is red, up is green, towards the camera is blue)."""
+    """The normals of depth (N, H, W) in [-1, 1] in their usual colours, (N, H, W, 3) uint8.
+
+    Right is red, up is green, towards the camera is blue.
+    """
     towards = normals(metres(depth)) * np.array([1, -1, -1])
     return ((towards + 1) / 2 * 255 + 0.5).astype(np.uint8)
 
 
 def point_cloud(image: np.ndarray, depth: np.ndarray, turn: float = TURN, tilt: float = TILT) -> np.ndarray:
-    """(CLOUD_SIZE, CLOUD_SIZE, 3) uint8: the pixels as points in space, seen from the side and from above.
+    """The pixels as points in space, seen from the side and from above: (CLOUD_SIZE, CLOUD_SIZE, 3) uint8.
 
     image: (H, W, 3) uint8. depth: (H, W), metres. turn, tilt: degrees about the middle of the scene.
     """
@@ -80,7 +83,7 @@ def point_cloud(image: np.ndarray, depth: np.ndarray, turn: float = TURN, tilt: 
 
 
 def _enlarged(depth: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W) at `factor` times the size, linear between the middles of pixels, but not across edges in depth."""
+    """Depth (H, W) at `factor` times the size, linear between the middles of pixels, but not across edges in depth."""
     size = len(depth)
     place = (np.arange(size * factor) + 0.5) / factor - 0.5
     low = np.clip(np.floor(place).astype(int), 0, size - 1)
@@ -90,6 +93,7 @@ def _enlarged(depth: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _between(one: np.ndarray, other: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Interpolates, but takes the nearer of the two values where they are apart by more than 15 %."""
     edge = abs(one - other) > 0.15 * np.minimum(one, other)
     return np.where(edge, np.where(part < 0.5, one, other), (1 - part) * one + part * other)
 
@@ -105,14 +109,14 @@ class DepthPicturesOptions(Options):
 
 def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
-    judge = load_scenes()
+    extractor = load_scenes()
     runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
     rows: dict[str, np.ndarray] = {}
     clouds: dict[str, np.ndarray] = {}
     for name, images in runs.items():
-        depth = judge.depth(images)
+        depth = extractor.depth(images)
         rows |= {name: images, f"{name}: depth": depth_colours(depth), f"{name}: normals": normal_colours(depth)}
-        clouds[name] = np.stack([point_cloud(image, seen) for image, seen in zip(images, metres(depth), strict=True)])
+        clouds[name] = np.stack([point_cloud(image, one) for image, one in zip(images, metres(depth), strict=True)])
     columns = min(12, options.num_images)
     save_comparison(rows, Path(options.out), columns)
     drawn = f"geometry: {options.out}"

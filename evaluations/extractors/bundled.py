@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -96,7 +96,7 @@ def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
     Raises UserError for any other shape or type, or for no image at all.
     """
     read_only = isinstance(images, np.ndarray) and not images.flags.writeable
-    images = torch.as_tensor(images.copy() if read_only else images)          # torch warns of what it may not write
+    images = torch.as_tensor(np.array(images) if read_only else images)          # torch warns of what it may not write
     allowed = " or ".join(map(str, channels))
     if images.dtype == torch.uint8:
         expected, channel_dim = f"uint8 images must be (N, 32, 32, {allowed})", 3
@@ -112,7 +112,7 @@ def channels_first(images: Images, channels: Sequence[int]) -> Tensor:
     return images.movedim(channel_dim, 1)
 
 
-def load_bundled(path: str | os.PathLike, kind: str, build: Callable[[Mapping[str, str]], Bundled]) -> Bundled:
+def load_bundled(path: str | Path, kind: str, build: Callable[[Mapping[str, str]], Bundled]) -> Bundled:
     """Loads the network in a file that `save_bundled` wrote, in evaluation mode and float32.
 
     kind: its name in messages. build: makes, from the metadata, a network with weights of the same shapes. Raises
@@ -130,14 +130,22 @@ def load_bundled(path: str | os.PathLike, kind: str, build: Callable[[Mapping[st
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         raise UserError(f"{path}: does not hold {kind}, or is damaged") from None
-    return model.eval().to(memory_format=torch.channels_last)
+    return channels_last(model.eval())
 
 
-def save_bundled(model: nn.Module, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+def save_bundled(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Writes weights and metadata to a file: convolutions in float16, the rest in float32."""
     weights = {name: (tensor.half() if tensor.ndim == 4 else tensor).contiguous()
                for name, tensor in model.state_dict().items()}
     write(path, lambda file: file.write_bytes(save(weights, dict(metadata))))
+
+
+def channels_last(model: Bundled) -> Bundled:
+    """Puts the weights in the memory order that is faster for convolutions on most devices; returns the network."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 @torch.no_grad()

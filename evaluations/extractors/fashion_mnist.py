@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.checkpoint import ready
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor
@@ -74,7 +74,7 @@ def to_grey(images: Images) -> Tensor:
     return from_uint8(grey) if images.dtype == torch.uint8 else grey
 
 
-def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistClassifier:
+def load_fashion_mnist(path: str | Path | None = None) -> FashionMnistClassifier:
     """Loads the bundled classifier, or the one in a file that `save_fashion_mnist` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
@@ -85,7 +85,7 @@ def load_fashion_mnist(path: str | os.PathLike | None = None) -> FashionMnistCla
     return load_bundled(path or WEIGHTS, "a Fashion-MNIST classifier", build)
 
 
-def save_fashion_mnist(model: FashionMnistClassifier, path: str | os.PathLike, notes: dict[str, str]) -> None:
+def save_fashion_mnist(model: FashionMnistClassifier, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the classifier with its architecture and test accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.
@@ -95,7 +95,7 @@ def save_fashion_mnist(model: FashionMnistClassifier, path: str | os.PathLike, n
 
 
 def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
-    return load_fashion_mnist().to(chosen_device(device))
+    return ready(load_fashion_mnist(), chosen_device(device))
 
 
 KIND = ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", _load, pooled=64,

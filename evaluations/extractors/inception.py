@@ -260,7 +260,8 @@ class InceptionExtractor:
             raise UserError(f"{path or FILE_NAME}: {error}") from None
         for layer in self.model.modules():
             if isinstance(layer, Conv):
-                layer.to(self.device, self.dtype, memory_format=self.memory_format)
+                layer.to(self.device, self.dtype)
+                layer.weight.data = layer.weight.data.contiguous(memory_format=self.memory_format)
         self.model.to(self.device)
         # on a busy machine, threads that share each layer wait for the slowest one: each takes images of its own
         self._threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The file of the 2015 Inception, classify_image_graph_def.pb: finding it, reading its weights.
+"""The file of the 2015 Inception, classify_image_graph_def.pb: finding it and reading its weights.
 
 Its weights are converted once, batch norms folded into the convolutions, to a safetensors file in a cache folder.
 """
@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
 
 
 def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Path:
-    """Where the .pb is: the path given, else the one in the cache folder, downloaded where it is not there yet.
+    """Finds the .pb: the path given, else the one in the cache folder, downloaded where it is not there yet.
 
     Raises UserError where the path given is no file, the one in the cache has another size than the official file, or
     the download fails.
@@ -71,7 +71,7 @@ def size_caveat(size: int) -> str:
 
 
 def read_graph(path: Path) -> bytes:
-    """The bytes of the .pb; UserError where it cannot be read."""
+    """The bytes of the .pb; raises UserError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -79,7 +79,7 @@ def read_graph(path: Path) -> bytes:
 
 
 def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Weights:
-    """The weights of the 2015 Inception.
+    """Loads the weights of the 2015 Inception.
 
     path: the .pb, or a safetensors file that a conversion left in a cache folder; None as in `find_graph`.
     cache: folder for what is downloaded and converted; None is `default_cache`. A .pb is converted on first use; a
@@ -108,7 +108,7 @@ def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike
 
 
 def read_converted(path: Path) -> Weights:
-    """What `write_converted` wrote; UserError where the file is missing, damaged, or something else."""
+    """Reads what `write_converted` wrote; raises UserError where the file is missing, damaged, or something else."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -125,7 +125,10 @@ def read_converted(path: Path) -> Weights:
 
 
 def write_converted(weights: Weights, path: Path) -> None:
-    """Writes weights with the SHA-256 of the .pb and of their own values, which `read_converted` checks."""
+    """Writes weights with the SHA-256 of the .pb and of their own values, which `read_converted` checks.
+
+    Raises UserError where the file cannot be written.
+    """
     metadata = {"format": FORMAT, "pb_sha256": weights.sha256, "pb_bytes": str(weights.size),
                 "content_sha256": _content_sha256(weights.tensors)}
     write(path, lambda file: file.write_bytes(save(weights.tensors, metadata)), parents=True)
@@ -135,7 +138,7 @@ def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-        digest.update(tensors[name].numpy())
+        digest.update(tensors[name].numpy().data)
     return digest.hexdigest()
 
 
@@ -164,8 +167,8 @@ def parse_graph(content: bytes, source: str) -> dict[str, Tensor]:
     for name, node in nodes.items():
         if name.endswith("/batchnorm") and node.op == "BatchNormWithGlobalNormalization":
             if not node.attr["scale_after_normalization"].b:
-                constants[f"{name}/gamma"] = np.float32(1)
-            constants[f"{name}/epsilon"] = np.float32(node.attr["variance_epsilon"].f)
+                constants[f"{name}/gamma"] = np.array(1, np.float32)
+            constants[f"{name}/epsilon"] = np.array(node.attr["variance_epsilon"].f, np.float32)
     return fold(constants, source)
 
 
@@ -199,14 +202,15 @@ def fold(constants: Mapping[str, np.ndarray], source: str = "weights") -> dict[s
     return tensors
 
 
-def _constant(node, source: str) -> np.ndarray:
-    """The value of a Const node: packed bytes, or a list of numbers whose last one fills the rest."""
+def _constant(node: Any, source: str) -> np.ndarray:
+    """The value of a Const node (a NodeDef): packed bytes, or a list of numbers whose last one fills the rest."""
     tensor, float32 = node.attr["value"].tensor, 1
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     if node.op != "Const" or tensor.dtype != float32 or min(shape, default=1) < 0:
         raise UserError(f"{source}: is not the 2015 Inception, its node {node.name} is not a float32 constant")
     count = int(np.prod(shape))
-    values = np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content else np.float32(tensor.float_val)
+    values = (np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content
+              else np.array(tensor.float_val, np.float32))
     if 0 < len(values) < count and not tensor.tensor_content:
         values = np.concatenate([values, np.full(count - len(values), values[-1], np.float32)])
     if len(values) != count:
@@ -214,8 +218,8 @@ def _constant(node, source: str) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _check_preprocessing(nodes: Mapping, source: str) -> None:
-    """UserError where the graph prepares images in another way than `inception.resize` does."""
+def _check_preprocessing(nodes: Mapping[str, Any], source: str) -> None:
+    """Raises UserError where the graph prepares images in another way than `inception.resize` does."""
     resize = nodes.get("ResizeBilinear")
     if resize is not None and any(resize.attr[name].b for name in ("align_corners", "half_pixel_centers")):
         raise UserError(f"{source}: is not the 2015 Inception, its ResizeBilinear aligns corners or pixel centres")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.checkpoint import ready
 from guided_diffusion.depth.scenes import KINDS
 from guided_diffusion.pixels import from_uint8
 
@@ -93,7 +93,7 @@ def _finer(channels: int, out_channels: int) -> nn.Sequential:
                          nn.ReLU(inplace=True), nn.PixelShuffle(2))
 
 
-def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
+def load_scenes(path: str | Path | None = None) -> ScenesExtractor:
     """Loads the bundled extractor, or the one in a file that `save_scenes` wrote, in evaluation mode.
 
     Raises UserError where the file is missing, damaged, or of another kind.
@@ -104,7 +104,7 @@ def load_scenes(path: str | os.PathLike | None = None) -> ScenesExtractor:
     return load_bundled(path or WEIGHTS, "an extractor of scenes", build)
 
 
-def save_scenes(model: ScenesExtractor, path: str | os.PathLike, notes: dict[str, str]) -> None:
+def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the extractor with its architecture and accuracy: convolutions in float16, the rest in float32.
 
     notes: further metadata, such as the training command.
@@ -113,7 +113,7 @@ def save_scenes(model: ScenesExtractor, path: str | os.PathLike, notes: dict[str
 
 
 def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
-    return load_scenes().to(chosen_device(device))
+    return ready(load_scenes(), chosen_device(device))
 
 
 KIND = ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", _load, pooled=64,

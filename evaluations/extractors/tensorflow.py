@@ -1,9 +1,10 @@
-"""The 2015 Inception run by TensorFlow itself, from classify_image_graph_def.pb: to settle doubts about `inception`."""
+"""The 2015 Inception, run by TensorFlow itself from classify_image_graph_def.pb, to settle doubts about `inception`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ OUTPUTS = ("pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul:0")
 
 
 class TensorflowExtractor:
-    """The graph in a TensorFlow session, as a network of the evaluator; needs the package tensorflow.
+    """The graph in a TensorFlow session, as an extractor of the evaluator; needs the package tensorflow.
 
     path: the .pb; None takes it from the cache folder (None is ~/.cache/guided-pixels), where it is downloaded to.
     device: "cpu", or "cuda" for what TensorFlow sees of GPUs. Raises UserError where TensorFlow is missing, or the
@@ -72,7 +73,7 @@ class TensorflowExtractor:
         return features
 
 
-def _tensorflow():
+def _tensorflow() -> Any:
     try:
         import tensorflow.compat.v1 as tf
     except ImportError as error:

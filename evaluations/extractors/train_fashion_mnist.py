@@ -17,7 +17,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.options import Options, option
 
-from .bundled import IMAGE_SIZE
+from .bundled import IMAGE_SIZE, channels_last
 from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
 from .training import EpochTraining, learning_rate_factor
 
@@ -51,7 +51,7 @@ def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistCla
                         class_cond=True, in_channels=1, seed=options.seed)
     torch.manual_seed(options.seed)
     shifts = torch.Generator().manual_seed(options.seed)
-    model = FashionMnistClassifier().to(memory_format=torch.channels_last)
+    model = channels_last(FashionMnistClassifier())
     optimizer = torch.optim.SGD(model.parameters(), options.lr, momentum=0.9, nesterov=True,
                                 weight_decay=options.weight_decay)
     steps = max(1, num_images // options.batch_size)

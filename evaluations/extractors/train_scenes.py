@@ -21,7 +21,7 @@ from guided_diffusion.options import Options, option
 from guided_diffusion.pixels import from_uint8
 
 from ..depth_errors import depth_errors
-from .bundled import IMAGE_SIZE
+from .bundled import IMAGE_SIZE, channels_last
 from .scenes import WEIGHTS, ScenesExtractor, save_scenes
 from .training import EpochTraining, learning_rate_factor
 
@@ -56,7 +56,7 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
                         ((SEED, options.num_images), (HELD_OUT_SEED, options.num_held_out)))
     torch.manual_seed(options.seed)
     rng = np.random.default_rng(options.seed)
-    extractor = ScenesExtractor().to(memory_format=torch.channels_last)
+    extractor = channels_last(ScenesExtractor())
     optimizer = torch.optim.AdamW(extractor.parameters(), options.lr, weight_decay=options.weight_decay)
     steps = max(1, options.num_images // options.batch_size)
     total = steps * options.epochs

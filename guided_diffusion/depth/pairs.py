@@ -45,19 +45,23 @@ class Pairs(NamedTuple):
     labels: Tensor | None
 
 
-class Source(Protocol):
-    """Where pairs come from; each is read when it is asked for."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int, channels: int) -> Image.Image:
-        """One image, RGB (3 channels) or grey (1)."""
+class DepthMaps(Protocol):
+    """Where depth maps come from; each is read when it is asked for."""
 
     def depth(self, index: int) -> np.ndarray:
         """One depth map (H, W), whole numbers or floats in the units of the files."""
 
     def name(self, index: int) -> str:
         """What messages call the depth map."""
+
+
+class Source(DepthMaps, Protocol):
+    """Where pairs come from; each is read when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, channels: int) -> Image.Image:
+        """One image, RGB (3 channels) or grey (1)."""
 
     def labels(self) -> np.ndarray | None:
         """The classes (N,) of all images, None where there are none."""
@@ -115,7 +119,7 @@ def checked_depth_range(data: str, text: str) -> str:
     return text or OWN_RANGE
 
 
-def read_depth(source: Source, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
+def read_depth(source: DepthMaps, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
     """One depth map, (size, size) float32 in [-1, 1]; limits: what becomes -1 and 1, None for its own extremes.
 
     Raises UserError where it is not finite, is constant or lies outside the limits.

@@ -1,7 +1,6 @@
 """The classifier of Fashion-MNIST: its accuracy, its inputs, its training command, and class accuracy."""
 
 import itertools
-import json
 import re
 import struct
 
@@ -11,7 +10,6 @@ import torch
 from commands import call
 from safetensors import safe_open
 
-from evaluations import class_accuracy as recognised
 from evaluations.extractors.fashion_mnist import (
     SPATIAL_SHAPE,
     WEIGHTS,
@@ -180,71 +178,3 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[10] == 1
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert factors[30] == pytest.approx(0.5) and factors[50] == pytest.approx(0)
-
-
-# Class accuracy
-
-
-class AlwaysTrousers:
-    test_accuracy = 0.1
-
-    def predict(self, images):
-        return np.ones(len(images), np.int64)
-
-
-@pytest.fixture
-def samples(tmp_path, noise):
-    path = tmp_path / "samples.npz"
-    np.savez(path, noise, np.array([1, 1, 0, 1, 0]))
-    return path
-
-
-def test_shares_are_counted_by_class(samples):
-    result = recognised.measure(AlwaysTrousers(), *recognised.read_samples(samples))
-    assert (result["images"], result["recognised"], result["share"]) == (5, 3, 0.6)
-    assert {name: (c["images"], c["recognised"]) for name, c in result["classes"].items()} == {
-        "T-shirt": (2, 0), "trouser": (3, 3)}
-
-
-def test_wilson_interval_known_values():
-    assert recognised.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert recognised.wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert recognised.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys, classifier):
-    assert call("class_accuracy", samples, "--json", tmp_path / "result.json") == 0
-    printed = capsys.readouterr().out
-    assert str(samples) in printed and "T-shirt" in printed and f"{classifier.test_accuracy:.1%}" in printed
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["judge_test_accuracy"] == classifier.test_accuracy
-    assert result["files"][str(samples)]["images"] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "samples.npz"]
-
-
-@pytest.mark.parametrize("arrays, message", [
-    ({}, "has no images"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8)}, "has no labels"),
-    ({"arr_0": np.zeros((2, 64, 64, 3), np.uint8), "arr_1": np.zeros(2, int)}, r"arr_0 is \(2, 64, 64, 3\), must be"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.float32), "arr_1": np.zeros(2, int)}, "float32: images must be uint8"),
-    ({"arr_0": np.zeros((0, 32, 32, 3), np.uint8), "arr_1": np.zeros(0, int)}, "at least one"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.zeros(3, int)}, r"arr_1 is \(3,\)"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.zeros(2)}, "whole numbers"),
-    ({"arr_0": np.zeros((2, 32, 32, 3), np.uint8), "arr_1": np.array([0, 10])}, "labels 0 to 10"),
-    ({"arr_0": np.array([None]), "arr_1": np.zeros(1, int)}, "pickled"),
-])
-def test_wrong_sample_arrays(tmp_path, arrays, message):
-    np.savez(tmp_path / "samples.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
-        recognised.read_samples(tmp_path / "samples.npz")
-
-
-def test_wrong_sample_files(samples, tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        recognised.read_samples(tmp_path / "missing.npz")
-    for content in (b"", b"text", samples.read_bytes()[:-300]):
-        (tmp_path / "wrong.npz").write_bytes(content)
-        with pytest.raises(ValueError, match="is not an"):
-            recognised.read_samples(tmp_path / "wrong.npz")
-    with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
-        recognised.class_accuracy([str(samples)], recognised.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))

@@ -93,8 +93,8 @@ def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_ch
     assert written["fingerprint"] != record(tmp_path / "plain")["fingerprint"]
     known = identity(written["configuration"], written["sha256"])
     assert known["grey_scale"] == 3 and known["grey_model"] == written["sha256"]["grey_model"]
-    assert not [name for name in identity(**{key: record(tmp_path / "plain")[key] for key in ("configuration", "sha256")})
-                if name.startswith("grey")]
+    unguided = record(tmp_path / "plain")
+    assert not [name for name in identity(unguided["configuration"], unguided["sha256"]) if name.startswith("grey")]
 
     rows = {}
     monkeypatch.setattr(guided_diffusion.pictures, "save_comparison", lambda images, path: rows.update(images))
