@@ -1,7 +1,7 @@
 """The table of depth-aware guidance: unguided, depth consistency (DCG), depth prior (DPG) and both, with their scales.
 
 Every row is a sampling run of the same seed in a folder of its own, which goes on where it was stopped; then all rows
-are evaluated as `evaluations.depth_metrics` does it. All ranks sample, the first one evaluates.
+are evaluated as `scripts/depth_metrics.py` does it. All ranks sample, the first one evaluates.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def check(rows: Sequence[Row], run: SamplingRun) -> None:
     """Raises UserError for what only the last row would meet, or the evaluation: before hours of sampling."""
     if run.model.image_size != IMAGE_SIZE:
         raise UserError(f"--image_size {run.model.image_size}: the judge of scenes reads {IMAGE_SIZE}x{IMAGE_SIZE}; "
-                        "for other models sample with scripts/dag_sample.py and see evaluations.depth_fid")
+                        "for other models sample with scripts/dag_sample.py and see scripts/depth_fid.py")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
