@@ -20,8 +20,8 @@ from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
 
 from . import plots
-from .depth.features import DepthExtractor, depth_extractor
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
+from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, extract
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature

@@ -26,8 +26,8 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
-from .depth.features import depth_extractor
 from .evaluation import ExtractorOptions, load_extractor_once
+from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder
 from .metrics import feature_statistics
 

@@ -88,7 +88,7 @@ def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_di
             axes.imshow(_side_by_side(images))
             axes.set_axis_off()
             axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
-    write(path, lambda file: figure.savefig(file, dpi=120))
+    write(path, lambda file: figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png"))
 
 
 def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:

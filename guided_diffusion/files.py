@@ -71,7 +71,7 @@ def check_folder(flag: str, path: str | Path) -> Path:
 
 def write(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "",
           parents: bool = False) -> None:
-    """Calls `save(temporary)`, then renames the temporary file, which has the suffix of `path`, to `path`.
+    """Calls `save(temporary)`, then renames the temporary file to `path`.
 
     Arguments and errors are those of `prepare`.
     """
@@ -87,8 +87,9 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
             parents: bool = False) -> Path:
     """Calls `save(temporary)` and returns the temporary file, which a rename then turns into `path`.
 
-    The temporary file lies beside `path`, has its suffix, and a name that no other process uses, on this host or on
-    another one. It has the access rights of any new file.
+    The temporary file lies beside `path`, under a name that no other process uses, on this host or on another one. It
+    ends in .tmp, so that whoever lists files by their suffix finds whole ones alone: `save` must be told the format.
+    The file has the access rights of any new one.
 
     sync: have the data on the disk before the rename, so that a power cut leaves the old file or the new one.
     ending: what comforts the user, at the end of the sentence, like "finished chunks are kept".
@@ -97,7 +98,7 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
     Raises UserError where the operating system refuses. Whatever `save` raises, no temporary file is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.tmp")
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,9 +121,9 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Removes the temporary files that killed processes left in a folder, where no process may be writing now.
 
-    name: of the files that they would have become, as a pattern without the suffix.
+    name: of the files that they would have become, as a pattern.
     """
-    for left in folder.glob(f".{name}.tmp*"):
+    for left in folder.glob(f".{name}.tmp"):
         left.unlink(missing_ok=True)
 
 

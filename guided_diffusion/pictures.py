@@ -14,7 +14,7 @@ MARGIN = 12
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """(N, H, W, 3) uint8 images in rows of `columns`, on white."""
+    """One picture (H', W', 3) uint8 of images (N, H, W, 3) uint8: rows of `columns`, `gap` pixels apart, on white."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
@@ -25,15 +25,15 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_grid(images: np.ndarray, path: str | Path) -> None:
-    """A nearly square grid of (N, H, W, 3) uint8 images, small ones enlarged, as PNG."""
+    """Writes images (N, H, W, 3) uint8 as a nearly square grid, small ones enlarged, to a PNG file."""
     columns = max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 
 def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10) -> None:
-    """Blocks of images under their titles, one below the other; column i of every block is image number i.
+    """Writes blocks of images under their titles, one below the other, to a PNG file.
 
-    rows: title -> (N, H, W, 3) uint8, the same N for all.
+    rows: title -> (N, H, W, 3) uint8, the same N for all; image i has the same place in every block.
     """
     font = ImageFont.load_default(size=18)
     blocks = [(title, _enlarged(grid(images, columns), images.shape[1])) for title, images in rows.items()]

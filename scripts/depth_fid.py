@@ -22,12 +22,12 @@ from guided_diffusion.options import Words, parse_words
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    words, (network, options) = parse_words(
+    words, (extractor, options) = parse_words(
         argv, Words("FILE", "the reference, then the sample files, of depth maps"), ExtractorOptions, DepthFidOptions,
         description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
-    results = depth_fid(words[0], words[1:], network, options, warn)
+    results = depth_fid(words[0], words[1:], extractor, options, warn)
     if results:
         print(in_words(results))
     dist_util.shutdown()

@@ -16,7 +16,7 @@ bootstrap. Differences are to the first sample file, by the same resampled image
 image i begins in the same noise in every file.
 
 Example:
-    python scripts/depth_metrics.py scenes32 runs/dag_table/*/samples_2000x32x32x3.npz --json depth.json
+    python scripts/depth_metrics.py scenes32 runs/reproduction/scenes32_dag/*/samples_2000x32x32x3.npz --json depth.json
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ Examples:
 
 from collections.abc import Sequence
 
-from evaluations.benchmarks.reliability import ReliabilityOptions, packing_trial, reliability, table
+from evaluations.benchmarks.reliability import ReliabilityOptions, kills_table, npz_writing_trial, reliability
 from guided_diffusion.cli import run_script
 from guided_diffusion.options import parse_options
 
@@ -15,7 +15,7 @@ from guided_diffusion.options import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, ReliabilityOptions, description=__doc__)
-    print(packing_trial(options) if options.pack_images else table(reliability(options)))
+    print(npz_writing_trial(options) if options.pack_images else kills_table(reliability(options)))
 
 
 if __name__ == "__main__":

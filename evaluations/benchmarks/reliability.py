@@ -71,8 +71,8 @@ def reliability(options: ReliabilityOptions) -> list[Kill]:
                       chance.randrange(options.ranks)) for index in range(options.kills)]
 
 
-def packing_trial(options: ReliabilityOptions) -> str:
-    """Packs random shards and tells the peak memory of this process, before and after."""
+def npz_writing_trial(options: ReliabilityOptions) -> str:
+    """Writes the file of samples of random shards; tells the peak memory of this process, before and after."""
     run = Shards(Path(options.out) / "packing", {
         "num_samples": options.pack_images, "batch_size": 100, "image_size": 128, "labels": "balanced"}, {})
     run.out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def packing_trial(options: ReliabilityOptions) -> str:
             f"{process_peak() / MIB:.0f} MiB, {before / MIB:.0f} MiB before")
 
 
-def table(kills: Sequence[Kill]) -> str:
+def kills_table(kills: Sequence[Kill]) -> str:
     """The kills as a table in Markdown, and their sum."""
     rows = ["| kill | killed | after s | had done | job gone after s | finished images redone | file equal |",
             "|---|---|---|---|---|---|---|"]

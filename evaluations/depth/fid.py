@@ -89,22 +89,32 @@ class _DepthPiece:
         return f"{self.title} {self.first + index}"
 
 
-def depth_fid(reference: str, samples: list[str], network: ExtractorOptions, options: DepthFidOptions,
+def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOptions, options: DepthFidOptions,
               warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """The results of the evaluator, FID called dfid, for each file of samples; none on ranks other than the first.
+    """Compares files of depth maps; returns the evaluator's results for each file of samples, with FID as dfid.
 
-    warn: receives each warning, a sentence. Raises UserError for files and options that cannot work.
+    warn: receives each warning, a sentence. On ranks other than the first there are no results. Raises UserError for
+    files and options that cannot work.
     """
     dist_util.setup_dist()
     with dist_util.together():
         limits = parse_depth_range(options.depth_range)
         check_writable("--json", options.json)
-        files = [DepthFile(path) for path in (reference, *samples)]
-        for file in files[1:]:
-            if options.num_images and options.num_images > file.shape[0]:
-                raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
-    with feature_folder(network.cache) as folder:
-        results = _evaluate_images(files, limits, network, options, folder, warn)
+        files = _checked_files(reference, samples, options)
+    with feature_folder(extractor.cache) as folder:
+        pictures = [folder / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
+        try:
+            with dist_util.together():
+                if dist_util.is_main():
+                    for file, path in zip(files, pictures, strict=True):
+                        file.write_images(path, limits)
+            with dist_util.together():
+                chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
+                                          seed=options.seed)
+                evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen, warn=warn)
+            results = evaluation.run(folder)
+        finally:
+            _remove_files(pictures)
     for result, file in zip(results, files[1:], strict=bool(results)):
         _describe_depth(result, files[0], file, options)
     if results and options.json:
@@ -112,24 +122,19 @@ def depth_fid(reference: str, samples: list[str], network: ExtractorOptions, opt
     return results
 
 
-def _evaluate_images(files: Sequence[DepthFile], limits: tuple[float, float] | None, network: ExtractorOptions,
-                     options: DepthFidOptions, folder: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Evaluates depth maps as images, which stand in `folder` meanwhile; the first of the files is the reference."""
-    pictures = [folder / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
-    try:
-        with dist_util.together():
-            if dist_util.is_main():
-                for file, path in zip(files, pictures, strict=True):
-                    file.write_images(path, limits)
-        with dist_util.together():
-            chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
-                                      seed=options.seed)
-            evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), network, chosen, warn=warn)
-        return evaluation.run(folder)
-    finally:
-        if dist_util.is_main():
-            for path in pictures:
-                path.unlink(missing_ok=True)
+def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOptions) -> list[DepthFile]:
+    """The files, the reference first; raises UserError where one is none, or has fewer maps than --num_images."""
+    files = [DepthFile(path) for path in (reference, *samples)]
+    for file in files[1:]:
+        if options.num_images and options.num_images > file.shape[0]:
+            raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
+    return files
+
+
+def _remove_files(paths: Sequence[Path]) -> None:
+    if dist_util.is_main():
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def _describe_depth(result: dict[str, Any], reference: DepthFile, sample: DepthFile, options: DepthFidOptions) -> None:

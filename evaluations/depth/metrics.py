@@ -18,10 +18,10 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 
+from ..extractors.depth import DepthExtractor, check_scenes
 from ..metrics import METRICS, Comparison, FeatureSet, FileFeatures, Replicates, Statistic, resampled_mean, resamplings
 from ..metrics.comparison import Feature
 from ..references import open_reference
-from .features import DepthExtractor, check_scenes
 
 SHOWN = tuple(METRICS[word] for word in ("dfid", "fid", "sharpness", "gap"))
 

@@ -17,8 +17,8 @@ from guided_diffusion.options import Options, option, required
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
+from ..extractors.depth import metres
 from ..extractors.scenes import load_scenes
-from .features import metres
 
 TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
 CLOUD_SIZE = 128                # pixels

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.checkpoint import ready
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor
@@ -94,7 +95,7 @@ def save_fashion_mnist(model: FashionMnistClassifier, path: str | Path, notes: d
 
 
 def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
-    return load_fashion_mnist().to(chosen_device(device))
+    return ready(load_fashion_mnist(), chosen_device(device))
 
 
 KIND = ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", _load, pooled=64,

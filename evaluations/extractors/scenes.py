@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guided_diffusion.checkpoint import ready
 from guided_diffusion.depth.scenes import KINDS
 from guided_diffusion.pixels import from_uint8
 
@@ -112,7 +113,7 @@ def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str])
 
 
 def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
-    return load_scenes().to(chosen_device(device))
+    return ready(load_scenes(), chosen_device(device))
 
 
 KIND = ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", _load, pooled=64,

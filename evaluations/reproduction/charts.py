@@ -25,7 +25,7 @@ SHAPES = ("o", "s", "^", "D", "v", "P", "h")
 
 _INK, _SOFT_INK, _GRID = "#1c2127", "#3a434c", "#e3e7ea"
 _PT = 72                            # units of the drawing in an inch: a point of matplotlib is a px of the page
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12, "font.sans-serif": ["DejaVu Sans", "Arial"],
     "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "axes.labelweight": "bold", "axes.titlesize": 12,
     "axes.titleweight": "bold", "axes.titlecolor": _INK, "xtick.color": _GRID, "ytick.color": _GRID,

@@ -21,6 +21,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
+from guided_diffusion.presets import MODELS
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
@@ -90,11 +91,9 @@ def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
 
 def _changed(row: Row, options: ReproduceOptions) -> Row:
     """Returns a row as the options change it."""
-    values: dict[str, Any] = {} if options.batch_size is None else {"batch_size": options.batch_size}
-    for flag, file in row.run.checkpoints().items():
-        path = Path(file)
-        if path.parts[:1] == ("models",):
-            values[flag] = str(Path(options.models).joinpath(*path.parts[1:]))
+    values: dict[str, Any] = {flag: _located(file, options) for flag, file in row.run.checkpoints().items()}
+    if options.batch_size is not None:
+        values["batch_size"] = options.batch_size
     row = row.changed(**values)
     if options.heads:
         guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
@@ -102,6 +101,16 @@ def _changed(row: Row, options: ReproduceOptions) -> Row:
     if options.reference:
         row = replace(row, evaluation=replace(row.evaluation, reference=options.reference))
     return row
+
+
+def _located(file: str, options: ReproduceOptions) -> str:
+    """Returns where a checkpoint is that a row names: in `--models`, or among the bundled ones of an installation."""
+    path = Path(file)
+    if path.parts[:1] == ("models",):
+        return str(Path(options.models).joinpath(*path.parts[1:]))
+    if path.parts[:2] == (MODELS.parent.name, MODELS.name) and not path.is_file():
+        return str(MODELS.joinpath(*path.parts[2:]))
+    return file
 
 
 def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:

@@ -139,7 +139,8 @@ def load_predictors(path: str | Path, device: str | torch.device = "cpu") -> Dep
         raise
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{path}: is damaged, its weights and what it says of them do not fit together") from None
-    return predictors.to(device).eval().requires_grad_(False)
+    checkpoint.ready(predictors, device)
+    return predictors
 
 
 def check_network(made_for: str, network_sha256: str, what: str) -> None:

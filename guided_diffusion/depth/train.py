@@ -228,7 +228,8 @@ class PredictorTraining:
                     self._save()
         save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
         self.state.unlink(missing_ok=True)
-        return self.predictors.eval().requires_grad_(False)
+        checkpoint.ready(self.predictors, dist_util.dev())
+        return self.predictors
 
     def run_step(self) -> dict[str, float]:
         """One update of the weights; the L1 loss of each branch before it."""

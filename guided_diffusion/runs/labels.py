@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import reason
 from ..rng import image_labels
 
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
@@ -43,7 +44,7 @@ def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
     try:
         labels = np.load(Path(path), mmap_mode="r", allow_pickle=False)
     except OSError as error:
-        raise UserError(f"--labels {path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"--labels {path}: cannot be read ({reason(error)})") from None
     except (ValueError, EOFError, SyntaxError) as error:
         raise UserError(f"--labels {path}: is not a .npy file of whole numbers ({error})") from None
     if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":

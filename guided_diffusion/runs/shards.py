@@ -155,7 +155,7 @@ class Shards:
         missing = self._missing()
         self.folder.mkdir(exist_ok=True)
         files.remove_leftovers(self.folder)
-        files.remove_leftovers(self.out, "samples_*")
+        files.remove_leftovers(self.out, "samples_*.npz.*")
         manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
         files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
                          ending="nothing was changed")
@@ -200,7 +200,7 @@ class Shards:
 
     def _check_begun(self) -> None:
         before = self._begun()          # without a record each shard still says of which run it is
-        if before is None or not self._any_finished():
+        if before is None or not any(self.folder.glob("*.npz")):
             return
         if different := difference(before, self.identity):
             raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
@@ -246,11 +246,8 @@ class Shards:
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
-        if not self._any_finished():
+        if not any(self.folder.glob("*.npz")):
             self.remove()
-
-    def _any_finished(self) -> bool:
-        return any(self.folder.glob("[0-9]*.npz"))          # no temporary files, whose names begin with a dot
 
     def remove(self) -> None:
         """Removes the folder of shards with all that is in it."""

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from commands import REPOSITORY
 
+from guided_diffusion import __version__
+
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -37,10 +39,8 @@ def test_every_module_is_in_the_reference_once(hook):
     reference = [name for page in (DOCS / "reference").glob("*.md")
                  for name in re.findall(r"^::: ([\w.]+)$", hook.expanded(page.read_text()), re.MULTILINE)]
     assert len(set(reference)) == len(reference)
-    old_names = {"evaluations." + path.stem for path in (REPOSITORY / "evaluations").glob("*.py")
-                 if "run_renamed(" in path.read_text()}
     packages = ("guided_diffusion", "evaluations")
-    assert {name for package in packages for name in hook.modules(package)} - {*packages, *old_names} == set(reference)
+    assert {name for package in packages for name in hook.modules(package)} - set(packages) == set(reference)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
@@ -51,6 +51,11 @@ def test_links_of_the_front_pages_lead_to_files(name):
 def test_the_site_asks_no_other_server():
     theme = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["theme"]
     assert theme["font"] is False
+
+
+def test_the_version_is_one_everywhere():
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["version"] == __version__
+    assert re.search(r"^## ([\d.]+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
 
 
 def test_the_golden_cases_are_few_enough_for_every_clone():

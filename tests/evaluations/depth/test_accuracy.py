@@ -1,16 +1,14 @@
-"""The study of depth accuracy: its files, how it goes on, its errors, verdict and figure."""
+"""The study of depth accuracy: its files, how it goes on, its verdict and figure."""
 
 import csv
 import math
 
 import numpy as np
 import pytest
-import torch
 from commands import call, flags
 from depth_world import world_flags, write_world
 
 from evaluations.depth.accuracy_report import MEAN_DEPTH, accuracy_verdict, draw_accuracy
-from evaluations.depth_errors import depth_errors
 from guided_diffusion.depth.pairs import read_pairs
 
 ACCURACY = {"num_held_out": 10, "num_timesteps": 3, "label_counts": "3,20", "cache_gb": 1}
@@ -82,17 +80,6 @@ def test_accuracy_study_refuses(world, tmp_path, capsys):
         given = world_flags(world, tmp_path / "study", **{"held_out": world / "held.npz"} | ACCURACY | changes)
         assert call("depth_accuracy", *flags(given)) == 2
         assert message in capsys.readouterr().err
-
-
-def test_errors_of_depth():
-    metres = torch.tensor([2.0, 4.0, 8.0])
-    predicted = torch.tensor([3.0, 4.0, 7.0])
-    unit = [((x - 1) / 8 * 2 - 1).reshape(1, 1, 1, 3) for x in (predicted, metres)]
-    l1, abs_rel, delta = depth_errors(*unit, (1.0, 9.0))[0]
-    assert l1 == pytest.approx(0.5 / 3) and abs_rel == pytest.approx((0.5 + 0 + 0.125) / 3)
-    assert delta == pytest.approx(2 / 3)
-    assert np.isnan(depth_errors(*unit, None)[0, 1:]).all() and np.isnan(depth_errors(*unit, (0.0, 9.0))[0, 1:]).all()
-    assert depth_errors(unit[0] + 100, torch.ones(2, 1, 1, 3), None)[:, 0].tolist() == [0, 0]          # clamped
 
 
 def row(branch, l1, **more):

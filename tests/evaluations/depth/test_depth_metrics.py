@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from commands import call
 
-from evaluations.depth.features import DepthExtractor, DepthFeatures, edge_sharpness, metres
 from evaluations.depth.metrics import DepthReference, compare, read_reference
+from evaluations.extractors.depth import DepthExtractor, DepthFeatures, edge_sharpness, metres
 from evaluations.metrics import METRICS, FeatureSet, frechet_distance
 from evaluations.references import open_reference
 from guided_diffusion.depth.images import depth_images

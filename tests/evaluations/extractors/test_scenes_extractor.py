@@ -9,7 +9,7 @@ import torch
 from commands import call
 from safetensors import safe_open
 
-from evaluations.depth.features import edge_sharpness, metres
+from evaluations.extractors.depth import edge_sharpness, metres
 from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import scenes_accuracy, training_batch
 from guided_diffusion.depth.scenes import FAR, NEAR, render

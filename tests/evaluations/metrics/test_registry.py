@@ -9,7 +9,7 @@ from commands import execute
 
 from evaluations.evaluation import EvaluatorOptions
 from evaluations.metrics import EQUAL, METRICS, Comparison, Feature, FeatureSet, FromReference
-from evaluations.npz import write_batch
+from guided_diffusion.npz import write_batch
 
 # A user's file: a metric of one entry, then the evaluator as its path starts it.
 WITH_BRIGHTNESS = """

@@ -14,11 +14,11 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
 
-from ..extractors.bundled import IMAGE_SIZE
-from ..extractors.fashion_mnist import FashionMnistClassifier, load_fashion_mnist
-from ..extractors.scenes import load_scenes
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
+from .bundled import IMAGE_SIZE
+from .fashion_mnist import FashionMnistClassifier, load_fashion_mnist
+from .scenes import load_scenes
 
 EDGE_SHARE = 0.1
 BATCH = 250

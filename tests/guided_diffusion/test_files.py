@@ -1,0 +1,167 @@
+"""Files that appear whole or not at all, locks, and what is checked before the work."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import (
+    check_folder,
+    check_writable,
+    lock_holder,
+    locked,
+    prepare,
+    remove_leftovers,
+    write,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_file_appears_under_its_name_when_it_is_whole(tmp_path, sync):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def save(temporary):
+        assert temporary.parent == tmp_path and path.read_text() == "old"
+        assert list(tmp_path.glob("*.txt")) == [path]
+        temporary.write_text("new")
+
+    write(path, save, sync=sync)
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("wrong"),
+                                   KeyboardInterrupt()])
+def test_a_write_that_fails_keeps_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def save(temporary):
+        temporary.write_text("half")
+        raise error
+
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as raised:
+        write(path, save, ending="the rest is kept")
+    if expected is UserError:
+        assert str(raised.value) == f"{path}: cannot be written (No space left on device); the rest is kept"
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    first, second = (prepare(tmp_path / "a.txt", lambda file: file.write_text("x")) for _ in range(2))
+    assert first != second and str(os.getpid()) in first.name
+    (tmp_path / ".other").write_text("")
+    remove_leftovers(tmp_path, "b.txt*")
+    assert first.exists() and second.exists()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".other"]
+
+
+def test_a_written_file_has_the_rights_of_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    write(tmp_path / "a", lambda file: (file.write_text("x"), file.chmod(0o600)))
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_folders_are_made_where_that_is_asked_for(tmp_path):
+    with pytest.raises(UserError, match=r"a\.txt: cannot be written \(No such file or directory\)$"):
+        write_text(tmp_path / "b" / "a.txt", "x")
+    write(tmp_path / "b" / "a.txt", lambda file: file.write_text("x"), parents=True)
+    assert (tmp_path / "b" / "a.txt").read_text() == "x"
+    with pytest.raises(UserError, match="cannot be written"):
+        write_text(tmp_path / "b", "x")
+    assert names(tmp_path) == ["b"]
+
+
+def test_contents(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    write_csv(tmp_path / "a.csv", [{"x": 1 / 3, "y": "word"}, {"x": math.nan, "y": 10**7}])
+    assert (tmp_path / "a.csv").read_text() == "x,y\n0.333333,word\n,10000000\n"
+    write_csv(tmp_path / "b.csv", [], ["x", "y"])
+    assert (tmp_path / "b.csv").read_text() == "x,y\n"
+
+
+def test_what_cannot_be_written_is_refused_before(tmp_path):
+    assert check_folder("--out", tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "folder", "/proc/none"):
+        with pytest.raises(UserError, match=f"^--out {path}: cannot be written \\("):
+            check_folder("--out", path)
+    check_writable("--json", "")
+    check_writable("--json", tmp_path / "new.json")
+    check_writable("--json", tmp_path / "c" / "new.json", parents=True)
+    for path in (tmp_path / "a", tmp_path / "d" / "new.json"):
+        with pytest.raises(UserError, match=f"^--json {path}: cannot be written \\("):
+            check_writable("--json", path)
+    assert names(tmp_path) == ["a", "c", "file"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from guided_diffusion.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A lock file that another process holds until its input is closed."""
+    path = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield path, process
+
+
+def test_a_lock_is_refused_to_others_by_the_name_of_its_holder(held):
+    path, process = held
+    assert str(process.pid) in lock_holder(path)
+    with pytest.raises(UserError, match=f"busy: process {process.pid} on "), \
+            locked(path, lambda who: UserError(f"busy: {who}")):
+        pass
+    process.kill()
+    process.wait()
+    with locked(path, lambda who: UserError(f"busy: {who}")):
+        assert str(os.getpid()) in lock_holder(path)
+    assert not path.exists() and lock_holder(path) is None
+
+
+def test_a_lock_is_waited_for(held):
+    path, process = held
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as second:
+        time.sleep(0.3)
+        process.stdin.close()                   # the first one ends and removes the file
+        assert second.stdout.readline() == b"held\n"
+        assert str(second.pid) in lock_holder(path)
+        second.stdin.close()
+    assert not path.exists()
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.warns(UserWarning, match=r"no locks \(Function not implemented\): see to it"), \
+            locked(tmp_path / ".lock", UserError):
+        pass
+    with pytest.raises(OSError, match="not implemented"), locked(tmp_path / ".lock"):
+        pass
