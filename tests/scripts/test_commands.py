@@ -25,6 +25,8 @@ OLD_NAMES = {
     "evaluations.benchmark": "benchmark_evaluator", "evaluations.memory_benchmark": "benchmark_memory",
     "evaluations.make_reference": "make_reference", "evaluations.references": "fetch_references"}
 
+OLD_FILES = {"dag_table", "halve_checkpoint"}
+
 
 # The one entry point
 
@@ -47,7 +49,7 @@ def test_the_overview_names_every_command_with_what_it_does(guided_pixels, capsy
         shown = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
         short = {"sample": "image_sample", "train": "image_train", "fetch": "fetch_models", "status": "run_status",
                  "convert": "convert_checkpoint"}
-        assert {short.get(name, name.replace("-", "_")) for name in shown} == files() - {"dag_table", "halve_checkpoint"}
+        assert {short.get(name, name.replace("-", "_")) for name in shown} == files() - OLD_FILES
         assert shown["compare"] == "Draw the same images under several settings, one block below the other."
         assert all(text.endswith(".") for text in shown.values())
 
@@ -66,7 +68,7 @@ def test_a_command_by_each_of_its_names(guided_pixels, name, tmp_path, capsys):
 
 
 def test_every_command_is_reached(guided_pixels, capsys):
-    for name in files() - {"dag_table", "halve_checkpoint"}:
+    for name in files() - OLD_FILES:
         assert guided_pixels(name, "--help") == 0, name
         assert f"usage: __main__.py {name} " in capsys.readouterr().out
 
