@@ -1,19 +1,19 @@
 """Measure how right the geometry of sampled scenes is, by the depth that a network trained on scenes sees in them.
 
-The reference is a file of RGB scenes (arr_0, 32x32), or the shipped one by name, 10,000 held-out scenes.
+The reference is a file of RGB scenes (arr_0, 32x32), or the bundled one by name, 10,000 held-out scenes.
 
-    dFID            FID between depth maps of real and of generated images, both estimated by the judge (as arXiv
-                    2212.08861 has both from one network), as 8-bit images, round((d + 1) * 127.5), on the 64 pooled
-                    features of the embedded Fashion-MNIST classifier
-    FID             of the RGB images, on the 64 pooled features of the judge
+    dFID            FID between depth maps of real and of generated images, both estimated by the extractor of
+                    scenes (as in arXiv 2212.08861 both come from one network), as 8-bit images,
+                    round((d + 1) * 127.5), on the 64 pooled features of the classifier of Fashion-MNIST
+    FID             of the RGB images, on the 64 pooled features of the extractor of scenes
     edge sharpness  mean over the images of the mean magnitude of the depth gradient, in metres per pixel, over the
                     tenth of the pixels where it is largest; the gradient is that of forward differences
     sharpness gap   its distance from that of the real scenes
 
-The judge smooths: of the depth of real scenes it sees three quarters of the edge sharpness. These numbers compare with
-no others: not with those of Inception, nor with those of another number of images. Intervals are 95 % intervals by
-bootstrap. Differences are to the first sample file, by the same resampled image numbers in both: with the same seed,
-image i begins in the same noise in every file.
+The extractor smooths: its depth maps of real scenes have three quarters of the true edge sharpness. These numbers
+compare with no others: not with those of Inception, nor with those of another number of images. Intervals are 95 %
+intervals by bootstrap. Differences are to the first sample file, by the same resampled image indices in both: with the
+same seed, image i begins in the same noise in every file.
 
 Example:
     python scripts/depth_metrics.py scenes32 runs/reproduction/scenes32_dag/*/samples_2000x32x32x3.npz --json depth.json
