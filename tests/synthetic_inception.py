@@ -4,7 +4,7 @@ import functools
 import importlib.util
 
 import numpy as np
-from golden import GOLDEN
+from support.golden import GOLDEN
 
 from evaluations.extractors.inception_graph import Weights, fold, write_converted
 
