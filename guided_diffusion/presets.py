@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def find_preset(name: str) -> Preset:
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
+@cache
 def _presets() -> dict[str, Any]:
     import yaml  # here, as networks and samplers run without this package
 

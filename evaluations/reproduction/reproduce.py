@@ -28,7 +28,7 @@ from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
 from .checks import check_files, check_rows
 from .markdown import markdown
-from .measurements import EvaluationSettings, measure
+from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
 from .plan import plan
 from .report import write_report
@@ -135,7 +135,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             if dist_util.is_main():
                 stack.enter_context(_prepared(folder))
         sample(table, why)
-        numbers = measure(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
+        numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
         with dist_util.together():
             if numbers is None:
                 return ""

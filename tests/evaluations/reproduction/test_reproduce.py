@@ -114,11 +114,11 @@ def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    def measure(*arguments):
+    def measure_rows(*arguments):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduction, "measure", measure)
+        patch.setattr(reproduction, "measure_rows", measure_rows)
         with pytest.raises(Killed):
             call("reproduce", *line())
     half = tmp_path / "out/mini/features/.half-made"
