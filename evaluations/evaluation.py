@@ -17,7 +17,7 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, nearest, option
+from guided_diffusion.options import Options, nearest, option, seed_option
 
 from . import plots
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
@@ -63,7 +63,7 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    seed: int = seed_option("seed of the resamplings and of KID's subsets")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 

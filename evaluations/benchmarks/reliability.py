@@ -21,7 +21,7 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.places import command_file
 from guided_diffusion.runs.shards import Shards
 
@@ -36,7 +36,7 @@ class ReliabilityOptions(Options):
 
     kills: int = option(20, "number of kills", minimum=1)
     ranks: int = option(2, "ranks of each job", minimum=1)
-    seed: int = option(0, "seed of the moments and of the ranks that are killed", minimum=0)
+    seed: int = seed_option("seed of the moments and of the ranks that are killed")
     out: str = option("runs/reliability", "folder for the runs")
     model: str = option("fmnist32", "a bundled model")
     num_samples: int = option(96, "number of images", minimum=1)

@@ -16,7 +16,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 
 from ..extractors.depth import DepthExtractor, check_scenes
 from ..metrics import METRICS, Comparison, FeatureSet, FileFeatures, Replicates, Statistic, resampled_mean, resamplings
@@ -32,7 +32,7 @@ class DepthMetricsOptions(Options):
 
     num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
     bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
-    seed: int = option(0, "seed of the resamplings", minimum=0)
+    seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 
 
