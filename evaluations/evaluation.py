@@ -280,7 +280,11 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
+                bounds = metric.interval(comparison, self.options.bootstrap)
+                if bounds is None:
+                    self.warn(f"{sample.file.path}: no 95 % interval of {metric.label}: {metric.no_interval}")
+                else:
+                    intervals[metric.word] = bounds
         kind = self.extractor_options.kind
         return {
             "reference": reference.description(),
@@ -332,7 +336,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"sample:    {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"
+            label = "95 %" + of_count * METRICS[word].falls_with_count
+            interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
             lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 

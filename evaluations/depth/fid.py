@@ -151,7 +151,8 @@ def in_words(results: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for result in results:
         low, high = result.get("intervals95", {}).get("dfid", (None, None))
-        interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
-        lines += [f"sample: {result['sample']['file']}, {result['sample']['images']} depth maps",
+        count = result["sample"]["images"]
+        interval = "" if low is None else f"   (95 %, of dFID of {count} depth maps: {low:.6g} to {high:.6g})"
+        lines += [f"sample: {result['sample']['file']}, {count} depth maps",
                   f"dFID: {result['metrics']['dfid']}{interval}"]
     return "\n".join(lines)

@@ -60,7 +60,8 @@ class Metric:
     word: its name in options and results. title: its name as the evaluator prints it. feature: the kind of features
     that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
     reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
-    told otherwise. if_nan: what it means that the value is not a number.
+    told otherwise. if_nan: what it means that the value is not a number. falls_with_count: whether it is lower the more
+    samples there are of one distribution, so that an interval is of the metric of so many images.
     """
 
     word: str
@@ -73,6 +74,14 @@ class Metric:
     neighbours: int = 0
     official: bool = False
     if_nan: str = "it is not a number"
+    falls_with_count: bool = False
+
+    @property
+    def no_interval(self) -> str:
+        """Why it may have no interval."""
+        if self.needs is FromReference.FEATURES and self.neighbours:
+            return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
+        return self.if_nan
 
     @property
     def label(self) -> str:
@@ -114,7 +123,8 @@ def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
         return Resampled(resampled_frechet_distance(*comparison.reference.statistics(feature),
                                                     comparison.sample[feature]), comparison.sample.count)
 
-    return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official)
+    return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official,
+                  falls_with_count=True)
 
 
 def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int,
