@@ -56,11 +56,12 @@ def resamplings(sizes: int | Sequence[int], replicates: int, seed: int = 0) -> n
 def bootstrap_interval(values: np.ndarray, estimate: float, level: float = 0.95) -> Interval:
     """Returns the interval that `bootstrap` describes, from replicates (B,) of a number that is `estimate`.
 
+    Quantiles are those that a further replicate would lie below: interpolated ones are too narrow for few replicates.
     Raises UserError for a level outside (0, 1).
     """
     if not 0 < level < 1:
         raise UserError(f"level {level}: must be between 0 and 1")
-    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2]) + estimate
+    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") + estimate
     return Interval(float(low), float(high))
 
 

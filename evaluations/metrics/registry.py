@@ -61,7 +61,8 @@ class Metric:
     that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
     reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
     told otherwise. if_nan: what it means that the value is not a number. falls_with_count: whether it is lower the more
-    samples there are of one distribution, so that an interval is of the metric of so many images.
+    samples there are of one distribution, so that an interval is of the metric of so many images. by_halves: whether
+    its resamplings are random halves of the samples.
     """
 
     word: str
@@ -75,11 +76,12 @@ class Metric:
     official: bool = False
     if_nan: str = "it is not a number"
     falls_with_count: bool = False
+    by_halves: bool = False
 
     @property
     def no_interval(self) -> str:
         """Why it may have no interval."""
-        if self.needs is FromReference.FEATURES and self.neighbours:
+        if self.by_halves:
             return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
         return self.if_nan
 
@@ -151,7 +153,8 @@ def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarr
         return Resampled(of_subsets(reference, sample, neighbours), len(sample),
                          partial(subset_replicates, reference_images=len(reference)))
 
-    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official)
+    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official,
+                  by_halves=True)
 
 
 def _inception_score(comparison: Comparison) -> float:

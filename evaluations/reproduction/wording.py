@@ -6,7 +6,7 @@ Numbers that could not be had are written `not run here`. A metric that a row do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..metrics import EQUAL, METRICS
@@ -82,13 +82,17 @@ def _images(counts: Sequence[int]) -> str:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     """Returns what the intervals are intervals of."""
-    shown = {word: section["images"] for section in results["sections"] for row in section["rows"]
-             for word in row["metrics"] if METRICS[word].falls_with_count}
+    numbers = [item for section in results["sections"] for row in section["rows"] for item in row["metrics"].items()]
     text = f"95 %, of {results['bootstrap']:,} resamplings of the images"
-    if shown:
-        names = " and ".join(METRICS[word].label for word in shown)
-        text += f"; {names} of N images, as many as were evaluated: {names} of more images would be lower"
+    if halved := _labels(word for word, number in numbers if METRICS[word].by_halves and number["interval95"]):
+        text += f" ({halved}: random halves of the samples)"
+    if falling := _labels(word for word, _ in numbers if METRICS[word].falls_with_count):
+        text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
     return text
+
+
+def _labels(words: Iterable[str]) -> str:
+    return " and ".join(METRICS[word].label for word in dict.fromkeys(words))
 
 
 def _network(network: Mapping[str, Any] | None) -> str:
