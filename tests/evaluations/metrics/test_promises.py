@@ -35,7 +35,8 @@ class Distribution:
         logits = np.exp(pooled @ self.classes / 2)
         return FeatureSet({
             Feature.POOLED: pooled, Feature.SPATIAL: pooled[:, :3], Feature.DEPTH: pooled[:, 3:],
-            Feature.PROBABILITIES: logits / logits.sum(axis=1, keepdims=True), Feature.SHARPNESS: sharp * self.sharpness})
+            Feature.PROBABILITIES: logits / logits.sum(axis=1, keepdims=True),
+            Feature.SHARPNESS: sharp * self.sharpness})
 
 
 def simulated(random, reference, distribution, images, common):
