@@ -45,7 +45,8 @@ def test_the_overview_names_every_command_with_what_it_does(guided_pixels, capsy
         shown = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
         short = {"sample": "image_sample", "train": "image_train", "fetch": "fetch_models", "status": "run_status",
                  "convert": "convert_checkpoint"}
-        assert {short.get(name, name.replace("-", "_")) for name in shown} == files() - {"dag_table", "halve_checkpoint"}
+        named = {short.get(name, name.replace("-", "_")) for name in shown}
+        assert named == files() - {"dag_table", "halve_checkpoint"}
         assert shown["compare"] == "Draw the same images under several settings, one block below the other."
         assert all(text.endswith(".") for text in shown.values())
 
