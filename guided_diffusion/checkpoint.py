@@ -20,6 +20,7 @@ from .errors import UserError
 from .facts import check_options
 from .fetch import local
 from .files import write
+from .places import find_bundled
 from .unet import Encoder
 
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
@@ -28,9 +29,11 @@ _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors for
 def locate(path: str | Path) -> str | Path:
     """Where a checkpoint is on this machine: a path as it is, an address (see `fetch.local`) in the cache.
 
+    A bundled file is also found by its path in a checkout, see `places.find_bundled`.
+
     Raises UserError where it cannot be fetched, or what came is no checkpoint.
     """
-    return local(path, check=damage)
+    return local(find_bundled(path), check=damage)
 
 
 def damage(path: Path) -> str | None:

@@ -55,7 +55,7 @@ def load_data(
     random_flip: mirror half of the images left to right.
     in_channels: 3, or 1 for grey.
     split: "train" or "test" of the IDX files; an image folder has only "train".
-    start_batch: number of the first batch, to go on where an interrupted run stopped.
+    start_batch: index of the first batch, to go on where an interrupted run stopped.
 
     The arguments and the names of the files are checked in this call, image files when they are read: UserError.
     """
@@ -213,8 +213,8 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
 def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
                    start_batch: int) -> Iterator[ImageBatch]:
     """Batches of images (N, H, W), padded to the frame, or (N, H, W, 3), which fill it."""
-    for number in itertools.count(start_batch):
-        indices, flips = plan.indices(number), plan.flips(plan.draws(number))
+    for index in itertools.count(start_batch):
+        indices, flips = plan.indices(index), plan.flips(plan.draws(index))
         chosen = images[indices]
         chosen[flips] = chosen[flips, :, ::-1]
         if images.ndim == 3:
@@ -279,8 +279,8 @@ def classes_by_name(files: list[Path]) -> np.ndarray:
         if "_" not in path.name:
             raise UserError(f"{path}: has no class, with --class_cond True a name must be CLASS_anything{path.suffix}")
     names = [path.name.split("_")[0] for path in files]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    return np.array([numbers[name] for name in names], np.int64)
+    class_of = {name: index for index, name in enumerate(sorted(set(names)))}
+    return np.array([class_of[name] for name in names], np.int64)
 
 
 def read_image(path: Path, in_channels: int) -> Image.Image:
@@ -340,14 +340,14 @@ def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: i
                     start_batch: int) -> Iterator[ImageBatch]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 
-        def begin(number: int) -> tuple[np.ndarray, list[Future]]:
-            indices, draws = plan.indices(number), plan.draws(number)
+        def begin(batch: int) -> tuple[np.ndarray, list[Future]]:
+            indices, draws = plan.indices(batch), plan.draws(batch)
             return indices, [pool.submit(_decode, files[index], in_channels, image_size, plan, draw)
                              for index, draw in zip(indices, draws, strict=True)]
 
         following = begin(start_batch)
-        for number in itertools.count(start_batch + 1):
-            (indices, decoding), following = following, begin(number)
+        for index in itertools.count(start_batch + 1):
+            (indices, decoding), following = following, begin(index)
             images = torch.from_numpy(np.stack([future.result() for future in decoding]))
             yield images, _conditions(labels, indices)
 

@@ -26,6 +26,16 @@ def find_configuration(name: str | Path) -> Path:
     return given
 
 
+def find_bundled(path: str | Path) -> str | Path:
+    """A file of this package by its path in a checkout, like guided_diffusion/models/presets.yaml, wherever that is.
+
+    Any other path, and one that is there as it is given, is returned as it is.
+    """
+    given = Path(path)
+    bundled = PACKAGE.parent / given
+    return bundled if given.parts[:1] == (PACKAGE.name,) and not given.exists() and bundled.is_file() else path
+
+
 def command_file(name: str) -> Path:
     """The file of the command of that name, like image_sample, which `python FILE` runs."""
     folder = PACKAGE.parent / "scripts"

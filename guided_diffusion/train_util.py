@@ -208,7 +208,8 @@ class TrainLoop:
     """Descends `losses(network, batch)["loss"]`, and logs, averages and saves, until `options.total_steps`.
 
     losses: returns tensors (N,), all of which are logged, also by quarter of the timesteps (`loss_q0` ...).
-    data: called with a step, gives the batches from that step on; validation_data likewise, by number of validation.
+    data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
+    validation.
     config: the options of the network and the process by flag name, stored with the weights.
     Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
     """

@@ -20,7 +20,7 @@ from guided_diffusion.version import __version__
 
 SHORT_NAMES = {"sample": "image_sample", "train": "image_train", "fetch": "fetch_models", "status": "run_status",
                "convert": "convert_checkpoint"}
-OLD_NAMES = ("dag_table", "halve_checkpoint")
+OLD_NAMES = ("dag_table", "halve_checkpoint")      # which only their files have
 
 
 def commands() -> dict[str, Path]:
@@ -44,10 +44,9 @@ def _summary(path: Path) -> str:
 
 def find_command(name: str) -> str:
     """The module of the command of that name, short or that of its file, with `-` or `_`. Raises UserError."""
-    modules = {path.stem for path in commands().values()} | set(OLD_NAMES)
     word = name.replace("-", "_")
     module = SHORT_NAMES.get(word, word)
-    if module not in modules:
+    if module not in {path.stem for path in commands().values()}:
         raise UserError(f"{name}: no such command{nearest(name, commands())}, there are {', '.join(commands())}")
     return module
 

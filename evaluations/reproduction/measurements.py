@@ -146,7 +146,7 @@ def _depth_fid(row: Row, settings: EvaluationSettings) -> dict[str, Any]:
     absent = [str(path) for path in (reference, samples) if not path.is_file()]
     if absent:
         return {"why": f"estimate depth with one network for the reference and the samples, into {' and '.join(absent)}"
-                       " (evaluations.depth_fid says how such a file looks)"}
+                       " (scripts/depth_fid.py says how such a file looks)"}
     with dist_util.together():
         if (count := DepthFile(str(samples)).shape[0]) != row.images:
             raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")

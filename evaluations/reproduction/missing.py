@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_diffusion.places import find_bundled
 from guided_diffusion.presets import find_preset, released_names
 from guided_diffusion.runs.record import MODEL_FLAG
 from guided_diffusion.runs.sample import SamplingRun
@@ -54,7 +55,7 @@ def needs_depth_maps(row: Row) -> bool:
 
 def _missing_checkpoints(run: SamplingRun) -> Iterator[MissingFile]:
     for flag, path in run.checkpoints().items():
-        if not path or ("://" not in path and not Path(path).is_file()):
+        if not path or ("://" not in path and not Path(find_bundled(path)).is_file()):
             yield MissingFile(path or f"--{flag}", _remedy(run, flag, Path(path).stem))
 
 
@@ -72,7 +73,7 @@ def _missing_reference(row: Row, references: str | Path) -> Iterator[MissingFile
     if word and find_reference(word, references) is None:
         known = Path(word).stem in reference_names()
         yield MissingFile(str(Path(references) / word),
-                          f"python -m evaluations.references {Path(word).stem} --out {references}" if known else
+                          f"python scripts/fetch_references.py {Path(word).stem} --out {references}" if known else
                           "name the folder that holds it with --references")
 
 
@@ -89,4 +90,4 @@ def _missing_depth(row: Row, references: str | Path) -> Iterator[MissingFile]:
     for file, what in ((depth_reference(row, references), "of real images"), (depth_maps(row), "of the samples")):
         if not file.is_file():
             yield MissingFile(str(file), f"depth {what}, which a network of your choice estimates "
-                              "(evaluations.depth_fid)", blocks=False)
+                              "(scripts/depth_fid.py)", blocks=False)

@@ -128,7 +128,7 @@ class NoisedFeatures:
         self._draws = 0
 
     def __call__(self, images: np.ndarray, draws: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
-        """Maps (N, C, h, w) float32 by block, and t (N,) as networks see it, of N images and draws by number."""
+        """Maps (N, C, h, w) float32 by block, and t (N,) as networks see it, of N images and draws by their indices."""
         t, noise = self._noise(images, draws)
         if not self._kept:
             return features_at(self.network, self.pairs, self.blocks, images, t, noise)
@@ -173,7 +173,7 @@ class NoisedFeatures:
 @torch.no_grad()
 def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: np.ndarray, t: Tensor, noise: Tensor,
                 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Maps (N, C, h, w) float32 by block of images by number, noised to t (N,); and t as networks see it."""
+    """Maps (N, C, h, w) float32 by block of images by their indices, noised to t (N,); and t as networks see it."""
     device, diffusion = dist_util.dev(), network.diffusion
     t = t.to(device)
     x_t = diffusion.q_sample(pairs.images[images].to(device), t, noise.to(device))

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from commands import REPOSITORY, call, flags, samples_in
 
+from evaluations.reproduction.missing import missing_files
+from evaluations.reproduction.tables import load_table
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required, switch
 from guided_diffusion.places import configurations, find_configuration
@@ -22,6 +24,8 @@ OLD_NAMES = {
     "evaluations.train_embedded": "train_fashion_mnist", "evaluations.train_scenes_judge": "train_scenes",
     "evaluations.benchmark": "benchmark_evaluator", "evaluations.memory_benchmark": "benchmark_memory",
     "evaluations.make_reference": "make_reference", "evaluations.references": "fetch_references"}
+
+OLD_FILES = {"dag_table", "halve_checkpoint"}
 
 
 # The one entry point
@@ -45,8 +49,7 @@ def test_the_overview_names_every_command_with_what_it_does(guided_pixels, capsy
         shown = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
         short = {"sample": "image_sample", "train": "image_train", "fetch": "fetch_models", "status": "run_status",
                  "convert": "convert_checkpoint"}
-        named = {short.get(name, name.replace("-", "_")) for name in shown}
-        assert named == files() - {"dag_table", "halve_checkpoint"}
+        assert {short.get(name, name.replace("-", "_")) for name in shown} == files() - OLD_FILES
         assert shown["compare"] == "Draw the same images under several settings, one block below the other."
         assert all(text.endswith(".") for text in shown.values())
 
@@ -62,6 +65,12 @@ def test_a_command_by_each_of_its_names(guided_pixels, name, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}: holds no sampling run\n"
     assert guided_pixels(name, "--help") == 0
     assert f"usage: __main__.py {name} " in capsys.readouterr().out
+
+
+def test_every_command_is_reached(guided_pixels, capsys):
+    for name in files() - OLD_FILES:
+        assert guided_pixels(name, "--help") == 0, name
+        assert f"usage: __main__.py {name} " in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_told_the_nearest_one(guided_pixels, capsys):
@@ -157,6 +166,13 @@ def test_a_command_takes_a_configuration_of_the_library_anywhere(tmp_path, monke
     capsys.readouterr()
     assert call("image_sample", "--config", "fmnist32_sgg.yaml") == 2
     assert capsys.readouterr().err == "error: --config fmnist32_sgg.yaml: cannot be read (No such file or directory)\n"
+
+
+def test_bundled_files_that_a_configuration_names_are_found_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = flags({"timestep_respacing": 1, "num_samples": 1, "batch_size": 1})
+    assert call("dag_sample", "--config", "scenes32_dag_paper_blocks.yaml", *short, "--out", "out") == 0
+    assert not missing_files(load_table("scenes32_dag").rows["dcg_paper_blocks"], "references")
 
 
 @pytest.mark.parametrize("path", sorted(configurations().glob("**/*.yaml")), ids=lambda path: path.stem)

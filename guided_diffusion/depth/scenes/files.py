@@ -35,11 +35,11 @@ class SceneOptions(Options):
     sheet: str = option("", "also draw a contact sheet of the first scenes to this file (PNG)")
 
 
-def render_scenes(seed: int, numbers: range, size: int) -> Scenes:
+def render_scenes(seed: int, scene_ids: range, size: int) -> Scenes:
     """Renders scenes as `render` does, on all cores, and shows the progress."""
-    pieces = [numbers[start:start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+    pieces = [scene_ids[start:start + CHUNK] for start in range(0, len(scene_ids), CHUNK)]
     with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
-            progress_bar(len(numbers), "rendering", "scene") as progress:
+            progress_bar(len(scene_ids), "rendering", "scene") as progress:
         parts = []
         for part in pool.map(render, *zip(*((seed, piece, size) for piece in pieces), strict=True)):
             parts.append(part)

@@ -1,7 +1,7 @@
 """Rendered rooms with exact depth: images to learn depth-aware guidance on, where nothing has to be estimated.
 
 A room (floor, walls, ceiling) with one to four boxes, spheres, cylinders and cones, in checks, stripes or plain, under
-a lamp that casts shadows, in perspective. Scene number i of a seed is always the same. A ray is o + z d, with d scaled
+a lamp that casts shadows, in perspective. Scene i of a seed is always the same. A ray is o + z d, with d scaled
 so that z is the distance along the optical axis: the depth.
 """
 
@@ -40,15 +40,15 @@ class Scenes(NamedTuple):
     label: Array    # (N,) int64, index into KINDS of the main object
 
 
-def render(seed: int, numbers: Sequence[int], size: int = 32) -> Scenes:
-    """The scenes with these numbers, anti-aliased, `size` pixels high and wide. Raises UserError for a size below 8."""
+def render(seed: int, scene_ids: Sequence[int], size: int = 32) -> Scenes:
+    """The scenes with these indices, anti-aliased, `size` pixels high and wide. Raises UserError for a size below 8."""
     if size < 8:
         raise UserError(f"size {size}: a scene needs at least 8 pixels")
-    numbers = [int(number) for number in numbers]
+    scene_ids = [int(scene) for scene in scene_ids]
     chunk = max(1, RAYS_AT_ONCE // (size * SUPERSAMPLING) ** 2)
-    parts = [_render(seed, numbers[start:start + chunk], size) for start in range(0, len(numbers), chunk)]
+    parts = [_render(seed, scene_ids[start:start + chunk], size) for start in range(0, len(scene_ids), chunk)]
     if not parts:
-        raise UserError("numbers: no scene is asked for")
+        raise UserError("scene_ids: no scene is asked for")
     return Scenes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -58,11 +58,11 @@ def intrinsics(size: int) -> tuple[float, float]:
 
 
 class _Draws:
-    """Uniform random numbers of N scenes, taken column by column: a scene's depend on its number alone."""
+    """Uniform random numbers of N scenes, taken column by column: those of a scene depend on its index alone."""
 
-    def __init__(self, seed: int, numbers: Sequence[int], columns: int = 128) -> None:
-        self._values = np.stack([image_generator(seed, number, stream="scene").random(columns, np.float32)
-                                 for number in numbers])
+    def __init__(self, seed: int, scene_ids: Sequence[int], columns: int = 128) -> None:
+        self._values = np.stack([image_generator(seed, scene, stream="scene").random(columns, np.float32)
+                                 for scene in scene_ids])
         self._taken = 0
 
     def uniform(self, low: float | Array = 0.0, high: float | Array = 1.0) -> Array:
@@ -156,10 +156,10 @@ class _Rooms:
     objects: list[_Objects]
 
     @classmethod
-    def draw(cls, seed: int, numbers: Sequence[int]) -> _Rooms:
-        draws = _Draws(seed, numbers)
+    def draw(cls, seed: int, scene_ids: Sequence[int]) -> _Rooms:
+        draws = _Draws(seed, scene_ids)
         half_width, height, length = draws.uniform(1.9, 3), draws.uniform(2.6, 3.2), draws.uniform(4.6, 7.5)
-        eye = np.stack([draws.uniform(-0.8, 0.8), draws.uniform(1.3, 2), np.zeros(len(numbers))], axis=1)
+        eye = np.stack([draws.uniform(-0.8, 0.8), draws.uniform(1.3, 2), np.zeros(len(scene_ids))], axis=1)
         yaw, pitch = np.radians(draws.uniform(-12, 12)), np.radians(draws.uniform(8, 22))
         zero = np.zeros_like(yaw)
         forward = np.stack([np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)], axis=1)
@@ -200,19 +200,19 @@ class _Rooms:
         return along.min(axis=2), normal
 
 
-def _render(seed: int, numbers: Sequence[int], size: int) -> tuple[Array, ...]:
-    rooms = _Rooms.draw(seed, numbers)
+def _render(seed: int, scene_ids: Sequence[int], size: int) -> tuple[Array, ...]:
+    rooms = _Rooms.draw(seed, scene_ids)
     for name in ("eye", "forward", "right", "up", "lamp"):
         setattr(rooms, name, getattr(rooms, name).astype(np.float32))
     d = _directions(rooms, size * SUPERSAMPLING)
     o = np.broadcast_to(rooms.eye[:, None], d.shape)
     depth, normal = rooms.walls_hit(d)
     owner = np.zeros(depth.shape, np.uint8)
-    every = np.arange(len(numbers))
-    for number, objects in enumerate(rooms.objects, _MAIN_OBJECT):
+    every = np.arange(len(scene_ids))
+    for index, objects in enumerate(rooms.objects, _MAIN_OBJECT):
         distance, its_normal = objects.hit(every, o, d)
         nearer = distance < depth
-        depth, owner = np.where(nearer, distance, depth), np.where(nearer, np.uint8(number), owner)
+        depth, owner = np.where(nearer, distance, depth), np.where(nearer, np.uint8(index), owner)
         normal[nearer] = its_normal[nearer]
     points = o + depth[:, :, None] * d
     light = AMBIENT + (1 - AMBIENT) * _lit(rooms, points, normal)
@@ -258,8 +258,8 @@ def _colours(rooms: _Rooms, points: Array, normal: Array, owner: Array) -> Array
     surfaces = (of_room & ~horizontal, of_room & horizontal & below, of_room & horizontal & ~below)
     for texture, here in zip(rooms.surfaces, surfaces, strict=True):
         colours[here] = texture.colour(np.nonzero(here)[0], points[here])
-    for number, objects in enumerate(rooms.objects, _MAIN_OBJECT):
-        here = owner == number
+    for index, objects in enumerate(rooms.objects, _MAIN_OBJECT):
+        here = owner == index
         scene = np.nonzero(here)[0]
         local, _ = objects.local(scene, points[here], points[here])
         colours[here] = objects.texture.colour(scene, local)

@@ -93,7 +93,7 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
     commands = {thing.file: thing.remedy for thing in missing_files(rows["sag_cg"], "references")}
     assert "fetch_models.py 128x128_diffusion" in commands["models/128x128_diffusion.pt"]
     assert "fetch_models.py 128x128_classifier" in commands["models/128x128_classifier.pt"]
-    assert "evaluations.references VIRTUAL_imagenet128_labeled" in commands[
+    assert "scripts/fetch_references.py VIRTUAL_imagenet128_labeled" in commands[
         "references/VIRTUAL_imagenet128_labeled.npz"]
     assert "--inception" in commands["classify_image_graph_def.pb"]
     unguided = [thing.file for thing in missing_files(rows["unguided"], "references") if thing.blocks]

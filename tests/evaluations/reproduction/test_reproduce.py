@@ -167,7 +167,7 @@ def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tm
     for name in ("sag_cg_imagenet128", "sag_pretrained_256", "dag_dfid"):
         assert call("reproduce", *line(name, plan=True, evaluation_seconds=0.01)) == 0
         text = capsys.readouterr().out
-        assert "python scripts/fetch_models.py" in text and "python -m evaluations.references" in text
+        assert "python scripts/fetch_models.py" in text and "python scripts/fetch_references.py" in text
 
 
 def test_a_table_without_its_checkpoints_is_written_as_not_run(line, capsys, tmp_path, monkeypatch):

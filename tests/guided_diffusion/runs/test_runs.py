@@ -65,13 +65,13 @@ def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
 
 def await_shards(out, count, process):
     until = time.monotonic() + 60
-    while len(list((out / "shards").glob("*.npz"))) < count:
+    while len(list((out / "shards").glob("[0-9]*.npz"))) < count:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
 
 
 def stamps(out):
-    return {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("*.npz")}
+    return {path.name: path.stat().st_mtime_ns for path in (out / "shards").glob("[0-9]*.npz")}
 
 
 @pytest.mark.slow
