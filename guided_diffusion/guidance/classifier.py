@@ -83,7 +83,7 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
         return {"classifier": lambda: build_classifier(self)}
 
     def load_classifier(self, nets: Networks) -> EncoderUNetModel | None:
-        """The classifier in its file, or one of random weights where `nets` allows that; None where there is neither."""
+        """The classifier in its file, or one of random weights where `nets` allows it; None where there is neither."""
         if not (self.classifier_path or nets.random_weights):
             return None
         with torch.device("cpu" if nets.random_weights else "meta"):
