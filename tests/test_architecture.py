@@ -15,7 +15,7 @@ FLOORS = [
     # guided_diffusion: what one imports
     ["guided_diffusion." + name for name in ("errors", "places", "version")],
     ["guided_diffusion." + name for name in (
-        "options", "files", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch", "pictures")],
+        "options", "files", "foreign", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch", "pictures")],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
     ["guided_diffusion.terms"],
