@@ -143,6 +143,17 @@ def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: is truncated or damaged") from None
 
 
+def load_pickled(path: str | Path) -> Any:
+    """What `torch.save` wrote: plain tensors, numbers and text in lists and dicts, such as the state of an optimiser.
+
+    Nothing else is unpickled. Raises UserError where the file cannot be read, is damaged or holds something else.
+    """
+    format = _format(path)
+    if format == "safetensors":
+        raise UserError(f"{path}: is a safetensors file, not one of torch.save")
+    return _load_pickled(path, mappable=format == "zip")
+
+
 def _load_pickled(path: str | Path, mappable: bool) -> Any:
     # torch.load maps only a file that it is given by name, and believes a name that ends in .safetensors.
     mapped = mappable and Path(path).suffix != ".safetensors"
