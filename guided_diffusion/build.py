@@ -257,7 +257,7 @@ def map_sizes(size: int, levels: int) -> list[int]:
 
 
 def _downsampling(text: str, size: int, levels: int, flag: str) -> tuple[int, ...]:
-    """Downsampling factors of the feature maps that have attention; of several sizes, those above the image are ignored.
+    """Downsampling factors of the feature maps that have attention; of several sizes, those above the image have none.
 
     Raises UserError for a size that none of the maps of the network's levels has, and that would have no effect.
     """
