@@ -202,7 +202,7 @@ def test_foreign_objects_are_named(tmp_path, value, named):
 
 @pytest.mark.parametrize(("value", "said"), [
     (torch.ones(2), "not one Tensor"), ([torch.ones(2)], "not one list"), ({}, "holds no tensors"),
-    ({"model": {"a": torch.ones(2)}, "step": 3}, "'model' is a dict"), ({"lr": 0.1}, "'lr' is a float"),
+    ({"model": {"a": 2.0}, "step": 3}, "'model' is a dict"), ({"lr": 0.1}, "'lr' is a float"),
     ({3: torch.ones(2)}, "entry 3")])
 def test_something_else_than_tensors_by_name_is_refused(tmp_path, value, said):
     torch.save(value, tmp_path / "model.pt")
