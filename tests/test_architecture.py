@@ -22,7 +22,7 @@ FLOORS = [
     ["guided_diffusion.sampling"],
     ["guided_diffusion.gaussian_diffusion", "guided_diffusion.respace"],
     ["guided_diffusion.build"],
-    ["guided_diffusion.facts"],
+    ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
