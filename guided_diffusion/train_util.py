@@ -13,6 +13,7 @@ The output folder holds, each file replaced as a whole:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -30,10 +31,11 @@ from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
+from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
 from .errors import UserError
 from .files import check_folder, write_json
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import find_data, holds_idx, load_data
+from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
 from .options import Options, option
 from .progress import progress_bar
@@ -63,6 +65,10 @@ class LoopOptions(Options):
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
     batch_size: int = option(1, "images per step and process", minimum=1)
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
+    classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
+                          "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
+                          choices=("", *CLASS_RULES))
+    skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
@@ -211,11 +217,14 @@ class TrainLoop:
     data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
+    class_names: of the labels, stored with the weights; None where there are none.
     Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
     """
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
-                 config: dict[str, Any], validation_data: Data | None = None) -> None:
+                 config: dict[str, Any], validation_data: Data | None = None,
+                 class_names: ClassNames | None = None) -> None:
+        self.class_names = class_names
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self._check_same_run()
@@ -307,6 +316,8 @@ class TrainLoop:
         if dist_util.is_main():
             facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
             metadata = {"config": json.dumps(facts), "step": str(self.step)}
+            if self.class_names is not None:
+                metadata[KEY] = json.dumps(self.class_names.to_json())
             weights = {"model": self._named(self.precision.master_params),
                        **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
             for name, tensors in weights.items():
@@ -408,7 +419,9 @@ class TrainLoop:
             tensor.copy_(values[name])
 
     def _begin_folder(self) -> None:
-        record = {"model": self.config, "training": asdict(self.options)}
+        record: dict[str, Any] = {"model": self.config, "training": asdict(self.options)}
+        if self.class_names is not None:
+            record[KEY] = self.class_names.to_json()
         check_folder("--out", self.out)
         write_json(self.out / "config.json", record, sync=True)
 
@@ -478,12 +491,14 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
     sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-    data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
+    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images.check_classes(model_options.num_classes)
+    data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
-    TrainLoop(model, losses, sampler, data, options, config).run()
+    TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -500,13 +515,17 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
         return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])
 
-    data = _numbered_data(options, config, options.data_dir, True)
+    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images.check_classes(classifier_options.num_classes)
+    data, names = _numbered_data(options, images), images.class_names
     validation = None
     if options.val_data_dir:
         split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-        validation = _numbered_data(options, config, options.val_data_dir, True, split=split, random_flip=False,
-                                    random_crop=False)
-    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation).run()
+        held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+        _check_validation(options, held_out, names, classifier_options.num_classes)
+        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
+              names).run()
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -519,21 +538,38 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
             "acc@1": hits[:, 0].float(), "acc@5": hits.any(dim=1).float()}
 
 
-def _numbered_data(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool,
-                   **changes: Any) -> Data:
-    """Batches of `data_dir` by first batch; raises UserError for data that is not there."""
+def _known_names(options: LoopOptions) -> ClassNames | None:
+    """The classes, where the run that goes on here or the weights that it starts from have them."""
+    names = names_of_run(Path(options.out))
+    return stored_names(options.resume_checkpoint) if names is None and options.resume_checkpoint else names
+
+
+def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
+            known: ClassNames | None, split: str = "train") -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
     if not data_dir:
         raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    arguments = {
-        "data_dir": data_dir, "batch_size": options.batch_size, "image_size": config["image_size"],
-        "class_cond": class_cond, "in_channels": config["in_channels"], "random_flip": options.random_flip,
-        "random_crop": options.random_crop, "seed": options.seed, "rank": dist_util.rank(),
-        "world_size": dist_util.world_size(), **changes}
+    frame = (config["in_channels"], config["image_size"], config["image_size"])
+    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                       skip_damaged=options.skip_damaged)
 
-    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for images, cond in load_data(**arguments, start_batch=start):
-            if class_cond and int(cond["y"].max()) >= config["num_classes"]:
-                raise UserError(f"--num_classes {config['num_classes']}: {data_dir} has more classes")
-            yield images, cond
 
-    return batches
+def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,
+                      num_classes: int) -> None:
+    """Raises UserError where the validation images have other classes, or numbers of other kind."""
+    if (images.class_names is None) != (names is None):
+        named, numbered = (options.data_dir, options.val_data_dir) if names else (options.val_data_dir,
+                                                                                  options.data_dir)
+        raise UserError(f"--val_data_dir {options.val_data_dir}: cannot be validated on, as the classes of {named} "
+                        f"have names, and those of {numbered} have numbers only")
+    if images.labels is not None and int(images.labels.max()) >= num_classes:
+        raise UserError(f"--val_data_dir {options.val_data_dir}: has the class {images.labels.max()}, must be at most "
+                        f"{num_classes - 1}, as --num_classes is {num_classes}")
+
+
+def _numbered_data(options: LoopOptions, images: TrainingImages) -> Data:
+    """Batches of images by first batch."""
+    plan = BatchPlan(images.count, batch_size=options.batch_size, seed=options.seed, shuffle=True,
+                     flip=options.random_flip, crop=options.random_crop, rank=dist_util.rank(),
+                     world_size=dist_util.world_size())
+    return functools.partial(images.batches, plan)
