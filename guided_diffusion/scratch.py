@@ -16,7 +16,7 @@ from types import FrameType
 
 from .files import open_own
 
-OWNER = ".owner"                # a file in each folder, locked by the process that works there; it holds the host's name
+OWNER = ".owner"                # a file in each folder: the name of the host, locked by the process that works there
 DAY, WEEK = 86400, 7 * 86400    # seconds
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     ["guided_diffusion." + name for name in ("errors", "places", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
-        "pictures")],
+        "pictures", "image_files")],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
     ["guided_diffusion.terms"],
@@ -28,7 +28,8 @@ FLOORS = [
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (
-        "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_start", "train_util", "depth.*")],
+        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_start", "train_util",
+        "depth.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion"],

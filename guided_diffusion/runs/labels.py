@@ -39,6 +39,11 @@ def is_file(text: str) -> bool:
     return text.endswith(".npy")
 
 
+def is_name(text: str) -> bool:
+    """Whether `--labels` is the name of a class: none of the words, no number, no file."""
+    return text not in ("random", "balanced") and not is_file(text) and not (text.isascii() and text.isdigit())
+
+
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
     labels = read_npy(path, "is not a .npy file of whole numbers", flag="--labels")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
