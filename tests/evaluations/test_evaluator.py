@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from commands import REPOSITORY, call, execute
 from golden import GOLDEN
 from PIL import Image
+from synthetic_inception import write_weights
 
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
@@ -272,6 +274,37 @@ def test_memory_benchmark_says_what_it_measured(capsys):
     arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
     assert call("benchmark_memory", *arguments) == 0
     assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
+
+
+def test_a_folder_or_an_archive_of_pictures_is_evaluated_like_a_file(save, evaluate, tmp_path):
+    images = clothes(20, 1)
+    files = save("reference", clothes(30)), save("sample", images)
+    (tmp_path / "pictures").mkdir()
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for index, image in enumerate(images):
+            path = tmp_path / "pictures" / f"{index:03}.png"
+            Image.fromarray(image).save(path)
+            archive.write(path, path.name)
+    np.save(tmp_path / "sample.npy", images)
+    pictures = tmp_path / "pictures", tmp_path / "pictures.zip", tmp_path / "sample.npy"
+    results = evaluate(*files, *pictures)[0]
+    assert all(one == values(results)[0] for one in values(results))
+    assert [result["sample"]["resolution"] for result in results] == ["32x32"] * 4
+    assert values(evaluate(tmp_path / "pictures", files[1])[0])[0]["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_statistics_made_by_the_torch_inception_are_accepted(save, evaluate, refused, tmp_path):
+    """They are told apart by the weights' SHA-256, whatever the network is called."""
+    weights = write_weights(tmp_path / "w.safetensors")
+    torch_backend = ("--backend", "torch", "--inception", weights)
+    reference, sample = tmp_path / "made.npz", save("sample", clothes(6, 1))
+    assert call("make_reference", save("images", clothes(6)), reference, *torch_backend) == 0
+    stored = {name: BatchFile(reference).read(name) for name in BatchFile(reference).members if name != "arr_0"}
+    renamed = save("renamed", clothes(6), **stored | {"backend": np.array("Inception of another name")})
+    results, _ = evaluate(renamed, sample, "--metrics", "fid", backend=torch_backend)
+    assert results[0]["reference"]["statistics"] == "stored" and values(results)[0]["fid"] > 0
+    other = save("other", clothes(6), **stored | {"backend_sha256": np.array("1" * 64)})
+    assert "its statistics are of the network" in refused(other, sample, "--metrics", "fid", backend=torch_backend)
 
 
 # Several ranks
