@@ -47,7 +47,7 @@ from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
 from .train_folder import FIXED, Record, data_digest, locked_folder, read_state
-from .train_start import Start, from_checkpoint, from_weights, weight_shapes
+from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
 from .unet import Encoder
 
 _log = logging.getLogger(__name__)
@@ -483,7 +483,10 @@ class TrainLoop:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
         self.step, self.warms_up = start.step, not start.official
-        return start
+        counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
+        differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
+                     for name, value in counted.items() if start.recipe.get(name, value) != value]
+        return replace(start, said=[*start.said, *differing])
 
     def _take_state(self, path: Path) -> None:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
@@ -498,12 +501,12 @@ class TrainLoop:
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
         self.saved = self.step
 
-    def _state_shapes(self) -> dict[str, dict[str, Sequence[int]]]:
+    def _state_shapes(self) -> dict[str, Shapes]:
         """What a state of this training holds: the shapes by kind and name."""
         weights = weight_shapes(self._named(self.precision.master_params))
         moments = {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in weights.items()}
-        return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights,
-                **{f"ema_{rate:g}": weights for rate in self.ema},
+        averages: dict[str, Shapes] = {f"ema_{rate:g}": weights for rate in self.ema}
+        return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights, **averages,
                 "optimizer": {**moments, **{f"step/{name}": () for name in weights}},
                 "sampler": weight_shapes(self.sampler.state_dict())}
 
