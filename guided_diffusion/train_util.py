@@ -16,7 +16,11 @@ step. What was trained until then is saved first.
 from __future__ import annotations
 
 import contextlib
+<<<<<<< HEAD
 import itertools
+=======
+import functools
+>>>>>>> data
 import json
 import logging
 import math
@@ -36,11 +40,17 @@ from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
+<<<<<<< HEAD
 from .errors import LostRankError, UserError
 from .fetch import without_secrets
 from .files import reason
+=======
+from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
+from .errors import UserError
+from .files import check_folder, write_json
+>>>>>>> data
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import find_data, holds_idx, load_data
+from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
 from .options import Options, option, option_fields
 from .progress import progress_bar
@@ -75,6 +85,10 @@ class LoopOptions(Options):
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
     batch_size: int = option(1, "images per step and process", minimum=1)
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
+    classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
+                          "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
+                          choices=("", *CLASS_RULES))
+    skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
@@ -236,13 +250,20 @@ class TrainLoop:
     data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
+<<<<<<< HEAD
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
+=======
+    class_names: of the labels, stored with the weights; None where there are none.
+    Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
+>>>>>>> data
     """
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
-                 config: dict[str, Any], validation_data: Data | None = None) -> None:
+                 config: dict[str, Any], validation_data: Data | None = None,
+                 class_names: ClassNames | None = None) -> None:
+        self.class_names = class_names
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self.model = model.to(dist_util.dev()).channels_last().train()
@@ -362,6 +383,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Writes the weights, and last the state that a restart goes on from."""
+<<<<<<< HEAD
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
@@ -393,6 +415,20 @@ class TrainLoop:
         finally:
             with contextlib.suppress(RuntimeError):
                 self._end.set("saved", "")
+=======
+        if dist_util.is_main():
+            facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
+            metadata = {"config": json.dumps(facts), "step": str(self.step)}
+            if self.class_names is not None:
+                metadata[KEY] = json.dumps(self.class_names.to_json())
+            weights = {"model": self._named(self.precision.master_params),
+                       **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
+            for name, tensors in weights.items():
+                checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
+            tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
+            checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
+        dist_util.barrier()
+>>>>>>> data
 
     def _batch(self, images: Tensor, cond: dict[str, Tensor], purpose: str, index: int) -> TrainingBatch:
         """Draws t and weights for a global batch, noise image by image, and returns the part of this rank.
@@ -521,8 +557,35 @@ class TrainLoop:
     def _fill(self, tensors: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
         """Copies the values by name into the tensors of the weights; those that are missing stay."""
         for name, tensor in zip(self.precision.names, tensors, strict=True):
+<<<<<<< HEAD
             if name in values:
                 tensor.copy_(values[name])
+=======
+            tensor.copy_(values[name])
+
+    def _begin_folder(self) -> None:
+        record: dict[str, Any] = {"model": self.config, "training": asdict(self.options)}
+        if self.class_names is not None:
+            record[KEY] = self.class_names.to_json()
+        check_folder("--out", self.out)
+        write_json(self.out / "config.json", record, sync=True)
+
+    def _check_same_run(self) -> None:
+        """Raises UserError where the output folder's run differs in what its state depends on."""
+        path = self.out / "config.json"
+        if not path.exists():
+            return
+        try:
+            saved = json.loads(path.read_text())
+            before = {**saved["training"], **saved["model"]}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"--out {self.out}: its config.json is not one of a training, name another") from None
+        now = {**asdict(self.options), **self.config}
+        for name in [*self.config, "schedule_sampler", "ema_rate"]:
+            if name in before and name in now and before[name] != now[name]:
+                raise UserError(f"--{name} {now[name]}: the run in {self.out} has {before[name]}, give that one or "
+                                "another --out")
+>>>>>>> data
 
 
 @torch.no_grad()
@@ -583,21 +646,35 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
     config = {**asdict(model_options), **asdict(diffusion_options)}
+<<<<<<< HEAD
     with dist_util.together():
         with seeded_torch("weights", options.seed):
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
         data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
+=======
+    with seeded_torch("weights", options.seed):
+        model = build_model(model_options)
+    diffusion = build_diffusion(diffusion_options)
+    sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
+    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images.check_classes(model_options.num_classes)
+    data = _numbered_data(options, images)
+>>>>>>> data
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
+<<<<<<< HEAD
     with locked_folder(options.out):
         TrainLoop(model, losses, sampler, data, options, config).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
     _say_files(options.out, ["model", *averages], "image_sample.py", "model_path",
                _differing(model_options, diffusion_options))
+=======
+    TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
+>>>>>>> data
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -611,6 +688,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
         return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])
 
+<<<<<<< HEAD
     validation = None
     with dist_util.together():
         with seeded_torch("weights", options.seed):
@@ -639,6 +717,19 @@ def _say_files(out: str, names: Sequence[str], command: str, flag: str, flags: M
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _log.info("weights: %s", ", ".join(files))
     _log.info("to sample: python scripts/%s %s", command, shlex.join([f"--{flag}", files[-1], *words]))
+=======
+    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images.check_classes(classifier_options.num_classes)
+    data, names = _numbered_data(options, images), images.class_names
+    validation = None
+    if options.val_data_dir:
+        split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
+        held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+        _check_validation(options, held_out, names, classifier_options.num_classes)
+        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
+              names).run()
+>>>>>>> data
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -651,21 +742,38 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
             "acc@1": hits[:, 0].float(), "acc@5": hits.any(dim=1).float()}
 
 
-def _numbered_data(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool,
-                   **changes: Any) -> Data:
-    """Batches of `data_dir` by first batch; raises UserError for data that is not there."""
+def _known_names(options: LoopOptions) -> ClassNames | None:
+    """The classes, where the run that goes on here or the weights that it starts from have them."""
+    names = names_of_run(Path(options.out))
+    return stored_names(options.resume_checkpoint) if names is None and options.resume_checkpoint else names
+
+
+def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
+            known: ClassNames | None, split: str = "train") -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
     if not data_dir:
         raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    arguments = {
-        "data_dir": data_dir, "batch_size": options.batch_size, "image_size": config["image_size"],
-        "class_cond": class_cond, "in_channels": config["in_channels"], "random_flip": options.random_flip,
-        "random_crop": options.random_crop, "seed": options.seed, "rank": dist_util.rank(),
-        "world_size": dist_util.world_size(), **changes}
+    frame = (config["in_channels"], config["image_size"], config["image_size"])
+    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                       skip_damaged=options.skip_damaged)
 
-    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for images, cond in load_data(**arguments, start_batch=start):
-            if class_cond and int(cond["y"].max()) >= config["num_classes"]:
-                raise UserError(f"--num_classes {config['num_classes']}: {data_dir} has more classes")
-            yield images, cond
 
-    return batches
+def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,
+                      num_classes: int) -> None:
+    """Raises UserError where the validation images have other classes, or numbers of other kind."""
+    if (images.class_names is None) != (names is None):
+        named, numbered = (options.data_dir, options.val_data_dir) if names else (options.val_data_dir,
+                                                                                  options.data_dir)
+        raise UserError(f"--val_data_dir {options.val_data_dir}: cannot be validated on, as the classes of {named} "
+                        f"have names, and those of {numbered} have numbers only")
+    if images.labels is not None and int(images.labels.max()) >= num_classes:
+        raise UserError(f"--val_data_dir {options.val_data_dir}: has the class {images.labels.max()}, must be at most "
+                        f"{num_classes - 1}, as --num_classes is {num_classes}")
+
+
+def _numbered_data(options: LoopOptions, images: TrainingImages) -> Data:
+    """Batches of images by first batch."""
+    plan = BatchPlan(images.count, batch_size=options.batch_size, seed=options.seed, shuffle=True,
+                     flip=options.random_flip, crop=options.random_crop, rank=dist_util.rank(),
+                     world_size=dist_util.world_size())
+    return functools.partial(images.batches, plan)
