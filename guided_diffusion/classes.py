@@ -171,7 +171,7 @@ def names_of_run(folder: Path) -> ClassNames | None:
     path = folder / "config.json"
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return ClassNames.from_json(record[KEY], str(path)) if isinstance(record, dict) and KEY in record else None
 
