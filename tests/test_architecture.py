@@ -15,8 +15,8 @@ FLOORS = [
     # guided_diffusion: what one imports
     ["guided_diffusion." + name for name in ("errors", "places", "version")],
     ["guided_diffusion." + name for name in (
-        "options", "files", "foreign", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch", "pictures",
-        "image_files")],
+        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
+        "pictures", "image_files")],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
     ["guided_diffusion.terms"],
@@ -36,7 +36,8 @@ FLOORS = [
     # evaluations: what measures
     ["evaluations"],
     ["evaluations.metrics.*"],
-    ["evaluations." + name for name in ("features", "references", "plots", "memory", "depth_errors")],
+    ["evaluations." + name for name in (
+        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference")],
     ["evaluations.attention.*", "evaluations.depth.*"],
