@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -33,7 +34,8 @@ def find_bundled(path: str | Path) -> str | Path:
     """
     given = Path(path)
     bundled = PACKAGE.parent / given
-    return bundled if given.parts[:1] == (PACKAGE.name,) and not given.exists() and bundled.is_file() else path
+    ours = given.parts[:1] == (PACKAGE.name,) and not os.path.exists(given) and os.path.isfile(bundled)
+    return bundled if ours else path
 
 
 def command_file(name: str) -> Path:

@@ -69,11 +69,15 @@ def find_preset(name: str) -> Preset:
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
 
 
-@cache
 def _presets() -> dict[str, Any]:
+    return _read_presets(MODELS / "presets.yaml")
+
+
+@cache
+def _read_presets(path: Path) -> dict[str, Any]:
     import yaml  # here, as networks and samplers run without this package
 
-    return yaml.safe_load((MODELS / "presets.yaml").read_text())
+    return yaml.safe_load(path.read_text())
 
 
 # Released checkpoints

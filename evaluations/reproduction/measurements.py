@@ -59,7 +59,8 @@ class _Group:
     metrics: str
 
 
-def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSettings, folder: Path) -> Measurements | None:
+def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSettings, folder: Path,
+                 ) -> Measurements | None:
     """Evaluates all sample files, on all ranks; None on ranks other than the first.
 
     sampled: names of the rows that there are samples of. folder: keeps the features.

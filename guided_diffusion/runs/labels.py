@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import reason
+from ..npz import read_npy
 from ..rng import image_labels
 
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
@@ -46,13 +45,8 @@ def is_name(text: str) -> bool:
 
 
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
-    try:
-        labels = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"--labels {path}: cannot be read ({reason(error)})") from None
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"--labels {path}: is not a .npy file of whole numbers ({error})") from None
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+    labels = read_npy(path, "is not a .npy file of whole numbers", flag="--labels")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: must hold whole numbers, one for each image")
     if len(labels) < num_samples:
         raise UserError(f"--labels {path}: holds {len(labels)} labels, and --num_samples is {num_samples}")
