@@ -5,6 +5,7 @@ Whether a training may go on with another value of an option is decided here, op
     does not matter     HARMLESS; the training goes on, and a line says what is new
     moves the end       --lr_anneal_steps, --iterations: to a later step, or to or from no end at all; a line says so
     stays               FIXED, and all options of the network and the process: the state depends on them
+    leaves images out   --skip_damaged True, as the error of a damaged image advises
     changes the result  everything else, like --lr, --seed or --batch_size: refused unless --change names it
 --batch_size means the images of one step on all ranks together, and --data_dir means the images there, wherever they
 lie now.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, dist_util
+from .classes import KEY
 from .errors import UserError
 from .fetch import without_secrets
 from .files import check_folder, locked, write_json
@@ -102,7 +104,7 @@ class Record:
                     for name, value in self.training.items()}
         content = {"model": dict(self.model), "training": training, "ranks": self.ranks}
         content |= {"data": self.data} if self.data else {}
-        content |= {"classes": list(self.classes)} if self.classes else {}
+        content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)
 
     @classmethod
@@ -114,7 +116,7 @@ class Record:
         try:
             saved = json.loads(path.read_text())
             return cls(dict(saved["model"]), dict(saved["training"]), int(saved.get("ranks", 1)), saved.get("data"),
-                       saved.get("classes"))
+                       saved.get(KEY))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"--out {out}: its config.json is not one of a training, name another") from None
 
@@ -152,6 +154,8 @@ class Record:
         if name == "data_dir":
             same = self.data == before.data if self.data and before.data else now == then
             return None if not same else "" if now == then else "the images are the same"
+        if name == "skip_damaged" and now:
+            return "damaged images are left out from here on"
         if name in STARTS:
             return "it counts at the start only" if not now else None
         if name in ENDS:
