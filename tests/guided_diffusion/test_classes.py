@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from guided_diffusion import checkpoint
-from guided_diffusion.classes import ClassNames, label_number, names_of_run, natural_order, stored_names
+from guided_diffusion.classes import (
+    ClassNames,
+    check_same_names,
+    label_number,
+    names_of_run,
+    natural_order,
+    stored_names,
+)
 from guided_diffusion.errors import UserError
 
 ROOT = Path("data")
@@ -90,6 +97,17 @@ def test_names_that_are_stored(tmp_path):
         label_number("bea", [str(path)])
     with pytest.raises(UserError, match=r"--labels bee: must be random, .* the checkpoint states none"):
         label_number("bee", [str(other)])
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path):
+    paths = {}
+    for name, value in (("a", '["ant", "bee"]'), ("b", '["bee", "ant"]'), ("silent", None)):
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        checkpoint.save_state(paths[name], {"x": torch.zeros(1)}, {"class_names": value} if value else {})
+    check_same_names({"model_path": paths["a"], "depth_predictor": paths["silent"], "classifier_path": paths["a"]})
+    with pytest.raises(UserError, match=r"--classifier_path .*b\.safetensors: has 2 classes: 0 bee, 1 ant, and "
+                                        r"--model_path .*a\.safetensors has 2 classes: 0 ant, 1 bee"):
+        check_same_names({"model_path": paths["a"], "classifier_path": paths["b"]})
 
 
 @pytest.mark.parametrize("value", ['[]', '["a", "a"]', '"ab"', '[1]', '{', '[""]', "[" * 100000])
