@@ -19,11 +19,18 @@ def find_configuration(name: str | Path) -> Path:
     Where there is none, the name as a path, so that whoever opens it can say what is missing.
     """
     given = Path(name)
-    if not given.exists() and not given.is_absolute():
+    if not _exists(given) and not given.is_absolute():
         inner = given.relative_to("configs") if given.parts[:1] == ("configs",) else given
         bundled = configurations() / inner
-        return bundled if bundled.is_file() else given
+        return bundled if _exists(bundled) and bundled.is_file() else given
     return given
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):           # a name that is too long, or holds a NUL
+        return False
 
 
 def find_bundled(path: str | Path) -> str | Path:
@@ -33,7 +40,7 @@ def find_bundled(path: str | Path) -> str | Path:
     """
     given = Path(path)
     bundled = PACKAGE.parent / given
-    return bundled if given.parts[:1] == (PACKAGE.name,) and not given.exists() and bundled.is_file() else path
+    return bundled if given.parts[:1] == (PACKAGE.name,) and not _exists(given) and bundled.is_file() else path
 
 
 def command_file(name: str) -> Path:

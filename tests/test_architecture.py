@@ -13,7 +13,7 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 # ".*" means the package and all that is in it.
 FLOORS = [
     # guided_diffusion: what one imports
-    ["guided_diffusion." + name for name in ("errors", "launchers", "places", "version")],
+    ["guided_diffusion." + name for name in ("config_files", "errors", "launchers", "places", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch", "pictures")],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import reason
+from ..options import cut
 from ..rng import image_labels
 
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
@@ -29,9 +30,9 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> 
         labels = _read(text, num_classes, num_samples)
         return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file")
-    if int(text) >= num_classes:
-        raise UserError(f"--labels {text}: must be a class from 0 to {num_classes - 1}")
+        raise UserError(f"--labels {cut(text)}: must be random, balanced, a class or a .npy file")
+    if len(text) > 18 or int(text) >= num_classes:
+        raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")
     return lambda image_ids: torch.full((len(image_ids),), int(text))
 
 
@@ -45,7 +46,7 @@ def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
         labels = np.load(Path(path), mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise UserError(f"--labels {path}: cannot be read ({reason(error)})") from None
-    except (ValueError, EOFError, SyntaxError) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"--labels {path}: is not a .npy file of whole numbers ({error})") from None
     if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: must hold whole numbers, one for each image")
