@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dist_util
-from .build import DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
-from .checkpoint import load_into, ready
+from .build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from .errors import UserError
-from .guidance import ClassifierGuidanceOptions
+from .guidance import ClassifierGuidanceOptions, Networks
 from .options import option_fields, options_from
 from .presets import find_preset
 from .respace import SpacedDiffusion
@@ -54,10 +53,6 @@ def load(name: str, *, model_path: str | Path = "", device: torch.device | str |
     device = dist_util.dev() if device is None else device
     with torch.device("meta"):
         model = build_model(model_options)
-        classifier = build_classifier(guidance) if guidance.classifier_path else None
-    load_into(model, path, asdict(model_options) | asdict(diffusion_options))
-    ready(model, device)
-    if classifier is not None:
-        load_into(classifier, guidance.classifier_path, asdict(guidance))
-        ready(classifier, device)
-    return LoadedModel(model, build_diffusion(diffusion_options), classifier)
+    nets = Networks(model, torch.device(device))
+    nets.load(model, str(path), asdict(model_options) | asdict(diffusion_options))
+    return LoadedModel(model, build_diffusion(diffusion_options), guidance.load_classifier(nets))

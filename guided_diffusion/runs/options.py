@@ -29,7 +29,7 @@ class SampleOptions(Options):
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
-                                   "class, or a .npy file of one for each image")
+                                   "class by its number or name, or a .npy file of one for each image")
     seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
     out: str = option("samples", "folder for the samples, the picture and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..classes import label_number
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
@@ -31,7 +32,7 @@ from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
 from .chunks import Indices
-from .labels import Labels, make_labels
+from .labels import Labels, is_name, make_labels
 from .options import SampleOptions
 from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
@@ -162,7 +163,10 @@ class SamplingRun:
             if self.sample.labels not in ("random", "balanced"):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
-        return make_labels(self.sample.labels, seed=self.sample.seed, num_classes=self.model.num_classes,
+        text = self.sample.labels
+        if is_name(text):
+            text = label_number(text, self.checkpoints().values())
+        return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples)
 
     def build(self) -> BuiltRun:
