@@ -13,7 +13,7 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 # ".*" means the package and all that is in it.
 FLOORS = [
     # guided_diffusion: what one imports
-    ["guided_diffusion." + name for name in ("errors", "places", "version")],
+    ["guided_diffusion." + name for name in ("config_files", "errors", "launchers", "places", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
         "pictures", "image_files")],

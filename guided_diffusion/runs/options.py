@@ -12,6 +12,9 @@ from ..options import Options, option
 from ..presets import find_preset
 from ..sampling import SAMPLERS
 
+MOST_IMAGES = 10**10
+LARGEST_BATCH = 10**6
+
 
 @dataclass(frozen=True)
 class SampleOptions(Options):
@@ -20,8 +23,8 @@ class SampleOptions(Options):
     model: str = option("", "a model by name: a bundled one (fmnist32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
-    num_samples: int = option(10000, "number of images", minimum=1)
-    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
+    num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
+    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
