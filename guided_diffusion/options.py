@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from .errors import UserError
 from .places import find_configuration
 
+MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, min
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def seed_option(help: str, default: int = 0) -> Any:
+    """A dataclass field of a seed, from 0 to `MAX_SEED`: random numbers differ between any two of these."""
+    return option(default, help, minimum=0, maximum=MAX_SEED)
 
 
 def switch(help: str) -> Any:

@@ -44,7 +44,7 @@ from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
-from .options import Options, option, option_fields
+from .options import Options, option, option_fields, seed_option
 from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
@@ -71,7 +71,7 @@ class LoopOptions(Options):
     data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
                            "fashion-mnist: where Debian installs it")
     out: str = option("train", "folder that the run is kept in, and goes on from when started again")
-    seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the order of the images and all noise")
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)

@@ -9,7 +9,7 @@ from typing import Any
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..presets import find_preset, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import statement_of
@@ -34,7 +34,7 @@ class SampleOptions(Options):
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
                                    "class by its number or name, or a .npy file of one for each image")
-    seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
+    seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
     out: str = option("samples", "folder for the samples, the picture and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")
     keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
