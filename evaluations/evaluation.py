@@ -17,7 +17,7 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, nearest, option
+from guided_diffusion.options import Options, nearest, option, seed_option
 
 from . import plots
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
@@ -64,7 +64,7 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    seed: int = seed_option("seed of the resamplings and of KID's subsets")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 
@@ -281,7 +281,11 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
+                bounds = metric.interval(comparison, self.options.bootstrap)
+                if bounds is None:
+                    self.warn(f"{sample.file.path}: no 95 % interval of {metric.label}: {metric.no_interval}")
+                else:
+                    intervals[metric.word] = bounds
         kind = self.extractor_options.kind
         return {
             "reference": reference.description(),
@@ -333,7 +337,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"sample:    {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"
+            label = "95 %" + of_count * METRICS[word].falls_with_count
+            interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
             lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 

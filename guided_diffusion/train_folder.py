@@ -5,6 +5,7 @@ Whether a training may go on with another value of an option is decided here, op
     does not matter     HARMLESS; the training goes on, and a line says what is new
     moves the end       --lr_anneal_steps, --iterations: to a later step, or to or from no end at all; a line says so
     stays               FIXED, and all options of the network and the process: the state depends on them
+    leaves images out   --skip_damaged True, as the error of a damaged image advises
     changes the result  everything else, like --lr, --seed or --batch_size: refused unless --change names it
 --batch_size means the images of one step on all ranks together, and --data_dir means the images there, wherever they
 lie now.
@@ -25,13 +26,15 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, dist_util
+from .classes import KEY
 from .errors import UserError
 from .fetch import without_secrets
 from .files import check_folder, locked, write_json
 from .image_datasets import find_data, holds_idx, is_npz, list_images
 
-HARMLESS = ("out", "change", "log_interval", "save_interval", "eval_interval", "val_data_dir", "microbatch", "compile",
-            "use_checkpoint")
+SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
+HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
+            "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
 FIXED = ("schedule_sampler", "ema_rate")
 STARTS = ("resume_checkpoint", "init_from")
 ENDS = ("lr_anneal_steps", "iterations")
@@ -92,7 +95,7 @@ class Record:
 
     model: Mapping[str, Any]
     training: Mapping[str, Any]
-    ranks: int = 1
+    ranks: int | None = None
     data: str | None = None
     classes: Sequence[str] | None = None
 
@@ -100,9 +103,9 @@ class Record:
         """Writes config.json, in which no address has a secret."""
         training = {name: without_secrets(value) if isinstance(value, str) else value
                     for name, value in self.training.items()}
-        content = {"model": dict(self.model), "training": training, "ranks": self.ranks}
+        content: dict[str, Any] = {"model": dict(self.model), "training": training, "ranks": self.ranks}
         content |= {"data": self.data} if self.data else {}
-        content |= {"classes": list(self.classes)} if self.classes else {}
+        content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)
 
     @classmethod
@@ -112,9 +115,10 @@ class Record:
         if not path.exists():
             return None
         try:
-            saved = json.loads(path.read_text())
-            return cls(dict(saved["model"]), dict(saved["training"]), int(saved.get("ranks", 1)), saved.get("data"),
-                       saved.get("classes"))
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            ranks, names = saved.get("ranks"), saved.get(KEY)
+            return cls(dict(saved["model"]), dict(saved["training"]), None if ranks is None else int(ranks),
+                       saved.get("data"), None if names is None else [str(name) for name in names])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"--out {out}: its config.json is not one of a training, name another") from None
 
@@ -152,27 +156,32 @@ class Record:
         if name == "data_dir":
             same = self.data == before.data if self.data and before.data else now == then
             return None if not same else "" if now == then else "the images are the same"
+        if name == "skip_damaged" and now:
+            return "damaged images are left out from here on"
         if name in STARTS:
             return "it counts at the start only" if not now else None
         if name in ENDS:
-            return "the end moves, and with it a learning rate that decays" if not now or not then or now > then \
-                else None
+            later = not now or not then or (isinstance(then, int) and now > then)
+            return "the end moves, and with it a learning rate that decays" if later else None
         if name in HARMLESS:
-            return "" if name in ("out", "change") else "the result is the same, up to rounding"
+            return HARMLESS[name]
         return None
 
     def _same_batch(self, before: Record) -> str | None:
         now, then = self.training["batch_size"], before.training.get("batch_size")
-        if then is None or (now, self.ranks) == (then, before.ranks):
+        if then is None or self.ranks is None or before.ranks is None:          # an older record does not say
+            return "" if now == then else None
+        if (now, self.ranks) == (then, before.ranks):
             return ""
         same = now * self.ranks == then * before.ranks
-        return f"{now * self.ranks} images a step on all ranks, as before" if same else None
+        return f"with {self.ranks} rank(s) these are as many images a step as before" if same else None
 
     def _refusal(self, name: str, before: Record, out: Path) -> str:
         now, then = self.options[name], before.options[name]
         if name == "batch_size":
-            return (f"--batch_size {now} on {self.ranks} rank(s): the run in {out} has {then} on {before.ranks}, and "
-                    "other images a step change its result; give as many, another --out, or --change batch_size")
+            ranks = "" if before.ranks is None else f" on {before.ranks}"
+            return (f"--batch_size {now} on {self.ranks} rank(s): the run in {out} has {then}{ranks}, and another "
+                    "number of images a step changes its result; give as many, another --out, or --change batch_size")
         if name == "data_dir" and now == then:
             return (f"--data_dir {shown(now)}: holds other images than when the run in {out} began; restore them, give "
                     "another --out, or --change data_dir")

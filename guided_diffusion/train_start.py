@@ -37,7 +37,8 @@ class Start:
 
     weights: by name; those that are missing keep their random values. step: the first one. averages: by rate.
     moments: "step", "exp_avg" and "exp_avg_sq" of each weight by name; none: AdamW starts anew. official: an official
-    run goes on, whose averages had no warm-up. said: what to tell the user, a sentence each.
+    run goes on, whose averages had no warm-up. recipe: lr and weight_decay that AdamW had. said: what to tell the user,
+    a sentence each.
     """
 
     weights: Weights
@@ -45,6 +46,7 @@ class Start:
     averages: Mapping[float, Weights] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     official: bool = False
+    recipe: Mapping[str, float] = field(default_factory=dict)
     said: Sequence[str] = ()
 
 
@@ -113,14 +115,16 @@ def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float]) -> Start:
             taken.append(beside.name)
         else:
             missing.append(f"{beside.name} is missing, so that this average starts from the weights")
-    optimizer, moments = folder / f"opt{step:06d}.pt", {}
+    optimizer = folder / f"opt{step:06d}.pt"
+    moments: dict[str, dict[str, Tensor]] = {}
+    recipe: dict[str, float] = {}
     if optimizer.exists():
-        moments = read_moments(optimizer, {name: shapes[name] for name in weights})
+        moments, recipe = read_optimizer(optimizer, {name: shapes[name] for name in weights})
         taken.append(optimizer.name)
     else:
         missing.append(f"{optimizer.name} is missing, so that AdamW starts anew")
     said = f"{where}: goes on from step {step} of an official run" + (f", with {', '.join(taken)}" if taken else "")
-    return Start(weights, step, averages, moments, official=True, said=["; ".join([said, *missing])])
+    return Start(weights, step, averages, moments, True, recipe, ["; ".join([said, *missing])])
 
 
 def _read(where: str, path: str) -> dict[str, Tensor]:
@@ -143,8 +147,8 @@ def _fitting(where: str, path: str, shapes: Shapes) -> dict[str, Tensor]:
     return state
 
 
-def read_moments(path: Path, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
-    """The moments of AdamW in an official run's optNNNNNN.pt: "step", "exp_avg" and "exp_avg_sq", each by name.
+def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """What an official run's optNNNNNN.pt holds: moments and recipe, as `Start` has them.
 
     shapes: of the weights by name, in the order of the official network's parameters, which that of the file
     modelNNNNNN.pt is. Raises UserError where the file is none or is of another network.
@@ -154,17 +158,25 @@ def read_moments(path: Path, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
         entries = [content["state"][index] for index in sorted(content["state"])]
         steps = [torch.as_tensor(entry["step"], dtype=torch.float32).reshape(()) for entry in entries]
         moments = [{key: entry[key] for key in MOMENTS} for entry in entries]
-        sizes = [{key: tuple(value.shape) for key, value in entry.items()} for entry in moments]
-    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError):
+        sizes = [[tuple(entry[key].shape) for key in MOMENTS] for entry in moments]
+        group = content["param_groups"][0]
+        recipe = {name: float(group[name]) for name in ("lr", "weight_decay") if name in group}
+    except (IndexError, TypeError, KeyError, AttributeError, ValueError, RuntimeError):
         raise UserError(f"{path}: is not the state of AdamW") from None
     names = list(shapes)
-    if sizes == [dict.fromkeys(MOMENTS, tuple(shapes[name])) for name in names]:
-        return {"step": dict(zip(names, steps, strict=True)),
-                **{key: {name: entry[key] for name, entry in zip(names, moments, strict=True)} for key in MOMENTS}}
+    if sizes == [[tuple(shapes[name])] * len(MOMENTS) for name in names]:
+        by_name = {key: {name: entry[key] for name, entry in zip(names, moments, strict=True)} for key in MOMENTS}
+        return {"step": dict(zip(names, steps, strict=True)), **by_name}, recipe
     groups = _flat_groups(shapes)
-    flat = [math.prod(size[MOMENTS[0]]) for size in sizes]
-    if flat != [sum(math.prod(shapes[name]) for name in group) for group in groups]:
+    flat = [[math.prod(size) for size in pair] for pair in sizes]
+    if flat != [[sum(math.prod(shapes[name]) for name in group)] * len(MOMENTS) for group in groups]:
         raise UserError(f"{path}: is the state of AdamW of another network")
+    return _split_groups(shapes, groups, steps, moments), recipe
+
+
+def _split_groups(shapes: Shapes, groups: Sequence[Sequence[str]], steps: Sequence[Tensor],
+                  moments: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The moments by name of weights that lie in one tensor a group."""
     result: dict[str, dict[str, Tensor]] = {key: {} for key in ("step", *MOMENTS)}
     for group, step, entry in zip(groups, steps, moments, strict=True):
         result["step"] |= dict.fromkeys(group, step)
@@ -176,9 +188,7 @@ def read_moments(path: Path, shapes: Shapes) -> dict[str, dict[str, Tensor]]:
 
 def _flat_groups(shapes: Shapes) -> list[list[str]]:
     """The names of the weights that the official code lays into one tensor each, for training in float16."""
-    groups: list[list[str]] = [[name for name in shapes if len(shapes[name]) <= 1],
-                               [name for name in shapes if len(shapes[name]) > 1]]
-    return groups
+    return [[name for name in shapes if len(shapes[name]) <= 1], [name for name in shapes if len(shapes[name]) > 1]]
 
 
 def weight_shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -16,11 +16,8 @@ step. What was trained until then is saved first.
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
-import itertools
-=======
 import functools
->>>>>>> data
+import itertools
 import json
 import logging
 import math
@@ -40,24 +37,19 @@ from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
-<<<<<<< HEAD
+from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .fetch import without_secrets
 from .files import reason
-=======
-from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
-from .errors import UserError
-from .files import check_folder, write_json
->>>>>>> data
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
-from .options import Options, option, option_fields
+from .options import Options, option, option_fields, seed_option
 from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
 from .train_folder import FIXED, Record, data_digest, locked_folder, read_state
-from .train_start import Start, from_checkpoint, from_weights, weight_shapes
+from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
 from .unet import Encoder
 
 _log = logging.getLogger(__name__)
@@ -79,7 +71,7 @@ class LoopOptions(Options):
     data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
                            "fashion-mnist: where Debian installs it")
     out: str = option("train", "folder that the run is kept in, and goes on from when started again")
-    seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the order of the images and all noise")
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
@@ -250,14 +242,10 @@ class TrainLoop:
     data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
-<<<<<<< HEAD
+    class_names: of the labels, stored with the weights; None where there are none.
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
-=======
-    class_names: of the labels, stored with the weights; None where there are none.
-    Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
->>>>>>> data
     """
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
@@ -383,7 +371,6 @@ class TrainLoop:
 
     def save(self) -> None:
         """Writes the weights, and last the state that a restart goes on from."""
-<<<<<<< HEAD
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
@@ -391,6 +378,8 @@ class TrainLoop:
     def _write(self) -> None:
         facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
         metadata = {"config": json.dumps(facts), "step": str(self.step)}
+        if self.class_names is not None:
+            metadata[KEY] = json.dumps(self.class_names.to_json())
         weights = {"model": self._named(self.precision.master_params),
                    **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
         for name, tensors in weights.items():
@@ -415,20 +404,6 @@ class TrainLoop:
         finally:
             with contextlib.suppress(RuntimeError):
                 self._end.set("saved", "")
-=======
-        if dist_util.is_main():
-            facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
-            metadata = {"config": json.dumps(facts), "step": str(self.step)}
-            if self.class_names is not None:
-                metadata[KEY] = json.dumps(self.class_names.to_json())
-            weights = {"model": self._named(self.precision.master_params),
-                       **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
-            for name, tensors in weights.items():
-                checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
-            tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
-            checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
-        dist_util.barrier()
->>>>>>> data
 
     def _batch(self, images: Tensor, cond: dict[str, Tensor], purpose: str, index: int) -> TrainingBatch:
         """Draws t and weights for a global batch, noise image by image, and returns the part of this rank.
@@ -489,7 +464,8 @@ class TrainLoop:
         path = self.out / "state.safetensors"
         before = Record.read(self.out)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
-                             data_digest(self.options.data_dir) if dist_util.is_main() else None)
+                             data_digest(self.options.data_dir) if dist_util.is_main() else None,
+                             None if self.class_names is None else self.class_names.to_json())
         if path.exists():
             said = self.record.continues(before, self.out) if before and dist_util.is_main() else []
             self._take_state(path)
@@ -519,7 +495,10 @@ class TrainLoop:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
         self.step, self.warms_up = start.step, not start.official
-        return start
+        counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
+        differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
+                     for name, value in counted.items() if start.recipe.get(name, value) != value]
+        return replace(start, said=[*start.said, *differing])
 
     def _take_state(self, path: Path) -> None:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
@@ -534,12 +513,12 @@ class TrainLoop:
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
         self.saved = self.step
 
-    def _state_shapes(self) -> dict[str, dict[str, Sequence[int]]]:
+    def _state_shapes(self) -> dict[str, Shapes]:
         """What a state of this training holds: the shapes by kind and name."""
         weights = weight_shapes(self._named(self.precision.master_params))
         moments = {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in weights.items()}
-        return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights,
-                **{f"ema_{rate:g}": weights for rate in self.ema},
+        averages: dict[str, Shapes] = {f"ema_{rate:g}": weights for rate in self.ema}
+        return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights, **averages,
                 "optimizer": {**moments, **{f"step/{name}": () for name in weights}},
                 "sampler": weight_shapes(self.sampler.state_dict())}
 
@@ -554,35 +533,8 @@ class TrainLoop:
     def _fill(self, tensors: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
         """Copies the values by name into the tensors of the weights; those that are missing stay."""
         for name, tensor in zip(self.precision.names, tensors, strict=True):
-<<<<<<< HEAD
             if name in values:
                 tensor.copy_(values[name])
-=======
-            tensor.copy_(values[name])
-
-    def _begin_folder(self) -> None:
-        record: dict[str, Any] = {"model": self.config, "training": asdict(self.options)}
-        if self.class_names is not None:
-            record[KEY] = self.class_names.to_json()
-        check_folder("--out", self.out)
-        write_json(self.out / "config.json", record, sync=True)
-
-    def _check_same_run(self) -> None:
-        """Raises UserError where the output folder's run differs in what its state depends on."""
-        path = self.out / "config.json"
-        if not path.exists():
-            return
-        try:
-            saved = json.loads(path.read_text())
-            before = {**saved["training"], **saved["model"]}
-        except (OSError, ValueError, TypeError, KeyError):
-            raise UserError(f"--out {self.out}: its config.json is not one of a training, name another") from None
-        now = {**asdict(self.options), **self.config}
-        for name in [*self.config, "schedule_sampler", "ema_rate"]:
-            if name in before and name in now and before[name] != now[name]:
-                raise UserError(f"--{name} {now[name]}: the run in {self.out} has {before[name]}, give that one or "
-                                "another --out")
->>>>>>> data
 
 
 @torch.no_grad()
@@ -643,35 +595,23 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
     config = {**asdict(model_options), **asdict(diffusion_options)}
-<<<<<<< HEAD
     with dist_util.together():
         with seeded_torch("weights", options.seed):
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-        data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
-=======
-    with seeded_torch("weights", options.seed):
-        model = build_model(model_options)
-    diffusion = build_diffusion(diffusion_options)
-    sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
-    images.check_classes(model_options.num_classes)
+        images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+        images.check_classes(model_options.num_classes)
     data = _numbered_data(options, images)
->>>>>>> data
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
-<<<<<<< HEAD
     with locked_folder(options.out):
-        TrainLoop(model, losses, sampler, data, options, config).run()
+        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
     _say_files(options.out, ["model", *averages], "image_sample.py", "model_path",
                _differing(model_options, diffusion_options))
-=======
-    TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
->>>>>>> data
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -685,19 +625,23 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
         return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])
 
-<<<<<<< HEAD
     validation = None
     with dist_util.together():
         with seeded_torch("weights", options.seed):
             classifier = build_classifier(classifier_options)
         diffusion = build_diffusion(diffusion_options)
-        data = _numbered_data(options, config, options.data_dir, True)
+        images = _images(options, config, options.data_dir, True, known=_known_names(options))
+        images.check_classes(classifier_options.num_classes)
+        names = images.class_names
         if options.val_data_dir:
             split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-            validation = _numbered_data(options, config, options.val_data_dir, True, split=split, random_flip=False,
-                                        random_crop=False)
+            held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+            _check_validation(options, held_out, names, classifier_options.num_classes)
+            validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+    data = _numbered_data(options, images)
     with locked_folder(options.out):
-        TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation).run()
+        TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
+                  names).run()
     _say_files(options.out, ["model"], "classifier_sample.py --model_path DIFFUSION_MODEL", "classifier_path",
                _differing(classifier_options))
 
@@ -714,19 +658,6 @@ def _say_files(out: str, names: Sequence[str], command: str, flag: str, flags: M
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     _log.info("weights: %s", ", ".join(files))
     _log.info("to sample: python scripts/%s %s", command, shlex.join([f"--{flag}", files[-1], *words]))
-=======
-    images = _images(options, config, options.data_dir, True, known=_known_names(options))
-    images.check_classes(classifier_options.num_classes)
-    data, names = _numbered_data(options, images), images.class_names
-    validation = None
-    if options.val_data_dir:
-        split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-        held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
-        _check_validation(options, held_out, names, classifier_options.num_classes)
-        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
-    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
-              names).run()
->>>>>>> data
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -742,7 +673,10 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def _known_names(options: LoopOptions) -> ClassNames | None:
     """The classes, where the run that goes on here or the weights that it starts from have them."""
     names = names_of_run(Path(options.out))
-    return stored_names(options.resume_checkpoint) if names is None and options.resume_checkpoint else names
+    if names is None and options.resume_checkpoint:
+        with contextlib.suppress(UserError):          # of a file that cannot be read, which says so when it is loaded
+            names = stored_names(options.resume_checkpoint)
+    return names
 
 
 def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,

@@ -13,7 +13,7 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 # ".*" means the package and all that is in it.
 FLOORS = [
     # guided_diffusion: what one imports
-    ["guided_diffusion." + name for name in ("errors", "places", "version")],
+    ["guided_diffusion." + name for name in ("config_files", "errors", "launchers", "places", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
         "pictures", "image_files")],
@@ -25,6 +25,8 @@ FLOORS = [
     ["guided_diffusion.build"],
     ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
+    ["guided_diffusion.stated"],
+    ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (

@@ -26,9 +26,9 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
 from ..errors import UserError
 from ..fetch import sha256_of
-from ..files import check_writable
+from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
@@ -62,7 +62,7 @@ class PredictorOptions(Options):
     batch_size: int = option(16, "noised images per step", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, decays linearly to 0", above=0)
     draws: int = option(32, "noised versions of each labelled image; 0: new ones in every step", minimum=0)
-    seed: int = option(0, "seed of the weights, the batches and the noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the batches and the noise")
     cache_gb: float = option(2.0, "memory for features in GB: they are computed once if all fit, else in each step",
                              minimum=0)
     save_interval: int = option(500, "steps between two saves; a kill loses at most these", minimum=1)
@@ -227,10 +227,15 @@ class PredictorTraining:
         self.step = 0
 
     def run(self) -> DepthPredictors:
-        """Trains to the last step, unless that was done before."""
+        """Trains to the last step, unless that was done before; UserError where another job does so."""
         if self.out.exists():
-            _log.info("%s is finished", self.out)
+            _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
+        with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
+                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+            return self._train()
+
+    def _train(self) -> DepthPredictors:
         options = self.options
         resumed = self._load()
         _log.info("%s", self.features.keep(options.draws, options.cache_gb))
@@ -317,11 +322,14 @@ class PredictorTraining:
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
-        self.predictors.load_state_dict(groups.pop("predictors"))
-        for name, parameter in self.predictors.named_parameters():
-            moments = {key: values[name] for key, values in groups.items()}
-            self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
-        self.step = int(checkpoint.read_metadata(self.state)["step"])
+        try:
+            self.predictors.load_state_dict(groups.pop("predictors"))
+            for name, parameter in self.predictors.named_parameters():
+                moments = {key: groups[key][name] for key in ("exp_avg", "exp_avg_sq", "step")}
+                self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
+            self.step = int(checkpoint.read_metadata(self.state)["step"])
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(f"{self.state}: is damaged; delete it to begin anew") from None
         _log.info("going on from step %d, saved in %s", self.step, self.state)
         return True
 
