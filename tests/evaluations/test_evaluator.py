@@ -295,6 +295,7 @@ def test_a_folder_or_an_archive_of_pictures_is_evaluated_like_a_file(save, evalu
     assert values(evaluate(tmp_path / "pictures", files[1])[0])[0]["fid"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_made_by_the_torch_inception_are_accepted(save, evaluate, refused, tmp_path):
     """They are told apart by the weights' SHA-256, whatever the network is called."""
     weights = write_weights(tmp_path / "w.safetensors")
@@ -382,6 +383,33 @@ def test_files_that_are_refused(save, refused, tmp_path):
                         (save("foreign", clothes(10), mu=np.zeros(2048), sigma=np.eye(2048)), "Inception's"),
                         (save("other", clothes(10), backend=np.array("torch Inception 2015")), "another --backend")):
         assert words in refused(path, good)
+
+
+def stored(**arrays):
+    """A reference of the network of the tests, with statistics and these arrays."""
+    return {"mu": np.zeros(64), "sigma": np.eye(64), "backend": np.array("embedded Fashion-MNIST classifier")} | arrays
+
+
+@pytest.mark.parametrize("arrays, message", [
+    (stored(pooled=np.zeros(64, np.float32)), "pooled is (64,) float32, it must hold floating-point numbers of each"),
+    (stored(pooled=np.array([["a"] * 64] * 12)), "pooled is (12, 64) <U1"),
+    (stored(pooled=np.full((12, 64), np.nan, np.float16)), "pooled must be finite numbers"),
+    (stored(pooled=np.zeros((12, 3), np.float32)), "its pooled features have 3 numbers an image, those of"),
+    (stored(mu=np.zeros(7), sigma=np.eye(7)), "statistics of 7 and of 64 channels"),
+    (stored(backend=np.array(4)), "backend must be a single word"),
+    (stored(count=np.array(-5)), "count is -5, it must be the number of images"),
+    (stored(count=np.array("x")), "count must be a single whole number"),
+    ({"pictures": clothes(10), "names": np.zeros(3)}, "its arrays are: pictures, names"),
+])
+def test_references_that_are_refused(arrays, message, save, refused):
+    reference = save("reference", **arrays)
+    words = ("--metrics", "fid,precision" if "pooled" in arrays or "pictures" in arrays else "fid", "--batch_size", 64)
+    assert message in refused(reference, save("sample", clothes(10)), *words)
+
+
+def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
+    message = refused(save("reference", clothes(10)), save("sample", x=np.zeros(2), y=np.zeros(2)))
+    assert message.endswith("sample.npz: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: x, y")
 
 
 @pytest.mark.parametrize("words, message", [
