@@ -9,12 +9,15 @@ from typing import Any
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..presets import find_preset, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import statement_of
 
 _log = logging.getLogger(__name__)
+
+MOST_IMAGES = 10**10
+LARGEST_BATCH = 10**6
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,21 @@ class SampleOptions(Options):
                         "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
+<<<<<<< HEAD
     checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
                                    "the moving average, if it has one")
     num_samples: int = option(10000, "number of images", minimum=1)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
+=======
+    num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
+    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+>>>>>>> main
     sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
-                                   "class, or a .npy file of one for each image")
-    seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
+                                   "class by its number or name, or a .npy file of one for each image")
+    seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
     out: str = option("samples", "folder for the samples, the picture and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")
     keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")

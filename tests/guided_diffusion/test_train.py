@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import PATIENCE
 from torch import nn
 
 from guided_diffusion import checkpoint, train_util
@@ -135,7 +136,7 @@ def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
         [*script, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL)
     train(data_dir, whole, **RUN)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "state.safetensors").exists() and len(log_of(killed, "loss")) > 12:
             process.kill()
