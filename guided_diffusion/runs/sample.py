@@ -184,7 +184,8 @@ class SamplingRun:
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)
         guidance = [term for method in self.active for term in method.build(nets)]
-        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
+        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
+                  self.sample.checkpoint_entry)
         check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
