@@ -254,9 +254,10 @@ class BackgroundCheck:
     def __init__(self, files: Sequence[Path]) -> None:
         self.found: list[str] = []
         self._files, self._ended = files, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:

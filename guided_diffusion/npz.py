@@ -30,6 +30,7 @@ MAX_DEFLATE = 1040              # that ratio as deflate can reach it at most, ro
 SMALL = 2**30                   # members up to this many bytes may be compressed better than MAX_RATIO
 BLOCK = 2**22                   # bytes read at a time where nothing else says how many
 ENCRYPTED = 1                   # bit of a member's flags
+LISTED = 10                     # arrays that a sentence names
 
 # A damaged .npz file makes zipfile, zlib, tokenize and NumPy raise nearly anything.
 READ_ERRORS: tuple[type[Exception], ...] = (Exception,)
@@ -65,10 +66,10 @@ class ArrayFile:
         """Raises UserError where a member claims more bytes than the archive has, or unpacks to too many."""
         if info.compress_size > available or (info.compress_type == zipfile.ZIP_STORED
                                               and info.file_size > info.compress_size):
-            raise UserError(f"{self.path}: {_printable(name)} is damaged (the archive is shorter than its list says)")
+            raise UserError(f"{self.path}: {printable(name)} is damaged (the archive is shorter than its list says)")
         packed = max(1, info.compress_size)
         if info.file_size > MAX_DEFLATE * packed or (info.file_size > SMALL and info.file_size > MAX_RATIO * packed):
-            raise UserError(f"{self.path}: {_printable(name)} unpacks {info.compress_size} bytes to {info.file_size}, "
+            raise UserError(f"{self.path}: {printable(name)} unpacks {info.compress_size} bytes to {info.file_size}, "
                             "which no images do")
 
     @contextmanager
@@ -79,8 +80,8 @@ class ArrayFile:
     @contextmanager
     def _array(self, name: str, fortran: bool = False) -> Iterator[tuple[IO[bytes], _Header]]:
         """The bytes of an array after its header, and the header. fortran: an array in Fortran order is welcome."""
-        where = f"{self.path}: {_printable(name)}"
-        with self._opened(f"{_printable(name)} is damaged") as archive:
+        where = f"{self.path}: {printable(name)}"
+        with self._opened(f"{printable(name)} is damaged") as archive:
             info = self.members[name]
             if info.flag_bits & ENCRYPTED:
                 raise UserError(f"{where} is encrypted")
@@ -158,11 +159,15 @@ class BatchFile(ArrayFile):
             return sha256_of(self.path)
 
     @property
+    def array_names(self) -> str:
+        """The arrays that there are, in words."""
+        more = f" and {len(self.members) - LISTED} others" if len(self.members) > LISTED else ""
+        return (", ".join(printable(name) for name in list(self.members)[:LISTED]) or "none") + more
+
+    @property
     def without_images(self) -> str:
         """A sentence for a file in which there is no arr_0: it names the arrays that there are."""
-        held = ", ".join(_printable(name) for name in list(self.members)[:10]) or "none"
-        more = f" and {len(self.members) - 10} others" if len(self.members) > 10 else ""
-        return f"{self.path}: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: {held}{more}"
+        return f"{self.path}: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: {self.array_names}"
 
     def _image_shape(self) -> tuple[int, int, int, int]:
         return checked_image_shape(f"{self.path}: arr_0", *self.header("arr_0"))
@@ -423,7 +428,7 @@ def _rows(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndar
     return data.view(dtype).reshape(shape)
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name from an archive as a sentence can bear it."""
     return "".join(char if char.isprintable() else "?" for char in name[:60])
 

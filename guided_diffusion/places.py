@@ -20,10 +20,10 @@ def find_configuration(name: str | Path) -> Path:
     Where there is none, the name as a path, so that whoever opens it can say what is missing.
     """
     given = Path(name)
-    if not given.exists() and not given.is_absolute():
+    if not os.path.exists(given) and not given.is_absolute():
         inner = given.relative_to("configs") if given.parts[:1] == ("configs",) else given
         bundled = configurations() / inner
-        return bundled if bundled.is_file() else given
+        return bundled if os.path.isfile(bundled) else given
     return given
 
 

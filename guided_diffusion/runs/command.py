@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .. import dist_util
+from ..cli import log_to_stderr
 from ..guidance import GuidanceOptions
 from ..options import parse_options
 from .options import SampleOptions, option_classes, preset_values
@@ -17,6 +18,7 @@ def sample_command(argv: Sequence[str] | None, description: str, on: type[Guidan
     argv: None for the arguments of this process. on: a guidance method that is on, with its paper's scales, unless the
     command line says otherwise. Raises UserError for what is wrong with the options, before the first image is sampled.
     """
+    log_to_stderr(dist_util.is_main())
     options = parse_options(argv, SampleOptions, *option_classes(), description=description, preset=preset_values,
                             defaults=None if on is None else on.switched_on)
     path = SamplingRun.of(options).run()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..npz import read_npy
+from ..options import cut
 from ..rng import image_labels
 
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
@@ -28,9 +29,9 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> 
         labels = _read(text, num_classes, num_samples)
         return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file")
-    if int(text) >= num_classes:
-        raise UserError(f"--labels {text}: must be a class from 0 to {num_classes - 1}")
+        raise UserError(f"--labels {cut(text)}: must be random, balanced, a class or a .npy file")
+    if len(text) > 18 or int(text) >= num_classes:
+        raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")
     return lambda image_ids: torch.full((len(image_ids),), int(text))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from ..classes import label_number
+from ..classes import check_same_names, label_number
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
@@ -31,6 +31,7 @@ from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
+from .chunks import Indices
 from .labels import Labels, is_name, make_labels
 from .options import SampleOptions
 from .progress import RunProgress
@@ -128,7 +129,8 @@ class SamplingRun:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
-                    queue.put("todo", self._chunks(named, labels).prepare(self.sample.overwrite))
+                    todo = self._chunks(named, labels).prepare(self.sample.overwrite)
+                    queue.put("todo", None if todo is None else todo.spans)
             return self._sample(sampler, self._chunks(queue.get("sha256"), labels), queue, began)
 
     def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
@@ -183,15 +185,16 @@ class SamplingRun:
         nets = Networks(model, dist_util.dev(), self.sample.seed)
         guidance = [term for method in self.active for term in method.build(nets)]
         nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
+        check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
     def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
-        todo = queue.get("todo")
+        spans = queue.get("todo")
         try:
             with queue:
-                if todo is not None:
-                    self._work(sampler, chunks, queue, todo)
+                if spans is not None:
+                    self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
                     if dist_util.is_main():
                         self._finish(chunks, began)
         finally:
@@ -203,10 +206,9 @@ class SamplingRun:
             chunks.remove()
         return chunks.samples
 
-    def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: list[int]) -> None:
+    def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        total = sum(len(chunks.chunks[index]) for index in todo)
-        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
+        with RunProgress(queue, self.sample.num_samples, chunks.chunks.images_in(todo), self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
                 image_ids, began = chunks.chunks[todo[index]], time.monotonic()

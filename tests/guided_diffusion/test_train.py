@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import call, samples_in
+from commands import PATIENCE, call, samples_in
 from tiny_training import (
     DIFFUSION,
     MODEL,
@@ -78,7 +78,7 @@ def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
         [*script, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL)
     train(data_dir, whole, **RUN)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "state.safetensors").exists() and len(log_of(killed, "loss")) > 12:
             process.kill()
