@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dist_util
-from .build import DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
-from .checkpoint import load_into, ready
+from .build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from .errors import UserError
-from .guidance import ClassifierGuidanceOptions
+from .guidance import ClassifierGuidanceOptions, Networks
 from .options import option_fields, options_from
 from .presets import find_preset
 from .respace import SpacedDiffusion
@@ -30,21 +29,29 @@ class LoadedModel(NamedTuple):
     classifier: EncoderUNetModel | None
 
 
-def load(name: str, *, model_path: str | Path = "", device: torch.device | str | None = None,
-         **flags: Any) -> LoadedModel:
+def load(name: str = "", *, model_path: str | Path = "", checkpoint_entry: str = "",
+         device: torch.device | str | None = None, **flags: Any) -> LoadedModel:
     """The model of that name with its weights, frozen and in evaluation mode, on its device.
 
         model, diffusion, classifier = load("fmnist32", timestep_respacing="50")
 
-    name: a bundled model, or a released checkpoint, whose file `model_path` then names. device: None for the GPU of
-    this rank, or the CPU where there is none. flags: options of the network, the process and the classifier that
-    differ from those of the name, such as timestep_respacing, use_fp16, or classifier_path for a released checkpoint.
+    name: a bundled model, the folder of a training, or a released checkpoint, whose file `model_path` then names; not
+    needed where that file states its options, as those of a training do. checkpoint_entry: of a file that wraps
+    several networks. device: None for the GPU of this rank, or the CPU where there is none. flags: options of the
+    network, the process and the classifier that differ from those of the name, such as timestep_respacing, use_fp16,
+    or classifier_path for a released checkpoint.
     A bundled model brings its classifier.
 
-    Raises UserError for an unknown name or flag, and for a file that is missing or does not fit.
+    Raises UserError for an unknown name or flag, for a flag that contradicts what a file states of itself, and for a
+    file that is missing or does not fit.
     """
-    values = preset_values({"model": name})
+    typed: dict[str, Any] = {}
+    for options in options_from(flags, *_CLASSES):
+        typed |= {flag: value for flag, value in asdict(options).items() if flag in flags}
+    values = preset_values({**typed, "model": str(name), "model_path": str(model_path)})
     path = model_path or values.get("model_path", "")
+    if not (path or name):
+        raise UserError("load: name a model, or the file of one as model_path")
     if not path:
         raise UserError(f"{name}: needs its file: `guided-pixels fetch {name}` fetches {find_preset(name).url} to "
                         f'models/{name}.pt; then pass model_path="models/{name}.pt"')
@@ -54,10 +61,6 @@ def load(name: str, *, model_path: str | Path = "", device: torch.device | str |
     device = dist_util.dev() if device is None else device
     with torch.device("meta"):
         model = build_model(model_options)
-        classifier = build_classifier(guidance) if guidance.classifier_path else None
-    load_into(model, path, asdict(model_options) | asdict(diffusion_options))
-    ready(model, device)
-    if classifier is not None:
-        load_into(classifier, guidance.classifier_path, asdict(guidance))
-        ready(classifier, device)
-    return LoadedModel(model, build_diffusion(diffusion_options), classifier)
+    nets = Networks(model, torch.device(device))
+    nets.load(model, str(path), asdict(model_options) | asdict(diffusion_options), checkpoint_entry)
+    return LoadedModel(model, build_diffusion(diffusion_options), guidance.load_classifier(nets))

@@ -21,6 +21,7 @@ from ..options import option
 from ..presets import Preset, find_preset
 from ..process import Prediction
 from ..terms import GradientGuidance, Guidance, Passes, StepContext
+from ..unet import EncoderUNetModel
 from .base import GuidanceOptions, Networks
 
 
@@ -81,11 +82,18 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
         """The classifier."""
         return {"classifier": lambda: build_classifier(self)}
 
-    def build(self, nets: Networks) -> list[Guidance]:
-        """The one term, with its classifier loaded."""
+    def load_classifier(self, nets: Networks) -> EncoderUNetModel | None:
+        """The classifier in its file, or one of random weights where `nets` allows it; None where there is neither."""
+        if not (self.classifier_path or nets.random_weights):
+            return None
         with torch.device("cpu" if nets.random_weights else "meta"):
             classifier = build_classifier(self)
-        return [ClassifierGuidance(nets.load(classifier, self.classifier_path, asdict(self)), self.classifier_scale)]
+        return nets.load(classifier, self.classifier_path, asdict(self))
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term, with its classifier loaded."""
+        classifier = self.load_classifier(nets)
+        return [] if classifier is None else [ClassifierGuidance(classifier, self.classifier_scale)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """An evaluation and a gradient of the classifier at every step."""
