@@ -28,15 +28,10 @@ class SampleOptions(Options):
                         "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
-<<<<<<< HEAD
     checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
                                    "the moving average, if it has one")
-    num_samples: int = option(10000, "number of images", minimum=1)
-    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
-=======
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
->>>>>>> main
     sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")

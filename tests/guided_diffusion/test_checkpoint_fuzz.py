@@ -57,7 +57,8 @@ def test_damaged_statements(config):
 
 
 @fuzz(100)
-@given(st.binary(max_size=100), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x10" + bytes(7) + b"{"]))
+@given(st.binary(max_size=100),
+       st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x10" + bytes(7) + b"{"]))
 def test_noise_behind_every_beginning(noise, beginning):
     survives(read_everything, beginning + noise, "model.pt")
 
