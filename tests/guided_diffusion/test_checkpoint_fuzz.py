@@ -37,19 +37,19 @@ def read_everything(path):
     read_metadata(path)
 
 
-@fuzz(300)
+@fuzz(150)
 @given(damaged(SAFETENSORS, words=HEADER_WORDS))
 def test_damaged_safetensors(content):
     survives(read_everything, content, "model.safetensors")
 
 
-@fuzz(300)
+@fuzz(150)
 @given(damaged(*PICKLED))
 def test_damaged_pickles(content):
     survives(read_everything, content, "model.pt")
 
 
-@fuzz(200)
+@fuzz(80)
 @given(damaged(json.dumps(CONFIG).encode(), words=WORDS))
 def test_damaged_statements(config):
     content = save(TENSORS, {"config": config.decode(errors="replace")})
