@@ -282,7 +282,7 @@ class TrainLoop:
     def run(self) -> None:
         """Trains until the last step, or for ever."""
         if self.finished:
-            _log.info("the training in %s is finished, at step %d: there is nothing to do", self.out, self.step)
+            _say(f"the training in {self.out} is finished, at step {self.step}: there is nothing to do")
             return
         with dist_util.together():
             if dist_util.is_main():
@@ -462,7 +462,7 @@ class TrainLoop:
     def _start(self) -> None:
         """Reads what the folder holds, or what the options name where it is new; says which."""
         path = self.out / "state.safetensors"
-        before = Record.read(self.out)
+        before = Record.read(self.out) or Record.stated_by(path)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
                              None if self.class_names is None else self.class_names.to_json())
@@ -473,7 +473,7 @@ class TrainLoop:
         else:
             said = [*self._take_start().said]
         for line in said:
-            _log.info("%s", line)
+            _say(line)
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
@@ -647,8 +647,14 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
 
 def _say_files(out: str, names: Sequence[str], command: str) -> None:
     """Logs the files of a finished training, and the command that samples with them."""
-    _log.info("weights: %s", ", ".join(str(Path(out) / f"{name}.safetensors") for name in names))
-    _log.info("to sample: python scripts/%s", command)
+    _say(f"weights: {', '.join(str(Path(out) / f'{name}.safetensors') for name in names)}")
+    _say(f"to sample: python scripts/{command}")
+
+
+def _say(line: str) -> None:
+    """Logs a line on the first rank."""
+    if dist_util.is_main():
+        _log.info("%s", line)
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
