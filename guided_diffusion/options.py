@@ -229,6 +229,7 @@ class OptionParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.classes, self.words, self.defaults = classes, words, dict(defaults or {})
         self.fields = _fields_by_name(classes)
+        self.given: list[str] = []              # the options that the user gave, once they are read
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below: a path, or the "
                                                           "name of one that comes with this library")
         declared: set[str] = set()
@@ -292,6 +293,7 @@ class OptionParser(argparse.ArgumentParser):
         config, words = flags.pop("config"), flags.pop("words", [])
         given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
+        self.given = list(given)
         parsed = fill(given, self.classes, preset, source=str(config), defaults=self.defaults)
         missing = [self.words.name] if self.words and self.words.needed and not words else []
         missing += [f"--{name}" for name, field in self.fields.items() if field.metadata.get("required")
@@ -304,8 +306,13 @@ class OptionParser(argparse.ArgumentParser):
 def parse_options(argv: Sequence[str] | None, *classes: type, description: str = "",
                   preset: Preset | None = None, defaults: Mapping[str, Any] | None = None) -> list[Any]:
     """One instance of each options class from a command line that has no words; see `OptionParser` and its `read`."""
-    parser = OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
-    return parser.read(argv, preset)[1]
+    return options_parser(argv, *classes, description=description, defaults=defaults).read(argv, preset)[1]
+
+
+def options_parser(argv: Sequence[str] | None, *classes: type, description: str = "",
+                   defaults: Mapping[str, Any] | None = None) -> OptionParser:
+    """The parser of a command line that has no words; argv: what it is to read, see `OptionParser`."""
+    return OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
 
 
 def parse_words(argv: Sequence[str] | None, words: Words, *classes: type,

@@ -38,11 +38,11 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
     noise. Where several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies
     within, and None where that leaves it open.
     """
+    folder = folder if folder.name not in ("", "..") else folder.absolute()
     inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
-    beside = {inner: path for inner in _folders(folder.absolute().parent) for path in _files(inner)
-              if inner.name != folder.absolute().name}
-    named = [path for inner, path in beside.items() if inner.name in _names(folder)]
-    for found in (inside, named, list(beside.values())):
+    beside = [path for near in _folders(folder.parent) if near.name != folder.name for path in _files(near)]
+    named = [path for path in beside if path.parent.name in _names(folder.name)]
+    for found in (inside, named, beside):
         fitting = [path for path in found if _fits(model, path)]
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
@@ -61,8 +61,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for name in ("model", "classifier") if (path := folder / f"{name}{SUFFIX}").is_file()]
 
 
-def _names(folder: Path) -> list[str]:
-    name = folder.absolute().name
+def _names(name: str) -> list[str]:
     return [f"{name}_classifier", f"{name}-classifier", f"classifier_{name}"]
 
 

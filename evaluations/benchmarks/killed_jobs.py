@@ -65,6 +65,7 @@ class KilledJob(ABC):
     def results(self, out: Path) -> list[Path]:
         """The files that must be the same, byte by byte, whatever was killed."""
 
+    @abstractmethod
     def prepare(self) -> None:
         """Writes what the command reads."""
 
@@ -93,6 +94,9 @@ class SamplingJob(KilledJob):
     def __init__(self, options: JobOptions, folder: Path) -> None:
         super().__init__(options, folder)
         self.total, self.piece = options.num_samples, options.batch_size
+
+    def prepare(self) -> None:
+        """Has nothing to write: the model is bundled."""
 
     def command(self, out: Path, again: bool) -> list[str]:
         """The words of the command; a restart keeps the chunks, so that those made twice can be counted."""

@@ -40,7 +40,7 @@ class ReliabilityOptions(JobOptions):
     kills: int = option(20, "number of kills", minimum=1)
     ranks: int = option(2, "ranks of each job", minimum=1)
     seed: int = seed_option("seed of the moments and of the ranks that are killed")
-    out: str = option("runs/reliability", "folder for the jobs, each kind in a folder of its own there, which must be new")
+    out: str = option("runs/reliability", "folder for the jobs: each kind in a new folder there")
     pack_images: int = option(0, "instead of kills: pack so many random images of 128x128 and tell the peak memory",
                               minimum=0)
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option, seed_option
 
 from ..extractors.depth import DepthExtractor, check_scenes
+from ..image_sets import open_images
 from ..metrics import (
     METRICS,
     Comparison,
@@ -150,7 +150,7 @@ def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsO
     Raises UserError for files that do not hold scenes, and where `--json` cannot be written.
     """
     check_writable("--json", options.json)
-    files = {name: BatchFile(name) for name in samples}
+    files = {name: open_images(name) for name in samples}
     for file in files.values():
         check_scenes(file, options.num_images)
     extractor = DepthExtractor()

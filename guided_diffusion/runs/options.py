@@ -24,9 +24,12 @@ LARGEST_BATCH = 10**6
 class SampleOptions(Options):
     """The sampling run."""
 
-    model: str = option("", "a model by name: a bundled one (fmnist32), or the flags of a released checkpoint")
+    model: str = option("", "a model by name: a bundled one (fmnist32), the folder of a training, or the flags of a "
+                        "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
+    checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
+                                   "the moving average, if it has one")
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))

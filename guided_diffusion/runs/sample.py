@@ -92,6 +92,11 @@ class SamplingRun:
         return [method for method in self.guidance if method.active]
 
     @property
+    def labelled(self) -> bool:
+        """Whether the network or a guidance method takes classes."""
+        return self.model.class_cond or any(method.needs_labels for method in self.active)
+
+    @property
     def num_steps(self) -> int:
         """Steps of the (respaced) chain."""
         options = self.diffusion
@@ -159,7 +164,7 @@ class SamplingRun:
 
     def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
-        if not (self.model.class_cond or any(method.needs_labels for method in self.active)):
+        if not self.labelled:
             if self.sample.labels not in ("random", "balanced"):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
@@ -184,7 +189,8 @@ class SamplingRun:
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)
         guidance = [term for method in self.active for term in method.build(nets)]
-        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
+        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
+                  self.sample.checkpoint_entry)
         check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
