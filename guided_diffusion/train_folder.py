@@ -187,7 +187,7 @@ class Record:
     def _same_batch(self, before: Record) -> str | None:
         now, then = self.training["batch_size"], before.training.get("batch_size")
         if then is None or self.ranks is None or before.ranks is None:          # an older record does not say
-            return "" if now == then else None
+            return "" if then in (None, now) else None
         if (now, self.ranks) == (then, before.ranks):
             return ""
         same = now * self.ranks == then * before.ranks
