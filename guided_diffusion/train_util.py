@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -391,8 +392,8 @@ class TrainLoop:
     def _rescue(self, error: BaseException) -> None:
         """Saves, on rank 0, what was trained before an error; other ranks wait for that, as launchers end them all."""
         if not dist_util.is_main():
-            if isinstance(error, Exception):
-                with contextlib.suppress(RuntimeError):         # rank 0 is lost
+            if isinstance(error, Exception) and _is_kept(self._end):
+                with contextlib.suppress(RuntimeError):         # rank 0 is lost now
                     self._end.wait(["saved"], RESCUE)
             return
         try:
@@ -560,6 +561,18 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
             for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(mean.view(g.shape))
             bucket = []
+
+
+def _is_kept(store: dist.Store) -> bool:
+    """Whether the process that keeps a store is there; torch fills pages where it asks one that is gone."""
+    kept = store.underlying_store if isinstance(store, dist.PrefixStore) else store
+    if not isinstance(kept, dist.TCPStore):
+        return True
+    try:
+        socket.create_connection((kept.host, kept.port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
