@@ -17,7 +17,7 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, nearest, option
+from guided_diffusion.options import Options, nearest, option, seed_option
 
 from . import plots
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
@@ -28,6 +28,8 @@ from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, From
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .references import open_reference
+
+ROWS = 4096                     # of stored features, that are looked at together
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    seed: int = seed_option("seed of the resamplings and of KID's subsets")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 
@@ -123,6 +125,32 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: Extra
                         "another --backend")
 
 
+def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
+    """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
+    read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]
+    for name in dict.fromkeys(read):
+        if name not in reference.members:
+            continue
+        shape, dtype = reference.header(name)
+        if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
+            raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
+                            "image")
+        if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
+            raise UserError(f"{reference.path}: {name} must be finite numbers")
+
+
+def check_same_widths(reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
+    """Raises UserError where the features that a reference holds are of another width than those of the samples."""
+    for sample in samples:
+        for name, values in sample.features.items():
+            if name in reference.features or name not in reference.file.members:
+                continue
+            width, expected = reference.file.header(name)[0][1:], values.shape[1:]
+            if width != expected:
+                raise UserError(f"{reference.file.path}: its {name} features have {width[0]} numbers an image, those "
+                                f"of {sample.file.path} {expected[0]}: they are of another network")
+
+
 def _is_stored(reference: BatchFile, metric: Metric) -> bool:
     """Whether a reference holds what the metric needs of it, so that no feature needs to be extracted."""
     if metric.needs is FromReference.STATISTICS:
@@ -145,6 +173,14 @@ def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> Non
                     ": pass another --backend")
 
 
+def stored_count(reference: BatchFile) -> int:
+    """The number of images of the statistics in a file without images, 0 where it does not say; UserError below 1."""
+    count = reference.value("count", int)
+    if count is not None and count < 1:
+        raise UserError(f"{reference.path}: count is {count}, it must be the number of images")
+    return count or 0
+
+
 class Evaluation:
     """Sample files against one reference.
 
@@ -163,6 +199,7 @@ class Evaluation:
         self._check_options()
         self._check_samples()
         check_reference(self.reference, options, extractor_options.kind)
+        check_stored_features(self.reference, options)
         self._check_counts()
 
     def _check_options(self) -> None:
@@ -225,8 +262,10 @@ class Evaluation:
         plots_pooled = bool(self.options.plot)
         reference = self._extract(self.reference, len(self.reference), folder, lacking,
                                   plots_pooled and Feature.POOLED not in self.reference.members)
-        return reference, [self._extract(file, self._count(file), folder, wanted, plots_pooled)
-                           for file in self.samples]
+        samples = [self._extract(file, self._count(file), folder, wanted, plots_pooled) for file in self.samples]
+        with dist_util.together():
+            check_same_widths(reference, samples)
+        return reference, samples
 
     def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
                  ) -> FileFeatures:
@@ -239,7 +278,7 @@ class Evaluation:
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
                     found = self.depth.features(file, count)
                     features |= {Feature.DEPTH: found.depth, Feature.SHARPNESS: found.sharpness}
-        return FileFeatures(file, count or int(file.value("count", int) or 0), features)
+        return FileFeatures(file, count or stored_count(file), features)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file; an empty list on ranks other than the first.
@@ -281,7 +320,11 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
+                bounds = metric.interval(comparison, self.options.bootstrap)
+                if bounds is None:
+                    self.warn(f"{sample.file.path}: no 95 % interval of {metric.label}: {metric.no_interval}")
+                else:
+                    intervals[metric.word] = bounds
         kind = self.extractor_options.kind
         return {
             "reference": reference.description(),
@@ -333,7 +376,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"sample:    {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"
+            label = "95 %" + of_count * METRICS[word].falls_with_count
+            interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
             lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 

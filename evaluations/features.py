@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, reason
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.scratch import publish, remove_abandoned, scratch_folder, tidy_when_terminated
+from guided_diffusion.scratch import publish, remove_abandoned, scratch_folder
 from guided_diffusion.version import __version__
 
 from . import feature_files
@@ -69,24 +69,23 @@ class FeatureExtractor(Protocol):
 def feature_folder(cache: str | Path | None) -> Iterator[Path]:
     """The folder for features: `cache`, made where it is missing, or a temporary one for the length of the block.
 
-    What killed processes left there is removed; SIGTERM and SIGHUP leave the block in order. Raises UserError where
-    `cache` cannot be written, and without it where the ranks are on several machines.
+    What killed processes left there is removed. Raises UserError where `cache` cannot be written, and without it where
+    the ranks are on several machines.
     """
-    with tidy_when_terminated() if dist_util.is_main() else nullcontext():
-        if cache:
-            folder = check_folder("--cache", cache)
-            if dist_util.is_main():
-                remove_abandoned(folder, PARTIAL)
-            yield folder
-            return
-        folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
-        with _made_by_main(folder):
-            with dist_util.together():
-                if not folder.is_dir():
-                    raise UserError("--cache is not given: the ranks are on several machines, so it must name a folder "
-                                    "that all of them share")
-            yield folder
-            dist_util.barrier()
+    if cache:
+        folder = check_folder("--cache", cache)
+        if dist_util.is_main():
+            remove_abandoned(folder, PARTIAL)
+        yield folder
+        return
+    folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
+    with _made_by_main(folder):
+        with dist_util.together():
+            if not folder.is_dir():
+                raise UserError("--cache is not given: the ranks are on several machines, so it must name a folder "
+                                "that all of them share")
+        yield folder
+        dist_util.barrier()
 
 
 def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,

@@ -6,6 +6,7 @@ machine or at an address, which is fetched once.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -171,11 +172,20 @@ def load_pickled(path: str | Path) -> Any:
     return _load_pickled(path, mappable=format == "zip")
 
 
+class _BoundedReader(io.BufferedReader):
+    """An open file of which no more is asked for than it holds: damaged lengths would take as much memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any open file."""
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _load_pickled(path: str | Path, mappable: bool) -> Any:
     # torch.load maps only a file that it is given by name, and believes a name that ends in .safetensors.
     mapped = mappable and Path(path).suffix != ".safetensors"
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with _BoundedReader(io.FileIO(path)) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")          # what torch warns of here ends in one of the sentences below
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:          # a damaged pickle makes the unpickler fail in any way there is

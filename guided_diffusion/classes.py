@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 
 from . import checkpoint
 from .errors import UserError
+from .fetch import without_secrets
 from .options import nearest
 
 CLASS_RULES = ("folders", "prefix")
@@ -202,3 +203,16 @@ def label_number(text: str, files: Iterable[str]) -> str:
         raise UserError(f"--labels {text}: must be random, balanced, a .npy file, or one of the {names}"
                         f"{nearest(text, names.names)}")
     return str(names.number(text))
+
+
+def check_same_names(files: Mapping[str, str]) -> None:
+    """Raises UserError where two checkpoints, given by flag, call the same numbers by other names."""
+    first: tuple[str, ClassNames] | None = None
+    for flag, path in files.items():
+        names = stored_names(path)
+        if names is None:
+            continue
+        if first is not None and names.names != first[1].names:
+            raise UserError(f"--{flag} {without_secrets(path)}: has {names}, and --{first[0]} "
+                            f"{without_secrets(files[first[0]])} has {first[1]}; they must be trained on the same ones")
+        first = first or (flag, names)

@@ -139,6 +139,11 @@ def log_to_stdout() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 
 
+def log_to_stderr(shown: bool = True) -> None:
+    """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
+    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
 def run_renamed(old: str, new: str, *words: str) -> None:
     """Run a command under the name that it had before, and say the new name on stderr.
 

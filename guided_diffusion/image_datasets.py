@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from . import dist_util
 from .classes import ClassNames
 from .errors import UserError
+from .files import reason
 from .image_files import (
     BackgroundCheck,
     FoundPictures,
@@ -35,7 +36,7 @@ from .image_files import (
     find_pictures,
     read_image,
 )
-from .npz import read_arrays
+from .npz import BLOCK, MAX_RATIO, SMALL, read_arrays
 from .pixels import from_uint8
 from .rng import stream_generator
 
@@ -355,19 +356,36 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
     The header is 0, 0, type (8: uint8), number of dimensions, then each dimension as a big-endian int32.
     """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read, it is damaged or truncated ({error})") from None
     start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"{path}: is not an IDX file of bytes with {dimensions} dimension(s)")
-    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4).tolist()
-    expected = start + int(np.prod(shape))
-    if len(content) != expected:
-        fault = "truncated" if len(content) < expected else "damaged"
-        raise UserError(f"{path}: is {fault}, it has {len(content)} bytes where its header says {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(start)
+            if len(head) < start or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise UserError(f"{path}: is not an IDX file of bytes with {dimensions} dimension(s)")
+            shape = np.frombuffer(head, ">i4", offset=4).tolist()
+            size = _idx_size(path, shape)
+            content = bytearray()
+            while len(content) <= size and (block := stream.read(min(BLOCK, size + 1 - len(content)))):
+                content += block          # one byte more than there should be tells that the file is longer
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read, it is damaged or truncated ({reason(error)})") from None
+    if len(content) < size:
+        raise UserError(f"{path}: is truncated, it has {start + len(content)} bytes where its header says "
+                        f"{start + size}")
+    if len(content) > size:
+        raise UserError(f"{path}: is damaged, it has more bytes than the {start + size} that its header says")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _idx_size(path: Path, shape: Sequence[int]) -> int:
+    """The bytes that an array takes; raises UserError for a shape that no images have."""
+    size, stored = math.prod(shape), path.stat().st_size
+    shown = " x ".join(map(str, shape))
+    if shape[0] < 0 or min(shape[1:], default=1) < 1:
+        raise UserError(f"{path}: is damaged, its header says {shown}")
+    if size > SMALL and size > MAX_RATIO * stored:
+        raise UserError(f"{path}: is damaged, its header says {shown}, which {stored} bytes do not hold")
+    return size
 
 
 def check_fits(images: np.ndarray, image_size: int) -> None:

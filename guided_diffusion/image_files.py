@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,8 @@ BACKGROUND = (255, 255, 255)
 MAX_RATIO = 100                 # of the sides of a picture
 DECODED_AT_START = 2**26        # bytes of files that are decoded before the first step, beside all headers
 AT_ONCE = 1024                  # files that a thread checks at a time
+
+Source = Path | IO[bytes]
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -107,10 +109,10 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...], found: FoundPictur
 # Pictures
 
 
-def read_image(path: Path, in_channels: int) -> Image.Image:
+def read_image(path: Source, in_channels: int) -> Image.Image:
     """The picture in a file as a viewer shows it, RGB (3 channels) or grey (1), of 8 bits.
 
-    Raises UserError where the file holds none, is damaged, or its sides are absurd.
+    path: of the file, or an open stream, whose `str` sentences name. Raises UserError where the file holds none, is damaged, or its sides are absurd.
     """
     with opened(path) as image:
         return _opaque(_upright(image), "RGB" if in_channels == 3 else "L")
@@ -134,7 +136,7 @@ def image_extent(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Source) -> Iterator[Image.Image]:
     """A file as Pillow opens it, whose pixels are not read yet.
 
     Raises UserError, also for what goes wrong in the block: damaged files make decoders fail in any way there is.
@@ -156,7 +158,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_sides(path: Path, size: tuple[int, int]) -> None:
+def _check_sides(path: Source, size: tuple[int, int]) -> None:
     if max(size) > MAX_RATIO * min(size):
         raise UserError(f"{path}: cannot be read as an image (it has {size[0]}x{size[1]} pixels, one side may be "
                         f"{MAX_RATIO} times the other at most)")
@@ -254,9 +256,10 @@ class BackgroundCheck:
     def __init__(self, files: Sequence[Path]) -> None:
         self.found: list[str] = []
         self._files, self._ended = files, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._run, daemon=True).start()
+        self.thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import reprlib
@@ -22,7 +23,10 @@ from typing import Any, NoReturn
 from .errors import UserError
 from .places import find_configuration
 
+MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
+
+_log = logging.getLogger(__name__)
 
 Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gave to values that a name stands for
 
@@ -32,6 +36,11 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, min
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def seed_option(help: str, default: int = 0) -> Any:
+    """A dataclass field of a seed, from 0 to `MAX_SEED`: random numbers differ between any two of these."""
+    return option(default, help, minimum=0, maximum=MAX_SEED)
 
 
 def switch(help: str) -> Any:
@@ -246,6 +255,30 @@ class OptionParser(argparse.ArgumentParser):
         """Raises UserError, where argparse would end the process."""
         raise UserError(message)
 
+    def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """The values in a configuration, or in the config.json of a training, as this command knows them."""
+        values = read_yaml(path)
+        model, training = values.get("model"), values.get("training")
+        if not (isinstance(model, dict) and isinstance(training, dict)):
+            return values
+        if "data_dir" in self.fields:
+            return {**training, **model}
+        return self._read_training(path, model, training, flags)
+
+    def _read_training(self, path: Path, model: dict[str, Any], training: dict[str, Any],
+                       flags: Mapping[str, Any]) -> dict[str, Any]:
+        """What a command that does not train takes from a training: its network and, unless flags name any, weights."""
+        if "classifier_width" in model:
+            known = {name: value for name, value in model.items() if name.startswith("classifier_")}
+            weights = {"classifier_path": str(path.parent / "model.safetensors")}
+        else:
+            known = {name: value for name, value in model.items() if name != "num_classes" or model.get("class_cond")}
+            weights = {} if {"model", "model_path"} & flags.keys() else {"model": str(path.parent)}
+        taken = {name: value for name, value in {**known, **weights}.items() if name in self.fields}
+        left_out = [name for name in (*training, *model) if name not in taken]
+        _log.info("--config %s: is of a training, whose options %s are left out", path, ", ".join(left_out))
+        return taken
+
     def read(self, argv: Sequence[str] | None, preset: Preset | None = None) -> tuple[list[str], list[Any]]:
         """The words, and one instance of each options class, from `argv` and the `--config` file it may name.
 
@@ -258,7 +291,7 @@ class OptionParser(argparse.ArgumentParser):
             raise UserError(f"{cut(name)}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
-        given = {**(read_yaml(find_configuration(config)) if config else {}), **flags}
+        given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
         self.given = list(given)
         parsed = fill(given, self.classes, preset, source=str(config), defaults=self.defaults)

@@ -6,13 +6,10 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from .files import open_own
 
@@ -58,31 +55,6 @@ def remove_abandoned(parent: Path, name: str) -> None:
         for folder in parent.iterdir():
             if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def tidy_when_terminated() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP leave the program as SystemExit, so that everything is put in order first.
-
-    They must have their usual meaning before; it is theirs again afterwards. It does nothing outside the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [number for name in ("SIGTERM", "SIGHUP")
-               if (number := getattr(signal, name, None)) and signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)       # a second one must not stop the tidying
-    raise SystemExit(128 + number)
 
 
 def _owned(folder: Path) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .entries import check_weights
 from .errors import UserError
 from .fetch import is_address, without_secrets
 
@@ -129,7 +130,9 @@ def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float]) -> Start:
 
 def _read(where: str, path: str) -> dict[str, Tensor]:
     try:
-        return checkpoint.load_state_dict(path)
+        state = checkpoint.load_state_dict(path)
+        check_weights(state, path)
+        return state
     except UserError as error:
         given = f"{without_secrets(path)}: "
         raise UserError(f"{where}: {without_secrets(str(error)).removeprefix(given)}") from None

@@ -44,7 +44,7 @@ from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
-from .options import Options, option, option_fields
+from .options import Options, option, option_fields, seed_option
 from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
@@ -71,7 +71,7 @@ class LoopOptions(Options):
     data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
                            "fashion-mnist: where Debian installs it")
     out: str = option("train", "folder that the run is kept in, and goes on from when started again")
-    seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the order of the images and all noise")
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
@@ -610,8 +610,7 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     with locked_folder(options.out):
         TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
-    _say_files(options.out, ["model", *averages], "image_sample.py", "model_path",
-               _differing(model_options, diffusion_options))
+    _say_files(options.out, ["model", *averages], f"image_sample.py --model {shlex.quote(options.out)}")
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -642,22 +641,14 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     with locked_folder(options.out):
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
                   names).run()
-    _say_files(options.out, ["model"], "classifier_sample.py --model_path DIFFUSION_MODEL", "classifier_path",
-               _differing(classifier_options))
+    weights = shlex.quote(str(Path(options.out) / "model.safetensors"))
+    _say_files(options.out, ["model"], f"classifier_sample.py --model DIFFUSION_RUN --classifier_path {weights}")
 
 
-def _differing(*options: Options) -> dict[str, Any]:
-    """The options of a network and its process that are not the defaults, without how it was run."""
-    return {field.name: value for one in options for field in option_fields(type(one))
-            if (value := getattr(one, field.name)) != field.default and field.name not in (*EXECUTION, "dropout")}
-
-
-def _say_files(out: str, names: Sequence[str], command: str, flag: str, flags: Mapping[str, Any]) -> None:
-    """Logs the files of a finished training, and the command that samples with the last one of them."""
-    files = [str(Path(out) / f"{name}.safetensors") for name in names]
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    _log.info("weights: %s", ", ".join(files))
-    _log.info("to sample: python scripts/%s %s", command, shlex.join([f"--{flag}", files[-1], *words]))
+def _say_files(out: str, names: Sequence[str], command: str) -> None:
+    """Logs the files of a finished training, and the command that samples with them."""
+    _log.info("weights: %s", ", ".join(str(Path(out) / f"{name}.safetensors") for name in names))
+    _log.info("to sample: python scripts/%s", command)
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

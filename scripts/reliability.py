@@ -1,7 +1,9 @@
-"""Kill sampling jobs at random moments, start them again, and compare the files with that of an undisturbed job.
+"""Kill jobs at random moments, start them again, and compare their files with those of an undisturbed job.
 
 Examples:
     python scripts/reliability.py --kills 20 --ranks 2
+    python scripts/reliability.py --what training --kills 10
+    python scripts/reliability.py --what evaluation --kills 10 --num_samples 400
     python scripts/reliability.py --pack_images 50000
 """
 
@@ -15,7 +17,7 @@ from guided_diffusion.options import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, ReliabilityOptions, description=__doc__)
-    print(npz_writing_trial(options) if options.pack_images else kills_table(reliability(options)))
+    print(npz_writing_trial(options) if options.pack_images else kills_table(reliability(options), options.what))
 
 
 if __name__ == "__main__":

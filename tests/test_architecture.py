@@ -25,6 +25,8 @@ FLOORS = [
     ["guided_diffusion.build"],
     ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
+    ["guided_diffusion.stated"],
+    ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (

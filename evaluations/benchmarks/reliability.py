@@ -1,4 +1,4 @@
-"""The reliability of sampling: jobs are killed at random moments and restarted, and their files are compared.
+"""The reliability of long jobs: they are killed at random moments and restarted, and their files are compared.
 
 Ranks are started by hand, as `srun` does, so that a killed rank takes no other with it and the others have to notice.
 """
@@ -21,27 +21,26 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.options import Options, option
-from guided_diffusion.places import command_file
+from guided_diffusion.files import check_folder
+from guided_diffusion.options import option, seed_option
 from guided_diffusion.runs.shards import Shards
 
 from ..memory import MIB, process_peak
+from .killed_jobs import JOBS, JobOptions, KilledJob
 
-PATIENCE = 120          # seconds for a job to end
+PATIENCE = 600          # seconds for a job to end
+EARLY = 0.25            # share of the kills whose moment does not wait for any work to be done
 
 
 @dataclass(frozen=True)
-class ReliabilityOptions(Options):
+class ReliabilityOptions(JobOptions):
     """The trial."""
 
+    what: str = option("sampling", "the jobs that are killed", choices=JOBS)
     kills: int = option(20, "number of kills", minimum=1)
     ranks: int = option(2, "ranks of each job", minimum=1)
-    seed: int = option(0, "seed of the moments and of the ranks that are killed", minimum=0)
-    out: str = option("runs/reliability", "folder for the runs")
-    model: str = option("fmnist32", "a bundled model")
-    num_samples: int = option(96, "number of images", minimum=1)
-    batch_size: int = option(4, "images in a chunk", minimum=1)
-    timestep_respacing: str = option("10", "steps of each image")
+    seed: int = seed_option("seed of the moments and of the ranks that are killed")
+    out: str = option("runs/reliability", "folder for the jobs: each kind in a new folder there")
     pack_images: int = option(0, "instead of kills: pack so many random images of 128x128 and tell the peak memory",
                               minimum=0)
 
@@ -52,23 +51,19 @@ class Kill:
 
     victim: str             # a rank, or all
     moment: float           # seconds after the start
-    after: str              # what the job had done: "starting", "N images", "finished"
+    after: str              # what the job had done: "nothing", "N images", "finished"
     seconds_to_end: float   # until the last rank was gone
-    images_redone: int      # finished before the kill, and made again
-    equal: bool             # whether the restarted run gave the same file
+    redone: int             # of what was done before the kill, what was done again, in the job's unit
+    litter: int             # files that an undisturbed job does not have
+    equal: bool             # whether the restarted job gave the same files, byte by byte
 
 
 def reliability(options: ReliabilityOptions) -> list[Kill]:
     """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, and restarts each until it is finished.
 
-    Raises UserError where a restarted job fails.
+    Raises UserError where a job that nobody killed fails, or where `options.out` holds an earlier trial.
     """
-    chance, out = random.Random(options.seed), Path(options.out)
-    whole = out / "whole"
-    _finish(_start(options, whole, overwrite=True))
-    sha256 = sha256_of(_samples(whole))
-    return [_kill_job(options, out / f"kill{index:02d}", sha256, chance, None if index % 2 else
-                      chance.randrange(options.ranks)) for index in range(options.kills)]
+    return list(_Trial(options).kills())
 
 
 def npz_writing_trial(options: ReliabilityOptions) -> str:
@@ -90,66 +85,93 @@ def npz_writing_trial(options: ReliabilityOptions) -> str:
             f"{process_peak() / MIB:.0f} MiB, {before / MIB:.0f} MiB before")
 
 
-def kills_table(kills: Sequence[Kill]) -> str:
-    """The kills as a table in Markdown, and their sum."""
-    rows = ["| kill | killed | after s | had done | job gone after s | finished images redone | file equal |",
-            "|---|---|---|---|---|---|---|"]
+def kills_table(kills: Sequence[Kill], what: str) -> str:
+    """The kills of jobs of a kind as a table in Markdown, and their sum."""
+    unit = JOBS[what].unit
+    rows = [f"| kill | killed | after s | had done | job gone after s | {unit} made twice | litter | files equal |",
+            "|---|---|---|---|---|---|---|---|"]
     rows += [f"| {index} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
-             f"{kill.images_redone} | {'yes' if kill.equal else 'NO'} |"
+             f"{kill.redone} | {kill.litter} | {'yes' if kill.equal else 'NO'} |"
              for index, kill in enumerate(kills, 1)]
-    rows += ["", f"{len(kills)} kills tried, {sum(kill.images_redone for kill in kills)} finished images redone, "
-             f"{sum(kill.equal for kill in kills)} of {len(kills)} files equal."]
+    rows += ["", f"{len(kills)} kills of {what} tried, {sum(kill.redone for kill in kills)} {unit} made twice, "
+             f"{sum(kill.litter for kill in kills)} files left over, {sum(kill.equal for kill in kills)} of "
+             f"{len(kills)} with equal files."]
     return "\n".join(rows)
 
 
-def _kill_job(options: ReliabilityOptions, out: Path, sha256: str, chance: random.Random, victim: int | None,
-              ) -> Kill:
-    """Kills a job, restarts it, and says what came of it.
+class _Trial:
+    """A job that is left alone, and jobs that are killed."""
 
-    sha256: that of the file of an undisturbed job. victim: the rank to kill; None: all of them.
-    """
-    began, ranks = time.monotonic(), _start(options, out, overwrite=True)
-    _await_moment(options, out, chance, ranks[0])
-    moment = time.monotonic() - began
-    for rank in ranks if victim is None else [ranks[victim]]:
-        rank.send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    for rank in ranks:
-        rank.communicate(timeout=PATIENCE)
-    seconds = time.monotonic() - killed
-    before = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.npz")}
-    finished = bool(list(out.glob("samples_*.npz"))) and not before
+    def __init__(self, options: ReliabilityOptions) -> None:
+        self.options, self.out = options, Path(options.out) / options.what
+        self.chance = random.Random(options.seed)
+        self.job: KilledJob = JOBS[options.what](options, self.out)
+        self.whole = self.out / "whole"
+        check_folder("--out", options.out)
+        if self.out.exists():
+            raise UserError(f"--out {options.out}: holds {options.what} already, remove it or name another folder")
+        self.out.mkdir()
+        self.job.prepare()
+        began = time.monotonic()
+        _finish(self._start(self.whole))
+        self.seconds = time.monotonic() - began
 
-    restarted = _start(options, out, "--keep_shards", "True")
-    _finish(restarted)
-    redone = 0 if finished else sum(path.stat().st_mtime_ns != stamp for path, stamp in before.items())
-    images = min(len(before) * options.batch_size, options.num_samples)
-    after = "finished" if finished else f"{images} images" if images else "no image"
-    return Kill("all" if victim is None else f"rank {victim}", moment, after, seconds, redone * options.batch_size,
-                sha256_of(_samples(out)) == sha256)
+    def kills(self) -> list[Kill]:
+        """Kills one rank and all ranks, in turn."""
+        return [self._kill(self.out / f"kill{index:02d}",
+                           None if index % 2 else self.chance.randrange(self.options.ranks))
+                for index in range(self.options.kills)]
 
+    def _kill(self, out: Path, victim: int | None) -> Kill:
+        """Kills a job, restarts it, and says what came of it. victim: the rank to kill; None: all of them."""
+        job, began = self.job, time.monotonic()
+        ranks = self._start(out)
+        self._await_moment(out, ranks)
+        moment = time.monotonic() - began
+        for rank in ranks if victim is None else [ranks[victim]]:
+            rank.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        for rank in ranks:
+            rank.communicate(timeout=PATIENCE)
+        seconds = time.monotonic() - killed
 
-def _await_moment(options: ReliabilityOptions, out: Path, chance: random.Random, job: subprocess.Popen) -> None:
-    """Waits for a random number of chunks, and a random while more."""
-    count, pause = chance.randint(0, -(-options.num_samples // options.batch_size)), chance.uniform(0, 0.5)
-    while job.poll() is None and not (
-            (out / "shards" / "run.json").exists() and len(list((out / "shards").glob("*.npz"))) >= count):
-        time.sleep(0.002)
-    time.sleep(pause)
+        finished, done, redone, stamps = job.finished(out), job.done(out), job.unsaved(out), job.stamps(out)
+        _finish(self._start(out, again=True))
+        if not finished:
+            again = job.stamps(out)
+            redone += sum(again.get(path) != stamp for path, stamp in stamps.items()) * job.piece
+        return Kill("all" if victim is None else f"rank {victim}", moment,
+                    "finished" if finished else f"{done} {job.unit}" if done else "nothing", seconds, redone,
+                    len(self._names(out) - self._names(self.whole)), self._digests(out) == self._digests(self.whole))
 
+    def _await_moment(self, out: Path, ranks: Sequence[subprocess.Popen]) -> None:
+        """Waits for a random moment: of the time that the undisturbed job took, or of the work that it did."""
+        job, chance = self.job, self.chance
+        early, count, share = chance.random() < EARLY, chance.randint(0, job.total), chance.uniform(0, 1)
+        if early or not job.total:
+            time.sleep(share * self.seconds)
+            return
+        while ranks[0].poll() is None and job.done(out) < count:
+            time.sleep(0.002)
+        time.sleep(share * 0.5)
 
-def _start(options: ReliabilityOptions, out: Path, *words: str, overwrite: bool = False) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(command_file("image_sample")), "--model", options.model, "--out", str(out),
-               "--overwrite", str(overwrite), *words]
-    for name in ("num_samples", "batch_size", "timestep_respacing"):
-        command += [f"--{name}", str(getattr(options, name))]
-    several = {"WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": "1", **(several if options.ranks > 1 else {}), "RANK": str(rank),
-        "LOCAL_RANK": str(rank)}) for rank in range(options.ranks)]
+    def _names(self, out: Path) -> set[str]:
+        names = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+        return {name for name in names if not self.job.aside or not name.startswith(f"{self.job.aside}/")}
+
+    def _digests(self, out: Path) -> dict[str, str]:
+        return {path.relative_to(out).as_posix(): sha256_of(path) for path in self.job.results(out)}
+
+    def _start(self, out: Path, again: bool = False) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        out.mkdir(exist_ok=True)
+        count, command = self.options.ranks, [sys.executable, *self.job.command(out, again)]
+        several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
+        return [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={
+            **os.environ, "OMP_NUM_THREADS": "1", **several, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)]
 
 
 def _finish(ranks: Sequence[subprocess.Popen]) -> None:
@@ -157,9 +179,4 @@ def _finish(ranks: Sequence[subprocess.Popen]) -> None:
     for rank, error in zip(ranks, errors, strict=True):
         if rank.returncode:
             message = re.findall(r"error: .*", error) or error.splitlines()[-1:]
-            raise UserError(f"a restarted job ended with exit code {rank.returncode}: {' '.join(message)}")
-
-
-def _samples(out: Path) -> Path:
-    path, = out.glob("samples_*.npz")
-    return path
+            raise UserError(f"a job that was left alone ended with exit code {rank.returncode}: {' '.join(message)}")

@@ -27,8 +27,8 @@ from torch import Tensor
 from ..classes import ClassNames
 from ..errors import UserError
 from ..image_datasets import crop_square, resize_smaller_side
-from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
-from ..npz import read_arrays
+from ..image_files import IMAGE_SUFFIXES, image_extent, read_depth_image, read_image
+from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
@@ -97,7 +97,7 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
 def class_names_of(data: str) -> ClassNames | None:
     """The classes of a folder of pairs; None for other data, whose classes have numbers only."""
     folder = Path(data) / "images"
-    return ClassNames.from_images(folder, find_pictures(folder).files) if folder.is_dir() else None
+    return ClassNames.from_images(folder, list(_by_stem(folder, IMAGE_SUFFIXES).values())) if folder.is_dir() else None
 
 
 def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int = 0) -> Source:
@@ -255,10 +255,7 @@ def _by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        depth = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: is no .npy file of numbers, or is damaged ({error})") from None
-    if not isinstance(depth, np.ndarray) or depth.ndim != 2 or depth.dtype.kind not in "fiu":
+    depth = read_npy(path, "is no .npy file of numbers, or is damaged")
+    if depth.ndim != 2 or depth.dtype.kind not in "fiu":
         raise UserError(f"{path}: {_shown(depth)}, must be a depth map (H, W) of numbers")
     return depth

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
@@ -62,7 +62,7 @@ class PredictorOptions(Options):
     batch_size: int = option(16, "noised images per step", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, decays linearly to 0", above=0)
     draws: int = option(32, "noised versions of each labelled image; 0: new ones in every step", minimum=0)
-    seed: int = option(0, "seed of the weights, the batches and the noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the batches and the noise")
     cache_gb: float = option(2.0, "memory for features in GB: they are computed once if all fit, else in each step",
                              minimum=0)
     save_interval: int = option(500, "steps between two saves; a kill loses at most these", minimum=1)

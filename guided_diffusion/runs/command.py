@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from .. import dist_util
+from ..cli import log_to_stderr
 from ..guidance import GuidanceOptions
 from ..options import options_parser
 from .effects import without_effect
@@ -21,6 +22,7 @@ def sample_command(argv: Sequence[str] | None, description: str, on: type[Guidan
     argv: None for the arguments of this process. on: a guidance method that is on, with its paper's scales, unless the
     command line says otherwise. Raises UserError for what is wrong with the options, before the first image is sampled.
     """
+    log_to_stderr(dist_util.is_main())
     parser = options_parser(argv, SampleOptions, *option_classes(), description=description,
                             defaults=None if on is None else on.switched_on)
     _, options = parser.read(argv, preset_values)

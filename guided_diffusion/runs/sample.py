@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from ..classes import label_number
+from ..classes import check_same_names, label_number
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
@@ -189,7 +189,9 @@ class SamplingRun:
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)
         guidance = [term for method in self.active for term in method.build(nets)]
-        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
+        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
+                  self.sample.checkpoint_entry)
+        check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
     def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:

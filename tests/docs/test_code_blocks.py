@@ -4,13 +4,12 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from code_blocks import DOCUMENTS, blocks_in, commands_in, in_language
-from commands import REPOSITORY, call
+from commands import REPOSITORY, call, finish
 
 from evaluations.reproduction import tables
 from guided_diffusion.options import OptionParser
@@ -81,8 +80,8 @@ def test_python_blocks_run(document, tmp_path):
         compile(block.text, str(block), "exec")
     program = "\n".join(block.text for block in PYTHON[document] if not block.why)
     program = re.sub(r'(timestep_respacing"?[=:] ?)"\d+"', rf'\1"{SAMPLING["timestep_respacing"]}"', program)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
+    done = finish([sys.executable, "-c", program], cwd=tmp_path, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
 
 

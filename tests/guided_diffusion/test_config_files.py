@@ -24,8 +24,9 @@ def config(tmp_path):
 
 @pytest.mark.parametrize(("text", "value"), [
     ("010", 10), ("-007", -7), ("0o10", 8), ("0x1F", 31), ("1:10", "1:10"), ("1:10.5", "1:10.5"), ("1_000", "1_000"),
-    ("0b11", "0b11"), ("12", 12), ("1.5", 1.5), ("1.", 1.0), ("1.5e-3", 0.0015), ("1e-4", "1e-4"), 
-    ("-.inf", -float("inf")), ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("yes", True), ("null", None), ("", None), ("1,2", "1,2")])
+    ("0b11", "0b11"), ("12", 12), ("1.5", 1.5), ("1.", 1.0), ("1.5e-3", 0.0015), ("1e-4", "1e-4"),
+    ("-.inf", -float("inf")), ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("yes", True), ("null", None),
+    ("", None), ("1,2", "1,2")])
 def test_values_of_the_core_schema(text, value, config):
     read = read_mapping(config(f"value: {text}\n"))["value"]
     assert read == value and type(read) is type(value)
@@ -78,7 +79,7 @@ def test_text_that_no_file_can_have_as_its_name_is_refused(config):
 NAMES = st.sampled_from(["image_size", "num_channels", "timestep_respacing", "include", "evaluation", "<<", "x"])
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(
-        ["&a 1", "*a", "!!int 1", "!!set {1}", "1:10", "010", "0x", "[", "{", "? ", "- ", "'", '"\\ud800"', "|", "%", "@"])),
+        ["&a 1", "*a", "!!int 1", "!!set {1}", "1:10", "010", "0x", "[", "{", "? ", "- ", "'", '"\\ud800"', "|", "%"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
 
 

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from commands import PATIENCE
 from local_server import serving
 
 from guided_diffusion import fetch
@@ -344,7 +345,7 @@ def test_several_processes_fetch_once(server, tmp_path):
     processes = [context.Process(target=_local, args=(url, tmp_path, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    paths = {results.get(timeout=30) for _ in processes}
+    paths = {results.get(timeout=PATIENCE) for _ in processes}
     for process in processes:
         process.join()
     assert len(paths) == 1 and Path(paths.pop()).read_bytes() == CONTENT
@@ -355,7 +356,7 @@ def test_a_process_that_is_killed_leaves_its_part_and_no_lock(server, tmp_path):
     url = server.add("/file", CONTENT, piece=100_000, pause=0.05)
     process = get_context("fork").Process(target=download, args=(url, tmp_path))
     process.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / ".file.part").exists() or (tmp_path / ".file.part").stat().st_size < 200_000:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -1,15 +1,13 @@
 """What all commands share: the one entry point, old names, configurations by name, and words beside the options."""
 
 import functools
-import os
 import runpy
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 import yaml
-from commands import REPOSITORY, call, flags, samples_in
+from commands import REPOSITORY, call, finish, flags, samples_in
 
 from evaluations.reproduction.missing import missing_files
 from evaluations.reproduction.tables import load_table
@@ -85,7 +83,7 @@ print(sorted({"torch", "numpy", "yaml"} & set(sys.modules)))
 
 
 def test_help_and_mistakes_of_light_commands_load_no_torch():
-    ended = subprocess.run([sys.executable, "-c", LIGHT], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    ended = finish([sys.executable, "-c", LIGHT], cwd=REPOSITORY)
     assert ended.stdout == "[]\n"
     assert [line.split(":")[1] for line in ended.stderr.splitlines()] == [" smaple", " --jsno"]
 
@@ -202,6 +200,5 @@ def test_every_configuration_is_a_mapping(path):
 
 @pytest.mark.slow
 def test_a_script_runs_from_another_folder(tmp_path):
-    ended = subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "run_status.py"), str(tmp_path)],
-                           cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ)
+    ended = finish([sys.executable, REPOSITORY / "scripts" / "run_status.py", tmp_path], cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (2, f"error: {tmp_path}: holds no sampling run\n")

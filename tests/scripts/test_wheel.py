@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
 
 import pytest
-from commands import REPOSITORY
+from commands import REPOSITORY, finish
 
 pytestmark = pytest.mark.slow
 SOURCES = ("guided_diffusion", "evaluations", "scripts", "configs", "setup.py", "pyproject.toml", "README.md",
@@ -17,8 +16,7 @@ SOURCES = ("guided_diffusion", "evaluations", "scripts", "configs", "setup.py", 
 
 def run(*command, cwd):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=120,
-                           env={**environment, "OMP_NUM_THREADS": "1"})
+    ended = finish(command, cwd=cwd, env={**environment, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

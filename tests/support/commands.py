@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 600           # seconds: what is right is right on a slow or busy machine, too; this ends what hangs
 
 
 def flags(options):
@@ -31,8 +32,16 @@ def call(script, *arguments):
 
 def execute(*command, **environment):
     """Runs a command on one thread for each process, and returns how it ended with stdout and stderr."""
-    return subprocess.run([str(word) for word in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return finish(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def finish(command, **how):
+    """Runs a command as `subprocess.run` does with its output as text; fails, with what it said, where it hangs."""
+    try:
+        return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=PATIENCE, **how)
+    except subprocess.TimeoutExpired as hung:
+        said = b"".join(part[-2000:] for part in (hung.stdout, hung.stderr) if part).decode(errors="replace")
+        pytest.fail(f"{' '.join(map(str, command))}: did not end within {PATIENCE} s; it said: {said or 'nothing'}")
 
 
 def samples_in(out):

@@ -30,13 +30,20 @@ def test_quick_run_prints_a_table_of_ratios(capsys, monkeypatch):
     assert ("TensorFlow" in rows[1][1]) != (benchmark.NO_TENSORFLOW in printed)
 
 
-def test_costs_are_those_of_the_work():
-    kept = []
-    cost = benchmark.measure_work(lambda: (kept.append(np.ones(20_000_000)), time.sleep(0.1)))
-    assert 0.1 <= cost.seconds < 5
+def test_costs_are_those_of_the_work(monkeypatch):
+    kept, clock = [], [0.0]
+
+    def wait(*seconds):
+        """Work that takes so long, by a clock of its own, the first time, the second time, and so on."""
+        left = list(seconds)
+        return lambda: clock.__setitem__(0, clock[0] + left.pop(0))
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    cost = benchmark.measure_work(lambda: (kept.append(np.ones(20_000_000)), time.sleep(0.1), wait(0.25)()))
+    assert cost.seconds == 0.25
     assert np.isnan(cost.megabytes) or 120 < cost.megabytes < 400
-    slow, = benchmark.compare("waiting", lambda: time.sleep(0.01), {"longer": lambda: time.sleep(0.1)}, repeats=2)
-    assert (slow.what, slow.other_way) == ("waiting", "longer") and slow.ratio > 3
+    slow, = benchmark.compare("waiting", wait(0.75, 0.5), {"longer": wait(2, 3)}, repeats=2)
+    assert (slow.what, slow.other_way, slow.ratio) == ("waiting", "longer", 4)
     assert re.fullmatch(r"\| waiting \| longer \|( [\d.nan]+ \|){5}", benchmark.row(slow))
 
 

@@ -3,13 +3,12 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from commands import REPOSITORY
+from commands import REPOSITORY, finish
 from golden import GOLDEN, relative_error
 from local_server import serving
 from synthetic_inception import constants, graph, write_weights
@@ -291,7 +290,8 @@ def test_reading_does_not_bring_tensorflow():
             "try: inception.load_weights.__globals__['parse_graph'](b'', 'graph')\n"
             "except ValueError: pass\n"
             "assert 'tensorboard' in sys.modules and 'tensorflow' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+    ended = finish([sys.executable, "-c", code], cwd=REPOSITORY)
+    assert ended.returncode == 0, ended.stderr
 
 
 # --- the cache

@@ -34,7 +34,7 @@ def test_a_record_that_is_none_is_refused_everywhere(content, tmp_path):
     with pytest.raises(UserError, match=r"run\.json: is no record of a sampling run \(") as refused:
         run_status(tmp_path)
     assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 1000
-    with pytest.raises(UserError, match="its run.json is unreadable"):
+    with pytest.raises(UserError, match=r"its run\.json is unreadable"):
         Shards(tmp_path, CONFIGURATION, RECORD["sha256"]).check()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import REPOSITORY, call, execute, flags, samples_in
+from commands import PATIENCE, REPOSITORY, call, execute, flags, samples_in
 from launchers import needs_mpi
 from networks import TINY
 
@@ -64,8 +64,11 @@ def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
 
 
 def await_shards(out, count, process):
-    until = time.monotonic() + 60
+    """Waits until a run has made so many chunks, or all."""
+    until = time.monotonic() + PATIENCE
     while len(list((out / "shards").glob("[0-9]*.npz"))) < count:
+        if process.poll() == 0:
+            return                      # on a busy machine, the run may be over before this is seen
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
 
@@ -78,25 +81,29 @@ def stamps(out):
 @pytest.mark.parametrize("ranks, victims, chunks", [(1, [0], 1), (2, [0, 1], 3), (2, [0], 2), (2, [1], 3)],
                          ids=["plain process", "both ranks", "rank 0", "rank 1"])
 def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, expected, tmp_path):
-    processes = start(line(tmp_path), ranks)
-    await_shards(tmp_path, chunks, processes[0])
-    for rank in victims:
-        processes[rank].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert time.monotonic() - killed < 60
+    for attempt in range(10):
+        out = tmp_path / str(attempt)
+        processes = start(line(out), ranks)
+        await_shards(out, chunks, processes[0])
+        for rank in victims:
+            processes[rank].send_signal(signal.SIGKILL)
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        if len(stamps(out)) < 8 and not list(out.glob("samples_*.npz")):
+            break               # else all chunks were made, as the victim was between two of them: another job
+    else:
+        pytest.fail("no job of ten was killed within a chunk")
     for rank, error in enumerate(errors):
         if rank not in victims:
             assert processes[rank].returncode == 2
             assert f"error: rank {victims[0]} is gone" in error
 
-    status = run_status(tmp_path)
-    before = stamps(tmp_path)
+    status = run_status(out)
+    before = stamps(out)
     assert chunks <= len(before) < 8 and (status.done, status.missing) == (2 * len(before), COUNT - 2 * len(before))
     assert status.damaged == 0 and status.holder is None
-    assert call("image_sample", *line(tmp_path, keep_shards=True)) == 0
-    assert digest(tmp_path) == expected
-    assert before.items() <= stamps(tmp_path).items()               # none of them was made again
+    assert call("image_sample", *line(out, keep_shards=True)) == 0
+    assert digest(out) == expected
+    assert before.items() <= stamps(out).items()               # none of them was made again
 
 
 @pytest.mark.slow
@@ -125,7 +132,7 @@ def test_rank_killed_under_mpiexec_ends_the_job(line, expected, tmp_path):
         ranks = ranks_working_in(tmp_path)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
-        assert job.wait(60) != 0
+        assert job.wait(PATIENCE) != 0
     assert not ranks_working_in(tmp_path)
     ended = execute(BIN / "mpiexec", "-n", 3, sys.executable, "scripts/image_sample.py", *line(tmp_path))
     assert ended.returncode == 0, ended.stderr
@@ -148,7 +155,7 @@ def ranks_working_in(out):
 def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
     processes = start(line(tmp_path), 2, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     for process in processes:
-        assert process.wait(60) == 0, process.communicate()
+        assert process.wait(PATIENCE) == 0, process.communicate()
     assert digest(tmp_path) == expected
     chunks = json.loads((tmp_path / "run.json").read_text())["timing"]["chunks"]
     assert {chunk["rank"] for chunk in chunks} == {0, 1}
@@ -157,7 +164,7 @@ def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
 @pytest.mark.slow
 def test_two_jobs_started_at_once_in_one_folder(line, expected, tmp_path):
     jobs = [start(line(tmp_path))[0] for _ in range(2)]
-    errors = [job.communicate(timeout=60)[1] for job in jobs]
+    errors = [job.communicate(timeout=PATIENCE)[1] for job in jobs]
     assert sorted(job.returncode for job in jobs) == [0, 2]
     refused = errors[[job.returncode for job in jobs].index(2)]
     assert re.fullmatch(rf"error: --out {tmp_path}: another job is working there \([^\n]+\n", refused)

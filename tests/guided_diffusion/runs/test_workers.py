@@ -6,10 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
-from commands import REPOSITORY
+from commands import PATIENCE, REPOSITORY
 
 from guided_diffusion.runs.workers import End, EndKind, WorkQueue
 
@@ -17,8 +16,9 @@ PROGRAM = """
 import json, os, signal, sys, time
 from guided_diffusion import dist_util
 from guided_diffusion.runs import workers
-workers.BEAT, workers.SILENCE, workers.LAST_WORDS = 0.1, 20, 0.2
 case, out, rank = sys.argv[1], sys.argv[2], dist_util.rank()
+# a busy machine may keep a living rank silent for seconds
+workers.BEAT, workers.SILENCE, workers.LAST_WORDS = 0.1, 50 if "killed" in case else 6000, 0.2
 dist_util.setup_dist()
 result = {"indices": [], "outcome": "fine"}
 queue = workers.WorkQueue()
@@ -37,7 +37,10 @@ try:
                     os.kill(os.getpid(), signal.SIGKILL)
             if rank == 0 and case == "main killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            for _ in range(20 if case == "slow" and rank == 1 or case != "slow" else 1):
+            while case == "slow" and rank == 1 and queue.finished() < 11:
+                queue.check()
+                time.sleep(0.05)
+            for _ in range(1 if case == "slow" else 20):
                 time.sleep(0.1)
                 queue.check()
             queue.report(len(result["indices"]))
@@ -64,7 +67,7 @@ def ranks_of(case, size, tmp_path):
         **os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) for rank in range(size)]
     try:
-        codes = [rank.wait(60) for rank in ranks]
+        codes = [rank.wait(PATIENCE) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -98,7 +101,7 @@ def test_slow_rank_stalls_no_other(tmp_path):
     results = ranks_of("slow", 3, tmp_path)
     assert sorted(index for result in results for index in result["indices"]) == list(range(12))
     assert all(result["outcome"] == "fine" and result["value"] == [1, "two"] for result in results)
-    assert len(results[1]["indices"]) <= 2
+    assert len(results[1]["indices"]) <= 1
     assert results[0]["work"] == 12 and results[0]["alive"] == 3
 
 
@@ -109,9 +112,7 @@ def test_slow_rank_stalls_no_other(tmp_path):
     ("main killed", [None, "LostRankError rank 0 is gone", "LostRankError rank 0 is gone"]),
 ])
 def test_rank_that_ends_ends_all(case, words, tmp_path):
-    began = time.monotonic()
     results = ranks_of(case, 3, tmp_path)
-    assert time.monotonic() - began < 40
     for result, word in zip(results, words, strict=True):
         assert (result is None) == (word is None)
         assert result is None or result["outcome"].startswith(word)
