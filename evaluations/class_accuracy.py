@@ -15,11 +15,11 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 
 from .extractors.bundled import IMAGE_SIZE
 from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
+from .image_sets import open_images
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def read_labelled_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError where it holds anything else.
     """
-    file = BatchFile(path)
+    file = open_images(path)
     if len(file) == 0:
-        raise UserError(f"{path}: has no images, arr_0 must be (N, 32, 32, 3) uint8")
+        raise UserError(file.without_images)
     if "arr_1" not in file.members:
         raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):

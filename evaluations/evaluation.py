@@ -17,16 +17,19 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, nearest, option
+from guided_diffusion.options import Options, nearest, option, seed_option
 
 from . import plots
 from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, extract
+from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .references import open_reference
+
+ROWS = 4096                     # of stored features, that are looked at together
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = option(0, "seed of the resamplings and of KID's subsets", minimum=0)
+    seed: int = seed_option("seed of the resamplings and of KID's subsets")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 
@@ -113,13 +116,39 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: Extra
         lacking.append("plot")
     if lacking and not len(reference):
         raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
-                        "them out of --metrics")
-    made_by = reference.value("backend")
+                        f"them out of --metrics; its arrays are: {reference.array_names}")
+    made_by = reference.value("backend", str)
     if made_by is None and not kind.is_inception and reference.statistics():
         raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {kind.name}")
     if made_by is not None and kind.is_inception and "Inception" not in made_by:
         raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
                         "another --backend")
+
+
+def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
+    """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
+    read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]
+    for name in dict.fromkeys(read):
+        if name not in reference.members:
+            continue
+        shape, dtype = reference.header(name)
+        if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
+            raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
+                            "image")
+        if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
+            raise UserError(f"{reference.path}: {name} must be finite numbers")
+
+
+def check_same_widths(reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
+    """Raises UserError where the features that a reference holds are of another width than those of the samples."""
+    for sample in samples:
+        for name, values in sample.features.items():
+            if name in reference.features or name not in reference.file.members:
+                continue
+            width, expected = reference.file.header(name)[0][1:], values.shape[1:]
+            if width != expected:
+                raise UserError(f"{reference.file.path}: its {name} features have {width[0]} numbers an image, those "
+                                f"of {sample.file.path} {expected[0]}: they are of another network")
 
 
 def _is_stored(reference: BatchFile, metric: Metric) -> bool:
@@ -134,7 +163,7 @@ def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> Non
 
     Extractors are told apart by the SHA-256 of their weights, and by name where the reference does not hold that.
     """
-    name, sha256 = reference.value("backend"), reference.value("backend_sha256")
+    name, sha256 = reference.value("backend", str), reference.value("backend_sha256", str)
     if name is None:
         return
     if (name == extractor.name) if sha256 is None else (sha256 == extractor.fingerprint):
@@ -142,6 +171,14 @@ def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> Non
     weights = "" if sha256 is None else f" (SHA-256 {sha256[:16]}..., not {extractor.fingerprint[:16]}...)"
     raise UserError(f"{reference.path}: its statistics are of the network {name!r}, not of {extractor.name!r}{weights}"
                     ": pass another --backend")
+
+
+def stored_count(reference: BatchFile) -> int:
+    """The number of images of the statistics in a file without images, 0 where it does not say; UserError below 1."""
+    count = reference.value("count", int)
+    if count is not None and count < 1:
+        raise UserError(f"{reference.path}: count is {count}, it must be the number of images")
+    return count or 0
 
 
 class Evaluation:
@@ -156,12 +193,13 @@ class Evaluation:
                  extractor: FeatureExtractor | None = None) -> None:
         self.options, self.extractor_options = options, extractor_options
         self.reference = open_reference(reference)
-        self.samples = [BatchFile(path) for path in samples]
+        self.samples = [open_images(path) for path in samples]
         self.warn = warn
         self._given = extractor
         self._check_options()
         self._check_samples()
         check_reference(self.reference, options, extractor_options.kind)
+        check_stored_features(self.reference, options)
         self._check_counts()
 
     def _check_options(self) -> None:
@@ -183,7 +221,7 @@ class Evaluation:
             raise UserError("no sample file is given: name the reference and one or more sample files")
         for file in self.samples:
             if not len(file):
-                raise UserError(f"{file.path}: has no images, arr_0 must be (N, H, W, 3) uint8")
+                raise UserError(file.without_images)
             if self.options.num_images and self.options.num_images > len(file):
                 raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
 
@@ -224,8 +262,10 @@ class Evaluation:
         plots_pooled = bool(self.options.plot)
         reference = self._extract(self.reference, len(self.reference), folder, lacking,
                                   plots_pooled and Feature.POOLED not in self.reference.members)
-        return reference, [self._extract(file, self._count(file), folder, wanted, plots_pooled)
-                           for file in self.samples]
+        samples = [self._extract(file, self._count(file), folder, wanted, plots_pooled) for file in self.samples]
+        with dist_util.together():
+            check_same_widths(reference, samples)
+        return reference, samples
 
     def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
                  ) -> FileFeatures:
@@ -238,7 +278,7 @@ class Evaluation:
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
                     found = self.depth.features(file, count)
                     features |= {Feature.DEPTH: found.depth, Feature.SHARPNESS: found.sharpness}
-        return FileFeatures(file, count or int(file.value("count") or 0), features)
+        return FileFeatures(file, count or stored_count(file), features)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file; an empty list on ranks other than the first.
@@ -280,7 +320,11 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                intervals[metric.word] = metric.interval(comparison, self.options.bootstrap)
+                bounds = metric.interval(comparison, self.options.bootstrap)
+                if bounds is None:
+                    self.warn(f"{sample.file.path}: no 95 % interval of {metric.label}: {metric.no_interval}")
+                else:
+                    intervals[metric.word] = bounds
         kind = self.extractor_options.kind
         return {
             "reference": reference.description(),
@@ -332,7 +376,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"sample:    {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
+            of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"
+            label = "95 %" + of_count * METRICS[word].falls_with_count
+            interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
             lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 

@@ -5,30 +5,37 @@ Memory holds one batch only: the features of 50,000 images take 1 GB on the disk
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
+import logging
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder
+from guided_diffusion.files import check_folder, reason
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
+from guided_diffusion.scratch import publish, remove_abandoned, scratch_folder
+from guided_diffusion.version import __version__
 
+from . import feature_files
+from .feature_files import Features
 
-class Features(NamedTuple):
-    """The features of N images; float32 arrays."""
+__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder"]
 
-    pooled: np.ndarray              # (N, D), averages over the last feature map: FID, precision, recall
-    spatial: np.ndarray             # (N, ...), a few channels of an earlier map with their places: sFID
-    probabilities: np.ndarray       # (N, classes), sum 1: Inception Score
+PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+"       # names of folders of half-made features
+TEMPORARY = "features-[0-9a-f]{14}"                             # and of the folder that stands in for --cache
+
+_log = logging.getLogger(__name__)
 
 
 class FeatureExtractor(Protocol):
@@ -36,6 +43,10 @@ class FeatureExtractor(Protocol):
 
     `name` and `fingerprint` (SHA-256 of the weights) stand in every result. `caveat` is a sentence that readers of its
     numbers must know, or "".
+
+    An extractor may also have `settings`, names and values of what its features depend on besides the weights and the
+    versions of the libraries, like {"dtype": "bfloat16"}: features in --cache that were made with other ones are not
+    used.
     """
 
     @property
@@ -58,49 +69,89 @@ class FeatureExtractor(Protocol):
 def feature_folder(cache: str | Path | None) -> Iterator[Path]:
     """The folder for features: `cache`, made where it is missing, or a temporary one for the length of the block.
 
-    Raises UserError where `cache` cannot be written, and without it where the ranks are on several machines.
+    What killed processes left there is removed. Raises UserError where `cache` cannot be written, and without it where
+    the ranks are on several machines.
     """
     if cache:
-        yield check_folder("--cache", cache)
+        folder = check_folder("--cache", cache)
+        if dist_util.is_main():
+            remove_abandoned(folder, PARTIAL)
+        yield folder
         return
     folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
-    with dist_util.together():
-        if dist_util.is_main():
-            folder.mkdir()
-    with dist_util.together():
-        if not folder.is_dir():
-            raise UserError("--cache is not given: the ranks are on several machines, so it must name a folder that "
-                            "all of them share")
-    try:
+    with _made_by_main(folder):
+        with dist_util.together():
+            if not folder.is_dir():
+                raise UserError("--cache is not given: the ranks are on several machines, so it must name a folder "
+                                "that all of them share")
         yield folder
         dist_util.barrier()
-    finally:
-        if dist_util.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,
             num_images: int | None = None) -> Features:
     """Computes the features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
 
-    Each rank takes one batch after another in turn. A file whose features `folder` already holds is not read again.
+    Each rank takes one batch after another in turn. A file whose features `folder` already holds is not read again:
+    they must be of the same extractor, settings and versions, and agree with their checksums, else they are made anew.
     Raises UserError for a damaged file, and, naming the image, for features that are not finite.
     """
     total = len(images) if num_images is None else num_images
-    done = folder / f"{images.sha256[:32]}-{extractor.fingerprint[:32]}-{total}"
-    with dist_util.together():
-        known = done.is_dir()
-    if not known:
+    made_of = _made_of(images, extractor, total)
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    done = folder / f"{images.sha256[:32]}-{key[:32]}-{total}"
+    if not _is_known(done, made_of, images):
         partial = folder / f".{done.name}-{_shared_token()}"
-        try:
+        with _made_by_main(partial):
             _compute(images, extractor, partial, batch_size, total)
             with dist_util.together():
-                if dist_util.is_main() and not done.is_dir():
-                    os.replace(partial, done)
-        finally:
+                if dist_util.is_main():
+                    feature_files.seal(partial, made_of)
+                    _publish(partial, done)
+    return feature_files.mapped(done)
+
+
+def _made_of(images: BatchFile, extractor: FeatureExtractor, total: int) -> dict[str, Any]:
+    """All that the features depend on, as JSON has it."""
+    return {"images": images.sha256, "num_images": total, "extractor": extractor.name,
+            "weights": extractor.fingerprint, "settings": dict(getattr(extractor, "settings", {})),
+            "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def _is_known(done: Path, made_of: Mapping[str, Any], images: BatchFile) -> bool:
+    """Whether the features are there and whole, as the first rank sees it; it removes those that are not."""
+    known = False
+    with dist_util.together():
+        if dist_util.is_main() and done.is_dir():
+            fault = feature_files.fault(done, made_of)
+            known = not fault
+            if fault:
+                _log.warning(f"{done}: the features of {images.path.name} are damaged ({fault}) and are made again")
+                shutil.rmtree(done, ignore_errors=True)
+    return bool(_shared(int(known)))
+
+
+@contextmanager
+def _made_by_main(folder: Path) -> Iterator[None]:
+    """A scratch folder that the first rank makes, for the length of the block; UserError where it cannot."""
+    with ExitStack() as stack:
+        with dist_util.together():
             if dist_util.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-    return Features(*(np.load(done / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in Features._fields))
+                remove_abandoned(folder.parent, PARTIAL if folder.name.startswith(".") else TEMPORARY)
+                try:
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(scratch_folder(folder))
+                except OSError as error:
+                    raise UserError(f"{folder.parent}: cannot be written ({reason(error)})") from None
+        yield
+
+
+def _publish(partial: Path, done: Path) -> None:
+    try:
+        publish(partial, done)
+    except OSError as error:
+        if not done.is_dir():           # else another evaluation was faster
+            raise UserError(f"{done}: cannot be written ({reason(error)})") from None
 
 
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
@@ -114,10 +165,10 @@ def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch
                 if batch is not None:
                     features = _checked_features(extractor, batch, images, start)
                     if start == 0:
-                        _create_files(folder, features, total)
+                        feature_files.create(folder, features, total)
             with dist_util.together():
                 if features is not None:
-                    _write_rows(folder, features, start)
+                    feature_files.write_rows(folder, features, start, total)
             progress.update(min(ranks * batch_size, total - first))
 
 
@@ -135,20 +186,13 @@ def _checked_features(extractor: FeatureExtractor, batch: np.ndarray, images: Ba
     return flat
 
 
-def _create_files(folder: Path, features: Features, total: int) -> None:
-    folder.mkdir()
-    for name, values in zip(Features._fields, features, strict=True):
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (total, values.shape[1]))
-
-
-def _write_rows(folder: Path, features: Features, start: int) -> None:
-    for name, values in zip(Features._fields, features, strict=True):
-        rows = np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
-        rows[start:start + len(values)] = values
-
-
 def _shared_token() -> str:
     """Draws a random word that is the same on all ranks."""
-    token = torch.tensor(int.from_bytes(os.urandom(7)), device=dist_util.dev())
-    dist_util.sync_params([token])
-    return f"{int(token):x}"
+    return f"{_shared(secrets.randbits(56)):014x}"
+
+
+def _shared(number: int) -> int:
+    """The number that the first rank gives, below 2^63, on all ranks."""
+    shared = torch.tensor(number, device=dist_util.dev())
+    dist_util.sync_params([shared])
+    return int(shared)

@@ -19,9 +19,9 @@ from guided_diffusion.image_datasets import (
     list_images,
     load_arrays,
     pad_to_frame,
-    read_image,
     resize_smaller_side,
 )
+from guided_diffusion.image_files import read_image
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8

@@ -12,8 +12,11 @@ from pathlib import Path
 from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
+from guided_diffusion.foreign import reading
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option, switch
+
+from .image_sets import open_images
 
 MODELS = Path(__file__).parent / "models"
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/"
@@ -65,9 +68,14 @@ def bundled_reference(name: str) -> Path:
 
 
 def open_reference(word: str) -> BatchFile:
-    """Opens the reference batch at that path, or the bundled one of that name. Raises UserError as `BatchFile`."""
+    """Opens the reference batch at that path, or the bundled one of that name.
+
+    Images without statistics do as well, in all forms that `open_images` takes. Raises UserError as that.
+    """
     bundled = bundled_reference(word)
-    return BatchFile(bundled if bundled.is_file() and not Path(word).exists() else word)
+    with reading(word, "cannot be read"):
+        use_bundled = bundled.is_file() and not Path(word).exists()
+    return BatchFile(bundled) if use_bundled else open_images(word)
 
 
 def find_reference(word: str, folder: str | Path) -> Path | None:

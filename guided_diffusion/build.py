@@ -5,8 +5,10 @@ The flag names are those of guided-diffusion.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -19,12 +21,19 @@ from .unet import (
     CHANNEL_MULT,
     POOLS,
     UPSAMPLER_CHANNEL_MULT,
+    Encoder,
     EncoderUNetModel,
     SuperResModel,
     UNetModel,
 )
 
+AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+
 NUM_CLASSES = 1000
+
+# Far above any network that was trained, and far below what takes all memory before anything can be compared.
+MOST_CHANNELS, MOST_BLOCKS, MOST_CLASSES, MOST_PIXELS, MOST_STEPS = 2**13, 100, 10**6, 2**14, 10**5
+MOST_WIDTH = 2**16              # channels of a level
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class NetworkOptions(Options):
     """The diffusion network, without its size of image."""
 
     in_channels: int = option(3, "image channels of the network (files hold RGB all the same)", choices=(1, 3))
-    num_channels: int = option(128, "base channels, a multiple of 32", minimum=1)
-    num_res_blocks: int = option(2, "residual blocks per resolution", minimum=1)
+    num_channels: int = option(128, "base channels, a multiple of 32", minimum=1, maximum=MOST_CHANNELS)
+    num_res_blocks: int = option(2, "residual blocks per resolution", minimum=1, maximum=MOST_BLOCKS)
     num_heads: int = option(4, "attention heads; used where num_head_channels is -1", minimum=1)
     num_heads_upsample: int = option(-1, "attention heads of the output blocks; -1: num_heads", minimum=-1)
     num_head_channels: int = option(-1, "channels per attention head; -1: channels / num_heads", minimum=-1)
@@ -41,7 +50,7 @@ class NetworkOptions(Options):
     channel_mult: str = option("", "multiples of num_channels per resolution, comma-separated; unset: by image size")
     dropout: float = option(0.0, "dropout probability in training", minimum=0, maximum=1)
     class_cond: bool = option(False, "the network is given class labels")
-    num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1)
+    num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1, maximum=MOST_CLASSES)
     use_checkpoint: bool = option(False, "save memory in backward passes by computing activations again")
     use_scale_shift_norm: bool = option(True, "the timestep embedding scales and shifts the norms")
     resblock_updown: bool = option(False, "residual blocks change the resolution, instead of convolutions")
@@ -55,15 +64,16 @@ class NetworkOptions(Options):
 class ModelOptions(NetworkOptions):
     """The diffusion network."""
 
-    image_size: int = option(64, "image height and width in pixels", minimum=1)
+    image_size: int = option(64, "image height and width in pixels", minimum=1, maximum=MOST_PIXELS)
 
 
 @dataclass(frozen=True)
 class UpsamplerOptions(NetworkOptions):
     """The upsampling diffusion network."""
 
-    large_size: int = option(256, "height and width of its images in pixels", minimum=1)
-    small_size: int = option(64, "height and width of the images it upsamples, in pixels", minimum=1)
+    large_size: int = option(256, "height and width of its images in pixels", minimum=1, maximum=MOST_PIXELS)
+    small_size: int = option(64, "height and width of the images it upsamples, in pixels", minimum=1,
+                             maximum=MOST_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class DiffusionOptions(Options):
 
     learn_sigma: bool = option(False, "the network also predicts the variance")
     sigma_small: bool = option(False, "where the variance is not learned: the smaller of the two fixed ones")
-    diffusion_steps: int = option(1000, "steps of the chain that the network is trained on", minimum=1)
+    diffusion_steps: int = option(1000, "steps of the chain that the network is trained on", minimum=1,
+                                  maximum=MOST_STEPS)
     noise_schedule: str = option("linear", "schedule of betas: linear or cosine", choices=SCHEDULES)
     timestep_respacing: str = option("", "steps used: 250, 10,20,30 (per section) or ddim25; unset: all")
     use_kl: bool = option(False, "train on the variational bound")
@@ -86,12 +97,14 @@ class DiffusionOptions(Options):
 class ClassifierOptions(Options):
     """The noise-aware classifier."""
 
-    image_size: int = option(64, "image height and width in pixels", minimum=1)
+    image_size: int = option(64, "image height and width in pixels", minimum=1, maximum=MOST_PIXELS)
     in_channels: int = option(3, "image channels of the network (files hold RGB all the same)", choices=(1, 3))
-    num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1)
+    num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1, maximum=MOST_CLASSES)
     classifier_use_fp16: bool = option(False, "compute the torso of the classifier in float16")
-    classifier_width: int = option(128, "base channels of the classifier, a multiple of 32", minimum=1)
-    classifier_depth: int = option(2, "residual blocks per resolution of the classifier", minimum=1)
+    classifier_width: int = option(128, "base channels of the classifier, a multiple of 32", minimum=1,
+                                   maximum=MOST_CHANNELS)
+    classifier_depth: int = option(2, "residual blocks per resolution of the classifier", minimum=1,
+                                   maximum=MOST_BLOCKS)
     classifier_attention_resolutions: str = option("32,16,8", "feature map sizes of the classifier with attention")
     classifier_num_head_channels: int = option(64, "channels per attention head of the classifier", minimum=1)
     classifier_channel_mult: str = option("", "multiples of classifier_width per resolution; unset: by image size")
@@ -119,15 +132,17 @@ def _build_unet(options: NetworkOptions, kind: type[UNetModel], size: int, defau
         raise UserError("--use_fp16 True --use_bf16 True: at most one of them can be True")
     multipliers = _channel_mult(options.channel_mult, size, "channel_mult", defaults)
     _check_widths(options.num_channels, multipliers, "num_channels")
-    model = kind(
+    factors = _downsampling(options.attention_resolutions, size, len(multipliers), "attention_resolutions")
+    make = partial(
+        kind,
         image_size=size, in_channels=options.in_channels, model_channels=options.num_channels,
         out_channels=options.in_channels * (2 if options.learn_sigma else 1), num_res_blocks=options.num_res_blocks,
-        attention_resolutions=_downsampling(options.attention_resolutions, size, "attention_resolutions"),
-        dropout=options.dropout, channel_mult=multipliers,
+        attention_resolutions=factors, dropout=options.dropout, channel_mult=multipliers,
         num_classes=options.num_classes if options.class_cond else None, use_checkpoint=options.use_checkpoint,
         num_heads=options.num_heads, num_head_channels=options.num_head_channels,
         num_heads_upsample=options.num_heads_upsample, use_scale_shift_norm=options.use_scale_shift_norm,
         resblock_updown=options.resblock_updown, use_new_attention_order=options.use_new_attention_order)
+    model = _in_memory(make, f"--num_channels {options.num_channels}")
     if options.use_fp16 or options.use_bf16:
         model.convert_to(torch.float16 if options.use_fp16 else torch.bfloat16)
     return model
@@ -160,18 +175,31 @@ def build_classifier(options: ClassifierOptions) -> EncoderUNetModel:
     size = options.image_size
     multipliers = _channel_mult(options.classifier_channel_mult, size, "classifier_channel_mult", CHANNEL_MULT)
     _check_widths(options.classifier_width, multipliers, "classifier_width")
-    factors = _downsampling(options.classifier_attention_resolutions, size, "classifier_attention_resolutions")
+    factors = _downsampling(options.classifier_attention_resolutions, size, len(multipliers),
+                            "classifier_attention_resolutions")
     _check_heads(options, multipliers, factors)
-    classifier = EncoderUNetModel(
-        image_size=size, in_channels=options.in_channels, model_channels=options.classifier_width,
+    make = partial(
+        EncoderUNetModel, image_size=size, in_channels=options.in_channels, model_channels=options.classifier_width,
         out_channels=options.num_classes, num_res_blocks=options.classifier_depth,
         attention_resolutions=factors, channel_mult=multipliers,
         num_head_channels=options.classifier_num_head_channels,
         use_scale_shift_norm=options.classifier_use_scale_shift_norm,
         resblock_updown=options.classifier_resblock_updown, pool=options.classifier_pool)
+    classifier = _in_memory(make, f"--classifier_width {options.classifier_width}")
     if options.classifier_use_fp16:
         classifier.convert_to(torch.float16)
     return classifier
+
+
+def _in_memory(make: Callable[[], AnyEncoder], flag: str) -> AnyEncoder:
+    """What `make` returns; raises UserError, naming the flag and its value, where memory does not hold it."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError(f"{flag}: the memory does not hold the weights of such a network, choose a smaller "
+                        "one") from None
 
 
 def parse_channel_mult(text: str) -> tuple[float, ...]:
@@ -210,6 +238,8 @@ def _check_widths(channels: int, multipliers: Iterable[float], flag: str) -> Non
     for multiplier in multipliers:
         if int(channels * multiplier) % 32 or channels * multiplier < 32:
             raise UserError(f"--{flag} {channels}: times {multiplier} it must be a multiple of 32, for group norms")
+        if channels * multiplier > MOST_WIDTH:
+            raise UserError(f"--{flag} {channels}: times {multiplier} it must be at most {MOST_WIDTH}")
 
 
 def _check_heads(options: ClassifierOptions, multipliers: Sequence[float], factors: Sequence[int]) -> None:
@@ -221,9 +251,23 @@ def _check_heads(options: ClassifierOptions, multipliers: Sequence[float], facto
                             "attention block")
 
 
-def _downsampling(text: str, size: int, flag: str) -> tuple[int, ...]:
-    """Downsampling factors of the feature maps that have attention; maps larger than the image have none."""
+def map_sizes(size: int, levels: int) -> list[int]:
+    """The sizes in pixels of the feature maps of a network with so many levels, for images of `size` pixels."""
+    return [size // 2**level for level in range(levels)]
+
+
+def _downsampling(text: str, size: int, levels: int, flag: str) -> tuple[int, ...]:
+    """Downsampling factors of the feature maps that have attention; of several sizes, those above the image have none.
+
+    Raises UserError for a size that none of the maps of the network's levels has, and that would have no effect.
+    """
     resolutions = parse_resolutions(text)
+    sizes = map_sizes(size, levels)
+    there = f"there are feature maps of {', '.join(map(str, sizes))}"
     if any(r < 1 or (r <= size and size % r) for r in resolutions):
-        raise UserError(f"--{flag} {text}: must be sizes in pixels that divide {size}, comma-separated")
-    return tuple(size // r for r in resolutions if r <= size)
+        raise UserError(f"--{flag} {text}: must be sizes in pixels that divide {size}, comma-separated: {there}")
+    found = [r for r in resolutions if r <= size]
+    for resolution in found or resolutions:
+        if resolution not in sizes:
+            raise UserError(f"--{flag} {text}: no feature map has {resolution} pixels, {there}")
+    return tuple(size // r for r in found)

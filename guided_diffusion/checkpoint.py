@@ -6,7 +6,11 @@ machine or at an address, which is fetched once.
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .entries import check_weights, weights_in
 from .errors import UserError
 from .facts import check_options
 from .fetch import local
@@ -47,32 +52,27 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu", entry: str = "") -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on `device`; the format is told by the content, not by the suffix.
 
-    path: a file, or an address as `locate` takes it.
+    path: a file, or an address as `locate` takes it. entry: of a file that holds several, as `entries.weights_in`
+    takes it.
 
     Nothing but plain tensors is ever unpickled, and where the format allows it, the file is mapped, not read: on a
     CPU its tensors take memory when they are touched. Raises UserError, one sentence that names the file, where it
-    can't be read, is truncated, is no checkpoint, or holds something else than tensors by name.
+    can't be read, is truncated, is no checkpoint, or holds something else than plain tensors by name.
     """
     path = locate(path)
     format = _format(path)
     state = _load_safetensors(path) if format == "safetensors" else _load_pickled(path, mappable=format == "zip")
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path}: must hold tensors by name, not one {type(state).__name__}")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path}: must hold tensors by name, but its entry {name!r} is a {type(value).__name__}")
-    if not state:
-        raise UserError(f"{path}: holds no tensors")
-    return {name: value.detach().to(device) for name, value in state.items()}
+    return {name: value.detach().to(device) for name, value in weights_in(state, path, entry).items()}
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a checkpoint: safetensors where `path` ends in .safetensors, `torch.save` where it ends in .pt or .pth.
 
-    The file appears whole or not at all. Only safetensors files keep `metadata`. Raises UserError for another
+    The file appears whole or not at all, and the same tensors and metadata give the same bytes. Only safetensors files
+    keep `metadata`. Raises UserError for another
     suffix, for metadata in a .pt file, and where the file can't be written.
     """
     path = Path(path)
@@ -89,12 +89,27 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         try:
             if path.suffix == ".safetensors":
                 save_file(separate, temporary, metadata=dict(metadata or {}))
+                _sort_metadata(temporary)
             else:
-                torch.save(separate, temporary)
+                with temporary.open("wb") as stream:          # given a name, torch writes it into the file
+                    torch.save(separate, stream)
         except (RuntimeError, SafetensorError) as error:          # a full disk, in the words of either library
             raise OSError(str(error).splitlines()[0]) from None
 
     write(path, save, sync=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a file of the safetensors library, which writes them in an order that changes."""
+    with path.open("rb+") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:          # the offsets of the tensors begin where the header ends
+            raise OSError("its metadata cannot be put in order")
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -102,26 +117,30 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = locate(path)
     if _format(path) != "safetensors":
         return {}
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except SafetensorError:
+    except Exception:          # a damaged header makes the library fail in several ways
         raise UserError(f"{path}: is truncated or damaged") from None
 
 
 def _format(path: str | Path) -> str:
     """One of "safetensors", "zip" (what `torch.save` writes) and "pickle" (what it wrote before PyTorch 1.6)."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a checkpoint file") from None
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as file:
+                head = file.read(9)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:          # a NUL among its characters
+        raise UserError(f"{str(path)!r}: is no name of a file") from None
+    if not stat.S_ISREG(mode):          # a pipe would be waited on for ever
+        raise UserError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a checkpoint file")
     if not head:
         raise UserError(f"{path}: is empty")
     if head.startswith(b"PK\x03\x04"):
@@ -134,20 +153,39 @@ def _format(path: str | Path) -> str:
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    except SafetensorError:
+    except Exception:          # a damaged header makes the library fail in several ways
         raise UserError(f"{path}: is truncated or damaged") from None
+
+
+def load_pickled(path: str | Path) -> Any:
+    """What `torch.save` wrote: plain tensors, numbers and text in lists and dicts, such as the state of an optimiser.
+
+    Nothing else is unpickled. Raises UserError where the file cannot be read, is damaged or holds something else.
+    """
+    format = _format(path)
+    if format == "safetensors":
+        raise UserError(f"{path}: is a safetensors file, not one of torch.save")
+    return _load_pickled(path, mappable=format == "zip")
+
+
+class _BoundedReader(io.BufferedReader):
+    """An open file of which no more is asked for than it holds: damaged lengths would take as much memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any open file."""
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def _load_pickled(path: str | Path, mappable: bool) -> Any:
     # torch.load maps only a file that it is given by name, and believes a name that ends in .safetensors.
     mapped = mappable and Path(path).suffix != ".safetensors"
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with _BoundedReader(io.FileIO(path)) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")          # what torch warns of here ends in one of the sentences below
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:          # a damaged pickle makes the unpickler fail in any way there is
@@ -171,17 +209,18 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any]) -> None:
+def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any], entry: str = "") -> None:
     """Load the checkpoint `path` into `model`, built from `options`, in the types it has.
 
-    path: a file, or an address as `locate` takes it. A model that was built on the device "meta", without weights, gets
+    path, entry: as `load_state_dict` takes them. A model that was built on the device "meta", without weights, gets
     those of the file, on the CPU; any other keeps its devices.
 
-    Raises UserError as `load_state_dict` and `check_options` do, and where any weight is still missing, left over or
-    of another shape; the model is then as it was.
+    Raises UserError as `load_state_dict`, `check_weights` and `check_options` do, and where any weight is still
+    missing, left over or of another shape; the model is then as it was.
     """
     path = locate(path)
-    state = load_state_dict(path)
+    state = load_state_dict(path, entry=entry)
+    check_weights(state, path)
     check_options(state, options, path)
     own = model.state_dict()
     misfits = [f"{name} is missing" for name in own.keys() - state.keys()]

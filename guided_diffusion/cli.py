@@ -5,31 +5,138 @@ from __future__ import annotations
 import logging
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from . import dist_util
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
+from .files import reason
 from .places import command_file
+
+SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
+KEPT = "what was finished is kept, and the same command goes on from there"
+GLANCE, FAREWELL = 1.0, 20.0    # seconds between looks at the launcher, and for a rank to end by itself without it
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal asks the process to end. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2."""
+    """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2.
+
+    Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129. What is written is finished or removed first.
+    """
     try:
-        main()
-    except (UserError, NonFiniteError, PeerError) as error:
-        if not isinstance(error, PeerError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        dist_util.shutdown()        # else its threads may abort the process on its way out
-        sys.exit(2)
+        with _signals_raised():
+            _watch_torchrun()
+            main()
+    except KeyboardInterrupt as error:
+        _end_signalled(error)
+    except (UserError, NonFiniteError) as error:
+        _has_last_word()            # so that ranks which the launcher ends now say nothing
+        _end(str(error))
+    except PeerError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            _end_signalled(error.__cause__, silent=True)
+        _end()
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {reason(error)}")
     except LostRankError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)                 # the usual way out waits for the rank that is gone
 
 
+def _end(message: str = "") -> None:
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    _disconnect()                   # else its threads may abort the process on its way out
+    sys.exit(2)
+
+
+def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
+    number = error.number if isinstance(error, Signalled) else signal.SIGINT
+    if _has_last_word() and not silent:
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"{word}: {KEPT}", file=sys.stderr, flush=True)
+    _disconnect()
+    sys.exit(SIGNALLED + number)
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Within, Ctrl-C, SIGTERM and SIGHUP raise Signalled, the first of them: what it makes the process remove is not cut short.
+
+    A signal that is ignored, or has a handler of the caller, stays as it is.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
+    ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise Signalled(number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, usual[number])
+
+
+def _watch_torchrun() -> None:
+    """Ends this process where the torchrun that started it is killed, and could not end it any more."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(GLANCE)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(FAREWELL)
+    print(f"error: torchrun is gone; {KEPT}", file=sys.stderr, flush=True)
+    os._exit(2)                     # the main thread waits for it, in torch
+
+
+def _has_last_word() -> bool:
+    if "torch" not in sys.modules:          # then no rank is connected
+        return True
+    from . import dist_util
+
+    return dist_util.has_last_word()
+
+
+def _disconnect() -> None:
+    if "torch" in sys.modules:
+        from . import dist_util
+
+        dist_util.shutdown()
+
+
 def log_to_stdout() -> None:
     """Show what the library logs, as plain lines on stdout."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+
+
+def log_to_stderr(shown: bool = True) -> None:
+    """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
+    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
 def run_renamed(old: str, new: str, *words: str) -> None:

@@ -7,8 +7,12 @@ respected.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,36 +24,22 @@ from torch import Tensor
 
 from . import checkpoint
 from .errors import LostRankError, PeerError, UserError
+from .files import reason
+from .launchers import is_main, launched, rank, world_size
 
-__all__ = ["LostRankError", "PeerError", "barrier", "dev", "is_main", "load_state_dict", "rank", "setup_dist",
+__all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank", "setup_dist",
            "shutdown", "store", "sync_params", "together", "world_size"]
-
-# (rank, number of ranks, rank on this node) as launchers export them: torchrun, Hydra (MPICH, Intel), Open MPI, Slurm.
-LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
+REMINDER = timedelta(seconds=30)        # after which, again and again, rank 0 says who is missing
+ANSWER = timedelta(minutes=30)          # within which a value is put into the store that a rank asks for
+LAUNCHER_ANSWERS = timedelta(seconds=30)        # within which the store of torchrun, which is there already, answers
+LAST_WORD = timedelta(seconds=5)        # within which the store says whether a rank may speak
+
+LOG = logging.getLogger(__name__)
 
 _meeting: dist.Store | None = None      # the store of keys and values that connects the ranks
-
-
-def _launched() -> tuple[int, int, int]:
-    """Reads (rank, number of ranks, local rank) from the environment; (0, 1, 0) where there is no launcher.
-
-    An interactive Slurm allocation also sets SLURM_NTASKS: only a job step also has SLURM_STEP_ID.
-    """
-    for names in LAUNCHERS:
-        if all(name in os.environ for name in names[:2]):
-            if names[0].startswith("SLURM") and os.environ.get("SLURM_STEP_ID") is None:
-                continue
-            this, size = (int(os.environ[name]) for name in names[:2])
-            return this, size, int(os.environ.get(names[2], this))
-    return 0, 1, 0
 
 
 def setup_dist() -> None:
@@ -57,20 +47,27 @@ def setup_dist() -> None:
 
     Raises UserError where the ranks cannot find each other, and LostRankError where not all of them start.
     """
-    this, size, _ = _launched()
+    this, size, _ = launched()
     if size == 1 or dist.is_initialized():
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(dev())
     global _meeting
-    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        _meeting, *_ = next(dist.rendezvous("env://", this, size))
-    else:
-        _meeting = _store_over_mpi(this, size)
-    _await_all(_meeting, this, size)
-    dist.init_process_group(backend, store=dist.PrefixStore("group", _meeting), rank=this, world_size=size,
-                            timeout=PATIENCE)
+    try:
+        if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+            meeting: dist.Store = _store_by_address(this, size)
+        else:
+            meeting = _store_over_mpi(this, size)
+        _await_all(meeting, this, size)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", meeting), rank=this, world_size=size,
+                                timeout=PATIENCE)
+    except (LostRankError, UserError):
+        raise
+    except RuntimeError as error:
+        raise LostRankError(f"rank {this} cannot be connected with the others ({reason(error)[:200]}): a rank or its "
+                            "launcher is gone") from None
+    _meeting = meeting
 
 
 def store(name: str) -> dist.Store:
@@ -82,12 +79,105 @@ def store(name: str) -> dist.Store:
 
 
 def _await_all(meeting: dist.Store, this: int, size: int) -> None:
-    """Waits for all ranks to start, which on a busy file system takes minutes, but not for one that never does."""
+    """Waits for all ranks to start, which on a busy file system takes minutes, but not for one that never does.
+
+    Rank 0 says every REMINDER who is missing.
+    """
     meeting.set(f"here {this}", "")
+    began = time.monotonic()
+    missing = list(range(size))
+    while missing:
+        try:
+            meeting.wait([f"here {rank}" for rank in missing], REMINDER)
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:
+            pass            # the time is up
+        missing = [rank for rank in missing if not meeting.check([f"here {rank}"])]
+        waited = timedelta(seconds=round(time.monotonic() - began))
+        if missing and waited >= ASSEMBLY:
+            raise LostRankError(f"not all of the {size} ranks started within {waited}: {_named(missing)} missing")
+        if missing and this == 0:
+            LOG.warning("waiting for ranks to start since %s: %s missing of %d", waited, _named(missing), size)
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown} is" if len(ranks) == 1 else f"ranks {shown} are"
+
+
+def _store_by_address(this: int, size: int) -> dist.TCPStore:
+    """The store at MASTER_ADDR and MASTER_PORT, which torchrun keeps, and rank 0 under other launchers."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT {port[:100]!r}: must be a port from 1 to 65535")
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if this == 0 and not kept_by_launcher:
+        return _listening(_address_to_listen_on(host), int(port), size)
+    return _connected(host, int(port), size, LAUNCHER_ANSWERS if kept_by_launcher else ASSEMBLY)
+
+
+def _address_to_listen_on(host: str) -> str:
+    """The address of MASTER_ADDR; "" for all, where a name stands for this host and not for one address of it.
+
+    Many hosts have their own name at 127.0.1.1, while other nodes know it at an address that this one cannot tell.
+    """
     try:
-        meeting.wait([f"here {rank}" for rank in range(size)], ASSEMBLY)
-    except RuntimeError:
-        raise LostRankError(f"not all of the {size} ranks started within {ASSEMBLY}") from None
+        address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR {host[:100]}: is no address of this host ({reason(error)})") from None
+    return "" if _is_loopback(address) and host not in (address, "localhost") else address
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _listening(address: str, port: int, size: int) -> dist.TCPStore:
+    """A store that listens on one address alone (torch itself takes all of the host).
+
+    address: "" for all. port: 0 for one that is free.
+    """
+    try:
+        listener = _listener(address, port)
+    except OSError as error:
+        raise UserError(f"the port {port}, where the ranks are to meet, cannot be had ({reason(error)}): set another "
+                        "MASTER_PORT") from None
+    port = listener.getsockname()[1]
+    return dist.TCPStore(address or "localhost", port, size, is_master=True, wait_for_workers=False, timeout=ANSWER,
+                         master_listen_fd=listener.detach())
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    ipv6 = ":" in address or (not address and socket.has_dualstack_ipv6())
+    listener = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ipv6 and not address:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        if address and error.errno == errno.EADDRNOTAVAIL:          # others reach this host at an address that it lacks
+            return _listener("", port)
+        raise
+    return listener
+
+
+def _connected(host: str, port: int, size: int, patience: timedelta) -> dist.TCPStore:
+    """The store that another process keeps; LostRankError where nobody listens there within that time."""
+    until = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=10).close()          # torch would fill pages with its tries
+            break
+        except OSError as error:
+            if time.monotonic() > until:
+                raise LostRankError(f"nobody answers at {host[:100]}, port {port}, where the ranks are to meet "
+                                    f"({reason(error)}): rank 0 or its launcher is gone") from None
+            time.sleep(0.2)
+    return dist.TCPStore(host, port, size, is_master=False, wait_for_workers=False, timeout=ANSWER)
 
 
 def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
@@ -104,41 +194,29 @@ def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
     one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
     if this == 0:
         host = "127.0.0.1" if one_node else _own_address()
-        meeting = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        meeting = _listening(host, 0, size)
         comm.bcast((host, meeting.port))
         return meeting
     host, port = comm.bcast(None)
-    return dist.TCPStore(host, port, size, is_master=False)
+    return _connected(host, port, size, ASSEMBLY)
 
 
 def _own_address() -> str:
-    """An address of this host that other nodes can reach."""
-    try:
-        return socket.gethostbyname(socket.getfqdn())
-    except OSError:
-        raise UserError(f"the host name {socket.getfqdn()!r} does not resolve: set MASTER_ADDR and "
-                        "MASTER_PORT") from None
-
-
-def rank() -> int:
-    """The number of this process among the ranks, from 0."""
-    return _launched()[0]
-
-
-def world_size() -> int:
-    """The number of ranks; 1 where there is no launcher."""
-    return _launched()[1]
-
-
-def is_main() -> bool:
-    """Whether this is rank 0: the one rank that writes files and shows progress."""
-    return rank() == 0
+    """An address of this host that other nodes can reach: that of its name, else the one that it sends from."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.getfqdn())
+        if not _is_loopback(address):
+            return address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))            # nothing is sent: this only asks for the route
+        return str(probe.getsockname()[0])
+    raise UserError(f"the host name {socket.getfqdn()!r} does not resolve: set MASTER_ADDR and MASTER_PORT")
 
 
 def dev() -> torch.device:
     """The device of this rank: the GPU with the number of the rank on its node, or the CPU where there is no GPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", _launched()[2] % torch.cuda.device_count())
+        return torch.device("cuda", launched().local_rank % torch.cuda.device_count())
     return torch.device("cpu")
 
 
@@ -191,6 +269,20 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with torch.no_grad():
                 dist.broadcast(tensor, 0)
+
+
+def has_last_word() -> bool:
+    """Whether no other rank has asked this before: the one that may say why the job ends.
+
+    Without an answer of the store, which is then gone, rank 0 may.
+    """
+    if _meeting is None:
+        return True
+    try:
+        _meeting.set_timeout(LAST_WORD)
+        return _meeting.add("last word", 1) == 1
+    except RuntimeError:
+        return is_main()
 
 
 def shutdown() -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError
-from .files import locked, reason
+from .files import locked, open_own, reason, write_text
 from .progress import progress_bar
 
 TIMEOUT = 60          # seconds without a byte
@@ -263,9 +263,9 @@ class _Part:
 
     def begin(self, answer: _Answer) -> None:
         """Cuts off what the answer sends anew, and notes what it sends."""
-        with open(self.path, "ab") as file:
+        with os.fdopen(open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
             file.truncate(answer.start)
-        self._record.write_text(json.dumps({"url": self._url, "version": answer.version, "total": answer.total}))
+        write_text(self._record, json.dumps({"url": self._url, "version": answer.version, "total": answer.total}))
 
     def remove(self) -> None:
         self._record.unlink(missing_ok=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
-import itertools
 import json
 import math
 import os
+import secrets
 import socket
+import stat
 import tempfile
 import time
 import warnings
@@ -21,7 +23,9 @@ from .errors import UserError
 
 TRIES, PAUSE = 5, 0.2          # of taking a lock that is not waited for, and the seconds between them
 
-_numbers = itertools.count()
+MAX_HOLDER = 300               # characters that are read of who holds a lock
+NAME_KEPT = 60                 # characters of a file's name that its temporary file bears too
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def reason(error: object) -> str:
@@ -87,9 +91,9 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
             parents: bool = False) -> Path:
     """Calls `save(temporary)` and returns the temporary file, which a rename then turns into `path`.
 
-    The temporary file lies beside `path`, under a name that no other process uses, on this host or on another one. It
-    ends in .tmp, so that whoever lists files by their suffix finds whole ones alone: `save` must be told the format.
-    The file has the access rights of any new one.
+    The temporary file lies beside `path`, under a name that no other process uses or can guess, and is made anew: no
+    link that others planted is followed. It ends in .tmp, so that whoever lists files by their suffix finds whole ones
+    alone: `save` must be told the format. The file has the access rights of any new one.
 
     sync: have the data on the disk before the rename, so that a power cut leaves the old file or the new one.
     ending: what comforts the user, at the end of the sentence, like "finished chunks are kept".
@@ -98,11 +102,11 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
     Raises UserError where the operating system refuses. Whatever `save` raises, no temporary file is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}.tmp")
+    temporary = path.with_name(f".{path.name[:NAME_KEPT]}.{secrets.token_hex(16)}.tmp")
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666))
         mode = temporary.stat().st_mode
         save(temporary)
         if temporary.stat().st_mode != mode:          # safetensors makes its files private
@@ -165,6 +169,24 @@ def _csv_value(value: Any) -> Any:
     return "" if math.isnan(value) else f"{value:.6g}"
 
 
+def open_own(path: str | Path, flags: int) -> int:
+    """Opens the file of this name itself, never one to which a link leads, and returns its descriptor.
+
+    flags: as of `os.open`; a new file has the access rights of any other. Raises OSError, also where the name is that
+    of a link, a folder or a pipe.
+    """
+    try:
+        descriptor = os.open(path, flags | NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and Path(path).is_symlink():
+            raise OSError(errno.ELOOP, "it is a link, which is not followed: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no ordinary file")
+    return descriptor
+
+
 # Locks
 
 
@@ -183,7 +205,8 @@ def locked(path: Path, busy: Callable[[str | None], Exception] | None = None) ->
     stream = _acquired(path, busy)
     try:
         with contextlib.suppress(OSError):              # a full disk
-            stream.truncate(0)
+            stream.seek(0)
+            stream.truncate()
             stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             stream.flush()
         yield
@@ -198,11 +221,11 @@ def lock_holder(path: Path) -> str | None:
     import fcntl  # not on Windows
 
     try:
-        with path.open() as stream:
+        with os.fdopen(open_own(path, os.O_RDONLY)) as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
-                return stream.read() or "just started"
+                return stream.read(MAX_HOLDER) or "just started"
     except OSError:
         pass
     return None
@@ -214,7 +237,7 @@ def _acquired(path: Path, busy: Callable[[str | None], Exception] | None) -> IO[
 
     attempts = 0
     while True:
-        stream = path.open("a+")
+        stream = _lock_file(path, busy is None)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -237,10 +260,20 @@ def _acquired(path: Path, busy: Callable[[str | None], Exception] | None) -> IO[
             time.sleep(PAUSE)
 
 
+def _lock_file(path: Path, waits: bool) -> IO[str]:
+    """The open lock file; raises OSError to who waits for it, to others UserError, where it cannot be opened."""
+    try:
+        return os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT), "r+")
+    except OSError as error:
+        if waits:
+            raise
+        raise UserError(f"{path}: cannot be locked ({reason(error)})") from None
+
+
 def _is_same_file(stream: IO[str], path: Path) -> bool:
     """Whether `path` is the open file; opened anew, as a network file system may remember what was there before."""
     try:
-        with path.open("rb") as now:
+        with os.fdopen(open_own(path, os.O_RDONLY)) as now:
             return os.path.samestat(os.fstat(now.fileno()), os.fstat(stream.fileno()))
     except OSError:
         return False

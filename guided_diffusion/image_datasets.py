@@ -6,15 +6,15 @@ uninterrupted one would have seen, and two ranks with batch B see together what 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gzip
 import itertools
+import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,15 +23,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import dist_util
+from .classes import ClassNames
 from .errors import UserError
-from .npz import read_arrays
+from .files import reason
+from .image_files import (
+    BackgroundCheck,
+    FoundPictures,
+    count_decoded,
+    damaged_error,
+    damaged_pictures,
+    find_pictures,
+    read_image,
+)
+from .npz import BLOCK, MAX_RATIO, SMALL, read_arrays
 from .pixels import from_uint8
 from .rng import stream_generator
+
+_log = logging.getLogger(__name__)
 
 FASHION_MNIST = "fashion-mnist"  # as a data_dir: the files that the Debian package installs
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 IDX_PREFIXES = {"train": "train", "test": "t10k"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif"}
 MIN_CROP_FRACTION = 0.8  # a random crop keeps at least this share of the smaller side
 
 ImageBatch = tuple[Tensor, dict[str, Tensor]]          # images, and {"y": labels} or {}
@@ -46,10 +59,10 @@ def load_data(
 
     images: (batch_size, in_channels, image_size, image_size), float32 in [-1, 1]; labels: (batch_size,), int64.
 
-    data_dir: a folder that is searched for jpg, jpeg, png and gif files at any depth, whose class is the file name
-        before the first underscore, numbered in sorted order; or a folder with IDX files; or "fashion-mnist" (or
-        nothing): where Debian's package dataset-fashion-mnist puts them; or an .npz file of images of this size, as
-        sampling runs and `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,).
+    data_dir: a folder that is searched for pictures (`image_files.IMAGE_SUFFIXES`) at any depth, whose classes
+        `classes` explains; or a folder with IDX files; or "fashion-mnist" (or nothing): where Debian's package
+        dataset-fashion-mnist puts them; or an .npz file of images of this size, as sampling runs and
+        `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,).
     deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
     random_crop: cut folder images at random instead of from the centre; others are never cropped.
     random_flip: mirror half of the images left to right.
@@ -57,31 +70,195 @@ def load_data(
     split: "train" or "test" of the IDX files; an image folder has only "train".
     start_batch: index of the first batch, to go on where an interrupted run stopped.
 
-    The arguments and the names of the files are checked in this call, image files when they are read: UserError.
+    The arguments, the names of the files and the headers of images are checked in this call, and whole images in the
+    background: UserError.
     """
-    for name, value in (("batch_size", batch_size), ("image_size", image_size)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if in_channels not in (1, 3):
-        raise UserError(f"--in_channels {in_channels}: image data has 1 channel (grey) or 3")
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    images = open_images(data_dir, (in_channels, image_size, image_size), split=split, class_cond=class_cond)
+    return images.batches(BatchPlan(
+        images.count, batch_size=batch_size, seed=seed, shuffle=not deterministic, flip=random_flip, crop=random_crop,
+        rank=rank, world_size=world_size), start_batch)
+
+
+def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, split: str = "train",
+                class_cond: bool = False, classes: str = "", known: ClassNames | None = None,
+                skip_damaged: bool = False) -> TrainingImages:
+    """The images of `data_dir`, found and checked as `load_data` says, and what a training must know of them.
+
+    frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
+    and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out.
+    """
+    if min(frame[1:]) < 1:
+        raise UserError(f"--image_size {min(frame[1:])}: must be at least 1")
+    if frame[0] not in (1, 3):
+        raise UserError(f"--in_channels {frame[0]}: image data has 1 channel (grey) or 3")
     folder = find_data(data_dir)
     labels: np.ndarray | None
-    plan = functools.partial(BatchPlan, batch_size=batch_size, seed=seed, shuffle=not deterministic,
-                             flip=random_flip, crop=random_crop, rank=rank, world_size=world_size)
-    frame = (in_channels, image_size, image_size)
     if holds_idx(folder):
         images, labels = load_arrays(folder, split)
-        check_fits(images, image_size)
-        return _array_batches(images, labels if class_cond else None, frame, plan(len(images)), start_batch)
+        check_fits(images, frame[1])
+        return ArrayImages(data_dir, frame, labels if class_cond else None, images)
     if split != "train":
         kind = "an .npz file" if is_npz(folder) else "an image folder"
         raise UserError(f"--data_dir {folder}: {kind} has no {split} split, name one of its own for it")
     if is_npz(folder):
         images, labels = load_npz(folder, frame, class_cond)
-        return _array_batches(images, labels, frame, plan(len(images)), start_batch)
-    files = list_images(folder)
-    labels = classes_by_name(files) if class_cond else None
-    return _folder_batches(files, labels, in_channels, image_size, plan(len(files)), start_batch)
+        return ArrayImages(data_dir, frame, labels, images)
+    found = _pictures(folder)
+    if found.left_out:
+        _say(f"{folder}: {len(found.files)} images; left out: {found}")
+    names = (known or ClassNames.from_images(folder, found.files, classes)) if class_cond else None
+    labels = None if names is None else names.numbers(folder, found.files)
+    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged,
+                        count_decoded(found.files)).without_damaged()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingImages:
+    """Images of a data_dir that are found and checked.
+
+    frame: channels, height and width in training. labels: (N,) int64, None where there are none.
+    """
+
+    data_dir: str | os.PathLike
+    frame: tuple[int, int, int]
+    labels: np.ndarray | None
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """The names of their classes; None where only numbers are known, or nothing."""
+        return None
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises UserError unless a network of so many classes fits; says what classes there are."""
+        if self.labels is None:
+            return
+        greatest = int(self.labels.max())
+        if greatest >= num_classes:
+            raise UserError(f"--num_classes {num_classes}: {self.data_dir} has more classes, the greatest is "
+                            f"{greatest}; pass --num_classes {greatest + 1}")
+        if greatest + 1 < num_classes:
+            _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
+                 f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+
+    def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
+        """Endless batches, from `start_batch` on."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayImages(TrainingImages):
+    """Images in memory, (N, H, W), which are padded to the frame, or (N, H, W, 3), which fill it."""
+
+    images: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
+        """Endless batches, from `start_batch` on."""
+        for index in itertools.count(start_batch):
+            indices, flips = plan.indices(index), plan.flips(plan.draws(index))
+            chosen = self.images[indices]
+            chosen[flips] = chosen[flips, :, ::-1]
+            if self.images.ndim == 3:
+                batch = pad_to_frame(chosen, self.frame)
+            else:
+                pixels = chosen if self.frame[0] == 3 else _grey(chosen)
+                batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
+            yield batch, _conditions(self.labels, indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages(TrainingImages):
+    """Pictures in files, decoded as they are needed.
+
+    A picture that turns out to be damaged ends the batches with a UserError; with `skip_damaged` the next one that is
+    whole takes its place, so that batches stay a function of the files.
+
+    decoded: how many of the first files have been decoded, so that they are known to be whole.
+    """
+
+    files: list[Path]
+    names: ClassNames | None = None
+    skip_damaged: bool = False
+    decoded: int = 0
+    said: set[int] = dataclasses.field(default_factory=set, init=False, compare=False)
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return len(self.files)
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """The names of their classes; None where none were asked for."""
+        return self.names
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises UserError unless a network has exactly these classes; says what classes there are."""
+        if self.names is not None:
+            self.names.check(num_classes, self.data_dir)
+            _say(f"{self.names}{f' (--classes {self.names.rule})' if self.names.rule else ''}")
+
+    def without_damaged(self) -> FolderImages:
+        """Without the pictures whose damage shows quickly; raises UserError unless they may be skipped."""
+        damaged = damaged_pictures(self.files, self.decoded)
+        if not damaged:
+            return self
+        if not self.skip_damaged or len(damaged) == self.count:
+            raise damaged_error(damaged.values())
+        _say(f"{self.data_dir}: left out {len(damaged)} damaged image(s), the first is {next(iter(damaged.values()))}")
+        kept = [index for index in range(self.count) if index not in damaged]
+        labels = None if self.labels is None else self.labels[kept]
+        return dataclasses.replace(self, files=[self.files[index] for index in kept], labels=labels,
+                                   decoded=sum(index < self.decoded for index in kept))
+
+    def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
+        """Endless batches, from `start_batch` on; files that were not decoded before are, in the background."""
+        check = BackgroundCheck([] if self.skip_damaged else self.files[self.decoded:][plan.rank::plan.world_size])
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, check:
+
+            def begin(batch: int) -> list[Future]:
+                return [pool.submit(self._decode, index, plan, draw)
+                        for index, draw in zip(plan.indices(batch).tolist(), plan.draws(batch), strict=True)]
+
+            following = begin(start_batch)
+            for batch in itertools.count(start_batch + 1):
+                decoding, following = following, begin(batch)
+                decoded = [future.result() for future in decoding]
+                if check.found:
+                    raise damaged_error(check.found)
+                indices = np.array([index for index, _ in decoded])
+                yield torch.from_numpy(np.stack([pixels for _, pixels in decoded])), _conditions(self.labels, indices)
+
+    def _decode(self, index: int, plan: BatchPlan, draw: np.ndarray) -> tuple[int, np.ndarray]:
+        """One augmented image, (C, H, W) float32 in [-1, 1], and the index that it has after all."""
+        for other in [*range(index, self.count), *range(index)] if self.skip_damaged else [index]:
+            try:
+                image = read_image(self.files[other], self.frame[0])
+                return other, augmented(image, self.frame, plan, draw)
+            except UserError as error:
+                if not self.skip_damaged:
+                    raise damaged_error([str(error)]) from None
+                if other not in self.said:
+                    self.said.add(other)
+                    _log.warning("left out a damaged image, number %d of this run: %s", len(self.said), error)
+        raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged")
+
+
+def _say(line: str) -> None:
+    """Logs a line on the first rank."""
+    if dist_util.is_main():
+        _log.info("%s", line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,19 +356,36 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
     The header is 0, 0, type (8: uint8), number of dimensions, then each dimension as a big-endian int32.
     """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read, it is damaged or truncated ({error})") from None
     start = 4 + 4 * dimensions
-    if len(content) < start or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"{path}: is not an IDX file of bytes with {dimensions} dimension(s)")
-    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4).tolist()
-    expected = start + int(np.prod(shape))
-    if len(content) != expected:
-        fault = "truncated" if len(content) < expected else "damaged"
-        raise UserError(f"{path}: is {fault}, it has {len(content)} bytes where its header says {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            head = stream.read(start)
+            if len(head) < start or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise UserError(f"{path}: is not an IDX file of bytes with {dimensions} dimension(s)")
+            shape = np.frombuffer(head, ">i4", offset=4).tolist()
+            size = _idx_size(path, shape)
+            content = bytearray()
+            while len(content) <= size and (block := stream.read(min(BLOCK, size + 1 - len(content)))):
+                content += block          # one byte more than there should be tells that the file is longer
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read, it is damaged or truncated ({reason(error)})") from None
+    if len(content) < size:
+        raise UserError(f"{path}: is truncated, it has {start + len(content)} bytes where its header says "
+                        f"{start + size}")
+    if len(content) > size:
+        raise UserError(f"{path}: is damaged, it has more bytes than the {start + size} that its header says")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _idx_size(path: Path, shape: Sequence[int]) -> int:
+    """The bytes that an array takes; raises UserError for a shape that no images have."""
+    size, stored = math.prod(shape), path.stat().st_size
+    shown = " x ".join(map(str, shape))
+    if shape[0] < 0 or min(shape[1:], default=1) < 1:
+        raise UserError(f"{path}: is damaged, its header says {shown}")
+    if size > SMALL and size > MAX_RATIO * stored:
+        raise UserError(f"{path}: is damaged, its header says {shown}, which {stored} bytes do not hold")
+    return size
 
 
 def check_fits(images: np.ndarray, image_size: int) -> None:
@@ -208,21 +402,6 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
     framed = np.full((len(images), *frame), -1, np.float32)
     framed[:, :, top:top + height, left:left + width] = from_uint8(images)[:, None]
     return torch.from_numpy(framed)
-
-
-def _array_batches(images: np.ndarray, labels: np.ndarray | None, frame: tuple[int, int, int], plan: BatchPlan,
-                   start_batch: int) -> Iterator[ImageBatch]:
-    """Batches of images (N, H, W), padded to the frame, or (N, H, W, 3), which fill it."""
-    for index in itertools.count(start_batch):
-        indices, flips = plan.indices(index), plan.flips(plan.draws(index))
-        chosen = images[indices]
-        chosen[flips] = chosen[flips, :, ::-1]
-        if images.ndim == 3:
-            batch = pad_to_frame(chosen, frame)
-        else:
-            pixels = chosen if frame[0] == 3 else _grey(chosen)
-            batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
-        yield batch, _conditions(labels, indices)
 
 
 # Files of samples
@@ -266,42 +445,20 @@ def _grey(images: np.ndarray) -> np.ndarray:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files at any depth below the folder, in sorted order; raises UserError where there is none."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not files:
-        raise UserError(f"--data_dir {folder}: holds neither image files (jpg, jpeg, png, gif) nor IDX files")
-    return files
+    """The image files at any depth below the folder, in sorted order; raises UserError where there is none.
+
+    Links to folders are followed, hidden and other files are left out.
+    """
+    return _pictures(folder).files
 
 
-def classes_by_name(files: list[Path]) -> np.ndarray:
-    """Class of each file, the name before the first underscore: (N,) int64, numbered in sorted order."""
-    for path in files:
-        if "_" not in path.name:
-            raise UserError(f"{path}: has no class, with --class_cond True a name must be CLASS_anything{path.suffix}")
-    names = [path.name.split("_")[0] for path in files]
-    class_of = {name: index for index, name in enumerate(sorted(set(names)))}
-    return np.array([class_of[name] for name in names], np.int64)
-
-
-def read_image(path: Path, in_channels: int) -> Image.Image:
-    """The image in a file, RGB or grey; raises UserError where the file holds none."""
-    with _opened(path) as image:
-        return image.convert("RGB" if in_channels == 3 else "L")
-
-
-def image_extent(path: Path) -> tuple[int, int]:
-    """Width and height of the image in a file, whose pixels are not read; raises UserError as `read_image`."""
-    with _opened(path) as image:
-        return image.size
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+def _pictures(folder: Path) -> FoundPictures:
+    found = find_pictures(folder)
+    if not found.files:
+        there = f" (left out: {found})" if found.left_out else ""
+        raise UserError(f"--data_dir {folder}: holds neither image files (png, jpg, webp, bmp, tif, gif and the like) "
+                        f"nor IDX files{there}")
+    return found
 
 
 def resize_smaller_side(image: Image.Image, size: int,
@@ -320,36 +477,23 @@ def crop_square(image: Image.Image, size: int, draws: tuple[float, float] | None
     return image.crop((x, y, x + size, y + size))
 
 
-def _decode(path: Path, in_channels: int, image_size: int, plan: BatchPlan, draw: np.ndarray) -> np.ndarray:
-    """One augmented image: (in_channels, image_size, image_size), float32 in [-1, 1]."""
-    image = read_image(path, in_channels)
+def augmented(image: Image.Image, frame: tuple[int, int, int], plan: BatchPlan, draw: np.ndarray) -> np.ndarray:
+    """An image cut and mirrored as the plan says: (C, H, W), float32 in [-1, 1].
+
+    frame: C, H and W, of which the last two are equal. draw: the image's row of `BatchPlan.draws`.
+    """
+    size = frame[1]
     if plan.crop:
         _, size_draw, top_draw, left_draw = draw.tolist()
-        largest = math.ceil(image_size / MIN_CROP_FRACTION)
-        resized = resize_smaller_side(image, image_size + int(size_draw * (largest - image_size + 1)))
-        image = crop_square(resized, image_size, (top_draw, left_draw))
+        largest = math.ceil(size / MIN_CROP_FRACTION)
+        resized = resize_smaller_side(image, size + int(size_draw * (largest - size + 1)))
+        image = crop_square(resized, size, (top_draw, left_draw))
     else:
-        image = crop_square(resize_smaller_side(image, image_size), image_size)
-    pixels = np.asarray(image).reshape(image_size, image_size, in_channels)
+        image = crop_square(resize_smaller_side(image, size), size)
+    pixels = np.asarray(image).reshape(size, size, frame[0])
     if plan.flips(draw[None])[0]:
         pixels = pixels[:, ::-1]
     return from_uint8(pixels).transpose(2, 0, 1)
-
-
-def _folder_batches(files: list[Path], labels: np.ndarray | None, in_channels: int, image_size: int, plan: BatchPlan,
-                    start_batch: int) -> Iterator[ImageBatch]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-
-        def begin(batch: int) -> tuple[np.ndarray, list[Future]]:
-            indices, draws = plan.indices(batch), plan.draws(batch)
-            return indices, [pool.submit(_decode, files[index], in_channels, image_size, plan, draw)
-                             for index, draw in zip(indices, draws, strict=True)]
-
-        following = begin(start_batch)
-        for index in itertools.count(start_batch + 1):
-            (indices, decoding), following = following, begin(index)
-            images = torch.from_numpy(np.stack([future.result() for future in decoding]))
-            yield images, _conditions(labels, indices)
 
 
 def _conditions(labels: np.ndarray | None, indices: np.ndarray) -> dict[str, Tensor]:

@@ -29,21 +29,29 @@ class LoadedModel(NamedTuple):
     classifier: EncoderUNetModel | None
 
 
-def load(name: str, *, model_path: str | Path = "", device: torch.device | str | None = None,
-         **flags: Any) -> LoadedModel:
+def load(name: str = "", *, model_path: str | Path = "", checkpoint_entry: str = "",
+         device: torch.device | str | None = None, **flags: Any) -> LoadedModel:
     """The model of that name with its weights, frozen and in evaluation mode, on its device.
 
         model, diffusion, classifier = load("fmnist32", timestep_respacing="50")
 
-    name: a bundled model, or a released checkpoint, whose file `model_path` then names. device: None for the GPU of
-    this rank, or the CPU where there is none. flags: options of the network, the process and the classifier that
-    differ from those of the name, such as timestep_respacing, use_fp16, or classifier_path for a released checkpoint.
+    name: a bundled model, the folder of a training, or a released checkpoint, whose file `model_path` then names; not
+    needed where that file states its options, as those of a training do. checkpoint_entry: of a file that wraps
+    several networks. device: None for the GPU of this rank, or the CPU where there is none. flags: options of the
+    network, the process and the classifier that differ from those of the name, such as timestep_respacing, use_fp16,
+    or classifier_path for a released checkpoint.
     A bundled model brings its classifier.
 
-    Raises UserError for an unknown name or flag, and for a file that is missing or does not fit.
+    Raises UserError for an unknown name or flag, for a flag that contradicts what a file states of itself, and for a
+    file that is missing or does not fit.
     """
-    values = preset_values({"model": name})
+    typed: dict[str, Any] = {}
+    for options in options_from(flags, *_CLASSES):
+        typed |= {flag: value for flag, value in asdict(options).items() if flag in flags}
+    values = preset_values({**typed, "model": str(name), "model_path": str(model_path)})
     path = model_path or values.get("model_path", "")
+    if not (path or name):
+        raise UserError("load: name a model, or the file of one as model_path")
     if not path:
         raise UserError(f"{name}: needs its file: `guided-pixels fetch {name}` fetches {find_preset(name).url} to "
                         f'models/{name}.pt; then pass model_path="models/{name}.pt"')
@@ -54,5 +62,5 @@ def load(name: str, *, model_path: str | Path = "", device: torch.device | str |
     with torch.device("meta"):
         model = build_model(model_options)
     nets = Networks(model, torch.device(device))
-    nets.load(model, str(path), asdict(model_options) | asdict(diffusion_options))
+    nets.load(model, str(path), asdict(model_options) | asdict(diffusion_options), checkpoint_entry)
     return LoadedModel(model, build_diffusion(diffusion_options), guidance.load_classifier(nets))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import write_csv
+from .errors import UserError
+from .files import reason, write_csv
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ class MetricLogger:
 
     folder: where progress.csv is kept, or None to keep no log (every rank but the first).
     resume_step: rows after this step are dropped from an existing progress.csv: the run repeats them.
+
+    Raises UserError where progress.csv is there and is no such log, or cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike | None, resume_step: int = 0) -> None:
@@ -29,7 +32,7 @@ class MetricLogger:
         self._columns: list[str] = []
         if self._path and self._path.exists():
             self._columns, rows = _read(self._path)
-            write_csv(self._path, [row for row in rows if int(row["step"]) <= resume_step], self._columns)
+            write_csv(self._path, [row for row in rows if _step(self._path, row) <= resume_step], self._columns)
 
     def add(self, name: str, values: Tensor | float) -> None:
         """Adds one value, or each element of a tensor, to the mean of `name`."""
@@ -49,17 +52,38 @@ class MetricLogger:
             rows = _read(self._path)[1] if self._path.exists() else []
             self._columns += new_columns
             write_csv(self._path, rows, self._columns)
-        with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        try:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({reason(error)})") from None
 
 
 def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
+def _step(path: Path, row: dict[str, str]) -> int:
+    """The step of a row; raises UserError where it is not one of a training's log."""
+    try:
+        if None in row or None in row.values():         # more or fewer values than columns
+            raise ValueError
+        return int(row["step"])
+    except (KeyError, ValueError):
+        raise _foreign(path) from None
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path}: is not the log of a training, or is damaged; move it away, or name another --out")
+
+
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and whole rows of a CSV file; a last line that a kill cut short is left out."""
-    text = path.read_text()
-    reader = csv.DictReader(text[:text.rfind("\n") + 1].splitlines())
-    columns = list(reader.fieldnames or [])
-    return columns, list(reader)
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(text[:text.rfind("\n") + 1].splitlines())
+        return list(reader.fieldnames or []), list(reader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except (ValueError, csv.Error):
+        raise _foreign(path) from None

@@ -7,30 +7,33 @@ they have any. A reference batch may also hold the statistics `mu`, `sigma` (poo
 
 from __future__ import annotations
 
-import io
 import math
+import os
+import stat
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
 from .errors import UserError
 from .fetch import sha256_of
 from .files import prepare, write
+from .foreign import reading
 
 MAX_SIDE = 8192
 MAX_RATIO = 200                 # of a member's size to its compressed size; images hardly reach 20
-SMALL = 2**30                   # members up to this many bytes may be compressed better than that
+MAX_DEFLATE = 1040              # that ratio as deflate can reach it at most, rounded up
+SMALL = 2**30                   # members up to this many bytes may be compressed better than MAX_RATIO
 BLOCK = 2**22                   # bytes read at a time where nothing else says how many
+ENCRYPTED = 1                   # bit of a member's flags
+LISTED = 10                     # arrays that a sentence names
 
-# What a missing, truncated, damaged or wrong .npz file makes zipfile and NumPy raise.
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, SyntaxError, zlib.error,
-               NotImplementedError, RuntimeError, zipfile.BadZipFile)
+# A damaged .npz file makes zipfile, zlib, tokenize and NumPy raise nearly anything.
+READ_ERRORS: tuple[type[Exception], ...] = (Exception,)
 
 Chunk = tuple[np.ndarray, np.ndarray | None]          # images (n, H, W, 3) uint8, and labels (n,) int64 or None
 
@@ -42,7 +45,92 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
-class BatchFile:
+class ArrayFile:
+    """The arrays of an .npz file, each read when it is asked for, in parts where that is wished.
+
+    Opening reads the list of arrays only, and raises UserError, naming the file, where it is no .npz, or where the
+    archive would unpack to far more than images can. Whatever is wrong further in is a UserError when it is read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with reading(path, "cannot be read"):
+            _check_is_file(self.path)
+            size = self.path.stat().st_size
+        with self._opened("is not an .npz file") as archive:
+            self.members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        for name, info in self.members.items():
+            self._check_sizes(name, info, size)
+
+    def _check_sizes(self, name: str, info: zipfile.ZipInfo, available: int) -> None:
+        """Raises UserError where a member claims more bytes than the archive has, or unpacks to too many."""
+        if info.compress_size > available or (info.compress_type == zipfile.ZIP_STORED
+                                              and info.file_size > info.compress_size):
+            raise UserError(f"{self.path}: {printable(name)} is damaged (the archive is shorter than its list says)")
+        packed = max(1, info.compress_size)
+        if info.file_size > MAX_DEFLATE * packed or (info.file_size > SMALL and info.file_size > MAX_RATIO * packed):
+            raise UserError(f"{self.path}: {printable(name)} unpacks {info.compress_size} bytes to {info.file_size}, "
+                            "which no images do")
+
+    @contextmanager
+    def _opened(self, otherwise: str) -> Iterator[zipfile.ZipFile]:
+        with reading(self.path, otherwise), zipfile.ZipFile(self.path) as archive:
+            yield archive
+
+    @contextmanager
+    def _array(self, name: str, fortran: bool = False) -> Iterator[tuple[IO[bytes], _Header]]:
+        """The bytes of an array after its header, and the header. fortran: an array in Fortran order is welcome."""
+        where = f"{self.path}: {printable(name)}"
+        with self._opened(f"{printable(name)} is damaged") as archive:
+            info = self.members[name]
+            if info.flag_bits & ENCRYPTED:
+                raise UserError(f"{where} is encrypted")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(f"{where} is compressed by method {info.compress_type}, it must be stored or deflated, "
+                                "as NumPy does")
+            with archive.open(info) as stream:
+                header = _read_header(stream)
+                if header.dtype.hasobject or (header.fortran and not fortran):
+                    kind = "holds pickled objects" if header.dtype.hasobject else "is in Fortran order"
+                    raise UserError(f"{where} {kind}, it must be a plain array in C order")
+                if header.size > info.file_size:
+                    raise ValueError("shorter than its header says")
+                yield stream, header
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole array by its name, for statistics: images are read in parts."""
+        with self._array(name, fortran=True) as (stream, header):
+            array = _rows(stream, header.shape[::-1] if header.fortran else header.shape, header.dtype)
+            if stream.read(1):                  # reading to the end also checks the checksum
+                raise ValueError("longer than its header says")
+            return array.T if header.fortran else array
+
+    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """An array (N, ...) by its name, from front to back, `size` rows at a time."""
+        with self._array(name) as (stream, header):
+            for start in range(0, header.shape[0], size):
+                yield _rows(stream, (min(size, header.shape[0] - start), *header.shape[1:]), header.dtype)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of an array."""
+        with self._array(name) as (_, header):
+            return header.shape, header.dtype
+
+    def value(self, name: str, kind: type = object) -> Any:
+        """A single stored word or number by its name, None where the file has none of that name.
+
+        kind: str or int. Raises UserError where the array holds anything else.
+        """
+        if name not in self.members:
+            return None
+        array = self.read(name)
+        if array.size != 1 or not isinstance(array.item(), kind):
+            expected = {str: "word", int: "whole number"}.get(kind, "value")
+            raise UserError(f"{self.path}: {name} must be a single {expected}")
+        return array.item()
+
+
+class BatchFile(ArrayFile):
     """A sample file or a reference batch.
 
     Opening reads headers only, and raises UserError, naming the file, where it is no .npz, where `arr_0` holds
@@ -51,16 +139,8 @@ class BatchFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        super().__init__(path)
         self._statistics: dict[str, Statistics | None] = {}
-        if not self.path.is_file():
-            raise UserError(f"{path}: there is no such file")
-        with self._opened("is not an .npz file") as archive:
-            self.members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        for name, info in self.members.items():
-            if info.file_size > SMALL and info.file_size > MAX_RATIO * max(1, info.compress_size):
-                raise UserError(f"{path}: {name} unpacks {info.compress_size} bytes to {info.file_size}, "
-                                "which no images do")
         self.shape = self._image_shape() if "arr_0" in self.members else (0, 0, 0, 3)
 
     def __len__(self) -> int:
@@ -75,86 +155,54 @@ class BatchFile:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, hexadecimal."""
-        return sha256_of(self.path)
+        with reading(self.path, "cannot be read"):
+            return sha256_of(self.path)
+
+    @property
+    def array_names(self) -> str:
+        """The arrays that there are, in words."""
+        more = f" and {len(self.members) - LISTED} others" if len(self.members) > LISTED else ""
+        return (", ".join(printable(name) for name in list(self.members)[:LISTED]) or "none") + more
+
+    @property
+    def without_images(self) -> str:
+        """A sentence for a file in which there is no arr_0: it names the arrays that there are."""
+        return f"{self.path}: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: {self.array_names}"
 
     def _image_shape(self) -> tuple[int, int, int, int]:
-        shape, dtype = self.header("arr_0")
-        where = f"{self.path}: arr_0 is {_shown(shape)} {dtype}"
-        if dtype != np.uint8:
-            hint = " from 0 to 255, also where they were 0 to 1" if dtype.kind == "f" else ""
-            raise UserError(f"{where}: images must be uint8{hint}")
-        if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-            raise UserError(f"{where}: images must be (N, H, W, 3), RGB, at least one")
-        if max(shape[1:3]) > MAX_SIDE:
-            raise UserError(f"{where}: images may have {MAX_SIDE} pixels a side at most")
-        return shape
-
-    @contextmanager
-    def _opened(self, otherwise: str) -> Iterator[zipfile.ZipFile]:
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
-        except UserError:
-            raise
-        except READ_ERRORS as error:
-            detail = " ".join(str(error).split())[:100]
-            raise UserError(f"{self.path}: {otherwise}{f' ({detail})' if detail else ''}") from None
-
-    @contextmanager
-    def _array(self, name: str) -> Iterator[tuple[io.BufferedIOBase, tuple[int, ...], np.dtype]]:
-        """The bytes of an array after its header, its shape and its type."""
-        with self._opened(f"{name} is damaged") as archive, archive.open(self.members[name]) as stream:
-            shape, fortran_order, dtype = _header(stream)
-            if dtype.hasobject or fortran_order:
-                kind = "holds pickled objects" if dtype.hasobject else "is in Fortran order"
-                raise UserError(f"{self.path}: {name} {kind}, it must be a plain array in C order")
-            if math.prod(shape) * dtype.itemsize > self.members[name].file_size:
-                raise UserError(f"{self.path}: {name} is damaged (shorter than its header says)")
-            yield cast(io.BufferedIOBase, stream), shape, dtype
-
-    def read(self, name: str) -> np.ndarray:
-        """A whole array by its name, for statistics: images are read in parts."""
-        with self._array(name) as (stream, shape, dtype):
-            return _rows(stream, shape, dtype)
-
-    def pieces(self, name: str, size: int) -> Iterator[np.ndarray]:
-        """An array (N, ...) by its name, from front to back, `size` rows at a time."""
-        with self._array(name) as (stream, shape, dtype):
-            for start in range(0, shape[0], size):
-                yield _rows(stream, (min(size, shape[0] - start), *shape[1:]), dtype)
-
-    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and type of an array."""
-        with self._array(name) as (_, shape, dtype):
-            return shape, dtype
-
-    def value(self, name: str) -> Any:
-        """A single stored word or number by its name, None where the file has none of that name."""
-        return self.read(name).item() if name in self.members else None
+        return checked_image_shape(f"{self.path}: arr_0", *self.header("arr_0"))
 
     def batches(self, batch_size: int, ours: slice = slice(None), num_images: int | None = None,
                 ) -> Iterator[tuple[int, np.ndarray]]:
         """The images in batches, as pairs of the index of the first image and the images (n, H, W, 3).
 
         ours: the batches to give, as a slice of their indices. num_images: how many of the first images to read; None:
-        all. The file is read once, from front to back. Raises UserError where the first batch is black.
+        all. The file is read once, from front to back; where the first batch holds nothing above 1, all images are
+        looked at first. Raises UserError where none of them does.
         """
         total = len(self) if num_images is None else num_images
         ranges = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)][ours]
         for indices, images in zip(ranges, self.images(ranges), strict=True):
             if indices.start == 0 and images.max() <= 1:
-                raise UserError(f"{self.path}: the first {len(indices)} images hold nothing above 1: pixels must "
-                                "be 0 to 255, not 0 to 1")
+                self._check_brightness()
             yield indices.start, images
+
+    def _check_brightness(self) -> None:
+        """Raises UserError where no pixel of the whole file is above 1."""
+        step = max(1, BLOCK // math.prod(self.shape[1:]))
+        ranges = (range(start, min(start + step, len(self))) for start in range(0, len(self), step))
+        if all(images.max() <= 1 for images in self.images(ranges)):
+            raise UserError(f"{self.path}: its {len(self)} images hold nothing above 1: pixels must be 0 to 255, not 0 "
+                            "to 1")
 
     def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
         """The images (n, H, W, 3) of each range of indices; the ranges must rise. Nothing else is kept in memory."""
-        with self._array("arr_0") as (stream, shape, dtype):
-            size, position = math.prod(shape[1:]), 0
+        with self._array("arr_0") as (stream, header):
+            size, position = math.prod(header.shape[1:]), 0
             for indices in ranges:
                 _skip(stream, (indices.start - position) * size)
                 position = indices.stop
-                yield _rows(stream, (len(indices), *shape[1:]), dtype)
+                yield _rows(stream, (len(indices), *header.shape[1:]), header.dtype)
 
     def first(self, count: int) -> np.ndarray:
         """The first images (at most `count`, H, W, 3), without reading the rest."""
@@ -200,16 +248,53 @@ class BatchFile:
         return Statistics(*(array.astype(np.float64) for array in arrays))
 
 
+def checked_image_shape(where: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int, int]:
+    """The shape of images (N, H, W, 3), uint8; raises UserError, which begins with `where`, for anything else."""
+    where = f"{where} is {_shown(shape)} {dtype}"
+    if dtype != np.uint8:
+        hint = " from 0 to 255, also where they were 0 to 1" if dtype.kind == "f" else ""
+        raise UserError(f"{where}: images must be uint8{hint}")
+    if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
+        raise UserError(f"{where}: images must be (N, H, W, 3), RGB, at least one")
+    if max(shape[1:3]) > MAX_SIDE:
+        raise UserError(f"{where}: images may have {MAX_SIDE} pixels a side at most")
+    count, height, width, channels = shape
+    return count, height, width, channels
+
+
 def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:
     """The arrays of these names in any .npz file, None for those that it does not have.
 
     Raises UserError, beginning with `otherwise`, where it is no such file, is damaged or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file.get(name) for name in names]
-    except READ_ERRORS as error:
-        raise UserError(f"{otherwise} ({error})") from None
+        file = ArrayFile(path)
+        return [file.read(name) if name in file.members else None for name in names]
+    except UserError as error:
+        raise UserError(f"{otherwise} ({str(error).removeprefix(f'{path}: ')})") from None
+
+
+def read_npy(path: str | Path, otherwise: str = "is no .npy file that can be used", *, flag: str = "") -> np.ndarray:
+    """The array of an .npy file, mapped, so that only what is looked at is read.
+
+    flag: the option that named the file, with its dashes. Raises UserError where the file cannot be read, and, with
+    the words `otherwise`, where it is no such file, is damaged or holds pickled objects.
+    """
+    with reading(path, "cannot be read", flag=flag):
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise OSError("it is a folder" if Path(path).is_dir() else "it is no regular file")
+        with Path(path).open("rb"):
+            pass
+    with reading(path, otherwise, flag=flag), Path(path).open("rb") as stream:
+        header, start = _read_header(stream), stream.tell()
+        if header.dtype.hasobject:
+            raise ValueError("it holds pickled objects")
+        if start + header.size > os.fstat(stream.fileno()).st_size:
+            raise ValueError("it is shorter than its header says")
+        order: Literal["F", "C"] = "F" if header.fortran else "C"
+        if not header.size:
+            return np.empty(header.shape, header.dtype, order)
+        return np.memmap(stream, header.dtype, "r", start, header.shape, order)
 
 
 def read_checked(path: Path) -> dict[str, np.ndarray]:
@@ -217,9 +302,9 @@ def read_checked(path: Path) -> dict[str, np.ndarray]:
 
     Raises FileNotFoundError, or another of READ_ERRORS where the file is damaged or holds pickled objects.
     """
-    with zipfile.ZipFile(path) as archive:          # reading a member to its end checks its checksum
-        return {name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
-                for name in archive.namelist()}
+    path.stat()                                     # raises FileNotFoundError
+    file = ArrayFile(path)
+    return {name: file.read(name) for name in file.members}
 
 
 def is_whole(path: Path, shape: tuple[int, int, int, int]) -> bool:
@@ -228,11 +313,12 @@ def is_whole(path: Path, shape: tuple[int, int, int, int]) -> bool:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 with archive.open(name) as stream:
-                    found, _, dtype = _header(stream)
+                    header = _read_header(stream)
                     size = 0
                     while block := stream.read(BLOCK):
                         size += len(block)
-                    if name == "arr_0.npy" and (found, dtype, size) != (shape, np.uint8, math.prod(shape)):
+                    if name == "arr_0.npy" and (header.shape, header.dtype, size) != (shape, np.uint8,
+                                                                                      math.prod(shape)):
                         return False
     except READ_ERRORS:
         return False
@@ -298,26 +384,56 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is in Fortran order, and type of an array, from the header at the beginning of its file."""
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, where a file is expected")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+
+
+class _Header(NamedTuple):
+    """What the beginning of an array's file says of it."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _read_header(stream: IO[bytes]) -> _Header:
     version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    return read[version](stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version[0]}.{version[1]} of its format is unknown")
+    first = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    header = _Header(*read(stream))
+    if any(side < 0 for side in header.shape) or not header.dtype.itemsize:
+        raise ValueError(f"there is no array of shape {_shown(header.shape)[:60]} and type {str(header.dtype)[:60]}")
+    return header
 
 
-def _rows(stream: io.BufferedIOBase, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _rows(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The next array of this shape; raises EOFError where the file ends too early."""
-    data = bytearray(math.prod(shape) * dtype.itemsize)
-    view, done = memoryview(data), 0
+    data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)        # takes memory only as it is filled
+    view, done = data.data, 0
     while done < len(data):
-        got = stream.readinto(view[done:])
+        got = stream.readinto(view[done:done + BLOCK])  # type: ignore[attr-defined]
         if not got:
             raise EOFError("it ends too early")
         done += got
-    return np.frombuffer(data, dtype).reshape(shape)
+    return data.view(dtype).reshape(shape)
 
 
-def _skip(stream: io.BufferedIOBase, count: int) -> None:
+def printable(name: str) -> str:
+    """A name from an archive as a sentence can bear it."""
+    return "".join(char if char.isprintable() else "?" for char in name[:60])
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
     while count:
         got = len(stream.read(min(count, BLOCK)))
         if not got:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
+import os
+import reprlib
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +23,10 @@ from typing import Any, NoReturn
 from .errors import UserError
 from .places import find_configuration
 
+MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
+
+_log = logging.getLogger(__name__)
 
 Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gave to values that a name stands for
 
@@ -30,6 +36,11 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, min
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
     return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def seed_option(help: str, default: int = 0) -> Any:
+    """A dataclass field of a seed, from 0 to `MAX_SEED`: random numbers differ between any two of these."""
+    return option(default, help, minimum=0, maximum=MAX_SEED)
 
 
 def switch(help: str) -> Any:
@@ -84,7 +95,7 @@ def checked(field: OptionField, value: Any) -> Any:
         return None
     value = _converted(field, value)
     limits = field.metadata
-    shown = f"--{field.name} {value}"
+    shown = f"--{field.name} {value if not isinstance(value, str) else cut(value)}"
     if limits.get("choices") is not None and value not in limits["choices"]:
         raise UserError(f"{shown}: must be one of {', '.join(map(str, limits['choices']))}")
     if limits.get("minimum") is not None and value < limits["minimum"]:
@@ -109,27 +120,56 @@ def parse_bool(text: Any) -> bool:
 
 def _converted(field: OptionField, value: Any) -> Any:
     expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[field.type]
-    refusal = UserError(f"--{field.name} {value!r}: must be {expected}")
+    refusal = UserError(f"--{field.name} {shortened(value)}: must be {expected}")
     try:
         if field.type is bool:
             return parse_bool(value)
         if field.type is str:
             if value is None or isinstance(value, (dict, list)):
                 raise refusal
-            return str(value)
+            return _checked_text(field, str(value))
         if isinstance(value, bool):
             raise refusal
         number = field.type(value)
         if not math.isfinite(number) or (isinstance(value, float) and number != value):
             raise refusal
+    except UserError:
+        raise
     except (TypeError, ValueError, OverflowError):
         raise refusal from None
     return number
 
 
+def _checked_text(field: OptionField, text: str) -> str:
+    """The text, where the operating system could take it for the name of a file."""
+    try:
+        if b"\0" not in os.fsencode(text):
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"--{field.name} {shortened(text)}: must be text without NUL and without half characters")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 500
+
+
+def shortened(value: object) -> str:
+    """`repr(value)`, with an ellipsis in place of what is too long or too deep for a message."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:          # a number of too many digits for Python to write
+        return "a number of thousands of digits"
+
+
+def cut(text: str) -> str:
+    """`text`, with an ellipsis in place of what is too long for a message."""
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)`, or the empty string where nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
@@ -140,18 +180,10 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
     chain: the files that include this one. Raises UserError where a file is missing, holds something else, or
     includes itself.
     """
-    import yaml
+    from .config_files import read_mapping  # here, as help and command lines need no YAML
 
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        within = f" (included by {chain[-1]})" if chain else ""
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}){within}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold option names and values, one a line")
+    content = read_mapping(path, f" (included by {chain[-1]})" if chain else "")
     if not isinstance(content.get(EVALUATION_SECTION, {}), dict):
         raise UserError(f"{EVALUATION_SECTION} in {path}: must hold names and values")
     if "include" not in content:
@@ -160,7 +192,11 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
     if not isinstance(included, str):
         raise UserError(f"include in {path}: must be the name of one file")
     chain = (*chain, path)
-    if (path.parent / included).resolve() in {file.resolve() for file in chain}:
+    try:
+        circle = (path.parent / included).resolve() in {file.resolve() for file in chain}
+    except (OSError, ValueError, RuntimeError):
+        raise UserError(f"include {shortened(included)} in {path}: is no name of a file") from None
+    if circle:
         raise UserError(f"include {included} in {path}: goes round in a circle")
     values = read_yaml(path.parent / included, chain)
     section = {**values.get(EVALUATION_SECTION, {}), **content.get(EVALUATION_SECTION, {})}
@@ -193,6 +229,7 @@ class OptionParser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.classes, self.words, self.defaults = classes, words, dict(defaults or {})
         self.fields = _fields_by_name(classes)
+        self.given: list[str] = []              # the options that the user gave, once they are read
         self.add_argument("--config", metavar="FILE", help="YAML file whose keys are the options below: a path, or the "
                                                           "name of one that comes with this library")
         declared: set[str] = set()
@@ -218,6 +255,30 @@ class OptionParser(argparse.ArgumentParser):
         """Raises UserError, where argparse would end the process."""
         raise UserError(message)
 
+    def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """The values in a configuration, or in the config.json of a training, as this command knows them."""
+        values = read_yaml(path)
+        model, training = values.get("model"), values.get("training")
+        if not (isinstance(model, dict) and isinstance(training, dict)):
+            return values
+        if "data_dir" in self.fields:
+            return {**training, **model}
+        return self._read_training(path, model, training, flags)
+
+    def _read_training(self, path: Path, model: dict[str, Any], training: dict[str, Any],
+                       flags: Mapping[str, Any]) -> dict[str, Any]:
+        """What a command that does not train takes from a training: its network and, unless flags name any, weights."""
+        if "classifier_width" in model:
+            known = {name: value for name, value in model.items() if name.startswith("classifier_")}
+            weights = {"classifier_path": str(path.parent / "model.safetensors")}
+        else:
+            known = {name: value for name, value in model.items() if name != "num_classes" or model.get("class_cond")}
+            weights = {} if {"model", "model_path"} & flags.keys() else {"model": str(path.parent)}
+        taken = {name: value for name, value in {**known, **weights}.items() if name in self.fields}
+        left_out = [name for name in (*training, *model) if name not in taken]
+        _log.info("--config %s: is of a training, whose options %s are left out", path, ", ".join(left_out))
+        return taken
+
     def read(self, argv: Sequence[str] | None, preset: Preset | None = None) -> tuple[list[str], list[Any]]:
         """The words, and one instance of each options class, from `argv` and the `--config` file it may name.
 
@@ -227,11 +288,12 @@ class OptionParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
-            raise UserError(f"{name}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
+            raise UserError(f"{cut(name)}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
-        given = {**(read_yaml(find_configuration(config)) if config else {}), **flags}
+        given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
+        self.given = list(given)
         parsed = fill(given, self.classes, preset, source=str(config), defaults=self.defaults)
         missing = [self.words.name] if self.words and self.words.needed and not words else []
         missing += [f"--{name}" for name, field in self.fields.items() if field.metadata.get("required")
@@ -244,8 +306,13 @@ class OptionParser(argparse.ArgumentParser):
 def parse_options(argv: Sequence[str] | None, *classes: type, description: str = "",
                   preset: Preset | None = None, defaults: Mapping[str, Any] | None = None) -> list[Any]:
     """One instance of each options class from a command line that has no words; see `OptionParser` and its `read`."""
-    parser = OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
-    return parser.read(argv, preset)[1]
+    return options_parser(argv, *classes, description=description, defaults=defaults).read(argv, preset)[1]
+
+
+def options_parser(argv: Sequence[str] | None, *classes: type, description: str = "",
+                   defaults: Mapping[str, Any] | None = None) -> OptionParser:
+    """The parser of a command line that has no words; argv: what it is to read, see `OptionParser`."""
+    return OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
 
 
 def parse_words(argv: Sequence[str] | None, words: Words, *classes: type,
@@ -277,7 +344,7 @@ def fill(given: dict[str, Any], classes: Sequence[type], preset: Preset | None, 
     fields = _fields_by_name(classes)
     for name in given:
         if name not in fields:
-            raise UserError(f"{name} in {source}: no such option{nearest(str(name), fields)}")
+            raise UserError(f"{cut(str(name))} in {source}: no such option{nearest(str(name), fields)}")
     given = {name: checked(fields[name], value) for name, value in given.items()}
     values = {**(defaults or {}), **(preset(given) if preset else {}), **given}
     return [cls(**{f.name: values[f.name] for f in option_fields(cls) if f.name in values}) for cls in classes]

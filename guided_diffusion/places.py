@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -19,10 +20,10 @@ def find_configuration(name: str | Path) -> Path:
     Where there is none, the name as a path, so that whoever opens it can say what is missing.
     """
     given = Path(name)
-    if not given.exists() and not given.is_absolute():
+    if not os.path.exists(given) and not given.is_absolute():
         inner = given.relative_to("configs") if given.parts[:1] == ("configs",) else given
         bundled = configurations() / inner
-        return bundled if bundled.is_file() else given
+        return bundled if os.path.isfile(bundled) else given
     return given
 
 
@@ -33,7 +34,8 @@ def find_bundled(path: str | Path) -> str | Path:
     """
     given = Path(path)
     bundled = PACKAGE.parent / given
-    return bundled if given.parts[:1] == (PACKAGE.name,) and not given.exists() and bundled.is_file() else path
+    ours = given.parts[:1] == (PACKAGE.name,) and not os.path.exists(given) and os.path.isfile(bundled)
+    return bundled if ours else path
 
 
 def command_file(name: str) -> Path:

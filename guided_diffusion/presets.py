@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +16,14 @@ from .checkpoint import read_metadata
 from .errors import UserError
 from .fetch import Download, sha256_of, size_of
 from .options import nearest
+from .stated import statement_of
+from .trainings import best_weights, classifier_beside
 
 MODELS = Path(__file__).parent / "models"
 
 @dataclass(frozen=True)
 class Preset:
-    """A model known by name: one that is bundled, or a released checkpoint."""
+    """A model known by name: one that is bundled, a released checkpoint, or the folder of a training."""
 
     name: str
     kind: str                       # "diffusion", "upsampler" or "classifier"
@@ -31,6 +34,11 @@ class Preset:
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
     licence: str | None = None      # of a released checkpoint, and where to read it
+
+    @property
+    def known(self) -> bool:
+        """Whether the name is one of `preset_names`, and not a place of one's own."""
+        return self.url is not None or self.path is None or is_bundled(self.path)
 
 
 def preset_names() -> list[str]:
@@ -43,14 +51,21 @@ def released_names() -> list[str]:
     return list(_presets()["presets"])
 
 
+def is_bundled(path: str | Path) -> bool:
+    """Whether a file is one of the bundled models."""
+    return Path(path).absolute().parent == MODELS.absolute()
+
+
 def find_preset(name: str) -> Preset:
-    """The model of that name; raises UserError that lists the names there are.
+    """The model of that name, or in that folder of a training; raises UserError that lists the names there are.
 
     A bundled model is a file NAME.safetensors in the package folder models/, its options in the metadata as JSON
     under "config"; its classifier, where there is one, is the model NAME_classifier. presets.yaml says which flags of
     guidance suit it.
     """
     names = preset_names()
+    if name not in names and os.path.exists(name):
+        return _trained(Path(name))
     if name not in names:
         raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
     known = _presets()
@@ -59,14 +74,27 @@ def find_preset(name: str) -> Preset:
     path = MODELS / f"{name}.safetensors"
     if path.is_file():
         classifier = f"{name}_classifier"
-        metadata = read_metadata(path)
-        try:
-            options = json.loads(metadata["config"])
-        except (KeyError, ValueError):
-            raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
+        options = _config_of(path)
         return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
     return Preset(name=name, path=None, guidance=guidance, url=f"{known['url']}{name}.pt",
                   licence=known["licence"], **{"classifier": None, **known["presets"][name]})
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    try:
+        return dict(json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
+
+
+def _trained(place: Path) -> Preset:
+    """The model of a training: its folder, or a file of weights from it."""
+    path = best_weights(place) if place.is_dir() else place
+    kind = kind_of(_config_of(path))
+    stated = statement_of(path, kind)
+    beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None
+    return Preset(str(place), kind, stated.facts if stated else {}, {}, path, None if beside is None else str(beside))
 
 
 def _presets() -> dict[str, Any]:

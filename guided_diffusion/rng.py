@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+from .options import MAX_SEED
+
 IMAGE_STREAMS = {
     "noise": 0,         # of x_T and of each step of a sampler
     "label": 1,         # the class of an image, where --labels is random
@@ -58,9 +61,15 @@ STREAMS = {
 
 
 def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "noise") -> np.random.Generator:
-    """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS."""
-    return np.random.Generator(
-        np.random.Philox(key=[seed % 2**64, image_id], counter=[0, 0, step, IMAGE_STREAMS[stream]]))
+    """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS.
+
+    Raises UserError for a seed outside 0 to 2^64 - 1: it would give the numbers of another seed.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed {seed}: must be at least 0 and at most {MAX_SEED}")
+    key = np.array([seed, image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
+    counter = np.array([0, 0, step, IMAGE_STREAMS[stream]], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:

@@ -3,22 +3,29 @@
 Step s is a function of (seed, s) and of the weights before it. Images, timesteps and noise belong to the global batch
 of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding.
 The output folder holds, each file replaced as a whole:
-    config.json              all options of the run
+    config.json              all options of the run, the names of its classes, and what tells its images from others
     progress.csv             a row for each --log_interval steps
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
     ema_RATE.safetensors     their moving averages
+
+A mistake that one rank finds, a damaged image or a rank that was killed ends the training on all ranks, in the same
+step. What was trained until then is saved first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +37,19 @@ from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
-from .errors import UserError
-from .files import check_folder, write_json
+from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
+from .errors import LostRankError, UserError
+from .fetch import without_secrets
+from .files import reason
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import find_data, holds_idx, load_data
+from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
-from .options import Options, option
+from .options import Options, option, option_fields, seed_option
 from .progress import progress_bar
 from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
+from .train_folder import FIXED, Record, data_digest, locked_folder, read_state
+from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
 from .unet import Encoder
 
 _log = logging.getLogger(__name__)
@@ -46,6 +57,9 @@ _log = logging.getLogger(__name__)
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
 # How a network was run in training; not facts about the weights, which are stored in float32.
 EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
+RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for rank 0 to save what was trained
+
+_loops = itertools.count()
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
 
@@ -57,17 +71,26 @@ class LoopOptions(Options):
     data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
                            "fashion-mnist: where Debian installs it")
     out: str = option("train", "folder that the run is kept in, and goes on from when started again")
-    seed: int = option(0, "seed of the weights, the order of the images and all noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the order of the images and all noise")
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
     batch_size: int = option(1, "images per step and process", minimum=1)
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
+    classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
+                          "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
+                          choices=("", *CLASS_RULES))
+    skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
-    resume_checkpoint: str = option("", "file of weights to start from")
+    resume_checkpoint: str = option("", "modelNNNNNN.pt of an official run, which goes on from step NNNNNN with the "
+                                    "ema and opt files beside it; any other file: its weights, from step 0")
+    init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
+                            "anew where they do not fit")
+    change: str = option("", "options that may differ from those with which the run in --out began, although they "
+                         "change its result, with commas: lr,batch_size")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale per step, in float16", above=0)
     compile: bool = option(False, "compile the network with torch.compile")
 
@@ -75,6 +98,14 @@ class LoopOptions(Options):
         super().__post_init__()
         if self.microbatch == 0:
             raise UserError("--microbatch 0: must be at least 1, or -1 for the whole batch")
+        if self.resume_checkpoint and self.init_from:
+            raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
+                            "which starts the training as well")
+        free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
+        for name in filter(None, self.change.split(",")):
+            if name not in free:
+                raise UserError(f"--change {self.change}: must name options of the training with commas, and "
+                                f"{name!r} is none that can change")
 
     @property
     def total_steps(self) -> int | None:
@@ -211,58 +242,109 @@ class TrainLoop:
     data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
-    Raises UserError where the output folder holds a run with other options, or where a loss is not finite.
+    class_names: of the labels, stored with the weights; None where there are none.
+    Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
+    finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
+    gone.
     """
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
-                 config: dict[str, Any], validation_data: Data | None = None) -> None:
+                 config: dict[str, Any], validation_data: Data | None = None,
+                 class_names: ClassNames | None = None) -> None:
+        self.class_names = class_names
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
-        self._check_same_run()
         self.model = model.to(dist_util.dev()).channels_last().train()
-        dist_util.sync_params(list(model.parameters()))
+        with _collective():
+            dist_util.sync_params(list(model.parameters()))
         self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
-        if options.resume_checkpoint:
-            self._load_weights(options.resume_checkpoint)
-        self.network: Network = torch.compile(self.model) if options.compile else self.model
         self.optimizer = torch.optim.AdamW(
             self.precision.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
         self.ema = {rate: [param.detach().clone() for param in self.precision.master_params]
                     for rate in options.ema_rates}
-        self.step = 0
-        self._load_state()
+        self.warms_up = True                    # whether the averages forget the random start soon
+        self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
+        self._between_steps = True              # whether weights, averages and sampler belong to the same step
+        self._end = dist_util.store(f"training {next(_loops)}")
+        with dist_util.together():
+            self._start()
+        self.network: Network = torch.compile(self.model) if options.compile else self.model
+        self._first = self.step
         self.data = data(self.step)
         validated = -(-self.step // options.validation_interval)
         self.validation_data = validation_data(validated) if validation_data else None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.options.total_steps is not None and self.step >= self.options.total_steps
+
     def run(self) -> None:
         """Trains until the last step, or for ever."""
-        if dist_util.is_main():
-            self._begin_folder()
-        dist_util.barrier()
-        logger = MetricLogger(self.out if dist_util.is_main() else None, resume_step=self.step)
+        if self.finished:
+            _log.info("the training in %s is finished, at step %d: there is nothing to do", self.out, self.step)
+            return
+        with dist_util.together():
+            if dist_util.is_main():
+                self.record.write(self.out)
+            logger = MetricLogger(self.out if dist_util.is_main() else None, resume_step=self.step)
+        try:
+            self._train(logger)
+        except BaseException as error:
+            self._rescue(error)
+            if isinstance(error, LostRankError):
+                raise LostRankError(f"{error}; start the same command again to go on from the last save") from None
+            raise
+
+    def _train(self, logger: MetricLogger) -> None:
         global_batch = self.options.batch_size * dist_util.world_size()
         total = self.options.total_steps
-        start = logged = self.step
-        clock = time.monotonic()
+        logged, clock = self.step, time.monotonic()
         with progress_bar(total and total * global_batch, "training", "img", self.step * global_batch,
                           smoothing=0.05) as progress:
-            while total is None or self.step < total:
-                with _explained_compilation(self.options.compile and self.step == start):
-                    self.run_step(logger)
+            while not self.finished:
+                self.run_step(logger)
                 if (self.step - 1) % self.options.validation_interval == 0:
                     self.validate(logger)
                 progress.update(global_batch)
-                if self.step % self.options.log_interval == 0 or self.step == total:
+                if self.step % self.options.log_interval == 0 or self.finished:
                     images = (self.step - logged) * global_batch
-                    logger.write(self.step, samples=self.step * global_batch,
-                                 images_per_second=images / (time.monotonic() - clock))
+                    with dist_util.together():
+                        logger.write(self.step, samples=self.step * global_batch,
+                                     images_per_second=images / (time.monotonic() - clock))
                     logged, clock = self.step, time.monotonic()
-                if self.step % self.options.save_interval == 0 or self.step == total:
+                if self.step % self.options.save_interval == 0 or self.finished:
                     self.save()
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
+        with dist_util.together(), _explained_compilation(self.options.compile and self.step == self._first):
+            batch, losses = self._descend()
+        with _collective():
+            average_over_ranks(self.precision.collect_gradients())
+        batch, losses = self._gather(batch, losses)
+        rate = self.options.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        logger.add("lr", rate)
+        self._between_steps = False
+        norm = self.precision.step(self.optimizer)
+        if math.isfinite(norm):
+            logger.add("grad_norm", norm)
+            self._update_ema()
+        elif self.precision.lg_loss_scale <= 0:
+            with dist_util.together():      # all ranks find the same; one says so
+                raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step "
+                                f"{self.step}, start again from the last save with a smaller one and --change lr")
+        if self.precision.scaled:
+            logger.add("lg_loss_scale", self.precision.lg_loss_scale)
+        self.sampler.update_with_losses(batch.t, losses["loss"])
+        self._log_losses(logger, "", batch, losses)
+        self.step += 1
+        self._between_steps = True
+
+    def _descend(self) -> tuple[TrainingBatch, dict[str, Tensor]]:
+        """The batch of this rank and its losses, whose gradients the network then has."""
         batch = self._batch(*next(self.data), "training", self.step)
         values = []
         with seeded_torch("dropout", self.options.seed, self.step, dist_util.rank(), device=dist_util.dev()):
@@ -271,24 +353,7 @@ class TrainLoop:
                 losses = self.losses(self.network, part)
                 self.precision.backward((losses["loss"] * part.weights).sum() / len(batch.t))
                 values.append({name: value.detach() for name, value in losses.items()})
-        average_over_ranks(self.precision.collect_gradients())
-        rate = self.options.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        logger.add("lr", rate)
-        norm = self.precision.step(self.optimizer)
-        if math.isfinite(norm):
-            logger.add("grad_norm", norm)
-            self._update_ema()
-        elif self.precision.lg_loss_scale <= 0:
-            raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step {self.step}, "
-                            "start again from the last save with a smaller one")
-        if self.precision.scaled:
-            logger.add("lg_loss_scale", self.precision.lg_loss_scale)
-        batch, losses = self._gather(batch, {name: torch.cat([v[name] for v in values]) for name in values[0]})
-        self.sampler.update_with_losses(batch.t, losses["loss"])
-        self._log_losses(logger, "", batch, losses)
-        self.step += 1
+        return batch, {name: torch.cat([v[name] for v in values]) for name in values[0]}
 
     @torch.no_grad()
     def validate(self, logger: MetricLogger) -> None:
@@ -296,24 +361,49 @@ class TrainLoop:
         if self.validation_data is None:
             return
         index = (self.step - 1) // self.options.validation_interval
-        batch = self._batch(*next(self.validation_data), "validation", index)
-        self.model.eval()
-        parts = [self.losses(self.model, part.to(dist_util.dev())) for part in batch.split(self.options.microbatch)]
-        self.model.train()
+        with dist_util.together():
+            batch = self._batch(*next(self.validation_data), "validation", index)
+            self.model.eval()
+            parts = [self.losses(self.model, part.to(dist_util.dev()))
+                     for part in batch.split(self.options.microbatch)]
+            self.model.train()
         self._log_losses(logger, "val_", *self._gather(batch, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}))
 
     def save(self) -> None:
         """Writes the weights, and last the state that a restart goes on from."""
-        if dist_util.is_main():
-            facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
-            metadata = {"config": json.dumps(facts), "step": str(self.step)}
-            weights = {"model": self._named(self.precision.master_params),
-                       **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
-            for name, tensors in weights.items():
-                checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
-            tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
-            checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
-        dist_util.barrier()
+        with dist_util.together():
+            if dist_util.is_main():
+                self._write()
+
+    def _write(self) -> None:
+        facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
+        metadata = {"config": json.dumps(facts), "step": str(self.step)}
+        if self.class_names is not None:
+            metadata[KEY] = json.dumps(self.class_names.to_json())
+        weights = {"model": self._named(self.precision.master_params),
+                   **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
+        for name, tensors in weights.items():
+            checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
+        tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
+        checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
+        self.saved = self.step
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves, on rank 0, what was trained before an error; other ranks wait for that, as launchers end them all."""
+        if not dist_util.is_main():
+            if isinstance(error, Exception):
+                with contextlib.suppress(RuntimeError):         # rank 0 is lost
+                    self._end.wait(["saved"], RESCUE)
+            return
+        try:
+            if self._between_steps and self.step > max(self.saved, self._first):
+                self._write()
+                _log.info("what was trained until step %d is saved in %s", self.step, self.out)
+        except Exception as fault:                              # of the two errors, the first one matters
+            _log.warning("what was trained after step %d cannot be saved (%s)", max(self.saved, 0), reason(fault))
+        finally:
+            with contextlib.suppress(RuntimeError):
+                self._end.set("saved", "")
 
     def _batch(self, images: Tensor, cond: dict[str, Tensor], purpose: str, index: int) -> TrainingBatch:
         """Draws t and weights for a global batch, noise image by image, and returns the part of this rank.
@@ -332,7 +422,8 @@ class TrainLoop:
     @torch.no_grad()
     def _update_ema(self) -> None:
         for rate, average in self.ema.items():
-            update_ema(average, self.precision.master_params, min(rate, (1 + self.step) / (10 + self.step)))
+            now = min(rate, (1 + self.step) / (10 + self.step)) if self.warms_up else rate
+            update_ema(average, self.precision.master_params, now)
 
     def _gather(self, batch: TrainingBatch, losses: dict[str, Tensor]) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The t and weights, and the losses, of the global batch, on the CPU."""
@@ -340,7 +431,8 @@ class TrainLoop:
         if dist_util.world_size() > 1:
             rows = rows.to(dist_util.dev())
             pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
-            dist.all_gather(pieces, rows)
+            with _collective():
+                dist.all_gather(pieces, rows)
             rows = torch.cat(pieces, dim=1).cpu()
         return replace(batch, t=rows[0].long(), weights=rows[1]), dict(zip(losses, rows[2:], strict=True))
 
@@ -363,27 +455,53 @@ class TrainLoop:
                    for key, value in self.optimizer.state[param].items()}
         sampler = {f"sampler/{name}": value for name, value in self.sampler.state_dict().items()}
         loop = {"loop/step": torch.tensor(self.step),
-                "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64)}
+                "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64),
+                "loop/ema_warmup": torch.tensor(self.warms_up)}
         return {**moments, **sampler, **loop}
 
-    def _load_weights(self, path: str) -> None:
-        state, expected = checkpoint.load_state_dict(path), self.model.state_dict()
-        wrong = [name for name in {**expected, **state}
-                 if name not in state or name not in expected or state[name].shape != expected[name].shape]
-        if wrong:
-            raise UserError(f"--resume_checkpoint {path}: does not fit the network, {len(wrong)} of its weights differ "
-                            f"in name or shape ({wrong[0]} first)")
-        self.model.load_state_dict(state)
-        self._fill(self.precision.master_params, state)
-
-    def _load_state(self) -> None:
+    def _start(self) -> None:
+        """Reads what the folder holds, or what the options name where it is new; says which."""
         path = self.out / "state.safetensors"
-        if not path.exists():
-            return
-        groups: dict[str, dict[str, Tensor]] = {}
-        for key, value in checkpoint.load_state_dict(path).items():
-            kind, name = key.split("/", 1)
-            groups.setdefault(kind, {})[name] = value
+        before = Record.read(self.out)
+        self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
+                             data_digest(self.options.data_dir) if dist_util.is_main() else None,
+                             None if self.class_names is None else self.class_names.to_json())
+        if path.exists():
+            said = self.record.continues(before, self.out) if before and dist_util.is_main() else []
+            self._take_state(path)
+            said.append(f"going on from step {self.step}, saved in {self.out}")
+        else:
+            said = [*self._take_start().said]
+        for line in said:
+            _log.info("%s", line)
+
+    def _take_start(self) -> Start:
+        shapes, options = weight_shapes(self.model.state_dict()), self.options
+        if options.init_from:
+            start = from_weights(options.init_from, shapes)
+        elif options.resume_checkpoint:
+            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates)
+        else:
+            return Start({})
+        if options.total_steps is not None and start.step >= options.total_steps:
+            raise UserError(f"--resume_checkpoint {without_secrets(options.resume_checkpoint)}: is at step "
+                            f"{start.step} already, and the training ends at step {options.total_steps}; let it end "
+                            "later")
+        self._fill(self.precision.master_params, start.weights)
+        self.precision.copy_to_model()
+        for rate, average in self.ema.items():
+            self._fill(average, start.averages.get(rate, self._named(self.precision.master_params)))
+        if start.moments:
+            self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
+                                for name, value in values.items()})
+        self.step, self.warms_up = start.step, not start.official
+        counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
+        differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
+                     for name, value in counted.items() if start.recipe.get(name, value) != value]
+        return replace(start, said=[*start.said, *differing])
+
+    def _take_state(self, path: Path) -> None:
+        groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
         self._fill(self.precision.master_params, groups["model"])
         self.precision.copy_to_model()
         for rate, average in self.ema.items():
@@ -391,42 +509,32 @@ class TrainLoop:
         if "optimizer" in groups:           # else every step so far has overflowed
             self._load_moments(groups["optimizer"])
         self.sampler.load_state_dict(groups.get("sampler", {}))
-        self.step = int(groups["loop"]["step"])
         self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
-        _log.info("going on from step %d, saved in %s", self.step, self.out)
+        self.warms_up = bool(groups["loop"].get("ema_warmup", True))
+        self.saved = self.step
 
-    def _load_moments(self, values: dict[str, Tensor]) -> None:
+    def _state_shapes(self) -> dict[str, Shapes]:
+        """What a state of this training holds: the shapes by kind and name."""
+        weights = weight_shapes(self._named(self.precision.master_params))
+        moments = {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in weights.items()}
+        averages: dict[str, Shapes] = {f"ema_{rate:g}": weights for rate in self.ema}
+        return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights, **averages,
+                "optimizer": {**moments, **{f"step/{name}": () for name in weights}},
+                "sampler": weight_shapes(self.sampler.state_dict())}
+
+    def _load_moments(self, values: Mapping[str, Tensor]) -> None:
         """Copies the moments into the layout of the parameters, which the fused optimiser takes for granted."""
         for name, param in self._named(self.precision.master_params).items():
             moments = {key: torch.empty_like(param, requires_grad=False).copy_(values[f"{key}/{name}"])
                        for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[param] = {"step": values[f"step/{name}"].to(param.device), **moments}
+            self.optimizer.state[param] = {"step": values[f"step/{name}"].to(param.device, copy=True), **moments}
 
     @torch.no_grad()
-    def _fill(self, tensors: Sequence[Tensor], values: dict[str, Tensor]) -> None:
+    def _fill(self, tensors: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
+        """Copies the values by name into the tensors of the weights; those that are missing stay."""
         for name, tensor in zip(self.precision.names, tensors, strict=True):
-            tensor.copy_(values[name])
-
-    def _begin_folder(self) -> None:
-        record = {"model": self.config, "training": asdict(self.options)}
-        check_folder("--out", self.out)
-        write_json(self.out / "config.json", record, sync=True)
-
-    def _check_same_run(self) -> None:
-        """Raises UserError where the output folder's run differs in what its state depends on."""
-        path = self.out / "config.json"
-        if not path.exists():
-            return
-        try:
-            saved = json.loads(path.read_text())
-            before = {**saved["training"], **saved["model"]}
-        except (OSError, ValueError, TypeError, KeyError):
-            raise UserError(f"--out {self.out}: its config.json is not one of a training, name another") from None
-        now = {**asdict(self.options), **self.config}
-        for name in [*self.config, "schedule_sampler", "ema_rate"]:
-            if name in before and name in now and before[name] != now[name]:
-                raise UserError(f"--{name} {now[name]}: the run in {self.out} has {before[name]}, give that one or "
-                                "another --out")
+            if name in values:
+                tensor.copy_(values[name])
 
 
 @torch.no_grad()
@@ -455,6 +563,19 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    """Turns the failure of a collective operation into LostRankError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not dist.is_initialized():
+            raise
+        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
+
+
+@contextlib.contextmanager
 def _explained_compilation(active: bool) -> Iterator[None]:
     try:
         yield
@@ -463,8 +584,8 @@ def _explained_compilation(active: bool) -> Iterator[None]:
     except Exception as error:
         if not active:
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({reason})") from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({first_line})") from error
 
 
 # What is trained
@@ -474,16 +595,22 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
     config = {**asdict(model_options), **asdict(diffusion_options)}
-    with seeded_torch("weights", options.seed):
-        model = build_model(model_options)
-    diffusion = build_diffusion(diffusion_options)
-    sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-    data = _numbered_data(options, config, options.data_dir, model_options.class_cond)
+    with dist_util.together():
+        with seeded_torch("weights", options.seed):
+            model = build_model(model_options)
+        diffusion = build_diffusion(diffusion_options)
+        sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
+        images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+        images.check_classes(model_options.num_classes)
+    data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
-    TrainLoop(model, losses, sampler, data, options, config).run()
+    with locked_folder(options.out):
+        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
+    averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
+    _say_files(options.out, ["model", *averages], f"image_sample.py --model {shlex.quote(options.out)}")
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -491,22 +618,37 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
     dist_util.setup_dist()
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
-    with seeded_torch("weights", options.seed):
-        classifier = build_classifier(classifier_options)
-    diffusion = build_diffusion(diffusion_options)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         t = batch.t if options.noised else torch.zeros_like(batch.t)
         x = diffusion.q_sample(batch.images, t, noise=batch.noise) if options.noised else batch.images
         return classification_losses(network(x, diffusion.model_timesteps(t)), batch.cond["y"])
 
-    data = _numbered_data(options, config, options.data_dir, True)
     validation = None
-    if options.val_data_dir:
-        split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-        validation = _numbered_data(options, config, options.val_data_dir, True, split=split, random_flip=False,
-                                    random_crop=False)
-    TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation).run()
+    with dist_util.together():
+        with seeded_torch("weights", options.seed):
+            classifier = build_classifier(classifier_options)
+        diffusion = build_diffusion(diffusion_options)
+        images = _images(options, config, options.data_dir, True, known=_known_names(options))
+        images.check_classes(classifier_options.num_classes)
+        names = images.class_names
+        if options.val_data_dir:
+            split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
+            held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+            _check_validation(options, held_out, names, classifier_options.num_classes)
+            validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+    data = _numbered_data(options, images)
+    with locked_folder(options.out):
+        TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
+                  names).run()
+    weights = shlex.quote(str(Path(options.out) / "model.safetensors"))
+    _say_files(options.out, ["model"], f"classifier_sample.py --model DIFFUSION_RUN --classifier_path {weights}")
+
+
+def _say_files(out: str, names: Sequence[str], command: str) -> None:
+    """Logs the files of a finished training, and the command that samples with them."""
+    _log.info("weights: %s", ", ".join(str(Path(out) / f"{name}.safetensors") for name in names))
+    _log.info("to sample: python scripts/%s", command)
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -519,21 +661,41 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
             "acc@1": hits[:, 0].float(), "acc@5": hits.any(dim=1).float()}
 
 
-def _numbered_data(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool,
-                   **changes: Any) -> Data:
-    """Batches of `data_dir` by first batch; raises UserError for data that is not there."""
+def _known_names(options: LoopOptions) -> ClassNames | None:
+    """The classes, where the run that goes on here or the weights that it starts from have them."""
+    names = names_of_run(Path(options.out))
+    if names is None and options.resume_checkpoint:
+        with contextlib.suppress(UserError):          # of a file that cannot be read, which says so when it is loaded
+            names = stored_names(options.resume_checkpoint)
+    return names
+
+
+def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
+            known: ClassNames | None, split: str = "train") -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
     if not data_dir:
         raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    arguments = {
-        "data_dir": data_dir, "batch_size": options.batch_size, "image_size": config["image_size"],
-        "class_cond": class_cond, "in_channels": config["in_channels"], "random_flip": options.random_flip,
-        "random_crop": options.random_crop, "seed": options.seed, "rank": dist_util.rank(),
-        "world_size": dist_util.world_size(), **changes}
+    frame = (config["in_channels"], config["image_size"], config["image_size"])
+    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                       skip_damaged=options.skip_damaged)
 
-    def batches(start: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for images, cond in load_data(**arguments, start_batch=start):
-            if class_cond and int(cond["y"].max()) >= config["num_classes"]:
-                raise UserError(f"--num_classes {config['num_classes']}: {data_dir} has more classes")
-            yield images, cond
 
-    return batches
+def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,
+                      num_classes: int) -> None:
+    """Raises UserError where the validation images have other classes, or numbers of other kind."""
+    if (images.class_names is None) != (names is None):
+        named, numbered = (options.data_dir, options.val_data_dir) if names else (options.val_data_dir,
+                                                                                  options.data_dir)
+        raise UserError(f"--val_data_dir {options.val_data_dir}: cannot be validated on, as the classes of {named} "
+                        f"have names, and those of {numbered} have numbers only")
+    if images.labels is not None and int(images.labels.max()) >= num_classes:
+        raise UserError(f"--val_data_dir {options.val_data_dir}: has the class {images.labels.max()}, must be at most "
+                        f"{num_classes - 1}, as --num_classes is {num_classes}")
+
+
+def _numbered_data(options: LoopOptions, images: TrainingImages) -> Data:
+    """Batches of images by first batch."""
+    plan = BatchPlan(images.count, batch_size=options.batch_size, seed=options.seed, shuffle=True,
+                     flip=options.random_flip, crop=options.random_crop, rank=dist_util.rank(),
+                     world_size=dist_util.world_size())
+    return functools.partial(images.batches, plan)

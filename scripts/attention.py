@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 from evaluations.attention.study import AttentionOptions, study_attention
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options = parse_options(argv, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     print(study_attention(*options))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
@@ -18,6 +18,7 @@ from guided_diffusion.runs.options import preset_values
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, model, diffusion, *methods = parse_options(
         argv, BenchmarkOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=lambda given: preset_values({"model": "fmnist32", **given}))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
@@ -23,16 +23,19 @@ class ConvertOptions(Options):
     """The checkpoint to write."""
 
     out: str = required("file to write, .safetensors or .pt")
+    checkpoint_entry: str = option("", "entry of a file that wraps several, like ema or model; unset: the moving "
+                                   "average, if it has one")
     dtype: str = option("float16", "type of its numbers, where they are no whole numbers", choices=tuple(DTYPES))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     files, (options,) = parse_words(argv, Words("CHECKPOINT", "checkpoint to read, .pt or .safetensors", needed=True),
                                     ConvertOptions, description=__doc__)
     if len(files) > 1:
         raise UserError(f"{len(files)} checkpoints given: name one")
-    dtype, weights = DTYPES[options.dtype], load_state_dict(files[0])
+    dtype, weights = DTYPES[options.dtype], load_state_dict(files[0], entry=options.checkpoint_entry)
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_state(options.out, converted, read_metadata(files[0]))
     print(f"checkpoint: {options.out}")

@@ -13,28 +13,33 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 # ".*" means the package and all that is in it.
 FLOORS = [
     # guided_diffusion: what one imports
-    ["guided_diffusion." + name for name in ("errors", "places", "version")],
+    ["guided_diffusion." + name for name in ("config_files", "errors", "launchers", "places", "version")],
     ["guided_diffusion." + name for name in (
-        "options", "files", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch", "pictures")],
+        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
+        "pictures", "image_files")],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
     ["guided_diffusion.terms"],
     ["guided_diffusion.sampling"],
     ["guided_diffusion.gaussian_diffusion", "guided_diffusion.respace"],
     ["guided_diffusion.build"],
-    ["guided_diffusion.facts"],
+    ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
+    ["guided_diffusion.stated"],
+    ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (
-        "fp16_util", "image_datasets", "logger", "resample", "train_util", "depth.*")],
+        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_start", "train_util",
+        "depth.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion"],
     # evaluations: what measures
     ["evaluations"],
     ["evaluations.metrics.*"],
-    ["evaluations." + name for name in ("features", "references", "plots", "memory", "depth_errors")],
+    ["evaluations." + name for name in (
+        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference")],
     ["evaluations.attention.*", "evaluations.depth.*"],

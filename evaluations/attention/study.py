@@ -33,7 +33,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -74,7 +74,7 @@ class AttentionOptions(Options):
     batch_size: int = option(16, "images at a time", minimum=1)
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
                                    "class, or a .npy file of one for each image")
-    seed: int = option(0, "seed of noise and labels", minimum=0)
+    seed: int = seed_option("seed of noise and labels")
     use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
     threshold: float = option(1.0, "psi of overlays and frequencies: a token is masked if it receives more than this, "
                               "where 1 is average", minimum=0)
@@ -84,7 +84,7 @@ class AttentionOptions(Options):
     objects: str = option("", f"real images with objects: an .npz (arr_0 images, mask: not 0 on objects, arr_1 labels "
                           f"if there are), or {SCENES}, rendered ones; unset: {SCENES} for --model {BUNDLED_SCENES}, "
                           "for others none")
-    object_seed: int = option(1, f"seed of the {SCENES}; the bundled model was trained on those of 0", minimum=0)
+    object_seed: int = seed_option(f"seed of the {SCENES}; the bundled model was trained on those of 0", default=1)
     object_steps: str = option("", "respaced steps that real images are noised to; unset: those of --steps")
     bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
     out: str = option("runs/attention", "folder for figures, tables and summary")

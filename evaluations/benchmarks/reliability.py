@@ -22,7 +22,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import check_folder
-from guided_diffusion.options import option
+from guided_diffusion.options import option, seed_option
 from guided_diffusion.runs.shards import Shards
 
 from ..memory import MIB, process_peak
@@ -39,7 +39,7 @@ class ReliabilityOptions(JobOptions):
     what: str = option("sampling", "the jobs that are killed", choices=JOBS)
     kills: int = option(20, "number of kills", minimum=1)
     ranks: int = option(2, "ranks of each job", minimum=1)
-    seed: int = option(0, "seed of the moments and of the ranks that are killed", minimum=0)
+    seed: int = seed_option("seed of the moments and of the ranks that are killed")
     out: str = option("runs/reliability", "folder for the jobs: each kind in a new folder there")
     pack_images: int = option(0, "instead of kills: pack so many random images of 128x128 and tell the peak memory",
                               minimum=0)

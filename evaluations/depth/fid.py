@@ -22,7 +22,7 @@ from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from ..features import feature_folder
@@ -38,7 +38,7 @@ class DepthFidOptions(Options):
                               "units of the files")
     num_images: int | None = option(None, "only the first so many maps of each sample file; unset: all", minimum=2)
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = option(0, "seed of the resamplings", minimum=0)
+    seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 
 
@@ -151,7 +151,8 @@ def in_words(results: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for result in results:
         low, high = result.get("intervals95", {}).get("dfid", (None, None))
-        interval = "" if low is None else f"   (95 %: {low:.6g} to {high:.6g})"
-        lines += [f"sample: {result['sample']['file']}, {result['sample']['images']} depth maps",
+        count = result["sample"]["images"]
+        interval = "" if low is None else f"   (95 %, of dFID of {count} depth maps: {low:.6g} to {high:.6g})"
+        lines += [f"sample: {result['sample']['file']}, {count} depth maps",
                   f"dFID: {result['metrics']['dfid']}{interval}"]
     return "\n".join(lines)

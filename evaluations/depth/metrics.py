@@ -15,11 +15,21 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 
 from ..extractors.depth import DepthExtractor, check_scenes
-from ..metrics import METRICS, Comparison, FeatureSet, FileFeatures, Replicates, Statistic, resampled_mean, resamplings
+from ..image_sets import open_images
+from ..metrics import (
+    METRICS,
+    Comparison,
+    FeatureSet,
+    FileFeatures,
+    Replicates,
+    Statistic,
+    bootstrap_interval,
+    resampled_mean,
+    resamplings,
+)
 from ..metrics.comparison import Feature
 from ..references import open_reference
 
@@ -32,7 +42,7 @@ class DepthMetricsOptions(Options):
 
     num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
     bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
-    seed: int = option(0, "seed of the resamplings", minimum=0)
+    seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 
 
@@ -92,12 +102,13 @@ def _replicates(statistic: Statistic, drawn: np.ndarray) -> Replicates:
 
 
 def _described(word: str, number: Replicates, difference: Replicates | None) -> dict[str, Any]:
-    low, high = number.interval
+    low, high = bootstrap_interval(number.values, number.estimate)
     described = {"value": number.estimate, "interval95": [max(0.0, low), high]}     # none of them can be negative
     if difference is None:
         return described
-    return {**described, "difference": difference.estimate, "difference95": list(difference.interval),
-            "verdict": METRICS[word].direction.verdict(*difference.interval)}
+    bounds = bootstrap_interval(difference.values, difference.estimate)
+    return {**described, "difference": difference.estimate, "difference95": list(bounds),
+            "verdict": METRICS[word].direction.verdict(*bounds)}
 
 
 def markdown(results: Mapping[str, dict[str, Any]], real: dict[str, Any]) -> str:
@@ -139,7 +150,7 @@ def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsO
     Raises UserError for files that do not hold scenes, and where `--json` cannot be written.
     """
     check_writable("--json", options.json)
-    files = {name: BatchFile(name) for name in samples}
+    files = {name: open_images(name) for name in samples}
     for file in files.values():
         check_scenes(file, options.num_images)
     extractor = DepthExtractor()

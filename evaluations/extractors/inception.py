@@ -254,6 +254,8 @@ class InceptionExtractor:
         self.fingerprint, self.caveat = weights.sha256, size_caveat(weights.size)
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.settings = {"backend": "torch", "dtype": dtype, "resize": f"bilinear as TensorFlow, {IMAGE_SIZE}",
+                         "channels_last": channels_last}
         try:
             self.model = Inception(weights.tensors).eval()
         except UserError as error:

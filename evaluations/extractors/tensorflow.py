@@ -36,6 +36,8 @@ class TensorflowExtractor:
             raise UserError(f"--inception {path}: TensorFlow needs the graph itself, {FILE_NAME}")
         content = read_graph(path)
         self.fingerprint, self.caveat = hashlib.sha256(content).hexdigest(), size_caveat(len(content))
+        self.settings = {"backend": "tensorflow", "dtype": "float32", "resize": "the graph's own",
+                         "tensorflow": str(tf.__version__)}
         graph_def = tf.GraphDef()
         with tf.Graph().as_default() as graph:
             self._images = tf.placeholder(tf.float32, [None, None, None, 3])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 
 from .bundled import IMAGE_SIZE, channels_last
 from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
@@ -33,7 +33,7 @@ class FashionMnistTrainingOptions(Options):
     lr: float = option(0.1, "learning rate at its peak, after the first epoch; it falls to 0 as a cosine", above=0)
     weight_decay: float = option(5e-4, "weight decay of SGD", minimum=0)
     max_shift: int = option(2, "largest random shift of an image, in pixels, along each axis", minimum=0, maximum=2)
-    seed: int = option(0, "seed of initial weights, order and augmentation", minimum=0)
+    seed: int = seed_option("seed of initial weights, order and augmentation")
 
 
 def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistClassifier:

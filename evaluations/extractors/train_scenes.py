@@ -17,7 +17,7 @@ from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pixels import from_uint8
 
 from ..depth_errors import depth_errors
@@ -42,7 +42,7 @@ class ScenesTrainingOptions(Options):
     weight_decay: float = option(0.02, "weight decay of AdamW", minimum=0)
     edge_weight: float = option(1.0, "weight of the L1 error of the differences between neighbouring pixels", minimum=0)
     class_weight: float = option(0.1, "weight of the cross entropy of the kinds", minimum=0)
-    seed: int = option(0, "seed of initial weights, order and mirroring", minimum=0)
+    seed: int = seed_option("seed of initial weights, order and mirroring")
 
 
 def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:

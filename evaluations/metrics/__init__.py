@@ -26,6 +26,7 @@ from .neighbours import (
     precision_recall,
 )
 from .registry import METRICS, FromReference, Metric, Resampled
+from .subsets import subset_coverage, subset_recall, subset_replicates
 from .verdicts import BETTER, EQUAL, HIGHER, LOWER, WORSE, Direction
 
 # Earlier names, which scripts outside this repository use.
@@ -37,5 +38,5 @@ __all__ = [
     "Resampled", "RunningStatistics", "Statistic", "bootstrap", "bootstrap_interval", "density_coverage",
     "feature_statistics", "frechet_distance", "inception_score", "inside", "interval", "kid", "manifold_membership",
     "neighbourhoods", "precision_recall", "resampled_frechet_distance", "resampled_inception_score", "resampled_kid",
-    "resampled_mean", "resamplings",
+    "resampled_mean", "resamplings", "subset_coverage", "subset_recall", "subset_replicates",
 ]

@@ -56,11 +56,12 @@ def resamplings(sizes: int | Sequence[int], replicates: int, seed: int = 0) -> n
 def bootstrap_interval(values: np.ndarray, estimate: float, level: float = 0.95) -> Interval:
     """Returns the interval that `bootstrap` describes, from replicates (B,) of a number that is `estimate`.
 
+    Quantiles are those that a further replicate would lie below: interpolated ones are too narrow for few replicates.
     Raises UserError for a level outside (0, 1).
     """
     if not 0 < level < 1:
         raise UserError(f"level {level}: must be between 0 and 1")
-    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2]) + estimate
+    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2], method="weibull") + estimate
     return Interval(float(low), float(high))
 
 
@@ -75,16 +76,25 @@ class Replicates(NamedTuple):
         return Replicates(self.estimate - other.estimate, self.values - other.values)
 
     @property
-    def interval(self) -> Interval:
-        """The 95 % interval."""
+    def interval(self) -> Interval | None:
+        """The 95 % interval; None where there is none that keeps its promise, which values of NaN say."""
+        if not np.isfinite(self.values).all() or not np.isfinite(self.estimate):
+            return None
         return bootstrap_interval(self.values, self.estimate)
+
+
+def bootstrap_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
+                         seed: int) -> Replicates:
+    """Returns a number with the values of `statistic` for resampled images; arguments and errors as of `bootstrap`."""
+    return Replicates(estimate, statistic(resamplings(sizes, replicates, seed)))
 
 
 def resampled_mean(values: np.ndarray) -> Statistic:
     """Returns the statistic of the mean of (N,) values, one for each image.
 
-    It serves precision, recall, density and coverage, by the fields of `Neighbourhoods` or the results of
-    `manifold_membership`. The balls stay as they are; only the images that are tested against them are resampled.
+    It serves precision and density, by the fields of `Neighbourhoods` or the results of `manifold_membership`: their
+    balls are those of the reference and stay. It does not serve recall and coverage, which are means over the
+    reference images and move with the samples: see `subset_replicates`.
     """
     values = np.asarray(values, np.float64)
 

@@ -92,15 +92,20 @@ class Balls:
 
     nearest: the result of `nearest_neighbours`, if it is known. surely, possibly: (n,) float32; a squared distance of
     at most `surely` in float32 is inside, one of more than `possibly` is outside, whatever the round-off was. below:
-    slightly less than the squared radii, so that ties stay out in all likelihood.
+    slightly less than the squared radii, so that ties stay out in all likelihood, where float32 is enough.
     """
 
     def __init__(self, points: Points, k: int, nearest: np.ndarray | None = None) -> None:
         self.k = k
         self.squared_radii = (nearest_neighbours(points, k) if nearest is None else nearest)[:, k]
-        margin = _margin(points.squares, self.squared_radii, points.centred.shape[1], np.float32)
+        margin = comparison_margin(points, self.squared_radii)
         self.surely, self.possibly = self.squared_radii - margin, self.squared_radii + margin
         self.below = self.squared_radii - margin / 16
+
+
+def comparison_margin(points: Points, squared_radii: np.ndarray) -> np.ndarray:
+    """Bounds how wrong float32 can compare squared distances with these squared radii around the points, (n,)."""
+    return _margin(points.squares, squared_radii, points.centred.shape[1], np.float32)
 
 
 def _margin(squares: np.ndarray, squared_radii: np.ndarray, channels: int, dtype: type) -> np.ndarray:
@@ -166,6 +171,38 @@ def _within_precisely(points: Points, centres: Points, balls: Balls) -> np.ndarr
         if inside.all():
             break
     return inside
+
+
+def strictly_within(centres: Points, balls: Balls, chosen: np.ndarray, points: Points, close: np.ndarray) -> np.ndarray:
+    """Finds in float64 which close pairs are nearer than the ball's radius, (n, M) bool; ties are not.
+
+    chosen: (n,) indices of the balls. close: (n, M) bool, the pairs in question. Products decide first, with their
+    round-off; what is left is decided by differences, which are the same for a pair of equal distance.
+    """
+    is_near = np.zeros(len(centres.centred), bool)
+    for rows, squared in squared_distances(centres.take(chosen), centres):
+        is_near |= (squared <= balls.possibly[chosen[rows], None]).any(axis=0)
+    near, columns = np.flatnonzero(is_near), np.flatnonzero(close.any(axis=0))
+    middle = centres.precise(chosen)
+    to_centres = _squared_distances_float64(middle, centres.precise(near))
+    squared_radii = np.maximum(np.partition(to_centres, balls.k, axis=1)[:, balls.k], 0)
+    margin = _margin(np.einsum("ij,ij->i", middle, middle), squared_radii, middle.shape[1], np.float64)
+    squared = _squared_distances_float64(middle, points.precise(columns))
+    within = np.zeros(close.shape, bool)
+    within[:, columns] = close[:, columns] & (squared < (squared_radii - margin)[:, None])
+    is_open = close[:, columns] & (abs(squared - squared_radii[:, None]) <= margin[:, None])
+    for row in np.flatnonzero(is_open.any(axis=1)):
+        undecided = columns[is_open[row]]
+        at_radius = near[abs(to_centres[row] - squared_radii[row]) <= 2 * margin[row]]
+        nearer = np.count_nonzero(to_centres[row] < squared_radii[row] - 2 * margin[row])
+        own = centres.given[chosen[row]].astype(np.float64)
+        radius = np.sort(_squared_lengths(centres.given[at_radius] - own))[balls.k - nearer]
+        within[row, undecided] = _squared_lengths(points.given[undecided] - own) < radius
+    return within
+
+
+def _squared_lengths(differences: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,ij->i", differences, differences)
 
 
 def _squared_distances_float64(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -8,8 +8,17 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 
-from .arrays import check_k, checked_pair
-from .distances import Balls, Membership, centred_points, lengths, nearest_neighbours, squared_distances
+from .arrays import check_k, checked_pair, slices
+from .distances import (
+    Balls,
+    Membership,
+    Points,
+    centred_points,
+    lengths,
+    nearest_neighbours,
+    squared_distances,
+    strictly_within,
+)
 from .official import official_membership
 
 
@@ -65,25 +74,32 @@ def density_coverage(reference: np.ndarray, sample: np.ndarray, k: int = 5) -> t
 
     reference: (N, D), sample: (M, D), N and M at least k + 1. Balls reach from each reference image to its k-th
     neighbour, boundary excluded as in the authors' code: identical sets have density 1 and coverage 1.
-    Raises UserError as `precision_recall`.
+    Pairs that are too close for float32 are decided in float64. Raises UserError as `precision_recall`.
     """
     real, generated = centred_points(*checked_pair(reference, sample, k))
-    counts = _BallCounts(Balls(real, k), len(generated.centred))
+    counts = _BallCounts(real, Balls(real, k), generated)
     for rows, squared in squared_distances(real, generated):
         counts.update(rows, squared)
     return float(counts.density.mean() / k), float(counts.covered.mean())
 
 
 class _BallCounts:
-    """How many reference balls hold each sample, and which of them hold one."""
+    """How many reference balls hold each sample, and which of them hold one, as float64 decides."""
 
-    def __init__(self, balls: Balls, samples: int) -> None:
-        self.balls = balls
-        self.density, self.covered = np.zeros(samples), np.zeros(len(balls.below), bool)
+    def __init__(self, centres: Points, balls: Balls, samples: Points) -> None:
+        self.centres, self.balls, self.samples = centres, balls, samples
+        self.density, self.covered = np.zeros(len(samples.centred)), np.zeros(len(centres.centred), bool)
 
     def update(self, rows: slice, squared: np.ndarray) -> None:
         """Takes in squared distances of those reference images from all samples."""
-        within = squared < self.balls.below[rows, None]
+        within = squared < self.balls.surely[rows, None]
+        close = squared <= self.balls.possibly[rows, None]
+        close &= ~within
+        open_rows = np.flatnonzero(close.any(axis=1))
+        for part in slices(len(open_rows), 64):
+            chosen = open_rows[part]
+            within[chosen] |= strictly_within(self.centres, self.balls, rows.start + chosen, self.samples,
+                                              close[chosen])
         self.density += np.count_nonzero(within, axis=0)
         self.covered[rows] = within.any(axis=1)
 
@@ -102,7 +118,7 @@ def neighbourhoods(reference: np.ndarray, sample: np.ndarray, k: int = 3, densit
     balls = Balls(real, k, neighbours)
     membership = Membership(real, balls, generated, Balls(generated, k))
     count = len(generated.centred)
-    counts = _BallCounts(Balls(real, density_k, neighbours), count)
+    counts = _BallCounts(real, Balls(real, density_k, neighbours), generated)
     nearest, ratio = np.full(count, np.inf, np.float32), np.full(count, np.inf, np.float32)
     trusted = balls.squared_radii <= np.median(balls.squared_radii)
     for rows, squared in squared_distances(real, generated):

@@ -16,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from .bootstrap import Interval, Replicates, Statistic, bootstrap, resampled_mean, resamplings
+from .bootstrap import Interval, Replicates, Statistic, bootstrap_replicates, resampled_mean
 from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, Comparison, Feature
 from .frechet import frechet_distance, resampled_frechet_distance
 from .inception_score import inception_score, resampled_inception_score
 from .kid import kid, resampled_kid
+from .subsets import subset_coverage, subset_recall, subset_replicates
 from .verdicts import HIGHER, LOWER, Direction
 
 SPLIT_SIZE = 5000               # images of a split of the Inception Score, as in the official evaluator
@@ -40,10 +42,15 @@ class FromReference(Enum):
 
 
 class Resampled(NamedTuple):
-    """A metric of resampled images. sizes: how many images there are, as `bootstrap` takes it."""
+    """A metric of resampled images.
+
+    sizes: how many images there are, as `bootstrap` takes it. replicates: draws them, from the statistic, the sizes,
+    the value of the metric, the number of drawings and the seed.
+    """
 
     statistic: Statistic
     sizes: int | Sequence[int]
+    replicates: Callable[[Statistic, int | Sequence[int], float, int, int], Replicates] = bootstrap_replicates
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ class Metric:
     word: its name in options and results. title: its name as the evaluator prints it. feature: the kind of features
     that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
     reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
-    told otherwise. if_nan: what it means that the value is not a number.
+    told otherwise. if_nan: what it means that the value is not a number. falls_with_count: whether it is lower the more
+    samples there are of one distribution, so that an interval is of the metric of so many images. by_halves: whether
+    its resamplings are random halves of the samples.
     """
 
     word: str
@@ -66,6 +75,15 @@ class Metric:
     neighbours: int = 0
     official: bool = False
     if_nan: str = "it is not a number"
+    falls_with_count: bool = False
+    by_halves: bool = False
+
+    @property
+    def no_interval(self) -> str:
+        """Why it may have no interval."""
+        if self.by_halves:
+            return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
+        return self.if_nan
 
     @property
     def label(self) -> str:
@@ -82,17 +100,20 @@ class Metric:
         """Whether the extractor must estimate depth."""
         return self.feature in OF_DEPTH
 
-    def interval(self, comparison: Comparison, replicates: int) -> Interval:
-        """Returns the 95 % interval by so many resamplings; raises UserError for fewer than 2."""
-        return bootstrap(*self.resampled(comparison), replicates, comparison.settings.seed)
+    def interval(self, comparison: Comparison, replicates: int) -> Interval | None:
+        """Returns the 95 % interval by so many resamplings, None where there is none that keeps its promise.
+
+        Raises UserError for fewer than 2.
+        """
+        return self.replicates(comparison, replicates).interval
 
     def replicates(self, comparison: Comparison, count: int) -> Replicates:
         """Returns the value with those of `count` resamplings, which are the same for files of equally many images.
 
         Raises UserError for fewer than 2.
         """
-        statistic, sizes = self.resampled(comparison)
-        return Replicates(self.value(comparison), statistic(resamplings(sizes, count, comparison.settings.seed)))
+        statistic, sizes, replicates = self.resampled(comparison)
+        return replicates(statistic, sizes, self.value(comparison), count, comparison.settings.seed)
 
 
 def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
@@ -104,12 +125,13 @@ def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
         return Resampled(resampled_frechet_distance(*comparison.reference.statistics(feature),
                                                     comparison.sample[feature]), comparison.sample.count)
 
-    return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official)
+    return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official,
+                  falls_with_count=True)
 
 
-def _mean(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int, official: bool = False,
-          ) -> Metric:
-    """The record of the mean of `values`, one for each image, that come from nearest neighbours."""
+def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int,
+                official: bool = False) -> Metric:
+    """The record of the mean of `values`, one for each sample, that come from nearest neighbours in the reference."""
     def value(comparison: Comparison) -> float:
         return float(values(comparison).mean())
 
@@ -117,6 +139,22 @@ def _mean(word: str, title: str, values: Callable[[Comparison], np.ndarray], nei
         return Resampled(resampled_mean(values(comparison)), len(values(comparison)))
 
     return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official)
+
+
+def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarray],
+                  of_subsets: Callable[[np.ndarray, np.ndarray, int], Statistic], neighbours: int,
+                  official: bool = False) -> Metric:
+    """The record of the mean of `values`, one for each reference image: of those that lie near to samples."""
+    def value(comparison: Comparison) -> float:
+        return float(values(comparison).mean())
+
+    def resampled(comparison: Comparison) -> Resampled:
+        reference, sample = comparison.reference[Feature.POOLED], comparison.sample[Feature.POOLED]
+        return Resampled(of_subsets(reference, sample, neighbours), len(sample),
+                         partial(subset_replicates, reference_images=len(reference)))
+
+    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official,
+                  by_halves=True)
 
 
 def _inception_score(comparison: Comparison) -> float:
@@ -157,8 +195,8 @@ def _sharpness_gap(comparison: Comparison) -> float:
 
 
 def _resampled_sharpness_gap(comparison: Comparison) -> Resampled:
-    (sharpness, sizes), real = _resampled_sharpness(comparison), _real_sharpness(comparison)
-    return Resampled(lambda counts: abs(sharpness(counts) - real), sizes)
+    resampled, real = _resampled_sharpness(comparison), _real_sharpness(comparison)
+    return Resampled(lambda counts: abs(resampled.statistic(counts) - real), resampled.sizes)
 
 
 METRICS: dict[str, Metric] = {metric.word: metric for metric in (
@@ -167,11 +205,13 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
                                  "number, as in the official evaluator"),
     _frechet("fid", "FID", Feature.POOLED, official=True),
     _frechet("sfid", "sFID", Feature.SPATIAL, official=True),
-    _mean("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
-    _mean("recall", "Recall", lambda comparison: comparison.membership[1], MANIFOLD_K, official=True),
+    _of_samples("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
+    _of_reference("recall", "Recall", lambda comparison: comparison.membership[1], subset_recall, MANIFOLD_K,
+                  official=True),
     Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES),
-    _mean("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
-    _mean("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, DENSITY_K),
+    _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
+    _of_reference("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, subset_coverage,
+                  DENSITY_K),
     # Of depth maps that the extractor estimates (Kim et al., 2212.08861): FID of the maps, sharpness of their edges.
     _frechet("dfid", "dFID", Feature.DEPTH, official=False),
     Metric("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS, _sharpness,

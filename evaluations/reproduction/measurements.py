@@ -129,7 +129,7 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
     for metric in (METRICS[word] for word in spec.words):
         if not metric.direction.reading:
             number = metric.replicates(Comparison(reference, reference), bootstrap)
-            own[metric.word] = {"value": number.estimate, "interval95": list(number.interval)}
+            own[metric.word] = {"value": number.estimate, "interval95": number.interval and list(number.interval)}
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],
             **({"metrics": own} if own else {})}
 

@@ -13,9 +13,9 @@ from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
 from .tables import DFID, Row, Section, Table
 from .titles import heads, titles, usual
-from .verdicts import NOT_RUN, not_comparable, overall, verdict, versus
+from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
-__all__ = ["not_comparable", "overall", "results", "verdict", "versus"]
+__all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
             metrics[DFID] = _compared(depth.get("value"), depth.get("interval95"), row.published[DFID], reasons)
             if "why" in depth:
                 reasons = [*reasons, f"dFID: {depth['why']}"]
+        for number, word in zip(metrics.values(), jointly([number["verdict"] for number in metrics.values()]),
+                                strict=True):
+            number["verdict"] = word
         rows.append({"row": name, "against": row.run.configuration()[section.against] if section.against else None,
                      "verdict": overall([number["verdict"] for number in metrics.values()]), "reasons": reasons,
                      "metrics": metrics})
@@ -93,12 +96,13 @@ def _metrics(row: Row, measured: Mapping[str, Replicates], base: Mapping[str, Re
 def _number(word: str, measured: Replicates | None, published: float | None, reasons: Sequence[str],
             base: Replicates | None) -> dict[str, Any]:
     """Returns a number beside the published one, and its difference from that of the row it is compared with."""
-    value, bounds = (None, None) if measured is None else (measured.estimate, list(measured.interval))
-    described = _compared(value, bounds, published, reasons)
+    value, bounds = (None, None) if measured is None else (measured.estimate, measured.interval)
+    described = _compared(value, bounds and list(bounds), published, reasons)
     if measured is not None and base is not None:
         difference = measured.minus(base)
-        described["versus"] = {"difference": difference.estimate, "interval95": list(difference.interval),
-                               "verdict": versus(word, *difference.interval)}
+        bounds = difference.interval
+        described["versus"] = {"difference": difference.estimate, "interval95": bounds and list(bounds),
+                               "verdict": versus(word, *(bounds or (None, None)))}
     return described
 
 

@@ -23,8 +23,8 @@ class Difference:
 
     @property
     def numbers(self) -> str:
-        """The difference with its interval."""
-        return f"{self.value} ({self.interval})"
+        """The difference with its interval, where it has one."""
+        return f"{self.value} ({self.interval})" if self.interval else self.value
 
     def __str__(self) -> str:
         return f"{self.numbers}, {self.verdict}"

@@ -6,20 +6,22 @@ Numbers that could not be had are written `not run here`. A metric that a row do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..metrics import EQUAL
+from ..metrics import EQUAL, METRICS
 from .tables import DECIMALS
-from .verdicts import DIFFERS, NOT_COMPARABLE, NOT_RUN, REPRODUCED
+from .verdicts import DIFFERS, NO_WORD, NOT_COMPARABLE, NOT_RUN, REPRODUCED
 
 DOES_NOT_APPLY = "-"
 REFERENCE = "real images"       # the title of the reference's own values
 VERDICTS = {
     REPRODUCED: "the published number lies within the 95 % interval of the measured one, widened by the square root "
                 "of two, as both are of random samples, and by half a unit of its last digit",
-    DIFFERS: "it lies outside",
+    DIFFERS: "it lies outside. The numbers of a row are judged together: by the correction of Holm, a row of which all "
+             "numbers reproduce exactly differs in at most 5 % of all cases",
     NOT_COMPARABLE: "measured under other circumstances, which are listed below the table",
+    NO_WORD: "there is no interval that holds what 95 % promises, so nothing is said of a difference",
     NOT_RUN: "there is no measured number",
 }
 
@@ -65,7 +67,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("images", _images(sorted({row["images"] for row in rows}))),
         ("network", _network(results["network"])),
         ("reference", _reference(results["reference"])),
-        ("intervals", f"95 %, of {results['bootstrap']:,} resamplings of the images"),
+        ("intervals", _intervals(results)),
         ("made by", f"version {results['version']} on {results['device']}, "
                     f"{results['ranks']} rank{'s' * (results['ranks'] != 1)}"),
     ) if text]
@@ -76,6 +78,21 @@ def _images(counts: Sequence[int]) -> str:
         return ""
     span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
     return f"{span} a row; image number i of every row is drawn from the same seed"
+
+
+def _intervals(results: Mapping[str, Any]) -> str:
+    """Returns what the intervals are intervals of."""
+    numbers = [item for section in results["sections"] for row in section["rows"] for item in row["metrics"].items()]
+    text = f"95 %, of {results['bootstrap']:,} resamplings of the images"
+    if halved := _labels(word for word, number in numbers if METRICS[word].by_halves and number["interval95"]):
+        text += f" ({halved}: random halves of the samples)"
+    if falling := _labels(word for word, _ in numbers if METRICS[word].falls_with_count):
+        text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
+    return text
+
+
+def _labels(words: Iterable[str]) -> str:
+    return " and ".join(METRICS[word].label for word in dict.fromkeys(words))
 
 
 def _network(network: Mapping[str, Any] | None) -> str:
@@ -99,8 +116,10 @@ def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:
     else:
         words.append((NOT_RUN, VERDICTS[NOT_RUN]))
     if verdicts:
-        others = sorted(set(verdicts) - {EQUAL} - {"better", "worse"})
+        others = sorted(set(verdicts) - {EQUAL, NO_WORD, "better", "worse"})
         words += [(", ".join(("better", "worse", *others)),
                    "than the first row, by the paired difference on the same image numbers"),
                   (EQUAL, "the 95 % interval of the paired difference holds 0")]
+        if NO_WORD in verdicts and not published:
+            words.append((NO_WORD, VERDICTS[NO_WORD]))
     return words

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..npz import write_batch
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..pixels import to_rounded_uint8
 from ..progress import progress_bar
 from .pairs import checked_depth_range, open_pairs, read_depth
@@ -24,7 +24,7 @@ class DepthImageOptions(Options):
                               "units of the files; unset: image, and of scenes the range of all of them")
     image_size: int = option(32, "height and width of the depth images in pixels", minimum=1)
     num_images: int | None = option(None, "number of images; unset: all that there are", minimum=1)
-    seed: int = option(0, "seed of the scenes", minimum=0)
+    seed: int = seed_option("seed of the scenes")
     out: str = option("depth.npz", "file for the images: arr_0 (N, S, S, 3) uint8, the grey in every channel")
 
 

@@ -3,8 +3,9 @@
 `data` is one of
     an .npz file        arr_0 (N, H, W, 3) uint8, depth (N, H, W) or (N, H, W, 1), whole numbers or floats; for networks
                         with classes arr_1 (N,), whole numbers. As scripts/scenes_render.py writes it.
-    a folder            images/NAME.png or .jpg, and depth/NAME.npy (H, W) or 8- or 16-bit grey NAME.png. The class is
-                        the name before the first underscore, as everywhere in image folders.
+    a folder            images/NAME.png, .jpg or another picture (`image_files`), and depth/NAME.npy (H, W) or 8- or
+                        16-bit grey NAME.png. The class is the name before the first underscore; its number is the one
+                        that the network was trained with, where its checkpoint states names.
     the word "scenes"   rendered scenes (depth.scenes).
 Images of another size are resized and cut as `image_datasets` does it without random crops. Depth maps go the same
 way, except that the last step is bilinear, since bicubic resizing overshoots at edges.
@@ -23,9 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..classes import ClassNames
 from ..errors import UserError
-from ..image_datasets import classes_by_name, crop_square, image_extent, read_image, resize_smaller_side
-from ..npz import read_arrays
+from ..image_datasets import crop_square, resize_smaller_side
+from ..image_files import IMAGE_SUFFIXES, image_extent, read_depth_image, read_image
+from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
@@ -33,8 +36,7 @@ from .scenes.files import render_scenes
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
-IMAGE_SUFFIXES, DEPTH_SUFFIXES = (".png", ".jpg", ".jpeg"), (".npy", ".png")
-_GREY_MODES = ("L", "I", "I;16", "I;16B")
+DEPTH_SUFFIXES = frozenset((".npy", ".png"))
 
 
 class Pairs(NamedTuple):
@@ -63,20 +65,26 @@ class Source(DepthMaps, Protocol):
     def image(self, index: int, channels: int) -> Image.Image:
         """One image, RGB (3 channels) or grey (1)."""
 
-    def labels(self) -> np.ndarray | None:
-        """The classes (N,) of all images, None where there are none."""
+    def labels(self, known: ClassNames | None) -> np.ndarray | None:
+        """The classes (N,) of all images, None where there are none.
+
+        known: the names and numbers that the network was trained with; None: as the images themselves tell.
+        """
 
 
 def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None = None, flag: str = "num_labels",
-               channels: int = 3, class_cond: bool = False, seed: int = 0) -> Pairs:
+               channels: int = 3, class_cond: bool = False, seed: int = 0,
+               class_names: ClassNames | None = None) -> Pairs:
     """The first `count` pairs of `data` (None: all), at `size` pixels.
 
     flag: the option that `count` is, for messages. channels: 3, or 1 for grey images. class_cond: with labels. seed:
-    of the scenes. Raises UserError, before anything is computed, for whatever is wrong with them.
+    of the scenes. class_names: of the network, where they are known.
+
+    Raises UserError, before anything is computed, for whatever is wrong with them.
     """
     limits = parse_depth_range(checked_depth_range(data, depth_range))
     source = open_pairs(data, size=size, count=count, flag=flag, seed=seed)
-    labels = source.labels() if class_cond else None
+    labels = source.labels(class_names) if class_cond else None
     if class_cond and labels is None:
         raise UserError(f"{data}: has no labels, which the class-conditional network needs: arr_1, one for each image")
     indices = range(len(source) if count is None else count)
@@ -84,6 +92,12 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
     images = np.stack([_pixels(source, index, size, channels) for index in indices])
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
                  None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
+
+
+def class_names_of(data: str) -> ClassNames | None:
+    """The classes of a folder of pairs; None for other data, whose classes have numbers only."""
+    folder = Path(data) / "images"
+    return ClassNames.from_images(folder, list(_by_stem(folder, IMAGE_SUFFIXES).values())) if folder.is_dir() else None
 
 
 def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int = 0) -> Source:
@@ -170,7 +184,7 @@ class _Arrays:
     def name(self, index: int) -> str:
         return f"{self._data}: depth map {index}"
 
-    def labels(self) -> np.ndarray | None:
+    def labels(self, known: ClassNames | None) -> np.ndarray | None:
         return self._labels
 
 
@@ -203,6 +217,7 @@ class _Folder:
         for stem in sorted(images.keys() ^ depth.keys()):
             there, missing = (images[stem], "depth") if stem in images else (depth[stem], "images")
             raise UserError(f"{there}: has no counterpart {path / missing / stem}")
+        self._root = path / "images"
         self._images = [images[stem] for stem in sorted(images)]
         self._depth = [depth[stem] for stem in sorted(images)]
 
@@ -214,7 +229,7 @@ class _Folder:
 
     def depth(self, index: int) -> np.ndarray:
         path = self._depth[index]
-        depth = _read_npy(path) if path.suffix.lower() == ".npy" else _read_grey(path)
+        depth = _read_npy(path) if path.suffix.lower() == ".npy" else read_depth_image(path)
         width, height = image_extent(self._images[index])
         if depth.shape != (height, width):
             raise UserError(f"{path}: is {depth.shape[0]}x{depth.shape[1]}, must be {height}x{width}, as its image")
@@ -223,16 +238,16 @@ class _Folder:
     def name(self, index: int) -> str:
         return str(self._depth[index])
 
-    def labels(self) -> np.ndarray:
-        return classes_by_name(self._images)
+    def labels(self, known: ClassNames | None) -> np.ndarray:
+        return (known or ClassNames.from_images(self._root, self._images)).numbers(self._root, self._images)
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; pairs lie in images/ and depth/, under the same names")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes:
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
             if path.stem in found:
                 raise UserError(f"{path}: has the same name as {found[path.stem].name}, one of them must go")
             found[path.stem] = path
@@ -240,22 +255,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        depth = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: is no .npy file of numbers, or is damaged ({error})") from None
-    if not isinstance(depth, np.ndarray) or depth.ndim != 2 or depth.dtype.kind not in "fiu":
+    depth = read_npy(path, "is no .npy file of numbers, or is damaged")
+    if depth.ndim != 2 or depth.dtype.kind not in "fiu":
         raise UserError(f"{path}: {_shown(depth)}, must be a depth map (H, W) of numbers")
     return depth
-
-
-def _read_grey(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _GREY_MODES:
-                raise UserError(f"{path}: has colour mode {image.mode}, a depth map must be grey, of 8 or 16 bits")
-            return np.asarray(image)
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None

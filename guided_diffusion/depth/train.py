@@ -23,17 +23,18 @@ from torch import Tensor
 
 from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..classes import ClassNames, stored_names
 from ..errors import UserError
 from ..fetch import sha256_of
-from ..files import check_writable
+from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
-from ..options import Options, option
+from ..options import Options, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
 from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
-from .pairs import Pairs, checked_depth_range, read_pairs
+from .pairs import SCENES, Pairs, checked_depth_range, class_names_of, read_pairs
 from .predictor import DepthPredictors, load_predictors, save_predictors
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class PredictorOptions(Options):
     batch_size: int = option(16, "noised images per step", minimum=1)
     lr: float = option(2e-3, "learning rate of AdamW, decays linearly to 0", above=0)
     draws: int = option(32, "noised versions of each labelled image; 0: new ones in every step", minimum=0)
-    seed: int = option(0, "seed of the weights, the batches and the noise", minimum=0)
+    seed: int = seed_option("seed of the weights, the batches and the noise")
     cache_gb: float = option(2.0, "memory for features in GB: they are computed once if all fit, else in each step",
                              minimum=0)
     save_interval: int = option(500, "steps between two saves; a kill loses at most these", minimum=1)
@@ -106,14 +107,32 @@ def read_labelled(options: PredictorOptions, network: Network, data: str, count:
                   seed: int = 0) -> Pairs:
     """The first `count` pairs of `data` as the network takes them; raises UserError as `read_pairs`."""
     model = network.model
+    names = None
+    if model.num_classes is not None and data != SCENES:
+        names = known_classes(options.model_path, data, model.num_classes)
     pairs = read_pairs(data, size=model.image_size, depth_range=options.depth_range, count=count, flag=flag,
-                       channels=model.in_channels, class_cond=model.num_classes is not None, seed=seed)
+                       channels=model.in_channels, class_cond=model.num_classes is not None, seed=seed,
+                       class_names=names)
     if pairs.labels is not None and model.num_classes is not None:
         least, greatest = int(pairs.labels.min()), int(pairs.labels.max())
         if not 0 <= least <= greatest < model.num_classes:
             raise UserError(f"{data}: has classes from {least} to {greatest}, the network knows 0 to "
                             f"{model.num_classes - 1}")
     return pairs
+
+
+def known_classes(model_path: str, data: str, num_classes: int) -> ClassNames | None:
+    """The classes that a network was trained on, None where the file does not state them.
+
+    Raises UserError where it does not and the classes of `data` have names, but are not as many: no one knows which
+    numbers the network calls them by.
+    """
+    names = stored_names(model_path)
+    found = class_names_of(data) if names is None else None
+    if found is not None and len(found) != num_classes:
+        raise UserError(f"{data}: has {found}, and {model_path} has {num_classes} classes without their names; give an "
+                        ".npz file whose arr_1 holds their numbers")
+    return names
 
 
 class NoisedFeatures:
@@ -208,10 +227,15 @@ class PredictorTraining:
         self.step = 0
 
     def run(self) -> DepthPredictors:
-        """Trains to the last step, unless that was done before."""
+        """Trains to the last step, unless that was done before; UserError where another job does so."""
         if self.out.exists():
-            _log.info("%s is finished", self.out)
+            _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
+        with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
+                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+            return self._train()
+
+    def _train(self) -> DepthPredictors:
         options = self.options
         resumed = self._load()
         _log.info("%s", self.features.keep(options.draws, options.cache_gb))
@@ -298,11 +322,14 @@ class PredictorTraining:
         for name, tensor in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
-        self.predictors.load_state_dict(groups.pop("predictors"))
-        for name, parameter in self.predictors.named_parameters():
-            moments = {key: values[name] for key, values in groups.items()}
-            self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
-        self.step = int(checkpoint.read_metadata(self.state)["step"])
+        try:
+            self.predictors.load_state_dict(groups.pop("predictors"))
+            for name, parameter in self.predictors.named_parameters():
+                moments = {key: groups[key][name] for key in ("exp_avg", "exp_avg_sq", "step")}
+                self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
+            self.step = int(checkpoint.read_metadata(self.state)["step"])
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(f"{self.state}: is damaged; delete it to begin anew") from None
         _log.info("going on from step %d, saved in %s", self.step, self.state)
         return True
 

@@ -59,13 +59,13 @@ class Networks:
     seed: int = 0
     random_weights: bool = False
 
-    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any]) -> AnyEncoder:
+    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str = "") -> AnyEncoder:
         """A further network, ready for evaluation: the weights in `path` (see `checkpoint.load_into`), or random ones.
 
-        flags: the options that it was built from.
+        flags: the options that it was built from. entry: of a file that holds several networks.
         """
         if path or not self.random_weights:
-            checkpoint.load_into(network, path, flags)
+            checkpoint.load_into(network, path, flags, entry)
         return checkpoint.ready(network, self.device)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import reason
+from ..npz import read_npy
+from ..options import cut
 from ..rng import image_labels
 
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
@@ -29,9 +29,9 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> 
         labels = _read(text, num_classes, num_samples)
         return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file")
-    if int(text) >= num_classes:
-        raise UserError(f"--labels {text}: must be a class from 0 to {num_classes - 1}")
+        raise UserError(f"--labels {cut(text)}: must be random, balanced, a class or a .npy file")
+    if len(text) > 18 or int(text) >= num_classes:
+        raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")
     return lambda image_ids: torch.full((len(image_ids),), int(text))
 
 
@@ -40,14 +40,14 @@ def is_file(text: str) -> bool:
     return text.endswith(".npy")
 
 
+def is_name(text: str) -> bool:
+    """Whether `--labels` is the name of a class: none of the words, no number, no file."""
+    return text not in ("random", "balanced") and not is_file(text) and not (text.isascii() and text.isdigit())
+
+
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
-    try:
-        labels = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"--labels {path}: cannot be read ({reason(error)})") from None
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"--labels {path}: is not a .npy file of whole numbers ({error})") from None
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+    labels = read_npy(path, "is not a .npy file of whole numbers", flag="--labels")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: must hold whole numbers, one for each image")
     if len(labels) < num_samples:
         raise UserError(f"--labels {path}: holds {len(labels)} labels, and --num_samples is {num_samples}")

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, option
-from ..presets import find_preset
+from ..options import Options, option, seed_option
+from ..presets import find_preset, is_bundled
 from ..sampling import SAMPLERS
+from ..stated import statement_of
+
+_log = logging.getLogger(__name__)
+
+MOST_IMAGES = 10**10
+LARGEST_BATCH = 10**6
 
 
 @dataclass(frozen=True)
 class SampleOptions(Options):
     """The sampling run."""
 
-    model: str = option("", "a model by name: a bundled one (fmnist32), or the flags of a released checkpoint")
+    model: str = option("", "a model by name: a bundled one (fmnist32), the folder of a training, or the flags of a "
+                        "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
-    num_samples: int = option(10000, "number of images", minimum=1)
-    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1)
+    checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
+                                   "the moving average, if it has one")
+    num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
+    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
-                                   "class, or a .npy file of one for each image")
-    seed: int = option(0, "seed of noise and labels; the same seed gives the same file", minimum=0)
+                                   "class by its number or name, or a .npy file of one for each image")
+    seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
     out: str = option("samples", "folder for the samples, the picture and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")
     keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
@@ -52,15 +62,51 @@ def option_classes() -> tuple[type[Options], ...]:
 
 
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
-    """Values of the options that `--model` stands for; empty without it."""
-    if not given.get("model"):
-        return {}
-    preset = find_preset(given["model"])
-    if preset.kind != "diffusion":
-        raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
-    values = dict(preset.options)
-    for method in GUIDANCE:
-        values |= method.preset_values(preset)
-    if preset.path is not None:
-        values["model_path"] = str(preset.path)
-    return values
+    """Values of the options that `--model` stands for, and those that the checkpoints state of themselves.
+
+    given: what the user gave, by flag name. Raises UserError where that contradicts what a checkpoint states.
+    """
+    values: dict[str, Any] = {}
+    if given.get("model"):
+        preset = find_preset(given["model"])
+        if preset.kind != "diffusion":
+            raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
+        values |= preset.options
+        for method in GUIDANCE:
+            values |= method.preset_values(preset)
+        if preset.path is not None:
+            values["model_path"] = str(preset.path)
+        if not preset.known and not given.get("model_path"):
+            _say_files(preset.name, {**values, **given})
+    return values | _stated_values({**values, **given}, given)
+
+
+def _say_files(name: str, values: dict[str, Any]) -> None:
+    """Logs which files of the folder of a training were taken."""
+    classifier = values.get("classifier_path")
+    _log.info("--model %s: takes %s%s", name, values["model_path"],
+              f", and the classifier {classifier} where one guides" if classifier else "")
+
+
+def _stated_values(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoints among the values state of themselves; UserError where the flags given contradict it."""
+    stated: dict[str, Any] = {}
+    model = statement_of(values.get("model_path", ""), "diffusion")
+    if model is not None:
+        model.check(given)
+        if not is_bundled(model.path):
+            model.say(given)
+        stated |= model.facts
+    classifier = statement_of(values.get("classifier_path", ""), "classifier")
+    if classifier is not None:
+        known = {**values, **stated, **given}
+        named = bool(given.get("classifier_path"))
+        classifier.check(given if named else {flag: value for flag, value in given.items() if "classifier_" in flag})
+        if named or given.get("classifier_guidance"):
+            classifier.check_beside(known)
+            if not is_bundled(classifier.path):
+                classifier.say(given)
+        shared = () if known.get("class_cond") else ("num_classes",)
+        stated |= {name: value for name, value in classifier.facts.items()
+                   if name.startswith("classifier_") or name in shared}
+    return stated

@@ -16,17 +16,19 @@ from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..fetch import without_secrets
+from ..files import reason
 from ..guidance import GUIDANCE
 from ..npz import BatchFile
-from ..options import Options, option_fields, options_from
+from ..options import Options, option_fields, options_from, shortened
 from ..sampling import SAMPLERS
 from ..version import __version__
-from .options import SampleOptions
+from .options import MOST_IMAGES, SampleOptions
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
 MODEL_FLAG = "model_path"
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
 def name_of(flag: str) -> str:
@@ -51,6 +53,8 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
+    if not values.get("checkpoint_entry"):          # older runs know no such option
+        values.pop("checkpoint_entry", None)
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
@@ -85,16 +89,24 @@ def made_by() -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a run.json; raises one of READ_ERRORS where it is none."""
     content = json.loads(path.read_text())
-    return {**content, "configuration": dict(content["configuration"]), "sha256": dict(content["sha256"])}
+    configuration = dict(content["configuration"])
+    for name in SIZES:
+        value = configuration[name]
+        if type(value) is not int or not 1 <= value <= MOST_IMAGES:
+            raise ValueError(f"its {name} is {shortened(value)}")
+    return {**content, "configuration": configuration, "sha256": dict(content["sha256"])}
 
 
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
         record = json.loads((folder / "run.json").read_text())
-        return BatchFile(folder / record["samples"]).first(count), dict(record["configuration"])
+        name = record["samples"]
+        if Path(name).name != name:
+            raise ValueError(f"its samples are in {shortened(name)}, outside the folder")
+        return BatchFile(folder / name).first(count), dict(record["configuration"])
     except READ_ERRORS as error:
-        raise UserError(f"{folder}: holds no finished sampling run ({error})") from None
+        raise UserError(f"{folder}: holds no finished sampling run ({reason(error)})") from None
 
 
 def title(configuration: Mapping[str, Any]) -> str:

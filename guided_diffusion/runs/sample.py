@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..classes import check_same_names, label_number
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
@@ -30,7 +31,8 @@ from ..presets import find_preset
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
-from .labels import Labels, make_labels
+from .chunks import Indices
+from .labels import Labels, is_name, make_labels
 from .options import SampleOptions
 from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
@@ -90,6 +92,11 @@ class SamplingRun:
         return [method for method in self.guidance if method.active]
 
     @property
+    def labelled(self) -> bool:
+        """Whether the network or a guidance method takes classes."""
+        return self.model.class_cond or any(method.needs_labels for method in self.active)
+
+    @property
     def num_steps(self) -> int:
         """Steps of the (respaced) chain."""
         options = self.diffusion
@@ -127,7 +134,8 @@ class SamplingRun:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
-                    queue.put("todo", self._chunks(named, labels).prepare(self.sample.overwrite))
+                    todo = self._chunks(named, labels).prepare(self.sample.overwrite)
+                    queue.put("todo", None if todo is None else todo.spans)
             return self._sample(sampler, self._chunks(queue.get("sha256"), labels), queue, began)
 
     def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
@@ -156,11 +164,14 @@ class SamplingRun:
 
     def labels(self) -> Labels | None:
         """The labels of the images; None where nothing asks for them."""
-        if not (self.model.class_cond or any(method.needs_labels for method in self.active)):
+        if not self.labelled:
             if self.sample.labels not in ("random", "balanced"):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
-        return make_labels(self.sample.labels, seed=self.sample.seed, num_classes=self.model.num_classes,
+        text = self.sample.labels
+        if is_name(text):
+            text = label_number(text, self.checkpoints().values())
+        return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples)
 
     def build(self) -> BuiltRun:
@@ -178,16 +189,18 @@ class SamplingRun:
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)
         guidance = [term for method in self.active for term in method.build(nets)]
-        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion))
+        nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
+                  self.sample.checkpoint_entry)
+        check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
     def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
-        todo = queue.get("todo")
+        spans = queue.get("todo")
         try:
             with queue:
-                if todo is not None:
-                    self._work(sampler, chunks, queue, todo)
+                if spans is not None:
+                    self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
                     if dist_util.is_main():
                         self._finish(chunks, began)
         finally:
@@ -199,10 +212,9 @@ class SamplingRun:
             chunks.remove()
         return chunks.samples
 
-    def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: list[int]) -> None:
+    def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        total = sum(len(chunks.chunks[index]) for index in todo)
-        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
+        with RunProgress(queue, self.sample.num_samples, chunks.chunks.images_in(todo), self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
                 image_ids, began = chunks.chunks[todo[index]], time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,16 @@ class ImageSampler:
         self.step = sampler.step()
         self.model, self.network, self.diffusion, self.guidance = built
         self.size = options.batch_size
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raises UserError where not even the noise of a batch and one map of its features fit into memory."""
+        there = _memory(dist_util.dev())
+        each = 4 * self.model.in_channels + self.model.dtype.itemsize * self.model.model_channels
+        needed = self.size * self.model.image_size**2 * each
+        if there and needed > there and not self.options.auto_batch:
+            raise UserError(f"--batch_size {self.size}: a first map of features alone takes {needed:,} bytes, and "
+                            f"{dist_util.dev()} has {there:,}")
 
     def images(self, image_ids: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
                ) -> np.ndarray:
@@ -52,7 +63,7 @@ class ImageSampler:
         while True:
             try:
                 return self._images(image_ids, labels, on_step)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
             self._shrink()          # out here, as the exception holds the tensors of the failed step
@@ -95,6 +106,16 @@ class ImageSampler:
         return sampling.last(chain, on_step)["sample"].cpu()
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def _memory(device: torch.device) -> int:
+    """The bytes of memory that a device has; 0 where that is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):          # no such system
+        return 0

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +30,7 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..npz import READ_ERRORS as NPZ_ERRORS
 from ..npz import BatchFile, Chunk, prepare_samples, read_checked
+from .chunks import Chunks, Indices
 from .record import READ_ERRORS, difference, identity, read_record
 
 REMEDY = "name another folder, or pass --overwrite True"
@@ -74,10 +78,9 @@ class Shards:
         return samples_file(self.out, self.num_samples, self.configuration["image_size"])
 
     @cached_property
-    def chunks(self) -> list[range]:
+    def chunks(self) -> Chunks:
         """The indices of the images of each chunk."""
-        size, total = self.configuration["batch_size"], self.num_samples
-        return [range(first, min(first + size, total)) for first in range(0, total, size)]
+        return Chunks(self.num_samples, self.configuration["batch_size"])
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -141,7 +144,13 @@ class Shards:
 
     # All of them
 
-    def prepare(self, overwrite: bool) -> list[int] | None:
+    def stored(self) -> list[int]:
+        """The chunks of this run that have a file, whole or not."""
+        stems = [path.stem for path in self.folder.glob("*.npz")]
+        numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,12}", stem)]
+        return sorted(index for index in numbers if index < len(self.chunks))
+
+    def prepare(self, overwrite: bool) -> Indices | None:
         """Makes the folder ready and returns the chunks to sample; None where the run is finished.
 
         Keeps what this run, or a shorter or longer one, has finished. Raises UserError, having changed nothing,
@@ -153,6 +162,7 @@ class Shards:
         if earlier and earlier.num_samples == self.num_samples:
             return None
         missing = self._missing()
+        self._check_space(missing)
         self.folder.mkdir(exist_ok=True)
         files.remove_leftovers(self.folder)
         files.remove_leftovers(self.out, "samples_*.npz.*")
@@ -160,11 +170,13 @@ class Shards:
         files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
                          ending="nothing was changed")
         if earlier:
-            kept = [index for index in missing if self.chunks[index].stop <= earlier.num_samples]
+            there = range(earlier.num_samples)
+            candidates = itertools.takewhile(lambda index: self.chunks[index].start in there, missing)
+            kept = [index for index in candidates if self.chunks[index][-1] in there]
             samples = BatchFile(earlier.samples)
             for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
                 self.save(index, images, _cut(samples.labels, self.chunks[index]))
-            missing = [index for index in missing if index not in set(kept)]
+            missing = self._missing()
         return missing
 
     def check(self) -> Shards | None:
@@ -213,19 +225,27 @@ class Shards:
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
 
-    def _missing(self) -> list[int]:
+    def _missing(self) -> Indices:
         """The chunks that are not finished; UserError for shards of another run, and damaged ones."""
-        missing, damaged = [], []
-        for index in range(len(self.chunks)):
+        finished, damaged = [], []
+        for index in self.stored():
             try:
-                if not self.has(index):
-                    missing.append(index)
+                if self.has(index):
+                    finished.append(index)
             except DamagedError:
                 damaged.append(self.path(index).name)
         if damaged:
             raise DamagedError(f"{self.folder}: {len(damaged)} damaged ({', '.join(damaged[:8])}); delete what is "
                                "damaged to have it sampled again, or pass --overwrite True to begin anew")
-        return missing
+        return Indices.without(len(self.chunks), finished)
+
+    def _check_space(self, missing: Indices) -> None:
+        """Raises UserError where the disk cannot hold the pixels of the missing chunks."""
+        needed = self.chunks.images_in(missing) * math.prod(self.shape[1:])
+        free = shutil.disk_usage(self.out).free
+        if needed > free:
+            raise UserError(f"--num_samples {self.num_samples}: {self.folder} cannot hold that (No space left on "
+                            f"device: {needed:,} bytes are needed, {free:,} are free)")
 
     def pack(self) -> tuple[Path, list[dict[str, Any]]]:
         """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""

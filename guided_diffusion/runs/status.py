@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..fetch import sha256_of
+from ..files import reason
 from .record import READ_ERRORS, read_record
 from .shards import DamagedError, Shards, holder
 
@@ -52,8 +52,7 @@ def run_status(out: Path) -> RunStatus:
     total, file = finished.num_samples, finished.samples
     if not file.exists():
         return RunStatus(total, 0, 0, (), holder(out), None)
-    record = json.loads((out / "run.json").read_text())
-    if sha256_of(file) != record["sha256"].get("samples"):
+    if sha256_of(file) != finished.sha256.get("samples"):
         return RunStatus(total, 0, total, (file.name,), holder(out), None)
     return RunStatus(total, total, 0, (), holder(out), file)
 
@@ -61,17 +60,17 @@ def run_status(out: Path) -> RunStatus:
 def _run(out: Path, record: Path) -> Shards | None:
     try:
         content = read_record(record)
-        run = Shards(out, content["configuration"], content["sha256"])
-        return run if len(run.chunks) and run.shape else None
+        return Shards(out, content["configuration"], content["sha256"])
     except FileNotFoundError:
         return None
     except READ_ERRORS as error:
-        raise UserError(f"{record}: is no record of a sampling run ({error})") from None
+        raise UserError(f"{record}: is no record of a sampling run ({reason(error)})") from None
 
 
 def _of_shards(run: Shards) -> RunStatus:
     done, damaged, files = 0, 0, []
-    for index, image_ids in enumerate(run.chunks):
+    for index in run.stored():
+        image_ids = run.chunks[index]
         try:
             done += len(image_ids) if run.has(index) else 0
         except UserError as error:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from commands import REPOSITORY, call, execute
 from golden import GOLDEN
 from PIL import Image
+from synthetic_inception import write_weights
 
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
@@ -229,10 +231,12 @@ def test_intervals(save, evaluate):
     files = save("reference", clothes(40)), save("sample", clothes(30, 1))
     words = ("--metrics", "is,fid,sfid,precision,recall,kid,density,coverage", "--bootstrap", 20)
     (result,), printed = evaluate(*files, *words)
-    assert result["intervals95"].keys() == result["metrics"].keys() and result["bootstrap"] == 20
+    without = {"recall", "coverage"}            # too few reference images lie near samples to say how far these move
+    assert result["intervals95"].keys() == result["metrics"].keys() - without and result["bootstrap"] == 20
     for word, (low, high) in result["intervals95"].items():
         assert low <= high, word
-    assert re.search(r"^FID: [\d.]+   \(95 %: [\d.e-]+ to [\d.e-]+\)$", printed.out, re.MULTILINE)
+    assert re.search(r"^FID: [\d.]+   \(95 %, of FID of 30 images: [\d.e-]+ to [\d.e-]+\)$", printed.out, re.MULTILINE)
+    assert "no 95 % interval of recall: it is nearly 0 or 1, or there are too few images" in printed.err
     assert evaluate(*files, *words)[0][0]["intervals95"] == result["intervals95"]
     assert evaluate(*files, *words, "--seed", 1)[0][0]["intervals95"] != result["intervals95"]
 
@@ -272,6 +276,38 @@ def test_memory_benchmark_says_what_it_measured(capsys):
     arguments = ("--num_images", 30, "--reference_images", 20, "--image_size", 16, "--metrics", "fid,precision")
     assert call("benchmark_memory", *arguments) == 0
     assert re.fullmatch(r"30 images of 16x16 against 20, fid,precision: \d+ s, peak \d+ MiB\n", capsys.readouterr().out)
+
+
+def test_a_folder_or_an_archive_of_pictures_is_evaluated_like_a_file(save, evaluate, tmp_path):
+    images = clothes(20, 1)
+    files = save("reference", clothes(30)), save("sample", images)
+    (tmp_path / "pictures").mkdir()
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for index, image in enumerate(images):
+            path = tmp_path / "pictures" / f"{index:03}.png"
+            Image.fromarray(image).save(path)
+            archive.write(path, path.name)
+    np.save(tmp_path / "sample.npy", images)
+    pictures = tmp_path / "pictures", tmp_path / "pictures.zip", tmp_path / "sample.npy"
+    results = evaluate(*files, *pictures)[0]
+    assert all(one == values(results)[0] for one in values(results))
+    assert [result["sample"]["resolution"] for result in results] == ["32x32"] * 4
+    assert values(evaluate(tmp_path / "pictures", files[1])[0])[0]["fid"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_statistics_made_by_the_torch_inception_are_accepted(save, evaluate, refused, tmp_path):
+    """They are told apart by the weights' SHA-256, whatever the network is called."""
+    weights = write_weights(tmp_path / "w.safetensors")
+    torch_backend = ("--backend", "torch", "--inception", weights)
+    reference, sample = tmp_path / "made.npz", save("sample", clothes(6, 1))
+    assert call("make_reference", save("images", clothes(6)), reference, *torch_backend) == 0
+    stored = {name: BatchFile(reference).read(name) for name in BatchFile(reference).members if name != "arr_0"}
+    renamed = save("renamed", clothes(6), **stored | {"backend": np.array("Inception of another name")})
+    results, _ = evaluate(renamed, sample, "--metrics", "fid", backend=torch_backend)
+    assert results[0]["reference"]["statistics"] == "stored" and values(results)[0]["fid"] > 0
+    other = save("other", clothes(6), **stored | {"backend_sha256": np.array("1" * 64)})
+    assert "its statistics are of the network" in refused(other, sample, "--metrics", "fid", backend=torch_backend)
 
 
 # Several ranks
@@ -347,6 +383,33 @@ def test_files_that_are_refused(save, refused, tmp_path):
                         (save("foreign", clothes(10), mu=np.zeros(2048), sigma=np.eye(2048)), "Inception's"),
                         (save("other", clothes(10), backend=np.array("torch Inception 2015")), "another --backend")):
         assert words in refused(path, good)
+
+
+def stored(**arrays):
+    """A reference of the network of the tests, with statistics and these arrays."""
+    return {"mu": np.zeros(64), "sigma": np.eye(64), "backend": np.array("embedded Fashion-MNIST classifier")} | arrays
+
+
+@pytest.mark.parametrize("arrays, message", [
+    (stored(pooled=np.zeros(64, np.float32)), "pooled is (64,) float32, it must hold floating-point numbers of each"),
+    (stored(pooled=np.array([["a"] * 64] * 12)), "pooled is (12, 64) <U1"),
+    (stored(pooled=np.full((12, 64), np.nan, np.float16)), "pooled must be finite numbers"),
+    (stored(pooled=np.zeros((12, 3), np.float32)), "its pooled features have 3 numbers an image, those of"),
+    (stored(mu=np.zeros(7), sigma=np.eye(7)), "statistics of 7 and of 64 channels"),
+    (stored(backend=np.array(4)), "backend must be a single word"),
+    (stored(count=np.array(-5)), "count is -5, it must be the number of images"),
+    (stored(count=np.array("x")), "count must be a single whole number"),
+    ({"pictures": clothes(10), "names": np.zeros(3)}, "its arrays are: pictures, names"),
+])
+def test_references_that_are_refused(arrays, message, save, refused):
+    reference = save("reference", **arrays)
+    words = ("--metrics", "fid,precision" if "pooled" in arrays or "pictures" in arrays else "fid", "--batch_size", 64)
+    assert message in refused(reference, save("sample", clothes(10)), *words)
+
+
+def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
+    message = refused(save("reference", clothes(10)), save("sample", x=np.zeros(2), y=np.zeros(2)))
+    assert message.endswith("sample.npz: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: x, y")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -1,13 +1,17 @@
 """Features of files: the same for any batch and any number of ranks, computed once, never held in memory."""
 
+import errno
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import execute
+from synthetic_inception import write_weights
 
+from evaluations.extractors.inception import InceptionExtractor
 from evaluations.features import Features, extract, feature_folder
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile, write_batch
@@ -79,6 +83,115 @@ def test_failure_leaves_no_features(file, tmp_path):
     assert not list((tmp_path / "cache").glob("*")) and not list((tmp_path / "cache").glob(".*"))
 
 
+def test_features_of_another_kind_are_not_taken_for_these(file, tmp_path, monkeypatch):
+    """Weights alone do not say what made features: type, backend, resizing and versions take part."""
+    seen = 0
+
+    def extracted(**attributes):
+        nonlocal seen
+        network = Stub()
+        for name, value in attributes.items():
+            setattr(network, name, value)
+        extract(file, network, tmp_path, 5)
+        seen += network.seen
+        return network.seen
+
+    for attributes in ({}, {"settings": {"dtype": "float32"}}, {"settings": {"dtype": "bfloat16"}},
+                       {"settings": {"backend": "tensorflow"}}, {"settings": {"resize": "none"}}, {"name": "other"}):
+        assert (extracted(**attributes), extracted(**attributes)) == (23, 0)
+    monkeypatch.setattr("evaluations.features.__version__", "99")
+    assert extracted() == 23 and seen == 7 * 23
+
+
+def test_what_makes_features_is_known_of_both_inceptions(tmp_path):
+    weights = write_weights(tmp_path / "w.safetensors")
+    settings = [InceptionExtractor(weights, dtype=dtype).settings for dtype in ("float32", "bfloat16")]
+    assert [each["dtype"] for each in settings] == ["float32", "bfloat16"]
+    assert {"backend", "dtype", "resize"} <= settings[0].keys()
+
+
+def truncate(path):
+    os.truncate(path, 200)
+
+
+def blank(path):
+    content = bytearray(path.read_bytes())
+    content[150:200] = bytes(50)
+    path.write_bytes(content)
+
+
+DAMAGE = {"truncated": truncate, "blanked": blank, "missing": Path.unlink,
+          "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+          "a folder": lambda path: (path.unlink(), path.mkdir())}
+
+
+@pytest.mark.parametrize("name", ["pooled.npy", "spatial.npy", "probabilities.npy", "features.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_features_are_made_again(file, tmp_path, caplog, name, damage):
+    first = [np.array(values) for values in extract(file, Stub(), tmp_path / "cache", 5)]
+    folder, = (tmp_path / "cache").iterdir()
+    DAMAGE[damage](folder / name)
+    network = Stub()
+    again = extract(file, network, tmp_path / "cache", 5)
+    assert network.seen == 23 and list((tmp_path / "cache").iterdir()) == [folder]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    record, = caplog.records
+    assert "the features of samples.npz are damaged" in record.getMessage() and name in record.getMessage()
+    assert len(record.getMessage().splitlines()) == 1
+    extract(file, network, tmp_path / "cache", 5)
+    assert network.seen == 23
+
+
+def test_a_full_disk_is_a_sentence_before_the_first_batch_is_done(file, tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match=r"cache: the features, 1 MiB, cannot be written \(No space left on device\)"):
+        extract(file, Stub(), tmp_path / "cache", 5)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_file_systems_that_cannot_reserve_space(file, tmp_path, monkeypatch):
+    def unknown(descriptor, start, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", unknown)
+    features = extract(file, Stub(), tmp_path / "cache", 5)
+    np.testing.assert_array_equal(features.pooled, IMAGES.astype(np.float32).mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_termination_leaves_no_features(file, tmp_path, monkeypatch, cache):
+    """Commands raise KeyboardInterrupt where a signal ends them."""
+    def terminated(images):
+        if not (images == IMAGES[:5]).all():
+            raise KeyboardInterrupt
+        return Stub().features(images)
+
+    network = Stub()
+    network.features = terminated
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "folder"))
+    with pytest.raises(KeyboardInterrupt), feature_folder(tmp_path / "folder" if cache else None) as folder:
+        extract(file, network, folder, 5)
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_a_kill_left_goes_with_the_next_run(tmp_path, monkeypatch, cache):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / (f".{'0' * 32}-{'1' * 32}-23-{'a' * 14}" if cache else f"features-{'a' * 14}")
+    left.mkdir()
+    (left / "pooled.npy").write_bytes(b"half")
+    (left / ".owner").write_text(os.uname().nodename)
+    (tmp_path / ".config").mkdir()
+    with feature_folder(tmp_path if cache else None):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / ".config"]
+
+
 def test_damaged_images_are_named(file, tmp_path):
     content = bytearray(file.path.read_bytes())
     content[content.find(IMAGES.tobytes()) + 500] ^= 1
@@ -104,6 +217,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1].split(":")
 from test_features import Stub
+from evaluations.extractors.inception import InceptionExtractor
 from evaluations.features import extract, feature_folder
 from guided_diffusion.npz import BatchFile
 from guided_diffusion import dist_util

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import socket
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from launchers import BIN, needs_mpi
 from networks import TINY
 from safetensors.torch import load_file
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, launchers
 from guided_diffusion.checkpoint import save_state
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import LostRankError, UserError
 
 RUN = {**TINY, "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1,
        "labels": "balanced"}
@@ -22,7 +24,7 @@ RUN = {**TINY, "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "gu
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in {name for names in dist_util.LAUNCHERS for name in names} | {"SLURM_STEP_ID"}:
+    for name in {name for names in launchers.LAUNCHERS for name in names} | {"SLURM_STEP_ID", launchers.STEP_TASKS}:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -33,14 +35,102 @@ def no_launcher(monkeypatch):
     ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, 1, 2),
     ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, 5, 6),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, 0, 1),                 # an allocation, but no job step
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 0, 1),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
+    ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, 1),
+    ({"RANK": "0", "WORLD_SIZE": " "}, 0, 1),
+    ({"RANK": "", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, 1, 2),
     ({"RANK": "1"}, 0, 1),
     ({"RANK": "1", "WORLD_SIZE": "2", "PMI_RANK": "0", "PMI_SIZE": "1"}, 1, 2),
-], ids=["plain", "torchrun", "MPICH", "Open MPI", "Slurm", "Slurm allocation", "half", "torchrun in MPI"])
+], ids=["plain", "torchrun", "MPICH", "Open MPI", "Slurm", "Slurm allocation", "Slurm interactive",
+        "Slurm step of an allocation", "empty", "blank", "empty in MPI", "half", "torchrun in MPI"])
 def test_rank_and_size_come_from_the_launcher(environment, rank, size, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (dist_util.rank(), dist_util.world_size()) == (rank, size)
     assert dist_util.is_main() == (rank == 0)
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK 'one': must be a whole number of at least 0"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK '-1': must be a whole number"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE '0': must be a whole number of at least 1"),
+    ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE '999"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2: must be less than WORLD_SIZE, which is 2"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK 'x': must be a whole number"),
+], ids=["word", "negative", "none", "digits", "beyond", "local"])
+def test_a_malformed_rank_is_refused(environment, words, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words) as refused:
+        dist_util.rank()
+    assert len(str(refused.value)) < 300
+
+
+# Where the ranks meet
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_the_store_listens_on_one_address_alone(address):
+    with dist_util._listener(dist_util._address_to_listen_on(address), 0) as listener:
+        host, port, *_ = listener.getsockname()
+        assert host in ("127.0.0.1", "::1")
+        assert dist_util._listener("127.0.0.2", port).getsockname()[:2] == ("127.0.0.2", port)      # which is still free
+
+
+def test_the_store_listens_everywhere_where_a_name_stands_for_several_addresses(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(None, None, None, None, ("127.0.1.1", 0))])
+    assert dist_util._address_to_listen_on("node7") == ""
+    with dist_util._listener("", 0) as listener:
+        assert listener.getsockname()[0] in ("::", "0.0.0.0")
+
+
+def test_ranks_meet_in_a_store_of_one_address():
+    kept = dist_util._listening("127.0.0.1", 0, 2)
+    other = dist_util._connected("127.0.0.1", kept.port, 2, timedelta(seconds=10))
+    kept.set("name", "value")
+    assert other.get("name") == b"value"
+
+
+def test_a_store_that_nobody_keeps_is_a_lost_rank():
+    with dist_util._listener("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(LostRankError, match=f"nobody answers at 127.0.0.1, port {port}"):
+        dist_util._connected("127.0.0.1", port, 2, timedelta(0))
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "-1", "x", "9" * 5000])
+def test_a_malformed_port_is_refused(port, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match="MASTER_PORT '.*must be a port from 1 to 65535"):
+        dist_util._store_by_address(0, 2)
+
+
+def test_rank_0_says_who_is_missing(monkeypatch, caplog):
+    monkeypatch.setattr(dist_util, "REMINDER", timedelta(seconds=0.01))
+    monkeypatch.setattr(dist_util, "ASSEMBLY", timedelta(seconds=1))
+    for this, said in ((1, 0), (0, 1)):
+        store = dist.HashStore()
+        store.set("here 1", "")
+        with pytest.raises(LostRankError, match=r"not all of the 4 ranks started .*2, 3 (is|are) missing"):
+            dist_util._await_all(store, this, 4)
+        lines = [record.getMessage() for record in caplog.records]
+        assert bool(lines) == said
+    assert lines[0].endswith("ranks 2, 3 are missing of 4")
+
+
+def test_ranks_that_are_all_here_say_nothing(caplog):
+    store = dist.HashStore()
+    store.set("here 1", "")
+    dist_util._await_all(store, 0, 2)
+    assert not caplog.records
+
+
+def test_one_rank_has_the_last_word(monkeypatch):
+    assert dist_util.has_last_word() and dist_util.has_last_word()           # one process
+    monkeypatch.setattr(dist_util, "_meeting", dist.HashStore())
+    assert [dist_util.has_last_word() for _ in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("rank, local, index", [("5", "1", 1), ("5", None, 1), ("3", "7", 3)])
@@ -93,13 +183,13 @@ open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(result))
 """
 
 
-def launchers():
+def programs():
     return [pytest.param([BIN / "torchrun", "--nproc-per-node", 2], id="torchrun"),
             pytest.param([BIN / "mpiexec", "-n", 2, sys.executable], id="mpiexec", marks=needs_mpi)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", launchers())
+@pytest.mark.parametrize("launcher", programs())
 def test_ranks_agree(launcher, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     ended = execute(*launcher, tmp_path / "program.py", tmp_path, CUDA_VISIBLE_DEVICES="")
@@ -168,7 +258,7 @@ def test_mistake_ends_all_ranks(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", launchers())
+@pytest.mark.parametrize("launcher", programs())
 def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path, tiny_checkpoints):
     state = load_file(tiny_checkpoints / "model.safetensors")
     state["label_emb.weight"][1] = float("nan")

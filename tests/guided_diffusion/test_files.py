@@ -16,6 +16,7 @@ from guided_diffusion.files import (
     check_writable,
     lock_holder,
     locked,
+    open_own,
     prepare,
     remove_leftovers,
     write,
@@ -63,7 +64,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_nothing_else(tmp_path, error)
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     first, second = (prepare(tmp_path / "a.txt", lambda file: file.write_text("x")) for _ in range(2))
-    assert first != second and str(os.getpid()) in first.name
+    assert first != second
     (tmp_path / ".other").write_text("")
     remove_leftovers(tmp_path, "b.txt*")
     assert first.exists() and second.exists()
@@ -110,6 +111,40 @@ def test_what_cannot_be_written_is_refused_before(tmp_path):
         with pytest.raises(UserError, match=f"^--json {path}: cannot be written \\("):
             check_writable("--json", path)
     assert names(tmp_path) == ["a", "c", "file"]
+
+
+def test_links_that_others_planted_are_not_followed(tmp_path, monkeypatch):
+    victim, path = tmp_path / "victim", tmp_path / "a.txt"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "guessed")
+    (tmp_path / ".a.txt.guessed.tmp").symlink_to(victim)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be written \(File exists\)"):
+        write_text(path, "x")
+    monkeypatch.undo()
+    path.symlink_to(victim)
+    write_text(path, "x")
+    assert not path.is_symlink() and path.read_text() == "x"
+    lock = tmp_path / ".lock"
+    lock.symlink_to(victim)
+    with pytest.raises(UserError, match=r"\.lock: cannot be locked \(it is a link, which is not followed"), \
+            locked(lock, UserError):
+        pass
+    with pytest.raises(OSError, match="it is a link"), locked(lock):
+        pass
+    assert lock_holder(lock) is None and victim.read_text() == "precious"
+    with pytest.raises(OSError, match="it is a link"):
+        open_own(lock, os.O_WRONLY | os.O_TRUNC)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is no ordinary file"):
+        open_own(tmp_path / "pipe", os.O_RDWR)
+    assert victim.read_text() == "precious"
+
+
+def test_temporary_names_cannot_be_guessed_and_are_never_too_long(tmp_path):
+    seen = []
+    for _ in range(2):
+        write(tmp_path / ("x" * 250), lambda file: (seen.append(file.name), file.write_text("x")))
+    assert len(set(seen)) == 2 and all(len(name) < 120 for name in seen)
 
 
 HOLD = """

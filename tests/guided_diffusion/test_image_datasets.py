@@ -3,13 +3,18 @@
 import gzip
 import itertools
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from fuzzing import damaged, fuzz, survives
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from guided_diffusion import image_datasets
+from guided_diffusion import image_datasets, image_files
+from guided_diffusion.classes import ClassNames
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data
 
@@ -180,6 +185,41 @@ def test_damaged_idx_files(idx_folder, name, change, message):
         load_arrays(idx_folder, "train" if name.startswith("train") else "test")
 
 
+@pytest.mark.parametrize(("shape", "message"), [
+    ((-1, 28, 28), "its header says -1 x 28 x 28"), ((5, -28, -28), "says 5 x -28 x -28"),
+    ((5, 0, 28), "says 5 x 0 x 28"), ((2**31 - 1, 28, 28), "which .* bytes do not hold"),
+    ((2**31 - 1, 2**31 - 1, 2**31 - 1), "which .* bytes do not hold"),
+])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_headers_that_no_images_have(tmp_path, shape, message, zipped):
+    content = bytes((0, 0, 8, 3)) + struct.pack(">3i", *shape) + bytes(28 * 28)
+    path = tmp_path / f"train-images-idx3-ubyte{'.gz' if zipped else ''}"
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    with pytest.raises(UserError, match=f"is damaged, its header .*{message}|{message}"):
+        image_datasets.read_idx(path, 3)
+
+
+def test_idx_files_are_not_unpacked_further_than_their_header_says(tmp_path):
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros((1, 8, 8), np.uint8)) + bytes(2**25)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="more bytes than the 80 that its header says"):
+            image_datasets.read_idx(path, 3)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+WHOLE_IDX = idx_bytes(np.random.default_rng(0).integers(0, 256, (3, 5, 4), np.uint8))
+
+
+@fuzz(150)
+@given(damaged(WHOLE_IDX, gzip.compress(WHOLE_IDX, mtime=0)), st.sampled_from(["x-ubyte", "x-ubyte.gz"]))
+def test_damaged_idx_files_are_read_or_refused(content, name):
+    survives(lambda path: image_datasets.read_idx(path, 3), content, name)
+
+
 def test_missing_idx_file(idx_folder):
     (idx_folder / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match=r"has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte\.gz"):
@@ -222,6 +262,92 @@ def test_file_that_is_no_image(image_folder, change):
     break_file(image_folder, "dog_04.png", change)
     with pytest.raises(UserError, match=r"dog_04\.png: cannot be read as an image"):
         take(3, data_dir=image_folder)
+
+
+def test_what_is_left_out_is_said(image_folder, caplog):
+    (image_folder / "._dog_04.png").write_bytes(b"Mac OS X")
+    with caplog.at_level("INFO"):
+        take(1, data_dir=image_folder)
+    assert caplog.messages == [f"{image_folder}: 12 images; left out: 1 hidden or system file(s) (._dog_04.png)"]
+
+
+def opened(folder, **options):
+    return image_datasets.open_images(folder, (3, 20, 20), **options)
+
+
+def plan(count, **changes):
+    return image_datasets.BatchPlan(**{
+        "num_images": count, "batch_size": 12, "seed": 0, "shuffle": False, "flip": False, "crop": False, "rank": 0,
+        "world_size": 1, **changes})
+
+
+def red(images):
+    return ((images[:, 0, 0, 0] + 1) * 127.5 / 20).round().int().tolist()
+
+
+def test_damaged_images_are_left_out_and_counted(image_folder, caplog):
+    break_file(image_folder, "dog_04.png", lambda content: content[:60])
+    break_file(image_folder, "cat_07.png", lambda content: b"")
+    with pytest.raises(UserError, match=r"cat_07\.png: .*, and 1 more are damaged; .* --skip_damaged True"):
+        opened(image_folder)
+    with caplog.at_level("INFO"):
+        images = opened(image_folder, class_cond=True, skip_damaged=True)
+    assert images.count == 10 and images.labels.tolist() == [0] * 5 + [1] * 5
+    assert "left out 2 damaged image(s), the first is" in caplog.text and "cat_07.png" in caplog.text
+    for path in image_folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="and 11 more are damaged"):
+        opened(image_folder, skip_damaged=True)
+
+
+def test_damage_that_shows_in_training(image_folder, monkeypatch, caplog):
+    monkeypatch.setattr(image_files, "DECODED_AT_START", 0)         # as if the images were many
+    files = image_datasets.list_images(image_folder)
+    break_file(image_folder, files[1].name, lambda content: content[:-30])
+    with pytest.raises(UserError, match=rf"{files[1].name}: .* --skip_damaged True"):
+        next(opened(image_folder).batches(plan(12), 0))
+    batches = opened(image_folder, class_cond=True, skip_damaged=True).batches(plan(12), 0)
+    (images, conditions), (again, _) = next(batches), next(batches)
+    assert red(images) == [1, 7, 7, 11, 3, 9, 0, 6, 2, 4, 8, 10] == red(again)          # 7 in place of 5
+    assert conditions["y"].tolist() == [0] * 6 + [1] * 6
+    assert caplog.text.count("left out a damaged image, number 1 of this run") == 1
+
+
+def test_damage_is_found_before_its_turn(image_folder, monkeypatch):
+    class Done(image_files.BackgroundCheck):
+        def __enter__(self):
+            check = super().__enter__()
+            self.thread.join()
+            return check
+
+    monkeypatch.setattr(image_files, "DECODED_AT_START", 0)
+    monkeypatch.setattr(image_datasets, "BackgroundCheck", Done)
+    last = image_datasets.list_images(image_folder)[-1]
+    break_file(image_folder, last.name, lambda content: content[:-30])
+    with pytest.raises(UserError, match=rf"{last.name}: .* --skip_damaged True"):
+        next(opened(image_folder).batches(plan(12, batch_size=1), 0))
+
+
+def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
+    with pytest.raises(UserError, match=r"--num_classes 1000: .* has 2 classes: 0 cat, 1 dog; pass --num_classes 2"):
+        opened(image_folder, class_cond=True).check_classes(1000)
+    with caplog.at_level("INFO"):
+        opened(image_folder, class_cond=True).check_classes(2)
+    assert "2 classes: 0 cat, 1 dog (--classes prefix)" in caplog.messages
+    assert opened(image_folder, class_cond=True, known=ClassNames(("bat", "cat", "dog"))).labels.tolist() == (
+        [1] * 6 + [2] * 6)
+    opened(image_folder).check_classes(7)                           # without classes, their number says nothing
+
+
+def test_numbers_of_classes_may_be_fewer_than_those_of_the_network(idx_folder, caplog):
+    images = image_datasets.open_images(idx_folder, (1, 28, 28), class_cond=True)
+    images.check_classes(10)
+    assert not caplog.messages
+    with caplog.at_level("INFO"):
+        images.check_classes(1000)
+    assert "has classes from 0 to 9, --num_classes is 1000" in caplog.text
+    with pytest.raises(UserError, match=r"--num_classes 9: .* has more classes, the greatest is 9; pass --num_classes"):
+        images.check_classes(9)
 
 
 @pytest.mark.skipif(not HAS_FASHION_MNIST, reason="dataset-fashion-mnist is not installed")

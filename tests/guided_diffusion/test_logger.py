@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.logger import MetricLogger
 
 
@@ -66,3 +67,24 @@ def test_an_empty_log_is_begun_anew(tmp_path, content):
     logger.add("loss", 2.0)
     logger.write(5)
     assert [(row["step"], row["loss"]) for row in rows_of(tmp_path)] == [("5", "2")]
+
+
+@pytest.mark.parametrize("content", [
+    b"step,loss\nabc,1\n", b"loss\n1\n", b"step,loss\n1,2,3\n", b"step,loss\n1\n", b"\xff\xfe\n\xff\n"])
+def test_a_file_that_is_no_log_is_one_sentence(tmp_path, content):
+    path = tmp_path / "progress.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"progress.csv: is not the log of a training, or is damaged; move it away"):
+        MetricLogger(tmp_path, resume_step=5)
+    assert path.read_bytes() == content
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    logger = MetricLogger(tmp_path)
+    logger.add("loss", 1.0)
+    logger.write(1)
+    (tmp_path / "progress.csv").unlink()
+    (tmp_path / "progress.csv").mkdir()
+    logger.add("loss", 1.0)
+    with pytest.raises(UserError, match=r"progress.csv: cannot be written \(Is a directory\)"):
+        logger.write(2)

@@ -138,7 +138,7 @@ def test_wrong_statistics(saved, arrays, message):
 def test_no_npz_at_all(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         BatchFile(tmp_path / "missing.npz")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a folder"):
         BatchFile(tmp_path)
     for content in (b"", b"text", IMAGES.tobytes(), b"PK\x05\x06"):
         (tmp_path / "x.npz").write_bytes(content)

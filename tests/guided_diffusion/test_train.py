@@ -1,11 +1,12 @@
 """Training: it learns, a kill does not harm it, and batches, microbatches and ranks are only ways of doing the same."""
 
-import csv
 import json
+import logging
 import math
 import os
+import shlex
 import signal
-import struct
+import socket
 import subprocess
 import sys
 import time
@@ -14,91 +15,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import PATIENCE
+from commands import PATIENCE, call, samples_in
+from tiny_training import (
+    DIFFUSION,
+    MODEL,
+    TRAIN,
+    flags,
+    largest_difference,
+    log_of,
+    train,
+    train_tiny_classifier,
+    weights,
+)
 from torch import nn
 
 from guided_diffusion import checkpoint, train_util
-from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import LostRankError, PeerError, UserError
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.train_util import (
     ClassifierTrainOptions,
     TrainOptions,
     classification_losses,
-    train_classifier,
-    train_diffusion,
     update_ema,
 )
 
 REPOSITORY = Path(__file__).parents[2]
-MODEL = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1",
-         "attention_resolutions": "8", "num_heads": 1, "class_cond": True, "num_classes": 2, "learn_sigma": True}
-CLASSIFIER = {"image_size": 8, "in_channels": 1, "num_classes": 2, "classifier_width": 32, "classifier_depth": 1,
-              "classifier_num_head_channels": 32,
-              "classifier_attention_resolutions": "", "classifier_pool": "adaptive", "classifier_channel_mult": "1"}
-DIFFUSION = {"diffusion_steps": 10, "noise_schedule": "cosine"}
-TRAIN = {"batch_size": 4, "lr": 1e-3, "lr_anneal_steps": 3, "ema_rate": "0.9,0.99", "log_interval": 1}
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """IDX files of 32 images, 8x8: class 0 has rows, class 1 columns of light."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    labels = np.arange(32, dtype=np.uint8) % 2
-    images = rng.integers(0, 60, (32, 8, 8), dtype=np.uint8)
-    images[labels == 0, ::2] += 190
-    images[labels == 1, :, ::2] += 190
-    for prefix in ("train", "t10k"):
-        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
-                                                             + images.tobytes())
-        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 32) + labels.tobytes())
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def train(data_dir, out, **changes):
-    """Trains a tiny diffusion model; `changes` are flags of any of the options classes."""
-    values = {**MODEL, **DIFFUSION, **TRAIN, "data_dir": str(data_dir), "out": str(out), **changes}
-    train_diffusion(*(of(cls, values) for cls in (ModelOptions, DiffusionOptions, TrainOptions)))
-    return out
-
-
-def train_tiny_classifier(data_dir, out, **changes):
-    values = {**CLASSIFIER, **DIFFUSION, "batch_size": 8, "iterations": 3, "log_interval": 1, "data_dir": str(data_dir),
-              "val_data_dir": str(data_dir), "eval_interval": 2, "out": str(out), **changes}
-    train_classifier(*(of(cls, values) for cls in (ClassifierOptions, DiffusionOptions, ClassifierTrainOptions)))
-    return out
-
-
-def of(cls, values):
-    return cls(**{name: value for name, value in values.items() if name in cls.__dataclass_fields__})
-
-
-def flags(**values):
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def log_of(out, name):
-    with (out / "progress.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
-
-
-def weights(out, name="model"):
-    return checkpoint.load_state_dict(out / f"{name}.safetensors")
-
-
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
-
 
 def test_learns(data_dir, tmp_path):
     train(data_dir, tmp_path, lr_anneal_steps=40, batch_size=8, lr=2e-3, diffusion_steps=100)
@@ -192,6 +134,36 @@ def test_starts_from_given_weights(data_dir, tmp_path):
     given = train(data_dir, tmp_path / "given", seed=5)
     train(data_dir, tmp_path / "next", lr=1e-9, lr_anneal_steps=1, resume_checkpoint=given / "model.safetensors")
     assert largest_difference(weights(given), weights(tmp_path / "next")) < 1e-7
+
+
+def hashes(folder):
+    return {path.name: sha256_of(path) for path in folder.glob("*.safetensors")}
+
+
+def test_the_same_training_gives_the_same_bytes(data_dir, tmp_path):
+    for name in "ab":
+        train(data_dir, tmp_path / name, schedule_sampler="loss-second-moment")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b") and len(hashes(tmp_path / "a")) == 4
+
+
+def test_the_end_names_the_files_and_a_command_that_samples(data_dir, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train(data_dir, tmp_path / "run")
+    end = [line for line in caplog.messages if line.startswith(("weights: ", "to sample: "))]
+    assert [Path(word).name for word in end[0].removeprefix("weights: ").split(", ")] == [
+        "model.safetensors", "ema_0.9.safetensors", "ema_0.99.safetensors"]
+    script, *arguments = shlex.split(end[1].removeprefix("to sample: python scripts/"))
+    assert call(Path(script).stem, *arguments, "--num_samples", 2, "--batch_size", 2, "--out", tmp_path / "out") == 0
+    assert samples_in(tmp_path / "out")[0].shape == (2, 8, 8, 3)
+
+
+def test_a_finished_run_has_nothing_to_do(data_dir, tmp_path, caplog):
+    train(data_dir, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    caplog.set_level(logging.INFO)
+    train(data_dir, tmp_path)
+    assert "nothing to do" in caplog.text and "to sample: " in caplog.text
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_learning_rate():
@@ -292,6 +264,124 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data_dir, tmp_path, monkeypatch,
     assert log_of(whole, logged) == log_of(stopped, logged) != []
 
 
+def fail_at(monkeypatch, step, method="_descend", error=UserError):
+    """Makes a method of the loop raise an error in a step."""
+    original = getattr(train_util.TrainLoop, method)
+
+    def failing(loop, *args):
+        if loop.step == step:
+            raise error("a mistake")
+        return original(loop, *args)
+
+    monkeypatch.setattr(train_util.TrainLoop, method, failing)
+
+
+@pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt, PeerError, LostRankError])
+def test_an_error_saves_what_was_trained(data_dir, tmp_path, monkeypatch, caplog, error):
+    caplog.set_level(logging.INFO)
+    whole, stopped = train(data_dir, tmp_path / "whole", lr_anneal_steps=4), tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(error, match="a mistake"):
+        fail_at(patch, 2, error=error)
+        train(data_dir, stopped, lr_anneal_steps=4)
+    assert checkpoint.read_metadata(stopped / "state.safetensors")["step"] == "2"
+    assert "until step 2 is saved" in caplog.text and not (stopped / ".lock").exists()
+    train(data_dir, stopped, lr_anneal_steps=4)
+    assert hashes(whole) == hashes(stopped) and log_of(whole, "loss") == log_of(stopped, "loss")
+
+
+def test_half_a_step_is_not_saved(data_dir, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 2, "_update_ema", OSError)
+    with pytest.raises(OSError):
+        train(data_dir, tmp_path, save_interval=1)
+    assert checkpoint.read_metadata(tmp_path / "state.safetensors")["step"] == "2"
+    assert {checkpoint.read_metadata(path)["step"] for path in tmp_path.glob("*.safetensors")} == {"2"}
+
+
+def test_weights_that_diverge_replace_no_save(data_dir, tmp_path):
+    train(data_dir, tmp_path, lr_anneal_steps=2)
+    with pytest.raises(UserError, match="smaller one and --change lr"):
+        train(data_dir, tmp_path, lr=1e30, lr_anneal_steps=9, change="lr")
+    assert checkpoint.read_metadata(tmp_path / "state.safetensors")["step"] == "2"
+
+
+def test_a_full_disk_after_an_error_hides_nothing(data_dir, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise UserError("no space")
+
+    monkeypatch.setattr(checkpoint, "save_state", full)
+    fail_at(monkeypatch, 2)
+    with pytest.raises(UserError, match="a mistake"):
+        train(data_dir, tmp_path)
+    assert "cannot be saved (no space)" in caplog.text
+
+
+FAILING = """
+import sys
+from guided_diffusion import dist_util, train_util
+from guided_diffusion.cli import run_script
+from guided_diffusion.errors import UserError
+from scripts.image_train import main
+
+descend = train_util.TrainLoop._descend
+
+def failing(loop):
+    if loop.step == 3 and dist_util.rank() == 1:
+        raise UserError("a damaged picture")
+    return descend(loop)
+
+train_util.TrainLoop._descend = failing
+run_script(main)
+"""
+
+
+def two_ranks(tmp_path, *command, **values):
+    """Starts two ranks of a training, without a launcher; returns their processes and logs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = flags(**{**MODEL, **DIFFUSION, **TRAIN, "batch_size": 2, "out": tmp_path / "out", **values})
+    logs, processes = [tmp_path / f"log{rank}" for rank in range(2)], []
+    for rank, log in enumerate(logs):
+        with log.open("w") as stream:
+            processes.append(subprocess.Popen(
+                [sys.executable, *command, *words], stdout=stream, stderr=subprocess.STDOUT, env={
+                    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RANK": str(rank),
+                    "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}))
+    return processes, logs
+
+
+def errors_in(log):
+    assert "Traceback" not in log.read_text(), log.read_text()
+    return [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+def test_what_one_rank_finds_ends_all_and_is_saved_before(data_dir, tmp_path):
+    processes, logs = two_ranks(tmp_path, "-c", FAILING, data_dir=data_dir, lr_anneal_steps=5)
+    assert [process.wait() for process in processes] == [2, 2]
+    assert [errors_in(log) for log in logs] == [[], ["error: a damaged picture"]]
+    assert "what was trained until step 3 is saved" in logs[0].read_text()
+    with pytest.raises(UserError, match=r"--batch_size 2 on 1 rank\(s\): the run in .* has 2 on 2"):
+        train(data_dir, tmp_path / "out", lr_anneal_steps=5, batch_size=2)
+    train(data_dir, tmp_path / "out", lr_anneal_steps=5, batch_size=4)          # as many images a step, on one rank
+    train(data_dir, tmp_path / "one", lr_anneal_steps=5, batch_size=4)
+    assert log_of(tmp_path / "out", "loss") == pytest.approx(log_of(tmp_path / "one", "loss"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_missed_in_one_sentence(data_dir, tmp_path):
+    processes, logs = two_ranks(tmp_path, REPOSITORY / "scripts/image_train.py", data_dir=data_dir,
+                                lr_anneal_steps=10**6, save_interval=10)
+    while not (tmp_path / "out/state.safetensors").exists() and processes[0].poll() is None:
+        time.sleep(0.05)
+    processes[1].kill()
+    assert processes[0].wait() == 2
+    error, = errors_in(logs[0])
+    assert "a rank is gone" in error and "start the same command again" in error
+    step = checkpoint.read_metadata(tmp_path / "out/state.safetensors")["step"]
+    assert f"until step {step} is saved" in logs[0].read_text() or step.endswith("0")
+
+
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):
     train_tiny_classifier(data_dir, tmp_path, noised=False, iterations=25, lr=1e-2)
     assert log_of(tmp_path, "val_acc@1")[-1] == 1
@@ -334,14 +424,6 @@ def test_a_network_that_cannot_be_compiled(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(UserError, match=r"--compile True: .* leave it off \(no C\+\+ compiler\)"):
         train(data_dir, tmp_path, compile=True)
-
-
-def test_other_options_than_those_of_the_run(data_dir, tmp_path):
-    train(data_dir, tmp_path)
-    for changes in ({"num_channels": 64}, {"diffusion_steps": 20}, {"ema_rate": "0.9"}):
-        name, value = next(iter(changes.items()))
-        with pytest.raises(UserError, match=f"--{name} {value}: the run in .* has"):
-            train(data_dir, tmp_path, **changes)
 
 
 def test_weights_of_another_network(data_dir, tmp_path):

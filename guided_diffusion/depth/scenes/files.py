@@ -13,7 +13,7 @@ from PIL import Image
 from ...errors import UserError
 from ...files import check_writable
 from ...npz import write_batch
-from ...options import Options, option
+from ...options import Options, option, seed_option
 from ...pictures import grid, save
 from ...progress import progress_bar
 from ..ranges import to_fraction
@@ -29,7 +29,7 @@ class SceneOptions(Options):
 
     num_images: int = option(10000, "number of scenes", minimum=1)
     start: int = option(0, "number of the first scene", minimum=0)
-    seed: int = option(0, "seed: scene i of a seed is always the same", minimum=0)
+    seed: int = seed_option("seed: scene i of a seed is always the same")
     image_size: int = option(32, "height and width in pixels", minimum=8)
     out: str = option("scenes.npz", "file for the scenes: arr_0 RGB, arr_1 classes, depth in metres, mask")
     sheet: str = option("", "also draw a contact sheet of the first scenes to this file (PNG)")

@@ -48,11 +48,13 @@ def comparison():
 
     def features():
         return FeatureSet({
-            Feature.POOLED: random.normal(size=(40, 4)), Feature.SPATIAL: random.normal(size=(40, 6)),
-            Feature.PROBABILITIES: random.dirichlet(np.ones(3), 40), Feature.DEPTH: random.normal(size=(40, 5)),
-            Feature.SHARPNESS: random.random(40)})
+            Feature.POOLED: random.normal(size=(80, 4)), Feature.SPATIAL: random.normal(size=(80, 6)),
+            Feature.PROBABILITIES: random.dirichlet(np.ones(3), 80), Feature.DEPTH: random.normal(size=(80, 5)),
+            Feature.SHARPNESS: random.random(80)})
 
-    return Comparison(features(), features())
+    reference, sample = features(), features()
+    sample.features[Feature.POOLED] += 1            # so that some reference images are far from all samples
+    return Comparison(reference, sample)
 
 
 @pytest.mark.parametrize("word", METRICS)

@@ -6,9 +6,12 @@ import torch
 from commands import call
 from PIL import Image
 
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.classes import ClassNames
 from guided_diffusion.depth.pairs import read_pairs
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, render
+from guided_diffusion.depth.train import known_classes
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_data
 
@@ -82,6 +85,53 @@ def test_depth_goes_the_way_of_its_image(tmp_path, height, width):
     assert pairs.images.shape == (1, 3, 16, 16) and pairs.depth.shape == (1, 1, 16, 16)
     assert (pairs.images[:, :1] - pairs.depth).abs().max() < 0.05
     assert pairs.depth.std() > 0.2
+
+
+def test_classes_of_a_folder_have_the_numbers_of_the_network(tmp_path):
+    values = arrays(3)
+    names = ("cow_1", "bee_1", "bee_2")
+    data = folder_of(tmp_path / "pairs", {f"{name}.png": image for name, image in zip(names, values["arr_0"],
+                                                                                      strict=True)},
+                     {f"{name}.npy": depth for name, depth in zip(names, values["depth"], strict=True)})
+    known = ClassNames(("ant", "bee", "cow"))
+    assert read_pairs(data, size=16, class_cond=True, class_names=known).labels.tolist() == [1, 1, 2]
+    assert read_pairs(data, size=16, class_cond=True).labels.tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match=r"bee_1\.png: is of the class bee, which is none of the 2 classes: 0 ant"):
+        read_pairs(data, size=16, class_cond=True, class_names=ClassNames(("ant", "cow")))
+
+
+def test_classes_of_a_network_that_does_not_state_them(tmp_path):
+    values = arrays(2)
+    data = folder_of(tmp_path / "pairs", {"bee_1.png": values["arr_0"][0], "cow_1.png": values["arr_0"][1]},
+                     {"bee_1.npy": values["depth"][0], "cow_1.npy": values["depth"][1]})
+    silent, telling = str(tmp_path / "silent.safetensors"), str(tmp_path / "telling.safetensors")
+    save_state(silent, {"x": torch.zeros(1)})
+    save_state(telling, {"x": torch.zeros(1)}, {"class_names": '["ant", "bee", "cow"]'})
+    assert known_classes(silent, data, 2) is None and known_classes(silent, npz(tmp_path), 1000) is None
+    assert known_classes(telling, data, 3) == ClassNames(("ant", "bee", "cow"))
+    with pytest.raises(UserError, match=r"2 classes: 0 bee, 1 cow, and .* has 1000 classes without their names"):
+        known_classes(silent, data, 1000)
+
+
+@pytest.mark.parametrize("orientation, stored", [(3, lambda x: x[::-1, ::-1]), (6, np.rot90)])
+def test_image_and_depth_are_both_upright(tmp_path, orientation, stored):
+    y, x = np.mgrid[:16, :24]
+    picture = (y * 10 + x * 4).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, depth in (("a", None), ("b", ".npy"), ("c", ".png")):
+        folder = tmp_path / name
+        (folder / "images").mkdir(parents=True)
+        (folder / "depth").mkdir()
+        Image.fromarray(np.ascontiguousarray(stored(picture))).save(folder / "images" / "x.png", exif=exif)
+        if depth == ".npy":
+            np.save(folder / "depth" / "x.npy", picture.astype(np.float32))
+        elif depth == ".png":
+            Image.fromarray(np.ascontiguousarray(stored(picture))).save(folder / "depth" / "x.png", exif=exif)
+        else:
+            Image.fromarray(picture).save(folder / "depth" / "x.png")
+        pairs = read_pairs(str(folder), size=16, depth_range="0,255")
+        assert (pairs.images[:, :1] - pairs.depth).abs().max() < 0.05
 
 
 def test_scenes_as_pairs():

@@ -195,9 +195,9 @@ def test_predictors_fit_one_network_only(model, tiny_flags):
     with pytest.raises(UserError, match=r"64 channels from block 'output\.0', which has 128"):
         check_fits(predictors, create_model(**tiny_flags | {"channel_mult": "1,4"}), None)
     with pytest.raises(UserError, match="for images of 16 pixels, and the network's have 32"):
-        check_fits(predictors, create_model(**tiny_flags | {"image_size": 32}), None)
+        check_fits(predictors, create_model(**tiny_flags | {"image_size": 32, "attention_resolutions": "16"}), None)
     with pytest.raises(UserError, match=r"'output.3' is no block of this network"):
-        check_fits(predictors, create_model(**tiny_flags | {"channel_mult": "1"}), None)
+        check_fits(predictors, create_model(**tiny_flags | {"channel_mult": "1", "attention_resolutions": "16"}), None)
 
 
 # The prior

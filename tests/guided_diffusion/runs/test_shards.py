@@ -53,17 +53,17 @@ def contents(folder):
 
 
 def test_finished_chunks_are_not_done_again(run):
-    assert run().prepare(overwrite=False) == [0, 1, 2]
+    assert list(run().prepare(overwrite=False)) == [0, 1, 2]
     fill(run(), [0, 2])
-    assert run().prepare(overwrite=False) == [1]
-    assert run().prepare(overwrite=True) == [0, 1, 2]
+    assert list(run().prepare(overwrite=False)) == [1]
+    assert list(run().prepare(overwrite=True)) == [0, 1, 2]
 
 
 def test_what_no_image_depends_on_makes_no_other_run(run):
     run().prepare(overwrite=False)
     fill(run())
     same = run(out="elsewhere", model_path="moved.pt", log_every=3, keep_shards=True, auto_batch=True, overwrite=False)
-    assert same.prepare(overwrite=False) == []
+    assert list(same.prepare(overwrite=False)) == []
 
 
 @pytest.mark.parametrize("changes, flag", [({"seed": 1}, "seed"), ({"sha256": "2" * 64}, "model_path"),
@@ -79,10 +79,10 @@ def test_chunks_of_another_run_are_refused_and_stay(changes, flag, run, tmp_path
     finish(run())
     with pytest.raises(UserError, match=f"--{flag} differs.*--overwrite True"):
         other.prepare(overwrite=False)
-    assert other.prepare(overwrite=True) == list(range(len(other.chunks)))
+    assert list(other.prepare(overwrite=True)) == list(range(len(other.chunks)))
     assert run().samples.exists()               # until others take their place
     fill(other, [0])
-    assert other.prepare(overwrite=False) == list(range(1, len(other.chunks)))
+    assert list(other.prepare(overwrite=False)) == list(range(1, len(other.chunks)))
     with pytest.raises(UserError, match=f"--{flag} differs"):
         run().prepare(overwrite=False)
 
@@ -136,7 +136,7 @@ def test_flipped_bytes_are_found(run):
         with pytest.raises(DamagedError, match=r"1 damaged \(000001.npz\); delete"):
             run().prepare(overwrite=False)
     path.unlink()
-    assert run().prepare(overwrite=False) == [1]
+    assert list(run().prepare(overwrite=False)) == [1]
 
 
 def test_arrays_of_other_shapes_are_damage(run):
@@ -167,7 +167,7 @@ def test_longer_or_shorter_run_keeps_what_it_can(count, todo, packed, run, tmp_p
         finish(run())
         todo = [] if count < 7 else todo            # a packed chunk can be cut
     other = run(num_samples=count)
-    assert other.prepare(overwrite=False) == todo
+    assert list(other.prepare(overwrite=False)) == todo
     fill(other, todo)
     result, _ = other.pack()
     with np.load(result) as file:
@@ -185,7 +185,7 @@ def test_finished_run_is_checked_and_not_done_again(run):
         with pytest.raises(UserError, match="is damaged or was changed"):
             run(num_samples=count).prepare(overwrite=False)
     run().samples.unlink()
-    assert run().prepare(overwrite=False) == [0, 1, 2]
+    assert list(run().prepare(overwrite=False)) == [0, 1, 2]
 
 
 def test_leftovers_of_killed_ranks_are_removed(run):

@@ -1,0 +1,196 @@
+"""What is evaluated: files of samples, single arrays, folders and archives of pictures, and folders of sampling runs.
+
+Each is opened as a `BatchFile`, and read as a stream: a few images in memory, whatever the size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
+from guided_diffusion.foreign import reading
+from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
+from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
+
+SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
+NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
+THREADS = 8                         # that decode pictures
+MAX_PACKED = 2**28                  # bytes of one picture in an archive
+
+
+def open_images(word: str | Path) -> BatchFile:
+    """Opens what `word` names as a set of images.
+
+    It may be an .npz in the official layout, an .npy of images (N, H, W, 3) uint8, a folder of pictures at any depth,
+    a .zip of pictures, or the output folder of a sampling run, whose file of samples is taken. Raises UserError for
+    anything else, and as `BatchFile`.
+    """
+    path = Path(word)
+    with reading(path, "cannot be read"):
+        if path.is_dir():
+            return _open_folder(path)
+        start = _beginning(path) if path.is_file() else b""
+    if start.startswith(NUMPY) and path.suffix != ".npz":
+        return SingleArray(path)
+    if start.startswith(ZIP) and path.suffix != ".npz":
+        with reading(path, "is not a .zip of pictures"), zipfile.ZipFile(path) as archive:
+            arrays = any(name.endswith(".npy") for name in archive.namelist())
+        return BatchFile(path) if arrays else Pictures(path, _packed_pictures(path))
+    return BatchFile(path)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(NUMPY))
+
+
+def _open_folder(folder: Path) -> BatchFile:
+    samples = sorted(folder.glob(SAMPLES))
+    if len(samples) > 1:
+        raise UserError(f"{folder}: holds several files of samples, name one of them: "
+                        f"{', '.join(path.name for path in samples[:10])}")
+    if samples:
+        return BatchFile(samples[0])
+    found = find_pictures(folder)
+    if not found.files:
+        raise UserError(f"{folder}: the folder holds neither pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) nor the "
+                        f"{SAMPLES} of a finished sampling run")
+    return Pictures(folder, [_LoosePicture(path, folder) for path in found.files])
+
+
+class SingleArray(BatchFile):
+    """An .npy file of images (N, H, W, 3) uint8, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.members, self._statistics = path, {}, {}
+        self._array_of_images = read_npy(path)
+        self.shape = checked_image_shape(f"{path}: the array", self._array_of_images.shape,
+                                         self._array_of_images.dtype)
+
+    def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
+        """The images (n, H, W, 3) of each range of indices."""
+        for indices in ranges:
+            yield np.array(self._array_of_images[indices.start:indices.stop], order="C")
+
+
+class Picture(Protocol):
+    """A picture that has not been read yet."""
+
+    @property
+    def name(self) -> str:
+        """Its name within the set."""
+
+    def pixels(self) -> np.ndarray:
+        """The picture as a viewer shows it, (H, W, 3) uint8; raises UserError where it cannot be read."""
+
+    def digest(self) -> str:
+        """What changes when its file does."""
+
+
+class _LoosePicture:
+    """A picture in a file of its own."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path, self.name = path, str(path.relative_to(folder))
+
+    def pixels(self) -> np.ndarray:
+        return np.asarray(read_image(self._path, 3))
+
+    def digest(self) -> str:
+        with reading(self._path, "cannot be read"):
+            return sha256_of(self._path)
+
+
+class _PackedPicture:
+    """A picture in an archive."""
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+        self._archive, self._info, self.name = archive, info, info.filename
+
+    def pixels(self) -> np.ndarray:
+        where = f"{self._archive.filename}: {printable(self.name)}"
+        if self._info.flag_bits & ENCRYPTED:
+            raise UserError(f"{where}: is encrypted")
+        if self._info.file_size > MAX_PACKED:
+            raise UserError(f"{where}: unpacks to {self._info.file_size} bytes, more than {MAX_PACKED}")
+        with reading(where, "cannot be read"):
+            return np.asarray(read_image(_Member(where, self._archive.read(self._info)), 3))
+
+    def digest(self) -> str:
+        return f"{self._info.CRC:08x} {self._info.file_size}"
+
+
+class _Member(io.BytesIO):
+    """The bytes of a picture in an archive, with the name that sentences give it."""
+
+    def __init__(self, where: str, content: bytes) -> None:
+        super().__init__(content)
+        self._where = where
+
+    def __str__(self) -> str:
+        return self._where
+
+
+def _packed_pictures(path: Path) -> list[Picture]:
+    """The pictures in a .zip, in the order of their names; UserError where there is none."""
+    with reading(path, "is not a .zip of pictures"):
+        archive = zipfile.ZipFile(path)
+        pictures = [info for info in archive.infolist() if _is_picture(Path(info.filename))]
+    if not pictures:
+        held = ", ".join(printable(info.filename) for info in archive.infolist()[:10]) or "nothing"
+        raise UserError(f"{path}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), but {held}")
+    return [_PackedPicture(archive, info) for info in sorted(pictures, key=lambda info: info.filename)]
+
+
+def _is_picture(name: Path) -> bool:
+    litter = any(part.startswith(".") or part.lower() in LITTER for part in name.parts)
+    return not litter and name.suffix.lower() in IMAGE_SUFFIXES
+
+
+class Pictures(BatchFile):
+    """Pictures of one size in the order of their names. Each is decoded when it is asked for, by a few threads."""
+
+    def __init__(self, path: Path, pictures: Sequence[Picture]) -> None:
+        self.path, self.members, self._statistics = path, {}, {}
+        self._pictures = pictures
+        first = pictures[0].pixels()
+        self.shape = (len(pictures), *first.shape[:2], 3)
+        if max(first.shape) > MAX_SIDE:
+            raise UserError(f"{path}: {pictures[0].name} is {self.resolution}: images may have {MAX_SIDE} pixels a "
+                            "side at most")
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the names and contents of the pictures, hexadecimal; of an archive, that of its file."""
+        with reading(self.path, "cannot be read"):
+            if self.path.is_file():
+                return sha256_of(self.path)
+        digest = hashlib.sha256()
+        for picture in self._pictures:
+            digest.update(f"{picture.name}\0{picture.digest()}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
+        """The images (n, H, W, 3) of each range of indices."""
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+            for indices in ranges:
+                yield np.stack(list(pool.map(self._pixels, indices)))
+
+    def _pixels(self, index: int) -> np.ndarray:
+        picture = self._pictures[index]
+        pixels = picture.pixels()
+        if pixels.shape != self.shape[1:]:
+            raise UserError(f"{self.path}: {picture.name} is {pixels.shape[1]}x{pixels.shape[0]}, the first picture "
+                            f"{self.resolution}: they must have one size")
+        return pixels

@@ -1,0 +1,218 @@
+"""Classes by name: which number each has is decided once, and kept with the weights.
+
+The classes of an image folder are found by one of two rules:
+    prefix     the file name before the first underscore, as the official code reads it: cat_001.png, n01440764_10.JPEG
+    folders    the folder below the data folder: cat/001.png, dog/001.png
+Unless a rule is given, it is prefix, but folders where there are several of them and the file names tell no classes
+apart: where all have the same prefix, or one has none.
+
+Names are numbered in natural order: as text, except that digits in them count as numbers, so that kind2 comes before
+kind10. The official code sorts as text; for ImageNet's names, and all whose digits are equally many, that is the same.
+
+A training stores its names in config.json and in the metadata of its weights, as a list under "class_names".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from . import checkpoint
+from .errors import UserError
+from .fetch import without_secrets
+from .options import nearest
+
+CLASS_RULES = ("folders", "prefix")
+KEY = "class_names"             # in config.json and in metadata
+SHOWN = 8                       # names that messages show; of more, the first ones and the last
+
+
+def natural_order(name: str) -> tuple[list[Any], str]:
+    """The key that sorts names as text, but the digits in them as numbers."""
+    parts: list[Any] = re.split("([0-9]+)", name)
+    for place in range(1, len(parts), 2):
+        digits = parts[place].lstrip("0")
+        parts[place] = (len(digits), digits)
+    return parts, name
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The names of classes; the place of a name is its number.
+
+    rule: how they were found, one of CLASS_RULES; "" where that is not known.
+    """
+
+    names: tuple[str, ...]
+    rule: str = ""
+
+    @classmethod
+    def from_images(cls, root: Path, files: Sequence[Path], rule: str = "") -> Self:
+        """The classes of image files below the folder `root`.
+
+        rule: one of CLASS_RULES; "": the one that fits. Raises UserError where a file has no class by that rule.
+        """
+        rule = rule or _fitting_rule(root, files)
+        found = _by_prefix(files) if rule == "prefix" else next(_by_folders(root, files), None)
+        if found is None:
+            raise _without_class(root, files, rule)
+        return cls(tuple(sorted(set(found), key=natural_order)), rule)
+
+    @classmethod
+    def from_json(cls, value: object, source: str) -> Self:
+        """The names that `to_json` gave; raises UserError, beginning with `source`, for anything else."""
+        if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value) \
+                or len(set(value)) < len(value):
+            raise UserError(f"{source}: its {KEY} must be a list of different names")
+        return cls(tuple(value))
+
+    def to_json(self) -> list[str]:
+        """The names in the order of their numbers."""
+        return list(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __str__(self) -> str:
+        """The names and their numbers, like "3 classes: 0 ant, 1 bee, 2 cow"; of many, some."""
+        shown = [f"{number} {name}" for number, name in enumerate(self.names)]
+        if len(shown) > SHOWN:
+            shown = [*shown[:SHOWN - 2], "...", shown[-1]]
+        return f"{len(self)} class{'es' if len(self) > 1 else ''}: {', '.join(shown)}"
+
+    @cached_property
+    def _number_of(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    def number(self, name: str) -> int:
+        """The number of a class; raises UserError where there is none of that name."""
+        if name not in self._number_of:
+            raise UserError(f"{name}: is none of the {self}{nearest(name, self.names)}")
+        return self._number_of[name]
+
+    def numbers(self, root: Path, files: Sequence[Path]) -> np.ndarray:
+        """The class of each image file below the folder `root`: (N,) int64.
+
+        The files may lie otherwise than those that the names are from: by prefix there and by folders here. Raises
+        UserError for a file of another class.
+        """
+        readings = list(_readings(root, files, self.rule or _fitting_rule(root, files)))
+        for names in readings:
+            if set(names) <= self._number_of.keys():
+                return np.array([self._number_of[name] for name in names], np.int64)
+        if not readings:
+            raise _without_class(root, files, self.rule)
+        path, name = next((path, name) for path, name in zip(files, readings[0], strict=True)
+                          if name not in self._number_of)
+        raise UserError(f"{path}: is of the class {name}, which is none of the {self}")
+
+    def check(self, num_classes: int, data_dir: object) -> None:
+        """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from."""
+        if num_classes != len(self):
+            raise UserError(f"--num_classes {num_classes}: {data_dir} has {self}; pass --num_classes {len(self)}")
+
+
+# How the names of files tell classes
+
+
+def _fitting_rule(root: Path, files: Sequence[Path]) -> str:
+    prefixes, folders = _by_prefix(files), next(_by_folders(root, files), None)
+    untold = prefixes is None or len(set(prefixes)) == 1
+    return "folders" if untold and folders is not None and len(set(folders)) > 1 else "prefix"
+
+
+def _readings(root: Path, files: Sequence[Path], rule: str) -> Iterator[list[str]]:
+    """The classes that files may have, by `rule` first."""
+    by_prefix = [names for names in [_by_prefix(files)] if names is not None]
+    if rule == "prefix":
+        yield from by_prefix
+    yield from _by_folders(root, files)
+    if rule != "prefix":
+        yield from by_prefix
+
+
+def _by_prefix(files: Iterable[Path]) -> list[str] | None:
+    """What stands before the first underscore; None where one has none."""
+    parts = [path.name.split("_", 1) for path in files]
+    return None if any(len(part) < 2 or not part[0] for part in parts) else [part[0] for part in parts]
+
+
+def _by_folders(root: Path, files: Iterable[Path]) -> Iterator[list[str]]:
+    """The folders that files lie in, for each level at which all lie in one: first the highest with several."""
+    parts = [path.relative_to(root).parts[:-1] for path in files]
+    levels = range(min(map(len, parts), default=0))
+    telling = [level for level in levels if any(part[level] != parts[0][level] for part in parts)]
+    first = telling[:1] or list(levels)[-1:]
+    for level in [*first, *(level for level in levels if level not in first)]:
+        yield [part[level] for part in parts]
+
+
+def _without_class(root: Path, files: Iterable[Path], rule: str) -> UserError:
+    if rule == "folders":
+        path = next(path for path in files if path.parent == root)
+        return UserError(f"{path}: has no class, with --classes folders it must lie in a folder of its class below "
+                         f"{root}")
+    path = next(path for path in files if "_" not in path.name[1:])
+    return UserError(f"{path}: has no class, with --class_cond True a name must be CLASS_anything{path.suffix}, or all "
+                     "images must lie in folders of their classes (--classes folders)")
+
+
+# Names that are stored
+
+
+def names_of_run(folder: Path) -> ClassNames | None:
+    """The classes that the training in a folder has; None where there is none, or it stored no names."""
+    path = folder / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return ClassNames.from_json(record[KEY], str(path)) if isinstance(record, dict) and KEY in record else None
+
+
+def stored_names(path: str | Path) -> ClassNames | None:
+    """The classes that a checkpoint states; None where it states none. Raises UserError as `read_metadata`."""
+    metadata = checkpoint.read_metadata(path)
+    if KEY not in metadata:
+        return None
+    try:
+        value = json.loads(metadata[KEY])
+    except (ValueError, RecursionError):
+        value = None
+    return ClassNames.from_json(value, str(path))
+
+
+def label_number(text: str, files: Iterable[str]) -> str:
+    """`--labels` with the number of a class in place of its name.
+
+    text: a name. files: the checkpoints, of which the first that states names counts. Raises UserError where none
+    does, and for another name.
+    """
+    names = next((names for path in files if path and (names := stored_names(path)) is not None), None)
+    if names is None:
+        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file; the names of classes are "
+                        "not known, as the checkpoint states none")
+    if text not in names.names:
+        raise UserError(f"--labels {text}: must be random, balanced, a .npy file, or one of the {names}"
+                        f"{nearest(text, names.names)}")
+    return str(names.number(text))
+
+
+def check_same_names(files: Mapping[str, str]) -> None:
+    """Raises UserError where two checkpoints, given by flag, call the same numbers by other names."""
+    first: tuple[str, ClassNames] | None = None
+    for flag, path in files.items():
+        names = stored_names(path)
+        if names is None:
+            continue
+        if first is not None and names.names != first[1].names:
+            raise UserError(f"--{flag} {without_secrets(path)}: has {names}, and --{first[0]} "
+                            f"{without_secrets(files[first[0]])} has {first[1]}; they must be trained on the same ones")
+        first = first or (flag, names)

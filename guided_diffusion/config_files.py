@@ -1,0 +1,98 @@
+"""YAML files of options: YAML 1.1 as PyYAML reads it, without what surprises people, and safe from any content."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+
+LARGEST_FILE = 1_000_000        # bytes
+LARGEST_CONTENT = 100_000       # values, those that an alias stands for counted each time
+
+_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Whole numbers are those of the core schema of YAML 1.2: 010 is 10, 0o10 is 8, and 1:10 is text, as dates are.
+
+    A key that stands twice in a mapping is an error, and so is content that aliases make huge or endless.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The one document; raises YAMLError where it is too large with all that its aliases stand for."""
+        node = super().get_single_node()
+        if node is not None and _count(node, {}) > LARGEST_CONTENT:
+            raise yaml.YAMLError(f"holds more than {LARGEST_CONTENT:,} values")
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; raises YAMLError where a key stands twice."""
+        written = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in written:
+                    raise yaml.YAMLError(f"{key.value[:100]} is given twice, again in line {key.start_mark.line + 1}")
+                written.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """A whole number of the core schema."""
+        text = str(self.construct_scalar(node))
+        try:
+            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        except ValueError:
+            raise yaml.YAMLError(f"{text[:20]}... has too many digits") from None
+
+
+def _count(node: yaml.Node, known: dict[int, float]) -> float:
+    """The values in a node, endless where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        children = ([child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else
+                    node.value if isinstance(node, yaml.SequenceNode) else [])
+        known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    return known[id(node)]
+
+
+def _resolve_as_core_schema() -> None:
+    """Takes PyYAML's rules for numbers and dates away from the loader, and adds those of the core schema."""
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag not in (_INT, _FLOAT, _TIME)]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    digits = list("-+0123456789")
+    _Loader.add_implicit_resolver(_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), digits)
+    _Loader.add_implicit_resolver(
+        _FLOAT, re.compile(r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+                           r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"), [*digits, "."])
+    _Loader.add_constructor(_INT, _Loader.construct_whole_number)
+
+
+_resolve_as_core_schema()
+
+
+def read_mapping(path: str | Path, within: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file; raises UserError where it cannot be read, or holds something else.
+
+    within: what follows the reason where the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise UserError(f"--config {path}: is larger than {LARGEST_FILE:,} bytes, too large for options")
+        content = yaml.load(text.decode(), _Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}){within}") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: is nested too deeply") from None
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())[:500]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must hold option names and values, one a line")
+    return content

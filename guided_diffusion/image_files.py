@@ -1,0 +1,280 @@
+"""Pictures in files: which files of a folder are pictures, and what their pixels are.
+
+The one reader of training, depth pairs, reference batches and evaluation. A picture is read as a viewer shows it:
+    orientation     what EXIF says is applied
+    16 bits         grey of 16 bits is scaled to 8, so that 65535 is white
+    transparency    is laid on white
+    animations      are their first picture
+Files are opened as the formats of FORMATS only, whatever their names say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Self
+
+import numpy as np
+from PIL import Image
+
+from .errors import UserError
+from .files import reason
+from .progress import progress_bar
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "AVIF", "PPM", "TGA", "QOI")
+IMAGE_SUFFIXES = frozenset((
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".jp2",
+    ".j2k", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi"))
+LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))     # what systems leave in folders; else names with a dot
+BACKGROUND = (255, 255, 255)
+MAX_RATIO = 100                 # of the sides of a picture
+DECODED_AT_START = 2**26        # bytes of files that are decoded before the first step, beside all headers
+AT_ONCE = 1024                  # files that a thread checks at a time
+
+Source = Path | IO[bytes]
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+
+
+# Folders
+
+
+@dataclass
+class FoundPictures:
+    """The pictures below a folder, in sorted order, and what else lies there: how many of each kind, and the first."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, kind: str, path: Path) -> None:
+        """Counts a file that is no picture."""
+        self.left_out[kind] += 1
+        self.examples.setdefault(kind, path.name)
+
+    def __str__(self) -> str:
+        """What was left out, in one line; "" where nothing was."""
+        return ", ".join(f"{count} {kind} ({'first ' if count > 1 else ''}{self.examples[kind]})"
+                         for kind, count in sorted(self.left_out.items()))
+
+
+def find_pictures(folder: Path) -> FoundPictures:
+    """The pictures at any depth below a folder, also behind links; a link that leads back is left out.
+
+    Raises UserError where a folder cannot be read.
+    """
+    found = FoundPictures()
+    _search(folder, (), found)
+    found.files.sort()
+    return found
+
+
+def _search(folder: Path, above: tuple[tuple[int, int], ...], found: FoundPictures) -> None:
+    """Looks into one folder; above: device and inode of the folders that it lies in."""
+    try:
+        status = folder.stat()
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({reason(error)})") from None
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        found.leave_out("link(s) that lead back", folder)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name.lower() in LITTER:
+            found.leave_out("hidden or system file(s)", path)
+        elif entry.is_dir():
+            _search(path, (*above, here), found)
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            found.leave_out("file(s) that are no pictures", path)
+        elif entry.is_file():
+            found.files.append(path)
+        else:
+            found.leave_out("broken link(s) or devices", path)
+
+
+# Pictures
+
+
+def read_image(path: Source, in_channels: int) -> Image.Image:
+    """The picture in a file as a viewer shows it, RGB (3 channels) or grey (1), of 8 bits.
+
+    path: of the file, or an open stream, whose `str` sentences name. Raises UserError where the file holds none, is damaged, or its sides are absurd.
+    """
+    with opened(path) as image:
+        return _opaque(_upright(image), "RGB" if in_channels == 3 else "L")
+
+
+def read_depth_image(path: Path) -> np.ndarray:
+    """A grey picture of 8 or 16 bits, (H, W), upright and with its values as they are; raises UserError for others."""
+    with opened(path) as image:
+        if image.mode not in ("L", "I", "I;16", "I;16B", "I;16L"):
+            raise UserError(f"{path}: has colour mode {image.mode}, a depth map must be grey, of 8 or 16 bits")
+        return np.asarray(_upright(image))
+
+
+def image_extent(path: Path) -> tuple[int, int]:
+    """Width and height of the picture in a file as a viewer shows it; raises UserError as `read_image`."""
+    with opened(path) as image:
+        width, height = image.size
+        # Pillow turns TIFF by itself, and says so already in its size
+        turned = image.format != "TIFF" and _orientation(image) >= 5
+        return (height, width) if turned else (width, height)
+
+
+@contextlib.contextmanager
+def opened(path: Source) -> Iterator[Image.Image]:
+    """A file as Pillow opens it, whose pixels are not read yet.
+
+    Raises UserError, also for what goes wrong in the block: damaged files make decoders fail in any way there is.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            _check_sides(path, image.size)
+            yield image
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _check_sides(path: Source, size: tuple[int, int]) -> None:
+    if max(size) > MAX_RATIO * min(size):
+        raise UserError(f"{path}: cannot be read as an image (it has {size[0]}x{size[1]} pixels, one side may be "
+                        f"{MAX_RATIO} times the other at most)")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:          # damaged EXIF says nothing, and the picture may be whole
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    """The picture in 8 bits, RGB or L, on the background."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which none is known to be white")
+    if image.mode.startswith("I"):
+        image = _scaled(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(background, image).convert("RGB")
+    return image.convert(mode)
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of 8 bits of one of 16."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its grey levels are {values.min()} to {values.max()}, and 16 bits are 0 to 65535")
+    grey = (values * 255 + 32767) // 65535
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = BACKGROUND[0]
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+# Checks
+
+
+def damage(path: Path, decode: bool = True) -> str:
+    """Why a file cannot be read as a picture, "" where it can.
+
+    decode: read all of it; else its header. JPEG is decoded at an eighth of its size, which shows the same damage.
+    """
+    try:
+        with opened(path) as image:
+            if decode:
+                image.draft("L", (1, 1))
+                image.load()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def count_decoded(files: Sequence[Path]) -> int:
+    """How many of the first files have DECODED_AT_START bytes together: few enough to decode before the work."""
+    return len(list(itertools.takewhile(lambda total: total <= DECODED_AT_START,
+                                        itertools.accumulate(map(_size, files)))))
+
+
+def damaged_pictures(files: Sequence[Path], decoded: int) -> dict[int, str]:
+    """The damaged ones among files: what is wrong by index; of those from index `decoded` on, by their headers."""
+    found: dict[int, str] = {}
+    pieces = [range(start, min(start + AT_ONCE, len(files))) for start in range(0, len(files), AT_ONCE)]
+    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+          progress_bar(len(files), "checking images", "img", enabled=len(pieces) > 1) as progress):
+        for piece, damages in zip(pieces, pool.map(
+                lambda piece: [damage(files[index], index < decoded) for index in piece], pieces), strict=True):
+            found |= {index: words for index, words in zip(piece, damages, strict=True) if words}
+            progress.update(len(piece))
+    return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+class BackgroundCheck:
+    """Decodes files in a thread, in their order, as long as the block lasts; `found` says which are damaged, and why.
+
+    A daemon, so that it never keeps a process from ending.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.found: list[str] = []
+        self._files, self._ended = files, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        for path in self._files:
+            if self._ended.is_set():
+                return
+            if words := damage(path):
+                self.found.append(words)
+
+
+def damaged_error(found: Iterable[str]) -> UserError:
+    """What ends a training whose pictures are damaged, from what `damage` said of each."""
+    first, *others = found
+    more = f", and {len(others)} more are damaged" if others else ""
+    return UserError(f"{first}{more}; mend or remove what is damaged, or leave it out with --skip_damaged True")

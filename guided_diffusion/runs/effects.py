@@ -1,0 +1,43 @@
+"""Which of the flags that a user gave have no effect on a run, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ..guidance import GuidanceOptions
+from ..options import option_fields
+from ..sampling import SAMPLERS
+from .sample import SamplingRun
+
+
+def without_effect(run: SamplingRun, given: Collection[str]) -> str:
+    """One line on the flags among `given` that no image of the run depends on; "" where there is none.
+
+    Those are options of a guidance method that is off, unless they are what switches it off, of a sampler that is not
+    used, and labels where nothing takes any.
+    """
+    used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
+    shared = {field.name for options in used for field in option_fields(type(options))}
+    idle: dict[str, str] = {}                   # why, by flag
+    for name, sampler in zip(SAMPLERS, run.samplers, strict=True):
+        if name != run.sample.sampler_name:
+            idle |= {field.name: f"the sampler is {run.sample.sampler_name}" for field in option_fields(type(sampler))}
+    for method in run.guidance:
+        if not method.active:
+            idle |= {field.name: f"{method.short} is off" for field in option_fields(type(method))
+                     if not _switches(method, field.name)}
+    idle = {flag: why for flag, why in idle.items() if flag not in shared}
+    if not run.labelled:
+        idle["labels"] = "nothing takes classes"
+    found: dict[str, list[str]] = {}
+    for flag in given:
+        if flag in idle:
+            found.setdefault(idle[flag], []).append(f"--{flag}")
+    return "without effect: " + "; ".join(f"{', '.join(flags)} ({why})" for why, flags in found.items()) if found else ""
+
+
+def _switches(method: GuidanceOptions, flag: str) -> bool:
+    """Whether a flag switches the method on, or its value here is what switches it off."""
+    on = replace(type(method)(), **method.switched_on)
+    return flag in method.switched_on or not replace(on, **{flag: getattr(method, flag)}).active

@@ -1,0 +1,156 @@
+"""What a checkpoint states of itself in its metadata: the options that it was trained with, and those given with it.
+
+Training stores its options as JSON under "config". They are the defaults wherever the file is used, and a flag that
+says something else is refused: such a network would give images, and they would be wrong. A file of `torch.save`
+states nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .build import (
+    ClassifierOptions,
+    DiffusionOptions,
+    ModelOptions,
+    kind_of,
+    map_sizes,
+    parse_channel_mult,
+    parse_resolutions,
+)
+from .checkpoint import locate, read_metadata
+from .errors import UserError
+from .fetch import is_address, without_secrets
+from .options import checked, option_fields
+from .unet import CHANNEL_MULT
+
+# How a network is run, trained or sampled: options that are no facts about weights.
+FREE = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16", "dropout", "timestep_respacing", "use_kl",
+        "rescale_learned_sigmas")
+CHOICES = ("sigma_small",)          # stated ones are defaults, others do no harm
+# The noise that a network knows images to have.
+PROCESS = ("diffusion_steps", "noise_schedule", "rescale_timesteps")
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What the file `path` states. facts: the options by flag name, without those that may differ."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Raises UserError where flags that were given contradict it: one sentence with both values of each."""
+        before, after = _comparable(self.facts), _comparable({**self.facts, **given})
+        wrong = [name for name in self.facts
+                 if name in given and name not in CHOICES and before.get(name) != after.get(name)]
+        if not wrong:
+            return
+        flags = " ".join(f"--{name} {_shown(given[name])}" for name in wrong)
+        stated = ", ".join(f"{name} {_shown(self.facts[name])}" for name in wrong)
+        right = " ".join(f"--{name} {_shown(self.facts[name])}" for name in wrong)
+        raise UserError(f"{flags}: {self.path} states {stated} of itself, pass {right} or leave "
+                        f"{'it' if len(wrong) == 1 else 'them'} out")
+
+    def say(self, given: Mapping[str, Any]) -> None:
+        """Logs what is taken from the file, in one line: facts that no flag gave and that are no defaults."""
+        defaults = {field.name: field.default for cls in (ModelOptions, DiffusionOptions, ClassifierOptions)
+                    for field in option_fields(cls)}
+        taken = [f"{name} {_shown(value)}" for name, value in self.facts.items()
+                 if name not in given and value != defaults[name]]
+        if taken:
+            _log.info("%s: trained with %s", self.path, ", ".join(taken))
+
+    def check_beside(self, values: Mapping[str, Any]) -> None:
+        """Raises UserError where a classifier was trained for other images or noise than the network that it guides.
+
+        values: the options of that network and its process by flag name; defaults may be missing.
+        """
+        defaults = {field.name: field.default for cls in (ModelOptions, DiffusionOptions)
+                    for field in option_fields(cls)}
+        for name in ("image_size", "in_channels", *PROCESS, *(["num_classes"] if values.get("class_cond") else [])):
+            other = values.get(name, defaults[name])
+            if self.facts.get(name, other) != other:
+                raise UserError(f"--classifier_path {self.path}: states {name} {self.facts[name]} of itself, and the "
+                                f"diffusion network that it is to guide has {name} {other}")
+
+
+def statement_of(path: str | Path, kind: str) -> Statement | None:
+    """What a file states, if it states a network of that kind ("diffusion" or "classifier") at all.
+
+    None where there is no such file, or none that can be read: whoever loads it says so. A file at an address is
+    fetched if its name ends in .safetensors. Raises UserError for values that are not allowed.
+    """
+    if not path or (is_address(path) and not str(path).partition("#")[0].partition("?")[0].endswith(".safetensors")):
+        return None
+    try:
+        config = json.loads(read_metadata(locate(path))["config"])
+    except (UserError, KeyError, ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict) or kind_of(config) != kind:
+        return None
+    shown = without_secrets(str(path))
+    classes = (ModelOptions, DiffusionOptions) if kind == "diffusion" else (ClassifierOptions, DiffusionOptions)
+    fields = {field.name: field for cls in classes for field in option_fields(cls)}
+    if kind == "classifier":
+        fields = {name: field for name, field in fields.items() if field.name in _classifier_facts()}
+    try:
+        facts = {name: checked(field, config[name]) for name, field in fields.items()
+                 if name in config and name not in FREE}
+    except UserError as error:
+        raise UserError(f"{shown}: states options that are not allowed ({error})") from None
+    return Statement(shown, kind, _effective(facts)) if facts else None
+
+
+def _classifier_facts() -> set[str]:
+    return {field.name for field in option_fields(ClassifierOptions)} | set(PROCESS)
+
+
+def _effective(facts: dict[str, Any]) -> dict[str, Any]:
+    """Without classes that the network does not have, and attention at sizes that none of its feature maps has."""
+    facts = dict(facts)
+    if facts.get("class_cond") is False:
+        facts.pop("num_classes", None)
+    for name in ("attention_resolutions", "classifier_attention_resolutions"):
+        resolutions, there = parse_resolutions(facts.get(name, "")), _maps(facts)
+        if there and not set(resolutions) <= set(there):
+            facts[name] = ",".join(str(size) for size in resolutions if size in there)
+    return facts
+
+
+def _maps(facts: Mapping[str, Any]) -> list[int]:
+    """The sizes of the feature maps; none where that is not known."""
+    size = facts.get("image_size", 0)
+    text = facts.get("channel_mult") or facts.get("classifier_channel_mult") or CHANNEL_MULT.get(size, "")
+    return map_sizes(size, len(parse_channel_mult(text)) if text else 0)
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that are equal where the network is: defaults by image size written out, and no heads that do nothing."""
+    result = dict(facts)
+    default = CHANNEL_MULT.get(facts.get("image_size", 0), "")
+    for prefix in ("", "classifier_"):
+        name = f"{prefix}channel_mult"
+        if name in facts:
+            result[name] = parse_channel_mult(facts[name] or default) if facts[name] or default else ()
+        name = f"{prefix}attention_resolutions"
+        if name in facts:
+            result[name] = set(parse_resolutions(facts[name])) & {0, *_maps(facts)}
+    if facts.get("num_head_channels", -1) != -1:
+        result |= {"num_heads": None, "num_heads_upsample": None}
+    elif facts.get("num_heads_upsample") == -1:
+        result["num_heads_upsample"] = facts.get("num_heads")
+    return result
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if value == "" else str(value)

@@ -1,0 +1,219 @@
+"""The folder of a training: its record in config.json, what may differ when it goes on, its lock, and its state.
+
+Whether a training may go on with another value of an option is decided here, option by option:
+    counts no more      --resume_checkpoint and --init_from, once the folder has a state: they may be left out
+    does not matter     HARMLESS; the training goes on, and a line says what is new
+    moves the end       --lr_anneal_steps, --iterations: to a later step, or to or from no end at all; a line says so
+    stays               FIXED, and all options of the network and the process: the state depends on them
+    leaves images out   --skip_damaged True, as the error of a damaged image advises
+    changes the result  everything else, like --lr, --seed or --batch_size: refused unless --change names it
+--batch_size means the images of one step on all ranks together, and --data_dir means the images there, wherever they
+lie now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, dist_util
+from .classes import KEY
+from .errors import UserError
+from .fetch import without_secrets
+from .files import check_folder, locked, write_json
+from .image_datasets import find_data, holds_idx, is_npz, list_images
+
+SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
+HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
+            "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
+FIXED = ("schedule_sampler", "ema_rate")
+STARTS = ("resume_checkpoint", "init_from")
+ENDS = ("lr_anneal_steps", "iterations")
+MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
+
+State = dict[str, dict[str, Tensor]]        # kind ("model", "ema_0.999", "optimizer" ...) -> name -> tensor
+
+
+@contextmanager
+def locked_folder(out: str | Path) -> Iterator[None]:
+    """Makes the folder `out` and holds it for this job, on rank 0; all ranks call this.
+
+    Raises UserError where it cannot be written, or where another job trains or samples there.
+    """
+    path = Path(out)
+    with ExitStack() as stack:
+        with dist_util.together():
+            check_folder("--out", path)
+            if dist_util.is_main():
+                stack.enter_context(locked(path / ".lock", lambda who: UserError(
+                    f"--out {out}: another job is working there ({who}); wait for it, or name another folder")))
+        yield
+
+
+def shown(value: Any) -> Any:
+    """A value of an option as records, logs and messages show it: without secrets of addresses, "" as ''."""
+    return (without_secrets(value) or "''") if isinstance(value, str) else value
+
+
+def data_digest(data_dir: str) -> str:
+    """SHA-256 of what tells images from others: their names in order and some of their sizes; of an .npz the checksums.
+
+    It does not depend on where the images lie. Raises UserError where there are none.
+    """
+    place = find_data(data_dir)
+    lines: Iterable[str]
+    if is_npz(place):
+        try:
+            with zipfile.ZipFile(place) as file:
+                lines = [f"{part.filename} {part.CRC} {part.file_size}" for part in file.infolist()]
+        except (OSError, zipfile.BadZipFile, NotImplementedError):
+            raise UserError(f"--data_dir {data_dir}: is not an .npz file of images, or is damaged") from None
+    else:
+        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else list_images(place)
+        every = -(-len(files) // MEASURED)
+        lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
+                 for i, path in enumerate(files)]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What config.json says of a training.
+
+    model: the options of the network and the process by flag name. training: those of the training. ranks: processes.
+    data: what `data_digest` says of --data_dir. classes: the names of the classes in the order of their numbers.
+    """
+
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    ranks: int | None = None
+    data: str | None = None
+    classes: Sequence[str] | None = None
+
+    def write(self, out: Path) -> None:
+        """Writes config.json, in which no address has a secret."""
+        training = {name: without_secrets(value) if isinstance(value, str) else value
+                    for name, value in self.training.items()}
+        content: dict[str, Any] = {"model": dict(self.model), "training": training, "ranks": self.ranks}
+        content |= {"data": self.data} if self.data else {}
+        content |= {KEY: list(self.classes)} if self.classes else {}
+        write_json(out / "config.json", content, sync=True)
+
+    @classmethod
+    def read(cls, out: Path) -> Record | None:
+        """The record in a folder, None where there is none; raises UserError where config.json is something else."""
+        path = out / "config.json"
+        if not path.exists():
+            return None
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            ranks, names = saved.get("ranks"), saved.get(KEY)
+            return cls(dict(saved["model"]), dict(saved["training"]), None if ranks is None else int(ranks),
+                       saved.get("data"), None if names is None else [str(name) for name in names])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"--out {out}: its config.json is not one of a training, name another") from None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options by flag name, as they are stored."""
+        return {name: without_secrets(value) if isinstance(value, str) else value
+                for name, value in {**self.training, **self.model}.items()}
+
+    def continues(self, before: Record, out: Path) -> list[str]:
+        """What is new beside the record `before` of the same folder, a sentence each, where it does not matter.
+
+        Raises UserError, naming the option, where the training cannot go on with it.
+        """
+        allowed = {name for name in self.training.get("change", "").split(",") if name}
+        lines = []
+        for name, now in self.options.items():
+            then = before.options.get(name, now)
+            if now == then and name not in ("batch_size", "data_dir"):
+                continue
+            why = self._reason(name, before)
+            if why is None and name in allowed:
+                why = "as --change says"
+            if why is None:
+                raise UserError(self._refusal(name, before, out))
+            if why:
+                lines.append(f"--{name} {shown(now)}: was {shown(then)} so far; {why}")
+        return lines
+
+    def _reason(self, name: str, before: Record) -> str | None:
+        """Why the training may go on with a new value of an option; "": there is nothing new; None: it may not."""
+        now, then = self.options[name], before.options.get(name)
+        if name == "batch_size":
+            return self._same_batch(before)
+        if name == "data_dir":
+            same = self.data == before.data if self.data and before.data else now == then
+            return None if not same else "" if now == then else "the images are the same"
+        if name == "skip_damaged" and now:
+            return "damaged images are left out from here on"
+        if name in STARTS:
+            return "it counts at the start only" if not now else None
+        if name in ENDS:
+            later = not now or not then or (isinstance(then, int) and now > then)
+            return "the end moves, and with it a learning rate that decays" if later else None
+        if name in HARMLESS:
+            return HARMLESS[name]
+        return None
+
+    def _same_batch(self, before: Record) -> str | None:
+        now, then = self.training["batch_size"], before.training.get("batch_size")
+        if then is None or self.ranks is None or before.ranks is None:          # an older record does not say
+            return "" if now == then else None
+        if (now, self.ranks) == (then, before.ranks):
+            return ""
+        same = now * self.ranks == then * before.ranks
+        return f"with {self.ranks} rank(s) these are as many images a step as before" if same else None
+
+    def _refusal(self, name: str, before: Record, out: Path) -> str:
+        now, then = self.options[name], before.options[name]
+        if name == "batch_size":
+            ranks = "" if before.ranks is None else f" on {before.ranks}"
+            return (f"--batch_size {now} on {self.ranks} rank(s): the run in {out} has {then}{ranks}, and another "
+                    "number of images a step changes its result; give as many, another --out, or --change batch_size")
+        if name == "data_dir" and now == then:
+            return (f"--data_dir {shown(now)}: holds other images than when the run in {out} began; restore them, give "
+                    "another --out, or --change data_dir")
+        fixed = name in FIXED or name in self.model
+        return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
+                + ("" if fixed else f", or --change {name} to go on with the new one"))
+
+
+# The state
+
+
+def read_state(path: Path, expected: Mapping[str, Mapping[str, Sequence[int]]], optional: str,
+               ) -> tuple[State, int]:
+    """The tensors of a state by kind and name, and the step after which it was saved.
+
+    expected: the names that each kind has, and their shapes. optional: a kind that may be missing. Raises UserError
+    where the file is damaged, or is not the state of such a training.
+    """
+    groups: State = {}
+    for key, value in checkpoint.load_state_dict(path).items():
+        kind, _, name = key.partition("/")
+        groups.setdefault(kind, {})[name] = value
+    for kind, shapes in expected.items():
+        held = groups.get(kind, {})
+        if kind == optional and not held:
+            continue
+        for name, shape in shapes.items():
+            if name not in held or tuple(held[name].shape) != tuple(shape):
+                fault = "has no" if name not in held else "has another size of"
+                raise UserError(f"{path}: is not the state of this training, it {fault} {kind}/{name}; put the right "
+                                "file back, or name another --out")
+    step = groups["loop"]["step"]
+    if step.dtype != torch.int64 or step < 0:
+        raise UserError(f"{path}: is damaged, its step is {step.item()}")
+    return groups, int(step)

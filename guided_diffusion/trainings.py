@@ -1,0 +1,73 @@
+"""The folder of a training as a model: which of its files is sampled, and the classifier beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UserError
+from .stated import PROCESS, Statement, statement_of
+
+SUFFIX = ".safetensors"
+
+
+def best_weights(folder: Path) -> Path:
+    """The weights to sample from: the moving average with the largest rate, else the latest weights.
+
+    Raises UserError where the folder holds neither.
+    """
+    rates = {rate: path for path in folder.glob(f"ema_*{SUFFIX}") if (rate := _rate(path)) is not None}
+    if rates:
+        return rates[max(rates)]
+    latest = folder / f"model{SUFFIX}"
+    if latest.is_file():
+        return latest
+    raise UserError(f"--model {folder}: holds no weights of a training, neither ema_RATE{SUFFIX} nor {latest.name}")
+
+
+def _rate(path: Path) -> float | None:
+    try:
+        return float(path.stem.removeprefix("ema_"))
+    except ValueError:
+        return None
+
+
+def classifier_beside(model: Statement, folder: Path) -> Path | None:
+    """The weights of the classifier that belongs to the model of a training's folder.
+
+    It lies in that folder, in a folder in it, or in one beside it, and was trained for images of the same size and
+    noise. Where several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies
+    within, and None where that leaves it open.
+    """
+    folder = folder if folder.name not in ("", "..") else folder.absolute()
+    inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
+    beside = [path for near in _folders(folder.parent) if near.name != folder.name for path in _files(near)]
+    named = [path for path in beside if path.parent.name in _names(folder.name)]
+    for found in (inside, named, beside):
+        fitting = [path for path in found if _fits(model, path)]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 else None
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _files(folder: Path) -> list[Path]:
+    """What may be the weights of a classifier in a folder: those of a training of it, or a file named so."""
+    return [path for name in ("model", "classifier") if (path := folder / f"{name}{SUFFIX}").is_file()]
+
+
+def _names(name: str) -> list[str]:
+    return [f"{name}_classifier", f"{name}-classifier", f"classifier_{name}"]
+
+
+def _fits(model: Statement, path: Path) -> bool:
+    classifier = statement_of(path, "classifier")
+    if classifier is None:
+        return False
+    shared = ["image_size", "in_channels", *PROCESS, *(["num_classes"] if model.facts.get("class_cond") else [])]
+    return all(model.facts.get(name) == classifier.facts.get(name) for name in shared)

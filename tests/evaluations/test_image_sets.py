@@ -1,0 +1,175 @@
+"""What can be evaluated: every form gives the same images, as a stream, and what is none is a sentence."""
+
+import io
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from fuzzing import damaged, fuzz, survives
+from hypothesis import given
+from PIL import Image
+
+from evaluations.image_sets import open_images
+from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile, write_batch
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
+
+
+def encoded(image, kind="PNG"):
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind, lossless=True)
+    return stream.getvalue()
+
+
+def as_npz(folder):
+    write_batch(folder / "a.npz", {}, iter([IMAGES]), IMAGES.shape)
+    return folder / "a.npz"
+
+
+def as_npy(folder):
+    np.save(folder / "a.npy", IMAGES)
+    return folder / "a.npy"
+
+
+def as_fortran_npy(folder):
+    np.save(folder / "a.npy", np.asfortranarray(IMAGES))
+    return folder / "a.npy"
+
+
+def as_folder(folder):
+    """Pictures of several formats and depths, with what systems leave between them."""
+    (folder / "pictures" / "b").mkdir(parents=True)
+    for index, image in enumerate(IMAGES):
+        kind = ("PNG", "WEBP", "BMP", "TIFF")[index % 4]
+        path = folder / "pictures" / ("b" if index > 3 else ".") / f"{index}.{kind.lower()}"
+        path.write_bytes(encoded(image, kind))
+    (folder / "pictures" / "._0.png").write_bytes(b"litter")
+    (folder / "pictures" / "notes.txt").write_text("notes")
+    return folder / "pictures"
+
+
+def as_zip(folder):
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        for index in reversed(range(len(IMAGES))):
+            archive.writestr(f"some/{index}.png", encoded(IMAGES[index]))
+        archive.writestr("__MACOSX/some/._0.png", b"litter")
+        archive.writestr("some/notes.txt", b"notes")
+    return folder / "a.zip"
+
+
+def as_run(folder):
+    (folder / "run").mkdir()
+    as_npz(folder).rename(folder / "run" / "samples_7x6x5x3.npz")
+    (folder / "run" / "grid.png").write_bytes(encoded(IMAGES[0]))
+    return folder / "run"
+
+
+def as_renamed_npz(folder):
+    return as_npz(folder).rename(folder / "a.zip")
+
+
+FORMS = (as_npz, as_npy, as_fortran_npy, as_folder, as_zip, as_run, as_renamed_npz)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_give_the_same_images(tmp_path, form):
+    file = open_images(form(tmp_path))
+    assert (len(file), file.resolution) == (7, "5x6")
+    batches = list(file.batches(3, slice(None), 7))
+    assert [start for start, _ in batches] == [0, 3, 6]
+    np.testing.assert_array_equal(np.concatenate([images for _, images in batches]), IMAGES)
+    np.testing.assert_array_equal(np.concatenate([images for _, images in file.batches(2, slice(1, None, 2))]),
+                                  IMAGES[[2, 3, 6]])
+    np.testing.assert_array_equal(file.pick([6, 0, 3]), IMAGES[[6, 0, 3]])
+    np.testing.assert_array_equal(file.first(2), IMAGES[:2])
+    assert file.statistics() is None and file.labels is None and file.value("backend", str) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_evaluated_has_a_checksum_of_its_content(tmp_path, form):
+    path = form(tmp_path)
+    before = open_images(path).sha256
+    assert len(before) == 64 and open_images(path).sha256 == before
+    file = path if path.is_file() else sorted(path.rglob("*.[pn]*"))[0 if form is as_run else -1]
+    if form is as_run:
+        file = path / "samples_7x6x5x3.npz"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if form is as_folder or form in (as_npy, as_fortran_npy):
+        assert open_images(path).sha256 != before
+
+
+def test_pictures_are_never_all_in_memory(tmp_path):
+    image = encoded(np.full((64, 64, 3), 9, np.uint8))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for index in range(1000):                                       # 12 MB of pixels
+            archive.writestr(f"{index}.png", image)
+    file = open_images(tmp_path / "a.zip")
+    tracemalloc.start()
+    for _ in file.batches(10):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
+
+
+def refused(path):
+    with pytest.raises(UserError) as raised:
+        for _ in open_images(path).batches(4):
+            pass
+    return str(raised.value)
+
+
+def test_what_is_no_set_of_images_is_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty: the folder holds neither pictures (" in refused(tmp_path / "empty")
+    assert refused(tmp_path / "missing").endswith("missing: there is no such file")
+    run = as_run(tmp_path)
+    as_npz(tmp_path).rename(run / "samples_9x6x5x3.npz")
+    assert "holds several files of samples, name one of them: samples_7x6x5x3.npz, samples_9x" in refused(run)
+    with zipfile.ZipFile(tmp_path / "text.zip", "w") as archive:
+        archive.writestr("notes.txt", b"notes")
+    assert "text.zip: holds no pictures (" in refused(tmp_path / "text.zip")
+    assert refused(tmp_path / "text.zip").endswith("but notes.txt")
+    np.save(tmp_path / "float.npy", IMAGES / 255)
+    assert "float.npy: the array is (7, 6, 5, 3) float64: images must be uint8 from 0 to 255" in \
+        refused(tmp_path / "float.npy")
+    np.savez(tmp_path / "other.npz", features=np.zeros(3), labels=np.zeros(3))
+    assert BatchFile(tmp_path / "other.npz").without_images.endswith("its arrays are: features, labels")
+
+
+def test_pictures_of_several_sizes_and_damaged_ones_are_named(tmp_path):
+    folder = as_folder(tmp_path)
+    (folder / "b" / "z.png").write_bytes(encoded(IMAGES[0, :4]))
+    assert "pictures: b/z.png is 5x4, the first picture 5x6: they must have one size" in refused(folder)
+    (folder / "b" / "z.png").write_bytes(b"text")
+    assert "z.png: cannot be read as an image" in refused(folder)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("0.png", encoded(IMAGES[0]))
+        archive.writestr("1.png", b"text")
+    assert "a.zip: 1.png: cannot be read as an image" in refused(tmp_path / "a.zip")
+
+
+def test_values_are_0_to_1_only_where_the_whole_file_has_no_others(tmp_path):
+    images = np.zeros((9, 4, 4, 3), np.uint8)
+    images[8, 3, 3, 2] = 2
+    np.save(tmp_path / "dark.npy", images)
+    assert len(list(open_images(tmp_path / "dark.npy").batches(1))) == 9
+    np.save(tmp_path / "dark.npy", images // 2)
+    assert "its 9 images hold nothing above 1" in refused(tmp_path / "dark.npy")
+
+
+def packed(**pictures):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in pictures.items():
+            archive.writestr(f"{name}.png", content)
+    return stream.getvalue()
+
+
+@fuzz(100)
+@given(damaged(packed(a=encoded(IMAGES[0]), b=encoded(IMAGES[1]))))
+def test_any_damage_to_an_archive_of_pictures_is_a_sentence_or_harmless(content):
+    survives(lambda path: list(open_images(path).batches(2)), content, "damaged.zip")

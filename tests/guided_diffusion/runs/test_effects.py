@@ -1,0 +1,58 @@
+"""Flags without effect are named, once and in one line."""
+
+import pytest
+from commands import call, flags
+from networks import TINY
+
+from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.options import option_fields, options_from
+from guided_diffusion.runs.effects import without_effect
+from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS
+
+
+def line(**given):
+    run = SamplingRun.of(options_from({"class_cond": True, **given}, SampleOptions, *option_classes()))
+    return without_effect(run, given)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({}, ""), ({"num_samples": 3, "dropout": 0.1, "sampler": "ddim", "eta": 0.5}, ""),
+    ({"sel_attn_depth": 99}, "--sel_attn_depth (SAG is off)"),
+    ({"sel_attn_depth": 99, "guide_scale": 1.0, "blur_sigma": 3.0}, "--sel_attn_depth, --blur_sigma (SAG is off)"),
+    ({"sel_attn_depth": 99, "guide_scale": 1.1}, ""), ({"eta": 0.5}, "--eta (the sampler is ddpm)"),
+    ({"eta": 0.5, "use_ddim": True}, ""), ({"classifier_scale": 2.0}, "--classifier_scale (CG is off)"),
+    ({"classifier_guidance": False}, ""), ({"classifier_guidance": True, "classifier_scale": 0.0}, ""),
+    ({"classifier_guidance": True, "classifier_scale": 0.0, "classifier_path": "x"}, "--classifier_path (CG is off)"),
+    ({"class_cond": False, "labels": "balanced"}, "--labels (nothing takes classes)"),
+    ({"class_cond": False, "labels": "balanced", "classifier_guidance": True}, ""),
+    ({"labels": "balanced", "num_classes": 7, "image_size": 64}, ""),
+    ({"eta": 1.0, "pag_blocks": "input.8", "pag_start": 3},
+     "--eta (the sampler is ddpm); --pag_blocks, --pag_start (PAG is off)")])
+def test_flags_without_effect_are_named(given, said):
+    assert line(**given) == (f"without effect: {said}" if said else "")
+
+
+@pytest.mark.parametrize("kind", [*GUIDANCE, *SAMPLERS.values()], ids=lambda kind: kind.__name__)
+def test_each_method_and_sampler_is_watched(kind):
+    run = SamplingRun.of(options_from({}, SampleOptions, *option_classes()))
+    shared = {field.name for options in (run.sample, run.model, run.diffusion, run.sampler)
+              for field in option_fields(type(options))}
+    own = [field.name for field in option_fields(kind) if field.name not in shared]
+    silent = [name for name in own if not without_effect(run, [name])]
+    assert set(silent) <= set(getattr(kind, "switched_on", ())) | {"classifier_guidance"}
+
+
+def test_the_command_says_it_once_on_stderr_and_not_of_presets(tmp_path, tiny_checkpoints, caplog):
+    short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 1, "num_samples": 1,
+             "batch_size": 1}
+    (tmp_path / "run.yaml").write_text("eta: 0.5\n")
+    assert call("image_sample", "--config", tmp_path / "run.yaml", "--blur_sigma", "4", *flags(short), "--out",
+                tmp_path / "a") == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "without effect: --eta (the sampler is ddpm); --blur_sigma (SAG is off)"]
+    caplog.clear()
+    assert call("image_sample", "--model", "fmnist32", *flags({"timestep_respacing": 1, "num_samples": 1}), "--out",
+                tmp_path / "b", "--batch_size", 1) == 0
+    assert not caplog.records

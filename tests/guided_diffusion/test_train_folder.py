@@ -1,0 +1,175 @@
+"""The folder of a training: one job, options that may change and others, states and records that are something else."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import train, train_tiny_classifier
+
+from guided_diffusion import checkpoint, files
+from guided_diffusion.errors import UserError
+from guided_diffusion.train_folder import Record, data_digest, locked_folder
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The folder of a finished training of three steps."""
+    return train(data_dir, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_second_job_is_refused(data_dir, run, monkeypatch):
+    monkeypatch.setattr(files, "PAUSE", 0)
+    with locked_folder(run), pytest.raises(UserError, match=r"--out .*run: another job is working there \(process"):
+        train(data_dir, run, lr_anneal_steps=4)
+    train(data_dir, run, lr_anneal_steps=4)
+    assert not (run / ".lock").exists()
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_channels": 64}, {"diffusion_steps": 20}, {"ema_rate": "0.9"}, {"use_bf16": True},
+    {"schedule_sampler": "loss-second-moment"}])
+def test_what_the_state_depends_on_stays(data_dir, run, changes):
+    (name, value), = changes.items()
+    with pytest.raises(UserError, match=f"--{name} {value}: the run in .* has .*another --out$"):
+        train(data_dir, run, **{"lr_anneal_steps": 4, **changes})
+
+
+@pytest.mark.parametrize("changes", [
+    {"seed": 1}, {"lr": 2e-3}, {"weight_decay": 0.1}, {"lr_warmup_steps": 2}, {"random_flip": False},
+    {"random_crop": True}, {"lr_anneal_steps": 2}, {"fp16_scale_growth": 0.1}, {"resume_checkpoint": "other.pt"},
+    {"init_from": "other.pt"}, {"batch_size": 2}])
+def test_what_changes_the_result_is_refused_unless_it_is_meant(data_dir, run, changes):
+    (name, value), = changes.items()
+    before = (run / "state.safetensors").read_bytes()
+    with pytest.raises(UserError, match=f"--{name} {value}.*: the run in .* --change {name}") as error:
+        train(data_dir, run, **{"lr_anneal_steps": 4, **changes})
+    assert "\n" not in str(error.value) and (run / "state.safetensors").read_bytes() == before
+    train(data_dir, run, **{"lr_anneal_steps": 4, **changes}, change=name)
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"log_interval": 2}, "the result is the same"), ({"save_interval": 1}, "the result is the same"),
+    ({"microbatch": 2}, "the same up to rounding"), ({"use_checkpoint": True}, "the result is the same"),
+    ({"lr_anneal_steps": 5}, "the end moves"), ({"lr_anneal_steps": 4, "skip_damaged": True}, "left out from here on")])
+def test_what_does_not_matter_is_said(data_dir, run, caplog, changes, why):
+    caplog.set_level("INFO")
+    name, value = list(changes.items())[-1]
+    train(data_dir, run, **changes)
+    line, = (line for line in caplog.messages if line.startswith(f"--{name} {value}: was "))
+    assert why in line
+
+
+def test_the_validation_may_change(data_dir, tmp_path, caplog):
+    train_tiny_classifier(data_dir, tmp_path, iterations=1)
+    caplog.set_level("INFO")
+    train_tiny_classifier(data_dir, tmp_path, iterations=2, eval_interval=1, val_data_dir="")
+    assert len([line for line in caplog.messages if "the result is the same" in line]) == 2
+    with pytest.raises(UserError, match="--noised False: the run in"):
+        train_tiny_classifier(data_dir, tmp_path, iterations=2, noised=False)
+
+
+def test_the_same_images_may_lie_elsewhere(data_dir, run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    elsewhere = shutil.copytree(data_dir, tmp_path / "elsewhere")
+    train(elsewhere, run, lr_anneal_steps=4)
+    assert "the images are the same" in caplog.text
+    path = elsewhere / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(UserError, match=r"--data_dir .*elsewhere: holds other images than when the run in .* began"):
+        Record({}, {"data_dir": str(elsewhere)}, data=data_digest(str(elsewhere))).continues(
+            Record({}, {"data_dir": str(elsewhere)}, data=data_digest(str(data_dir))), run)
+
+
+def test_the_digest_of_images_tells_them_by_names_sizes_and_checksums(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    for name in ("x.png", "y.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / name)
+    first = data_digest(str(tmp_path / "a"))
+    (tmp_path / "a/readme.txt").write_text("no image")
+    assert data_digest(str(tmp_path / "a")) == first
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a/y.png")
+    assert data_digest(str(tmp_path / "a")) != first
+    digests = set()
+    for value in (0, 1):
+        np.savez(tmp_path / "s.npz", arr_0=np.full((2, 8, 8, 3), value, np.uint8))
+        digests.add(data_digest(str(tmp_path / "s.npz")))
+    assert len(digests) == 2
+
+
+def test_records_of_older_versions_go_on(data_dir, run):
+    record = json.loads((run / "config.json").read_text())
+    for name in ("ranks", "data"):
+        del record[name]
+    del record["training"]["change"], record["training"]["init_from"]
+    (run / "config.json").write_text(json.dumps(record))
+    tensors = checkpoint.load_state_dict(run / "state.safetensors")
+    del tensors["loop/ema_warmup"]
+    checkpoint.save_state(run / "state.safetensors", tensors)
+    train(data_dir, run, lr_anneal_steps=4)
+    assert json.loads((run / "config.json").read_text())["ranks"] == 1
+
+
+@pytest.mark.parametrize("change", ["speed", "ema_rate", "lr,", "change"])
+def test_change_names_options(data_dir, run, change):
+    if change == "lr,":
+        train(data_dir, run, lr_anneal_steps=4, change=change, lr=2e-3)
+        return
+    with pytest.raises(UserError, match=f"--change {change}: must name options of the training"):
+        train(data_dir, run, change=change)
+
+
+def other(state, **changes):
+    """A state with some tensors replaced; None: left out."""
+    tensors = {name.replace("__", "/"): value for name, value in changes.items()}
+    return {name: value for name, value in {**state, **tensors}.items() if value is not None}
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda run, state: shutil.copy(run / "model.safetensors", run / "state.safetensors"), "is not the state of this"),
+    (lambda run, state: checkpoint.save_state(run / "state.safetensors", {"a/b/c": torch.zeros(2)}), "is not the"),
+    (lambda run, state: checkpoint.save_state(run / "state.safetensors", other(state, loop__step=None)), "loop/step"),
+    (lambda run, state: checkpoint.save_state(run / "state.safetensors", other(state, loop__step=torch.tensor(-3))),
+     "is damaged, its step is -3"),
+    (lambda run, state: checkpoint.save_state(run / "state.safetensors", other(state, loop__step=torch.tensor(2.5))),
+     "is damaged, its step is 2.5"),
+    (lambda run, state: checkpoint.save_state(run / "state.safetensors", other(
+        state, **{"optimizer__exp_avg__input_blocks.0.0.bias": torch.zeros(3)})), "another size of optimizer/exp_avg"),
+    (lambda run, state: (run / "state.safetensors").write_bytes((run / "state.safetensors").read_bytes()[:-9]),
+     "is truncated or damaged"),
+    (lambda run, state: (run / "state.safetensors").write_bytes(b""), "is empty"),
+    (lambda run, state: ((run / "state.safetensors").unlink(), (run / "state.safetensors").mkdir()), "is a folder"),
+    (lambda run, state: (run / "config.json").write_text("[" * 200000), "config.json is not one of a training"),
+    (lambda run, state: (run / "config.json").write_text('{"model": 3, "training": {}}'), "config.json is not one of"),
+    (lambda run, state: (run / "config.json").write_text("[]"), "config.json is not one of a training"),
+    (lambda run, state: (run / "config.json").write_bytes(b"\xff\xfe\0"), "config.json is not one of a training"),
+    (lambda run, state: (run / "progress.csv").write_text("step,loss\nabc,1\n"), "is not the log of a training"),
+])
+def test_files_that_are_something_else_are_one_sentence(data_dir, run, damage, message):
+    damage(run, checkpoint.load_state_dict(run / "state.safetensors"))
+    with pytest.raises(UserError, match=message) as error:
+        train(data_dir, run, lr_anneal_steps=4)
+    assert "\n" not in str(error.value)
+
+
+def test_no_secret_is_recorded(tmp_path):
+    address = "https://user:hunter2@example.org/model010000.pt?token=hunter2"
+    record = Record({}, {"resume_checkpoint": address, "seed": 1, "batch_size": 2}, ranks=1)
+    record.write(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert "hunter2" not in text and "https://example.org/model010000.pt" in text
+    before = Record.read(tmp_path)
+    assert record.continues(before, tmp_path) == []
+    new = Record({}, {"resume_checkpoint": address.replace("model", "other"), "seed": 1, "batch_size": 2}, ranks=1)
+    with pytest.raises(UserError, match=r"--resume_checkpoint https://example.org/other010000.pt: the run in") as error:
+        new.continues(before, tmp_path)
+    assert "hunter2" not in str(error.value)

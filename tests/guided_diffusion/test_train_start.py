@@ -1,0 +1,197 @@
+"""What a training starts from: an official run that goes on, or weights of which those that fit are loaded."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from tiny_training import largest_difference, log_of, train, train_tiny_classifier, weights
+
+from guided_diffusion import checkpoint
+from guided_diffusion.errors import UserError
+from guided_diffusion.train_start import MOMENTS, official_step
+
+# The order of the parameters in the official code, where the label embedding comes before the input blocks.
+PARTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "out")
+
+
+@pytest.fixture(scope="module")
+def own(data_dir, tmp_path_factory):
+    """An own training of three steps."""
+    return train(data_dir, tmp_path_factory.mktemp("own"), ema_rate="0.9")
+
+
+def official_files(own, folder, flat):
+    """The files of an official run at step 3 whose weights and moments are those of an own one.
+
+    flat: AdamW had two tensors, as in float16: of all parameters with at most one dimension, and of all others.
+    """
+    folder.mkdir()
+    state = checkpoint.load_state_dict(own / "state.safetensors")
+    model = {name.removeprefix("model/"): value for name, value in state.items() if name.startswith("model/")}
+    model = dict(sorted(model.items(), key=lambda item: next(
+        place for place, part in enumerate(PARTS) if item[0].startswith(part))))
+    moments = {key: [state[f"optimizer/{key}/{name}"] for name in model] for key in MOMENTS}
+    if flat:
+        small = [value.ndim <= 1 for value in model.values()]
+        groups = [[i for i, one in enumerate(small) if one == kind] for kind in (True, False)]
+        moments = {key: [torch.cat([values[i].flatten() for i in group]).reshape(shape)
+                         for group, shape in zip(groups, ([-1], [1, -1]), strict=True)]
+                   for key, values in moments.items()}
+    entries = [{"step": 3, **dict(zip(MOMENTS, values, strict=True))} for values in zip(*moments.values(), strict=True)]
+    group = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(len(entries)))}
+    torch.save(model, folder / "model000003.pt")
+    torch.save({name: torch.full_like(value, 0.25) for name, value in model.items()}, folder / "ema_0.9_000003.pt")
+    torch.save({"state": dict(enumerate(entries)), "param_groups": [group]}, folder / "opt000003.pt")
+    return folder / "model000003.pt"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_official_run_goes_on_where_it_was(data_dir, own, tmp_path, caplog, flat):
+    caplog.set_level("INFO")
+    path = official_files(own, tmp_path / "official", flat)
+    train(data_dir, tmp_path / "out", lr_anneal_steps=6, ema_rate="0.9", save_interval=1, resume_checkpoint=path)
+    assert "goes on from step 3 of an official run, with ema_0.9_000003.pt, opt000003.pt" in caplog.text
+    assert "missing" not in caplog.text and "counts" not in caplog.text
+    assert log_of(tmp_path / "out", "step") == [4, 5, 6]
+    assert log_of(tmp_path / "out", "lr") == pytest.approx([1e-3 * (1 - step / 6) for step in (3, 4, 5)], rel=1e-5)
+    assert weights(tmp_path / "out", "state")["optimizer/step/out.2.bias"] == 6
+
+
+def test_it_goes_on_as_the_run_itself(data_dir, own, tmp_path):
+    same = shutil.copytree(own, tmp_path / "same")
+    train(data_dir, same, lr_anneal_steps=6, ema_rate="0.9")
+    for flat in (False, True):
+        path = official_files(own, tmp_path / f"official{flat}", flat)
+        out = train(data_dir, tmp_path / f"out{flat}", lr_anneal_steps=6, ema_rate="0.9", resume_checkpoint=path)
+        assert largest_difference(weights(same), weights(out)) == 0
+
+
+def test_its_average_has_no_warm_up(data_dir, own, tmp_path):
+    path = official_files(own, tmp_path / "official", flat=False)
+    out, values = tmp_path / "out", {"ema_rate": "0.9", "save_interval": 1, "resume_checkpoint": path}
+    train(data_dir, out, lr_anneal_steps=4, **values)
+    first = weights(out)
+    expected = {name: 0.9 * torch.full_like(value, 0.25) + 0.1 * value for name, value in first.items()}
+    assert largest_difference(expected, weights(out, "ema_0.9")) < 1e-6
+    train(data_dir, out, lr_anneal_steps=5, **values)            # nor after a restart
+    expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in weights(out).items()}
+    assert largest_difference(expected, weights(out, "ema_0.9")) < 1e-6
+
+
+def test_what_is_missing_beside_it_is_said(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = official_files(own, tmp_path / "official", flat=False)
+    path.with_name("opt000003.pt").unlink()
+    train(data_dir, tmp_path / "out", lr_anneal_steps=4, ema_rate="0.9,0.5", resume_checkpoint=path)
+    assert "with ema_0.9_000003.pt; ema_0.5_000003.pt is missing, so that this average starts from the weights; " \
+           "opt000003.pt is missing, so that AdamW starts anew" in caplog.text
+    assert weights(tmp_path / "out", "state")["optimizer/step/out.2.bias"] == 1
+
+
+def test_what_adamw_had_otherwise_is_said(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = official_files(own, tmp_path / "official", flat=False)
+    train(data_dir, tmp_path / "out", lr_anneal_steps=4, ema_rate="0.9", weight_decay=0.1, resume_checkpoint=path)
+    assert "has weight_decay 0, but --weight_decay 0.1 counts" in caplog.text and "has lr" not in caplog.text
+
+
+def test_an_official_classifier_goes_on(data_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    given = train_tiny_classifier(data_dir, tmp_path / "given")
+    torch.save(weights(given), tmp_path / "model000003.pt")
+    train_tiny_classifier(data_dir, tmp_path / "out", iterations=4, resume_checkpoint=tmp_path / "model000003.pt")
+    assert log_of(tmp_path / "out", "step") == [4] and "opt000003.pt is missing" in caplog.text
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"weight": torch.zeros(2)}, "is not the state of AdamW"),
+    ([1, 2], "is not the state of AdamW"),
+    ({"state": {0: {"step": 1, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}}, "param_groups": [{}]},
+     "is the state of AdamW of another network"),
+    ({"state": {0: {"step": "one", "exp_avg": 3}}, "param_groups": [{}]}, "is not the state of AdamW"),
+])
+def test_an_optimiser_that_is_something_else(data_dir, own, tmp_path, content, message):
+    path = official_files(own, tmp_path / "official", flat=False)
+    torch.save(content, path.with_name("opt000003.pt"))
+    with pytest.raises(UserError, match=f"opt000003.pt: {message}"):
+        train(data_dir, tmp_path / "out", lr_anneal_steps=4, ema_rate="0.9", resume_checkpoint=path)
+
+
+def test_an_official_run_that_is_past_the_end(data_dir, own, tmp_path):
+    path = official_files(own, tmp_path / "official", flat=False)
+    with pytest.raises(UserError, match=r"--resume_checkpoint .*: is at step 3 already, .* ends at step 3"):
+        train(data_dir, tmp_path / "out", ema_rate="0.9", resume_checkpoint=path)
+
+
+@pytest.mark.parametrize("path, step", [
+    ("model010000.pt", 10000), ("logs/model1000000.pt", 1000000), ("gs://bucket/model000000.pt", 0),
+    ("https://example.org/model010000.pt?token=1", 10000), ("mymodel010000.pt", None), ("model.safetensors", None),
+    ("ema_0.9999_010000.pt", None), ("model5.pt", None)])
+def test_the_step_in_an_official_name(path, step):
+    assert official_step(path) == step
+
+
+def test_weights_of_any_other_name_start_at_step_0(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "out", lr_anneal_steps=1, resume_checkpoint=own / "model.safetensors")
+    assert "only the weights are used, training starts at step 0" in caplog.text
+    assert log_of(tmp_path / "out", "step") == [1]
+
+
+@pytest.mark.parametrize("changes, anew", [
+    ({"num_classes": 3}, ["label_emb.weight (3x128, 2x128 in the file)"]),
+    ({"in_channels": 3}, ["input_blocks.0.0.weight (32x3x3x3, 32x1x3x3 in the file)",
+                          "out.2.weight (6x32x3x3, 2x32x3x3 in the file)", "out.2.bias (6, 2 in the file)"]),
+    ({"learn_sigma": False}, ["out.2.weight (1x32x3x3, 2x32x3x3 in the file)", "out.2.bias (1, 2 in the file)"]),
+    ({}, []),
+])
+def test_weights_that_fit_are_loaded_and_others_start_anew(data_dir, own, tmp_path, caplog, changes, anew):
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "out", lr=1e-12, lr_anneal_steps=1, init_from=own / "model.safetensors", **changes)
+    line, = (line for line in caplog.messages if line.startswith("--init_from"))
+    assert line.endswith(f"; these start anew: {', '.join(anew)}" if anew else "training starts at step 0")
+    given, now = weights(own), weights(tmp_path / "out")
+    fitting = [name for name in now if name in given and now[name].shape == given[name].shape]
+    assert largest_difference({name: now[name] for name in fitting}, {name: given[name] for name in fitting}) < 1e-9
+    assert len(fitting) + len(anew) == len(now)
+    assert largest_difference(now, weights(tmp_path / "out", "ema_0.9")) < 1e-9        # averages start from them
+
+
+def test_classes_come_and_go(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    plain = train(data_dir, tmp_path / "plain", lr_anneal_steps=1, class_cond=False,
+                  init_from=own / "model.safetensors")
+    assert "not used: label_emb.weight" in caplog.text
+    train(data_dir, tmp_path / "named", lr_anneal_steps=1, init_from=plain / "model.safetensors")
+    assert "label_emb.weight (2x128, not in the file)" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["init_from", "resume_checkpoint"])
+@pytest.mark.parametrize("name, message", [
+    ("nowhere.pt", "there is no such file"), ("other.safetensors", "does not fit the network, "),
+    ("state.safetensors", "is the state of a training; name ema_0.9.safetensors or"), ("", "is a folder"),
+    ("config.json", "is no checkpoint")])
+def test_errors_name_the_flag(data_dir, own, tmp_path, flag, name, message):
+    path = own / name
+    if name.startswith("other"):
+        path = train(data_dir, tmp_path / "wide", num_channels=64, lr_anneal_steps=1) / "model.safetensors"
+    with pytest.raises(UserError, match=f"^--{flag} {re.escape(str(path))}: {message}") as error:
+        train(data_dir, tmp_path / "out", **{flag: path})
+    assert "\n" not in str(error.value)
+
+
+def test_only_one_start(data_dir, tmp_path):
+    with pytest.raises(UserError, match=r"--init_from a.pt: cannot be given with --resume_checkpoint"):
+        train(data_dir, tmp_path, init_from="a.pt", resume_checkpoint="b.pt")
+
+
+def test_a_start_counts_no_more_once_there_is_a_state(data_dir, own, tmp_path, caplog):
+    given = tmp_path / "given.safetensors"
+    given.write_bytes((own / "model.safetensors").read_bytes())
+    train(data_dir, tmp_path / "out", init_from=given)
+    given.unlink()
+    train(data_dir, tmp_path / "out", init_from=given, lr_anneal_steps=4)
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "out", lr_anneal_steps=5)
+    assert "--init_from ''" in caplog.text and "it counts at the start only" in caplog.text
