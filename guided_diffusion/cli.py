@@ -39,6 +39,7 @@ def run_script(main: Callable[[], None]) -> None:
         with _signals_raised():
             _watch_torchrun()
             main()
+        _disconnect()               # else its threads may abort the process on its way out
     except KeyboardInterrupt as error:
         _end_signalled(error)
     except (UserError, NonFiniteError) as error:
@@ -60,7 +61,7 @@ def run_script(main: Callable[[], None]) -> None:
 def _end(message: str = "") -> None:
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    _disconnect()                   # else its threads may abort the process on its way out
+    _disconnect()
     sys.exit(2)
 
 
