@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
+from .fetch import without_secrets
 from .files import reason
 from .places import command_file
 
@@ -39,6 +40,7 @@ def run_script(main: Callable[[], None]) -> None:
         with _signals_raised():
             _watch_torchrun()
             main()
+        _disconnect()               # else its threads may abort the process on its way out
     except KeyboardInterrupt as error:
         _end_signalled(error)
     except (UserError, NonFiniteError) as error:
@@ -53,13 +55,17 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         _end(f"{error.filename}: {reason(error)}")
     except LostRankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         os._exit(2)                 # the usual way out waits for the rank that is gone
+
+
+def _say(line: str) -> None:
+    print(without_secrets(line), file=sys.stderr, flush=True)
 
 
 def _end(message: str = "") -> None:
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        _say(f"error: {message}")
     _disconnect()                   # else its threads may abort the process on its way out
     sys.exit(2)
 
@@ -68,7 +74,7 @@ def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
     number = error.number if isinstance(error, Signalled) else signal.SIGINT
     if _has_last_word() and not silent:
         word = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"{word}: {KEPT}", file=sys.stderr, flush=True)
+        _say(f"{word}: {KEPT}")
     _disconnect()
     sys.exit(SIGNALLED + number)
 
@@ -110,7 +116,7 @@ def _end_without(parent: int) -> None:
         time.sleep(GLANCE)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(FAREWELL)
-    print(f"error: torchrun is gone; {KEPT}", file=sys.stderr, flush=True)
+    _say(f"error: torchrun is gone; {KEPT}")
     os._exit(2)                     # the main thread waits for it, in torch
 
 

@@ -46,15 +46,16 @@ def equal(a, b):
 
 
 def test_learns_what_is_in_the_features(world, tmp_path):
-    given = {"steps": 300, "batch_size": 8, "lr": 1e-2, "strong_blocks": "1,2,3"}
+    given = {"steps": 300, "batch_size": 8, "lr": 5e-3, "strong_blocks": "1,2,3"}
     predictors = train(world, tmp_path / "p.safetensors", **given)
     held = read_pairs(str(world / "held.npz"), size=8, depth_range="0,1")
     model = load_network(*parts(world_flags(world, tmp_path / "p.safetensors"))).model
     t = torch.zeros(len(held.images), dtype=torch.int64)
     depth = predictors(decoder_features(model, predictors.blocks, held.images, t, graph=False), t)
     mean = (held.depth - held.depth.mean()).abs().mean()
+    # measured: 0.45 and 0.64 of it; by other kernels, 0.005 and 0.013 more or less
     assert (depth["strong"] - held.depth).abs().mean() < 0.5 * mean
-    assert (depth["weak"] - held.depth).abs().mean() < mean
+    assert (depth["weak"] - held.depth).abs().mean() < 0.75 * mean
 
 
 def test_the_file(world, tmp_path):
