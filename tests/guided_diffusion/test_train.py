@@ -33,14 +33,11 @@ from guided_diffusion import checkpoint, train_util
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.train_util import (
-    ClassifierTrainOptions,
-    TrainOptions,
-    classification_losses,
-    update_ema,
-)
+from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
+from guided_diffusion.train_util import classification_losses, update_ema
 
 REPOSITORY = Path(__file__).parents[2]
+
 
 def test_learns(data_dir, tmp_path):
     train(data_dir, tmp_path, lr_anneal_steps=40, batch_size=8, lr=2e-3, diffusion_steps=100)
