@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
 from .fetch import without_secrets
@@ -34,7 +35,8 @@ class Signalled(KeyboardInterrupt):
 def run_script(main: Callable[[], None]) -> None:
     """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2.
 
-    Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129. What is written is finished or removed first.
+    Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
+    first.
     """
     try:
         with _signals_raised():
@@ -81,12 +83,13 @@ def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
 
 @contextmanager
 def _signals_raised() -> Iterator[None]:
-    """Within, Ctrl-C, SIGTERM and SIGHUP raise Signalled, the first of them: what it makes the process remove is not cut short.
+    """Within, the first of Ctrl-C, SIGTERM and SIGHUP raises Signalled; those that follow do not cut its tidying short.
 
     A signal that is ignored, or has a handler of the caller, stays as it is.
     """
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
-             getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
+    usual: dict[int, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+        signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+        getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
     ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
     if threading.current_thread() is not threading.main_thread():
         ours = []
