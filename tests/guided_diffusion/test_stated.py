@@ -7,7 +7,7 @@ import pytest
 from networks import TINY, TINY_CLASSIFIER
 
 from guided_diffusion import load
-from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import parse_options
@@ -206,11 +206,3 @@ def test_other_configurations_with_unknown_options_are_refused_still(tmp_path):
     (tmp_path / "run.yaml").write_text("training: 3\nlr: 0.1\n")
     with pytest.raises(UserError, match=r"training in .*: no such option"):
         parsed("--config", tmp_path / "run.yaml")
-
-
-def test_the_config_of_a_classifier_gives_the_classifier(save, tmp_path):
-    weights = save("c/model.safetensors", CLASSIFIER)
-    (tmp_path / "c" / "config.json").write_text(json.dumps({"model": CLASSIFIER, "training": {"lr": 0.1}}))
-    options = parsed("--model_path", save("x.safetensors"), "--config", tmp_path / "c" / "config.json")
-    guidance, = (one for one in options.values() if isinstance(one, ClassifierOptions))
-    assert guidance.classifier_path == weights and options[ModelOptions].num_channels == 32
