@@ -2,12 +2,11 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from commands import REPOSITORY, call, execute, samples_in
+from commands import REPOSITORY, call, samples_in
 
 from evaluations.reproduction import reproduce as reproduction
 from evaluations.reproduction import tables
@@ -103,8 +102,7 @@ def test_two_ranks_give_the_same_numbers(line, tmp_path):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         words = line("fmnist32", rows="unguided,sag", num_samples=6, batch_size=4, ranks=ranks, out=out)
-        ended = execute(sys.executable, "scripts/reproduce.py", *words)
-        assert ended.returncode == 0, ended.stderr
+        assert call("reproduce", *words) == 0
     one, two = (json.loads((tmp_path / name / "fmnist32" / "table.json").read_text()) for name in "12")
     assert (one["ranks"], two["ranks"]) == (1, 2)
     assert one["sections"] == two["sections"]
