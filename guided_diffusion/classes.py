@@ -209,7 +209,8 @@ def check_same_names(files: Mapping[str, str]) -> None:
     """Raises UserError where two checkpoints, given by flag, call the same numbers by other names."""
     first: tuple[str, ClassNames] | None = None
     for flag, path in files.items():
-        names = stored_names(path)
+        is_checkpoint = checkpoint.damage(Path(checkpoint.locate(path))) is None          # methods may have other files
+        names = stored_names(path) if is_checkpoint else None
         if names is None:
             continue
         if first is not None and names.names != first[1].names:
