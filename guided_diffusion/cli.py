@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
+from .fetch import without_secrets
 from .files import reason
 from .places import command_file
 
@@ -33,7 +35,8 @@ class Signalled(KeyboardInterrupt):
 def run_script(main: Callable[[], None]) -> None:
     """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2.
 
-    Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129. What is written is finished or removed first.
+    Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
+    first.
     """
     try:
         with _signals_raised():
@@ -54,14 +57,18 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         _end(f"{error.filename}: {reason(error)}")
     except LostRankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         os._exit(2)                 # the usual way out waits for the rank that is gone
+
+
+def _say(line: str) -> None:
+    print(without_secrets(line), file=sys.stderr, flush=True)
 
 
 def _end(message: str = "") -> None:
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    _disconnect()
+        _say(f"error: {message}")
+    _disconnect()                   # else its threads may abort the process on its way out
     sys.exit(2)
 
 
@@ -69,19 +76,20 @@ def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
     number = error.number if isinstance(error, Signalled) else signal.SIGINT
     if _has_last_word() and not silent:
         word = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"{word}: {KEPT}", file=sys.stderr, flush=True)
+        _say(f"{word}: {KEPT}")
     _disconnect()
     sys.exit(SIGNALLED + number)
 
 
 @contextmanager
 def _signals_raised() -> Iterator[None]:
-    """Within, Ctrl-C, SIGTERM and SIGHUP raise Signalled, the first of them: what it makes the process remove is not cut short.
+    """Within, the first of Ctrl-C, SIGTERM and SIGHUP raises Signalled; those that follow do not cut its tidying short.
 
     A signal that is ignored, or has a handler of the caller, stays as it is.
     """
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
-             getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
+    usual: dict[int, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+        signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+        getattr(signal, "SIGHUP", signal.SIGTERM): signal.SIG_DFL}
     ours = [number for number, handler in usual.items() if signal.getsignal(number) == handler]
     if threading.current_thread() is not threading.main_thread():
         ours = []
@@ -111,7 +119,7 @@ def _end_without(parent: int) -> None:
         time.sleep(GLANCE)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(FAREWELL)
-    print(f"error: torchrun is gone; {KEPT}", file=sys.stderr, flush=True)
+    _say(f"error: torchrun is gone; {KEPT}")
     os._exit(2)                     # the main thread waits for it, in torch
 
 

@@ -27,8 +27,8 @@ from .errors import LostRankError, PeerError, UserError
 from .files import reason
 from .launchers import is_main, launched, rank, world_size
 
-__all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank", "setup_dist",
-           "shutdown", "store", "sync_params", "together", "world_size"]
+__all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",
+           "setup_dist", "shutdown", "store", "sync_params", "together", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started

@@ -74,7 +74,7 @@ def local(path: str | Path, cache: str | Path | None = None,
         return path
     url, _, fragment = str(path).partition("#")
     if fragment and not fragment.startswith("sha256="):
-        raise UserError(f"{path}: only #sha256= and the SHA-256 of the file can follow an address")
+        raise UserError(f"{without_secrets(url)}: only #sha256= and the SHA-256 of the file can follow an address")
     folder = Path(cache) if cache is not None else default_cache() / "checkpoints"
     name = Path(urllib.parse.unquote(url.partition("?")[0])).name[-100:]
     return Download(url, folder / _digest(url)[:16] / name, sha256=fragment.removeprefix("sha256=") or None,
@@ -279,7 +279,7 @@ class _Part:
     def _recorded(self) -> dict[str, Any]:
         try:
             record = json.loads(self._record.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) and record.get("url") == self._url else {}
 
@@ -334,10 +334,14 @@ def _request(url: str, headers: Mapping[str, str] | None = None, method: str = "
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not from https to http."""
+    """Follows redirects to web addresses, but not from https to http."""
 
     def redirect_request(self, request: urllib.request.Request, answer: IO[bytes], code: int, message: str,
                          headers: http.client.HTTPMessage, address: str) -> urllib.request.Request | None:
+        if not address.lower().startswith(_WEB):
+            scheme = urllib.parse.urlsplit(address).scheme
+            raise urllib.error.HTTPError(request.full_url, code, f"redirect to {scheme[:20] or 'no web address'}",
+                                         headers, answer)
         if request.type == "https" and not address.lower().startswith("https:"):
             raise urllib.error.HTTPError(request.full_url, code, "redirect away from https", headers, answer)
         return super().redirect_request(request, answer, code, message, headers, address)

@@ -268,12 +268,8 @@ class OptionParser(argparse.ArgumentParser):
     def _read_training(self, path: Path, model: dict[str, Any], training: dict[str, Any],
                        flags: Mapping[str, Any]) -> dict[str, Any]:
         """What a command that does not train takes from a training: its network and, unless flags name any, weights."""
-        if "classifier_width" in model:
-            known = {name: value for name, value in model.items() if name.startswith("classifier_")}
-            weights = {"classifier_path": str(path.parent / "model.safetensors")}
-        else:
-            known = {name: value for name, value in model.items() if name != "num_classes" or model.get("class_cond")}
-            weights = {} if {"model", "model_path"} & flags.keys() else {"model": str(path.parent)}
+        known = {name: value for name, value in model.items() if name != "num_classes" or model.get("class_cond")}
+        weights = {} if {"model", "model_path"} & flags.keys() else {"model": str(path.parent)}
         taken = {name: value for name, value in {**known, **weights}.items() if name in self.fields}
         left_out = [name for name in (*training, *model) if name not in taken]
         _log.info("--config %s: is of a training, whose options %s are left out", path, ", ".join(left_out))

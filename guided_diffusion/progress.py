@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch.distributed as dist
+from .launchers import is_main
 
 
 def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enabled: bool = True,
@@ -17,6 +17,5 @@ def progress_bar(total: int | None, what: str, unit: str, initial: int = 0, enab
     """
     from tqdm import tqdm  # here, as networks and samplers run without this package
 
-    other_rank = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
     return tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True,
-                disable=other_rank or not enabled, mininterval=0.5 if sys.stderr.isatty() else 10, **options)
+                disable=not (enabled and is_main()), mininterval=0.5 if sys.stderr.isatty() else 10, **options)

@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,18 +38,18 @@ from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
-from .classes import CLASS_RULES, KEY, ClassNames, names_of_run, stored_names
+from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .logger import MetricLogger
-from .options import Options, option, option_fields, seed_option
 from .progress import progress_bar
-from .resample import SCHEDULE_SAMPLERS, ScheduleSampler, UniformSampler, create_named_schedule_sampler
+from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
-from .train_folder import FIXED, Record, data_digest, locked_folder, read_state
+from .train_folder import Record, data_digest, locked_folder, read_state
+from .train_options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
 from .unet import Encoder
 
@@ -62,141 +63,6 @@ RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for 
 _loops = itertools.count()
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
-
-
-@dataclass(frozen=True)
-class LoopOptions(Options):
-    """Options that every training has."""
-
-    data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
-                           "fashion-mnist: where Debian installs it")
-    out: str = option("train", "folder that the run is kept in, and goes on from when started again")
-    seed: int = seed_option("seed of the weights, the order of the images and all noise")
-    lr: float = option(1e-4, "learning rate of AdamW", above=0)
-    lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
-    weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
-    batch_size: int = option(1, "images per step and process", minimum=1)
-    microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
-    classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
-                          "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
-                          choices=("", *CLASS_RULES))
-    skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
-    random_flip: bool = option(True, "mirror half of the images left to right")
-    random_crop: bool = option(False, "cut images at random instead of from the centre")
-    log_interval: int = option(10, "steps between two lines of the log", minimum=1)
-    save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
-    resume_checkpoint: str = option("", "modelNNNNNN.pt of an official run, which goes on from step NNNNNN with the "
-                                    "ema and opt files beside it; any other file: its weights, from step 0")
-    init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
-                            "anew where they do not fit")
-    change: str = option("", "options that may differ from those with which the run in --out began, although they "
-                         "change its result, with commas: lr,batch_size")
-    fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale per step, in float16", above=0)
-    compile: bool = option(False, "compile the network with torch.compile")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.microbatch == 0:
-            raise UserError("--microbatch 0: must be at least 1, or -1 for the whole batch")
-        if self.resume_checkpoint and self.init_from:
-            raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
-                            "which starts the training as well")
-        free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
-        for name in filter(None, self.change.split(",")):
-            if name not in free:
-                raise UserError(f"--change {self.change}: must name options of the training with commas, and "
-                                f"{name!r} is none that can change")
-
-    @property
-    def total_steps(self) -> int | None:
-        """Steps of the training; None: until it is stopped."""
-        return None
-
-    @property
-    def decays(self) -> bool:
-        """Whether the learning rate falls linearly to 0 at `total_steps`."""
-        return False
-
-    @property
-    def ema_rates(self) -> tuple[float, ...]:
-        """Decay per step of each moving average of the weights."""
-        return ()
-
-    @property
-    def validation_interval(self) -> int:
-        """Steps between two validation batches."""
-        return 1
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step (from 0): rises over lr_warmup_steps, and falls to 0 at total_steps if decays."""
-        rate, total = self.lr, self.total_steps
-        if step < self.lr_warmup_steps:
-            rate *= (step + 1) / self.lr_warmup_steps
-        return rate * (1 - step / total) if self.decays and total else rate
-
-
-@dataclass(frozen=True)
-class TrainOptions(LoopOptions):
-    """Options of the training of a diffusion model."""
-
-    schedule_sampler: str = option("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
-    lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
-                                  minimum=0)
-    ema_rate: str = option("0.9999", "decay per step of the moving average of the weights; several: 0.99,0.999")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.ema_rates
-
-    @property
-    def total_steps(self) -> int | None:
-        """Steps of the training; None: until it is stopped."""
-        return self.lr_anneal_steps or None
-
-    @property
-    def decays(self) -> bool:
-        """Whether the learning rate falls linearly to 0 at `total_steps`."""
-        return self.lr_anneal_steps > 0
-
-    @property
-    def ema_rates(self) -> tuple[float, ...]:
-        """Decay per step of each moving average of the weights; raises UserError for --ema_rate that has none."""
-        try:
-            rates = tuple(float(rate) for rate in self.ema_rate.split(",")) if self.ema_rate else ()
-        except ValueError:
-            rates = (math.nan,)
-        if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas")
-        return rates
-
-
-@dataclass(frozen=True)
-class ClassifierTrainOptions(LoopOptions):
-    """Options of the training of a classifier."""
-
-    iterations: int = option(150000, "steps of the training", minimum=1)
-    lr: float = option(3e-4, "learning rate of AdamW", above=0)
-    anneal_lr: bool = option(False, "let --lr decay linearly to 0 at --iterations")
-    batch_size: int = option(4, "images per step and process", minimum=1)
-    random_crop: bool = option(True, "cut images at random instead of from the centre")
-    noised: bool = option(True, "train on noised images, at uniformly drawn timesteps; False: on clean ones, at step 0")
-    val_data_dir: str = option("", "data to validate on: a folder of images, or IDX files, of which the test split")
-    eval_interval: int = option(5, "steps between two validation batches", minimum=1)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the training."""
-        return self.iterations
-
-    @property
-    def decays(self) -> bool:
-        """Whether the learning rate falls linearly to 0 at `total_steps`."""
-        return self.anneal_lr
-
-    @property
-    def validation_interval(self) -> int:
-        """Steps between two validation batches."""
-        return self.eval_interval
 
 
 @dataclass(frozen=True)
@@ -282,7 +148,7 @@ class TrainLoop:
     def run(self) -> None:
         """Trains until the last step, or for ever."""
         if self.finished:
-            _log.info("the training in %s is finished, at step %d: there is nothing to do", self.out, self.step)
+            _say(f"the training in {self.out} is finished, at step {self.step}: there is nothing to do")
             return
         with dist_util.together():
             if dist_util.is_main():
@@ -391,8 +257,8 @@ class TrainLoop:
     def _rescue(self, error: BaseException) -> None:
         """Saves, on rank 0, what was trained before an error; other ranks wait for that, as launchers end them all."""
         if not dist_util.is_main():
-            if isinstance(error, Exception):
-                with contextlib.suppress(RuntimeError):         # rank 0 is lost
+            if isinstance(error, Exception) and _is_kept(self._end):
+                with contextlib.suppress(RuntimeError):         # rank 0 is lost now
                     self._end.wait(["saved"], RESCUE)
             return
         try:
@@ -462,7 +328,7 @@ class TrainLoop:
     def _start(self) -> None:
         """Reads what the folder holds, or what the options name where it is new; says which."""
         path = self.out / "state.safetensors"
-        before = Record.read(self.out)
+        before = Record.read(self.out) or Record.stated_by(path)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
                              None if self.class_names is None else self.class_names.to_json())
@@ -473,7 +339,7 @@ class TrainLoop:
         else:
             said = [*self._take_start().said]
         for line in said:
-            _log.info("%s", line)
+            _say(line)
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
@@ -562,6 +428,18 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
             bucket = []
 
 
+def _is_kept(store: dist.Store) -> bool:
+    """Whether the process that keeps a store is there; torch fills pages where it asks one that is gone."""
+    kept = store.underlying_store if isinstance(store, dist.PrefixStore) else store
+    if not isinstance(kept, dist.TCPStore):
+        return True
+    try:
+        socket.create_connection((kept.host, kept.port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
     """Turns the failure of a collective operation into LostRankError."""
@@ -647,8 +525,14 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
 
 def _say_files(out: str, names: Sequence[str], command: str) -> None:
     """Logs the files of a finished training, and the command that samples with them."""
-    _log.info("weights: %s", ", ".join(str(Path(out) / f"{name}.safetensors") for name in names))
-    _log.info("to sample: python scripts/%s", command)
+    _say(f"weights: {', '.join(str(Path(out) / f'{name}.safetensors') for name in names)}")
+    _say(f"to sample: python scripts/{command}")
+
+
+def _say(line: str) -> None:
+    """Logs a line on the first rank."""
+    if dist_util.is_main():
+        _log.info("%s", line)
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

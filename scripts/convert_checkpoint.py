@@ -8,14 +8,11 @@ Example, which makes a file half as large:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class ConvertOptions(Options):
     out: str = required("file to write, .safetensors or .pt")
     checkpoint_entry: str = option("", "entry of a file that wraps several, like ema or model; unset: the moving "
                                    "average, if it has one")
-    dtype: str = option("float16", "type of its numbers, where they are no whole numbers", choices=tuple(DTYPES))
+    dtype: str = option("float16", "type of its numbers, where they are no whole numbers", choices=DTYPES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                                     ConvertOptions, description=__doc__)
     if len(files) > 1:
         raise UserError(f"{len(files)} checkpoints given: name one")
-    dtype, weights = DTYPES[options.dtype], load_state_dict(files[0], entry=options.checkpoint_entry)
+    import torch  # here, as help needs none of it
+
+    from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+
+    dtype, weights = getattr(torch, options.dtype), load_state_dict(files[0], entry=options.checkpoint_entry)
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_state(options.out, converted, read_metadata(files[0]))
     print(f"checkpoint: {options.out}")

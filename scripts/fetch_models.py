@@ -13,7 +13,6 @@ from pathlib import Path
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, switch
-from guided_diffusion.presets import description, fetch_released, find_released
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     names, (options,) = parse_words(argv, Words("NAME", "released checkpoints, as --list names them"), FetchOptions,
                                     description=__doc__)
+    from guided_diffusion.presets import description, fetch_released, find_released  # here, as help needs none of it
+
     presets = find_released(names, every=options.all or options.list)
     if options.sha256 and len(presets) > 1:
         raise UserError(f"--sha256 {options.sha256}: is that of one file, name one checkpoint")

@@ -12,7 +12,6 @@ from pathlib import Path
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, parse_words, switch
-from guided_diffusion.runs.status import run_status
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                                       description=__doc__)
     if len(folders) > 1:
         raise UserError(f"{len(folders)} folders given: name one")
+    from guided_diffusion.runs.status import run_status  # here, as help needs none of it
+
     status = run_status(Path(folders[0]))
     print(json.dumps(status.as_dict()) if options.json else status)
 

@@ -30,8 +30,8 @@ FLOORS = [
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (
-        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_start", "train_util",
-        "depth.*")],
+        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_options", "train_start",
+        "train_util", "depth.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion"],

@@ -36,7 +36,7 @@ EARLY = 0.25            # share of the kills whose moment does not wait for any 
 class ReliabilityOptions(JobOptions):
     """The trial."""
 
-    what: str = option("sampling", "the jobs that are killed", choices=JOBS)
+    what: str = option("sampling", "the jobs that are killed", choices=tuple(JOBS))
     kills: int = option(20, "number of kills", minimum=1)
     ranks: int = option(2, "ranks of each job", minimum=1)
     seed: int = seed_option("seed of the moments and of the ranks that are killed")

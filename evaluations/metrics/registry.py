@@ -62,7 +62,7 @@ class Metric:
     reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
     told otherwise. if_nan: what it means that the value is not a number. falls_with_count: whether it is lower the more
     samples there are of one distribution, so that an interval is of the metric of so many images. by_halves: whether
-    its resamplings are random halves of the samples.
+    its resamplings are random halves of the samples. may_be_negative: whether bounds below 0 make sense.
     """
 
     word: str
@@ -77,6 +77,7 @@ class Metric:
     if_nan: str = "it is not a number"
     falls_with_count: bool = False
     by_halves: bool = False
+    may_be_negative: bool = False
 
     @property
     def no_interval(self) -> str:
@@ -105,7 +106,10 @@ class Metric:
 
         Raises UserError for fewer than 2.
         """
-        return self.replicates(comparison, replicates).interval
+        interval = self.replicates(comparison, replicates).interval
+        if interval is None or self.may_be_negative:
+            return interval
+        return Interval(max(0.0, interval.low), interval.high)
 
     def replicates(self, comparison: Comparison, count: int) -> Replicates:
         """Returns the value with those of `count` resamplings, which are the same for files of equally many images.
@@ -208,7 +212,8 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     _of_samples("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
     _of_reference("recall", "Recall", lambda comparison: comparison.membership[1], subset_recall, MANIFOLD_K,
                   official=True),
-    Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES),
+    Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES,
+           may_be_negative=True),
     _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
     _of_reference("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, subset_coverage,
                   DENSITY_K),

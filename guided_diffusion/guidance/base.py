@@ -151,6 +151,14 @@ class GuidanceOptions(Options):
         names = {field.name for field in option_fields(cls)}
         return {name: value for name, value in preset.guidance.items() if name in names}
 
+    @classmethod
+    def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Flags that the method's files state of themselves; `values`: all that are known, `given`: by the user.
+
+        Raises UserError where those that were given contradict it.
+        """
+        return {}
+
     # What follows from it
 
     def title(self, usual: Mapping[str, str] | None = None) -> str:

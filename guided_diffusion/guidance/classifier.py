@@ -8,7 +8,7 @@ the diffusion network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..build import ClassifierOptions, build_classifier
 from ..errors import UserError
 from ..options import option
-from ..presets import Preset, find_preset
+from ..presets import Preset, find_preset, is_bundled
 from ..process import Prediction
+from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, StepContext
 from ..unet import EncoderUNetModel
 from .base import GuidanceOptions, Networks
@@ -109,3 +110,19 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
         values = {name: value for name, value in classifier.options.items()
                   if name.startswith("classifier_") or name in shared}
         return values if classifier.path is None else {**values, "classifier_path": str(classifier.path)}
+
+    @classmethod
+    def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the classifier's file states, and the classes of a network that has none."""
+        classifier = statement_of(values.get("classifier_path", ""), "classifier")
+        if classifier is None:
+            return {}
+        named = bool(given.get("classifier_path"))
+        classifier.check(given if named else {flag: value for flag, value in given.items() if "classifier_" in flag})
+        if named or given.get("classifier_guidance"):
+            classifier.check_beside(values)
+        if named and not is_bundled(classifier.path):
+            classifier.say(given)
+        shared = () if values.get("class_cond") else ("num_classes",)
+        return {name: value for name, value in classifier.facts.items()
+                if name.startswith("classifier_") or name in shared}

@@ -34,7 +34,8 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     for flag in given:
         if flag in idle:
             found.setdefault(idle[flag], []).append(f"--{flag}")
-    return "without effect: " + "; ".join(f"{', '.join(flags)} ({why})" for why, flags in found.items()) if found else ""
+    words = "; ".join(f"{', '.join(flags)} ({why})" for why, flags in found.items())
+    return f"without effect: {words}" if words else ""
 
 
 def _switches(method: GuidanceOptions, flag: str) -> bool:

@@ -83,9 +83,8 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
 
 def _say_files(name: str, values: dict[str, Any]) -> None:
     """Logs which files of the folder of a training were taken."""
-    classifier = values.get("classifier_path")
-    _log.info("--model %s: takes %s%s", name, values["model_path"],
-              f", and the classifier {classifier} where one guides" if classifier else "")
+    others = [f"{path} as --{flag}" for flag, path in values.items() if flag.endswith("_path") and flag != "model_path"]
+    _log.info("--model %s: takes %s", name, ", and ".join([values["model_path"], *others]))
 
 
 def _stated_values(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -97,16 +96,6 @@ def _stated_values(values: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         if not is_bundled(model.path):
             model.say(given)
         stated |= model.facts
-    classifier = statement_of(values.get("classifier_path", ""), "classifier")
-    if classifier is not None:
-        known = {**values, **stated, **given}
-        named = bool(given.get("classifier_path"))
-        classifier.check(given if named else {flag: value for flag, value in given.items() if "classifier_" in flag})
-        if named or given.get("classifier_guidance"):
-            classifier.check_beside(known)
-            if not is_bundled(classifier.path):
-                classifier.say(given)
-        shared = () if known.get("class_cond") else ("num_classes",)
-        stated |= {name: value for name, value in classifier.facts.items()
-                   if name.startswith("classifier_") or name in shared}
+    for method in GUIDANCE:
+        stated |= method.stated_values({**values, **stated, **given}, given)
     return stated

@@ -27,6 +27,7 @@ from .options import MOST_IMAGES, SampleOptions
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
 MODEL_FLAG = "model_path"
+LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
@@ -102,8 +103,8 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         record = json.loads((folder / "run.json").read_text())
         name = record["samples"]
-        if Path(name).name != name:
-            raise ValueError(f"its samples are in {shortened(name)}, outside the folder")
+        if Path(name).name != name or len(name) > LONGEST_NAME:
+            raise ValueError(f"its samples are in {shortened(name)}, which is no file of the folder")
         return BatchFile(folder / name).first(count), dict(record["configuration"])
     except READ_ERRORS as error:
         raise UserError(f"{folder}: holds no finished sampling run ({reason(error)})") from None

@@ -214,7 +214,8 @@ class SamplingRun:
 
     def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        with RunProgress(queue, self.sample.num_samples, chunks.chunks.images_in(todo), self.sample.log_every) as progress:
+        total = chunks.chunks.images_in(todo)
+        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
             done = 0
             while (index := queue.next_index()) < len(todo):
                 image_ids, began = chunks.chunks[todo[index]], time.monotonic()

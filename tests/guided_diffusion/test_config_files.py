@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
@@ -23,8 +24,9 @@ def config(tmp_path):
 
 @pytest.mark.parametrize(("text", "value"), [
     ("010", 10), ("-007", -7), ("0o10", 8), ("0x1F", 31), ("1:10", "1:10"), ("1:10.5", "1:10.5"), ("1_000", "1_000"),
-    ("0b11", "0b11"), ("12", 12), ("1.5", 1.5), ("1.", 1.0), ("1.5e-3", 0.0015), ("1e-4", "1e-4"), ("-.inf", -float("inf")),
-    ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("yes", True), ("null", None), ("", None), ("1,2", "1,2")])
+    ("0b11", "0b11"), ("12", 12), ("1.5", 1.5), ("1.", 1.0), ("1.5e-3", 0.0015), ("1e-4", "1e-4"),
+    ("-.inf", -float("inf")), ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("yes", True), ("null", None),
+    ("", None), ("1,2", "1,2")])
 def test_values_of_the_core_schema(text, value, config):
     read = read_mapping(config(f"value: {text}\n"))["value"]
     assert read == value and type(read) is type(value)
@@ -61,7 +63,7 @@ def test_aliases_and_merges_of_a_usual_size_are_read(config):
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
 def test_a_file_with_an_impossible_name_is_refused(name, config):
-    with pytest.raises(UserError, match="cannot be read|no name of a file|is not YAML"):
+    with pytest.raises(UserError, match=r"cannot be read|no name of a file|is not YAML"):
         read_yaml(config('include: "' + name.replace("\0", "\\0") + '"\n'))
     with pytest.raises(UserError, match=r"--config .*(cannot be read|is not YAML)"):
         parse_options(["--config", name], ModelOptions)
@@ -70,19 +72,18 @@ def test_a_file_with_an_impossible_name_is_refused(name, config):
 def test_text_that_no_file_can_have_as_its_name_is_refused(config):
     for escape in (r"\0", r"\ud800"):
         path = config(f'timestep_respacing: "a{escape}"\n')
-        with pytest.raises(UserError, match="--timestep_respacing .*must be text without NUL|is not YAML"):
+        with pytest.raises(UserError, match=r"--timestep_respacing .*must be text without NUL|is not YAML"):
             parse_options(["--config", str(path)], DiffusionOptions)
 
 
 NAMES = st.sampled_from(["image_size", "num_channels", "timestep_respacing", "include", "evaluation", "<<", "x"])
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(
-        ["&a 1", "*a", "!!int 1", "!!set {1}", "1:10", "010", "0x", "[", "{", "? ", "- ", "'", '"\\ud800"', "|", "%", "@"])),
+        ["&a 1", "*a", "!!int 1", "!!set {1}", "1:10", "010", "0x", "[", "{", "? ", "- ", "'", '"\\ud800"', "|", "%"])),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
 
 
-@seed(0)
-@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@fuzz(100)
 @given(st.lists(st.tuples(NAMES, VALUES), max_size=4).map(
     lambda pairs: "\n".join(f"{name}: {value}" for name, value in pairs).encode("utf-8", "surrogatepass"))
     | st.binary(max_size=40))

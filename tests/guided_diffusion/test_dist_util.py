@@ -75,7 +75,7 @@ def test_the_store_listens_on_one_address_alone(address):
     with dist_util._listener(dist_util._address_to_listen_on(address), 0) as listener:
         host, port, *_ = listener.getsockname()
         assert host in ("127.0.0.1", "::1")
-        assert dist_util._listener("127.0.0.2", port).getsockname()[:2] == ("127.0.0.2", port)      # which is still free
+        assert dist_util._listener("127.0.0.2", port).getsockname()[1] == port          # still free
 
 
 def test_the_store_listens_everywhere_where_a_name_stands_for_several_addresses(monkeypatch):
@@ -103,7 +103,7 @@ def test_a_store_that_nobody_keeps_is_a_lost_rank():
 def test_a_malformed_port_is_refused(port, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
-    with pytest.raises(UserError, match="MASTER_PORT '.*must be a port from 1 to 65535"):
+    with pytest.raises(UserError, match=r"MASTER_PORT '.*must be a port from 1 to 65535"):
         dist_util._store_by_address(0, 2)
 
 

@@ -100,6 +100,12 @@ def test_redirects_that_lead_nowhere(server, tmp_path):
     assert "HTTP 302" in refusal(server.add("/out", redirect="file:///etc/passwd"), tmp_path)
 
 
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1/x.pt", "FTP://127.0.0.1/x.pt", "data:,x", "gs://bucket/x.pt"])
+def test_redirects_stay_on_the_web(address, server, tmp_path):
+    assert "cannot be downloaded (HTTP 302 " in refusal(server.add("/elsewhere", redirect=address), tmp_path)
+    assert len(server.requests) == 1
+
+
 def test_redirects_do_not_leave_https():
     request = fetch.urllib.request.Request("https://host/file")
     with pytest.raises(fetch.urllib.error.HTTPError, match="redirect away from https"):

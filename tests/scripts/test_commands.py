@@ -71,6 +71,23 @@ def test_every_command_is_reached(guided_pixels, capsys):
         assert f"usage: __main__.py {name} " in capsys.readouterr().out
 
 
+LIGHT = """
+import contextlib, io, runpy, sys
+for words in (["__main__"], ["__main__", "smaple"], ["run_status", "--help"], ["fetch_models", "--help"],
+              ["convert_checkpoint", "--help"], ["run_status", "x", "--jsno"]):
+    sys.argv = [f"scripts/{words[0]}.py", *words[1:]]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+print(sorted({"torch", "numpy", "yaml"} & set(sys.modules)))
+"""
+
+
+def test_help_and_mistakes_of_light_commands_load_no_torch():
+    ended = finish([sys.executable, "-c", LIGHT], cwd=REPOSITORY)
+    assert ended.stdout == "[]\n"
+    assert [line.split(":")[1] for line in ended.stderr.splitlines()] == [" smaple", " --jsno"]
+
+
 def test_an_unknown_command_is_told_the_nearest_one(guided_pixels, capsys):
     assert guided_pixels("smaple") == 2
     assert capsys.readouterr().err.startswith("error: smaple: no such command (did you mean sample?), there are ")

@@ -68,7 +68,7 @@ def test_files_that_do_not_fit_are_refused(files):
     with pytest.raises(UserError, match="--depth_predictor is not given"):
         table(depth_prior=files["depth_prior"])
     with pytest.raises(UserError, match="depth predictors"):
-        table(**files, image_size=32, attention_resolutions="16")
+        table(**files, image_size=32, attention_resolutions="16", classifier_attention_resolutions="16")
 
 
 def test_passes_are_counted_and_checkpoints_left_as_they_were():

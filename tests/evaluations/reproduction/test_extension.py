@@ -92,6 +92,6 @@ def test_a_new_method_and_a_new_metric_are_in_the_report(table):
     assert said["rows"]["shade"]["title"] == "shade 2"
     assert said["sections"][0]["rows"][1]["metrics"]["brightness"]["versus"]["verdict"] == "better"
     text, html = markdown(said), page(said, Pictures())
-    assert "| row | brightness |" in text and "| shade 2 | 0.75 (0.66 to 0.84), better |" in text
+    assert "| row | brightness |" in text and "| shade 2 | 0.75 (0.65 to 0.85), better |" in text
     assert '<th scope="row">shade 2</th>' in html and "brightness<small>higher is better</small>" in html
     assert "brightness against shade_scale" in html

@@ -9,7 +9,7 @@ from commands import call, flags
 from depth_world import MODEL, world_flags, write_world
 from networks import with_random_weights
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, files
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import read_metadata, save_state
 from guided_diffusion.depth import train as depth_train
@@ -134,6 +134,15 @@ def test_another_training_in_the_same_file_is_refused(world, tmp_path):
         train(world, tmp_path / "q.safetensors", steps=13)
     with pytest.raises(UserError, match=r"model\.safetensors is something else, name another --out"):
         train(world, world / "model.safetensors")
+
+
+def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSE", 0)
+    out = tmp_path / "p.safetensors"
+    with files.locked(tmp_path / ".p.safetensors.lock"), pytest.raises(UserError, match="another job is working there"):
+        train(world, out, steps=2)
+    train(world, out, steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_what_is_wrong_shows_before_the_work(world, tmp_path, capsys):

@@ -107,6 +107,22 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, exp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"])
+def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, line, expected, tmp_path):
+    processes = start(line(tmp_path, log_every=1000), ranks)
+    await_shards(tmp_path, 2, processes[0])
+    for process in processes:
+        process.send_signal(number)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code] * ranks
+    assert len("".join(errors).splitlines()) == 1 and "what was finished is kept" in "".join(errors)
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+    assert call("image_sample", *line(tmp_path)) == 0
+    assert digest(tmp_path) == expected
+
+
+@pytest.mark.slow
 @needs_mpi
 def test_rank_killed_under_mpiexec_ends_the_job(line, expected, tmp_path):
     with subprocess.Popen([BIN / "mpiexec", "-n", "2", sys.executable, "scripts/image_sample.py", *line(tmp_path)],

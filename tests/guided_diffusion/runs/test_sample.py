@@ -14,6 +14,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import image_labels
+from guided_diffusion.runs import sampler
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import run_samples
 from guided_diffusion.runs.sample import SamplingRun
@@ -89,6 +90,28 @@ def test_classifier_raises_the_probability_of_its_label(sample, tiny_checkpoints
     guidance = {**TINY_CLASSIFIER, "classifier_guidance": True, "labels": "balanced", "num_samples": 8}
     weak, strong = (log_probability(*sample(**guidance, classifier_scale=scale)) for scale in (0.0, 500.0))
     assert (strong - weak).min() > 0.01
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_first_step(sample, monkeypatch):
+    monkeypatch.setattr(sampler, "_memory", lambda device: 10**6)
+    with pytest.raises(UserError, match=r"--batch_size 1000: a first map of features alone takes 33,792,000 bytes"):
+        sample(batch_size=1000)
+    assert sample(batch_size=8)[0].shape == (5, 16, 16, 3)
+
+
+def test_memory_that_python_itself_lacks_is_told_as_torch_s_is(sample, monkeypatch):
+    def none_left(*_):
+        raise MemoryError
+    monkeypatch.setattr(sampler.ImageSampler, "_images", none_left)
+    with pytest.raises(UserError, match="--batch_size 2: cpu is out of memory"):
+        sample()
+
+
+def test_a_number_of_images_that_no_disk_holds_is_refused_before_the_first_step(sample, tmp_path):
+    for count in (10**10, 10**12):
+        with pytest.raises(UserError, match=rf"--num_samples {count}: .*(No space left on device: 7,680,000,000,000 "
+                                            r"bytes are needed|must be at most 10000000000)"):
+            sample(num_samples=count)
 
 
 def test_to_uint8_truncates_and_clamps():

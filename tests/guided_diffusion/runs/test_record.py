@@ -1,0 +1,63 @@
+"""Records of runs that are damaged, odd or hostile: a sentence, whatever they hold."""
+
+import json
+
+import pytest
+from fuzzing import damaged, fuzz, survives
+from hypothesis import given
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs.record import READ_ERRORS, read_record, run_samples
+from guided_diffusion.runs.shards import Shards
+from guided_diffusion.runs.status import run_status
+
+CONFIGURATION = {"num_samples": 7, "batch_size": 3, "image_size": 4, "seed": 0, "labels": "random", "guide_scale": 1.1}
+RECORD = {"configuration": CONFIGURATION, "sha256": {"model": "1" * 64, "samples": "2" * 64},
+          "samples": "samples_7x4x4x3.npz"}
+CONTENT = json.dumps(RECORD).encode()
+
+
+def with_sizes(**sizes):
+    return json.dumps({**RECORD, "configuration": {**CONFIGURATION, **sizes}}).encode()
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"{}", b"\xff", b"[" * 20000, b'{"a":' * 20000, b"9" * 5000, CONTENT[:40], b'{"configuration": 3}',
+    with_sizes(num_samples=10**12), with_sizes(num_samples=-1), with_sizes(batch_size=0), with_sizes(batch_size="3"),
+    with_sizes(image_size=True), with_sizes(num_samples=[3]), with_sizes(num_samples=None)])
+def test_a_record_that_is_none_is_refused_everywhere(content, tmp_path):
+    for path in (tmp_path / "run.json", tmp_path / "shards" / "run.json"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        with pytest.raises(READ_ERRORS):
+            read_record(path)
+    with pytest.raises(UserError, match=r"run\.json: is no record of a sampling run \(") as refused:
+        run_status(tmp_path)
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 1000
+    with pytest.raises(UserError, match=r"its run\.json is unreadable"):
+        Shards(tmp_path, CONFIGURATION, RECORD["sha256"]).check()
+
+
+@pytest.mark.parametrize("name", ["../x.npz", "/x.npz", "a/b.npz", ".", "", 3, None, ["x.npz"], "a\0b", "x" * 5000])
+def test_samples_outside_the_folder_are_not_read(name, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({**RECORD, "samples": name}))
+    with pytest.raises(UserError, match="holds no finished sampling run") as refused:
+        run_samples(tmp_path, 1)
+    assert len(str(refused.value)) < 1000 + len(str(tmp_path))
+
+
+def read_everywhere(path):
+    """Everything that reads a record, in a folder of its own."""
+    folder = path.parent
+    for read in (run_status, lambda folder: run_samples(folder, 2), lambda folder: Shards(
+            folder, CONFIGURATION, RECORD["sha256"], lambda image_ids: None).check()):
+        try:
+            read(folder)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000
+
+
+@fuzz(60)
+@given(damaged(CONTENT))
+def test_damaged_records(content):
+    survives(read_everywhere, content, "run.json")

@@ -1,0 +1,86 @@
+"""How commands end: mistakes, signals, missing files, and a launcher that is gone."""
+
+import os
+import signal
+
+import pytest
+
+from guided_diffusion import cli
+from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+
+
+def ended(main, capsys):
+    """The exit code and what stderr says."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    code = 0
+    try:
+        cli.run_script(main)
+    except SystemExit as end:
+        code = end.code
+    assert {number: signal.getsignal(number) for number in before} == before
+    return code, capsys.readouterr().err
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (UserError("--x 3: must be 4"), 2, "error: --x 3: must be 4\n"),
+    (NonFiniteError("step 3"), 2, "error: step 3\n"),
+    (UserError("--model_path https://me:secret@host/a.pt?token=secret is no file"), 2,
+     "error: --model_path https://host/a.pt is no file\n"),
+    (PeerError("rank 1 failed"), 2, ""), (KeyboardInterrupt(), 130, f"interrupted: {cli.KEPT}\n"),
+    (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n")])
+def test_an_error_is_one_line(error, code, said, capsys):
+    assert ended(raising(error), capsys) == (code, said)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug")])
+def test_a_bug_keeps_its_traceback(error, capsys):
+    with pytest.raises(type(error), match="a bug"):
+        cli.run_script(raising(error))
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [
+    (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")])
+def test_a_signal_ends_with_one_line_after_what_is_to_be_removed(number, code, word, capsys, tmp_path):
+    def main():
+        path = tmp_path / "temporary"
+        path.touch()
+        try:
+            signal.raise_signal(number)
+        except Exception:
+            pytest.fail("a signal is no error that a program handles")
+        finally:
+            signal.raise_signal(signal.SIGTERM)         # a second one does not cut the tidying short
+            path.unlink()
+    assert ended(main, capsys) == (code, f"{word}: {cli.KEPT}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_is_ignored_stays_so(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ended(lambda: signal.raise_signal(signal.SIGHUP), capsys) == (0, "")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_that_another_one_spoke_for_is_silent(capsys):
+    def main():
+        raise PeerError("rank 0 failed") from KeyboardInterrupt()
+    assert ended(main, capsys) == (130, "")
+
+
+def test_without_its_torchrun_a_rank_is_asked_to_end_and_then_ends(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(cli, "GLANCE", 0)
+    monkeypatch.setattr(cli, "FAREWELL", 0)
+    monkeypatch.setattr(os, "kill", lambda *call: done.append(call))
+    monkeypatch.setattr(os, "_exit", done.append)
+    cli._end_without(parent=-1)
+    assert done == [(os.getpid(), signal.SIGTERM), 2]
+    assert capsys.readouterr().err == f"error: torchrun is gone; {cli.KEPT}\n"
