@@ -1,5 +1,6 @@
 # make sample: images without guidance, with self-attention guidance, with a classifier, and with both
 # make test:   all tests
+# make test-elsewhere: the tests of numbers once more, computed as other processors do
 # make lint:   style and types
 # make docs:   the documentation as a site, in build/site
 # Each sets up its own environment in .venv first.
@@ -10,7 +11,12 @@ NUM_SAMPLES ?= 40
 OUT ?= samples
 SETTINGS = unguided sag cg sag_cg
 
-.PHONY: sample test lint docs
+# What computes with networks or on features: its rounding depends on the processor and on the number of threads.
+NUMERICAL = tests/guided_diffusion/guidance tests/guided_diffusion/depth tests/guided_diffusion/runs/test_sample.py \
+	$(addprefix tests/guided_diffusion/test_,$(addsuffix .py,attention gaussian_diffusion golden_chains losses nn sampling \
+	unet)) tests/evaluations/attention tests/evaluations/extractors tests/evaluations/metrics
+
+.PHONY: sample test test-elsewhere lint docs
 
 sample: .venv/ready
 	for setting in $(SETTINGS); do \
@@ -21,6 +27,11 @@ sample: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest
+
+# The instructions of 2008, for PyTorch and for the linear algebra of it and of NumPy; one thread; nothing slow.
+test-elsewhere: .venv/ready
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+		OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden .venv/bin/python -m pytest -m "not slow" $(NUMERICAL)
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -4,8 +4,9 @@
     python evaluations/evaluator.py fmnist32 samples_1000x32x32x3.npz --backend fashion_mnist
     python evaluations/evaluator.py scenes32 samples_2000x32x32x3.npz --backend scenes
 
-The reference is a file in the official layout, or a bundled one by name (fmnist32, scenes32). Under mpiexec or
-torchrun the ranks share the images.
+The reference is a file in the official layout, or a bundled one by name (fmnist32, scenes32). Each file may also be an
+.npy of images (N, H, W, 3) uint8, a folder or a .zip of pictures, or the output folder of a sampling run. Under mpiexec
+or torchrun the ranks share the images.
 """
 
 from __future__ import annotations

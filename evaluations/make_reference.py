@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,10 @@ from guided_diffusion.pixels import to_rounded_uint8
 from .evaluation import ExtractorOptions, load_extractor_once
 from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder
+from .image_sets import open_images
 from .metrics import feature_statistics
+
+READ_AS_THEY_ARE = (".npz", ".npy", ".zip")         # suffixes of files that hold images of one size
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,23 @@ class ReferenceOptions(ExtractorOptions):
 def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     """Writes the reference batch `out` of the images in `source`, on all ranks together.
 
-    source: an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
-    ("fashion-mnist": where Debian installs them; its test images). Returns a line that says what was made, "" on ranks
-    other than the first. Raises UserError for images that cannot be read, and where `out` cannot be written.
+    source: an .npz with arr_0, an .npy of images, a .zip of pictures of one size, a folder of pictures (at any depth),
+    or a folder of IDX files ("fashion-mnist": where Debian installs them; its test images). Returns a line that says
+    what was made, "" on ranks other than the first. Raises UserError for images that cannot be read, and where `out`
+    cannot be written.
     """
     made = ""
     dist_util.setup_dist()
     with dist_util.together():
         if dist_util.is_main():
             check_writable("OUT", out)
-    with feature_folder(options.cache) as folder:
-        written = folder / f"images-{Path(out).name}"
+    given = Path(source).suffix in READ_AS_THEY_ARE
+    with feature_folder(options.cache) as folder, _removed(folder / f"images-{Path(out).name}") as written:
         with dist_util.together():
-            if not source.endswith(".npz") and dist_util.is_main():
+            if not given and dist_util.is_main():
                 write_images(source, written, options)
         with dist_util.together():
-            images = BatchFile(source if source.endswith(".npz") else written)
+            images = open_images(source) if given else BatchFile(written)
             count = options.num_images or len(images)
             if not 2 <= count <= len(images):
                 raise UserError(f"{source} holds {len(images)} images: {count} are needed")
@@ -80,9 +85,18 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
                 arrays |= depth_extractor(extractor).reference_arrays(images, count)
             write_batch(out, arrays, kept, (count, *images.shape[1:]))
             made = f"reference: {out}, {count} images, {extractor.name}"
-            written.unlink(missing_ok=True)
     dist_util.shutdown()
     return made
+
+
+@contextmanager
+def _removed(path: Path) -> Iterator[Path]:
+    """A file that does not outlive the block, however that ends."""
+    try:
+        yield path
+    finally:
+        if dist_util.is_main():
+            path.unlink(missing_ok=True)
 
 
 def _statistics(features: Features, extractor: FeatureExtractor, count: int) -> dict[str, np.ndarray]:

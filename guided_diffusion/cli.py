@@ -42,6 +42,7 @@ def run_script(main: Callable[[], None]) -> None:
         with _signals_raised():
             _watch_torchrun()
             main()
+        _disconnect()               # else its threads may abort the process on its way out
     except KeyboardInterrupt as error:
         _end_signalled(error)
     except (UserError, NonFiniteError) as error:

@@ -279,7 +279,7 @@ class _Part:
     def _recorded(self) -> dict[str, Any]:
         try:
             record = json.loads(self._record.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return record if isinstance(record, dict) and record.get("url") == self._url else {}
 

@@ -112,7 +112,8 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...], found: FoundPictur
 def read_image(path: Source, in_channels: int) -> Image.Image:
     """The picture in a file as a viewer shows it, RGB (3 channels) or grey (1), of 8 bits.
 
-    path: of the file, or an open stream, whose `str` sentences name. Raises UserError where the file holds none, is damaged, or its sides are absurd.
+    path: of the file, or an open stream, whose `str` sentences name. Raises UserError where the file holds none, is
+    damaged, or its sides are absurd.
     """
     with opened(path) as image:
         return _opaque(_upright(image), "RGB" if in_channels == 3 else "L")

@@ -48,7 +48,8 @@ def load(name: str = "", *, model_path: str | Path = "", checkpoint_entry: str =
     typed: dict[str, Any] = {}
     for options in options_from(flags, *_CLASSES):
         typed |= {flag: value for flag, value in asdict(options).items() if flag in flags}
-    values = preset_values({**typed, "model": str(name), "model_path": str(model_path)})
+    named = {"model": str(name), **({"model_path": str(model_path)} if model_path else {})}
+    values = preset_values({**typed, **named})
     path = model_path or values.get("model_path", "")
     if not (path or name):
         raise UserError("load: name a model, or the file of one as model_path")

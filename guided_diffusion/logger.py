@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import reason, write_csv
+from .files import open_own, reason, write_csv
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class MetricLogger:
             self._columns += new_columns
             write_csv(self._path, rows, self._columns)
         try:
-            with self._path.open("a", newline="") as file:
+            with os.fdopen(open_own(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", newline="") as file:
                 csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({reason(error)})") from None

@@ -30,6 +30,7 @@ from .classes import KEY
 from .errors import UserError
 from .fetch import without_secrets
 from .files import check_folder, locked, write_json
+from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz, list_images
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
@@ -122,6 +123,19 @@ class Record:
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"--out {out}: its config.json is not one of a training, name another") from None
 
+    @classmethod
+    def stated_by(cls, state: Path) -> Record | None:
+        """What the file of a state says of its training, where config.json is gone; None where there is no such file.
+
+        Raises UserError where it is damaged or of something else.
+        """
+        if not state.exists():
+            return None
+        metadata = checkpoint.read_metadata(state)
+        with reading(state, "is not the state of a training"):
+            names = json.loads(metadata.get(KEY, "null"))
+            return cls(dict(json.loads(metadata.get("config", "{}"))), {}, classes=names and [str(n) for n in names])
+
     @property
     def options(self) -> dict[str, Any]:
         """All options by flag name, as they are stored."""
@@ -134,6 +148,9 @@ class Record:
         Raises UserError, naming the option, where the training cannot go on with it.
         """
         allowed = {name for name in self.training.get("change", "").split(",") if name}
+        if before.classes and self.classes and list(before.classes) != list(self.classes):
+            raise UserError(f"--data_dir {shown(self.training.get('data_dir', ''))}: has other classes than the run in "
+                            f"{out}, or other numbers for them; put its config.json back, or name another --out")
         lines = []
         for name, now in self.options.items():
             then = before.options.get(name, now)
@@ -150,7 +167,7 @@ class Record:
 
     def _reason(self, name: str, before: Record) -> str | None:
         """Why the training may go on with a new value of an option; "": there is nothing new; None: it may not."""
-        now, then = self.options[name], before.options.get(name)
+        now, then = self.options[name], before.options.get(name, self.options[name])
         if name == "batch_size":
             return self._same_batch(before)
         if name == "data_dir":
@@ -170,7 +187,7 @@ class Record:
     def _same_batch(self, before: Record) -> str | None:
         now, then = self.training["batch_size"], before.training.get("batch_size")
         if then is None or self.ranks is None or before.ranks is None:          # an older record does not say
-            return "" if now == then else None
+            return "" if then in (None, now) else None
         if (now, self.ranks) == (then, before.ranks):
             return ""
         same = now * self.ranks == then * before.ranks

@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -282,7 +283,7 @@ class TrainLoop:
     def run(self) -> None:
         """Trains until the last step, or for ever."""
         if self.finished:
-            _log.info("the training in %s is finished, at step %d: there is nothing to do", self.out, self.step)
+            _say(f"the training in {self.out} is finished, at step {self.step}: there is nothing to do")
             return
         with dist_util.together():
             if dist_util.is_main():
@@ -391,8 +392,8 @@ class TrainLoop:
     def _rescue(self, error: BaseException) -> None:
         """Saves, on rank 0, what was trained before an error; other ranks wait for that, as launchers end them all."""
         if not dist_util.is_main():
-            if isinstance(error, Exception):
-                with contextlib.suppress(RuntimeError):         # rank 0 is lost
+            if isinstance(error, Exception) and _is_kept(self._end):
+                with contextlib.suppress(RuntimeError):         # rank 0 is lost now
                     self._end.wait(["saved"], RESCUE)
             return
         try:
@@ -462,7 +463,7 @@ class TrainLoop:
     def _start(self) -> None:
         """Reads what the folder holds, or what the options name where it is new; says which."""
         path = self.out / "state.safetensors"
-        before = Record.read(self.out)
+        before = Record.read(self.out) or Record.stated_by(path)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
                              None if self.class_names is None else self.class_names.to_json())
@@ -473,7 +474,7 @@ class TrainLoop:
         else:
             said = [*self._take_start().said]
         for line in said:
-            _log.info("%s", line)
+            _say(line)
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
@@ -562,6 +563,18 @@ def average_over_ranks(gradients: list[Tensor]) -> None:
             bucket = []
 
 
+def _is_kept(store: dist.Store) -> bool:
+    """Whether the process that keeps a store is there; torch fills pages where it asks one that is gone."""
+    kept = store.underlying_store if isinstance(store, dist.PrefixStore) else store
+    if not isinstance(kept, dist.TCPStore):
+        return True
+    try:
+        socket.create_connection((kept.host, kept.port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _collective() -> Iterator[None]:
     """Turns the failure of a collective operation into LostRankError."""
@@ -647,8 +660,14 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
 
 def _say_files(out: str, names: Sequence[str], command: str) -> None:
     """Logs the files of a finished training, and the command that samples with them."""
-    _log.info("weights: %s", ", ".join(str(Path(out) / f"{name}.safetensors") for name in names))
-    _log.info("to sample: python scripts/%s", command)
+    _say(f"weights: {', '.join(str(Path(out) / f'{name}.safetensors') for name in names)}")
+    _say(f"to sample: python scripts/{command}")
+
+
+def _say(line: str) -> None:
+    """Logs a line on the first rank."""
+    if dist_util.is_main():
+        _log.info("%s", line)
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

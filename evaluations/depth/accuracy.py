@@ -213,7 +213,7 @@ class AccuracyStudy:
             changed = [name for name, value in config.items() if before.get(name) != value]
         except OSError as error:
             raise UserError(f"--out {self.out}: its config.json cannot be read ({reason(error)})") from None
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise UserError(f"--out {self.out}: its config.json is not one of an accuracy study, name another "
                             "folder") from None
         if changed:

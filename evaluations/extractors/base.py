@@ -1,7 +1,8 @@
 """What the package says of each extractor: one record, which stands in the extractor's own file.
 
 To add an extractor, write a file with a class that has `name`, `fingerprint`, `caveat` and `features` (the protocol
-`evaluations.features.FeatureExtractor`) and with an `ExtractorKind`, and list that in `EXTRACTORS`:
+`evaluations.features.FeatureExtractor`, which also says when it needs `settings`) and with an `ExtractorKind`, and list
+that in `EXTRACTORS`:
 
     def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
         return Brightness()

@@ -42,7 +42,7 @@ def subset_recall(reference: np.ndarray, sample: np.ndarray, k: int = 3) -> Stat
     margin = comparison_margin(generated, squared_radii[:, k - 1])
 
     def statistic(chosen: np.ndarray) -> np.ndarray:
-        reach = np.stack([_reach(subset, neighbours, k) for subset in chosen.astype(bool)])
+        reach = _reach(chosen.astype(bool), neighbours, k)
         longest = reach.max(axis=0)
         farthest = squared_radii[np.arange(len(longest)), np.maximum(longest, 1) - 1] + margin
         farthest[longest == 0] = -np.inf
@@ -134,14 +134,20 @@ def _neighbour_lists(points: Points, length: int) -> tuple[np.ndarray, np.ndarra
     return np.maximum(distances, 0), neighbours
 
 
-def _reach(subset: np.ndarray, neighbours: np.ndarray, k: int) -> np.ndarray:
-    """Returns which neighbour of each point, counted from 1, is its k-th in a subset; 0 for points outside it.
+def _reach(chosen: np.ndarray, neighbours: np.ndarray, k: int) -> np.ndarray:
+    """Returns which neighbour of each point, counted from 1, is its k-th in each subset; 0 for points outside it.
 
-    subset: (n,) bool. neighbours: (n, length) indices. Where a list is too short, its last one is taken.
+    chosen: (B, n) bool. neighbours: (n, length) indices. Where a list is too short, its last one is taken.
     """
-    enough = np.cumsum(subset[neighbours], axis=1, dtype=np.uint8) >= k
-    last = np.where(enough[:, -1], enough.argmax(axis=1) + 1, neighbours.shape[1])
-    return np.where(subset, last, 0).astype(np.uint8)
+    reach, found = np.ones(chosen.shape, np.uint8), np.zeros(chosen.shape, np.uint8)
+    for column in neighbours.T[:-1]:
+        found += chosen[:, column]
+        lacking = found < k
+        if not lacking.any():
+            break
+        reach += lacking
+    reach[~chosen] = 0
+    return reach
 
 
 def _shares(real: Points, generated: Points, pairs: _Pairs, reach: np.ndarray) -> np.ndarray:

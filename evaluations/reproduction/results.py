@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from guided_diffusion.foreign import read_json
 
 from ..metrics import Replicates
 from .costs import passes
@@ -51,7 +52,7 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
                  "note": row.evaluation.note}
     if why:
         return described
-    record = json.loads((row.run.out / "run.json").read_text())
+    record = read_json(row.run.out / "run.json", lambda found: "chunks" in found["timing"] and "sha256" in found)
     chunks = [chunk for chunk in record["timing"]["chunks"] if chunk["seconds"]]
     seconds = sum(chunk["seconds"] for chunk in chunks)
     speed = sum(chunk["images"] for chunk in chunks) / seconds if seconds else None

@@ -299,7 +299,7 @@ class PredictorTraining:
         """Raises UserError where a file is not of this training."""
         try:
             before = json.loads(checkpoint.read_metadata(path)["training"])
-        except (UserError, KeyError, ValueError):
+        except (UserError, KeyError, ValueError, RecursionError):
             raise UserError(f"--out {self.out}: {path} is something else, name another --out") from None
         for name, value in self.config.items():
             if before.get(name) != value:

@@ -349,6 +349,36 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     assert len(BatchFile(made)) == 7
 
 
+@pytest.mark.parametrize("suffix", ["zip", "npy"])
+def test_reference_of_an_archive_or_an_array(save, tmp_path, suffix):
+    images, source = clothes(5), tmp_path / f"images.{suffix}"
+    if suffix == "npy":
+        np.save(source, images)
+    else:
+        with zipfile.ZipFile(source, "w") as archive:
+            for index, image in enumerate(images):
+                Image.fromarray(image).save(tmp_path / "x.png")
+                archive.write(tmp_path / "x.png", f"{index}.png")
+    assert call("make_reference", source, tmp_path / "made.npz", *FASHION_MNIST) == 0
+    assert call("make_reference", save("images", images), tmp_path / "expected.npz", *FASHION_MNIST) == 0
+    assert (tmp_path / "made.npz").read_bytes() == (tmp_path / "expected.npz").read_bytes()
+
+
+def test_images_of_a_reference_do_not_stay_in_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for index, image in enumerate(clothes(4)):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{index}.png")
+
+    def terminated(self, images):
+        assert len(list((tmp_path / "cache").glob("images-*"))) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evaluations.extractors.fashion_mnist.FashionMnistClassifier.features", terminated)
+    assert call("make_reference", tmp_path / "pictures", tmp_path / "made.npz", *FASHION_MNIST,
+                "--cache", tmp_path / "cache") == 130
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "0 words given"),
     (["missing.npz", "out.npz"], "missing.npz: there is no such file"),

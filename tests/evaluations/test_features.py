@@ -241,7 +241,8 @@ def test_ranks_share_the_work(launcher, file, tmp_path):
     if launcher == "mpiexec" and not (LAUNCHERS[launcher][0].exists() and importlib.util.find_spec("mpi4py")):
         pytest.skip("mpiexec or mpi4py is not installed: the extra `mpi`")
     (tmp_path / "program.py").write_text(PROGRAM)
-    tests, shared = f"{Path(__file__).parent}:{Path(__file__).parents[1] / 'support'}", tmp_path / "shared"
+    here = Path(__file__).parent
+    tests, shared = f"{here}:{here.parent}:{here.parent / 'support'}", tmp_path / "shared"
     ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
     assert ended.returncode == 0, ended.stderr
     seen = [int(path.read_text()) for path in tmp_path.glob("shared-seen-*")]

@@ -37,19 +37,19 @@ def read_everything(path):
     read_metadata(path)
 
 
-@fuzz(300)
+@fuzz(150)
 @given(damaged(SAFETENSORS, words=HEADER_WORDS))
 def test_damaged_safetensors(content):
     survives(read_everything, content, "model.safetensors")
 
 
-@fuzz(300)
+@fuzz(150)
 @given(damaged(*PICKLED))
 def test_damaged_pickles(content):
     survives(read_everything, content, "model.pt")
 
 
-@fuzz(200)
+@fuzz(80)
 @given(damaged(json.dumps(CONFIG).encode(), words=WORDS))
 def test_damaged_statements(config):
     content = save(TENSORS, {"config": config.decode(errors="replace")})
@@ -57,7 +57,8 @@ def test_damaged_statements(config):
 
 
 @fuzz(100)
-@given(st.binary(max_size=100), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x10" + bytes(7) + b"{"]))
+@given(st.binary(max_size=100),
+       st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x10" + bytes(7) + b"{"]))
 def test_noise_behind_every_beginning(noise, beginning):
     survives(read_everything, beginning + noise, "model.pt")
 

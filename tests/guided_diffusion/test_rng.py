@@ -5,6 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
+from evaluations.evaluation import EvaluatorOptions
+from guided_diffusion.errors import UserError
 from guided_diffusion.rng import (
     IMAGE_STREAMS,
     STREAMS,
@@ -14,6 +16,7 @@ from guided_diffusion.rng import (
     seeded_torch,
     stream_generator,
 )
+from guided_diffusion.runs.options import SampleOptions
 
 
 def test_noise_of_an_image_is_the_same_in_any_batch_and_order():
@@ -66,6 +69,22 @@ def test_the_numbers_themselves_do_not_change():
     expected = [[0.3736333, -1.0456378], [4.2794123, -0.3392039]]
     np.testing.assert_allclose(image_noise(0, [0, 1], 2, (2,)), expected, rtol=1e-6)
     assert image_labels(0, range(12), 10).tolist() == [7, 8, 4, 5, 1, 9, 0, 9, 1, 9, 1, 7]
+
+
+def test_every_seed_that_is_allowed_has_its_own_numbers():
+    seeds = [0, 1, 2**32, 2**63 - 2, 2**63 - 1, 2**63, 2**63 + 1, 2**63 + 1000, 2**64 - 2, 2**64 - 1]
+    drawn = {tuple(image_noise(seed, [0], 3, (4,)).flatten().tolist()) for seed in seeds}
+    assert len(drawn) == len(seeds)
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=rf"seed {seed}: must be at least 0 and at most 18446744073709551615"):
+            image_noise(seed, [0], 0, (4,))
+
+
+def test_options_refuse_seeds_that_would_repeat_others():
+    assert EvaluatorOptions(seed=2**64 - 1).seed == SampleOptions(seed=2**64 - 1).seed == 2**64 - 1
+    for options in (EvaluatorOptions, SampleOptions):
+        with pytest.raises(UserError, match=f"--seed {2**64}: must be at most {2**64 - 1}"):
+            options(seed=2**64)
 
 
 # Trainings

@@ -307,3 +307,49 @@ def test_the_library_needs_only_torch_and_numpy():
     done = subprocess.run([sys.executable, "-c", SAMPLE_WITHOUT_OTHER_PACKAGES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n"
+
+
+# Attention where there are feature maps, and networks of a possible size
+
+
+@pytest.mark.parametrize(("create", "flags", "said"), [
+    (create_model, {"image_size": 96, "channel_mult": "1,1,1", "attention_resolutions": "16,8"},
+     "--attention_resolutions 16,8: no feature map has 16 pixels, there are feature maps of 96, 48, 24"),
+    (create_model, {"image_size": 64, "channel_mult": "1,1,1", "attention_resolutions": "16,8"},
+     "--attention_resolutions 16,8: no feature map has 8 pixels, there are feature maps of 64, 32, 16"),
+    (create_model, {"image_size": 16, "channel_mult": "1,1", "attention_resolutions": "64,32"},
+     "--attention_resolutions 64,32: no feature map has 64 pixels, there are feature maps of 16, 8"),
+    *((create_classifier, {"image_size": size, "classifier_channel_mult": "1,1,1,1"},
+       f"there are feature maps of {size}, {size // 2}") for size in (48, 96, 192))])
+def test_attention_at_the_size_of_no_feature_map_is_refused(create, flags, said):
+    flags = flags if create is create_model else flags | {"classifier_attention_resolutions": "32,16,8"}
+    with pytest.raises(UserError) as caught:
+        create(**flags)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_the_sizes_of_official_commands_all_have_their_maps(size):
+    with torch.device("meta"):
+        model = create_model(image_size=size, num_channels=64, attention_resolutions="32,16,8")
+        classifier = create_classifier(image_size=size, classifier_attention_resolutions="32,16,8")
+    assert model.attention_resolutions == classifier.attention_resolutions == (size // 32, size // 16, size // 8)
+
+
+@pytest.mark.parametrize(("create", "flags", "said"), [
+    (create_model, {"num_channels": 10**6}, "--num_channels 1000000: must be at most"),
+    (create_model, {"num_res_blocks": 10**9}, "--num_res_blocks 1000000000: must be at most"),
+    (create_model, {"num_classes": 10**12}, "--num_classes 1000000000000: must be at most"),
+    (create_model, {"image_size": 2**40}, "--image_size 1099511627776: must be at most"),
+    (create_model, {"channel_mult": "1,1e6"}, "--channel_mult 1,1e6"),
+    (create_model, {"channel_mult": "1,1000000"}, "--num_channels 128: times 1000000 it must be at most"),
+    (create_classifier, {"classifier_width": 10**6}, "--classifier_width 1000000: must be at most"),
+    (create_classifier, {"classifier_depth": 10**6}, "--classifier_depth 1000000: must be at most")])
+def test_sizes_that_no_memory_holds_are_refused_at_once(create, flags, said):
+    with pytest.raises(UserError, match=said):
+        create(**flags)
+
+
+def test_the_length_of_the_chain_has_a_bound():
+    with pytest.raises(UserError, match="--diffusion_steps 1000000000000: must be at most"):
+        DiffusionOptions(diffusion_steps=10**12)

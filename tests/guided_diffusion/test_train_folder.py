@@ -119,6 +119,20 @@ def test_records_of_older_versions_go_on(data_dir, run):
     assert json.loads((run / "config.json").read_text())["ranks"] == 1
 
 
+def test_a_state_knows_its_network_where_config_json_is_gone(data_dir, run):
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match=r"--predict_v True: the run in .* has False"):
+        train(data_dir, run, lr_anneal_steps=4, predict_v=True)
+    train(data_dir, run, lr_anneal_steps=4)
+
+
+def test_other_numbers_of_classes_are_refused(tmp_path):
+    now, before = (Record({}, {}, classes=names) for names in (["ant", "bee"], ["bee", "ant"]))
+    with pytest.raises(UserError, match="has other classes than the run in"):
+        now.continues(before, tmp_path)
+    assert now.continues(now, tmp_path) == []
+
+
 @pytest.mark.parametrize("change", ["speed", "ema_rate", "lr,", "change"])
 def test_change_names_options(data_dir, run, change):
     if change == "lr,":

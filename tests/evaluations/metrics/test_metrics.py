@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -382,6 +383,28 @@ def test_neighbourhoods_say_the_same_as_the_single_numbers_and_more(rng):
     assert (found.realism[1:] >= 1).sum() <= found.sample_inside.sum()
 
 
+@pytest.mark.parametrize("far", [1e3, 3e4, 1e6])
+def test_density_and_coverage_are_those_of_float64_beside_a_far_image(far, rng):
+    reference, sample = rng.standard_normal((301, 64)), rng.standard_normal((300, 64))
+    reference[0] = far
+    (radii, _), distances = brute_force(reference, sample, 5)
+    within = distances < radii[:, None]
+    expected = (pytest.approx(within.sum(axis=0).mean() / 5, rel=1e-12), within.any(axis=1).mean())
+    found = neighbourhoods(reference, sample, k=3, density_k=5)
+    assert density_coverage(reference, sample) == (found.density.mean(), found.covered.mean()) == expected
+
+
+def test_ties_are_outside_the_balls_of_density(rng):
+    reference, sample = rng.integers(0, 4, (300, 4)), rng.integers(0, 4, (300, 4))
+
+    def squared(points):
+        return ((reference[:, None] - points) ** 2).sum(axis=2)
+
+    within = squared(sample) < np.sort(squared(reference), axis=1)[:, 5, None]
+    assert density_coverage(reference + 300.0, sample + 300.0) == (
+        pytest.approx(within.sum(axis=0).mean() / 5, rel=1e-12), within.any(axis=1).mean())
+
+
 # KID
 
 
@@ -402,6 +425,27 @@ def test_kid_is_the_unbiased_estimate(rng, monkeypatch):
     assert single == pytest.approx(brute_force_kid(reference, sample), rel=1e-4)
     same = [kid(*rng.standard_normal((2, 100, 5))) for _ in range(50)]
     assert min(same) < 0 < max(same) and abs(np.mean(same)) < 3 * np.std(same) / 50**0.5
+
+
+@pytest.mark.parametrize("mean", [0, 1, 1e3, 1e6])
+def test_kid_keeps_its_digits_under_a_large_mean(mean, rng):
+    def exact(points):
+        return [[Fraction(float(value)) for value in point] for point in points]
+
+    def kernels(left, right):
+        return [[(sum(a * b for a, b in zip(one, other, strict=True)) / 4 + 1) ** 3 for other in right]
+                for one in left]
+
+    def within(points):
+        found = kernels(points, points)
+        return (sum(map(sum, found)) - sum(found[i][i] for i in range(len(points)))) / (len(points) * (len(points) - 1))
+
+    reference, sample = (rng.integers(-1000, 1000, (12, 4)) / 1024 + mean + shift for shift in (0, 0.25))
+    real, generated = exact(reference), exact(sample)
+    expected = float(within(real) + within(generated) - 2 * sum(map(sum, kernels(real, generated))) / 144)
+    assert kid(reference, sample) == pytest.approx(expected, rel=1e-10)
+    if mean < 1e4:          # what float32 keeps exactly
+        assert kid(reference.astype(np.float32), sample.astype(np.float32)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_kid_draws_from_large_sets(rng):

@@ -6,7 +6,7 @@ import pytest
 from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import Replicates
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements
-from evaluations.reproduction.results import not_comparable, overall, results, verdict, versus
+from evaluations.reproduction.results import jointly, not_comparable, overall, results, verdict, versus
 from evaluations.reproduction.tables import Table, in_folder, load_table
 
 
@@ -38,6 +38,38 @@ def test_a_row_is_as_good_as_its_worst_number():
     assert overall(["reproduced", "", "reproduced"]) == "reproduced"
     assert overall(["not comparable", "differs"]) == "not comparable"
     assert overall([""]) == overall([]) == ""
+
+
+def test_a_row_that_reproduces_exactly_differs_in_one_of_twenty_cases():
+    random, differs, cases = np.random.default_rng(0), 0, 2000
+    for _ in range(cases):
+        pairs = 100 * random.standard_normal((5, 2))
+        differs += overall([verdict(one, (one - 196, one + 196), other, []) for one, other in pairs]) == "differs"
+    assert differs / cases == pytest.approx(0.05, abs=0.015)
+
+
+def test_numbers_of_a_row_are_corrected_by_holm():
+    def alone(p_value):
+        deviations = {0.004: 2.878, 0.02: 2.326, 0.03: 2.170, 0.2: 1.282}
+        return verdict(1000, (1000 - 196, 1000 + 196), 1000.005 + deviations[p_value] * 100 * 2**0.5, [])
+
+    assert [alone(p_value) for p_value in (0.004, 0.02, 0.03, 0.2)] == ["differs"] * 3 + ["reproduced"]
+    assert alone(0.02).p_value == pytest.approx(0.02, rel=0.01)
+    assert jointly([alone(0.02), alone(0.2), "not run here"]) == ["differs", "reproduced", "not run here"]
+    assert jointly([alone(0.2), alone(0.02), alone(0.03)]) == ["reproduced"] * 3
+    assert jointly([alone(0.03), alone(0.004), alone(0.02)]) == ["differs"] * 3
+
+
+def test_no_word_is_said_without_an_interval(table):
+    assert verdict(0.7, None, 0.7, []) == "no word" and versus("recall", None, None) == "no word"
+    assert overall(["no word", "reproduced"]) == "reproduced" and overall(["no word", ""]) == "no word"
+    written(table)
+    unknown = Replicates(0.99, np.full(41, np.nan))
+    measured = {(name, 50_000): {"recall": unknown, "fid": number(5.9)} for name in table.rows}
+    section, = results(table, Measurements(measured, {}, None, None), {}, how())["sections"]
+    recall = section["rows"][1]["metrics"]["recall"]
+    assert recall["interval95"] is None and recall["verdict"] == "no word"
+    assert recall["versus"] == {"difference": 0, "interval95": None, "verdict": "no word"}
 
 
 @pytest.mark.parametrize("word, low, high, expected", [
@@ -87,7 +119,7 @@ def test_published_measured_difference_and_verdict_stand_together(table):
     first, second, *_ = section["rows"]
     fid = first["metrics"]["fid"]
     assert fid["published"] == 5.91 and fid["difference"] == pytest.approx(-0.01) and fid["verdict"] == "reproduced"
-    assert fid["interval95"] == pytest.approx([5.805, 5.995]) and fid["versus"] is None
+    assert fid["interval95"] == pytest.approx([5.80025, 5.99975]) and fid["versus"] is None
     assert second["metrics"]["fid"]["versus"] == {"difference": pytest.approx(-1), "verdict": "better",
                                                   "interval95": pytest.approx([-1, -1])}
     assert first["metrics"]["recall"]["verdict"] == "not run here"          # published, and not measured

@@ -9,7 +9,7 @@ from commands import call, flags
 from depth_world import MODEL, world_flags, write_world
 from networks import with_random_weights
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, files
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import read_metadata, save_state
 from guided_diffusion.depth import train as depth_train
@@ -46,15 +46,16 @@ def equal(a, b):
 
 
 def test_learns_what_is_in_the_features(world, tmp_path):
-    given = {"steps": 300, "batch_size": 8, "lr": 1e-2, "strong_blocks": "1,2,3"}
+    given = {"steps": 300, "batch_size": 8, "lr": 5e-3, "strong_blocks": "1,2,3"}
     predictors = train(world, tmp_path / "p.safetensors", **given)
     held = read_pairs(str(world / "held.npz"), size=8, depth_range="0,1")
     model = load_network(*parts(world_flags(world, tmp_path / "p.safetensors"))).model
     t = torch.zeros(len(held.images), dtype=torch.int64)
     depth = predictors(decoder_features(model, predictors.blocks, held.images, t, graph=False), t)
     mean = (held.depth - held.depth.mean()).abs().mean()
+    # measured: 0.45 and 0.64 of it; by other kernels, 0.005 and 0.013 more or less
     assert (depth["strong"] - held.depth).abs().mean() < 0.5 * mean
-    assert (depth["weak"] - held.depth).abs().mean() < mean
+    assert (depth["weak"] - held.depth).abs().mean() < 0.75 * mean
 
 
 def test_the_file(world, tmp_path):
@@ -133,6 +134,15 @@ def test_another_training_in_the_same_file_is_refused(world, tmp_path):
         train(world, tmp_path / "q.safetensors", steps=13)
     with pytest.raises(UserError, match=r"model\.safetensors is something else, name another --out"):
         train(world, world / "model.safetensors")
+
+
+def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSE", 0)
+    out = tmp_path / "p.safetensors"
+    with files.locked(tmp_path / ".p.safetensors.lock"), pytest.raises(UserError, match="another job is working there"):
+        train(world, out, steps=2)
+    train(world, out, steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_what_is_wrong_shows_before_the_work(world, tmp_path, capsys):

@@ -31,6 +31,9 @@ from guided_diffusion.script_util import create_classifier, create_gaussian_diff
 
 STRONG, WEAK = ("output.0", "output.1", "output.2"), ("output.1",)
 SAMPLERS = ["p_sample", "ddim_sample"]
+# A step whose values reach 12 moves by 2.1e-5 from the kernels of one processor to those of another (AVX-512, AVX2,
+# SSE4.1), and by 2.0e-5 from a batch of one to a batch of two.
+ROUNDING = 1e-4
 
 
 class Branch(nn.Module):
@@ -267,9 +270,9 @@ def test_images_of_a_batch_are_guided_each_by_itself(case, sampler):
                                     torch.tensor([3, 8])[which])["sample"]
 
     together = sample([0, 1])
-    np.testing.assert_allclose(sample([1, 0]), together[[1, 0]], atol=1e-5)
+    np.testing.assert_allclose(sample([1, 0]), together[[1, 0]], atol=ROUNDING)
     for i in range(2):
-        np.testing.assert_allclose(sample([i]), together[[i]], atol=1e-5)
+        np.testing.assert_allclose(sample([i]), together[[i]], atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["dcg", "dpg"])

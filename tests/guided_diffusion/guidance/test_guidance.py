@@ -26,6 +26,8 @@ from guided_diffusion.script_util import create_classifier, create_gaussian_diff
 
 BLOCK = "output.0"
 SAMPLERS = ["p_sample", "ddim_sample"]
+# A few times what a step moves between the kernels of two processors (AVX-512, AVX2, SSE4.1): 9.2e-6 and 9e-5 to 2e-4.
+ROUNDING = {"sample": 4e-5, "pred_xstart": 4e-4}
 
 
 class Counted:
@@ -273,8 +275,8 @@ def test_in_a_batch_of_several_steps_only_images_in_the_window_are_guided(case, 
     guided = step(case, [terms(case)[name]], sampler, t=t)
     part = step(case, [terms(case, start=5)[name]], sampler, t=t)
     for key in ("sample", "pred_xstart"):
-        np.testing.assert_allclose(part[key][0], plain[key][0], atol=1e-5)
-        np.testing.assert_allclose(part[key][1], guided[key][1], atol=1e-5)
+        np.testing.assert_allclose(part[key][0], plain[key][0], atol=ROUNDING[key])
+        np.testing.assert_allclose(part[key][1], guided[key][1], atol=ROUNDING[key])
     assert (part["sample"] - plain["sample"])[1].abs().max() > 1e-3
     assert (guided["sample"] - plain["sample"])[0].abs().max() > 1e-3
 

@@ -1,0 +1,129 @@
+"""What 95 % promises: simulations of every metric's intervals and of its words, and the subsets behind recall's."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from evaluations.metrics import (
+    METRICS,
+    Comparison,
+    ComparisonSettings,
+    Feature,
+    FeatureSet,
+    Replicates,
+    density_coverage,
+    precision_recall,
+    subset_coverage,
+    subset_recall,
+)
+from guided_diffusion.errors import UserError
+
+REPLICATES, GROUPS = 100, 120
+
+
+class Distribution:
+    """Sets of images of one distribution, as features of every kind."""
+
+    def __init__(self, scale: float, shift: float, sharpness: float) -> None:
+        self.scale, self.shift, self.sharpness = scale, shift, sharpness
+        self.classes = np.random.default_rng(0).standard_normal((6, 5))
+
+    def drawn(self, noise: np.ndarray, sharp: np.ndarray) -> FeatureSet:
+        """Returns the images of standard normal noise (n, 6) and of sharpnesses (n,) of mean 1."""
+        pooled = noise * self.scale + self.shift
+        logits = np.exp(pooled @ self.classes / 2)
+        return FeatureSet({
+            Feature.POOLED: pooled, Feature.SPATIAL: pooled[:, :3], Feature.DEPTH: pooled[:, 3:],
+            Feature.PROBABILITIES: logits / logits.sum(axis=1, keepdims=True),
+            Feature.SHARPNESS: sharp * self.sharpness})
+
+
+def simulated(random, reference, distribution, images, common):
+    """The replicates of every metric, of sets of images in groups of 4 that have that part of their noise in common."""
+    found = {word: [] for word in METRICS}
+    for _ in range(GROUPS):
+        shared_noise, shared_sharpness = random.standard_normal((images, 6)), random.gamma(9, 1 / 9, images)
+        for _ in range(4):
+            noise = common * shared_noise + np.sqrt(1 - common**2) * random.standard_normal((images, 6))
+            sharpness = np.where(random.random(images) < common, shared_sharpness, random.gamma(9, 1 / 9, images))
+            comparison = Comparison(reference, distribution.drawn(noise, sharpness),
+                                    ComparisonSettings(full_neighbourhoods=True))
+            for word, metric in METRICS.items():
+                found[word].append(metric.replicates(comparison, REPLICATES))
+    return found
+
+
+def excludes(interval, value):
+    return not interval.low <= value <= interval.high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference_images, images, shift, common", [(500, 150, 0.4, 0.0), (250, 300, 0.7, 0.8)],
+                         ids=["few samples", "many samples, with noise in common"])
+def test_intervals_and_words_keep_their_promise(reference_images, images, shift, common):
+    """Samples are of another distribution than the reference, as those of every network are.
+
+    Where they are of the same one, intervals of FID and KID are up to half as wide again as they should be.
+    """
+    random = np.random.default_rng(2)
+    reference = Distribution(1, 0, 1).drawn(random.standard_normal((reference_images, 6)),
+                                            random.gamma(9, 1 / 9, reference_images))
+    for word, numbers in simulated(random, reference, Distribution(0.85, shift, 1.2), images, common).items():
+        mean = np.mean([number.estimate for number in numbers])
+        held = 1 - np.mean([excludes(number.interval, mean) for number in numbers])
+        assert 0.90 <= held <= 0.98, f"{word}: 95 % intervals hold the mean in {held:.3f}"
+        false_words = np.mean([excludes(one.minus(other).interval, 0) for first in range(0, len(numbers), 4)
+                               for one, other in itertools.combinations(numbers[first:first + 4], 2)])
+        assert false_words <= 0.08, f"{word}: two sets of one distribution differ in {false_words:.3f}"
+
+
+# Subsets
+
+
+@pytest.fixture
+def random():
+    return np.random.default_rng(0)
+
+
+def test_shares_of_subsets_are_recall_and_coverage_of_them(random, monkeypatch):
+    reference, sample = random.standard_normal((150, 4)), 1.2 * random.standard_normal((120, 4))
+    chosen = np.stack([random.permutation(120) < count for count in (30, 60, 120)])
+    expected = ([precision_recall(reference, sample[rows])[1] for rows in chosen],
+                [density_coverage(reference, sample[rows])[1] for rows in chosen])
+    for _ in range(2):
+        assert subset_recall(reference, sample)(chosen).tolist() == expected[0]
+        assert subset_coverage(reference, sample)(chosen).tolist() == expected[1]
+        monkeypatch.setattr("evaluations.metrics.arrays.BLOCK_ENTRIES", 2**10)      # in several blocks
+
+
+def comparison(sample, reference):
+    return Comparison(FeatureSet({Feature.POOLED: reference}), FeatureSet({Feature.POOLED: sample}))
+
+
+def test_the_interval_of_recall_shrinks_with_the_samples_not_with_the_reference(random):
+    def width(images, references):
+        found = METRICS["recall"].interval(comparison(random.standard_normal((images, 4)) + 1,
+                                                      random.standard_normal((references, 4))), 100)
+        return found.high - found.low
+
+    assert width(800, 400) < 0.75 * width(200, 400)
+    assert width(200, 1600) > 0.6 * width(200, 400)
+
+
+@pytest.mark.parametrize("word", ["recall", "coverage"])
+def test_there_is_no_interval_where_too_few_images_decide(word, random):
+    reference = random.standard_normal((100, 3))
+    for sample in (reference + 1e-6 * random.standard_normal(reference.shape), reference + 1000, reference[:20] + 1):
+        number = METRICS[word].replicates(comparison(sample, reference), 20)
+        assert number.values.shape == (20,) and number.interval is None
+        assert number.minus(Replicates(0.5, np.linspace(0.4, 0.6, 20))).interval is None
+    with pytest.raises(UserError, match="1 bootstrap replicates"):
+        METRICS[word].replicates(comparison(reference + 1, reference), 1)
+
+
+def test_the_same_subsets_are_taken_of_files_of_equally_many_images(random):
+    reference, sample = random.standard_normal((300, 4)), random.standard_normal((200, 4)) + 1
+    first = METRICS["recall"].replicates(comparison(sample, reference), 50)
+    again = METRICS["recall"].replicates(comparison(sample.copy(), reference), 50)
+    assert first.minus(again).interval == (0, 0)
