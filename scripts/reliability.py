@@ -17,7 +17,11 @@ from guided_diffusion.options import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, ReliabilityOptions, description=__doc__)
-    print(npz_writing_trial(options) if options.pack_images else kills_table(reliability(options), options.what))
+    if options.pack_images:
+        print(npz_writing_trial(options))
+        return
+    for line in kills_table(reliability(options), options.what):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,12 @@ class Kill:
     equal: bool             # whether the restarted job gave the same files, byte by byte
 
 
-def reliability(options: ReliabilityOptions) -> list[Kill]:
-    """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, and restarts each until it is finished.
+def reliability(options: ReliabilityOptions) -> Iterator[Kill]:
+    """Kills `options.kills` jobs by SIGKILL, one rank or all in turn, restarts each, and says what came of it.
 
     Raises UserError where a job that nobody killed fails, or where `options.out` holds an earlier trial.
     """
-    return list(_Trial(options).kills())
+    yield from _Trial(options).kills()
 
 
 def npz_writing_trial(options: ReliabilityOptions) -> str:
@@ -85,18 +85,18 @@ def npz_writing_trial(options: ReliabilityOptions) -> str:
             f"{process_peak() / MIB:.0f} MiB, {before / MIB:.0f} MiB before")
 
 
-def kills_table(kills: Sequence[Kill], what: str) -> str:
-    """The kills of jobs of a kind as a table in Markdown, and their sum."""
-    unit = JOBS[what].unit
-    rows = [f"| kill | killed | after s | had done | job gone after s | {unit} made twice | litter | files equal |",
-            "|---|---|---|---|---|---|---|---|"]
-    rows += [f"| {index} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
-             f"{kill.redone} | {kill.litter} | {'yes' if kill.equal else 'NO'} |"
-             for index, kill in enumerate(kills, 1)]
-    rows += ["", f"{len(kills)} kills of {what} tried, {sum(kill.redone for kill in kills)} {unit} made twice, "
-             f"{sum(kill.litter for kill in kills)} files left over, {sum(kill.equal for kill in kills)} of "
-             f"{len(kills)} with equal files."]
-    return "\n".join(rows)
+def kills_table(kills: Iterable[Kill], what: str) -> Iterator[str]:
+    """The lines of a table of kills of jobs of a kind, in Markdown, each as soon as it is known, and their sum."""
+    unit, seen = JOBS[what].unit, []
+    yield f"| kill | killed | after s | had done | job gone after s | {unit} made twice | litter | files equal |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for kill in kills:
+        seen.append(kill)
+        yield (f"| {len(seen)} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
+               f"{kill.redone} | {kill.litter} | {'yes' if kill.equal else 'NO'} |")
+    yield (f"\n{len(seen)} kills of {what} tried, {sum(kill.redone for kill in seen)} {unit} made twice, "
+           f"{sum(kill.litter for kill in seen)} files left over, {sum(kill.equal for kill in seen)} of "
+           f"{len(seen)} with equal files.")
 
 
 class _Trial:
@@ -116,11 +116,11 @@ class _Trial:
         _finish(self._start(self.whole))
         self.seconds = time.monotonic() - began
 
-    def kills(self) -> list[Kill]:
+    def kills(self) -> Iterator[Kill]:
         """Kills one rank and all ranks, in turn."""
-        return [self._kill(self.out / f"kill{index:02d}",
-                           None if index % 2 else self.chance.randrange(self.options.ranks))
-                for index in range(self.options.kills)]
+        for index in range(self.options.kills):
+            victim = None if index % 2 else self.chance.randrange(self.options.ranks)
+            yield self._kill(self.out / f"kill{index:02d}", victim)
 
     def _kill(self, out: Path, victim: int | None) -> Kill:
         """Kills a job, restarts it, and says what came of it. victim: the rank to kill; None: all of them."""

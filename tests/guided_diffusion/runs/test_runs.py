@@ -85,6 +85,7 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, exp
         out = tmp_path / str(attempt)
         processes = start(line(out), ranks)
         await_shards(out, chunks, processes[0])
+        time.sleep(0.05)                # rather within the next chunk than just after this one
         for rank in victims:
             processes[rank].send_signal(signal.SIGKILL)
         errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
