@@ -29,7 +29,7 @@ from . import checkpoint, dist_util
 from .classes import KEY
 from .errors import UserError
 from .fetch import without_secrets
-from .files import check_folder, locked, write_json
+from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz, list_images
 
@@ -57,6 +57,7 @@ def locked_folder(out: str | Path) -> Iterator[None]:
             if dist_util.is_main():
                 stack.enter_context(locked(path / ".lock", lambda who: UserError(
                     f"--out {out}: another job is working there ({who}); wait for it, or name another folder")))
+                remove_leftovers(path)
         yield
 
 

@@ -5,6 +5,7 @@ Ranks are started by hand, as `srun` does, so that a killed rank takes no other 
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -28,7 +29,8 @@ from guided_diffusion.runs.shards import Shards
 from ..memory import MIB, process_peak
 from .killed_jobs import JOBS, JobOptions, KilledJob
 
-PATIENCE = 600          # seconds for a job to end
+PATIENCE = 600          # seconds for a job that nobody killed to end
+NOTICE = 120            # seconds for the ranks that were not killed to notice; after that the trial ends them, too
 EARLY = 0.25            # share of the kills whose moment does not wait for any work to be done
 
 
@@ -52,7 +54,7 @@ class Kill:
     victim: str             # a rank, or all
     moment: float           # seconds after the start
     after: str              # what the job had done: "nothing", "N images", "finished"
-    seconds_to_end: float   # until the last rank was gone
+    seconds_to_end: float   # until the last rank was gone; infinite: the trial had to end those that were left
     redone: int             # of what was done before the kill, what was done again, in the job's unit
     litter: int             # files that an undisturbed job does not have
     equal: bool             # whether the restarted job gave the same files, byte by byte
@@ -92,7 +94,8 @@ def kills_table(kills: Iterable[Kill], what: str) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for kill in kills:
         seen.append(kill)
-        yield (f"| {len(seen)} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {kill.seconds_to_end:.1f} | "
+        ended = f"over {NOTICE}" if math.isinf(kill.seconds_to_end) else f"{kill.seconds_to_end:.1f}"
+        yield (f"| {len(seen)} | {kill.victim} | {kill.moment:.1f} | {kill.after} | {ended} | "
                f"{kill.redone} | {kill.litter} | {'yes' if kill.equal else 'NO'} |")
     yield (f"\n{len(seen)} kills of {what} tried, {sum(kill.redone for kill in seen)} {unit} made twice, "
            f"{sum(kill.litter for kill in seen)} files left over, {sum(kill.equal for kill in seen)} of "
@@ -130,10 +133,7 @@ class _Trial:
         moment = time.monotonic() - began
         for rank in ranks if victim is None else [ranks[victim]]:
             rank.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        for rank in ranks:
-            rank.communicate(timeout=PATIENCE)
-        seconds = time.monotonic() - killed
+        seconds = _seconds_to_end(ranks)
 
         finished, done, redone, stamps = job.finished(out), job.done(out), job.unsaved(out), job.stamps(out)
         _finish(self._start(out, again=True))
@@ -172,6 +172,20 @@ class _Trial:
         return [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={
             **os.environ, "OMP_NUM_THREADS": "1", **several, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(count)]
+
+
+def _seconds_to_end(ranks: Sequence[subprocess.Popen]) -> float:
+    """Waits for all ranks to be gone, and ends those that stay: one waits for minutes for another that is to start."""
+    began = time.monotonic()
+    try:
+        for rank in ranks:
+            rank.communicate(timeout=max(0, began + NOTICE - time.monotonic()))
+        return time.monotonic() - began
+    except subprocess.TimeoutExpired:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+        return math.inf
 
 
 def _finish(ranks: Sequence[subprocess.Popen]) -> None:

@@ -1,5 +1,7 @@
 """The trial of reliability: each kind of job is killed, started again, and compared with one that was left alone."""
 
+import math
+
 import pytest
 from commands import call, flags
 
@@ -20,10 +22,10 @@ def test_killed_jobs_give_the_files_of_one_that_was_left_alone(what, tmp_path):
 
 
 def test_table_counts_what_went_wrong():
-    kills = [Kill("all", 1.25, "3 steps", 0.5, 2, 0, True), Kill("rank 1", 2, "finished", 20, 0, 1, False)]
+    kills = [Kill("all", 1.25, "3 steps", 0.5, 2, 0, True), Kill("rank 1", 2, "finished", math.inf, 0, 1, False)]
     _, _, first, second, total = kills_table(kills, "training")
     assert first == "| 1 | all | 1.2 | 3 steps | 0.5 | 2 | 0 | yes |"
-    assert second == "| 2 | rank 1 | 2.0 | finished | 20.0 | 0 | 1 | NO |"
+    assert second == "| 2 | rank 1 | 2.0 | finished | over 120 | 0 | 1 | NO |"
     assert total == "\n2 kills of training tried, 2 steps made twice, 1 files left over, 1 of 2 with equal files."
 
 
