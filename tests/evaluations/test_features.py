@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import execute
+from commands import REPOSITORY, execute
 from synthetic_inception import write_weights
 
 from evaluations.extractors.inception import InceptionExtractor
@@ -242,7 +242,8 @@ def test_ranks_share_the_work(launcher, file, tmp_path):
         pytest.skip("mpiexec or mpi4py is not installed: the extra `mpi`")
     (tmp_path / "program.py").write_text(PROGRAM)
     here = Path(__file__).parent
-    tests, shared = f"{here}:{here.parent}:{here.parent / 'support'}", tmp_path / "shared"
+    paths = (REPOSITORY, here, here.parent, here.parent / "support")
+    tests, shared = ":".join(map(str, paths)), tmp_path / "shared"
     ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
     assert ended.returncode == 0, ended.stderr
     seen = [int(path.read_text()) for path in tmp_path.glob("shared-seen-*")]

@@ -4,9 +4,20 @@ import os
 import signal
 
 import pytest
+from launchers import usual_signals
 
 from guided_diffusion import cli
 from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Signals as in a terminal, and afterwards as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    usual_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def ended(main, capsys):

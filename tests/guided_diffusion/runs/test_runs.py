@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import PATIENCE, REPOSITORY, call, execute, flags, samples_in
-from launchers import needs_mpi
+from launchers import needs_mpi, usual_signals
 from networks import TINY
 
 from guided_diffusion.rng import image_labels
@@ -59,8 +59,8 @@ def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(several if ranks > 1 else {})}
     return [subprocess.Popen(
         [sys.executable, "scripts/image_sample.py", *map(str, line)], cwd=REPOSITORY, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**environment, names[0]: str(rank), names[2]: str(rank)})
-        for rank in range(ranks)]
+        stderr=subprocess.PIPE, text=True, env={**environment, names[0]: str(rank), names[2]: str(rank)},
+        preexec_fn=usual_signals) for rank in range(ranks)]
 
 
 def await_shards(out, count, process):
@@ -111,13 +111,18 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, exp
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"])
 def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, line, expected, tmp_path):
-    processes = start(line(tmp_path, log_every=1000), ranks)
-    await_shards(tmp_path, 2, processes[0])
-    for process in processes:
-        process.send_signal(number)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    for _ in range(10):
+        processes = start(line(tmp_path, log_every=1000, overwrite=True), ranks)
+        await_shards(tmp_path, 2, processes[0])
+        for process in processes:
+            process.send_signal(number)
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        if any(process.returncode for process in processes):
+            break                       # else the run was over before the signal came
     assert [process.returncode for process in processes] == [code] * ranks
-    assert len("".join(errors).splitlines()) == 1 and "what was finished is kept" in "".join(errors)
+    # Torch may add lines of its own where ranks leave at the same time.
+    said = [text for error in errors for text in error.splitlines() if text.startswith(("error", "interr", "termin"))]
+    assert len(said) == 1 and "what was finished is kept" in said[0] and "Traceback" not in "".join(errors)
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
     assert call("image_sample", *line(tmp_path)) == 0
     assert digest(tmp_path) == expected
