@@ -5,7 +5,7 @@ IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), 
 
 Examples, which made the bundled references fmnist32 and scenes32 (the second also holds what scripts/depth_metrics.py
 compares with):
-    python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend embedded \
+    python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend fashion_mnist \
         --keep features
     python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
     python scripts/make_reference.py scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \

@@ -70,7 +70,7 @@ def reliability(options: ReliabilityOptions) -> Iterator[Kill]:
 
 def npz_writing_trial(options: ReliabilityOptions) -> str:
     """Writes the file of samples of random shards; tells the peak memory of this process, before and after."""
-    run = Shards(Path(options.out) / "packing", {
+    run = Shards(Path(options.out) / "writing", {
         "num_samples": options.pack_images, "batch_size": 100, "image_size": 128, "labels": "balanced"}, {})
     run.out.mkdir(parents=True, exist_ok=True)
     run.prepare(overwrite=True)
