@@ -11,7 +11,6 @@ import pytest
 from commands import REPOSITORY, call, flags, samples_in
 from networks import TINY
 
-import guided_diffusion.pictures
 from guided_diffusion.guidance import GUIDANCE, GradientGuidance, Guidance, GuidanceOptions, Networks, Passes
 from guided_diffusion.options import option
 from guided_diffusion.runs.record import identity
@@ -97,7 +96,8 @@ def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_ch
     assert not [name for name in identity(unguided["configuration"], unguided["sha256"]) if name.startswith("grey")]
 
     rows = {}
-    monkeypatch.setattr(guided_diffusion.pictures, "save_comparison", lambda images, path: rows.update(images))
+    monkeypatch.setattr("guided_diffusion.runs.comparison.save_comparison",
+                        lambda images, path: rows.update(images))
     assert call("compare", tmp_path / "plain", tmp_path / "grey", "--out", tmp_path / "comparison.png") == 0
     assert list(rows) == ["plain: no guidance", "grey: grey 3, from step 2"]
 
