@@ -9,6 +9,8 @@ PYTHON ?= python3
 EXTRAS ?= dev
 NUM_SAMPLES ?= 40
 OUT ?= samples
+# Tests at a time: each computes on one thread.
+WORKERS ?= 2
 SETTINGS = unguided sag cg sag_cg
 
 # What computes with networks or on features: its rounding depends on the processor and on the number of threads.
@@ -26,12 +28,12 @@ sample: .venv/ready
 	.venv/bin/python scripts/compare.py $(SETTINGS:%=$(OUT)/%) --out $(OUT)/comparison.png
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The instructions of 2008, for PyTorch and for the linear algebra of it and of NumPy; one thread; nothing slow.
 test-elsewhere: .venv/ready
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
-		OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden .venv/bin/python -m pytest -m "not slow" $(NUMERICAL)
+		OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden .venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(NUMERICAL)
 
 lint: .venv/ready
 	.venv/bin/ruff check .
