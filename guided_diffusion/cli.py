@@ -17,6 +17,7 @@ from typing import Any
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
 from .fetch import without_secrets
 from .files import reason
+from .launchers import world_size
 from .places import command_file
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
@@ -68,7 +69,10 @@ def _say(line: str) -> None:
 def _end(message: str = "") -> None:
     if message:
         _say(f"error: {message}")
-    _disconnect()                   # else its threads may abort the process on its way out
+    _disconnect()
+    if world_size() > 1:            # else torch's threads may abort a rank on the usual way out
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 
