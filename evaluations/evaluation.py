@@ -66,7 +66,9 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = seed_option("seed of the resamplings and of KID's subsets")
+    held_out: str = option("", "real images that the reference does not hold, of which the same numbers are shown first: "
+                           "what no network can better; unset: none")
+    seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 
@@ -193,7 +195,8 @@ class Evaluation:
                  extractor: FeatureExtractor | None = None) -> None:
         self.options, self.extractor_options = options, extractor_options
         self.reference = open_reference(reference)
-        self.samples = [open_images(path) for path in samples]
+        given = [options.held_out] if options.held_out else []
+        self.samples = [open_images(path) for path in (*given, *samples)] if samples else []
         self.warn = warn
         self._given = extractor
         self._check_options()
@@ -271,7 +274,7 @@ class Evaluation:
                  ) -> FileFeatures:
         """Extracts the features that `metrics` read, and those of a picture, of the first `count` images."""
         features: dict[str, np.ndarray] = {}
-        if plotted or any(not metric.needs_depth for metric in metrics):
+        if plotted or any(metric.needs_network for metric in metrics):
             features |= extract(file, self.extractor, folder, self.extractor_options.batch_size, count)._asdict()
         if any(metric.needs_depth for metric in metrics):
             with dist_util.together():
@@ -281,7 +284,7 @@ class Evaluation:
         return FileFeatures(file, count or stored_count(file), features)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
-        """Returns the results, one for each sample file; an empty list on ranks other than the first.
+        """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
         It writes the files of `--json` and `--plot`. folder: keeps the features.
         """
@@ -293,6 +296,8 @@ class Evaluation:
                 comparisons = [Comparison(reference, sample, self.options.settings) for sample in samples]
                 results = [self._result(reference, sample, comparison)
                            for sample, comparison in zip(samples, comparisons, strict=True)]
+                if self.options.held_out:
+                    results[0]["held_out"] = True
                 if self.options.plot:
                     self._plot(samples, comparisons, results)
                 if self.options.json:
@@ -373,7 +378,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
              f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
              f"protocol:  {first['protocol']['precision_recall']} precision and recall; {versions}"]
     for result in results:
-        lines.append(f"sample:    {_described(result['sample'])}")
+        lines.append(f"{'held out: ' if result.get('held_out') else 'sample:   '} {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
             of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"

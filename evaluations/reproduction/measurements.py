@@ -127,7 +127,7 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
     described = reference.description()
     own = {}
     for metric in (METRICS[word] for word in spec.words):
-        if not metric.direction.reading:
+        if not metric.direction.reading and reference.knows(metric.feature):
             number = metric.replicates(Comparison(reference, reference), bootstrap)
             own[metric.word] = {"value": number.estimate, "interval95": number.interval and list(number.interval)}
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],

@@ -1,0 +1,53 @@
+"""What 95 % promises, for the metrics that are not simulated in test_promises: MIND, authenticity and others."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+
+from evaluations.metrics import METRICS, Comparison, Feature, FeatureSet, mind, registry, resampled_mind
+
+REFERENCE, GROUP = 400, 4
+# Words, with the resamplings and the groups of four sets that tell enough of them.
+CASES = [("mind", 100, 60), ("authenticity", 100, 60), ("saturation", 100, 60), ("contrast", 100, 60),
+         ("fid_infinity", 40, 40)]
+
+
+def features(pooled, per_image):
+    return FeatureSet({Feature.POOLED: pooled, Feature.SATURATION: per_image, Feature.CONTRAST: per_image / 2})
+
+
+def simulated(metric, replicates, groups, images, common):
+    """The number of every set of images, in groups of four with that part of their noise in common."""
+    random = np.random.default_rng(4)
+    reference = features(random.standard_normal((REFERENCE, 4)), random.beta(2, 3, REFERENCE))
+    found = []
+    for _ in range(groups):
+        shared = random.standard_normal((images, 4))
+        for _ in range(GROUP):
+            noise = common * shared + np.sqrt(1 - common**2) * random.standard_normal((images, 4))
+            sample = features(0.85 * noise + 0.5, 1 / (1 + np.exp(-noise[:, 0])))
+            found.append(metric.replicates(Comparison(reference, sample), replicates))
+    return found
+
+
+def excludes(interval, value):
+    return not interval.low <= value <= interval.high
+
+
+@pytest.mark.parametrize("images, common", [(150, 0.0), (200, 0.8)], ids=["alone", "with noise in common"])
+@pytest.mark.parametrize("word, replicates, groups", CASES, ids=[case[0] for case in CASES])
+def test_intervals_and_words_keep_their_promise(word, replicates, groups, images, common, monkeypatch):
+    if word == "mind":          # fewer directions take less time, and move it as much
+        for function in (mind, resampled_mind):
+            monkeypatch.setattr(registry, function.__name__, partial(function, directions=30))
+    numbers = simulated(METRICS[word], replicates, groups, images, common)
+    mean = np.mean([number.estimate for number in numbers])
+    held = 1 - np.mean([excludes(number.interval, mean) for number in numbers])
+    false_words = np.mean([excludes(one.minus(other).interval, 0) for first in range(0, len(numbers), GROUP)
+                           for one, other in itertools.combinations(numbers[first:first + GROUP], 2)])
+    print(word, held, false_words)
+    assert 0.90 <= held <= 0.98, f"95 % intervals hold the mean in {held:.3f}"
+    assert false_words <= 0.08, f"two sets of one distribution differ in {false_words:.3f}"
+
