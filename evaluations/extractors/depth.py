@@ -16,7 +16,7 @@ from guided_diffusion.progress import progress_bar
 
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
-from .bundled import IMAGE_SIZE
+from .bundled import IMAGE_SIZE, BundledExtractor
 from .fashion_mnist import FashionMnistClassifier, load_fashion_mnist
 from .scenes import load_scenes
 
@@ -40,7 +40,7 @@ class DepthEstimator(FeatureExtractor, Protocol):
     accuracy: Mapping[str, float]
 
     def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
-        """Returns features of images (N, 32, 32, 3), uint8, and depth maps (N, 32, 32), from -1 (NEAR) to 1 (FAR)."""
+        """Returns features of images (N, H, W, 3), uint8, and depth maps (N, 32, 32), from -1 (NEAR) to 1 (FAR)."""
 
 
 class DepthExtractor:
@@ -63,7 +63,7 @@ class DepthExtractor:
 
         Raises UserError where the file has fewer images, or images of another size.
         """
-        check_scenes(file, count)
+        check_scenes(file, count, any_size=not isinstance(self.scenes, BundledExtractor))
         count, parts = count or len(file), []
         with progress_bar(count, file.path.name, "img") as progress:
             for _, images in file.batches(BATCH, num_images=count):
@@ -103,11 +103,11 @@ def depth_extractor(extractor: FeatureExtractor) -> DepthExtractor:
     return DepthExtractor(extractor)
 
 
-def check_scenes(file: BatchFile, count: int | None = None) -> None:
-    """Raises UserError where a file has not `count` images (None: two), or where they are not 32x32."""
+def check_scenes(file: BatchFile, count: int | None = None, any_size: bool = False) -> None:
+    """Raises UserError where a file has not `count` images (None: two), or, unless any size does, not 32x32 ones."""
     if not len(file):
         raise UserError(f"{file.path}: has no images, arr_0 must be (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8")
-    if file.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+    if not any_size and file.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         raise UserError(f"{file.path}: its images are {file.resolution}, the extractor of scenes reads {IMAGE_SIZE}x"
                         f"{IMAGE_SIZE}; for others scripts/depth_fid.py compares depth maps that you estimated")
     if len(file) < (count or 2):

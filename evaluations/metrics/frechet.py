@@ -162,7 +162,7 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
 class FrechetSums(NamedTuple):
     """Sums over resampled images, from which ProjectedFeatures has their distance; those of two parts add up."""
 
-    count: int = 0
+    images: int = 0
     shift: np.ndarray | float = 0.0             # (D,), of the features from their centre
     square: float = 0.0                         # of their squared norms
     projected_shift: np.ndarray | float = 0.0   # (R,), of the projections on the reference's factor
@@ -170,7 +170,7 @@ class FrechetSums(NamedTuple):
 
     def plus(self, other: FrechetSums) -> FrechetSums:
         """Returns the sums over the images of both."""
-        return FrechetSums(self.count + other.count, self.shift + other.shift, self.square + other.square,
+        return FrechetSums(self.images + other.images, self.shift + other.shift, self.square + other.square,
                            self.projected_shift + other.projected_shift, self.gram + other.gram)
 
 
@@ -207,11 +207,11 @@ class ProjectedFeatures:
             weighted = self._projected[drawn] * np.sqrt(weights)[:, None]
             projected_shift += np.sqrt(weights) @ weighted
             gram += weighted.T @ weighted
-        return FrechetSums(int(counts.sum()), shift, counts @ self._squares, projected_shift, gram)
+        return FrechetSums(int(counts.sum()), shift, float(counts @ self._squares), projected_shift, gram)
 
     def distance(self, sums: FrechetSums) -> float:
         """Returns the distance of the images that were summed, at least two."""
-        count, shift = sums.count, sums.shift / sums.count
+        count, shift = sums.images, sums.shift / sums.images
         projected_shift = sums.projected_shift / count
         gram = (sums.gram - count * np.outer(projected_shift, projected_shift)) / (count - 1)
         trace = (sums.square - count * np.dot(shift, shift)) / (count - 1)
