@@ -8,12 +8,11 @@ from collections.abc import Callable
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import cut, nearest
 
-from . import fashion_mnist, function, inception, network_files, scenes, tensorflow
+from . import fashion_mnist, inception, own, scenes, tensorflow
 from .base import ExtractorKind
 
 EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
-    inception.KIND, tensorflow.KIND, fashion_mnist.KIND, scenes.KIND, network_files.TORCHSCRIPT_KIND,
-    network_files.ONNX_KIND, function.KIND)}
+    inception.KIND, tensorflow.KIND, fashion_mnist.KIND, scenes.KIND, *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin
                                   for word in (*kind.old_names, kind.name))

@@ -19,7 +19,6 @@ from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
 from .base import ExtractorKind
 
-WORD = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PARTS = tuple(map(Feature, Features._fields))
 
@@ -48,7 +47,7 @@ class OwnExtractor:
         return Features(*(part.astype(np.float32, copy=False) for part in parts))
 
 
-def _record(word: str) -> ExtractorKind:
+def function_record(word: str) -> ExtractorKind:
     """Returns what is known of the extractor before it is made; UserError where the function is not there."""
     module_name, name = word.split(":")
     function, code = _found(module_name, name, word)
@@ -90,14 +89,3 @@ def _load(word: str, function: Callable[..., FeatureExtractor], code: str, *, in
         raise UserError(f"--backend {word}: fingerprint is {str(made.fingerprint)[:80]!r}, it must be the SHA-256 of "
                         "the weights, 64 hexadecimal digits")
     return OwnExtractor(word, made, code)
-
-
-def _plugin(word: str) -> Callable[[], ExtractorKind] | None:
-    return partial(_record, word) if WORD.fullmatch(word) else None
-
-
-def _not_named(**_: str) -> FeatureExtractor:
-    raise UserError("--backend: must name the function")
-
-
-KIND = ExtractorKind("MODULE:FUNCTION", "what a function of yours returns", _not_named, 0, 0, 0, plugin=_plugin)

