@@ -9,7 +9,7 @@ import pytest
 from evaluations.metrics import METRICS, Comparison, Feature, FeatureSet, mind, registry, resampled_mind
 
 REFERENCE, GROUP = 400, 4
-ALONE, COMMON = (150, 0.0), (200, 0.8)          # images of a set, and the part of their noise that groups have in common
+ALONE, COMMON = (150, 0.0), (200, 0.8)          # images of a set, and what part of their noise a group has in common
 # Words, with the resamplings and the groups of four sets that tell enough of them.
 CASES = [(word, 100, 60, *sets) for word in ("mind", "authenticity", "saturation", "contrast")
          for sets in (ALONE, COMMON)] + [("fid_infinity", 40, 28, *COMMON)]
