@@ -121,19 +121,20 @@ def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:
     return extractor
 
 
-def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, where: str) -> None:
-    """Raises UserError where metrics need features that the extractor does not give; where: what named the metrics."""
+def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
+    """Raises UserError where metrics need features that the extractor does not give; within: where it was named."""
+    start = f"--backend {kind.name}{within}:"
     of_depth = [metric.word for metric in metrics if metric.needs_depth]
     if of_depth and not kind.estimates_depth:
         able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
-        raise UserError(f"--backend {kind.name}: does not estimate depth, which {', '.join(of_depth)} of {where} would "
-                        f"need; must be one of {able}, or a network file with an output depth")
+        raise UserError(f"{start} does not estimate depth, which {', '.join(of_depth)} would need; must be one of "
+                        f"{able}, or your own network with an output depth")
     lacking = {metric.word: metric.feature for metric in metrics
                if metric.needs_network and metric.feature not in kind.outputs}
     if lacking:
-        raise UserError(f"--backend {kind.name}: gives {', '.join(sorted(kind.outputs))}, but no "
+        raise UserError(f"{start} gives {', '.join(sorted(kind.outputs))}, but no "
                         f"{' and no '.join(dict.fromkeys(lacking.values()))}, which {', '.join(lacking)} would need: "
-                        f"leave them out of {where}")
+                        "leave them out of --metrics")
 
 
 def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
@@ -248,7 +249,7 @@ class Evaluation:
             plots.check_plot(options.plot)
         if options.bootstrap == 1:
             raise UserError("--bootstrap 1: must be 0, or at least 2")
-        check_outputs(options.wanted, kind, "--metrics")
+        check_outputs(options.wanted, kind)
 
     def _check_samples(self) -> None:
         if not self.samples:

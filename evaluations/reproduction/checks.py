@@ -36,7 +36,7 @@ def check_rows(table: Table) -> None:
             raise UserError(f"--num_samples {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
         check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
-                      f"row {name} in {row.file}")
+                      f" of row {name} in {row.file}")
     used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
     if len(set(used.values())) > 1:
         pairs = ", ".join(f"{name} {mode}" for name, mode in used.items())
