@@ -92,7 +92,8 @@ LATE = """
 import contextlib, io, runpy, sys
 from pathlib import Path
 mistakes = {"image_sample": ["--num_samples", "-1"], "evaluate": ["a", "b", "--backend", "x"],
-            "image_train": ["--lr", "x"], "dag_sample": ["--model", "x"], "reproduce": ["x", "--ranks", "y"], "depth_train": ["--config", "x.yaml"]}
+            "image_train": ["--lr", "x"], "dag_sample": ["--model", "x"], "reproduce": ["x", "--ranks", "y"],
+            "depth_train": ["--config", "x.yaml"]}
 old = {"dag_table", "halve_checkpoint"}
 for path in sorted(Path("scripts").glob("[a-z]*.py")):
     lines = [["--help"], ["--no_such_option"], *([mistakes[path.stem]] if path.stem in mistakes else [])]
