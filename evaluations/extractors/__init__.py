@@ -8,11 +8,19 @@ from collections.abc import Callable
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import cut, nearest
 
-from . import fashion_mnist, inception, own, scenes, tensorflow
-from .base import ExtractorKind
+from . import own
+from .base import ExtractorKind, load_from
 
 EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
-    inception.KIND, tensorflow.KIND, fashion_mnist.KIND, scenes.KIND, *own.KINDS)}
+    ExtractorKind("torch", "the 2015 Inception in PyTorch", load_from("inception"),
+                  pooled=2048, spatial=17 * 17 * 7, probabilities=1008, is_inception=True, has_dtype=True),
+    ExtractorKind("tensorflow", "the 2015 Inception in TensorFlow", load_from("tensorflow"),
+                  pooled=2048, spatial=17 * 17 * 7, probabilities=1008, is_inception=True),
+    ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", load_from("fashion_mnist"),
+                  pooled=64, spatial=8 * 8 * 8, probabilities=10, old_names=("embedded",)),
+    ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", load_from("scenes"),
+                  pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True),
+    *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin
                                   for word in (*kind.old_names, kind.name))

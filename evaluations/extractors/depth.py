@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from guided_diffusion.progress import progress_bar
 
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
-from .bundled import IMAGE_SIZE, BundledExtractor
-from .fashion_mnist import FashionMnistClassifier, load_fashion_mnist
-from .scenes import load_scenes
+from .base import IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from .fashion_mnist import FashionMnistClassifier
 
 EDGE_SHARE = 0.1
 BATCH = 250
@@ -35,7 +36,10 @@ class DepthFeatures(NamedTuple):
 
 @runtime_checkable
 class DepthEstimator(FeatureExtractor, Protocol):
-    """An extractor that also estimates depth. accuracy: on held-out images, by name."""
+    """An extractor that also estimates depth. accuracy: on held-out images, by name.
+
+    It sees images of 32x32, unless an attribute `any_size` is True.
+    """
 
     accuracy: Mapping[str, float]
 
@@ -50,6 +54,9 @@ class DepthExtractor:
     """
 
     def __init__(self, scenes: DepthEstimator | None = None, classifier: FashionMnistClassifier | None = None) -> None:
+        from .fashion_mnist import load_fashion_mnist
+        from .scenes import load_scenes
+
         self.scenes, self.classifier = scenes or load_scenes(), classifier or load_fashion_mnist()
 
     def description(self) -> dict[str, Any]:
@@ -63,7 +70,7 @@ class DepthExtractor:
 
         Raises UserError where the file has fewer images, or images of another size.
         """
-        check_scenes(file, count, any_size=not isinstance(self.scenes, BundledExtractor))
+        check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
         count, parts = count or len(file), []
         with progress_bar(count, file.path.name, "img") as progress:
             for _, images in file.batches(BATCH, num_images=count):

@@ -14,7 +14,7 @@ from guided_diffusion.foreign import reading
 
 from ..features import Features
 from ..metrics.comparison import Feature
-from .bundled import IMAGE_SIZE
+from .base import IMAGE_SIZE
 from .preparation import Preparation
 
 Outputs = Mapping[str, Tensor] | Sequence[Tensor]
@@ -65,6 +65,7 @@ class DepthNetworkExtractor(NetworkExtractor):
     """A network that also estimates depth; nothing is known of its accuracy, and it reads images of any size."""
 
     accuracy: Mapping[str, float] = {}
+    any_size = True
 
     def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
         """Returns the features, and depth maps (N, 32, 32) from -1 (near) to 1 (far), averaged over squares."""

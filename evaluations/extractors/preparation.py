@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from guided_diffusion.config_files import read_mapping
 from guided_diffusion.errors import UserError
+from guided_diffusion.late import F, Tensor, torch
 from guided_diffusion.npz import MAX_SIDE
 from guided_diffusion.options import nearest, shortened
 
@@ -77,7 +75,7 @@ class Preparation:
         x = torch.from_numpy(np.array(images)).to(device).movedim(3, 1).float()
         if self.size is not None and tuple(x.shape[2:]) != self.size:
             smooth = {"antialias": True, "align_corners": False} if RESIZES[self.resize] else {}
-            x = functional.interpolate(x, self.size, mode=self.resize, **smooth).clamp(0, 255)
+            x = F.interpolate(x, self.size, mode=self.resize, **smooth).clamp(0, 255)
         x = x * ((self.high - self.low) / 255) + self.low
         mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
@@ -90,7 +88,7 @@ class Preparation:
                      (self.near, self.far))
         span = torch.where(far == near, 1.0, far - near)        # a map of one depth is near
         unit = (2 * (maps - near) / span - 1).clamp(-1, 1)
-        return functional.interpolate(unit, (side, side), mode="area")[:, 0].numpy()
+        return F.interpolate(unit, (side, side), mode="area")[:, 0].numpy()
 
 
 def read_preparation(path: Path) -> Preparation:
