@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from guided_diffusion.foreign import reading, short_reason
 
 from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
-from .base import ExtractorKind
+from .base import IMAGE_SIZE, ExtractorKind
+from .depth import DepthEstimator
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PARTS = tuple(map(Feature, Features._fields))
@@ -36,7 +38,9 @@ class OwnExtractor:
 
         Raises UserError where they are not features of so many images.
         """
-        found = self._made.features(images)
+        return self._checked(self._made.features(images), images)
+
+    def _checked(self, found: Features | np.ndarray, images: np.ndarray) -> Features:
         given = (found,) if isinstance(found, np.ndarray) else tuple(found)
         none = np.empty((len(images), 0), np.float32)
         parts = [none if part is None else np.asarray(part) for part in (*given, None, None)[:len(PARTS)]]
@@ -47,17 +51,39 @@ class OwnExtractor:
         return Features(*(part.astype(np.float32, copy=False) for part in parts))
 
 
+class OwnDepthExtractor(OwnExtractor):
+    """The same of an extractor that also estimates depth, of images of any size."""
+
+    any_size = True
+
+    def __init__(self, word: str, made: DepthEstimator, code: str) -> None:
+        super().__init__(word, made, code)
+        self._estimator, self.accuracy = made, dict(getattr(made, "accuracy", {}))
+
+    def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
+        """Returns the features, and depth maps (N, 32, 32) from -1 (near) to 1 (far).
+
+        Raises UserError where they are not maps of so many images.
+        """
+        features, depth = self._estimator.features_and_depth(images)
+        if np.shape(depth) != (len(images), IMAGE_SIZE, IMAGE_SIZE) or not np.all(np.abs(depth) <= 1):
+            raise UserError(f"--backend {self.word}: gives depth {np.shape(depth)} for {len(images)} images, it must "
+                            f"be (N, {IMAGE_SIZE}, {IMAGE_SIZE}) from -1 (near) to 1 (far)")
+        return self._checked(features, images), np.asarray(depth, np.float32)
+
+
 def function_record(word: str) -> ExtractorKind:
     """Returns what is known of the extractor before it is made; UserError where the function is not there."""
     module_name, name = word.split(":")
     function, code = _found(module_name, name, word)
     outputs = getattr(function, "outputs", PARTS)
-    unknown = [one for one in outputs if one not in PARTS]
+    unknown = [one for one in outputs if one not in (*PARTS, Feature.DEPTH)]
     if unknown or Feature.POOLED not in outputs:
         raise UserError(f"--backend {word}: outputs of the function are {', '.join(map(str, outputs)) or 'none'}, they "
-                        f"must be pooled and what else there is of {', '.join(PARTS)}")
-    return ExtractorKind(word, "an extractor of yours", partial(_load, word, function, code), 0, 0, 0,
-                         outputs=frozenset(map(Feature, outputs)), is_own=True)
+                        f"must be pooled and what else there is of {', '.join(PARTS)}, depth")
+    with_depth = Feature.DEPTH in outputs
+    return ExtractorKind(word, "an extractor of yours", partial(_load, word, function, code, with_depth), 0, 0, 0,
+                         outputs=frozenset(map(Feature, outputs)), estimates_depth=with_depth, is_own=True)
 
 
 def _found(module_name: str, name: str, word: str) -> tuple[Callable[..., FeatureExtractor], str]:
@@ -78,14 +104,15 @@ def _found(module_name: str, name: str, word: str) -> tuple[Callable[..., Featur
     return function, sha256_of(Path(file)) if file else ""
 
 
-def _load(word: str, function: Callable[..., FeatureExtractor], code: str, *, inception: str = "", device: str = "",
-          dtype: str = "float32") -> FeatureExtractor:
+def _load(word: str, function: Callable[..., FeatureExtractor], code: str, with_depth: bool, *,
+          inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
     with reading(word, "the function fails", flag="--backend"):
-        made = function(device=device)
-    lacking = [name for name in ("name", "fingerprint", "features") if not hasattr(made, name)]
+        made: Any = function(device=device)
+    needed = ("name", "fingerprint", "features", *(["features_and_depth"] if with_depth else []))
+    lacking = [name for name in needed if not hasattr(made, name)]
     if lacking or not callable(made.features):
         raise UserError(f"--backend {word}: returns no extractor, it has no {', '.join(lacking) or 'features()'}")
     if not SHA256.fullmatch(str(made.fingerprint)):
         raise UserError(f"--backend {word}: fingerprint is {str(made.fingerprint)[:80]!r}, it must be the SHA-256 of "
                         "the weights, 64 hexadecimal digits")
-    return OwnExtractor(word, made, code)
+    return (OwnDepthExtractor if with_depth else OwnExtractor)(word, made, code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .base import chosen_device
 from .network import Outputs, as_extractor
 from .preparation import Preparation
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 _log = logging.getLogger(__name__)
@@ -29,11 +31,12 @@ def load(path: Path, preparation: Preparation, device: str) -> FeatureExtractor:
     where, runtime = chosen_device(device), _onnxruntime(path)
     with reading(path, "cannot be read", flag="--backend"):
         content = path.read_bytes()
-    with reading(path, "is no ONNX file that can be used; its weights must stand in the file itself",
-                 flag="--backend"):
+    with (reading(path, "is no ONNX file that can be used; its weights must stand in the file itself",
+                  flag="--backend"), TemporaryDirectory() as empty):
         options = runtime.SessionOptions()
         options.log_severity_level = 4          # what is wrong becomes a sentence
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(WEIGHTS_FOLDER, empty)     # else the SHA-256 would not be that of all weights
         session = runtime.InferenceSession(content, options, providers=_providers(runtime, path, where))
     return as_extractor(path, hashlib.sha256(content).hexdigest(), _Network(session, path), preparation, where,
                         f"onnxruntime {runtime.__version__}")

@@ -1,8 +1,9 @@
 """Networks that users bring: TorchScript and ONNX files with their YAML, functions, their features, and refusals."""
 
 import json
+import pickle
 import sys
-import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from evaluations.metrics import Feature, mind
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.npz import BatchFile, write_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")        # old, and what people have
 
 SETTINGS = """
 input_size: [6, 8]
@@ -51,8 +54,7 @@ def images():
 def torchscript(tmp_path):
     """Writes the tiny network with its settings; returns the word of --backend."""
     def torchscript(settings=SETTINGS, name="tiny.pt"):
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)         # TorchScript is old, and what people have
+        with torch.no_grad():
             torch.jit.trace(Tiny(), torch.zeros(1, 3, 6, 8)).save(str(tmp_path / name))
         (tmp_path / name).with_suffix(".yaml").write_text(settings)
         return str(tmp_path / name)
@@ -102,7 +104,7 @@ def test_depth_is_read_as_the_range_says(torchscript):
 
 
 @pytest.mark.parametrize("batch", ["N", 4], ids=["of any size", "of 4"])
-def test_an_onnx_file_sees_images_as_its_settings_say(tmp_path, images, batch):
+def test_an_onnx_file_sees_images_as_its_settings_say(tmp_path, images, batch, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     weights = [onnx.numpy_helper.from_array(value.detach().numpy(), name)
@@ -125,6 +127,10 @@ def test_an_onnx_file_sees_images_as_its_settings_say(tmp_path, images, batch):
     assert features.spatial.shape == (30, 4 * 4 * 6)
     path.write_bytes(model.SerializeToString()[:60])
     with pytest.raises(UserError, match=r"--backend .*tiny\.onnx: is no ONNX file that can be used"):
+        find_extractor(str(path)).load(device="cpu")
+    monkeypatch.chdir(tmp_path)             # weights in a second file, which the SHA-256 would not know
+    onnx.save(model, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(UserError, match=r"tiny\.onnx: is no ONNX file that can be used; its weights must stand in the"):
         find_extractor(str(path)).load(device="cpu")
 
 
@@ -169,6 +175,14 @@ def test_the_evaluator_measures_with_it_and_says_what_it_was(torchscript, images
     assert other["metrics"]["mind"] > 1.5 * result["metrics"]["mind"]
 
 
+def test_the_evaluator_measures_depth_with_it(torchscript, images, save, evaluate):
+    word = torchscript("outputs: {pooled: 0, depth: 3}\ndepth_range: [min, max]\n")
+    files = save("reference.npz", images[:15]), save("sample.npz", images[15:] // 2)
+    (result,) = evaluate(*files, "--backend", word, "--metrics", "dfid,sharpness,mind")
+    assert result["depth"]["judge"] == {"name": "tiny.pt", "sha256": sha256_of(word), "accuracy": {}}
+    assert all(value > 0 for value in result["metrics"].values())
+
+
 def test_a_reference_made_with_it_remembers_its_settings(torchscript, images, save, evaluate, tmp_path, capsys):
     word, made = torchscript(), tmp_path / "made.npz"
     sample = save("sample.npz", images)
@@ -205,6 +219,15 @@ def load(device=""):
 
 load.outputs = ("pooled",)
 
+class Depths(Means):
+    def features_and_depth(self, images):
+        return self.features(images), images[:, ::2, ::2, 0] / 127.5 - 1
+
+def depths(device=""):
+    return Depths()
+
+depths.outputs = ("pooled", "depth")
+
 def broken(device=""):
     raise RuntimeError("no weights here")
 
@@ -231,6 +254,16 @@ def test_a_function_makes_an_extractor(module, images, tmp_path):
     assert extractor.settings == {"function": "own_means:load", "code": sha256_of(tmp_path / "own_means.py")}
     features = extractor.features(images)
     assert features.pooled == pytest.approx(images.mean(axis=(1, 2)), rel=1e-6) and features.spatial.shape == (30, 0)
+
+
+def test_a_function_may_estimate_depth(module):
+    kind = find_extractor(f"{module}:depths")
+    assert kind.estimates_depth
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    features, depth = kind.load().features_and_depth(images)
+    assert features.pooled.shape == (4, 3) and depth.shape == (4, 32, 32)
+    with pytest.raises(UserError, match=r"gives depth \(4, 16, 16\) for 4 images, it must be \(N, 32, 32\)"):
+        kind.load().features_and_depth(images[:, :32, :32])
 
 
 @pytest.mark.parametrize("name, sentence", [
@@ -292,6 +325,12 @@ def test_pickled_weights_are_never_unpickled(tmp_path):
     (tmp_path / "weights.yaml").write_text("{}")
     torch.save({"weight": Harmful()}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match="holds weights without a network, which are not unpickled"):
+        find_extractor(str(tmp_path / "weights.pt")).load(device="cpu")
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w") as archive:      # as TorchScript has it, with foreign objects
+        archive.writestr("x/code/__torch__.py", "")
+        for name in ("data", "constants"):
+            archive.writestr(f"x/{name}.pkl", pickle.dumps(Harmful()))
+    with pytest.raises(UserError, match="is no TorchScript file that can be used"):
         find_extractor(str(tmp_path / "weights.pt")).load(device="cpu")
     (tmp_path / "weights.pt").write_bytes(b"no archive")
     with pytest.raises(UserError, match="is no TorchScript file"):
