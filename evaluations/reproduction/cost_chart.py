@@ -1,0 +1,171 @@
+"""The chart of a whole table: a metric of every row against what an image costs, a line for each sampler."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.files import write
+
+from ..metrics import METRICS
+from .charts import COLOURS, LEGEND_LETTERS, LEGEND_LINE, PT, SHAPES, inline_svg, style_axes, styled_figure
+from .figures import Figure
+from .tables import COSTS
+
+WIDTH, HEIGHT = 720, 400            # px, without the legend, which has two columns
+LOGARITHMIC = 5                     # axes are so where the largest number is so many times the smallest
+PNG_SCALE = 2                       # px of the file for each px of the page
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """A number of a row. x: its cost. interval: of y, None where it is not known. published: it was not measured."""
+
+    x: float
+    y: float
+    interval: Sequence[float] | None
+    published: bool
+
+
+@dataclass(frozen=True)
+class CostLine:
+    """The rows of one sampler with the same guidance, by their cost."""
+
+    sampler: str
+    guidance: str
+    points: tuple[CostPoint, ...]
+
+
+def cost_lines(results: Mapping[str, Any]) -> list[CostLine]:
+    """Returns the lines of the chart that results ask for; none where they ask for none, or hold no such number.
+
+    Rows of sections with another number of images than the first section are left out, as their numbers do not compare.
+    """
+    lines: dict[tuple[str, str], list[CostPoint]] = {}
+    for name, point in _points(results):
+        row = results["rows"][name]
+        lines.setdefault((row["sampler"], row["guidance"]), []).append(point)
+    return [CostLine(*key, tuple(sorted(points, key=lambda point: point.x))) for key, points in lines.items()]
+
+
+def _points(results: Mapping[str, Any]) -> Iterator[tuple[str, CostPoint]]:
+    """Yields the point of every row that has one, with the row's name, once."""
+    chart, seen = results.get("chart"), set()
+    sections = results["sections"] if chart else []
+    for section in sections:
+        for row in section["rows"]:
+            number = row["metrics"].get(chart["y"])
+            if section["images"] != sections[0]["images"] or number is None or row["row"] in seen:
+                continue
+            seen.add(row["row"])
+            published = number["value"] is None
+            value = number["published"] if published else number["value"]
+            yield row["row"], CostPoint(results["rows"][row["row"]][chart["x"]], value, number["interval95"], published)
+
+
+def cost_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Returns the chart with its caption; None where there is none."""
+    lines = cost_lines(results)
+    if not lines:
+        return None
+    caption = _title(results) + _images(results) + "; bars: 95 % intervals" * any(
+        point.interval for line in lines for point in line.points)
+    if any(point.published for line in lines for point in line.points):
+        caption += "; hollow: published"
+    description = _description(results, lines)
+    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), description) as figure:
+        _draw(figure, lines, results)
+        return Figure(caption, inline_svg(figure, description))
+
+
+def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Writes the chart as a PNG file, where there is one. Raises UserError where it cannot be written."""
+    if not (lines := cost_lines(results)):
+        return
+    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), _title(results)) as figure:
+        _draw(figure, lines, results)
+        write(path, lambda file: figure.savefig(file, format="png", dpi=PNG_SCALE * PT, facecolor="#ffffff",
+                                                metadata={"Software": None}))
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    return f"{METRICS[results['chart']['y']].label} against {COSTS[results['chart']['x']]}"
+
+
+def _images(results: Mapping[str, Any]) -> str:
+    return f", {results['sections'][0]['images']:,} images of each row"
+
+
+def _description(results: Mapping[str, Any], lines: Sequence[CostLine]) -> str:
+    """Returns what those read who do not see the chart."""
+    said = [f"{line.sampler}, {line.guidance}: " + ", ".join(f"{point.y:.2f} at {point.x:g}" for point in line.points)
+            for line in lines]
+    return f"{_title(results)}. {'; '.join(said)}"
+
+
+def _entries(lines: Sequence[CostLine]) -> tuple[list[str], list[str]]:
+    """Returns the samplers and the guidance of lines, each once; their places pick colours and shapes."""
+    return list(dict.fromkeys(line.sampler for line in lines)), list(dict.fromkeys(line.guidance for line in lines))
+
+
+def _legend_height(lines: Sequence[CostLine]) -> int:
+    columns = [sum(1 + label.count("\n") for label in map(_wrapped, words)) for words in _entries(lines)]
+    return LEGEND_LINE * (max(columns) + 1)
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, LEGEND_LETTERS))
+
+
+def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) -> None:
+    """Draws the lines with their legends: colours are samplers, shapes are guidance."""
+    axes = figure.add_subplot()
+    samplers, guidance = _entries(lines)
+    for line in lines:
+        colour = COLOURS[samplers.index(line.sampler) % len(COLOURS)]
+        shape = SHAPES[guidance.index(line.guidance) % len(SHAPES)]
+        axes.plot([point.x for point in line.points], [point.y for point in line.points],
+                  linestyle="-" if line.guidance == guidance[0] else "--", color=colour, alpha=0.6, linewidth=1)
+        for point in line.points:
+            if point.interval:
+                axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.6, linewidth=1)
+            axes.plot([point.x], [point.y], shape, color=colour, markersize=7, markeredgewidth=1.5, zorder=3,
+                      markerfacecolor="#ffffff" if point.published else colour)
+    points = [point for line in lines for point in line.points]
+    if _wide([point.x for point in points]):
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+    if _wide([point.y for point in points]):
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+    style_axes(axes, COSTS[results["chart"]["x"]], METRICS[results["chart"]["y"]].label)
+    _legends(figure, samplers, guidance)
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Whether an axis of these numbers is logarithmic."""
+    return min(values) > 0 and max(values) >= LOGARITHMIC * min(values)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Writes plain numbers beside a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legends(figure: Any, samplers: Sequence[str], guidance: Sequence[str]) -> None:
+    """Adds the two legends side by side."""
+    from matplotlib.lines import Line2D
+
+    colours = [Line2D([], [], color=COLOURS[place % len(COLOURS)], linewidth=3) for place in range(len(samplers))]
+    shapes = [Line2D([], [], color="#444444", marker=SHAPES[place % len(SHAPES)], linestyle="--" if place else "-")
+              for place in range(len(guidance))]
+    for place, handles, labels in (("left", colours, samplers), ("right", shapes, guidance)):
+        figure.legend(handles, list(map(_wrapped, labels)), loc=f"outside lower {place}", frameon=False, borderpad=0,
+                      labelspacing=0.5)
