@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import Any
 from guided_diffusion.files import write
 
 from ..metrics import METRICS
-from .charts import COLOURS, LEGEND_LETTERS, LEGEND_LINE, PT, SHAPES, inline_svg, style_axes, styled_figure
+from .charts import COLOURS, LEGEND_LINE, PT, SHAPES, inline_svg, style_axes, styled_figure
 from .figures import Figure
 from .tables import COSTS
 
-WIDTH, HEIGHT = 720, 400            # px, without the legend, which has two columns
+CHART_FILE = "chart.png"            # beside table.md
+WIDTH, HEIGHT = 720, 400            # px, without the legend
+LONGEST_COLUMN = 6                  # samplers in a column of the legend
+MORE_COLOURS = ("#5b3a9e", "#7f4f24", "#00838f", "#ad1457", "#4f6d00")      # of further samplers
 LOGARITHMIC = 5                     # axes are so where the largest number is so many times the smallest
 PNG_SCALE = 2                       # px of the file for each px of the page
 
@@ -71,10 +74,10 @@ def cost_figure(results: Mapping[str, Any]) -> Figure | None:
     lines = cost_lines(results)
     if not lines:
         return None
-    caption = _title(results) + _images(results) + "; bars: 95 % intervals" * any(
-        point.interval for line in lines for point in line.points)
-    if any(point.published for line in lines for point in line.points):
-        caption += "; hollow: published"
+    points = [point for line in lines for point in line.points]
+    caption = f"{chart_title(results)}, {results['sections'][0]['images']:,} images of each row"
+    caption += "; bars: 95 % intervals" * any(point.interval for point in points)
+    caption += "; hollow: published" * any(point.published for point in points)
     description = _description(results, lines)
     with styled_figure(WIDTH, HEIGHT + _legend_height(lines), description) as figure:
         _draw(figure, lines, results)
@@ -85,25 +88,22 @@ def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
     """Writes the chart as a PNG file, where there is one. Raises UserError where it cannot be written."""
     if not (lines := cost_lines(results)):
         return
-    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), _title(results)) as figure:
+    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), chart_title(results)) as figure:
         _draw(figure, lines, results)
         write(path, lambda file: figure.savefig(file, format="png", dpi=PNG_SCALE * PT, facecolor="#ffffff",
                                                 metadata={"Software": None}))
 
 
-def _title(results: Mapping[str, Any]) -> str:
+def chart_title(results: Mapping[str, Any]) -> str:
+    """Returns what the chart shows, like "FID against network evaluations per image"."""
     return f"{METRICS[results['chart']['y']].label} against {COSTS[results['chart']['x']]}"
-
-
-def _images(results: Mapping[str, Any]) -> str:
-    return f", {results['sections'][0]['images']:,} images of each row"
 
 
 def _description(results: Mapping[str, Any], lines: Sequence[CostLine]) -> str:
     """Returns what those read who do not see the chart."""
     said = [f"{line.sampler}, {line.guidance}: " + ", ".join(f"{point.y:.2f} at {point.x:g}" for point in line.points)
             for line in lines]
-    return f"{_title(results)}. {'; '.join(said)}"
+    return f"{chart_title(results)}. {'; '.join(said)}"
 
 
 def _entries(lines: Sequence[CostLine]) -> tuple[list[str], list[str]]:
@@ -112,12 +112,13 @@ def _entries(lines: Sequence[CostLine]) -> tuple[list[str], list[str]]:
 
 
 def _legend_height(lines: Sequence[CostLine]) -> int:
-    columns = [sum(1 + label.count("\n") for label in map(_wrapped, words)) for words in _entries(lines)]
-    return LEGEND_LINE * (max(columns) + 1)
+    samplers, guidance = _entries(lines)
+    return LEGEND_LINE * (max(math.ceil(len(samplers) / _columns(samplers)), len(guidance)) + 1)
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, LEGEND_LETTERS))
+def _columns(samplers: Sequence[str]) -> int:
+    """Returns the columns of the legend of samplers."""
+    return 1 + (len(samplers) > LONGEST_COLUMN)
 
 
 def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) -> None:
@@ -125,13 +126,13 @@ def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) ->
     axes = figure.add_subplot()
     samplers, guidance = _entries(lines)
     for line in lines:
-        colour = COLOURS[samplers.index(line.sampler) % len(COLOURS)]
+        colour = _colour(samplers.index(line.sampler))
         shape = SHAPES[guidance.index(line.guidance) % len(SHAPES)]
         axes.plot([point.x for point in line.points], [point.y for point in line.points],
                   linestyle="-" if line.guidance == guidance[0] else "--", color=colour, alpha=0.6, linewidth=1)
         for point in line.points:
             if point.interval:
-                axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.6, linewidth=1)
+                axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.4, linewidth=1)
             axes.plot([point.x], [point.y], shape, color=colour, markersize=7, markeredgewidth=1.5, zorder=3,
                       markerfacecolor="#ffffff" if point.published else colour)
     points = [point for line in lines for point in line.points]
@@ -143,6 +144,11 @@ def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) ->
         _plain_numbers(axes.yaxis)
     style_axes(axes, COSTS[results["chart"]["x"]], METRICS[results["chart"]["y"]].label)
     _legends(figure, samplers, guidance)
+
+
+def _colour(place: int) -> str:
+    """Returns the colour of the sampler at that place of the legend."""
+    return (*COLOURS, *MORE_COLOURS)[place % (len(COLOURS) + len(MORE_COLOURS))]
 
 
 def _wide(values: Sequence[float]) -> bool:
@@ -163,9 +169,10 @@ def _legends(figure: Any, samplers: Sequence[str], guidance: Sequence[str]) -> N
     """Adds the two legends side by side."""
     from matplotlib.lines import Line2D
 
-    colours = [Line2D([], [], color=COLOURS[place % len(COLOURS)], linewidth=3) for place in range(len(samplers))]
+    colours = [Line2D([], [], color=_colour(place), linewidth=3) for place in range(len(samplers))]
     shapes = [Line2D([], [], color="#444444", marker=SHAPES[place % len(SHAPES)], linestyle="--" if place else "-")
               for place in range(len(guidance))]
-    for place, handles, labels in (("left", colours, samplers), ("right", shapes, guidance)):
-        figure.legend(handles, list(map(_wrapped, labels)), loc=f"outside lower {place}", frameon=False, borderpad=0,
+    for place, handles, labels, columns in (("left", colours, samplers, _columns(samplers)),
+                                            ("right", shapes, guidance, 1)):
+        figure.legend(handles, labels, loc=f"outside lower {place}", ncols=columns, frameon=False, borderpad=0,
                       labelspacing=0.5)

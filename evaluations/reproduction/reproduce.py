@@ -27,7 +27,7 @@ from guided_diffusion.runs.shards import locked
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
 from .checks import check_files, check_rows
-from .cost_chart import write_cost_chart
+from .cost_chart import CHART_FILE, write_cost_chart
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
@@ -151,7 +151,7 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
     write_report(folder / "report.html", described, shown)
-    write_cost_chart(folder / "chart.png", described)
+    write_cost_chart(folder / CHART_FILE, described)
     return text
 
 

@@ -13,7 +13,7 @@ from .costs import passes
 from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
 from .tables import DFID, Row, Section, Table
-from .titles import guidance, heads, titles, usual
+from .titles import guidance, heads, sampler_alone, titles, usual
 from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
 __all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
@@ -45,7 +45,7 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
 def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     """Returns what is said of a row in all sections. why: the reason where it was not run."""
     count = passes(row.run)
-    described = {"title": title, "guidance": guidance(row.run), "sampler": row.run.sampler.title,
+    described = {"title": title, "guidance": guidance(row.run), "sampler": sampler_alone(row.run),
                  "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
                  "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),

@@ -56,6 +56,8 @@ class EvaluationSpec(Options):
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
                         choices=("", "exact", "official"))
+    evaluator: str = option("", "what the published numbers were measured with, where that is not the official "
+                            "evaluator")
     source: str = option("", "where the numbers were published")
     note: str = option("", "what else there is to know")
 

@@ -42,6 +42,11 @@ def sampler(run: SamplingRun) -> str:
     return f"{run.sampler.title}, {run.num_steps} steps"
 
 
+def sampler_alone(run: SamplingRun) -> str:
+    """Returns the sampler without its number of steps, like "DDPM"."""
+    return sampler(run).replace(f", {run.num_steps} steps", "")
+
+
 def guidance(run: SamplingRun) -> str:
     """Returns the short names of the guidance of a run, like "SAG + CG"."""
     return " + ".join(method.short for method in run.active) or NO_GUIDANCE
