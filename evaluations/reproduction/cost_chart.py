@@ -57,11 +57,12 @@ def cost_lines(results: Mapping[str, Any]) -> list[CostLine]:
 def _points(results: Mapping[str, Any]) -> Iterator[tuple[str, CostPoint]]:
     """Yields the point of every row that has one, with the row's name, once."""
     chart, seen = results.get("chart"), set()
-    sections = results["sections"] if chart else []
-    for section in sections:
+    if not chart:
+        return
+    for section in results["sections"]:
         for row in section["rows"]:
             number = row["metrics"].get(chart["y"])
-            if section["images"] != sections[0]["images"] or number is None or row["row"] in seen:
+            if section["images"] != results["sections"][0]["images"] or number is None or row["row"] in seen:
                 continue
             seen.add(row["row"])
             published = number["value"] is None
