@@ -19,7 +19,7 @@ CHART_FILE = "chart.png"            # beside table.md
 WIDTH, HEIGHT = 720, 400            # px, without the legend
 LONGEST_COLUMN = 6                  # samplers in a column of the legend
 MORE_COLOURS = ("#5b3a9e", "#7f4f24", "#00838f", "#ad1457", "#4f6d00")      # of further samplers
-LOGARITHMIC = 5                     # axes are so where the largest number is so many times the smallest
+LOGARITHMIC = 3                     # axes are so where the largest number is so many times the smallest
 PNG_SCALE = 2                       # px of the file for each px of the page
 
 
@@ -161,7 +161,7 @@ def _plain_numbers(axis: Any) -> None:
     """Writes plain numbers beside a logarithmic axis."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_locator(NullLocator())
 
