@@ -48,7 +48,7 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     described = {"title": title, "guidance": guidance(row.run), "sampler": sampler_alone(row.run),
                  "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
-                 "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),
+                 "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
                  "note": row.evaluation.note}
     if why:
