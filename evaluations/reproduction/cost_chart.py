@@ -75,14 +75,10 @@ def cost_figure(results: Mapping[str, Any]) -> Figure | None:
     lines = cost_lines(results)
     if not lines:
         return None
-    points = [point for line in lines for point in line.points]
-    caption = f"{chart_title(results)}, {results['sections'][0]['images']:,} images of each row"
-    caption += "; bars: 95 % intervals" * any(point.interval for point in points)
-    caption += "; hollow: published" * any(point.published for point in points)
     description = _description(results, lines)
     with styled_figure(WIDTH, HEIGHT + _legend_height(lines), description) as figure:
         _draw(figure, lines, results)
-        return Figure(caption, inline_svg(figure, description))
+        return Figure(chart_caption(results), inline_svg(figure, description))
 
 
 def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
@@ -98,6 +94,16 @@ def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
 def chart_title(results: Mapping[str, Any]) -> str:
     """Returns what the chart shows, like "FID against network evaluations per image"."""
     return f"{METRICS[results['chart']['y']].label} against {COSTS[results['chart']['x']]}"
+
+
+def chart_caption(results: Mapping[str, Any]) -> str:
+    """Returns what the chart shows, and how to read it; "" where there is none."""
+    points = [point for line in cost_lines(results) for point in line.points]
+    if not points:
+        return ""
+    caption = f"{chart_title(results)}, {results['sections'][0]['images']:,} images of each row"
+    caption += "; bars: 95 % intervals" * any(point.interval for point in points)
+    return caption + "; hollow: published" * any(point.published for point in points)
 
 
 def _description(results: Mapping[str, Any], lines: Sequence[CostLine]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics import METRICS
-from .cost_chart import CHART_FILE, chart_title, cost_lines
+from .cost_chart import CHART_FILE, chart_caption, chart_title
 from .sections import SectionRow, ShownSection, shown_sections
 from .tables import COSTS
 from .verdicts import NOT_RUN
@@ -21,8 +21,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"# {results['title']}", "", *(f"- {term}: {text}" for term, text in facts(results)), "",
              f"    {results['command']}", "", "How to read the tables:", "",
              *(f"- *{word}*: {meaning}" for word, meaning in words), ""]
-    if cost_lines(results):
-        lines += [f"![{chart_title(results)}]({CHART_FILE})", ""]
+    if caption := chart_caption(results):
+        lines += [f"![{chart_title(results)}]({CHART_FILE})", "", f"{caption}.", ""]
     for shown in sections:
         lines += [f"## {shown.title}", "", shown.sentence, ""]
         lines += _published_lines(shown) if shown.published else _compared_lines(shown)
