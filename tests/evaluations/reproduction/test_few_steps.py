@@ -1,12 +1,13 @@
 """The tables of few-step sampling: their published numbers, their base lines, and what their rows cost."""
 
-from dataclasses import replace
+from functools import cache
 
 import pytest
 import yaml
 
+from evaluations.reproduction import tables
 from evaluations.reproduction.costs import passes
-from evaluations.reproduction.tables import CONFIGS, load_table
+from evaluations.reproduction.tables import CONFIGS
 from evaluations.reproduction.verdicts import not_comparable
 from guided_diffusion.options import fill
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
@@ -18,6 +19,9 @@ FEW = 40                    # evaluations of an image
 SOLVERS = {"dpm2": ("dpm-solver++", 2, 0), "dpm3": ("dpm-solver++", 3, 0), "sde2": ("dpm-solver++", 2, 1),
            "unipc2": ("unipc", 2, None), "unipc3": ("unipc", 3, None)}
 GUIDANCE = {"sag": ("guide_scale", 1.25), "cg": ("classifier_scale", 2.0), "pag": ("pag_scale", 1.0)}
+
+
+load_table = cache(tables.load_table)
 
 
 # The published ones
@@ -116,7 +120,7 @@ def test_windows_change_what_a_row_costs():
     table = load_table("few_steps_scenes32")
     section = next(one for one in table.sections if "window" in one.title)
     whole, *others = [passes(table.rows[name].run) for name in section.rows]
-    assert whole.forward == FEW and all(one.steps < one.forward < FEW for one in others)
+    assert whole.forward == FEW and all(one.steps < one.forward < 2 * one.steps for one in others)
 
 
 def test_what_is_common_stands_once():
@@ -124,4 +128,4 @@ def test_what_is_common_stands_once():
     common = yaml.safe_load((CONFIGS / "few_steps.yaml").read_text())["rows"].keys()
     scenes, fmnist = (load_table(name) for name in SMALL)
     assert set(fmnist.rows) == common < set(scenes.rows)
-    assert replace(scenes.chart) == fmnist.chart
+    assert scenes.chart == fmnist.chart
