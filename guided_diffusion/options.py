@@ -79,9 +79,14 @@ class OptionField:
         return f"{self.metadata.get('help', '')} (default: {'unset' if self.default in (None, '') else self.default})"
 
 
-@functools.cache
 def option_fields(cls: type) -> tuple[OptionField, ...]:
     """The options of a class, in the order in which it states them."""
+    return _read_fields(cls)
+
+
+@functools.cache
+def _read_fields(cls: Any) -> tuple[OptionField, ...]:
+    """What `option_fields` returns; reading the types takes long. Any: mypy holds frozen dataclasses for no keys."""
     hints = typing.get_type_hints(cls)
     result = []
     for field in dataclasses.fields(cls):
