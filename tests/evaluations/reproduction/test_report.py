@@ -23,7 +23,8 @@ SIZES = {"phone": (390, 844, True), "desk": (1280, 900, False)}
 
 def row(title, state="measured", why="", images=1000, evaluations=20.0, gradients=0.0, speed=7.36, **others):
     ran = state == "measured"
-    return {"title": title, "state": state, "why": why, "images": images, "heads": "exact",
+    return {"title": title, "guidance": title, "sampler": "DDPM", "state": state, "why": why, "images": images,
+            "heads": "exact",
             "samples": f"{title}/samples.npz" if ran else None, "sha256": SHA256 if ran else None,
             "evaluations": evaluations, "gradients": gradients, "seconds": images / speed if ran else None,
             "images_per_second": speed if ran else None, **others}
@@ -103,7 +104,7 @@ def published():
             "lsun": row("LSUN | <Church> & \"cats\"", "not run here", why, 50000, 250.0)}
     return {
         "table": "imagenet128", "title": "ImageNet 128x128", "source": "https://arxiv.org/abs/2210.00939",
-        "note": "<script>alert(1)</script>", "settings": "DDPM, 250 steps",
+        "note": "<script>alert(1)</script>", "settings": "DDPM, 250 steps", "chart": {"x": "evaluations", "y": "fid"},
         "command": "python scripts/reproduce.py imagenet128 --rows 'a & b'",
         "version": "0.1.0", "device": "one GPU", "ranks": 1, "bootstrap": 1000, "network": None, "reference": None,
         "rows": rows,
