@@ -36,9 +36,7 @@ ACTIVATION = ". .venv/bin/activate\n"
 
 def smaller(script, arguments):
     """The arguments of a command with the smaller values in SMALLER."""
-    arguments, values = list(arguments), dict(SMALLER.get(script, {}))
-    if "--sampling_steps" in arguments:         # of a solver, whose grid stands in the place of the respaced chain
-        values["sampling_steps"] = values.pop("timestep_respacing")
+    arguments, values = list(arguments), SMALLER.get(script, {})
     for name, value in values.items():
         if f"--{name}" in arguments:
             arguments[arguments.index(f"--{name}") + 1] = str(value)
