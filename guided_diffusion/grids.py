@@ -51,8 +51,8 @@ class GridProcess(DiffusionProcess):
     """A process of its own on the nodes of a grid, from the original steps of another.
 
     grid: "time-uniform", "logsnr" (uniform in log(alpha / sigma)) or "time-quadratic" (uniform in the square root of
-    time). steps: evaluations, at most the original steps. `timestep_map` holds fractions of original steps. The chain
-    ends at the noise of step 0. Raises UserError for another grid or number of steps.
+    time). steps: evaluations, from 1 up. `timestep_map` holds fractions of original steps. The chain ends at the noise
+    of step 0. Raises UserError for another grid.
     """
 
     def __init__(self, process: DiffusionProcess, grid: str, steps: int) -> None:
@@ -60,9 +60,6 @@ class GridProcess(DiffusionProcess):
             raise UserError(f"grid {grid}: must be one of {', '.join(_PLACES)}")
         original = process.original_alphas_cumprod
         original = original[:max(2, int((log_snr(original) >= LEAST_LAMBDA).sum()))]
-        if not 1 <= steps < len(original):
-            raise UserError(f"--sampling_steps {steps}: must be from 1 to {len(original) - 1} for --solver_grid {grid} "
-                            f"of a network of {process.original_num_steps} steps")
         places = _PLACES[grid](original, steps)
         places[[0, -1]] = 0, len(original) - 1         # without the rounding of the ends
         abar = np.exp(np.interp(places, np.arange(len(original)), np.log(original)))

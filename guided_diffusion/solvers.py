@@ -33,7 +33,7 @@ from .terms import StepContext
 
 ORDERS = (1, 2, 3)
 VARIANTS = ("bh1", "bh2")
-DEFAULT_STEPS = 20
+DEFAULT_STEPS, MOST_STEPS = 20, 10**5
 # Below so many steps DPM-Solver++ lowers its order towards the end: in its own code, and in diffusers, on chains.
 FEW_STEPS, FEW_STEPS_OF_A_CHAIN = 10, 15
 
@@ -151,7 +151,8 @@ class SolverOptions(SamplerOptions):
     solver_order: int = option(2, "order of the solver: 1, 2 or 3; 1 is DDIM", choices=ORDERS)
     solver_grid: str = option("time-uniform", f"where the network is evaluated: {', '.join(GRIDS)}", choices=GRIDS)
     sampling_steps: int | None = option(None, f"evaluations; unset: {DEFAULT_STEPS}, and on the grid {CHAIN} those of "
-                                        "--timestep_respacing, which this otherwise stands for", minimum=1)
+                                        "--timestep_respacing, which this otherwise stands for", minimum=1,
+                                        maximum=MOST_STEPS)
     dynamic_threshold: float | None = option(None, "dynamic thresholding of the predicted image by this quantile, such "
                                              "as 0.995, in place of clipping; unset: none", above=0, maximum=1)
 
@@ -181,8 +182,8 @@ class SolverOptions(SamplerOptions):
         if self.solver_grid == CHAIN:
             return timestep_respacing or str(self.sampling_steps or "")
         if timestep_respacing:
-            raise UserError(f"--timestep_respacing {timestep_respacing}: is of --solver_grid {CHAIN}; the grid "
-                            f"{self.solver_grid} has --sampling_steps")
+            raise UserError(f"--timestep_respacing {timestep_respacing}: must be unset with --solver_grid "
+                            f"{self.solver_grid}, which has --sampling_steps; only {CHAIN} is respaced")
         return timestep_respacing
 
     def num_steps(self, chain: int) -> int:
