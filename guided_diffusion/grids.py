@@ -59,6 +59,8 @@ class GridProcess(DiffusionProcess):
         if grid not in _PLACES:
             raise UserError(f"grid {grid}: must be one of {', '.join(_PLACES)}")
         original = process.original_alphas_cumprod
+        if len(original) < 2:
+            raise UserError(f"grid {grid}: needs a process of at least 2 steps, this one has {len(original)}")
         original = original[:max(2, int((log_snr(original) >= LEAST_LAMBDA).sum()))]
         places = _PLACES[grid](original, steps)
         places[[0, -1]] = 0, len(original) - 1         # without the rounding of the ends

@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from .errors import NonFiniteError, UserError
+from .late import Tensor, no_grad, torch
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
@@ -117,7 +115,7 @@ def _within(window: Tensor, value: Tensor) -> Tensor:
     return torch.where(window.reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
-@torch.no_grad()
+@no_grad
 def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[[int], Tensor],
                  guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from .errors import UserError
 from .grids import CHAIN, GRIDS, GridProcess, log_snr
+from .late import Tensor
 from .options import option
 from .process import DiffusionProcess, Prediction
 from .schedules import gather

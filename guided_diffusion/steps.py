@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from .late import Tensor, torch
 from .options import Options, option
 from .process import DiffusionProcess, Prediction
 from .schedules import gather
