@@ -275,7 +275,8 @@ def solver_options(solver: str, order: int, variant: str, steps: int, grid: str,
     common: dict[str, Any] = {
         "solver_order": order, "solver_grid": grid, "dynamic_threshold": dynamic_threshold,
         "sampling_steps": None if grid == CHAIN and steps == DEFAULT_STEPS else steps}
-    own = {DpmSolverOptions: {"solver_eta": eta}, UnipcOptions: {"solver_variant": variant}}
+    own: dict[type[SolverOptions], dict[str, Any]] = {
+        DpmSolverOptions: {"solver_eta": eta}, UnipcOptions: {"solver_variant": variant}}
     for kind, values in own.items():
         options = kind(**values)                # which checks them, whichever solver it is
         if kind is not SOLVERS[solver] and options != kind():

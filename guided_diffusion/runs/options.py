@@ -84,8 +84,9 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
             values["model_path"] = str(preset.path)
         if not preset.known and not given.get("model_path"):
             _say_files(preset.name, {**values, **given})
-    _check_sampler(_sampler_name(*({**values, **given}.get(flag) for flag in ("sampler", "use_ddim"))), given)
-    return values | _stated_values({**values, **given}, given)
+    known = {**values, **given}
+    _check_sampler(_sampler_name(known.get("sampler", ""), known.get("use_ddim", False)), given)
+    return values | _stated_values(known, given)
 
 
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
