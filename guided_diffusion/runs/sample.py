@@ -96,9 +96,15 @@ class SamplingRun:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the (respaced) chain."""
-        options = self.diffusion
-        return len(space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps]))
+        """Steps of the (respaced) chain, or of the sampler's own grid."""
+        options = self._respaced
+        chain = space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps])
+        return self.sampler.num_steps(len(chain))
+
+    @property
+    def _respaced(self) -> DiffusionOptions:
+        """The process, respaced as its options and those of the sampler say."""
+        return replace(self.diffusion, timestep_respacing=self.sampler.respacing(self.diffusion.timestep_respacing))
 
     def title(self) -> str:
         """The guidance in words, like "SAG s = 0.1 + CG scale 0.5"."""
@@ -182,7 +188,7 @@ class SamplingRun:
             raise UserError(f"--model_path is not given: {hint}")
         for method in self.active:
             method.check_files()
-        diffusion = build_diffusion(self.diffusion)
+        diffusion = self.sampler.process(build_diffusion(self._respaced))
         with torch.device("meta"):
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)
