@@ -150,11 +150,11 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     contrast evaluates the network again.
     """
     losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
-    ends = [term.end_graph() for term, _ in losses]
+    ends = [end for term, _ in losses if (end := term.end_graph()) is not None]
     with torch.enable_grad():
         with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={}, shared=Shared())
         with ExitStack() as stack:
-            for end in ends if None not in ends else []:
+            for end in ends if len(ends) == len(losses) else []:
                 stack.enter_context(end)
             pred = _evaluated(with_graph, active)
         loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])

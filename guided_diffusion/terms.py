@@ -207,8 +207,12 @@ class Window:
         """(T,) bool: whether each step of the process has a noise level in the window."""
         with np.errstate(divide="ignore"):
             sigma = np.sqrt((1 - process.alphas_cumprod) / process.alphas_cumprod)
-        low = True if self.sigma_min is None else sigma > self.sigma_min
-        return low & (True if self.sigma_max is None else sigma <= self.sigma_max)
+        inside = np.ones(len(sigma), dtype=bool)
+        if self.sigma_min is not None:
+            inside &= sigma > self.sigma_min
+        if self.sigma_max is not None:
+            inside &= sigma <= self.sigma_max
+        return inside
 
 
 def check_number(what: str, value: object) -> None:

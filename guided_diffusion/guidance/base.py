@@ -98,7 +98,7 @@ class GuidanceOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.sigma_range.values()
+        low, high = self._sigma_levels
         if low is not None and high is not None and low >= high:
             flag = f"--{self.sigma_flags}_sigma"
             raise UserError(f"{flag}_min {low:g} {flag}_max {high:g}: the first must be smaller than the second")
@@ -184,10 +184,14 @@ class GuidanceOptions(Options):
     @property
     def sigma_range(self) -> SigmaRange:
         """The window of noise levels, as terms take it."""
-        def level(name: str) -> float | None:
-            return getattr(self, f"{self.sigma_flags}_{name}") if self.sigma_flags else None
+        low, high = self._sigma_levels
+        return {"sigma_min": low, "sigma_max": high}
 
-        return {"sigma_min": level("sigma_min"), "sigma_max": level("sigma_max")}
+    @property
+    def _sigma_levels(self) -> tuple[float | None, float | None]:
+        if not self.sigma_flags:
+            return None, None
+        return getattr(self, f"{self.sigma_flags}_sigma_min"), getattr(self, f"{self.sigma_flags}_sigma_max")
 
     def title(self, usual: Mapping[str, str] | None = None) -> str:
         """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
@@ -200,7 +204,7 @@ class GuidanceOptions(Options):
 
     def _window_words(self) -> list[str]:
         """The window of noise levels in words, like "noise levels 0.3 to 5"; none where it is open."""
-        low, high = self.sigma_range.values()
+        low, high = self._sigma_levels
         if low is None and high is None:
             return []
         if high is None:
