@@ -334,8 +334,3 @@ class FunctionGuidance(GradientGuidance):
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """What the function gives at x_t."""
         return self.cond_fn(ctx.x_t, ctx.model_t, **ctx.model_kwargs)
-
-
-def can_batch(term: Guidance) -> bool:
-    """Whether a term's further evaluation differs in its inputs alone."""
-    return isinstance(term, ContrastGuidance) and type(term).weaker is not ContrastGuidance.weaker

@@ -87,7 +87,8 @@ class GuidanceOptions(Options):
     short: the method in a word, as in "SAG step". switched_on: flags that switch it on, with its paper's values.
     remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
     network has none. sigma_flags: the name of a method that has a window of noise levels, before `_sigma_min` and
-    `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`).
+    `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`). can_batch: its further evaluation differs from
+    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
     """
 
     short: ClassVar[str]
@@ -95,6 +96,7 @@ class GuidanceOptions(Options):
     remedies: ClassVar[Mapping[str, str]] = {}
     needs_labels: ClassVar[bool] = False
     sigma_flags: ClassVar[str] = ""
+    can_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

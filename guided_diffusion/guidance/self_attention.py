@@ -118,6 +118,7 @@ class SagOptions(GuidanceOptions):
     short = "SAG"
     switched_on: ClassVar = {"guide_scale": 1.1}
     sigma_flags = "sag"
+    can_batch = True
 
     guide_scale: float = option(1.0, "1 + s, s the scale of self-attention guidance; 1: off")
     guide_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
