@@ -202,6 +202,8 @@ def test_gradient_is_that_of_finite_differences(exact, moved, names):
 
 def test_the_strong_depth_is_a_target_that_gets_no_gradient(exact, moved):
     class NoStop(DepthConsistencyGuidance):
+        differentiated = ("strong", "weak")
+
         def loss(self, ctx, pred):
             return self.reduced((self.depth(ctx, "strong") - self.depth(ctx, "weak")) ** 2)
 
