@@ -17,10 +17,9 @@ from numbers import Real
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
+from .late import Tensor, torch
 from .process import Denoiser, DiffusionProcess, Prediction
 
 Value = TypeVar("Value")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
@@ -18,6 +17,7 @@ from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
 from ..guidance import GUIDANCE
+from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
 from ..sampling import SAMPLERS
@@ -64,8 +64,8 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
 
 def _later_defaults() -> dict[str, Any]:
     """The defaults of options that older runs do not know."""
-    return {field.name: field.default for cls in (SampleOptions, *option_classes())
-            for field in option_fields(cls) if field.metadata.get("later")}
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    return {field.name: field.default for cls in classes for field in option_fields(cls) if field.metadata.get("later")}
 
 
 def _flags(*classes: type[Options]) -> set[str]:
