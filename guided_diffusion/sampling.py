@@ -21,7 +21,7 @@ from .late import Tensor, no_grad, torch
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, StepContext
+from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
            "last", "sample_chain", "sample_step"]
@@ -43,14 +43,17 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     prediction.
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids)
-    active = [(term, window) for term in guidance if (window := term.window(t)).any()]
+    active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]
     loss_gradient = None
     if any(isinstance(term, LossGuidance) for term, _ in active):
         ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
         pred = _evaluated(ctx, active)
     unguided = pred
-    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, ContrastGuidance)]
+    contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
+    if denoise.batch_contrasts:
+        ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
+    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in contrasts]
     if deltas:
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + _sum(deltas))
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
@@ -80,9 +83,13 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     contrast evaluates the network again.
     """
     losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
+    ends = [end for term, _ in losses if (end := term.end_graph()) is not None]
     with torch.enable_grad():
-        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={})
-        pred = _evaluated(with_graph, active)
+        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={}, shared=Shared())
+        with ExitStack() as stack:
+            for end in ends if len(ends) == len(losses) else []:
+                stack.enter_context(end)
+            pred = _evaluated(with_graph, active)
         loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "
