@@ -48,8 +48,10 @@ def sampler_alone(run: SamplingRun) -> str:
 
 
 def guidance(run: SamplingRun) -> str:
-    """Returns the short names of the guidance of a run, like "SAG + CG"."""
-    return " + ".join(method.short for method in run.active) or NO_GUIDANCE
+    """Returns the short names of the guidance of a run, like "SAG + CG", and which has a window of noise levels."""
+    names = [method.short + " in a window" * any(level is not None for level in method.sigma_range.values())
+             for method in run.active]
+    return " + ".join(names) or NO_GUIDANCE
 
 
 def heads(run: SamplingRun) -> str:
