@@ -214,7 +214,7 @@ class SolverOptions(SamplerOptions):
 
 @dataclass(frozen=True)
 class DpmSolverOptions(SolverOptions):
-    """DPM-Solver++ (multistep)."""
+    """DPM-Solver++ (multistep), and what it shares with UniPC."""
 
     title = "DPM-Solver++"
 
