@@ -15,6 +15,7 @@ from the predicted state is missing in the corrected one too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .late import Tensor
 from .options import option
 from .process import DiffusionProcess, Prediction
 from .schedules import gather
-from .steps import Noise, SamplerOptions, Step
+from .steps import Noise, SamplerOptions, Step, ddim_step
 from .terms import StepContext
 
 ORDERS = (1, 2, 3)
@@ -214,7 +215,7 @@ class SolverOptions(SamplerOptions):
 
 @dataclass(frozen=True)
 class DpmSolverOptions(SolverOptions):
-    """DPM-Solver++ (multistep)."""
+    """DPM-Solver++ (multistep), and what it shares with UniPC."""
 
     title = "DPM-Solver++"
 
@@ -226,6 +227,10 @@ class DpmSolverOptions(SolverOptions):
         if self.solver_eta and self.solver_order > 2:
             raise UserError(f"--solver_eta {self.solver_eta:g} --solver_order {self.solver_order}: the stochastic form "
                             "of DPM-Solver++ has the orders 1 and 2")
+
+    def step(self) -> Step:
+        """See `MultistepStep`; the first order is DDIM (`first_order_step`)."""
+        return super().step() if self.solver_order > 1 else functools.partial(first_order_step, eta=self.solver_eta)
 
     def update(self, step: Interval) -> Update:
         """See `dpm_solver_update`."""
@@ -304,9 +309,7 @@ class MultistepStep:
                             "batch through the same steps")
         if index == diffusion.num_timesteps - 1:
             self.data, self.correction = [], None
-        if grad is not None:
-            eps = pred.eps - gather(diffusion.sqrt_one_minus_alphas_cumprod, t, ctx.x_t) * grad
-            pred = ctx.denoise.with_eps(pred, ctx.x_t, t, eps)
+        pred = _with_gradient(ctx, pred, grad)
         self.data = [pred.pred_xstart, *self.data][:self.solver.solver_order + 1]
         x = ctx.x_t
         if self.correction is not None:
@@ -329,6 +332,20 @@ class MultistepStep:
         nodes = [end, *abar[index:index + order].tolist()]
         return Interval(alpha=math.sqrt(end), sigma=math.sqrt(1 - end), sigma_start=math.sqrt(1 - abar[index]),
                         lambdas=log_snr(np.array(nodes)).tolist())
+
+
+def first_order_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise, *, eta: float,
+                     ) -> tuple[Tensor, Tensor]:
+    """DDIM bit for bit, but that gradients enter before x0 is clipped, as in all steps of solvers."""
+    return ddim_step(ctx, _with_gradient(ctx, pred, grad), None, noise, eta=eta)
+
+
+def _with_gradient(ctx: StepContext, pred: Prediction, grad: Tensor | None) -> Prediction:
+    """The prediction of eps - sqrt(1 - abar) grad."""
+    if grad is None:
+        return pred
+    factor = gather(ctx.denoise.diffusion.sqrt_one_minus_alphas_cumprod, ctx.t, ctx.x_t)
+    return ctx.denoise.with_eps(pred, ctx.x_t, ctx.t, pred.eps - factor * grad)
 
 
 def _plus(x: Tensor, factors: np.ndarray, data: Sequence[Tensor]) -> Tensor:

@@ -96,8 +96,8 @@ def _check_sampler(name: str, given: dict[str, Any]) -> None:
     own = {field.name for field in option_fields(SAMPLERS[name])}
     for flag, value in given.items():
         others = [other for other, kind in SAMPLERS.items() if kind.refused_elsewhere
-                  for field in option_fields(kind) if field.name == flag and value != field.default]
-        if others and flag not in own:
+                  if flag in {field.name for field in option_fields(kind)}]
+        if others and flag not in own and value is not None:
             raise UserError(f"--{flag} {value}: is an option of --sampler {' and '.join(others)}, and the sampler is "
                             f"{name}")
 

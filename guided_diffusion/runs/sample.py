@@ -108,7 +108,7 @@ class SamplingRun:
         return replace(self.diffusion, timestep_respacing=self.sampler.respacing(self.diffusion.timestep_respacing))
 
     def process(self) -> DiffusionProcess:
-        """The process whose steps the run walks through: the respaced chain, or the sampler's own grid."""
+        """The process whose steps the sampler walks through. Raises UserError where its options do not fit."""
         return self.sampler.process(build_diffusion(self._respaced))
 
     def title(self) -> str:

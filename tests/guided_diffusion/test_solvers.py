@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden import cases, relative_error
+from golden import cases
 from mixture import Mixture
 from networks import TINY_CLASSIFIER, with_random_weights
 
@@ -84,7 +84,7 @@ def test_first_order_is_ddim(network, grid, eta):
         model, (2, *SHAPE), order=1, steps=10, grid=grid, eta=eta, **kwargs))
     assert len(solver) == len(ddim) == 10
     for one, other in zip(solver, ddim, strict=True):
-        assert relative_error(one["sample"], other["sample"]) < 1e-5
+        assert torch.equal(one["sample"], other["sample"])
 
 
 def process_at(lambdas):
@@ -190,12 +190,12 @@ def test_what_losses_take_from_the_state_is_missing_in_the_corrected_one_too(var
 
     h = lambdas[0] - lambdas[1]
     predicted = sigma[0] / sigma[1] * x_T - alpha[0] * np.expm1(-h) * x0(x_T, 1) - 0.5
-    np.testing.assert_allclose(first["sample"], predicted, atol=1e-4)
+    np.testing.assert_allclose(first["sample"], predicted, rtol=1e-4, atol=1e-3)
     scale = -h if variant == "bh1" else np.expm1(-h)
     corrected = predicted - alpha[0] * scale * 0.5 * (x0(predicted, 0) - x0(x_T, 1))
     h = log_snr(end) - lambdas[0]
     last = np.sqrt(1 - end) / sigma[0] * corrected - np.sqrt(end) * np.expm1(-h) * x0(predicted, 0) - 0.5
-    np.testing.assert_allclose(second["sample"], last, atol=1e-4)
+    np.testing.assert_allclose(second["sample"], last, rtol=1e-4, atol=1e-3)
 
 
 def test_the_guided_x0_is_clipped():

