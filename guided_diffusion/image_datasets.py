@@ -171,7 +171,7 @@ class ArrayImages(TrainingImages):
             if self.images.ndim == 3:
                 batch = pad_to_frame(chosen, self.frame)
             else:
-                pixels = chosen if self.frame[0] == 3 else _grey(chosen)
+                pixels = chosen if self.frame[0] == 3 else grey(chosen)
                 batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
             yield batch, _conditions(self.labels, indices)
 
@@ -435,7 +435,7 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     return images, labels.astype(np.int64)
 
 
-def _grey(images: np.ndarray) -> np.ndarray:
+def grey(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 1) uint8 of (N, H, W, 3), weighted as Pillow weights them."""
     return (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)[..., None]
 

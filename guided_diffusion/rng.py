@@ -30,6 +30,8 @@ IMAGE_STREAMS = {
     "mask": 2,          # tokens that a random mask of self-attention guidance takes, with the seed 0
     "depth": 3,         # tau and eta of depth prior guidance
     "scene": 4,         # all of a rendered scene
+    "upsampling": 5,    # noise of x_T and of each step of a sampler that upsamples: not that of the image it begins with
+    "likelihood": 6,    # noise of the image at each step, whose likelihood is bounded
 }
 
 
@@ -71,10 +73,10 @@ def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "nois
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, (len(image_ids), *shape) float32 on the CPU."""
+def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise") -> Tensor:
+    """Standard normal noise for one use in IMAGE_STREAMS, (len(image_ids), *shape) float32 on the CPU."""
     return torch.from_numpy(np.stack([
-        image_generator(seed, int(image_id), step).standard_normal(tuple(shape), dtype=np.float32)
+        image_generator(seed, int(image_id), step, stream).standard_normal(tuple(shape), dtype=np.float32)
         for image_id in image_ids]))
 
 

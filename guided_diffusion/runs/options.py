@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_SAMPLER = "ddpm"
 MOST_IMAGES = 10**10
 LARGEST_BATCH = 10**6
+KINDS = {"diffusion": "a diffusion model", "upsampler": "an upsampler"}
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,17 @@ def option_classes() -> tuple[type[Options], ...]:
     return (ModelOptions, DiffusionOptions, *SAMPLERS.values(), *GUIDANCE)
 
 
-def preset_values(given: dict[str, Any]) -> dict[str, Any]:
+def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
     """Values of the options that `--model` stands for, and those that the checkpoints state of themselves.
 
-    given: what the user gave, by flag name. Raises UserError where that contradicts what a checkpoint states, and for
+    given: what the user gave, by flag name. kind: of the model, "diffusion" or "upsampler". Raises UserError where that contradicts what a checkpoint states, and for
     options of another sampler that refuses them there.
     """
     values: dict[str, Any] = {}
     if given.get("model"):
         preset = find_preset(given["model"])
-        if preset.kind != "diffusion":
-            raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
+        if preset.kind != kind:
+            raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not {KINDS[kind]}")
         values |= preset.options
         for method in GUIDANCE:
             values |= method.preset_values(preset)
@@ -88,7 +89,7 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
             _say_files(preset.name, {**values, **given})
     known = {**values, **given}
     _check_sampler(_sampler_name(known.get("sampler", ""), known.get("use_ddim", False)), given)
-    return values | _stated_values(known, given)
+    return values | _stated_values(known, given, kind)
 
 
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
@@ -108,10 +109,10 @@ def _say_files(name: str, values: dict[str, Any]) -> None:
     _log.info("--model %s: takes %s", name, ", and ".join([values["model_path"], *others]))
 
 
-def _stated_values(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _stated_values(values: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:
     """What the checkpoints among the values state of themselves; UserError where the flags given contradict it."""
     stated: dict[str, Any] = {}
-    model = statement_of(values.get("model_path", ""), "diffusion")
+    model = statement_of(values.get("model_path", ""), kind)
     if model is not None:
         model.check(given)
         if not is_bundled(model.path):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .. import checkpoint, dist_util, pictures
-from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..build import DiffusionOptions, ModelOptions, UpsamplerOptions, build_diffusion, build_model
 from ..classes import check_same_names, label_number
 from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
@@ -30,9 +30,10 @@ from ..process import DiffusionProcess
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
+from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .labels import Labels, is_name, make_labels
-from .options import SampleOptions
+from .options import SampleOptions, option_classes, preset_values
 from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
 from .sampler import BuiltRun, ImageSampler
@@ -49,7 +50,7 @@ class SamplingRun:
     """
 
     sample: SampleOptions
-    model: ModelOptions
+    model: ModelOptions | UpsamplerOptions
     diffusion: DiffusionOptions
     samplers: tuple[SamplerOptions, ...]
     guidance: tuple[GuidanceOptions, ...]
@@ -60,6 +61,16 @@ class SamplingRun:
         sample, model, diffusion, *rest = options
         return cls(sample, model, diffusion, tuple(one for one in rest if isinstance(one, SamplerOptions)),
                    tuple(one for one in rest if isinstance(one, GuidanceOptions)))
+
+    @classmethod
+    def classes(cls) -> tuple[type[Options], ...]:
+        """The classes of the options, in the order of `of`."""
+        return (SampleOptions, *option_classes())
+
+    @classmethod
+    def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What `--model` and the checkpoints say of the options; given: by the user. See `options.preset_values`."""
+        return preset_values(given)
 
     @property
     def options(self) -> tuple[Options, ...]:
@@ -129,12 +140,14 @@ class SamplingRun:
         dist_util.setup_dist()
         with ExitStack() as stack:
             with dist_util.together():
-                labels = self.labels()
+                base = self.base_images()
+                labels = self.labels(base)
                 self._check_out()
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                sampler = ImageSampler(self.sample, self.sampler, self.build())
+                built = self.build()._replace(low_res=None if base is None else base.low_res)
+                sampler = ImageSampler(self.sample, self.sampler, built)
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
@@ -143,13 +156,18 @@ class SamplingRun:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
-                    todo = self._chunks(named, labels).prepare(self.sample.overwrite)
+                    todo = self._chunks(named, labels, base).prepare(self.sample.overwrite)
                     queue.put("todo", None if todo is None else todo.spans)
-            return self._sample(sampler, self._chunks(queue.get("sha256"), labels), queue, began)
+            return self._sample(sampler, self._chunks(queue.get("sha256"), labels, base), queue, began)
 
-    def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
+    def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None) -> Shards:
         return Shards(self.out, self.configuration(), sha256,
-                      lambda image_ids: None if labels is None else labels(image_ids).numpy())
+                      lambda image_ids: None if labels is None else labels(image_ids).numpy(),
+                      None if base is None else base.digests)
+
+    def base_images(self) -> BaseImages | None:
+        """The images that this run upsamples; None where it begins with noise alone."""
+        return None
 
     @property
     def samples(self) -> Path:
@@ -158,7 +176,8 @@ class SamplingRun:
 
     def check_folder(self, sha256: dict[str, str]) -> None:
         """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
-        self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels()).check()
+        base = self.base_images()
+        self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels(base), base).check()
 
     def checkpoints(self) -> dict[str, str]:
         """The files that the images depend on, by flag."""
@@ -171,13 +190,15 @@ class SamplingRun:
         """Raises UserError where the output folder cannot be written."""
         check_folder("--out", self.out)
 
-    def labels(self) -> Labels | None:
-        """The labels of the images; None where nothing asks for them."""
+    def labels(self, base: BaseImages | None = None) -> Labels | None:
+        """The labels of the images; None where nothing asks for them. base: the images that are upsampled."""
         if not self.labelled:
-            if self.sample.labels not in ("random", "balanced"):
+            if self.sample.labels not in ("random", "balanced", *([] if base is None else [OF_BASE])):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
         text = self.sample.labels
+        if base is not None and text == OF_BASE:
+            return base.labels(self.model.num_classes)
         if is_name(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
@@ -266,4 +287,4 @@ class SamplingRun:
 
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:
     """An unconditional network among terms that have labels."""
-    return lambda x, t, y=None: model(x, t)
+    return lambda x, t, y=None, **conditions: model(x, t, **conditions)

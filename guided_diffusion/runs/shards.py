@@ -2,9 +2,10 @@
 
     OUT/.lock                  held by the job that works there
     OUT/shards/run.json        what the images depend on
-    OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds
+    OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds; base
 
-`run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took.
+`run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took. `base`
+tells the images that they were upsampled from, where they were.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .record import READ_ERRORS, difference, identity, read_record
 REMEDY = "name another folder, or pass --overwrite True"
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
+Digests = Callable[[Sequence[int]], np.ndarray]
 
 
 class DamagedError(UserError):
@@ -55,6 +57,7 @@ class Shards:
     configuration: Mapping[str, Any]        # every option, by flag name
     sha256: Mapping[str, str]               # of the checkpoints in use, by the names of `record.name_of`
     labels: LabelArrays | None = None       # labels that the chunks must have; None: any
+    base: Digests | None = None             # what tells the images that they must be upsampled from; None: any
 
     @property
     def folder(self) -> Path:
@@ -102,6 +105,8 @@ class Shards:
              seconds: float = 0.0) -> None:
         """Writes a chunk: images (n, H, W, 3) uint8, labels (n,) int64; rank and seconds tell how it was made."""
         labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
+        if self.base is not None:
+            labelled["base"] = self.base(self.chunks[index])
         buffer = io.BytesIO()
         np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
                  rank=rank, seconds=seconds, **labelled)
@@ -133,7 +138,13 @@ class Shards:
         both = range(min(len(held), len(image_ids)))
         if self.labels is not None and not _equal(_cut(self.labels(image_ids), both), _cut(arrays.get("labels"), both)):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
+        if self.base is not None and not _equal(_cut(self.base(image_ids), both), _cut(arrays.get("base"), both)):
+            raise self._other_base(path)
         return arrays
+
+    def _other_base(self, path: Path) -> UserError:
+        return UserError(f"{path}: was upsampled from other images than those of --base_samples "
+                         f"{self.configuration['base_samples']}; {REMEDY}")
 
     def has(self, index: int) -> bool:
         """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""
@@ -220,7 +231,12 @@ class Shards:
 
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))
-        if self.labels is None or _equal(self.labels(both), _cut(BatchFile(earlier.samples).labels, both)):
+        samples = BatchFile(earlier.samples)
+        if self.base is not None:
+            before = samples.read("base") if "base" in samples.members else None
+            if not _equal(self.base(both), _cut(before, both)):
+                raise self._other_base(earlier.samples)
+        if self.labels is None or _equal(self.labels(both), _cut(samples.labels, both)):
             return
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
@@ -262,7 +278,8 @@ class Shards:
                 timing.append({"first": image_ids.start, "images": len(image_ids), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
-        return prepare_samples(arrays(), self.shape, self.samples), timing
+        beside = {} if self.base is None else {"base": self.base(range(self.num_samples))}
+        return prepare_samples(arrays(), self.shape, self.samples, beside), timing
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
