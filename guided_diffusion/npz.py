@@ -345,8 +345,8 @@ def prepare_samples(chunks: Iterable[Chunk], shape: tuple[int, int, int, int], p
                     beside: Mapping[str, np.ndarray] | None = None) -> Path:
     """Writes images and labels, chunk by chunk, to a temporary file beside `path`, checks it and returns it.
 
-    shape: (N, H, W, 3) of all images together, uint8. beside: further arrays by name. A rename then makes it the sample file. Raises UserError, with no
-    file left, where it cannot be written or reads back damaged.
+    shape: (N, H, W, 3) of all images together, uint8. beside: further arrays by name. A rename then makes it the sample
+    file. Raises UserError, with no file left, where it cannot be written or reads back damaged.
     """
     labels: list[np.ndarray] = []
 

@@ -30,7 +30,7 @@ IMAGE_STREAMS = {
     "mask": 2,          # tokens that a random mask of self-attention guidance takes, with the seed 0
     "depth": 3,         # tau and eta of depth prior guidance
     "scene": 4,         # all of a rendered scene
-    "upsampling": 5,    # noise of x_T and of each step of a sampler that upsamples: not that of the image it begins with
+    "upsampling": 5,    # noise of x_T and of each step where images are upsampled: not that of the smaller ones
     "likelihood": 6,    # noise of the image at each step, whose likelihood is bounded
 }
 

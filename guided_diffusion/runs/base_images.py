@@ -65,8 +65,7 @@ class BaseImages:
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST)
 
     def labels(self, num_classes: int) -> Labels:
-        """The classes of the images. Raises UserError where the file holds none, or others than 0 to num_classes - 1.
-        """
+        """The classes of the images. Raises UserError where the file has none, or others than 0 to num_classes - 1."""
         labels, where = self.file.labels, f"--labels base: {self.file.path}"
         if labels is None:
             raise UserError(f"{where} holds no classes (arr_1); pass others, like --labels random")

@@ -24,7 +24,8 @@ def sample_command(argv: Sequence[str] | None, description: str, on: type[Guidan
     """Samples as a command line says; returns where the files are, "" on ranks other than the first.
 
     argv: None for the arguments of this process. on: a guidance method that is on, with its paper's scales, unless the
-    command line says otherwise. kind: of the run. Raises UserError for what is wrong with the options, before the first image is sampled.
+    command line says otherwise. kind: of the run. Raises UserError for what is wrong with the options, before the first
+    image is sampled.
     """
     log_to_stderr(dist_util.is_main())
     run, given = read_run(argv, kind, description, None if on is None else on.switched_on)

@@ -23,8 +23,8 @@ KINDS = {"diffusion": "a diffusion model", "upsampler": "an upsampler"}
 
 
 @dataclass(frozen=True)
-class SampleOptions(Options):
-    """The sampling run."""
+class CheckpointOptions(Options):
+    """The checkpoint."""
 
     model: str = option("", "a model by name: a bundled one (fmnist32), the folder of a training, or the flags of a "
                         "released checkpoint")
@@ -32,6 +32,22 @@ class SampleOptions(Options):
                              "(https://, gs://, az://), which is fetched once")
     checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
                                    "the moving average, if it has one", later=True)
+
+    def check_given(self) -> None:
+        """Raises UserError where no checkpoint is named, and says how to come by one."""
+        if self.model_path:
+            return
+        hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
+        if self.model:
+            preset = find_preset(self.model)
+            hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
+        raise UserError(f"--model_path is not given: {hint}")
+
+
+@dataclass(frozen=True)
+class SampleOptions(CheckpointOptions):
+    """The sampling run."""
+
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=("", *SAMPLERS))
@@ -72,8 +88,8 @@ def option_classes() -> tuple[type[Options], ...]:
 def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
     """Values of the options that `--model` stands for, and those that the checkpoints state of themselves.
 
-    given: what the user gave, by flag name. kind: of the model, "diffusion" or "upsampler". Raises UserError where that contradicts what a checkpoint states, and for
-    options of another sampler that refuses them there.
+    given: what the user gave, by flag name. kind: of the model, "diffusion" or "upsampler". Raises UserError where that
+    contradicts what a checkpoint states, and for options of another sampler that refuses them there.
     """
     values: dict[str, Any] = {}
     if given.get("model"):

@@ -25,7 +25,6 @@ from ..guidance import GuidanceOptions, Networks
 from ..late import Tensor, nn, torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
-from ..presets import find_preset
 from ..process import DiffusionProcess
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
@@ -34,10 +33,10 @@ from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .labels import Labels, is_name, make_labels
 from .options import SampleOptions, option_classes, preset_values
-from .progress import RunProgress
 from .record import MODEL_FLAG, made_by, name_of
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
+from .work import make_chunks
 from .workers import WorkQueue
 
 
@@ -206,12 +205,7 @@ class SamplingRun:
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
-        if not self.sample.model_path:
-            hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
-            if self.sample.model:
-                preset = find_preset(self.sample.model)
-                hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
-            raise UserError(f"--model_path is not given: {hint}")
+        self.sample.check_given()
         for method in self.active:
             method.check_files()
         diffusion = self.process()
@@ -244,28 +238,13 @@ class SamplingRun:
 
     def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        total = chunks.chunks.images_in(todo)
-        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
-            done = 0
-            while (index := queue.next_index()) < len(todo):
-                image_ids, began = chunks.chunks[todo[index]], time.monotonic()
+        def make(index: int, on_step: Callable[[float], None]) -> None:
+            image_ids, began = chunks.chunks[index], time.monotonic()
+            labels = None if chunks.labels is None else chunks.labels(image_ids)
+            images = sampler.images(image_ids, labels, on_step)
+            chunks.save(index, images, labels, dist_util.rank(), time.monotonic() - began)
 
-                def on_step(part: float, before: int = done, count: int = len(image_ids)) -> None:
-                    queue.check()
-                    queue.report(before + part * count)
-                    progress.show()
-
-                labels = None if chunks.labels is None else chunks.labels(image_ids)
-                images = sampler.images(image_ids, labels, on_step)
-                seconds = time.monotonic() - began
-                chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
-                done += len(image_ids)
-                queue.report(done)
-                queue.finish_index()
-            while dist_util.is_main() and queue.finished() < len(todo):
-                queue.check()
-                progress.show()
-                time.sleep(0.05)
+        make_chunks(make, chunks.chunks, todo, queue, self.sample.log_every)
 
     def _finish(self, chunks: Shards, began: float) -> None:
         """Packs the chunks, draws the picture, and writes the record last."""

@@ -111,7 +111,8 @@ def test_a_grey_upsampler_sees_grey_images(tmp_path, upsampled):
 
 
 @pytest.mark.parametrize("guidance", [
-    {"guide_scale": 1.5, "sel_attn_depth": 1}, {"pag_scale": 2}, {"guide_scale": 1.5, "mask": "global", "use_ddim": True},
+    {"guide_scale": 1.5, "sel_attn_depth": 1}, {"pag_scale": 2},
+    {"guide_scale": 1.5, "mask": "global", "use_ddim": True},
     {**TINY_CLASSIFIER, "image_size": 16, "in_channels": 3, "classifier_guidance": True, "classifier_scale": 50}],
     ids=["SAG", "PAG", "blur, DDIM", "CG"])
 def test_guidance_changes_the_images(guidance, upsampled, tmp_path):
@@ -166,7 +167,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(line, files, tmp_path, capsy
             ({"base_samples": tmp_path / "unlabelled.npz"}, "holds no classes (arr_1); pass others"),
             ({"base_samples": tmp_path / "third.npz"}, "class 2 of image 1 must be from 0 to 1"),
             ({"image_size": 64}, "--image_size 64: an upsampler makes images of --large_size, which is 16"),
-            ({"small_size": 4}, "states small_size 8 of itself"), ({"large_size": 4, "model_path": "x"}, "must be at most"),
+            ({"small_size": 4}, "states small_size 8 of itself"),
+            ({"large_size": 4, "model_path": "x"}, "--small_size 64: must be at most --large_size, which is 4"),
             ({"model": "fmnist32"}, "is a model of kind diffusion, not an upsampler")):
         assert call("super_res_sample", *line(**changes)) == 2
         assert words in capsys.readouterr().err
