@@ -10,14 +10,17 @@ from commands import call, flags, samples_in
 from golden import cases, fill, noise, relative_error
 from networks import TINY_CLASSIFIER, with_random_weights
 
+from guided_diffusion import checkpoint
 from guided_diffusion.build import build_diffusion, build_model
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.options import options_from
+from guided_diffusion.pixels import from_uint8
 from guided_diffusion.runs import sampler
 from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.sampler import BuiltRun, ImageSampler
 from guided_diffusion.runs.upsample import UpsamplingRun
 from guided_diffusion.script_util import create_classifier, sr_create_model_and_diffusion
+from guided_diffusion.unet import SuperResModel
 
 UPSAMPLER = {"large_size": 16, "small_size": 8, "in_channels": 3, "num_channels": 32, "num_res_blocks": 1,
              "channel_mult": "1,2", "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 2,
@@ -180,3 +183,29 @@ def test_released_upsamplers_are_known_by_name():
         run, _ = read_run(["--model", name, "--model_path", "x.pt"], UpsamplingRun)
         assert (run.model.small_size, run.model.large_size, run.model.num_channels) == (*sizes, 192)
         assert run.configuration()["image_size"] == sizes[1]
+
+
+def test_a_trained_upsampler_saw_means_of_areas_and_samples_by_its_folder(tmp_path, files, monkeypatch, caplog):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "large.npz", pixels, np.arange(8) % 2)
+    seen, forward = [], SuperResModel.forward
+
+    def spied(self, x, t, low_res=None, y=None):
+        seen.append(low_res.detach())
+        return forward(self, x, t, low_res, y)
+
+    monkeypatch.setattr(SuperResModel, "forward", spied)
+    line = flags({**UPSAMPLER, "data_dir": tmp_path / "large.npz", "out": tmp_path / "run", "diffusion_steps": 50,
+                  "batch_size": 8, "lr_anneal_steps": 2, "ema_rate": 0.9, "random_flip": False})
+    assert call("super_res_train", *line, "--lr_anneal_steps", 1) == 0
+    assert call("super_res_train", *line) == 0                 # it goes on
+    assert len(seen) == 2
+    areas = from_uint8(pixels).reshape(8, 8, 2, 8, 2, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2)
+    for low_res in seen:
+        expected = {tuple(image.ravel().round(3)) for image in areas}
+        assert {tuple(image.numpy().ravel().round(3)) for image in low_res} == expected
+    metadata = checkpoint.read_metadata(tmp_path / "run" / "ema_0.9.safetensors")
+    assert (json.loads(metadata["config"])["small_size"], metadata["step"]) == (8, "2")
+    short = flags({"base_samples": files / "base.npz", "batch_size": 6, "timestep_respacing": 2})
+    assert call("super_res_sample", "--model", tmp_path / "run", *short, "--out", tmp_path / "out") == 0
+    assert samples_in(tmp_path / "out")[0].shape == (6, 16, 16, 3)
