@@ -261,19 +261,29 @@ class Encoder(nn.Module):
         skips: the maps that output blocks take, the last one first; input blocks put theirs there. Only layer 0 of an
         output block takes one.
         """
-        blocks = self.feature_blocks
-        names = list(blocks)
-        last = max(map(names.index, self.graph_ends), default=len(names))
-        for index in range(names.index(start), len(names)):
-            name = names[index]
+        blocks = [*self.input_blocks, self.middle_block, *self._output_blocks()]
+        inputs, first = len(self.input_blocks), self._place(start)
+        ends = [self._place(name) for name in self.graph_ends]
+        last = max(ends) if ends else len(blocks)
+        for index in range(first, len(blocks)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index <= last):
-                if name.startswith("output.") and not layer:
+                if index > inputs and not layer:
                     h = torch.cat([h, skips.pop()], dim=1)
-                h = blocks[name](h, emb, layer)
+                h = blocks[index](h, emb, layer)
             layer = 0
-            if name.startswith("input."):
+            if index < inputs:
                 skips.append(h)
         return h
+
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        """The blocks behind the middle one."""
+        return ()
+
+    def _place(self, name: str) -> int:
+        """The place of a block among all, in the order in which they run."""
+        part, _, number = name.partition(".")
+        inputs = len(self.input_blocks)
+        return inputs if part == "middle" else int(number) + (inputs + 1 if part == "output" else 0)
 
 
 def _named(part: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
@@ -382,6 +392,9 @@ class UNetModel(Encoder):
     def _torso(self) -> list[nn.Module]:
         return [*super()._torso, self.output_blocks]
 
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        return list(self.output_blocks)
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x_t (N, in_channels, H, W), timesteps (N,), labels y (N,) int64 -> the prediction, in the type of x_t.
 
@@ -397,7 +410,8 @@ class UNetModel(Encoder):
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h, skips = self._first_map(x), list[Tensor]()
+        h = self._first_map(x)
+        skips: list[Tensor] = []
         self._begin((x, timesteps, y), emb, skips)
         return self._output(self._run(h, emb, skips), x.dtype)
 
