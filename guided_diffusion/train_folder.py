@@ -35,6 +35,7 @@ from .image_datasets import find_data, holds_idx, is_npz, list_images
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
+            "snapshot_images": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
 FIXED = ("schedule_sampler", "ema_rate")
 STARTS = ("resume_checkpoint", "init_from")

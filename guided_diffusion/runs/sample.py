@@ -172,7 +172,7 @@ class SamplingRun:
         if is_name(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
-                           num_samples=self.sample.num_samples)
+                           num_samples=self.sample.num_samples, null_class=self.model.null_class)
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
