@@ -32,10 +32,13 @@ Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gav
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
-           above: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
+           above: float | None = None, maximum: float | None = None, later: bool = False) -> Any:
+    """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive).
+
+    later: the option came after the first records of runs: at its default it is no part of what a run is.
+    """
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "later": later, **limits})
 
 
 def seed_option(help: str, default: int = 0) -> Any:

@@ -78,7 +78,8 @@ class Denoiser:
     """A network bound to a process and its conditions: `denoise(x_t, t)` is a Prediction.
 
     denoised_fn: applied to x0 before it is clipped to [-1, 1] (where clip_denoised). model_kwargs: labels and the
-    like, (N, ...) each.
+    like, (N, ...) each. batch_contrasts: a guided step makes further evaluations that differ in their inputs alone as
+    one batch.
     """
 
     diffusion: DiffusionProcess
@@ -86,6 +87,7 @@ class Denoiser:
     clip_denoised: bool = True
     denoised_fn: Callable[[Tensor], Tensor] | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_contrasts: bool = False
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
         """One evaluation of the network at x_t (N, C, H, W), at steps t (N,)."""

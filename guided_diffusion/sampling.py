@@ -24,7 +24,7 @@ from .errors import NonFiniteError, UserError
 from .options import Options, option
 from .process import Denoiser, Prediction
 from .schedules import gather
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, StepContext
+from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext
 
 # A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
@@ -110,14 +110,17 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     prediction.
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids)
-    active = [(term, window) for term in guidance if (window := term.window(t)).any()]
+    active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]
     loss_gradient = None
     if any(isinstance(term, LossGuidance) for term, _ in active):
         ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
         pred = _evaluated(ctx, active)
     unguided = pred
-    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, ContrastGuidance)]
+    contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
+    if denoise.batch_contrasts:
+        ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
+    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in contrasts]
     if deltas:
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + _sum(deltas))
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
@@ -147,9 +150,13 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     contrast evaluates the network again.
     """
     losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
+    ends = [term.end_graph() for term, _ in losses]
     with torch.enable_grad():
-        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={})
-        pred = _evaluated(with_graph, active)
+        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={}, shared=Shared())
+        with ExitStack() as stack:
+            for end in ends if None not in ends else []:
+                stack.enter_context(end)
+            pred = _evaluated(with_graph, active)
         loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "

@@ -54,8 +54,10 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
-    if not values.get("checkpoint_entry"):          # older runs know no such option
-        values.pop("checkpoint_entry", None)
+    later = {field.name: field.default for cls in (SampleOptions, ModelOptions, DiffusionOptions, *SAMPLERS.values(),
+                                                   *GUIDANCE)
+             for field in option_fields(cls) if field.metadata.get("later")}
+    values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +102,7 @@ class ImageSampler:
 
         kwargs = {} if labels is None else {"y": labels.to(device)}
         denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs)
+        denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
         chain = sampling.sample_chain(self.step, denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
         return sampling.last(chain, on_step)["sample"].cpu()
