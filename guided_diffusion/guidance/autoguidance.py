@@ -105,11 +105,11 @@ class AutoguidanceOptions(GuidanceOptions):
                                 f"sampled {other}; both must see the same images and labels")
         nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
         network = weak if weak.num_classes is not None else without_labels(weak)
-        return [AutoGuidance(network, self.autoguidance_scale, start=self.autoguidance_start, **self.sigma_range)]
+        return [AutoGuidance(network, self.autoguidance_scale, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One evaluation of the weaker network at each step of the window."""
-        return [(Guidance(self.autoguidance_scale, self.autoguidance_start, **self.sigma_range), AutoGuidance.passes)]
+        return [(Guidance(self.autoguidance_scale, **self.window), AutoGuidance.passes)]
 
     @classmethod
     def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

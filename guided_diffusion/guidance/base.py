@@ -34,13 +34,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..errors import UserError
 from ..options import Options, option, option_fields
 from ..presets import Preset
-from ..terms import Guidance, Passes, SigmaRange
+from ..terms import Guidance, Passes, SigmaRange, WindowArguments
 from ..unet import Encoder, UNetModel
 
 AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
@@ -182,6 +182,11 @@ class GuidanceOptions(Options):
     # What follows from it
 
     @property
+    def window(self) -> WindowArguments:
+        """The window of steps and noise levels, as terms take it, of a method whose flags have the usual names."""
+        return {"start": getattr(self, f"{self.sigma_flags}_start"), **self.sigma_range}
+
+    @property
     def sigma_range(self) -> SigmaRange:
         """The window of noise levels, as terms take it."""
         def level(name: str) -> float | None:
@@ -216,3 +221,8 @@ class GuidanceOptions(Options):
     def need(self, flag: str) -> str:
         """Why a file is needed, as the end of a sentence."""
         return f"{self.short} needs it" + (f", {self.remedies[flag]}" if flag in self.remedies else "")
+
+
+def without_labels(model: nn.Module) -> Callable[..., Tensor]:
+    """An unconditional network among terms that have labels."""
+    return lambda x, t, y=None: model(x, t)

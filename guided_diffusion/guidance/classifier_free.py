@@ -74,9 +74,8 @@ class CfgOptions(GuidanceOptions):
         if not nets.model.null_class:
             raise UserError(f"--cfg_scale {self.cfg_scale:g}: needs a network with labels and a null class, as "
                             "--label_dropout trains it; for others there is --icg_scale")
-        return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, start=self.cfg_start,
-                                       **self.sigma_range)]
+        return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One more evaluation at each step of the window."""
-        return [(Guidance(self.cfg_scale, self.cfg_start, **self.sigma_range), ClassifierFreeGuidance.passes)]
+        return [(Guidance(self.cfg_scale, **self.window), ClassifierFreeGuidance.passes)]

@@ -178,11 +178,11 @@ class CleanClassifierOptions(GuidanceOptions):
         return [CleanClassifierGuidance(
             at_step_0(classifier), self.clean_classifier_scale, self.clean_classifier_temperature,
             self.clean_classifier_margin_temperature, gamma=self.clean_classifier_gamma,
-            image_size=options.image_size, start=self.clean_classifier_start, **self.sigma_range)]
+            image_size=options.image_size, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """An evaluation and a gradient of the classifier at each step of the window."""
-        return [(Guidance(self.clean_classifier_scale, self.clean_classifier_start, **self.sigma_range),
+        return [(Guidance(self.clean_classifier_scale, **self.window),
                  CleanClassifierGuidance.passes)]
 
 

@@ -71,9 +71,8 @@ class IcgOptions(GuidanceOptions):
         """The one term. Raises UserError for a network without labels."""
         if nets.model.num_classes is None:
             raise UserError(f"--icg_scale {self.icg_scale:g}: needs a network with labels, --class_cond True")
-        return [IndependentConditionGuidance(self.icg_scale, nets.model.num_classes, nets.seed, start=self.icg_start,
-                                             **self.sigma_range)]
+        return [IndependentConditionGuidance(self.icg_scale, nets.model.num_classes, nets.seed, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One more evaluation at each step of the window."""
-        return [(Guidance(self.icg_scale, self.icg_start, **self.sigma_range), IndependentConditionGuidance.passes)]
+        return [(Guidance(self.icg_scale, **self.window), IndependentConditionGuidance.passes)]

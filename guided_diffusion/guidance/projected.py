@@ -76,7 +76,7 @@ class ApgOptions(GuidanceOptions):
     apg_norm_threshold: float | None = option(None, "largest norm of an image's change in x0; unset: any", above=0,
                                               later=True)
     apg_momentum: float = option(0.0, "share of the previous step's change; the paper takes it below 0", above=-1,
-                                 below=1)
+                                 maximum=0.99)
     apg_start: int | None = option(None, "projected only at respaced steps below this one; unset: at all", minimum=0)
     apg_sigma_min: float | None = sigma_min_option()
     apg_sigma_max: float | None = sigma_max_option()
@@ -97,9 +97,8 @@ class ApgOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [ProjectedGuidance(self.apg_eta, self.apg_norm_threshold, self.apg_momentum, start=self.apg_start,
-                                  **self.sigma_range)]
+        return [ProjectedGuidance(self.apg_eta, self.apg_norm_threshold, self.apg_momentum, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """Nothing but arithmetic."""
-        return [(Guidance(1.0, self.apg_start, **self.sigma_range), ProjectedGuidance.passes)]
+        return [(Guidance(1.0, **self.window), ProjectedGuidance.passes)]

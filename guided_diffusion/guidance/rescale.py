@@ -69,8 +69,8 @@ class RescaleOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [Rescale(self.rescale_phi, start=self.rescale_start, **self.sigma_range)]
+        return [Rescale(self.rescale_phi, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """Nothing but arithmetic."""
-        return [(Guidance(self.rescale_phi, self.rescale_start, **self.sigma_range), Rescale.passes)]
+        return [(Guidance(self.rescale_phi, **self.window), Rescale.passes)]

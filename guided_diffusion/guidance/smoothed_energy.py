@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
-from ..attention_maths import attention
 from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
@@ -36,6 +35,8 @@ class SmoothedEnergyGuidance(AttentionContrast):
     standard deviation of the blur in tokens of each block's grid; from 9999 on, infinite. The others: see `Guidance`.
     """
 
+    name = "smoothed energy guidance"
+
     def __init__(self, model: UNetModel, blocks: Sequence[str], scale: float, blur_sigma: float = math.inf,
                  start: int | None = None, stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
         super().__init__(model, blocks, scale, start, stop, **sigma)
@@ -45,6 +46,8 @@ class SmoothedEnergyGuidance(AttentionContrast):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Attention with smoothed queries, (N, heads, T, C / heads)."""
+        from ..attention import attention
+
         return attention(smoothed(q, grid, self.blur_sigma), k, v)
 
 
@@ -97,9 +100,9 @@ class SegOptions(GuidanceOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
-                                       self.seg_blur_sigma, start=self.seg_start, **self.sigma_range)]
+                                       self.seg_blur_sigma, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """A part of one more evaluation at each step of the window."""
         passes = replace(SmoothedEnergyGuidance.passes, begins_at=tuple(comma_separated(self.seg_blocks)))
-        return [(Guidance(self.seg_scale, self.seg_start, **self.sigma_range), passes)]
+        return [(Guidance(self.seg_scale, **self.window), passes)]

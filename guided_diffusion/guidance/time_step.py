@@ -102,8 +102,8 @@ class TsgOptions(GuidanceOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
-                                 comma_separated(self.tsg_blocks) or None, start=self.tsg_start, **self.sigma_range)]
+                                 comma_separated(self.tsg_blocks) or None, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One more evaluation at each step of the window."""
-        return [(Guidance(self.tsg_scale, self.tsg_start, **self.sigma_range), TimestepGuidance.passes)]
+        return [(Guidance(self.tsg_scale, **self.window), TimestepGuidance.passes)]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
@@ -25,6 +24,7 @@ from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
+from ..guidance.base import without_labels
 from ..npz import BatchFile
 from ..options import Options, option_fields
 from ..presets import find_preset
@@ -253,8 +253,3 @@ class SamplingRun:
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
         write_json(record_path, record, sync=True, ending="the samples are kept")
-
-
-def without_labels(model: nn.Module) -> Callable[..., Tensor]:
-    """An unconditional network among terms that have labels."""
-    return lambda x, t, y=None: model(x, t)
