@@ -71,7 +71,7 @@ class CfgOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term. Raises UserError for a network that was not trained for it."""
-        if not nets.model.null_class:
+        if nets.model.null_label is None:
             raise UserError(f"--cfg_scale {self.cfg_scale:g}: needs a network with labels and a null class, as "
                             "--label_dropout trains it; for others there is --icg_scale")
         return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, **self.window)]
