@@ -17,10 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from .errors import NonFiniteError, UserError
+from .late import Tensor, no_grad, torch
 from .options import Options, option
 from .process import Denoiser, Prediction
 from .schedules import gather
@@ -161,11 +159,11 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     contrast evaluates the network again.
     """
     losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
-    ends = [term.end_graph() for term, _ in losses]
+    ends = [end for term, _ in losses if (end := term.end_graph()) is not None]
     with torch.enable_grad():
         with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={}, shared=Shared())
         with ExitStack() as stack:
-            for end in ends if None not in ends else []:
+            for end in ends if len(ends) == len(losses) else []:
                 stack.enter_context(end)
             pred = _evaluated(with_graph, active)
         loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
@@ -200,7 +198,7 @@ def _within(window: Tensor, value: Tensor) -> Tensor:
     return torch.where(window.reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
-@torch.no_grad()
+@no_grad
 def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[[int], Tensor],
                  guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.

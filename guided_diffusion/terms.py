@@ -18,10 +18,9 @@ from numbers import Real
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
+from .late import Tensor, torch
 from .process import Denoiser, DiffusionProcess, Prediction
 
 Value = TypeVar("Value")
@@ -223,8 +222,12 @@ class Window:
         """(T,) bool: whether each step of the process has a noise level in the window."""
         with np.errstate(divide="ignore"):
             sigma = np.sqrt((1 - process.alphas_cumprod) / process.alphas_cumprod)
-        low = True if self.sigma_min is None else sigma > self.sigma_min
-        return low & (True if self.sigma_max is None else sigma <= self.sigma_max)
+        inside = np.ones(len(sigma), dtype=bool)
+        if self.sigma_min is not None:
+            inside &= sigma > self.sigma_min
+        if self.sigma_max is not None:
+            inside &= sigma <= self.sigma_max
+        return inside
 
 
 def check_number(what: str, value: object) -> None:
@@ -361,8 +364,3 @@ class FunctionGuidance(GradientGuidance):
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """What the function gives at x_t."""
         return self.cond_fn(ctx.x_t, ctx.model_t, **ctx.model_kwargs)
-
-
-def can_batch(term: Guidance) -> bool:
-    """Whether a term's further evaluation differs in its inputs alone."""
-    return isinstance(term, ContrastGuidance) and type(term).weaker is not ContrastGuidance.weaker

@@ -13,23 +13,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING, TypeVar
 
 from guided_diffusion.build import ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import capture_prefix, first_block
 from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
-from guided_diffusion.unet import Encoder, UNetModel
 
 from ..extractors import find_extractor
 from .missing import MissingFile, missing_files
 from .tables import Row
 
-Network = TypeVar("Network", bound=nn.Module)
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
+
+Network = TypeVar("Network", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -164,6 +163,8 @@ def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -
 
 def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Network, tuple[Tensor, Tensor]]:
     """Returns a network without weights, and an image and a step for it."""
+    from guided_diffusion.unet import Encoder
+
     with torch.device("meta"):
         model = build().eval().requires_grad_(False)
         if isinstance(model, Encoder):
@@ -173,6 +174,8 @@ def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Ne
 
 def _counted(function: Callable[[], object]) -> int:
     """Returns the operations that a call makes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

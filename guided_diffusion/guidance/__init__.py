@@ -8,10 +8,12 @@ from ..terms import (
     FunctionGuidance,
     GradientGuidance,
     Guidance,
+    Inputs,
     LossGuidance,
     Passes,
     StepContext,
     TransformGuidance,
+    Window,
 )
 from .autoguidance import AutoGuidance, AutoguidanceOptions
 from .base import GuidanceOptions, Networks
@@ -39,7 +41,8 @@ __all__ = [
     "ClassifierGuidance", "ClassifierGuidanceOptions", "CleanClassifierGuidance", "CleanClassifierOptions",
     "Contrast", "ContrastGuidance", "DagOptions", "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent",
     "FunctionGuidance", "Gradient", "GradientGuidance", "Guidance", "GuidanceOptions", "IcgOptions",
-    "IndependentConditionGuidance", "LossGuidance", "Networks", "PagOptions", "Passes", "PerturbedAttentionGuidance",
-    "ProjectedGuidance", "Rescale", "RescaleOptions", "SagOptions", "SegOptions", "SelfAttentionGuidance",
-    "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance", "TransformGuidance", "TsgOptions",
+    "IndependentConditionGuidance", "Inputs", "LossGuidance", "Networks", "PagOptions", "Passes",
+    "PerturbedAttentionGuidance", "ProjectedGuidance", "Rescale", "RescaleOptions", "SagOptions", "SegOptions",
+    "SelfAttentionGuidance", "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance", "TransformGuidance",
+    "TsgOptions", "Window",
 ]

@@ -31,19 +31,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from .. import checkpoint
 from ..errors import UserError
+from ..late import Tensor, nn, torch
 from ..options import Options, option, option_fields
 from ..presets import Preset
 from ..terms import Guidance, Passes, SigmaRange, WindowArguments
-from ..unet import Encoder, UNetModel
 
-AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+if TYPE_CHECKING:
+    from ..unet import Encoder, UNetModel
+
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
 def sigma_min_option() -> Any:
@@ -87,7 +87,8 @@ class GuidanceOptions(Options):
     short: the method in a word, as in "SAG step". switched_on: flags that switch it on, with its paper's values.
     remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
     network has none. sigma_flags: the name of a method that has a window of noise levels, before `_sigma_min` and
-    `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`).
+    `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`). can_batch: its further evaluation differs from
+    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
     """
 
     short: ClassVar[str]
@@ -95,10 +96,11 @@ class GuidanceOptions(Options):
     remedies: ClassVar[Mapping[str, str]] = {}
     needs_labels: ClassVar[bool] = False
     sigma_flags: ClassVar[str] = ""
+    can_batch: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.sigma_range.values()
+        low, high = self._sigma_levels
         if low is not None and high is not None and low >= high:
             flag = f"--{self.sigma_flags}_sigma"
             raise UserError(f"{flag}_min {low:g} {flag}_max {high:g}: the first must be smaller than the second")
@@ -189,10 +191,14 @@ class GuidanceOptions(Options):
     @property
     def sigma_range(self) -> SigmaRange:
         """The window of noise levels, as terms take it."""
-        def level(name: str) -> float | None:
-            return getattr(self, f"{self.sigma_flags}_{name}") if self.sigma_flags else None
+        low, high = self._sigma_levels
+        return {"sigma_min": low, "sigma_max": high}
 
-        return {"sigma_min": level("sigma_min"), "sigma_max": level("sigma_max")}
+    @property
+    def _sigma_levels(self) -> tuple[float | None, float | None]:
+        if not self.sigma_flags:
+            return None, None
+        return getattr(self, f"{self.sigma_flags}_sigma_min"), getattr(self, f"{self.sigma_flags}_sigma_max")
 
     def title(self, usual: Mapping[str, str] | None = None) -> str:
         """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
@@ -205,7 +211,7 @@ class GuidanceOptions(Options):
 
     def _window_words(self) -> list[str]:
         """The window of noise levels in words, like "noise levels 0.3 to 5"; none where it is open."""
-        low, high = self.sigma_range.values()
+        low, high = self._sigma_levels
         if low is None and high is None:
             return []
         if high is None:

@@ -20,25 +20,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..capture import capture_features, end_graph, find_blocks
 from ..checkpoint import locate, read_metadata
-from ..depth.predictor import DepthPredictors, check_fits, check_network, load_predictors
 from ..depth.prior import DepthPrior, load_prior
 from ..errors import UserError
-from ..nn import mean_flat
+from ..late import F, Tensor, torch
+from ..losses import mean_flat
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import Guidance, LossGuidance, Passes, SigmaRange, StepContext
-from ..unet import Encoder
 from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+
+if TYPE_CHECKING:
+    from ..depth.predictor import DepthPredictors
+    from ..unet import Encoder
 
 REDUCTIONS = ("mean", "sum")
 TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
@@ -47,11 +47,11 @@ TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
 class _DepthGuidance(LossGuidance):
     """What both terms share: the depth that predictors read from the network's features.
 
-    branches: the predictors that a term reads. differentiated: the one through which its loss has a gradient.
+    branches: the predictors that a term reads. differentiated: those through which its loss has a gradient.
     """
 
     branches: Sequence[str] = ()
-    differentiated: str = ""
+    differentiated: Sequence[str] = ()
 
     def __init__(self, model: Encoder, predictors: DepthPredictors, scale: float, reduction: str = "mean",
                  start: int | None = None, stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
@@ -72,8 +72,9 @@ class _DepthGuidance(LossGuidance):
         return capture_features(self.model, self.predictors.blocks, graph=True)
 
     def end_graph(self) -> AbstractContextManager[Any]:
-        """Keeps the graph up to the last block that the differentiated predictor reads."""
-        return end_graph(self.model, self.predictors.branches[self.differentiated].blocks)
+        """Keeps the graph up to the last block that a differentiated predictor reads."""
+        branches = [self.predictors.branches[name] for name in self.differentiated]
+        return end_graph(self.model, {block for branch in branches for block in branch.blocks})
 
     def depth(self, ctx: StepContext, branch: str) -> Tensor:
         """The depth at x_t by one branch, (N, 1, h, w) in [-1, 1], computed once for all terms of the step.
@@ -84,7 +85,7 @@ class _DepthGuidance(LossGuidance):
         if not maps:
             raise UserError(f"depth guidance saw no evaluation of {', '.join(self.predictors.blocks)}: it must be "
                             "given the network that is sampled")
-        graph = any(isinstance(term, _DepthGuidance) and term.differentiated == branch and self._reads_as(term)
+        graph = any(isinstance(term, _DepthGuidance) and branch in term.differentiated and self._reads_as(term)
                     for term in ctx.observed)
 
         def read() -> Tensor:
@@ -111,7 +112,7 @@ class DepthConsistencyGuidance(_DepthGuidance):
     """
 
     branches = ("strong", "weak")
-    differentiated = "weak"
+    differentiated = ("weak",)
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The loss `scale * L_dc` of each image, (N,)."""
@@ -129,7 +130,7 @@ class DepthPriorGuidance(_DepthGuidance):
     """
 
     branches = ("strong",)
-    differentiated = "strong"
+    differentiated = ("strong",)
     passes = Passes(backward=1, others={"prior": 1})
 
     def __init__(self, model: Encoder, predictors: DepthPredictors, prior: DepthPrior, scale: float,
@@ -216,6 +217,8 @@ class DagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """Both terms, or the one that is on."""
+        from ..depth.predictor import check_fits, load_predictors
+
         predictors = load_predictors(locate(self.depth_predictor), nets.device)
         check_fits(predictors, nets.model, None)
         common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop,
@@ -237,6 +240,8 @@ class DagOptions(GuidanceOptions):
     def check(self, sha256: Mapping[str, str]) -> None:
         """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
         if self.active:
+            from ..depth.predictor import check_network
+
             check_network(read_metadata(self.depth_predictor)["network_sha256"], sha256["model_path"],
                           f"--depth_predictor {self.depth_predictor}: was")
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Unpack
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ..capture import capture_prefix, first_block, override_grid_attention, resume_from
 from ..errors import UserError
+from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from ..unet import UNetModel
 from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
 
 
 class AttentionContrast(ContrastGuidance):

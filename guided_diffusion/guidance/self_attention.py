@@ -13,20 +13,19 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, Unpack
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 from ..capture import HEADS, Received, capture_attention, find_blocks
 from ..errors import UserError
+from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from ..unet import Encoder
 from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
+
+if TYPE_CHECKING:
+    from ..unet import Encoder
 
 Mask = Callable[[StepContext, Prediction], Tensor]
 
@@ -118,6 +117,7 @@ class SagOptions(GuidanceOptions):
     short = "SAG"
     switched_on: ClassVar = {"guide_scale": 1.1}
     sigma_flags = "sag"
+    can_batch = True
 
     guide_scale: float = option(1.0, "1 + s, s the scale of self-attention guidance; 1: off")
     guide_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
@@ -18,11 +17,12 @@ from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
 from ..guidance import GUIDANCE
+from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
 from ..sampling import SAMPLERS
 from ..version import __version__
-from .options import MOST_IMAGES, SampleOptions
+from .options import MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
@@ -54,14 +54,18 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
-    later = {field.name: field.default for cls in (SampleOptions, ModelOptions, DiffusionOptions, *SAMPLERS.values(),
-                                                   *GUIDANCE)
-             for field in option_fields(cls) if field.metadata.get("later")}
+    later = _later_defaults()
     values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
+
+
+def _later_defaults() -> dict[str, Any]:
+    """The defaults of options that older runs do not know."""
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    return {field.name: field.default for cls in classes for field in option_fields(cls) if field.metadata.get("later")}
 
 
 def _flags(*classes: type[Options]) -> set[str]:
