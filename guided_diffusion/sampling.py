@@ -207,7 +207,8 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     NonFiniteError where the network returns NaN or infinity.
     """
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
-    x_t, memory = x_T, {}
+    memory: dict[Guidance, Tensor] = {}
+    x_t = x_T
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)
         out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids, memory)

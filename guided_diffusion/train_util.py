@@ -253,7 +253,7 @@ class TrainLoop:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
         with dist_util.together():
             if dist_util.is_main():
-                kept = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
+                kept: dict[str, Sequence[Tensor]] = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
                 for name, tensors in (kept or {"model": self.precision.master_params}).items():
                     checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", self._named(tensors),
                                           self._metadata())
@@ -508,7 +508,8 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
     dist_util.setup_dist()
     if options.label_dropout:
         if not model_options.class_cond:
-            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, --class_cond True")
+            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
+                            "--class_cond True")
         model_options = replace(model_options, null_class=True)
     config = {**asdict(model_options), **asdict(diffusion_options)}
     with dist_util.together():

@@ -92,15 +92,15 @@ class CleanClassifierGuidance(GradientGuidance):
 @contextmanager
 def _smooth(classifier: object, beta: float | None) -> Iterator[None]:
     """Lets the classifier's ReLUs be softplus, for the length of the block."""
-    relus = [] if beta is None or not isinstance(classifier, nn.Module) else \
-        [module for module in classifier.modules() if isinstance(module, nn.ReLU)]
-    for relu in relus:
-        relu.forward = lambda x: F.softplus(x, beta=beta)
+    modules = classifier.modules() if beta is not None and isinstance(classifier, nn.Module) else ()
+    relus = [module for module in modules if isinstance(module, nn.ReLU)]
+    handles = [relu.register_forward_hook(lambda module, inputs, output: F.softplus(inputs[0], beta=beta or 1.0))
+               for relu in relus]
     try:
         yield
     finally:
-        for relu in relus:
-            del relu.forward
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

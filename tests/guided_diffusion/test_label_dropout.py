@@ -53,7 +53,8 @@ def test_a_training_without_it_never_sees_the_null_class(data_dir, tmp_path):
 
 def test_snapshots_are_the_averages_at_multiples_of_so_many_images(run, data_dir, tmp_path):
     names = sorted(path.name for path in run.glob("snapshot_*"))
-    assert names == sorted(f"snapshot_{images}_ema_{rate}.safetensors" for images in (8, 16, 24) for rate in (0.9, 0.99))
+    assert names == sorted(f"snapshot_{images}_ema_{rate}.safetensors" for images in (8, 16, 24)
+                           for rate in (0.9, 0.99))
     last = weights(run, "snapshot_24_ema_0.9")
     assert all(torch.equal(value, last[name]) for name, value in weights(run, "ema_0.9").items())
     assert checkpoint.read_metadata(run / "snapshot_8_ema_0.9.safetensors")["step"] == "2"
@@ -80,7 +81,7 @@ def test_the_trained_network_samples_with_and_without_labels(run, tmp_path):
 
 
 def test_what_does_not_fit_is_a_sentence(data_dir, tmp_path, run, capsys):
-    with pytest.raises(UserError, match="--label_dropout 0.1: needs a network with labels"):
+    with pytest.raises(UserError, match=r"--label_dropout 0\.1: needs a network with labels"):
         train(data_dir, tmp_path / "a", class_cond=False, label_dropout=0.1)
     with pytest.raises(UserError, match="--null_class True: needs"):
         build_model(ModelOptions(**{**MODEL, "class_cond": False, "null_class": True}))

@@ -1,5 +1,6 @@
 """Contrasts, clean-classifier guidance and transforms against their formulas, written out here in float64."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -43,8 +44,8 @@ def case():
     model, diffusion = create_model_and_diffusion(**{**TINY, "timestep_respacing": "10", "null_class": True})
     in_float64(with_random_weights(model, seed=1).requires_grad_(False))
     x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    return SimpleNamespace(model=model, diffusion=diffusion, x=x, t=torch.tensor([6, 6, 6]), ids=torch.tensor([4, 0, 9]),
-                           y=torch.tensor([1, 0, 1]))
+    return SimpleNamespace(model=model, diffusion=diffusion, x=x, t=torch.tensor([6, 6, 6]),
+                           ids=torch.tensor([4, 0, 9]), y=torch.tensor([1, 0, 1]))
 
 
 def context(case, **changes):
@@ -156,7 +157,7 @@ def test_the_blur_of_queries_is_that_of_the_reference(sigma, grid):
 def test_every_sigma_of_smoothed_energy_guidance_acts_and_more_moves_further(case):
     sizes = [float(delta_of(case, SmoothedEnergyGuidance(case.model, BLOCKS, 1.0, sigma)).norm())
              for sigma in (0.3, 0.6, 1.2, math.inf)]
-    assert all(0 < one < other for one, other in zip(sizes, sizes[1:], strict=False))
+    assert all(0 < one < other for one, other in itertools.pairwise(sizes))
     assert sizes[-1] == float(delta_of(case, SmoothedEnergyGuidance(case.model, BLOCKS, 1.0, 9999.0)).norm())
 
 

@@ -41,8 +41,9 @@ CASES = {
                                       "pag_sigma_max": 1.0}),
     SegOptions: ({"seg_scale": 20.0}, {"seg_scale": 40.0, "seg_blocks": "output.0", "seg_blur_sigma": 0.5,
                                        "seg_start": 1, "seg_sigma_min": 1.0, "seg_sigma_max": 1.0}),
-    TsgOptions: ({"tsg_scale": 1.0}, {"tsg_scale": 2.0, "tsg_noise_scale": 0.5, "tsg_power": 3.0, "tsg_blocks": "middle",
-                                      "tsg_start": 1, "tsg_sigma_min": 10.0, "tsg_sigma_max": 1.0}),
+    TsgOptions: ({"tsg_scale": 1.0}, {"tsg_scale": 2.0, "tsg_noise_scale": 0.5, "tsg_power": 3.0,
+                                      "tsg_blocks": "middle", "tsg_start": 1, "tsg_sigma_min": 10.0,
+                                      "tsg_sigma_max": 1.0}),
     CfgOptions: ({"cfg_scale": 1.0}, {"cfg_scale": 2.0, "cfg_start": 1, "cfg_sigma_min": 1.0, "cfg_sigma_max": 1.0}),
     IcgOptions: ({"icg_scale": 1.0}, {"icg_scale": 2.0, "icg_start": 1, "icg_sigma_min": 10.0, "icg_sigma_max": 1.0}),
     AutoguidanceOptions: ({"autoguidance_scale": 1.0, "weak_model_path": "weak"}, {
