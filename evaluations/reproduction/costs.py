@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from guided_diffusion.build import ModelOptions, build_diffusion, build_model
+from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.capture import capture_prefix, first_block
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
@@ -92,7 +92,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
 
 def passes(run: SamplingRun) -> RowPasses:
     """Returns the passes of a run, by the scales and windows of its guidance."""
-    t, process = torch.arange(run.num_steps), build_diffusion(run.diffusion)
+    t, process = torch.arange(run.num_steps), run.process()
     forward: float = run.num_steps
     backward, others = torch.zeros_like(t, dtype=torch.bool), Counter[str]()
     for method in run.active:
