@@ -45,8 +45,8 @@ class NetworkOptions(Options):
     dropout: float = option(0.0, "dropout probability in training", minimum=0, maximum=1)
     class_cond: bool = option(False, "the network is given class labels")
     num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1, maximum=MOST_CLASSES)
-    null_class: bool = option(False, "the labels have one more, for no class, as training with --label_dropout makes it",
-                              later=True)
+    null_class: bool = option(False, "the labels have one more, for no class, as training with --label_dropout makes "
+                              "it", later=True)
     use_checkpoint: bool = option(False, "save memory in backward passes by computing activations again")
     use_scale_shift_norm: bool = option(True, "the timestep embedding scales and shifts the norms")
     resblock_updown: bool = option(False, "residual blocks change the resolution, instead of convolutions")

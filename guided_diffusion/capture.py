@@ -133,7 +133,7 @@ def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Te
     """
     blocks = find_blocks(model.feature_blocks, names, "block")
     reached: list[str] = []
-    changed: dict[int, tuple[Tensor, Tensor]] = {}          # by the embedding, which is kept so that its id stays its own
+    changed: dict[int, tuple[Tensor, Tensor]] = {}          # by the embedding, kept so that its id stays its own
 
     def hook(name: str) -> Callable[..., tuple[Any, ...]]:
         def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
