@@ -52,6 +52,7 @@ class IcgOptions(GuidanceOptions):
     short = "ICG"
     switched_on: ClassVar = {"icg_scale": 1.0}
     sigma_flags = "icg"
+    can_batch = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
     icg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
