@@ -86,13 +86,18 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
         self.observers: list[Observer] = []
         self.override: Attention | None = None
+        self.compiled: Callable[[Tensor], Tensor] | None = None         # `plain`, where it is compiled
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> the same shape."""
         if self.observers or self.override is not None:
             # What is observed must be computed once, and its graph kept: no checkpoint then.
             return self._forward(x, self.override or attention, self.observers)
-        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
+        return checkpoint(self.compiled or self.plain, x, enabled=self.use_checkpoint)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed, and not watched: what `forward` says."""
+        return self._forward(x)
 
     def _forward(self, x: Tensor, attend: Attention = attention, observers: Sequence[Observer] = ()) -> Tensor:
         height, width = x.shape[2:]

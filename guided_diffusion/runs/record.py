@@ -14,6 +14,7 @@ import torch
 
 from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
+from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
@@ -25,7 +26,9 @@ from ..version import __version__
 from .options import MOST_IMAGES, SampleOptions
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
-IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
+IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim",
+              "dtype")                # which is recorded as what it means: use_fp16 and use_bf16
+LATER = ("checkpoint_entry", "compile")         # older runs know no such options, which are off unless they are given
 MODEL_FLAG = "model_path"
 LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
@@ -54,8 +57,9 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
-    if not values.get("checkpoint_entry"):          # older runs know no such option
-        values.pop("checkpoint_entry", None)
+    for name in LATER:
+        if not values.get(name):
+            values.pop(name, None)
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
@@ -96,6 +100,16 @@ def read_record(path: Path) -> dict[str, Any]:
         if type(value) is not int or not 1 <= value <= MOST_IMAGES:
             raise ValueError(f"its {name} is {shortened(value)}")
     return {**content, "configuration": configuration, "sha256": dict(content["sha256"])}
+
+
+def recorded_dtype(folder: Path) -> str | None:
+    """The type in which the network of the run in a folder computes, begun or finished; None where there is none."""
+    for path in (folder / "shards" / "run.json", folder / "run.json"):
+        try:
+            return dtype_name(read_record(path)["configuration"])
+        except READ_ERRORS:
+            continue
+    return None
 
 
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
