@@ -49,8 +49,8 @@ def load(name: str = "", *, model_path: str | Path = "", checkpoint_entry: str =
     or classifier_path for a released checkpoint.
     A bundled model brings its classifier.
 
-    Raises UserError for an unknown name, type or flag, for a flag that contradicts what a file states of itself, and for a
-    file that is missing or does not fit.
+    Raises UserError for an unknown name, type or flag, for a flag that contradicts what a file states of itself, and
+    for a file that is missing or does not fit.
     """
     if dtype not in ("", AUTO, *DTYPES):
         raise UserError(f"dtype {dtype!r}: must be one of {', '.join((AUTO, *DTYPES))}")

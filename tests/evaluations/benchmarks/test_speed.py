@@ -8,7 +8,8 @@ import torch
 from commands import flags
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
-from evaluations.benchmarks.speed import BenchmarkOptions, benchmark, checkpointed, count_passes
+from evaluations.benchmarks.setting import checkpointed
+from evaluations.benchmarks.speed import BenchmarkOptions, benchmark, count_passes
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
