@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-import torch
-from torch import Tensor, nn
-
 from . import checkpoint
-from .attention import AttentionBlock
 from .build import ModelOptions, build_model
 from .dtypes import DTYPES, with_dtype
 from .errors import UserError
-from .unet import ResBlock, UNetModel
+from .late import Tensor, nn, no_grad, torch
+
+if TYPE_CHECKING:
+    from .attention import AttentionBlock
+    from .unet import ResBlock, UNetModel
 
 SECONDS = 1.0               # for all rounds of a comparison together
 SHORTEST = 0.1              # seconds of an evaluation that is long enough to be timed
@@ -97,7 +97,7 @@ def _batch(network: UNetModel, largest: int) -> int:
     return batch
 
 
-@torch.no_grad()
+@no_grad
 def evaluation(network: UNetModel, batch: int) -> Tensor:
     """The prediction of a network for so many images of noise, at the size it is made for."""
     device, size = next(network.parameters()).device, network.image_size
@@ -156,10 +156,16 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     (`guided_diffusion.capture`) stays right: an attention block that is observed or overridden runs as it is.
     backend: of torch.compile. The compilation itself happens at the first evaluation.
     """
-    for block in network.modules():
-        if isinstance(block, ResBlock | AttentionBlock):
-            function = _separate(type(block).plain, f"plain_{crc32(repr(block).encode())}")
-            block.compiled = torch.compile(MethodType(function, block), dynamic=False, backend=backend)
+    for block in _blocks(network):
+        function = _separate(type(block).plain, f"plain_{crc32(repr(block).encode())}")
+        block.compiled = torch.compile(MethodType(function, block), dynamic=False, backend=backend)
+
+
+def _blocks(network: nn.Module) -> list[ResBlock | AttentionBlock]:
+    from .attention import AttentionBlock
+    from .unet import ResBlock
+
+    return [block for block in network.modules() if isinstance(block, ResBlock | AttentionBlock)]
 
 
 def _separate(function: Any, name: str) -> FunctionType:
@@ -191,7 +197,7 @@ def compile_for(network: UNetModel, batch_size: int) -> str:
 
 def _uncompiled(network: nn.Module, function: Callable[[], object]) -> None:
     """Calls a function while the blocks of the network run as they are."""
-    blocks = [block for block in network.modules() if isinstance(block, ResBlock | AttentionBlock)]
+    blocks = _blocks(network)
     compiled = [block.compiled for block in blocks]
     try:
         for block in blocks:

@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
+from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, option, options_from
-from guided_diffusion.unet import UNetModel
 
 from .setting import Setting
 from .speed import CallCost, built_terms, measure_calls
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 ALIAS = "official_guided_diffusion"         # under which the clone's package is imported, beside this one
 MATRIX = {"cpu": 1024, "cuda": 8192}        # rows and columns of the matrices whose product is timed
@@ -210,7 +210,7 @@ def _product(device: torch.device) -> Callable[[], object]:
     return lambda: one @ two
 
 
-@torch.no_grad()
+@no_grad
 def _operations(here: Setting) -> float:
     """The operations of an evaluation, two for a product and its sum, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode

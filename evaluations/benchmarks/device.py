@@ -27,29 +27,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from guided_diffusion.depth.features import feature_channels
-from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.dtypes import with_dtype
 from guided_diffusion.execution import compile_blocks, explained_compilation
 from guided_diffusion.guidance import GUIDANCE, Guidance, GuidanceOptions, LossGuidance, Networks
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, option_fields, options_from
 from guided_diffusion.places import command_file
 from guided_diffusion.presets import find_preset
 from guided_diffusion.sampling import ddim_step, last, sample_chain
 from guided_diffusion.terms import StepContext
-from guided_diffusion.unet import UNetModel
 
 from .against import seeded_weights
 from .setting import Setting, contiguous_copy
 from .speed import CallCost, built_terms, measure_calls
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 UNIT = {"float32": 2.0**-24, "TF32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 ROOM = 2.0
@@ -186,6 +185,9 @@ class Subject:
 
     def _write_predictors(self, path: Path) -> None:
         """Depth predictors with seeded weights, which read blocks of the decoder's middle."""
+        from guided_diffusion.depth.features import feature_channels
+        from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
+
         blocks = [name for name in self.source.feature_blocks if name.startswith("output.")]
         middle = blocks[len(blocks) // 3:max(len(blocks) // 3 + 1, 2 * len(blocks) // 3)]
         channels = feature_channels(self.source, middle)

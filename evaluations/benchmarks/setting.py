@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import Guidance, LossGuidance
+from guided_diffusion.late import Tensor, torch
 from guided_diffusion.process import Denoiser
 from guided_diffusion.runs.sample import without_labels
 from guided_diffusion.sampling import ddpm_step, sample_step
-from guided_diffusion.unet import UNetModel
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 Call = Callable[[], Any]
 

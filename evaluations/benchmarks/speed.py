@@ -7,9 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-from torch import Tensor, nn
-
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
@@ -17,6 +14,7 @@ from guided_diffusion.dtypes import AUTO, dtype_name, dtype_option, with_dtype
 from guided_diffusion.errors import UserError
 from guided_diffusion.execution import choose_dtype, timed
 from guided_diffusion.guidance import Guidance, GuidanceOptions, Networks
+from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, option
 from guided_diffusion.progress import progress_bar
 
@@ -118,7 +116,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights.to(v.dtype) @ v
 
 
-@torch.no_grad()
+@no_grad
 def measure_calls(functions: Mapping[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
                   ) -> dict[str, CallCost]:
     """Calls each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.
