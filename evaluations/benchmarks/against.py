@@ -11,20 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, option, options_from
 
 from .setting import Setting
-from .speed import CallCost, built_terms, measure_calls
+from .speed import CallCost, built_terms, explicit_attention, measure_calls
 
 if TYPE_CHECKING:
     from guided_diffusion.unet import UNetModel
+
+AnyNetwork = TypeVar("AnyNetwork", bound="nn.Module")
 
 ALIAS = "official_guided_diffusion"         # under which the clone's package is imported, beside this one
 MATRIX = {"cpu": 1024, "cuda": 8192}        # rows and columns of the matrices whose product is timed
@@ -112,7 +115,7 @@ def official_copy(module: ModuleType, model: UNetModel, device: torch.device) ->
     return network.to(device).eval().requires_grad_(False)
 
 
-def seeded_weights(network: nn.Module, seed: int = 0) -> nn.Module:
+def seeded_weights(network: AnyNetwork, seed: int = 0) -> AnyNetwork:
     """Fills a network on the CPU with weights that keep the size of what passes through it, and have no zeros.
 
     Matrices and kernels are N(0, 1 / inputs), scales of norms 1 + N(0, 0.01), biases N(0, 0.01).
@@ -215,7 +218,8 @@ def _operations(here: Setting) -> float:
     """The operations of an evaluation, two for a product and its sum, as torch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    blocks = here.model.attention_blocks        # it does not count the products of fused attention
+    with override_attention(here.model, blocks, explicit_attention), FlopCounterMode(display=False) as counter:
         here.evaluation()
     return float(counter.get_total_flops())
 

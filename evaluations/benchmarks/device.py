@@ -199,8 +199,9 @@ class Subject:
 
     def network(self, dtype: str = "float32", compiled: bool = False) -> UNetModel:
         """The network on the device, in that type."""
-        model = build_model(with_dtype(self.options, dtype))
-        model.load_state_dict(self.source.state_dict())
+        with torch.device("meta"):
+            model = build_model(with_dtype(self.options, dtype))
+        model.to_empty(device=self.device).load_state_dict(self.source.state_dict())
         checkpoint.ready(model, self.device)
         if compiled:
             compile_blocks(model)

@@ -9,13 +9,14 @@ import torch
 from commands import call, flags
 from networks import TINY, with_random_weights
 
-from guided_diffusion import execution
+from guided_diffusion import dist_util, execution
 from guided_diffusion.attention import AttentionBlock
 from guided_diffusion.build import ModelOptions
 from guided_diffusion.capture import capture_attention, capture_features, override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.execution import Choice, choose_dtype, compile_blocks, compile_for, fastest, time_calls
 from guided_diffusion.options import options_from
+from guided_diffusion.runs import sample
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import identity
 from guided_diffusion.runs.sample import SamplingRun
@@ -79,23 +80,39 @@ def test_auto_says_what_it_took_and_keeps_it(tmp_path, tiny_checkpoints, monkeyp
     short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 1, "batch_size": 1}
     monkeypatch.setattr(execution, "time_calls", lambda functions: dict(zip(functions, (2.0, 1.0), strict=True)))
 
-    def sample(out, **options):
+    def sampled(out, **options):
         caplog.clear()
         assert call("image_sample", *flags({**short, **options, "out": tmp_path / out})) == 0
         with np.load(tmp_path / out / f"samples_{options['num_samples']}x16x16x3.npz") as file:
             return file["arr_0"], [each.getMessage() for each in caplog.records]
 
-    images, said = sample("auto", dtype="auto", num_samples=1)
+    images, said = sampled("auto", dtype="auto", num_samples=1)
     assert said == ["--dtype auto: bfloat16; an evaluation of an image takes 2e+03 ms in float32, 1e+03 ms in bfloat16"]
-    named, _ = sample("named", dtype="bfloat16", num_samples=1)
+    named, _ = sampled("named", dtype="bfloat16", num_samples=1)
     assert np.array_equal(images, named)
     monkeypatch.setattr(execution, "time_calls", lambda functions: dict(zip(functions, (1.0, 2.0), strict=True)))
-    longer, said = sample("auto", dtype="auto", use_fp16=True, num_samples=2, keep_shards=True)
+    longer, said = sampled("auto", dtype="auto", use_fp16=True, num_samples=2, keep_shards=True)
     assert said == ["without effect: --use_fp16 (--dtype auto counts)",
                     f"--dtype auto: bfloat16, as the images that are in {tmp_path / 'auto'} already"]
     assert len(longer) == 2 and np.array_equal(longer[:1], images)
     assert call("image_sample", *flags({**short, "use_bf16": True, "num_samples": 2, "out": tmp_path / "auto"})) == 0
     assert call("image_sample", *flags({**short, "dtype": "float32", "num_samples": 2, "out": tmp_path / "auto"})) == 2
+
+
+def test_rank_0_decides_for_all_ranks(monkeypatch, tmp_path):
+    shared, timings = torch.distributed.HashStore(), []
+    monkeypatch.setattr(dist_util, "store", lambda name: shared)
+
+    def chosen(*settings):
+        timings.append(settings)
+        return Choice("bfloat16", {"float32": 2.0, "bfloat16": 1.0}, 1)
+    monkeypatch.setattr(sample, "choose_dtype", chosen)
+    undecided = run(dtype="auto", out=str(tmp_path))
+    assert undecided.settled().model.use_bf16
+    monkeypatch.setattr(dist_util, "is_main", lambda: False)
+    assert undecided.settled().model.use_bf16 and len(timings) == 1
+    named = run(dtype="float16", out=str(tmp_path))
+    assert named.settled() is named and len(timings) == 1
 
 
 def test_a_type_that_there_is_not(capsys):
