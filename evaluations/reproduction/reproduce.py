@@ -131,7 +131,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         return plan(table, options.references, options.inception, ranks, options.evaluation_seconds) \
             if dist_util.is_main() else ""
     dist_util.setup_dist()
-    table = settled(table)
+    table = decided(table)
     folder = Path(options.out) / table.name
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, changed)
@@ -151,7 +151,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             return write_all(folder, described, pictures(table, why))
 
 
-def settled(table: Table) -> Table:
+def decided(table: Table) -> Table:
     """Returns the table with one type for all rows whose --dtype is auto; all ranks call it together.
 
     That is the type of the first of these rows that was begun, else the fastest one for the first of them.
@@ -160,7 +160,7 @@ def settled(table: Table) -> Table:
     if not rows:
         return table
     begun = [row for row in rows if not row.run.sample.overwrite and recorded_dtype(row.run.out)]
-    dtype = (begun or rows)[0].run.settled().sample.dtype
+    dtype = (begun or rows)[0].run.decided().sample.dtype
     return replace(table, rows={name: row.changed(dtype=dtype) if row in rows else row
                                 for name, row in table.rows.items()})
 

@@ -38,7 +38,7 @@ def usual(table: Table) -> str:
 
 def sampler(run: SamplingRun) -> str:
     """Returns the sampler and its steps, like "DDPM, 250 steps"."""
-    return f"{run.sampler.title}, {run.num_steps} steps"
+    return run.sampler.headline(run.num_steps)
 
 
 def heads(run: SamplingRun) -> str:

@@ -21,9 +21,10 @@ from ..guidance import GUIDANCE
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
+from ..respace import space_timesteps
 from ..sampling import SAMPLERS
 from ..version import __version__
-from .options import MOST_IMAGES, SampleOptions
+from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim",
@@ -52,6 +53,8 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     files, unused = [MODEL_FLAG], set()
     for name, sampler in SAMPLERS.items():
         unused |= _flags(sampler) if name != sample.sampler_name else set()
+    used, = _read(configuration, SAMPLERS[sample.sampler_name])
+    unused -= _flags(type(used))
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
         files += method.files()
@@ -60,6 +63,7 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     for name in LATER:
         if not values.get(name):
             values.pop(name, None)
+    values |= used.settled(values.get("timestep_respacing") or "")
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
@@ -125,6 +129,16 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def title(configuration: Mapping[str, Any]) -> str:
-    """The guidance of a recorded run in words, like "SAG s = 0.1 + CG scale 0.5"."""
+    """The guidance of a recorded run in words, and its sampler if that is not DDPM.
+
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
+    """
     methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
-    return " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
+    if sample.sampler_name == DEFAULT_SAMPLER:
+        return words
+    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+    chain = space_timesteps(diffusion.diffusion_steps, sampler.respacing(diffusion.timestep_respacing)
+                            or [diffusion.diffusion_steps])
+    return f"{words}, {sampler.headline(sampler.num_steps(len(chain)))}"

@@ -108,11 +108,11 @@ def test_rank_0_decides_for_all_ranks(monkeypatch, tmp_path):
         return Choice("bfloat16", {"float32": 2.0, "bfloat16": 1.0}, 1)
     monkeypatch.setattr(sample, "choose_dtype", chosen)
     undecided = run(dtype="auto", out=str(tmp_path))
-    assert undecided.settled().model.use_bf16
+    assert undecided.decided().model.use_bf16
     monkeypatch.setattr(dist_util, "is_main", lambda: False)
-    assert undecided.settled().model.use_bf16 and len(timings) == 1
+    assert undecided.decided().model.use_bf16 and len(timings) == 1
     named = run(dtype="float16", out=str(tmp_path))
-    assert named.settled() is named and len(timings) == 1
+    assert named.decided() is named and len(timings) == 1
 
 
 def test_a_type_that_there_is_not(capsys):

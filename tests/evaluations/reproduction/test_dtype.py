@@ -3,7 +3,7 @@
 from commands import flags
 
 from evaluations.reproduction import reproduce
-from evaluations.reproduction.reproduce import ReproduceOptions, choose, settled
+from evaluations.reproduction.reproduce import ReproduceOptions, choose, decided
 from evaluations.reproduction.tables import load_table
 from guided_diffusion.execution import Choice
 from guided_diffusion.options import parse_options
@@ -32,9 +32,9 @@ def test_auto_is_found_once_for_all_rows_and_kept(tmp_path, monkeypatch):
         return Choice("bfloat16", {"float32": 2.0, "bfloat16": 1.0}, 1)
     monkeypatch.setattr(sample, "choose_dtype", choice)
     table = chosen(tmp_path, dtype="auto")
-    assert types(settled(table)) == {"bfloat16"} and len(timings) == 1
-    assert settled(chosen(tmp_path)).rows == chosen(tmp_path).rows and len(timings) == 1
+    assert types(decided(table)) == {"bfloat16"} and len(timings) == 1
+    assert decided(chosen(tmp_path)).rows == chosen(tmp_path).rows and len(timings) == 1
     begun = table.rows["sag_1"].run.out
     for module in (reproduce, sample):
         monkeypatch.setattr(module, "recorded_dtype", lambda folder: "float16" if folder == begun else None)
-    assert types(settled(table)) == {"float16"} and len(timings) == 1
+    assert types(decided(table)) == {"float16"} and len(timings) == 1

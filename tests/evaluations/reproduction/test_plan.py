@@ -41,6 +41,8 @@ def row(tiny_checkpoints, tmp_path):
     ({"classifier_guidance": True}, (6, 6)),
     ({"classifier_guidance": True, "classifier_scale": 0}, (6, 0)),
     ({"guide_scale": 1.5, "use_ddim": True, "timestep_respacing": "ddim5", "classifier_guidance": True}, (10, 5)),
+    ({"guide_scale": 1.5, "guide_start": 2, "sampler": "unipc", "timestep_respacing": "", "sampling_steps": 4}, (6, 0)),
+    ({"sampler": "dpm-solver++", "solver_grid": "chain"}, (6, 0)),
 ], ids=str)
 def test_passes_are_those_that_a_run_makes(row, changes, expected):
     made = {UNetModel: 0, EncoderUNetModel: 0}

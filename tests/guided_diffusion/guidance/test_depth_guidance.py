@@ -252,6 +252,21 @@ def test_depth_terms_compose_with_all_others(case, sampler):
         assert not any(value.requires_grad for value in out.values())
 
 
+@pytest.mark.parametrize("solver", ["dpm-solver++", "unipc"])
+def test_depth_terms_at_fractional_steps_of_a_solver(case, solver):
+    """At the first step the gradient is taken from the state as in DDIM; the chain ends in other images."""
+    def chain(guidance):
+        return list(case.diffusion.solver_sample_loop_progressive(
+            case.model, case.x.shape, solver=solver, steps=3, noise=case.x, model_kwargs=case.kwargs,
+            guidance=guidance))
+
+    plain, guided = chain([]), chain(list(terms(case).values()))
+    assert all(out["sample"].isfinite().all() and not out["sample"].requires_grad for out in guided)
+    # At the noisiest step x0 is 157 times as far off as eps.
+    np.testing.assert_allclose(guided[0]["pred_xstart"], plain[0]["pred_xstart"], atol=1e-3)
+    assert (guided[-1]["sample"] - plain[-1]["sample"]).abs().max() > 1e-3
+
+
 def test_ddim_with_all_its_noise_is_ddpm_with_depth_guidance_too():
     case = build(learn_sigma=False, sigma_small=True)
     guidance = list(terms(case).values())
