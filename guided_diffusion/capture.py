@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .late import Tensor, nn, torch
 from .options import nearest
 
 if TYPE_CHECKING:
-    from .attention import Attention, AttentionBlock
-    from .unet import Encoder
+    from .attention import Attention, AttentionBlock, GridAttention
+    from .unet import Encoder, Prefix, UNetModel
 
 HEADS = ("exact", "official")
 
@@ -101,13 +101,18 @@ def official_heads(model: Encoder, name: str) -> int:
     return heads
 
 
-@contextmanager
-def override_attention(model: Encoder, names: Iterable[str], attention: Attention) -> Iterator[None]:
+def override_attention(model: Encoder, names: Iterable[str], attention: Attention) -> AbstractContextManager[None]:
     """Lets the named attention blocks compute `attention(q, k, v)` instead of softmax attention.
 
     q, k, v and the result: (N, heads, T, C / heads). `lambda q, k, v: v` is the identity attention of
     perturbed-attention guidance.
     """
+    return override_grid_attention(model, names, lambda q, k, v, grid: attention(q, k, v))
+
+
+@contextmanager
+def override_grid_attention(model: Encoder, names: Iterable[str], attention: GridAttention) -> Iterator[None]:
+    """As `override_attention`, with `attention(q, k, v, grid)`; grid: height and width of the tokens' map, T in all."""
     blocks = find_blocks(model.attention_blocks, names, "attention block")
     before = {name: block.override for name, block in blocks.items()}
     for block in blocks.values():
@@ -117,6 +122,35 @@ def override_attention(model: Encoder, names: Iterable[str], attention: Attentio
     finally:
         for name, block in blocks.items():
             block.override = before[name]
+
+
+@contextmanager
+def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[list[str]]:
+    """Lets the named blocks of `model.feature_blocks` see `change(emb)` in place of the embedding of step and label.
+
+    emb and the result: (N, E); of an evaluation it is changed once. The list that is given fills with the names of the
+    blocks that were reached. Raises UserError for an unknown block.
+    """
+    blocks = find_blocks(model.feature_blocks, names, "block")
+    reached: list[str] = []
+    changed: dict[int, tuple[Tensor, Tensor]] = {}          # by the embedding, kept so that its id stays its own
+
+    def hook(name: str) -> Callable[..., tuple[Any, ...]]:
+        def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, emb, *rest = inputs
+            if id(emb) not in changed:
+                changed.clear()
+                changed[id(emb)] = emb, change(emb)
+            reached.append(name)
+            return x, changed[id(emb)][1], *rest
+        return replace
+
+    handles = [block.register_forward_pre_hook(hook(name)) for name, block in blocks.items()]
+    try:
+        yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -140,3 +174,64 @@ def capture_features(model: Encoder, names: Iterable[str], *, graph: bool = Fals
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def capture_prefix(model: UNetModel, block: str) -> Iterator[list[Prefix]]:
+    """Captures every evaluation in the `with` block up to the attention of `block`, so that others can begin there.
+
+    An evaluation that differs only from that attention on, as one whose attention is overridden, needs no more:
+
+        with capture_prefix(unet, "middle") as prefixes:
+            eps = unet(x_t, t)
+        with override_attention(unet, ["middle"], lambda q, k, v: v):
+            perturbed = unet.resume(prefixes[0])          # bit for bit unet(x_t, t)
+
+    A prefix holds the skip tensors that are still to be read, and one map (`Prefix.memory` bytes), without their
+    graph. Raises UserError for an unknown block.
+    """
+    from .unet import PrefixRecorder
+
+    attention = find_blocks(model.attention_blocks, [block], "attention block")[block]
+    recorder = PrefixRecorder(block)
+    handle = attention.register_forward_pre_hook(recorder.record)
+    model.recorders.append(recorder)
+    try:
+        yield recorder.prefixes
+    finally:
+        handle.remove()
+        model.recorders.remove(recorder)
+
+
+@contextmanager
+def resume_from(model: UNetModel, prefixes: Iterable[Prefix]) -> Iterator[None]:
+    """Lets the network begin at one of the prefixes where it is called with the inputs of that one.
+
+    What lies around the network, such as a function that adds its labels, needs no knowledge of prefixes. Other inputs
+    are evaluated from their beginning.
+    """
+    before, model.prefixes = model.prefixes, list(prefixes)
+    try:
+        yield
+    finally:
+        model.prefixes = before
+
+
+def first_block(model: Encoder, names: Iterable[str]) -> str:
+    """The one of the named attention blocks that an evaluation reaches first."""
+    named = find_blocks(model.attention_blocks, names, "attention block")
+    return next(name for name in model.attention_blocks if name in named)
+
+
+@contextmanager
+def end_graph(model: Encoder, names: Iterable[str]) -> Iterator[None]:
+    """Keeps no autograd graph above the last of the named blocks, in the `with` block.
+
+    Nested blocks keep it up to the last block that any of them names. Raises UserError for an unknown block.
+    """
+    named = list(find_blocks(model.feature_blocks, names, "block"))
+    before, model.graph_ends = model.graph_ends, [*model.graph_ends, *named]
+    try:
+        yield
+    finally:
+        model.graph_ends = before

@@ -77,7 +77,8 @@ class Denoiser:
 
     denoised_fn: applied to x0 before it is clipped to [-1, 1] (where clip_denoised). model_kwargs: labels and the
     like, (N, ...) each. dynamic_threshold: a quantile in (0, 1] by which x0 is thresholded in place of clipping (see
-    `dynamically_thresholded`).
+    `dynamically_thresholded`). batch_contrasts: a guided step makes further evaluations that differ in their inputs
+    alone as one batch.
     """
 
     diffusion: DiffusionProcess
@@ -86,6 +87,7 @@ class Denoiser:
     denoised_fn: Callable[[Tensor], Tensor] | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_threshold: float | None = None
+    batch_contrasts: bool = False
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
         """One evaluation of the network at x_t (N, C, H, W), at steps t (N,)."""

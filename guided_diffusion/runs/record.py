@@ -24,12 +24,11 @@ from ..options import Options, option_fields, options_from, shortened
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS
 from ..version import __version__
-from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions
+from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim",
               "dtype")                # which is recorded as what it means: use_fp16 and use_bf16
-LATER = ("checkpoint_entry", "compile")         # older runs know no such options, which are off unless they are given
 MODEL_FLAG = "model_path"
 LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
@@ -60,14 +59,19 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
-    for name in LATER:
-        if not values.get(name):
-            values.pop(name, None)
+    later = _later_defaults()
+    values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= used.settled(values.get("timestep_respacing") or "")
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
+
+
+def _later_defaults() -> dict[str, Any]:
+    """The defaults of options that older runs do not know."""
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    return {field.name: field.default for cls in classes for field in option_fields(cls) if field.metadata.get("later")}
 
 
 def _flags(*classes: type[Options]) -> set[str]:

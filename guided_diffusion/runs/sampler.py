@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -107,6 +108,7 @@ class ImageSampler:
         kwargs = {} if labels is None else {"y": labels.to(device)}
         denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs,
                                           dynamic_threshold=self.sampler.threshold_quantile)
+        denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
         chain = sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
         return sampling.last(chain, on_step)["sample"].cpu()

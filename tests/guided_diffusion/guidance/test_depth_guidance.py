@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from networks import TINY, TINY_CLASSIFIER, with_random_weights
+from networks import TINY, TINY_CLASSIFIER, in_float64, with_random_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,6 @@ from guided_diffusion.guidance import (
     SelfAttentionGuidance,
     StepContext,
 )
-from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.process import Denoiser
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 
@@ -87,16 +86,8 @@ def build(**flags):
 
 
 def double(case):
-    """The case in float64 where it depends on x: no norm computes in float32, and the embedding stays as it was."""
-    case.model.double()
-    case.model.dtype = torch.float64
-    case.model.time_embed.float()
-    case.model.label_emb.float()
-    for module in case.model.modules():
-        if isinstance(module, GroupNorm32):
-            module.__class__ = nn.GroupNorm
-        if hasattr(module, "emb_layers"):
-            module.emb_layers.float()
+    """The case in float64 where it depends on x."""
+    in_float64(case.model)
     case.predictors.double()
     case.prior.model.double()
     case.x, case.noise = case.x.double(), case.noise.double()
@@ -202,6 +193,8 @@ def test_gradient_is_that_of_finite_differences(exact, moved, names):
 
 def test_the_strong_depth_is_a_target_that_gets_no_gradient(exact, moved):
     class NoStop(DepthConsistencyGuidance):
+        differentiated = ("strong", "weak")
+
         def loss(self, ctx, pred):
             return self.reduced((self.depth(ctx, "strong") - self.depth(ctx, "weak")) ** 2)
 
@@ -352,7 +345,7 @@ def test_both_terms_need_one_evaluation_and_only_that_one_has_a_graph(case, outs
     sag = SelfAttentionGuidance(case.model, "output.0", 0.7, 2.0)
     with outside():
         out = step(case, [sag, *terms(case).values()], model=model)
-    assert model.graphs == [(True, True), (False, False)]
+    assert model.graphs == [(True, False), (False, False)]          # and that only up to the last block that is read
     assert len(backward) == 1
     assert not any(value.requires_grad for value in out.values())
 
