@@ -88,7 +88,15 @@ def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: st
 
     methods: an instance of each class of GUIDANCE; those that lack a file are left out.
     """
-    built = {name: variant.build(nets) for method in methods for name, variant in _variants(method).items()}
+    built: dict[str, list[Guidance]] = {}
+    for method in methods:
+        try:
+            terms = {name: variant.build(nets) for name, variant in _variants(method).items()}
+            built |= {name: each for name, each in terms.items() if each}
+        except UserError as error:
+            if method.active or any(getattr(method, flag) for flag in method.remedies):
+                raise
+            _log.info("%s is not timed: %s", method.short, error)         # it is off, and not for this network
     for name in [word.strip() for word in together.split(",") if word.strip()]:
         parts = name.split(" + ")
         if all(part in built for part in parts):

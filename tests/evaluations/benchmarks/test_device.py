@@ -24,7 +24,8 @@ def test_the_report_of_small_networks(tmp_path, capsys):
         for what in ("evaluation", "guided chain of 4 steps", "gradient of DCG")]
     assert all(0 < check["deviation"] < check["tolerance"] < 0.5 for check in found["checks"])
     names = {name.split(", ")[-1]: list(costs) for name, costs in found["costs"].items()}
-    assert names["float32"] == ["evaluation", "SAG step", "PAG step", "CG step", "DCG step", "DCG step, checkpointed"]
+    assert {"evaluation", "SAG step", "PAG step", "CG step", "DCG step", "DCG step, checkpointed"} <= {
+        *names["float32"]}
     assert names["float16"] == names["bfloat16"] == ["evaluation"]
     assert [note.split(":")[0] for note in found["notes"]] == ["compiled networks were not checked",
                                                                "ranks were not compared"]
