@@ -54,6 +54,7 @@ UNIT = {"float32": 2.0**-24, "TF32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 
 ROOM = 2.0
 FURTHER = 4.0                   # what a chain and a gradient may deviate, in evaluations
 STEPS = 4                       # of the guided chain
+CHAINED = ("SAG", "PAG", "CG")  # the methods that guide it: their networks have seeded weights
 LOSS_SCALE = 2.0**12            # small gradients would be 0 in float16
 
 _log = logging.getLogger(__name__)
@@ -289,8 +290,8 @@ class _SeededNetworks(Networks):
 
 
 def _chain(here: Setting, terms: Mapping[str, Sequence[Guidance]]) -> Tensor:
-    """The image of a DDIM chain that all methods without a loss guide."""
-    guidance = [term for each in terms.values() for term in each if not isinstance(term, LossGuidance)]
+    """The image of a DDIM chain that the methods of CHAINED guide, as far as they are there."""
+    guidance = [term for name in CHAINED for term in terms.get(name, ())]
     return last(sample_chain(ddim_step, here.denoise, here.x, lambda step: here.noise, guidance))["sample"]
 
 
