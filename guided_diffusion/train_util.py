@@ -37,6 +37,7 @@ from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
 from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
+from .execution import explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
@@ -189,7 +190,7 @@ class TrainLoop:
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        with dist_util.together(), _explained_compilation(self.options.compile and self.step == self._first):
+        with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
             batch, losses = self._descend()
         with _collective():
             average_over_ranks(self.precision.collect_gradients())
@@ -485,19 +486,6 @@ def _collective() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         raise LostRankError("a rank is gone: it was killed, or its node is down") from None
-
-
-@contextlib.contextmanager
-def _explained_compilation(active: bool) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not active:
-            raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({first_line})") from error
 
 
 # What is trained

@@ -5,7 +5,7 @@ Parameter names and shapes are those of the released checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -84,14 +84,16 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             normalization(out_channels), SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None         # `plain`, where it is compiled
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, channels, H, W) and the embedding (N, emb_channels) -> (N, out_channels, H, W), resampled."""
-        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+        return checkpoint(self.compiled or self.plain, x, emb, enabled=self.use_checkpoint)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def plain(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed: what `forward` says."""
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:

@@ -27,6 +27,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
 from guided_diffusion.depth.scenes import render
+from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
@@ -75,6 +76,7 @@ class AttentionOptions(Options):
                                    "class, or a .npy file of one for each image")
     seed: int = seed_option("seed of noise and labels")
     use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
+    dtype: str = dtype_option()
     threshold: float = option(1.0, "psi of overlays and frequencies: a token is masked if it receives more than this, "
                               "where 1 is average", minimum=0)
     thresholds: str = option("0.5,0.75,1,1.25,1.5,1.75,2", "values of psi to compare masks with objects at")
@@ -117,7 +119,8 @@ class AttentionOptions(Options):
         """The unguided sampling run that is observed."""
         sample = SampleOptions(
             model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.image_ids) + 1),
-            batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, out=self.out)
+            batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, dtype=self.dtype,
+            out=self.out)
         return SamplingRun.of([sample, model, diffusion, *(kind() for kind in (*SAMPLERS.values(), *GUIDANCE))])
 
 
@@ -142,7 +145,7 @@ def study_attention(options: AttentionOptions, model: ModelOptions, diffusion: D
 
     Raises UserError for whatever is wrong with the options, before the first image is sampled.
     """
-    return AttentionStudy(options, options.run(model, diffusion)).run()
+    return AttentionStudy(options, options.run(model, diffusion).decided()).run()
 
 
 # What a network attends to

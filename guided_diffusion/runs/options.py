@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..build import DiffusionOptions, ModelOptions
+from ..dtypes import dtype_option
 from ..errors import UserError
 from ..guidance import GUIDANCE
 from ..options import Options, option, option_fields, seed_option
@@ -47,6 +48,9 @@ class SampleOptions(Options):
     keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
     log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
                             minimum=0)
+    dtype: str = dtype_option()
+    compile: bool = option(False, "compile the network with torch.compile: for GPUs and long runs, as it takes minutes "
+                           "before the first step", later=True)
     auto_batch: bool = option(False, "out of memory: evaluate fewer images at a time, in chunks as large as before")
 
     def __post_init__(self) -> None:
