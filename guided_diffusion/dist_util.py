@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from .files import reason
 from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",
-           "setup_dist", "shutdown", "store", "sync_params", "together", "world_size"]
+           "setup_dist", "shutdown", "store", "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
@@ -269,6 +271,22 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with torch.no_grad():
                 dist.broadcast(tensor, 0)
+
+
+def told_by_main(value: Any) -> Any:
+    """What rank 0 gives, on every rank; JSON must hold it. Raises LostRankError where a rank was killed."""
+    if not dist.is_initialized():
+        return value
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=dev())
+    size = torch.tensor(len(text), device=dev())
+    try:
+        dist.broadcast(size, 0)
+        if not is_main():
+            text = torch.empty(int(size), dtype=torch.uint8, device=dev())
+        dist.broadcast(text, 0)
+    except RuntimeError:
+        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
+    return json.loads(bytes(text.tolist()))
 
 
 def has_last_word() -> bool:

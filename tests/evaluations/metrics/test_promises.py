@@ -21,7 +21,7 @@ from evaluations.metrics import (
 from evaluations.metrics.bootstrap import bootstrap_replicates
 from guided_diffusion.errors import UserError
 
-REPLICATES, GROUPS = 60, 60
+REPLICATES, HALVES, GROUPS = 60, 100, 60         # halves: of metrics whose spread itself is estimated
 
 
 class Distribution:
@@ -41,16 +41,21 @@ class Distribution:
             Feature.SHARPNESS: sharp * self.sharpness})
 
 
+def kept(metric):
+    """The replicates of a metric as the evaluator computes them."""
+    return lambda comparison: metric.replicates(comparison, HALVES if metric.by_halves else REPLICATES)
+
+
 def of_other_references(values):
     """The replicates of a share of the reference images as other reference images beside the same samples move it."""
-    def replicates(comparison, count):
+    def replicates(comparison):
         shares = values(comparison)
-        return bootstrap_replicates(resampled_mean(shares), len(shares), float(shares.mean()), count, 0)
+        return bootstrap_replicates(resampled_mean(shares), len(shares), float(shares.mean()), REPLICATES, 0)
 
     return replicates
 
 
-KEPT = {word: metric.replicates for word, metric in METRICS.items()}
+KEPT = {word: kept(metric) for word, metric in METRICS.items()}
 BROKEN = {"recall of other references": of_other_references(lambda comparison: comparison.membership[1]),
           "coverage of other references": of_other_references(lambda comparison: comparison.neighbourhoods.covered)}
 
@@ -66,7 +71,7 @@ def simulated(random, reference, distribution, images, common):
             comparison = Comparison(reference, distribution.drawn(noise, sharpness),
                                     ComparisonSettings(full_neighbourhoods=True))
             for word, replicates in (KEPT | BROKEN).items():
-                found[word].append(replicates(comparison, REPLICATES))
+                found[word].append(replicates(comparison))
     return found
 
 
