@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option
 
-from .extractors.bundled import IMAGE_SIZE
-from .extractors.fashion_mnist import CLASS_NAMES, FashionMnistClassifier, load_fashion_mnist
+from .extractors.base import IMAGE_SIZE
 from .image_sets import open_images
+
+if TYPE_CHECKING:
+    from .extractors.fashion_mnist import FashionMnistClassifier
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ def read_labelled_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError where it holds anything else.
     """
+    from .extractors.fashion_mnist import CLASS_NAMES
+
     file = open_images(path)
     if len(file) == 0:
         raise UserError(file.without_images)
@@ -64,6 +68,8 @@ def measure_class_accuracy(classifier: FashionMnistClassifier, images: np.ndarra
     images: (N, 32, 32, 3) uint8. labels: (N,), the classes asked for. `recognised` counts the images that the
     classifier sees as the class asked for, and `share` is the accuracy.
     """
+    from .extractors.fashion_mnist import CLASS_NAMES
+
     right = classifier.predict(images) == labels
     return {**_accuracy(right), "classes": {CLASS_NAMES[c]: _accuracy(right[labels == c]) for c in np.unique(labels)}}
 
@@ -95,6 +101,8 @@ def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str
 
     Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
     """
+    from .extractors.fashion_mnist import load_fashion_mnist
+
     check_writable("--json", options.json)
     classifier = load_fashion_mnist()
     results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name)) for name in samples}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from guided_diffusion.depth.ranges import from_unit_range
+from guided_diffusion.late import Tensor, torch
 
 THRESHOLD = 1.25            # of the ratio of two depths, up to which delta counts them as equal
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import scipy
-import torch
 
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option, seed_option
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, reason
+from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.scratch import publish, remove_abandoned, scratch_folder

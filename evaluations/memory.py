@@ -9,8 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from guided_diffusion.late import torch
 
 MIB = 2**20                     # bytes
 PAUSE = 0.005                   # seconds between two looks at the resident memory
@@ -27,7 +26,7 @@ def peak_memory(function: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():

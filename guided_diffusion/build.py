@@ -8,26 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from .late import torch
 from .options import Options, option
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import SCHEDULES, get_named_beta_schedule
-from .unet import (
-    CHANNEL_MULT,
-    POOLS,
-    UPSAMPLER_CHANNEL_MULT,
-    Encoder,
-    EncoderUNetModel,
-    SuperResModel,
-    UNetModel,
-)
+from .shapes import CHANNEL_MULT, POOLS, UPSAMPLER_CHANNEL_MULT
 
-AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+if TYPE_CHECKING:
+    from .unet import Encoder, EncoderUNetModel, UNetModel
+
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 NUM_CLASSES = 1000
 
@@ -122,6 +116,8 @@ def kind_of(flags: Mapping[str, object]) -> str:
 
 def build_model(options: ModelOptions | UpsamplerOptions) -> UNetModel:
     """The network that the options describe, with random weights. Raises UserError where they do not fit together."""
+    from .unet import SuperResModel, UNetModel
+
     if isinstance(options, UpsamplerOptions):
         return _build_unet(options, SuperResModel, options.large_size, UPSAMPLER_CHANNEL_MULT)
     return _build_unet(options, UNetModel, options.image_size, CHANNEL_MULT)
@@ -172,6 +168,8 @@ def _predicted(options: DiffusionOptions) -> ModelMeanType:
 
 def build_classifier(options: ClassifierOptions) -> EncoderUNetModel:
     """The classifier that the options describe, with random weights."""
+    from .unet import EncoderUNetModel
+
     size = options.image_size
     multipliers = _channel_mult(options.classifier_channel_mult, size, "classifier_channel_mult", CHANNEL_MULT)
     _check_widths(options.classifier_width, multipliers, "classifier_width")

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from .attention import Attention, AttentionBlock, received_attention, split_heads
 from .errors import UserError
+from .late import Tensor, nn, torch
 from .options import nearest
-from .unet import Encoder, UNetModel
+
+if TYPE_CHECKING:
+    from .attention import Attention, AttentionBlock
+    from .unet import Encoder
 
 HEADS = ("exact", "official")
 
-Block = TypeVar("Block", bound=nn.Module)
+Block = TypeVar("Block", bound="nn.Module")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def capture_attention(model: Encoder, names: Iterable[str], *, heads: str = "exa
     graph: keep the autograd graph instead of detaching. Raises UserError for an unknown block, and where the official
     heads do not divide the channels.
     """
+    from .attention import received_attention, split_heads
+
     if heads not in HEADS:
         raise UserError(f"heads {heads!r}: must be one of {', '.join(HEADS)}")
     blocks = find_blocks(model.attention_blocks, names, "attention block")
@@ -87,6 +89,8 @@ def official_heads(model: Encoder, name: str) -> int:
     where num_head_channels gives the block other heads, and where it has the new order. Raises UserError where that
     number does not divide the channels of the block.
     """
+    from .unet import UNetModel
+
     heads = model.num_heads
     if isinstance(model, UNetModel) and name.startswith("output."):
         heads = model.num_heads_upsample

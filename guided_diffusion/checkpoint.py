@@ -15,18 +15,18 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .entries import check_weights, weights_in
 from .errors import UserError
 from .facts import check_options
 from .fetch import local
 from .files import write
+from .late import Tensor, nn, torch
 from .places import find_bundled
-from .unet import Encoder
+
+if TYPE_CHECKING:
+    from .unet import Encoder
 
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
 
@@ -243,11 +243,13 @@ def _size(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
 
 
-AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
+AnyNetwork = TypeVar("AnyNetwork", bound="nn.Module")
 
 
 def ready(network: AnyNetwork, device: torch.device | str) -> AnyNetwork:
     """A network for evaluation: on its device, in the faster memory order, frozen."""
+    from .unet import Encoder
+
     network.to(device)
     if isinstance(network, Encoder):
         network.channels_last()

@@ -39,6 +39,7 @@ def run_script(main: Callable[[], None]) -> None:
     Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
     first.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
     try:
         with _signals_raised():
             _watch_torchrun()

@@ -20,13 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from . import checkpoint
 from .errors import LostRankError, PeerError, UserError
 from .files import reason
+from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",

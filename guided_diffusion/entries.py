@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .errors import UserError
+from .late import Tensor, torch
 
 _log = logging.getLogger(__name__)
 

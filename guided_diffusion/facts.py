@@ -11,7 +11,7 @@ from typing import Any
 
 from .build import kind_of, parse_channel_mult, parse_resolutions
 from .errors import UserError
-from .unet import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
+from .shapes import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
 _KINDS = {"diffusion": "a diffusion model", "upsampler": "an upsampler", "classifier": "a classifier"}
 

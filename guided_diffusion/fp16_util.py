@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from .late import Tensor, nn, no_grad, torch
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -58,7 +57,7 @@ class MixedPrecisionTrainer:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
+    @no_grad
     def copy_to_model(self) -> None:
         """Copies the master weights into the network."""
         for param, master in zip(self.model_params, self.master_params, strict=True):

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from . import sampling
 from .errors import UserError
+from .late import Tensor, nn, no_grad, torch
 from .process import (
     Denoiser,
     DiffusionProcess,
@@ -108,7 +106,7 @@ class GaussianDiffusion(DiffusionProcess):
         sample = pred.pred_xstart * torch.sqrt(abar_next) + torch.sqrt(1 - abar_next) * eps
         return {"sample": sample, "pred_xstart": pred.pred_xstart}
 
-    @torch.no_grad()
+    @no_grad
     def ddim_reverse_sample_loop(self, model: nn.Module, x: Tensor, **options: Any) -> Tensor:
         """The noise (N, C, H, W) that DDIM with eta 0 would turn into the images x."""
         for index in range(self.num_timesteps):

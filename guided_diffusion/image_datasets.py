@@ -19,9 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from . import dist_util
 from .classes import ClassNames
@@ -36,6 +34,7 @@ from .image_files import (
     find_pictures,
     read_image,
 )
+from .late import Tensor, torch
 from .npz import BLOCK, MAX_RATIO, SMALL, read_arrays
 from .pixels import from_uint8
 from .rng import stream_generator

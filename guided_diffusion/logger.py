@@ -8,11 +8,9 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from .errors import UserError
 from .files import open_own, reason, write_csv
+from .late import Tensor, torch
 
 _log = logging.getLogger(__name__)
 

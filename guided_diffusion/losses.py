@@ -1,11 +1,10 @@
-"""Divergences and likelihoods of Gaussians, in nats."""
+"""Divergences and likelihoods of Gaussians, in nats, and their mean."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+from .late import Tensor, torch
 
 
 def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
@@ -28,3 +27,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     lower = approx_standard_normal_cdf(inverse * (x - means - 1 / 255))
     probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return probability.clamp(min=1e-12).log()
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch dimension: (N, ...) -> (N,)."""
+    return x.flatten(1).mean(dim=1)

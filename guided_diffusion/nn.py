@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
+from .losses import mean_flat
+
+__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last", "mean_flat", "normalization", "timestep_embedding",
+           "zero_module"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -62,11 +67,6 @@ def zero_module(module: Module) -> Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the batch dimension: (N, ...) -> (N,)."""
-    return x.flatten(1).mean(dim=1)
 
 
 def checkpoint(function: Callable[..., Tensor], *inputs: Tensor, enabled: bool) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from .late import Tensor, torch
 
 Pixels = TypeVar("Pixels", np.ndarray, Tensor)
 

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from .errors import UserError
-from .losses import discretized_gaussian_log_likelihood, normal_kl
-from .nn import mean_flat
+from .late import Tensor, nn, no_grad, torch
+from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .schedules import gather
 
 Images = dict[str, Tensor]
@@ -320,7 +318,7 @@ class DiffusionProcess:
         zero = torch.zeros((), device=x_start.device)
         return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
 
-    @torch.no_grad()
+    @no_grad
     def calc_bpd_loop(self, model: nn.Module, x_start: Tensor, clip_denoised: bool = True,
                       model_kwargs: Mapping[str, Any] | None = None) -> Images:
         """The variational bound of images in bits per dimension.

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
+from .late import Tensor, torch
 
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 

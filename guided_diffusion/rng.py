@@ -19,10 +19,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
+from .late import Tensor, torch
 from .options import MAX_SEED
 
 IMAGE_STREAMS = {

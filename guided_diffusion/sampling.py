@@ -17,10 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from .errors import NonFiniteError, UserError
+from .late import Tensor, no_grad, torch
 from .options import Options, option
 from .process import Denoiser, Prediction
 from .schedules import gather
@@ -182,7 +180,7 @@ def _within(window: Tensor, value: Tensor) -> Tensor:
     return torch.where(window.reshape(-1, *[1] * (value.ndim - 1)), value, 0)
 
 
-@torch.no_grad()
+@no_grad
 def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[[int], Tensor],
                  guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import UserError
+from .late import Tensor, torch
 
 SCHEDULES = ("linear", "cosine")
 

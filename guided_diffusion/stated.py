@@ -27,7 +27,7 @@ from .checkpoint import locate, read_metadata
 from .errors import UserError
 from .fetch import is_address, without_secrets
 from .options import checked, option_fields
-from .unet import CHANNEL_MULT
+from .shapes import CHANNEL_MULT
 
 # How a network is run, trained or sampled: options that are no facts about weights.
 FREE = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16", "dropout", "timestep_respacing", "use_kl",

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .errors import UserError
+from .late import Tensor, torch
 from .process import Denoiser, Prediction
 
 

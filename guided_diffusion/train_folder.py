@@ -22,9 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import checkpoint, dist_util
 from .classes import KEY
 from .errors import UserError
@@ -32,6 +29,7 @@ from .fetch import without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz, list_images
+from .late import Tensor, torch
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,

@@ -28,13 +28,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
 
 from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
@@ -44,6 +40,7 @@ from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from .late import F, Tensor, dist, no_grad, torch
 from .logger import MetricLogger
 from .progress import progress_bar
 from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
@@ -51,7 +48,9 @@ from .rng import seeded_torch, stream_generator
 from .train_folder import Record, data_digest, locked_folder, read_state
 from .train_options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
-from .unet import Encoder
+
+if TYPE_CHECKING:
+    from .unet import Encoder
 
 _log = logging.getLogger(__name__)
 
@@ -221,7 +220,7 @@ class TrainLoop:
                 values.append({name: value.detach() for name, value in losses.items()})
         return batch, {name: torch.cat([v[name] for v in values]) for name in values[0]}
 
-    @torch.no_grad()
+    @no_grad
     def validate(self, logger: MetricLogger) -> None:
         """Logs the losses of one batch of the validation data, if there are any, names beginning with `val_`."""
         if self.validation_data is None:
@@ -285,7 +284,7 @@ class TrainLoop:
                      images.shape[1:], np.float32) for i in range(part.start, part.stop)]
         return TrainingBatch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
 
-    @torch.no_grad()
+    @no_grad
     def _update_ema(self) -> None:
         for rate, average in self.ema.items():
             now = min(rate, (1 + self.step) / (10 + self.step)) if self.warms_up else rate
@@ -395,7 +394,7 @@ class TrainLoop:
                        for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[param] = {"step": values[f"step/{name}"].to(param.device, copy=True), **moments}
 
-    @torch.no_grad()
+    @no_grad
     def _fill(self, tensors: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
         """Copies the values by name into the tensors of the weights; those that are missing stay."""
         for name, tensor in zip(self.precision.names, tensors, strict=True):
@@ -403,7 +402,7 @@ class TrainLoop:
                 tensor.copy_(values[name])
 
 
-@torch.no_grad()
+@no_grad
 def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> None:
     """Moves each average a step towards its parameter, in place: average = rate * average + (1 - rate) * param.
 

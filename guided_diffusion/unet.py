@@ -16,11 +16,7 @@ from torch.nn import functional as F
 from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
 from .nn import SiLU, checkpoint, is_channels_last, normalization, timestep_embedding, zero_module
-
-# Multiples of the base channels by image size, where they are not given.
-CHANNEL_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4"}
-UPSAMPLER_CHANNEL_MULT = {512: "1,1,2,2,4,4", 256: "1,1,2,2,4,4", 64: "1,2,3,4"}
-POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+from .shapes import POOLS
 
 
 class StepSequential(nn.ModuleList):

@@ -13,7 +13,8 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 # ".*" means the package and all that is in it.
 FLOORS = [
     # guided_diffusion: what one imports
-    ["guided_diffusion." + name for name in ("config_files", "errors", "launchers", "places", "version")],
+    ["guided_diffusion." + name for name in (
+        "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
         "pictures", "image_files")],

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from guided_diffusion.capture import Received
 from guided_diffusion.guidance.degrade import random_mask
+from guided_diffusion.late import F, Tensor, torch
 
 from ..metrics import bootstrap_interval, resampled_mean, resamplings
 

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
@@ -32,6 +30,7 @@ from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
@@ -170,7 +169,7 @@ class ObservedNetwork:
         kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
         return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs)
 
-    @torch.no_grad()
+    @no_grad
     def observe(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Observation:
         """Evaluates the network once, at x_t (N, C, H, W) of step t, and observes these blocks."""
         with capture_attention(self.model, blocks, heads=self.heads) as captured:

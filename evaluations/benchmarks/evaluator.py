@@ -17,8 +17,6 @@ import scipy.linalg
 
 from guided_diffusion.options import Options, option, switch
 
-from ..extractors.inception import InceptionExtractor
-from ..extractors.tensorflow import TensorflowExtractor
 from ..memory import ResidentMemoryPeak
 from ..metrics import RunningStatistics, frechet_distance, precision_recall
 
@@ -134,6 +132,9 @@ def compare_covariance(sizes: Sizes, repeats: int, rng: np.random.Generator) -> 
 
 def compare_inception(path: str, sizes: Sizes, repeats: int, rng: np.random.Generator) -> list[WayComparison]:
     """Features of the Inception in the file `path`, against TensorFlow."""
+    from ..extractors.inception import InceptionExtractor
+    from ..extractors.tensorflow import TensorflowExtractor
+
     images = rng.integers(0, 256, (sizes.inception_images, 256, 256, 3), dtype=np.uint8)
     here, there = InceptionExtractor(path), TensorflowExtractor(path)
     for network in (here, there):

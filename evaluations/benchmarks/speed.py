@@ -7,24 +7,24 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
+from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, option
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import without_labels
 from guided_diffusion.sampling import ddpm_step, sample_step
-from guided_diffusion.unet import UNetModel
 
 from ..memory import peak_memory
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights.to(v.dtype) @ v
 
 
-@torch.no_grad()
+@no_grad
 def measure_calls(functions: dict[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
                   ) -> dict[str, CallCost]:
     """Calls each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.

@@ -18,15 +18,14 @@ import json
 import logging
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
 from guided_diffusion.depth.pairs import SCENES, Pairs, checked_depth_range
-from guided_diffusion.depth.predictor import DepthPredictors
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.train import (
     EVALUATED_AT_ONCE,
@@ -40,6 +39,7 @@ from guided_diffusion.depth.train import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, reason, write_csv, write_json, write_text
+from guided_diffusion.late import no_grad, torch
 from guided_diffusion.options import option
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import stream_generator
@@ -47,6 +47,9 @@ from guided_diffusion.rng import stream_generator
 from ..depth_errors import depth_errors
 from ..plots import require_matplotlib
 from .accuracy_report import MEAN_DEPTH, AccuracyRow, accuracy_verdict, draw_accuracy
+
+if TYPE_CHECKING:
+    from guided_diffusion.depth.predictor import DepthPredictors
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +152,7 @@ class AccuracyStudy:
         parts = self.options.num_timesteps
         return [int((part + 0.5) * self.network.diffusion.num_timesteps / parts) for part in range(parts)]
 
-    @torch.no_grad()
+    @no_grad
     def _errors(self, predictors: dict[int, DepthPredictors]) -> dict[tuple[int, str], np.ndarray]:
         """The errors l1, abs_rel and delta by number of labels and branch, (steps, images, 3)."""
         blocks = list(dict.fromkeys(name for p in predictors.values() for name in p.blocks))

@@ -18,7 +18,6 @@ from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
 
 from ..extractors.depth import metres
-from ..extractors.scenes import load_scenes
 
 TURN, TILT = 25.0, 20.0         # degrees by which a point cloud is turned to the side and tilted down
 CLOUD_SIZE = 128                # pixels
@@ -109,6 +108,8 @@ class DepthPicturesOptions(Options):
 
 def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
+    from ..extractors.scenes import load_scenes
+
     extractor = load_scenes()
     runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
     rows: dict[str, np.ndarray] = {}

@@ -6,11 +6,17 @@ Everything else loops over `EXTRACTORS` or asks a record for its properties; not
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import nearest
 
-from . import fashion_mnist, inception, scenes, tensorflow
-from .base import ExtractorKind
+from .base import ExtractorKind, load_from
 
 EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
-    inception.KIND, tensorflow.KIND, fashion_mnist.KIND, scenes.KIND)}
+    ExtractorKind("torch", "the 2015 Inception in PyTorch", load_from("inception"),
+                  pooled=2048, spatial=17 * 17 * 7, probabilities=1008, is_inception=True, has_dtype=True),
+    ExtractorKind("tensorflow", "the 2015 Inception in TensorFlow", load_from("tensorflow"),
+                  pooled=2048, spatial=17 * 17 * 7, probabilities=1008, is_inception=True),
+    ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", load_from("fashion_mnist"),
+                  pooled=64, spatial=8 * 8 * 8, probabilities=10, old_names=("embedded",)),
+    ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", load_from("scenes"),
+                  pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True))}
 # Every word that --backend takes: the names, and the old ones before the name that took their place.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() for word in (*kind.old_names, kind.name))
 

@@ -1,28 +1,32 @@
-"""What the package says of each extractor: one record, which stands in the extractor's own file.
+"""What the package says of each extractor, and what they have in common.
 
 To add an extractor, write a file with a class that has `name`, `fingerprint`, `caveat` and `features` (the protocol
-`evaluations.features.FeatureExtractor`, which also says when it needs `settings`) and with an `ExtractorKind`, and list
-that in `EXTRACTORS`:
+`evaluations.features.FeatureExtractor`, which also says when it needs `settings`) and with a function `load`
 
-    def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
         return Brightness()
 
-    KIND = ExtractorKind("brightness", "mean brightness of each quarter", _load, pooled=4, spatial=64, probabilities=2)
+and list its record in `EXTRACTORS`, with the name of the file, which is imported when the extractor is loaded:
+
+    ExtractorKind("brightness", "mean brightness of each quarter", load_from("brightness"),
+                  pooled=4, spatial=64, probabilities=2)
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
-
-import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.late import torch
 
 from ..features import FeatureExtractor
 
 FLOAT32_BYTES = 4
+IMAGE_SIZE = 32                 # pixels of what the bundled extractors see
 
 
 class Loader(Protocol):
@@ -34,6 +38,19 @@ class Loader(Protocol):
         inception: the Inception's file; "" takes it from the cache. device: like "cuda:1"; "" is the rank's own.
         dtype: type of the computation. Raises UserError where a file or the device cannot be used.
         """
+
+
+def load_from(file: str) -> Loader:
+    """The function `load` of a file of this package, by its name; the file is imported when the function is called."""
+    def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+        module = importlib.import_module(f"{__package__}.{file}")
+        return module.load(inception=inception, device=device, dtype=dtype)
+    return load
+
+
+def bundled_file(name: str) -> Path:
+    """The file with the weights of a bundled extractor."""
+    return Path(__file__).parents[1] / "models" / f"{name}.safetensors"
 
 
 @dataclass(frozen=True)

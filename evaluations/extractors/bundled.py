@@ -17,8 +17,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import write
 
 from ..features import Features
-
-IMAGE_SIZE = 32
+from .base import IMAGE_SIZE
 
 Images = np.ndarray | Tensor
 

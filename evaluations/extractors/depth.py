@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from guided_diffusion.progress import progress_bar
 
 from ..features import FeatureExtractor, Features
 from ..metrics import feature_statistics
-from .bundled import IMAGE_SIZE
-from .fashion_mnist import FashionMnistClassifier, load_fashion_mnist
-from .scenes import load_scenes
+from .base import IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from .fashion_mnist import FashionMnistClassifier
 
 EDGE_SHARE = 0.1
 BATCH = 250
@@ -50,6 +51,9 @@ class DepthExtractor:
     """
 
     def __init__(self, scenes: DepthEstimator | None = None, classifier: FashionMnistClassifier | None = None) -> None:
+        from .fashion_mnist import load_fashion_mnist
+        from .scenes import load_scenes
+
         self.scenes, self.classifier = scenes or load_scenes(), classifier or load_fashion_mnist()
 
     def description(self) -> dict[str, Any]:

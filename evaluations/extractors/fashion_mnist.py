@@ -7,7 +7,6 @@ place. It never guides sampling. `evaluations.extractors.train_fashion_mnist` tr
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from guided_diffusion.checkpoint import ready
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor
-from .base import ExtractorKind, chosen_device
+from .base import bundled_file, chosen_device
 from .bundled import BundledExtractor, Images, channels_first, conv_block, load_bundled, save_bundled
 
 SPATIAL_SHAPE = (8, 8, 8)
 CLASS_NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-WEIGHTS = Path(__file__).parents[1] / "models" / "fashion_mnist.safetensors"
+WEIGHTS = bundled_file("fashion_mnist")
 
 
 class FashionMnistClassifier(BundledExtractor):
@@ -94,9 +93,6 @@ def save_fashion_mnist(model: FashionMnistClassifier, path: str | Path, notes: d
                                "test_accuracy": f"{model.test_accuracy:.4f}"})
 
 
-def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    """The bundled extractor, for evaluation; see `evaluations.extractors.base.Loader`."""
     return ready(load_fashion_mnist(), chosen_device(device))
-
-
-KIND = ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", _load, pooled=64,
-                     spatial=math.prod(SPATIAL_SHAPE), probabilities=len(CLASS_NAMES), old_names=("embedded",))

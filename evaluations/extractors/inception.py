@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from guided_diffusion.errors import UserError
 
 from ..features import FeatureExtractor, Features
-from .base import ExtractorKind, chosen_device
+from .base import chosen_device
 from .inception_graph import FILE_NAME, LOGITS, load_weights, size_caveat
 
 IMAGE_SIZE = 299            # pixels, whatever the images have
@@ -333,9 +333,6 @@ def _workers(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    """The Inception in the file; see `evaluations.extractors.base.Loader`."""
     return InceptionExtractor(inception or None, device=chosen_device(device), dtype=dtype)
-
-
-KIND = ExtractorKind("torch", "the 2015 Inception in PyTorch", _load, POOLED, SPATIAL_SIDE**2 * SPATIAL_CHANNELS,
-                     CLASSES, is_inception=True, has_dtype=True)

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, default_cache
 from guided_diffusion.files import write
+from guided_diffusion.late import Tensor, torch
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -129,6 +127,8 @@ def write_converted(weights: Weights, path: Path) -> None:
 
     Raises UserError where the file cannot be written.
     """
+    from safetensors.torch import save
+
     metadata = {"format": FORMAT, "pb_sha256": weights.sha256, "pb_bytes": str(weights.size),
                 "content_sha256": _content_sha256(weights.tensors)}
     write(path, lambda file: file.write_bytes(save(weights.tensors, metadata)), parents=True)

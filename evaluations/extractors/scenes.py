@@ -8,7 +8,6 @@ of a seed that no other network sees, and never guides sampling. `evaluations.ex
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,11 +20,11 @@ from guided_diffusion.depth.scenes import KINDS
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor, Features
-from .base import ExtractorKind, chosen_device
+from .base import bundled_file, chosen_device
 from .bundled import BundledExtractor, Images, as_features, channels_first, conv_block, load_bundled, save_bundled
 
 SPATIAL_SHAPE = (4, 8, 8)
-WEIGHTS = Path(__file__).parents[1] / "models" / "scenes.safetensors"
+WEIGHTS = bundled_file("scenes")
 
 
 class ScenesExtractor(BundledExtractor):
@@ -112,9 +111,6 @@ def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str])
     save_bundled(model, path, {**notes, "widths": json.dumps(model.widths), "accuracy": json.dumps(model.accuracy)})
 
 
-def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    """The bundled extractor, for evaluation; see `evaluations.extractors.base.Loader`."""
     return ready(load_scenes(), chosen_device(device))
-
-
-KIND = ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", _load, pooled=64,
-                     spatial=math.prod(SPATIAL_SHAPE), probabilities=len(KINDS), estimates_depth=True)

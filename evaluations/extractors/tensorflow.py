@@ -11,8 +11,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 
 from ..features import FeatureExtractor, Features
-from .base import ExtractorKind
-from .inception import CLASSES, POOLED, SPATIAL_CHANNELS, SPATIAL_SIDE, check_finite, check_images
+from .inception import SPATIAL_CHANNELS, check_finite, check_images
 from .inception_graph import FILE_NAME, find_graph, read_graph, size_caveat
 
 OUTPUTS = ("pool_3:0", "mixed_6/conv:0", "softmax/logits/MatMul:0")
@@ -84,9 +83,6 @@ def _tensorflow() -> Any:
     return tf
 
 
-def _load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    """The Inception in the file; see `evaluations.extractors.base.Loader`."""
     return TensorflowExtractor(inception or None, device=device or "cpu")
-
-
-KIND = ExtractorKind("tensorflow", "the 2015 Inception in TensorFlow", _load, POOLED,
-                     SPATIAL_SIDE**2 * SPATIAL_CHANNELS, CLASSES, is_inception=True)

@@ -9,17 +9,18 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, seed_option
 
-from .bundled import IMAGE_SIZE, channels_last
-from .fashion_mnist import WEIGHTS, FashionMnistClassifier, save_fashion_mnist
+from .base import IMAGE_SIZE, bundled_file
 from .training import EpochTraining, learning_rate_factor
+
+if TYPE_CHECKING:
+    from .fashion_mnist import FashionMnistClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class FashionMnistTrainingOptions(Options):
     """How the classifier is trained."""
 
     data_dir: str = option("fashion-mnist", "folder with the IDX files, or fashion-mnist: where Debian installs them")
-    out: str = option(str(WEIGHTS), "file for the weights; the log goes beside it, ending in .log")
+    out: str = option(str(bundled_file("fashion_mnist")), "file for the weights; the log goes beside it, ending in "
+                      ".log")
     epochs: int = option(14, "passes over the training images", minimum=1)
     batch_size: int = option(128, "images per step", minimum=2)
     lr: float = option(0.1, "learning rate at its peak, after the first epoch; it falls to 0 as a cosine", above=0)
@@ -41,6 +43,9 @@ def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistCla
 
     command: the command line, which log and weights name. Raises UserError for data or a folder that cannot be used.
     """
+    from .bundled import channels_last
+    from .fashion_mnist import FashionMnistClassifier, save_fashion_mnist
+
     out = Path(options.out)
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written")

@@ -8,22 +8,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.files import check_writable
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pixels import from_uint8
 
 from ..depth_errors import depth_errors
-from .bundled import IMAGE_SIZE, channels_last
-from .scenes import WEIGHTS, ScenesExtractor, save_scenes
+from .base import IMAGE_SIZE, bundled_file
 from .training import EpochTraining, learning_rate_factor
+
+if TYPE_CHECKING:
+    from .scenes import ScenesExtractor
 
 SEED, HELD_OUT_SEED = 2, 1
 
@@ -32,7 +34,7 @@ SEED, HELD_OUT_SEED = 2, 1
 class ScenesTrainingOptions(Options):
     """How the extractor of scenes is trained."""
 
-    out: str = option(str(WEIGHTS), "file for the weights; the log goes beside it, ending in .log")
+    out: str = option(str(bundled_file("scenes")), "file for the weights; the log goes beside it, ending in .log")
     num_images: int = option(20000, "scenes to train on, rendered once and mirrored at random", minimum=2)
     num_held_out: int = option(2000, "held-out scenes to measure on", minimum=1)
     epochs: int = option(10, "passes over the scenes", minimum=1)
@@ -50,6 +52,9 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
 
     command: the command line, which log and weights name. Raises UserError for a file that cannot be written.
     """
+    from .bundled import channels_last
+    from .scenes import ScenesExtractor, save_scenes
+
     out = Path(options.out)
     check_writable("--out", options.out)
     scenes, held_out = (render_scenes(seed, range(count), IMAGE_SIZE) for seed, count in

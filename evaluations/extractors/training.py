@@ -8,13 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.progress import progress_bar
-
-from .bundled import round_convolutions
 
 
 @dataclass(frozen=True)
@@ -26,8 +21,8 @@ class EpochTraining:
     """
 
     model: nn.Module
-    optimizer: Optimizer
-    schedule: LRScheduler           # of each step
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler           # of each step
     epochs: int
     steps: int
     losses: Callable[[], Iterable[Tensor]]
@@ -35,6 +30,8 @@ class EpochTraining:
 
     def run(self, log_file: Path, head: str) -> None:
         """Trains, and writes `head` and a line for each epoch to the log; the last epoch's weights are rounded."""
+        from .bundled import round_convolutions
+
         started = time.monotonic()
         with log_file.open("w") as log:
             log.write(head)

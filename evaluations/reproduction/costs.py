@@ -13,14 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
-from guided_diffusion.unet import Encoder
 
 from ..extractors import find_extractor
 from .missing import MissingFile, missing_files
@@ -133,6 +129,8 @@ def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -
 
 def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     """Returns a network without weights, and an image and a step for it."""
+    from guided_diffusion.unet import Encoder
+
     with torch.device("meta"):
         model = build().eval().requires_grad_(False)
         if isinstance(model, Encoder):
@@ -142,6 +140,8 @@ def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[
 
 def _counted(function: Callable[[], object]) -> int:
     """Returns the operations that a call makes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from guided_diffusion import dist_util
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import ready
+from guided_diffusion.late import torch
 from guided_diffusion.progress import progress_bar
 
 from ..memory import peak_memory

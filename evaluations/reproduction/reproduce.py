@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
+from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.presets import MODELS

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from ..capture import capture_features, find_blocks
 from ..errors import UserError
-from ..unet import UNetModel
+from ..late import F, Tensor, nn, torch
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
 
 
 def decoder_features(model: UNetModel, blocks: Sequence[str], x_t: Tensor, t: Tensor, y: Tensor | None = None, *,

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..classes import ClassNames
 from ..errors import UserError
 from ..image_datasets import crop_square, resize_smaller_side
 from ..image_files import IMAGE_SUFFIXES, image_extent, read_depth_image, read_image
+from ..late import Tensor, torch
 from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range

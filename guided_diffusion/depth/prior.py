@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .. import checkpoint
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model, kind_of
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
+from ..late import Tensor, torch
 from ..options import options_from
-from ..unet import UNetModel
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
 
 
 class DepthPrior:

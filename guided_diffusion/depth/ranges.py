@@ -6,9 +6,9 @@ import math
 from typing import TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import UserError
+from ..late import Tensor
 
 OWN_RANGE = "image"
 

@@ -15,11 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
@@ -28,14 +26,17 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
+from ..late import Tensor, no_grad, torch
 from ..options import Options, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
-from ..unet import UNetModel
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import SCENES, Pairs, checked_depth_range, class_names_of, read_pairs
-from .predictor import DepthPredictors, load_predictors, save_predictors
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
+    from .predictor import DepthPredictors
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class NoisedFeatures:
         return t, torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
 
 
-@torch.no_grad()
+@no_grad
 def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: np.ndarray, t: Tensor, noise: Tensor,
                 ) -> tuple[dict[str, Tensor], Tensor]:
     """Maps (N, C, h, w) float32 by block of images by their indices, noised to t (N,); and t as networks see it."""
@@ -210,6 +211,8 @@ class PredictorTraining:
 
     def __init__(self, branches: Mapping[str, Sequence[str]], network: Network, pairs: Pairs, depth_range: str,
                  options: PredictorOptions, out: str | Path) -> None:
+        from .predictor import DepthPredictors
+
         self.network, self.pairs, self.options, self.out = network, pairs, options, Path(out)
         self.state = self.out.with_name(f"{self.out.stem}.state.safetensors")
         channels = {name: feature_channels(network.model, blocks) for name, blocks in branches.items()}
@@ -229,6 +232,8 @@ class PredictorTraining:
     def run(self) -> DepthPredictors:
         """Trains to the last step, unless that was done before; UserError where another job does so."""
         if self.out.exists():
+            from .predictor import load_predictors
+
             _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
         with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
@@ -236,6 +241,8 @@ class PredictorTraining:
             return self._train()
 
     def _train(self) -> DepthPredictors:
+        from .predictor import save_predictors
+
         options = self.options
         resumed = self._load()
         _log.info("%s", self.features.keep(options.draws, options.cache_gb))

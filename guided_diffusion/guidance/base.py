@@ -31,19 +31,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from .. import checkpoint
 from ..errors import UserError
+from ..late import nn, torch
 from ..options import Options, option_fields
 from ..presets import Preset
 from ..terms import Guidance, Passes
-from ..unet import Encoder, UNetModel
 
-AnyEncoder = TypeVar("AnyEncoder", bound=Encoder)
+if TYPE_CHECKING:
+    from ..unet import Encoder, UNetModel
+
+AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..build import ClassifierOptions, build_classifier
 from ..errors import UserError
+from ..late import Tensor, nn, torch
 from ..options import option
 from ..presets import Preset, find_preset, is_bundled
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, StepContext
-from ..unet import EncoderUNetModel
 from .base import GuidanceOptions, Networks
+
+if TYPE_CHECKING:
+    from ..unet import EncoderUNetModel
 
 
 class ClassifierGuidance(GradientGuidance):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
+from ..late import F, Tensor, torch
 from ..rng import image_generator
 
 MASKS = ("self-attention", "global", "high-frequency", "random", "square")

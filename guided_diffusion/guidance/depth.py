@@ -19,25 +19,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..capture import capture_features, find_blocks
 from ..checkpoint import locate, read_metadata
-from ..depth.predictor import DepthPredictors, check_fits, check_network, load_predictors
 from ..depth.prior import DepthPrior, load_prior
 from ..errors import UserError
-from ..nn import mean_flat
+from ..late import F, Tensor, torch
+from ..losses import mean_flat
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import Guidance, LossGuidance, Passes, StepContext
-from ..unet import Encoder
 from .base import GuidanceOptions, Networks
+
+if TYPE_CHECKING:
+    from ..depth.predictor import DepthPredictors
+    from ..unet import Encoder
 
 REDUCTIONS = ("mean", "sum")
 TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
@@ -189,6 +189,8 @@ class DagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """Both terms, or the one that is on."""
+        from ..depth.predictor import check_fits, load_predictors
+
         predictors = load_predictors(locate(self.depth_predictor), nets.device)
         check_fits(predictors, nets.model, None)
         common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop}
@@ -209,6 +211,8 @@ class DagOptions(GuidanceOptions):
     def check(self, sha256: Mapping[str, str]) -> None:
         """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
         if self.active:
+            from ..depth.predictor import check_network
+
             check_network(read_metadata(self.depth_predictor)["network_sha256"], sha256["model_path"],
                           f"--depth_predictor {self.depth_predictor}: was")
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..capture import find_blocks, override_attention
 from ..errors import UserError
+from ..late import Tensor
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, StepContext
-from ..unet import Encoder
 from .base import GuidanceOptions, Networks
+
+if TYPE_CHECKING:
+    from ..unet import Encoder
 
 
 class PerturbedAttentionGuidance(ContrastGuidance):

@@ -13,20 +13,19 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..capture import HEADS, Received, capture_attention, find_blocks
 from ..errors import UserError
+from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, StepContext
-from ..unet import Encoder
 from .base import GuidanceOptions, Networks
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
+
+if TYPE_CHECKING:
+    from ..unet import Encoder
 
 Mask = Callable[[StepContext, Prediction], Tensor]
 

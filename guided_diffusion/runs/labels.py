@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..errors import UserError
+from ..late import Tensor, torch
 from ..npz import read_npy
 from ..options import cut
 from ..rng import image_labels

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
@@ -18,6 +17,7 @@ from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
 from ..guidance import GUIDANCE
+from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
 from ..sampling import SAMPLERS

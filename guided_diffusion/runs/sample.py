@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
-
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import check_same_names, label_number
@@ -25,6 +22,7 @@ from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
+from ..late import Tensor, nn, torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
 from ..presets import find_preset

@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .. import dist_util, sampling
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
+from ..late import Tensor, torch
 from ..pixels import to_uint8
 from ..rng import image_noise
 from ..sampling import SamplerOptions
 from ..terms import Guidance
-from ..unet import UNetModel
 from .options import SampleOptions
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
 
 
 class BuiltRun(NamedTuple):

@@ -57,10 +57,9 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from torch import distributed
-
 from .. import dist_util
 from ..errors import LostRankError, PeerError
+from ..late import dist
 
 BEAT = 0.5          # seconds between signs of life
 SILENCE = 40        # beats without one, after which a rank counts as lost
@@ -110,7 +109,7 @@ class _Board:
     Every method raises RuntimeError where rank 0, which keeps the store, is lost.
     """
 
-    def __init__(self, store: distributed.Store) -> None:
+    def __init__(self, store: dist.Store) -> None:
         self._store = store
 
     def put(self, name: str, value: Any) -> None:

@@ -375,8 +375,7 @@ def test_a_rank_that_is_killed_is_missed_in_one_sentence(python, data_dir, tmp_p
     assert processes[1 - killed].wait() == 2
     error, = errors_in(left)
     assert "a rank is gone" in error and "start the same command again" in error
-    # Torch may add lines of C++ of its own, when the connection breaks at the same moment.
-    assert "Traceback" not in left.read_text()
+    assert "frame #" not in left.read_text() and "[W" not in left.read_text()
     step = checkpoint.read_metadata(tmp_path / "out/state.safetensors")["step"]
     assert f"until step {step} is saved" in left.read_text() or step.endswith("0")
 

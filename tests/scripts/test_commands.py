@@ -88,6 +88,30 @@ def test_help_and_mistakes_of_light_commands_load_no_torch():
     assert [line.split(":")[1] for line in ended.stderr.splitlines()] == [" smaple", " --jsno"]
 
 
+LATE = """
+import contextlib, io, runpy, sys
+from pathlib import Path
+mistakes = {"image_sample": ["--num_samples", "-1"], "evaluate": ["a", "b", "--backend", "x"],
+            "image_train": ["--lr", "x"], "dag_sample": ["--model", "x"], "reproduce": ["x", "--ranks", "y"],
+            "depth_train": ["--config", "x.yaml"]}
+old = {"dag_table", "halve_checkpoint"}
+for path in sorted(Path("scripts").glob("[a-z]*.py")):
+    lines = [["--help"], ["--no_such_option"], *([mistakes[path.stem]] if path.stem in mistakes else [])]
+    for words in lines[:1] if path.stem in old else lines:
+        sys.argv = [str(path), *words]
+        said = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        if "torch" in sys.modules or not said.getvalue().startswith(("usage:", "error: ", "scripts/")):
+            sys.exit(f"{path} {words}: torch is loaded, or this is no answer: {said.getvalue()[:200]}")
+"""
+
+
+def test_no_command_loads_torch_before_its_options_are_read():
+    ended = finish([sys.executable, "-c", LATE], cwd=REPOSITORY)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_an_unknown_command_is_told_the_nearest_one(guided_pixels, capsys):
     assert guided_pixels("smaple") == 2
     assert capsys.readouterr().err.startswith("error: smaple: no such command (did you mean sample?), there are ")
