@@ -86,7 +86,9 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
                 skip_damaged: bool = False) -> TrainingImages:
     """The images of `data_dir`, found as `load_data` says, and what a training must know of them.
 
-    Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read. frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
+    Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read.
+
+    frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
     and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out.
     """
     if min(frame[1:]) < 1:
