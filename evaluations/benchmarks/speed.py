@@ -15,7 +15,7 @@ from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, entry_option, option
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.sample import without_labels
@@ -33,6 +33,7 @@ class BenchmarkOptions(Options):
 
     model: str = option("fmnist32", "a model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
+    checkpoint_entry: str = entry_option()
     together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
     batch_size: int = option(64, "images at a time", minimum=1)
     rounds: int = option(15, "times that everything is measured, in turn", minimum=1)
@@ -66,7 +67,7 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
     device = dist_util.dev()
     diffusion = build_diffusion(diffusion_options)
     nets = Networks(build_model(model_options), device, random_weights=True)
-    model = nets.load(nets.model, options.model_path, asdict(model_options))
+    model = nets.load(nets.model, options.model_path, asdict(model_options), options.checkpoint_entry)
     plain_model = _contiguous_copy(model)
 
     size, batch = model_options.image_size, options.batch_size

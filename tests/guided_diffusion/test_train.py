@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import PATIENCE, call, samples_in
+from PIL import Image
 from tiny_training import (
     DIFFUSION,
     MODEL,
@@ -378,6 +379,36 @@ def test_a_rank_that_is_killed_is_missed_in_one_sentence(python, data_dir, tmp_p
     assert "frame #" not in left.read_text() and "[W" not in left.read_text()
     step = checkpoint.read_metadata(tmp_path / "out/state.safetensors")["step"]
     assert f"until step {step} is saved" in left.read_text() or step.endswith("0")
+
+
+WATCHED = """
+from guided_diffusion import dist_util, image_datasets
+from guided_diffusion.cli import run_script
+from scripts.image_train import main
+
+looking = image_datasets.damaged_pictures
+
+def look(*arguments):
+    print("rank", dist_util.rank(), "looks at the pictures", flush=True)
+    return looking(*arguments)
+
+image_datasets.damaged_pictures = look
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_looks_for_damaged_pictures_and_tells_the_others(python, tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"data/{number % 2}_{number}.png")
+    (tmp_path / "data/0_0.png").write_bytes(b"no picture")
+    processes, logs = two_ranks(python, tmp_path, "-c", WATCHED, data_dir=tmp_path / "data", lr_anneal_steps=1,
+                                skip_damaged=True)
+    assert [process.wait() for process in processes] == [0, 0], [log.read_text() for log in logs]
+    said = [log.read_text() for log in logs]
+    assert [text.count("looks at the pictures") for text in said] == [1, 0]
+    assert [text.count("left out 1 damaged image(s)") for text in said] == [1, 0]
 
 
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):

@@ -136,16 +136,16 @@ def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, star
 @pytest.mark.slow
 @needs_mpi
 def test_rank_killed_under_mpiexec_ends_the_job(python, line, expected, tmp_path):
-    with subprocess.Popen([BIN / "mpiexec", "-n", "2", python, "scripts/image_sample.py", *line(tmp_path)],
-                          cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+    words = ("scripts/image_sample.py", *line(tmp_path))
+    with subprocess.Popen([BIN / "mpiexec", "-n", "2", sys.executable, *words], cwd=REPOSITORY,
+                          stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
         await_shards(tmp_path, 2, job)
         ranks = ranks_working_in(tmp_path)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         assert job.wait(PATIENCE) != 0
     assert not ranks_working_in(tmp_path)
-    ended = execute(BIN / "mpiexec", "-n", 3, python, "scripts/image_sample.py", *line(tmp_path))
+    ended = execute(BIN / "mpiexec", "-n", 3, python, *words)
     assert ended.returncode == 0, ended.stderr
     assert digest(tmp_path) == expected
 

@@ -241,6 +241,7 @@ def test_lock_ends_with_its_process(python, tmp_path):
         with pytest.raises(UserError, match=f"process {process.pid}"), locked(tmp_path):
             pass
         process.kill()
+        process.communicate()
     assert (tmp_path / ".lock").exists() and holder(tmp_path) is None
     with locked(tmp_path):
         pass
