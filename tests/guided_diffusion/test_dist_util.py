@@ -242,13 +242,17 @@ def test_torchrun_gives_the_same_file(command, expected, tmp_path):
 
 @pytest.mark.slow
 @needs_mpi
-def test_mistake_ends_all_ranks(python, command, tmp_path):
+def test_mistake_ends_all_ranks(command, tmp_path):
     for changes in ({"num_samples": 0}, {"model_path": "/nowhere.pt"}):
-        ended = execute(BIN / "mpiexec", "-n", 2, python, *command(tmp_path / "out", **changes))
+        ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, *command(tmp_path / "out", **changes))
         assert ended.returncode == 2
         assert len(set(filter(None, ended.stderr.splitlines()))) == 1         # mpiexec may add empty lines
         assert ended.stderr.startswith("error: ")
         assert not list((tmp_path / "out").glob("*"))
+
+
+# The code of a rank that failed, unless mpiexec kills the other one before that has ended by itself (signal 9).
+ENDED_BY_MPIEXEC = 2, 9
 
 
 @pytest.mark.slow
@@ -258,7 +262,7 @@ def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path
     save_state(tmp_path / "nan.pt", state)
     # Balanced labels, one image at a time: every other image is of class 1.
     ended = execute(*launcher, *command(tmp_path / "out", model_path=tmp_path / "nan.pt", batch_size=1))
-    assert ended.returncode == (1 if BIN / "torchrun" in launcher else 2)
+    assert ended.returncode in ((1,) if BIN / "torchrun" in launcher else ENDED_BY_MPIEXEC)
     assert ended.stderr.count("error: ") == 1
     assert "error: step 2: the network returned NaN or infinity for image 1\n" in ended.stderr
     # The images before are kept; torchrun may end rank 0 before it has let go of the lock.
@@ -271,6 +275,6 @@ def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path
 def test_rank_that_cannot_start_ends_the_job(failing, python, command, tmp_path):
     ranks = [command(tmp_path / "out", **({"model_path": "/nowhere.pt"} if rank == failing else {})) for rank in (0, 1)]
     ended = execute(BIN / "mpiexec", "-n", 1, python, *ranks[0], ":", "-n", 1, python, *ranks[1])
-    assert ended.returncode == 2
+    assert ended.returncode in ENDED_BY_MPIEXEC
     assert ended.stderr == "error: /nowhere.pt: there is no such file\n"
     assert list((tmp_path / "out").iterdir()) == []
