@@ -13,7 +13,7 @@ from .options import nearest
 
 if TYPE_CHECKING:
     from .attention import Attention, AttentionBlock
-    from .unet import Encoder
+    from .unet import Encoder, Prefix, UNetModel
 
 HEADS = ("exact", "official")
 
@@ -140,3 +140,64 @@ def capture_features(model: Encoder, names: Iterable[str], *, graph: bool = Fals
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def capture_prefix(model: UNetModel, block: str) -> Iterator[list[Prefix]]:
+    """Captures every evaluation in the `with` block up to the attention of `block`, so that others can begin there.
+
+    An evaluation that differs only from that attention on, as one whose attention is overridden, needs no more:
+
+        with capture_prefix(unet, "middle") as prefixes:
+            eps = unet(x_t, t)
+        with override_attention(unet, ["middle"], lambda q, k, v: v):
+            perturbed = unet.resume(prefixes[0])          # bit for bit unet(x_t, t)
+
+    A prefix holds the skip tensors that are still to be read, and one map (`Prefix.memory` bytes), without their
+    graph. Raises UserError for an unknown block.
+    """
+    from .unet import PrefixRecorder
+
+    attention = find_blocks(model.attention_blocks, [block], "attention block")[block]
+    recorder = PrefixRecorder(block)
+    handle = attention.register_forward_pre_hook(recorder.record)
+    model.recorders.append(recorder)
+    try:
+        yield recorder.prefixes
+    finally:
+        handle.remove()
+        model.recorders.remove(recorder)
+
+
+@contextmanager
+def resume_from(model: UNetModel, prefixes: Iterable[Prefix]) -> Iterator[None]:
+    """Lets the network begin at one of the prefixes where it is called with the inputs of that one.
+
+    What lies around the network, such as a function that adds its labels, needs no knowledge of prefixes. Other inputs
+    are evaluated from their beginning.
+    """
+    before, model.prefixes = model.prefixes, list(prefixes)
+    try:
+        yield
+    finally:
+        model.prefixes = before
+
+
+def first_block(model: Encoder, names: Iterable[str]) -> str:
+    """The one of the named attention blocks that an evaluation reaches first."""
+    named = find_blocks(model.attention_blocks, names, "attention block")
+    return next(name for name in model.attention_blocks if name in named)
+
+
+@contextmanager
+def end_graph(model: Encoder, names: Iterable[str]) -> Iterator[None]:
+    """Keeps no autograd graph above the last of the named blocks, in the `with` block.
+
+    Nested blocks keep it up to the last block that any of them names. Raises UserError for an unknown block.
+    """
+    named = list(find_blocks(model.feature_blocks, names, "block"))
+    before, model.graph_ends = model.graph_ends, [*model.graph_ends, *named]
+    try:
+        yield
+    finally:
+        model.graph_ends = before

@@ -1,7 +1,7 @@
-"""The process with the samplers' methods of the old names: `p_sample*` and `ddim_*` only bind a network and delegate.
+"""The process with the samplers as methods: `p_sample*`, `ddim_*` and `solver_*` only bind a network and delegate.
 
-The process itself is in `process`, the step bodies and the loop in `sampling`. Images are (N, C, H, W) in [-1, 1]; t is
-(N,) int64, an index into the (respaced) chain.
+The process itself is in `process`, the step bodies in `steps` and `solvers`, the loop in `sampling`. Images are
+(N, C, H, W) in [-1, 1]; t is (N,) int64, an index into the (respaced) chain.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .process import (
 )
 from .progress import progress_bar
 from .schedules import gather
+from .solvers import DEFAULT_STEPS, solver_options
 from .terms import FunctionGuidance, Guidance
 
 __all__ = ["Denoiser", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "Prediction"]
@@ -89,10 +90,46 @@ class GaussianDiffusion(DiffusionProcess):
         """Images (N, C, H, W) by DDIM; options as in `ddim_sample_loop_progressive`."""
         return sampling.last(self.ddim_sample_loop_progressive(model, shape, noise, **options))["sample"]
 
+    def solver_sample_loop_progressive(
+        self, model: nn.Module, shape: Sequence[int], solver: str = "dpm-solver++", order: int = 2,
+        variant: str = "bh2", steps: int = DEFAULT_STEPS, grid: str = "time-uniform", eta: float = 0.0,
+        noise: Tensor | None = None, clip_denoised: bool = True, dynamic_threshold: float | None = None,
+        denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
+        model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
+        progress: bool = False, guidance: Sequence[Guidance] = (),
+    ) -> Iterator[Images]:
+        """The chain of a multistep solver (see `solvers`), as `p_sample_loop_progressive`.
+
+        solver: "dpm-solver++" or "unipc". order: 1 (DDIM), 2 or 3. variant: of UniPC, "bh1" or "bh2". steps:
+        evaluations. grid: "time-uniform", "logsnr" or "time-quadratic", which lie in the whole chain that the network
+        was trained on, also where this one is respaced; or "chain", all steps of this one, however many (another number
+        than the default must then be theirs). eta: 1 is the stochastic form of DPM-Solver++ (orders 1 and 2).
+        dynamic_threshold: a quantile, such as 0.995, see `process.dynamically_thresholded`. Raises UserError for
+        what is not allowed.
+        """
+        options = solver_options(solver, order, variant, steps, grid, eta, dynamic_threshold)
+        process = options.process(self)
+        denoise = process.denoiser(model, clip_denoised, denoised_fn, model_kwargs, options.threshold_quantile)
+        return self._chain(options.step(), denoise, _first_noise(model, shape, noise, device),
+                           _terms(guidance, cond_fn), progress)
+
+    def solver_sample_loop(
+        self, model: nn.Module, shape: Sequence[int], solver: str = "dpm-solver++", order: int = 2,
+        variant: str = "bh2", steps: int = DEFAULT_STEPS, grid: str = "time-uniform", eta: float = 0.0,
+        noise: Tensor | None = None, clip_denoised: bool = True, dynamic_threshold: float | None = None,
+        denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
+        model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
+        progress: bool = False, guidance: Sequence[Guidance] = (),
+    ) -> Tensor:
+        """Images (N, C, H, W) by a multistep solver; options as in `solver_sample_loop_progressive`."""
+        return sampling.last(self.solver_sample_loop_progressive(
+            model, shape, solver, order, variant, steps, grid, eta, noise, clip_denoised, dynamic_threshold,
+            denoised_fn, cond_fn, model_kwargs, device, progress, guidance))["sample"]
+
     def _chain(self, step: sampling.Step, denoise: Denoiser, x_T: Tensor, guidance: Sequence[Guidance],
                progress: bool) -> Iterator[Images]:
         chain = sampling.sample_chain(step, denoise, x_T, lambda index: torch.randn_like(x_T), guidance)
-        return _shown(chain, self.num_timesteps) if progress else chain
+        return _shown(chain, denoise.diffusion.num_timesteps) if progress else chain
 
     def ddim_reverse_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                             denoised_fn: DenoisedFn | None = None, model_kwargs: Mapping[str, Any] | None = None,
@@ -125,7 +162,9 @@ def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:
 
 def _first_noise(model: nn.Module, shape: Sequence[int], noise: Tensor | None,
                  device: torch.device | str | None) -> Tensor:
-    device = next(model.parameters()).device if device is None else device
+    if device is None:          # a model may be any function
+        device = next((weight.device for weight in model.parameters()), None) if isinstance(model, nn.Module) else None
+        device = device or (torch.device("cpu") if noise is None else noise.device)
     return torch.randn(*shape, device=device) if noise is None else noise.to(device)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 import os
@@ -32,16 +33,19 @@ Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gav
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
-           above: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive)."""
+           above: float | None = None, maximum: float | None = None, later: bool = False) -> Any:
+    """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive).
+
+    later: the option came after the first records of runs: at its default it is no part of what a run is.
+    """
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "later": later, **limits})
 
 
 def entry_option() -> Any:
     """The option that chooses one of several networks in the file --model_path, "" by default."""
     return option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: the moving "
-                  "average, if it has one")
+                  "average, if it has one", later=True)
 
 
 def seed_option(help: str, default: int = 0) -> Any:
@@ -84,15 +88,21 @@ class OptionField:
         return f"{self.metadata.get('help', '')} (default: {'unset' if self.default in (None, '') else self.default})"
 
 
-def option_fields(cls: type) -> list[OptionField]:
+def option_fields(cls: type) -> tuple[OptionField, ...]:
     """The options of a class, in the order in which it states them."""
+    return _read_fields(cls)
+
+
+@functools.cache
+def _read_fields(cls: Any) -> tuple[OptionField, ...]:
+    """What `option_fields` returns; reading the types takes long. Any: mypy holds frozen dataclasses for no keys."""
     hints = typing.get_type_hints(cls)
     result = []
     for field in dataclasses.fields(cls):
         alternatives = [a for a in typing.get_args(hints[field.name]) if a is not type(None)]
         kind = alternatives[0] if alternatives else hints[field.name]
         result.append(OptionField(field.name, kind, bool(alternatives), field.default, field.metadata))
-    return result
+    return tuple(result)
 
 
 def checked(field: OptionField, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Ho et al. (2006.11239: the process), Nichol & Dhariwal (2102.09672: learned variance), Dhariwal & Nichol (2105.05233).
 Images are (N, C, H, W) in [-1, 1]; t is (N,) int64, an index into the (respaced) chain. Sampling is another room:
-`sampling` has the step bodies, `gaussian_diffusion` the methods of the old names.
+`steps` and `solvers` have the step bodies, `gaussian_diffusion` the methods of the old names.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Denoiser:
     """A network bound to a process and its conditions: `denoise(x_t, t)` is a Prediction.
 
     denoised_fn: applied to x0 before it is clipped to [-1, 1] (where clip_denoised). model_kwargs: labels and the
-    like, (N, ...) each.
+    like, (N, ...) each. dynamic_threshold: a quantile in (0, 1] by which x0 is thresholded in place of clipping (see
+    `dynamically_thresholded`). batch_contrasts: a guided step makes further evaluations that differ in their inputs
+    alone as one batch.
     """
 
     diffusion: DiffusionProcess
@@ -84,6 +86,8 @@ class Denoiser:
     clip_denoised: bool = True
     denoised_fn: Callable[[Tensor], Tensor] | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_threshold: float | None = None
+    batch_contrasts: bool = False
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
         """One evaluation of the network at x_t (N, C, H, W), at steps t (N,)."""
@@ -91,9 +95,11 @@ class Denoiser:
         return self.diffusion.interpret(output, x_t, t, self.process_xstart)
 
     def process_xstart(self, x: Tensor) -> Tensor:
-        """x0 (N, C, H, W) after `denoised_fn` and clipping, as far as they are asked for."""
+        """x0 (N, C, H, W) after `denoised_fn` and clipping or thresholding, as far as they are asked for."""
         if self.denoised_fn is not None:
             x = self.denoised_fn(x)
+        if self.dynamic_threshold is not None:
+            return dynamically_thresholded(x, self.dynamic_threshold)
         return x.clamp(-1, 1) if self.clip_denoised else x
 
     def with_eps(self, pred: Prediction, x_t: Tensor, t: Tensor, eps: Tensor) -> Prediction:
@@ -103,14 +109,31 @@ class Denoiser:
         return replace(pred, eps=eps, pred_xstart=pred_xstart, mean=mean)
 
 
+def dynamically_thresholded(x: Tensor, quantile: float) -> Tensor:
+    """Images (N, C, H, W) whose values far out are pulled into [-1, 1] (Saharia et al., 2205.11487, section 2.3).
+
+    Per image: with q the quantile of |x|, at least 1, x is clipped to [-q, q] and divided by q.
+    """
+    values = x.abs().flatten(1)
+    place = quantile * (values.shape[1] - 1)
+    below = int(place)
+    largest = values.topk(values.shape[1] - below, dim=1).values       # the last is number `below` from the bottom
+    limit = torch.lerp(largest[:, -1], largest[:, max(-2, -largest.shape[1])], place - below).clamp(min=1)
+    limit = limit.reshape(-1, 1, 1, 1)
+    return torch.clamp(x, -limit, limit) / limit
+
+
 class DiffusionProcess:
     """The process with given betas, and the meaning of a network's output.
 
-    betas: (T,) in (0, 1]. rescale_timesteps: the network sees t * 1000 / T. Raises UserError for other betas.
+    betas: (T,) in (0, 1]. rescale_timesteps: the network sees t * 1000 / T. last_alphas_cumprod: abar where the chain
+    ends, after its last step; 1, of an image without noise, but on the grids of `grids`. Raises UserError for other
+    betas.
     """
 
     def __init__(self, *, betas: Sequence[float] | np.ndarray, model_mean_type: ModelMeanType,
-                 model_var_type: ModelVarType, loss_type: LossType, rescale_timesteps: bool = False) -> None:
+                 model_var_type: ModelVarType, loss_type: LossType, rescale_timesteps: bool = False,
+                 last_alphas_cumprod: float = 1.0) -> None:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
             raise UserError("betas: must be a list of numbers greater than 0 and at most 1")
@@ -124,8 +147,9 @@ class DiffusionProcess:
 
         self.betas = betas
         alphas = 1 - betas
-        self.alphas_cumprod = np.cumprod(alphas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod = last_alphas_cumprod * np.cumprod(alphas)
+        self.original_alphas_cumprod = self.alphas_cumprod
+        self.alphas_cumprod_prev = np.append(last_alphas_cumprod, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1 - self.alphas_cumprod)
@@ -143,9 +167,14 @@ class DiffusionProcess:
     # The process
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """The step that the network sees at index t of this chain: an original index, rescaled if so asked."""
+        """The step that the network sees at index t of this chain: an original index, rescaled if so asked.
+
+        (N,) int64, or float32 where it is rescaled, and on grids, whose steps are fractions.
+        """
         original = torch.from_numpy(self.timestep_map).to(t.device)[t]
-        return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
+        if self.rescale_timesteps:
+            return original.float() * (1000 / self.original_num_steps)
+        return original.float() if original.is_floating_point() else original
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t | x0) (2006.11239, eq. 4)."""
@@ -254,10 +283,10 @@ class DiffusionProcess:
         return gather(variance, t, x_t).expand_as(x_t), gather(log_variance, t, x_t).expand_as(x_t)
 
     def denoiser(self, model: Callable[..., Tensor], clip_denoised: bool = True,
-                 denoised_fn: Callable[[Tensor], Tensor] | None = None,
-                 model_kwargs: Mapping[str, Any] | None = None) -> Denoiser:
+                 denoised_fn: Callable[[Tensor], Tensor] | None = None, model_kwargs: Mapping[str, Any] | None = None,
+                 dynamic_threshold: float | None = None) -> Denoiser:
         """`model` bound to this process and its conditions; the arguments are the fields of `Denoiser`."""
-        return Denoiser(self, model, clip_denoised, denoised_fn, model_kwargs or {})
+        return Denoiser(self, model, clip_denoised, denoised_fn, model_kwargs or {}, dynamic_threshold)
 
     def p_mean_variance(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                         denoised_fn: Callable[[Tensor], Tensor] | None = None,

@@ -67,3 +67,4 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(betas=1 - abar / np.append(1.0, abar[:-1]), **kwargs)
         self.timestep_map = kept
         self.original_num_steps = base.num_timesteps
+        self.original_alphas_cumprod = base.alphas_cumprod

@@ -6,7 +6,7 @@
     grad      = sum of the gradients
     x_{t-1}   = the sampler's step (pred guided by eps, grad, noise) - loss_grad
 
-A sampler is a step and its options; SAMPLERS lists them by the names that `--sampler` takes.
+A sampler is a step and its options (`steps`, `solvers`); SAMPLERS lists them by the names that `--sampler` takes.
 """
 
 from __future__ import annotations
@@ -14,90 +14,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 from .errors import NonFiniteError, UserError
 from .late import Tensor, no_grad, torch
-from .options import Options, option
 from .process import Denoiser, Prediction
-from .schedules import gather
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, StepContext
+from .solvers import SOLVERS
+from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
+from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext
+
+__all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
+           "last", "sample_chain", "sample_step"]
 
 # A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
 LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
 
-Noise = Callable[[], Tensor]
 Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
-Step = Callable[[StepContext, Prediction, Tensor | None, Noise], tuple[Tensor, Tensor]]
 
-
-def ddpm_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise) -> tuple[Tensor, Tensor]:
-    """Ancestral sampling: x_{t-1} and x0, (N, C, H, W) each. No noise is added at t = 0."""
-    mean = pred.mean if grad is None else pred.mean + pred.variance * grad
-    noisy = (ctx.t != 0).float().reshape(-1, 1, 1, 1)
-    return mean + noisy * torch.exp(0.5 * pred.log_variance) * noise(), pred.pred_xstart
-
-
-def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise, *, eta: float = 0.0,
-              ) -> tuple[Tensor, Tensor]:
-    """DDIM (Song et al., 2010.02502, eq. 12): x_{t-1} and x0, (N, C, H, W) each.
-
-    eta: 0 is deterministic, 1 has the variance of ancestral sampling. A gradient changes eps by
-    -sqrt(1 - abar) * grad (ADM, algorithm 2).
-    """
-    diffusion, x_t, t = ctx.denoise.diffusion, ctx.x_t, ctx.t
-    pred_xstart = pred.pred_xstart
-    eps = diffusion.predict_eps_from_xstart(x_t, t, pred_xstart)
-    if grad is not None:
-        eps = eps - gather(diffusion.sqrt_one_minus_alphas_cumprod, t, x_t) * grad
-        pred_xstart = diffusion.predict_xstart_from_eps(x_t, t, eps)
-    abar = gather(diffusion.alphas_cumprod, t, x_t)
-    abar_prev = gather(diffusion.alphas_cumprod_prev, t, x_t)
-    sigma = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
-    sample = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - sigma**2) * eps
-    if eta:
-        sample = sample + (t != 0).float().reshape(-1, 1, 1, 1) * sigma * noise()
-    return sample, pred_xstart
-
-
-@dataclass(frozen=True)
-class SamplerOptions(Options):
-    """A sampler: its options, its name in titles, and its step. A new one is such a class and a line in SAMPLERS."""
-
-    title: ClassVar[str]
-
-    def step(self) -> Step:
-        """The function that goes from x_t to x_{t-1}."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class DdpmOptions(SamplerOptions):
-    """Ancestral sampling (DDPM)."""
-
-    title = "DDPM"
-
-    def step(self) -> Step:
-        """See `ddpm_step`."""
-        return ddpm_step
-
-
-@dataclass(frozen=True)
-class DdimOptions(SamplerOptions):
-    """DDIM."""
-
-    title = "DDIM"
-
-    eta: float = option(0.0, "fresh noise in DDIM: 0 none, 1 as much as DDPM", minimum=0, maximum=1)
-
-    def step(self) -> Step:
-        """See `ddim_step`."""
-        return functools.partial(ddim_step, eta=self.eta)
-
-
-SAMPLERS: dict[str, type[SamplerOptions]] = {"ddpm": DdpmOptions, "ddim": DdimOptions}
+SAMPLERS: dict[str, type[SamplerOptions]] = {"ddpm": DdpmOptions, "ddim": DdimOptions, **SOLVERS}
 
 
 def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: Noise,
@@ -108,14 +43,17 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     prediction.
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids)
-    active = [(term, window) for term in guidance if (window := term.window(t)).any()]
+    active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]
     loss_gradient = None
     if any(isinstance(term, LossGuidance) for term, _ in active):
         ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
         pred = _evaluated(ctx, active)
     unguided = pred
-    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in active if isinstance(g, ContrastGuidance)]
+    contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
+    if denoise.batch_contrasts:
+        ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
+    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in contrasts]
     if deltas:
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + _sum(deltas))
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
@@ -145,9 +83,13 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     contrast evaluates the network again.
     """
     losses = [(term, window) for term, window in active if isinstance(term, LossGuidance)]
+    ends = [end for term, _ in losses if (end := term.end_graph()) is not None]
     with torch.enable_grad():
-        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={})
-        pred = _evaluated(with_graph, active)
+        with_graph = replace(ctx, x_t=ctx.x_t.detach().requires_grad_(), observed={}, shared=Shared())
+        with ExitStack() as stack:
+            for end in ends if len(ends) == len(losses) else []:
+                stack.enter_context(end)
+            pred = _evaluated(with_graph, active)
         loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "

@@ -4,21 +4,58 @@ A *contrast* evaluates the network again on something degraded and returns a cha
 gradient at x_t; the sampler decides how it enters (`mean += variance * g` in DDPM, `eps -= sqrt(1 - abar) * g` in
 DDIM). A *loss* is differentiated to x_t through the step's own evaluation, the losses of all terms at once; any sampler
 takes that gradient from x_{t-1} (`mean -= g`). Terms know neither each other nor the sampler. A term whose scale is 0,
-or whose window does not hold the step, is not evaluated.
+or whose window does not hold the step, is not evaluated, and observes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict, TypeVar
+
+import numpy as np
 
 from .errors import UserError
 from .late import Tensor, torch
-from .process import Denoiser, Prediction
+from .process import Denoiser, DiffusionProcess, Prediction
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a further evaluation of the network is given.
+
+    x: (N, C, H, W). t: (N,) int64, respaced. changes: conditions that differ from those of the step, such as another
+    label under "y", (N, ...) each.
+    """
+
+    x: Tensor
+    t: Tensor
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def same(self, other: Inputs) -> bool:
+        """Whether an evaluation of the other inputs gives the same."""
+        return (_same(self.x, other.x) and _same(self.t, other.t) and self.changes.keys() == other.changes.keys()
+                and all(_same(value, other.changes[name]) for name, value in self.changes.items()))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return tensors and one.dtype == other.dtype and torch.equal(one, other)
+
+
+@dataclass
+class Shared:
+    """What the terms of one step share: values by key, and evaluations by their inputs."""
+
+    values: dict[Hashable, Any] = field(default_factory=dict)
+    evaluations: list[tuple[Inputs, Prediction]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -27,7 +64,7 @@ class StepContext:
 
     denoise: (x, t) -> Prediction, the network with its labels, respaced. x_t: (N, C, H, W). t: (N,) int64, index
     into the respaced chain. image_ids: (N,) int64, the images' places in the run. observed: what each term's
-    `observe` gave around the evaluation that `pred` came from.
+    `observe` gave around the evaluation that `pred` came from. shared: see `once` and `evaluate`.
     """
 
     denoise: Denoiser
@@ -35,6 +72,7 @@ class StepContext:
     t: Tensor
     image_ids: Tensor
     observed: dict[Guidance, Any] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
 
     @property
     def model_t(self) -> Tensor:
@@ -46,12 +84,62 @@ class StepContext:
         """The network's conditions, such as labels under "y"."""
         return self.denoise.model_kwargs
 
+    def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """The value of `compute()`, which is called for the first term of the step that asks for this key."""
+        if key not in self.shared.values:
+            self.shared.values[key] = compute()
+        return self.shared.values[key]
+
+    def evaluate(self, x: Tensor, t: Tensor, **changes: Any) -> Prediction:
+        """A further evaluation of the network at x (N, C, H, W), at steps t (N,), with some conditions changed.
+
+        Terms that ask for the same evaluation share one. It must be that of the network as it is: a term that overrides
+        anything inside it calls `denoise` itself.
+        """
+        inputs = Inputs(x, t, changes)
+        for known, pred in self.shared.evaluations:
+            if inputs.same(known):
+                return pred
+        pred = self._bound(changes)(x, t)
+        self.shared.evaluations.append((inputs, pred))
+        return pred
+
+    def evaluate_together(self, wanted: Sequence[Inputs]) -> None:
+        """Makes several evaluations as one batch, from which `evaluate` then takes them: the same to rounding."""
+        different: list[Inputs] = []
+        for inputs in wanted:
+            if not any(inputs.same(other) for other in different):
+                different.append(inputs)
+        if len(different) < 2:
+            return
+        x, t = (torch.cat(parts) for parts in zip(*[(inputs.x, inputs.t) for inputs in different], strict=True))
+        conditions = [{**self.model_kwargs, **inputs.changes} for inputs in different]
+        if any(one.keys() != conditions[0].keys() for one in conditions):
+            raise UserError("evaluations in one batch must have the same conditions, such as y")
+        batch = {name: _stacked([one[name] for one in conditions]) for name in conditions[0]}
+        pred = replace(self.denoise, model_kwargs=batch)(x, t)
+        parts = [dict(zip(vars(pred), values, strict=True))
+                 for values in zip(*[value.chunk(len(different)) for value in vars(pred).values()], strict=True)]
+        self.shared.evaluations += [(inputs, Prediction(**part)) for inputs, part in
+                                    zip(different, parts, strict=True)]
+
+    def _bound(self, changes: Mapping[str, Any]) -> Denoiser:
+        """The network with changed conditions."""
+        return replace(self.denoise, model_kwargs={**self.model_kwargs, **changes}) if changes else self.denoise
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    """The conditions of several evaluations as one batch; what is no tensor is the same for all."""
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
+
 
 @dataclass(frozen=True)
 class Passes:
     """Passes through networks that a term adds to one guided step of one image.
 
-    forward: further evaluations of the diffusion network. backward: 1 where the step's own evaluation is
+    forward: further evaluations of the diffusion network. begins_at: attention blocks, at the first of which these
+    begin, as they share what lies before it with the step's own; each is then a part of an evaluation, in proportion to
+    the operations. Without any, they begin at the beginning. backward: 1 where the step's own evaluation is
     differentiated, which all such terms do at once. others: by name, evaluations of other networks, each with its
     gradient.
     """
@@ -59,36 +147,101 @@ class Passes:
     forward: int = 0
     backward: int = 0
     others: Mapping[str, int] = field(default_factory=dict)
+    begins_at: Sequence[str] = ()
+
+
+class SigmaRange(TypedDict, total=False):
+    """The noise levels at which a term guides, as keyword arguments: see `Window`."""
+
+    sigma_min: float | None
+    sigma_max: float | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps at which a term guides; None leaves a side open.
+
+    start, stop: stop <= t < start, t the respaced step index that counts down to 0. sigma_min, sigma_max: the noise
+    level sigma = sqrt((1 - abar) / abar) of the step, sigma_min < sigma <= sigma_max (Kynkaanniemi et al., 2404.07724,
+    equation 5), which means the same for any number of steps. `what` names the owner in the UserError that is raised
+    for anything but numbers, for a negative level, and for a range that is empty.
+    """
+
+    start: float | None = None
+    stop: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    what: str = "window"
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop", "sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(f"{self.what} {name}", value)
+                if name == "sigma_min" and value < 0:
+                    raise UserError(f"{self.what} {name} {value!r}: must be at least 0")
+                if name == "sigma_max" and value <= 0:
+                    raise UserError(f"{self.what} {name} {value!r}: must be greater than 0")
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise UserError(f"{self.what} sigma_min {self.sigma_min!r}, sigma_max {self.sigma_max!r}: the first must "
+                            "be smaller than the second")
+
+    def holds(self, t: Tensor, process: DiffusionProcess | None) -> Tensor:
+        """(N,) bool: whether the steps t (N,) of a process lie in the window.
+
+        Raises UserError where the window is one of noise levels and no process is given.
+        """
+        inside = torch.ones_like(t, dtype=torch.bool)
+        if self.start is not None:
+            inside &= t < self.start
+        if self.stop is not None:
+            inside &= t >= self.stop
+        if self.sigma_min is not None or self.sigma_max is not None:
+            if process is None:
+                raise UserError(f"{self.what}: a window of noise levels needs the process whose steps are asked for")
+            inside &= torch.from_numpy(self._sigma_holds(process)).to(t.device)[t]
+        return inside
+
+    def _sigma_holds(self, process: DiffusionProcess) -> np.ndarray:
+        """(T,) bool: whether each step of the process has a noise level in the window."""
+        with np.errstate(divide="ignore"):
+            sigma = np.sqrt((1 - process.alphas_cumprod) / process.alphas_cumprod)
+        inside = np.ones(len(sigma), dtype=bool)
+        if self.sigma_min is not None:
+            inside &= sigma > self.sigma_min
+        if self.sigma_max is not None:
+            inside &= sigma <= self.sigma_max
+        return inside
+
+
+def check_number(what: str, value: object) -> None:
+    """Raises UserError, beginning with `what`, unless the value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{what} {value!r}: must be a finite number")
 
 
 class Guidance:
     """A term with a scale and a window of steps; terms of a method extend one of the three kinds below.
 
-    scale: finite; 0 is off. start, stop: guided only where stop <= t < start, t the respaced step index that counts
-    down to 0; None leaves that side open. `start` is `--guide_start`. passes: what a guided step costs beside the
-    evaluation that every step makes. Raises UserError for anything else.
+    scale: finite; 0 is off. start, stop, sigma_min, sigma_max: guided only where stop <= t < start and
+    sigma_min < sigma <= sigma_max, see `Window`; None leaves that side open. `start` is `--guide_start`. passes: what a
+    guided step costs beside the evaluation that every step makes. Raises UserError for anything else.
     """
 
     passes: Passes = Passes()
 
-    def __init__(self, scale: float, start: int | None = None, stop: int | None = None) -> None:
-        for name, value in (("scale", scale), ("start", start), ("stop", stop)):
-            if value is None and name != "scale":
-                continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise UserError(f"{type(self).__name__} {name} {value!r}: must be a finite number")
+    def __init__(self, scale: float, start: int | None = None, stop: int | None = None, *,
+                 sigma_min: float | None = None, sigma_max: float | None = None) -> None:
+        check_number(f"{type(self).__name__} scale", scale)
         self.scale = scale
-        self.start = start
-        self.stop = stop
+        self.steps = Window(start, stop, sigma_min, sigma_max, what=type(self).__name__)
 
-    def window(self, t: Tensor) -> Tensor:
-        """(N,) bool: the images of the batch that this term guides at steps t (N,)."""
-        active = torch.full_like(t, self.scale != 0, dtype=torch.bool)
-        if self.start is not None:
-            active &= t < self.start
-        if self.stop is not None:
-            active &= t >= self.stop
-        return active
+    def window(self, t: Tensor, process: DiffusionProcess | None = None) -> Tensor:
+        """(N,) bool: the images of the batch that this term guides at steps t (N,) of a process.
+
+        The process is needed where the window is one of noise levels.
+        """
+        return self.steps.holds(t, process) if self.scale else torch.zeros_like(t, dtype=torch.bool)
 
     def observe(self) -> AbstractContextManager[Any]:
         """Entered around the step's own network evaluation; what it gives is `ctx.observed[self]`."""
@@ -98,20 +251,34 @@ class Guidance:
 class ContrastGuidance(Guidance):
     """A term that changes eps by comparing with another evaluation.
 
-    To write one, give it `delta`:
+    To write one, give it `weaker`, the inputs of that evaluation, where it differs in nothing else:
 
         class HalfNoise(ContrastGuidance):
             passes = Passes(forward=1)
 
-            def delta(self, ctx, pred):
-                return self.scale * (pred.eps - ctx.denoise(ctx.x_t / 2, ctx.t).eps)
+            def weaker(self, ctx, pred):
+                return Inputs(ctx.x_t / 2, ctx.t)
+
+    Such terms share an evaluation that several of them need, and `--batch_contrasts` evaluates them together. Any other
+    term gives `delta` itself, as perturbed-attention guidance does.
     """
 
     passes = Passes(forward=1)
 
+    def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
+        """The inputs of the evaluation to compare with; None where that differs in more than its inputs."""
+        return None
+
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The change of eps, (N, C, H, W)."""
-        raise NotImplementedError
+        """The change of eps, (N, C, H, W): by default `scale (eps - eps of the weaker evaluation)`."""
+        inputs = self.inputs(ctx, pred)
+        if inputs is None:
+            raise NotImplementedError
+        return self.scale * (pred.eps - ctx.evaluate(inputs.x, inputs.t, **inputs.changes).eps)
+
+    def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
+        """What `weaker` gives at this step, where it is asked once."""
+        return ctx.once((self, "weaker"), lambda: self.weaker(ctx, pred))
 
 
 class GradientGuidance(Guidance):
@@ -147,6 +314,13 @@ class LossGuidance(Guidance):
         What `observe` gave, and `pred`, carry that evaluation's graph here, and nowhere else.
         """
         raise NotImplementedError
+
+    def end_graph(self) -> AbstractContextManager[Any] | None:
+        """Entered around the step's own evaluation, to keep no graph above what the loss reads.
+
+        None, as by default, says that the loss may read `pred`: then the whole evaluation keeps its graph, for all.
+        """
+        return None
 
 
 class FunctionGuidance(GradientGuidance):

@@ -22,9 +22,9 @@ from .shapes import POOLS
 class StepSequential(nn.ModuleList):
     """Layers one after the other, of which the residual blocks are also given the timestep embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """(N, C, H, W) and the embedding (N, E) -> the output of the last layer."""
-        for layer in self:
+    def forward(self, x: Tensor, emb: Tensor, first: int = 0) -> Tensor:
+        """(N, C, H, W) and the embedding (N, E) -> the output of the last layer; x goes into layer `first`."""
+        for layer in list(self)[first:]:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
 
@@ -151,6 +151,7 @@ class Encoder(nn.Module):
         self.num_heads = config.num_heads
         self.dtype = torch.float32
         self.memory_format = torch.contiguous_format
+        self.graph_ends: list[str] = []         # set by `guided_diffusion.capture.end_graph`
         self._emb_channels = 4 * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, self._emb_channels), nn.SiLU(),
@@ -246,23 +247,83 @@ class Encoder(nn.Module):
     def _embed(self, timesteps: Tensor) -> Tensor:
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
 
-    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output of the middle block, and the outputs of all input blocks."""
+    def _first_map(self, x: Tensor) -> Tensor:
+        """The images in the type and order of the torso. Raises UserError where the levels do not divide their size."""
         factor = 2 ** (self.num_levels - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise UserError(f"image size {x.shape[2]}x{x.shape[3]}: height and width must be multiples of {factor}, "
                             f"since the network has {self.num_levels} levels")
-        h = x.to(dtype=self.dtype, memory_format=self.memory_format)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            skips.append(h)
-        return self.middle_block(h, emb), skips
+        return x.to(dtype=self.dtype, memory_format=self.memory_format)
+
+    def _run(self, h: Tensor, emb: Tensor, skips: list[Tensor], start: str = "input.0", layer: int = 0) -> Tensor:
+        """The output of the last block, where h goes into the given layer of block `start`.
+
+        skips: the maps that output blocks take, the last one first; input blocks put theirs there. Only layer 0 of an
+        output block takes one.
+        """
+        blocks = self.feature_blocks
+        names = list(blocks)
+        last = max(map(names.index, self.graph_ends), default=len(names))
+        for index in range(names.index(start), len(names)):
+            name = names[index]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index <= last):
+                if name.startswith("output.") and not layer:
+                    h = torch.cat([h, skips.pop()], dim=1)
+                h = blocks[name](h, emb, layer)
+            layer = 0
+            if name.startswith("input."):
+                skips.append(h)
+        return h
 
 
 def _named(part: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
     """The blocks by names like "input.3"."""
     return {f"{part}.{i}": block for i, block in enumerate(blocks)}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An evaluation of a UNet up to the attention of one block, from which `UNetModel.resume` goes on.
+
+    block: its name. h: the map that its attention layer is given. skips: the maps that output blocks still take, the
+    last one first. emb: the embedding of step and label. inputs: copies of what the network was called with. Without
+    an autograd graph.
+    """
+
+    block: str
+    h: Tensor
+    skips: tuple[Tensor, ...]
+    emb: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor | None]
+
+    def begins(self, *inputs: Tensor | None) -> bool:
+        """Whether an evaluation of these inputs begins so."""
+        return all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
+                   for a, b in zip(self.inputs, inputs, strict=True))
+
+    @property
+    def memory(self) -> int:
+        """The bytes of its tensors, which the evaluation itself would have freed."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.h, *self.skips))
+
+
+class PrefixRecorder:
+    """Takes a `Prefix` at the attention of `block` from each evaluation; set by `guided_diffusion.capture`."""
+
+    def __init__(self, block: str) -> None:
+        self.block = block
+        self.prefixes: list[Prefix] = []
+
+    def begin(self, inputs: tuple[Tensor, Tensor, Tensor | None], emb: Tensor, skips: list[Tensor]) -> None:
+        """Called by the network as an evaluation begins, with the list of skips that it is going to keep up to date."""
+        self.evaluation = inputs, emb, skips
+
+    def record(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Called before the attention layer, with its input."""
+        (x, timesteps, y), emb, skips = self.evaluation
+        copies = x.detach().clone(), timesteps.clone(), None if y is None else y.clone()
+        kept = tuple(skip.detach() for skip in skips)
+        self.prefixes.append(Prefix(self.block, args[0].detach(), kept, emb.detach(), copies))
 
 
 class UNetModel(Encoder):
@@ -289,6 +350,8 @@ class UNetModel(Encoder):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
+        self.recorders: list[PrefixRecorder] = []       # both are set by `guided_diffusion.capture`
+        self.prefixes: list[Prefix] = []
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self._emb_channels)
 
@@ -328,13 +391,37 @@ class UNetModel(Encoder):
         if (y is None) != (self.num_classes is None):
             raise UserError("the network is class-conditional: labels y are needed" if y is None
                             else "the network is not class-conditional: it takes no labels y")
+        for prefix in self.prefixes:
+            if prefix.begins(x, timesteps, y):
+                return self.resume(prefix)
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h, skips = self._encode(x, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(x.dtype)).contiguous()
+        h, skips = self._first_map(x), list[Tensor]()
+        self._begin((x, timesteps, y), emb, skips)
+        return self._output(self._run(h, emb, skips), x.dtype)
+
+    def resume(self, prefix: Prefix) -> Tensor:
+        """The prediction of the evaluation that began as `prefix`, (N, out_channels, H, W).
+
+        It is computed from the attention of `prefix.block` on, and bit for bit that of `forward`, as long as nothing
+        before that attention was overridden in the meantime.
+        """
+        block = self.feature_blocks[prefix.block]
+        layer = list(block.children()).index(self.attention_blocks[prefix.block])
+        skips = list(prefix.skips)
+        self._begin(prefix.inputs, prefix.emb, skips)
+        h = self._run(prefix.h, prefix.emb, skips, prefix.block, layer)
+        return self._output(h, prefix.inputs[0].dtype)
+
+    def _begin(self, inputs: tuple[Tensor, Tensor, Tensor | None], emb: Tensor, skips: list[Tensor]) -> None:
+        for recorder in self.recorders:
+            recorder.begin(inputs, emb, skips)
+
+    def _output(self, h: Tensor, dtype: torch.dtype) -> Tensor:
+        """The prediction from the map of the last block."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.graph_ends):
+            return self.out(h.to(dtype)).contiguous()
 
 
 class SuperResModel(UNetModel):
@@ -426,7 +513,8 @@ class EncoderUNetModel(Encoder):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x_t (N, in_channels, H, W), timesteps (N,) -> logits (N, out_channels), in the type of x_t."""
-        h, maps = self._encode(x, self._embed(timesteps))
+        maps: list[Tensor] = []
+        h = self._run(self._first_map(x), self._embed(timesteps), maps)
         if self.pool.startswith("spatial"):
             return self.out(torch.cat([m.to(x.dtype).mean(dim=(2, 3)) for m in [*maps, h]], dim=-1))
         return self.out(h.to(x.dtype))

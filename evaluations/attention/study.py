@@ -169,7 +169,8 @@ class ObservedNetwork:
     def denoiser(self, labels: Tensor | None) -> Denoiser:
         """The network as samplers call it, on images of these classes (N,); None where it has no classes."""
         kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
-        return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs)
+        return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs,
+                        dynamic_threshold=self.run.sampler.threshold_quantile)
 
     @no_grad
     def observe(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Observation:

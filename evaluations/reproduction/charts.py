@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ COLOURS = ("#0072b2", "#c44e00", "#007a5a", "#a8447f", "#6b5900", "#2b8cbe", "#4
 SHAPES = ("o", "s", "^", "D", "v", "P", "h")
 
 _INK, _SOFT_INK, _GRID = "#1c2127", "#3a434c", "#e3e7ea"
-_PT = 72                            # units of the drawing in an inch: a point of matplotlib is a px of the page
+PT = 72                             # units of the drawing in an inch: a point of matplotlib is a px of the page
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12, "font.sans-serif": ["DejaVu Sans", "Arial"],
     "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "axes.labelweight": "bold", "axes.titlesize": 12,
@@ -57,22 +58,38 @@ def chart(points: Sequence[Point], x_label: str, y_label: str, description: str,
 
     description: what those read who do not see it. joined: a line goes through the measured points, from left to right.
     """
-    import matplotlib
-
     labels = ["\n".join(textwrap.wrap(point.label, LEGEND_LETTERS)) for point in points if point.label]
     legend = LEGEND_LINE * sum(1 + label.count("\n") for label in labels) + 4 * bool(labels)
-    file = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
-        figure = new_figure(WIDTH / _PT, (HEIGHT + legend) / _PT, dpi=_PT)
+    with styled_figure(WIDTH, HEIGHT + legend, description) as figure:
         axes = figure.add_subplot()
         _plot_points(axes, points, joined)
-        _style_axes(axes, x_label, y_label)
+        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="y", nbins=6)
+        style_axes(axes, x_label, y_label)
         if labels:
             handles = [_marker(axes, point) for point in points if point.label]
             figure.legend(handles, labels, loc="outside lower left", frameon=False, handlelength=1, borderpad=0,
                           labelspacing=0.5)
-        figure.savefig(file, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        return inline_svg(figure, description)
+
+
+@contextmanager
+def styled_figure(width: float, height: float, description: str) -> Iterator[Any]:
+    """Gives an empty figure in the style of the charts; it must be saved inside the context.
+
+    width, height: px. description: the same one gives the same bytes.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
+        yield new_figure(width / PT, height / PT, dpi=PT)
+
+
+def inline_svg(figure: Any, description: str) -> Markup:
+    """Returns a figure as an SVG element. description: what those read who do not see it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True,
+                   metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(file.getvalue(), description)
 
 
@@ -99,10 +116,8 @@ def _marker(axes: Any, point: Point) -> Any:
     return line
 
 
-def _style_axes(axes: Any, x_label: str, y_label: str) -> None:
-    """Gives the axes few round numbers, a grid and their labels."""
-    axes.locator_params(axis="x", nbins=5)
-    axes.locator_params(axis="y", nbins=6)
+def style_axes(axes: Any, x_label: str, y_label: str) -> None:
+    """Gives the axes a grid and their labels."""
     axes.tick_params(length=0)
     axes.grid()
     axes.set_axisbelow(True)

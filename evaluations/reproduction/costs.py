@@ -1,7 +1,8 @@
 """What a row of a table costs, before it is begun: evaluations, arithmetic, disk and weights.
 
 Evaluations are counted by the windows of the guidance terms that a row has, and by what each term says that a guided
-step costs (`terms.Passes`). The arithmetic of each kind is counted on the networks themselves, without weights.
+step costs (`terms.Passes`); one that begins inside the network is the part of an evaluation that its operations are.
+The arithmetic of each kind is counted on the networks themselves, without weights.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from guided_diffusion.build import ModelOptions, build_model
+from guided_diffusion.capture import capture_prefix, first_block
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
@@ -22,24 +25,29 @@ from ..extractors import find_extractor
 from .missing import MissingFile, missing_files
 from .tables import Row
 
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
+
+Network = TypeVar("Network", bound="nn.Module")
+
 
 @dataclass(frozen=True)
 class RowPasses:
     """Passes through the networks for one image, from noise to sample.
 
-    forward: evaluations of the diffusion network. backward: gradients through them. others: evaluations of further
-    networks by name, each with its gradient.
+    forward: evaluations of the diffusion network, parts included. backward: gradients through them. others: evaluations
+    of further networks by name, each with its gradient.
     """
 
     steps: int
-    forward: int
+    forward: float
     backward: int
     others: Mapping[str, int]
 
     def __str__(self) -> str:
-        """Like "40", or "40 + 20 back + 20 of the classifier"."""
+        """Like "40", "34.8", or "40 + 20 back + 20 of the classifier"."""
         parts = [(self.backward, "back"), *((count, f"of the {name}") for name, count in self.others.items())]
-        return " + ".join([str(self.forward), *(f"{count} {word}" for count, word in parts if count)])
+        return " + ".join([f"{round(self.forward, 1):.10g}", *(f"{count} {word}" for count, word in parts if count)])
 
 
 @dataclass(frozen=True)
@@ -78,18 +86,21 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     each = count.forward * one.forward + count.backward * one.backward
     each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
     disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
-    return RowCost(count, images, images * each, disk, _weights(run), tuple(missing_files(row, references, inception)))
+    missing = tuple(missing_files(row, references, inception))
+    return RowCost(count, images, round(images * each), disk, _weights(run), missing)
 
 
 def passes(run: SamplingRun) -> RowPasses:
     """Returns the passes of a run, by the scales and windows of its guidance."""
-    t = torch.arange(run.num_steps)
-    forward, backward, others = run.num_steps, torch.zeros_like(t, dtype=torch.bool), Counter[str]()
+    t, process = torch.arange(run.num_steps), run.process()
+    forward: float = run.num_steps
+    backward, others = torch.zeros_like(t, dtype=torch.bool), Counter[str]()
     for method in run.active:
         for term, step in method.schedule():
-            window = term.window(t)
+            window = term.window(t, process)
             guided = int(window.sum())
-            forward += step.forward * guided
+            if guided and step.forward:
+                forward += step.forward * guided * evaluation_part(run.model, tuple(step.begins_at))
             backward |= window & bool(step.backward)          # one pass for all terms of a step
             others.update({name: count * guided for name, count in step.others.items() if guided})
     return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others))
@@ -111,13 +122,36 @@ def network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
     return _network_flops(replace(options, use_fp16=False, use_bf16=False), size)
 
 
+def evaluation_part(options: ModelOptions, begins_at: tuple[str, ...]) -> float:
+    """Returns the part of an evaluation's operations that lies behind the first of these attention blocks.
+
+    It is 1 where there is none. Raises UserError for an unknown block.
+    """
+    return _part(replace(options, use_fp16=False, use_bf16=False), begins_at) if begins_at else 1
+
+
+@lru_cache
+def _part(options: ModelOptions, begins_at: tuple[str, ...]) -> float:
+    model, inputs = _network_on_meta(options, options.image_size)
+    with torch.no_grad():
+        with capture_prefix(model, first_block(model, begins_at)) as prefixes:
+            whole = _counted(lambda: model(*inputs))
+        return _counted(lambda: model.resume(prefixes[0])) / whole
+
+
 @lru_cache
 def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
+    model, inputs = _network_on_meta(options, size)
+    with torch.no_grad():
+        forward = _counted(lambda: model(*inputs))
+    return forward, _counted(lambda: model(*inputs).sum().backward()) - forward
+
+
+def _network_on_meta(options: ModelOptions, size: int) -> tuple[UNetModel, list[Tensor]]:
+    """Returns the diffusion network without weights, and what it is called with for one image."""
     model, inputs = _on_meta(lambda: build_model(options), options.in_channels, size)
     labels = [torch.zeros(1, dtype=torch.long, device="meta")] if options.class_cond else []
-    with torch.no_grad():
-        forward = _counted(lambda: model(*inputs, *labels))
-    return forward, _counted(lambda: model(*inputs, *labels).sum().backward()) - forward
+    return model, [*inputs, *labels]
 
 
 @lru_cache
@@ -127,7 +161,7 @@ def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -
     return _counted(lambda: model(*inputs).sum().backward())
 
 
-def _on_meta(build: Callable[[], nn.Module], channels: int, size: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Network, tuple[Tensor, Tensor]]:
     """Returns a network without weights, and an image and a step for it."""
     from guided_diffusion.unet import Encoder
 

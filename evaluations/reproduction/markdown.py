@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics import METRICS
+from .cost_chart import CHART_FILE, chart_caption, chart_title
 from .sections import SectionRow, ShownSection, shown_sections
+from .tables import COSTS
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, REFERENCE, facts, reading, written_count
 
@@ -19,6 +21,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"# {results['title']}", "", *(f"- {term}: {text}" for term, text in facts(results)), "",
              f"    {results['command']}", "", "How to read the tables:", "",
              *(f"- *{word}*: {meaning}" for word, meaning in words), ""]
+    if caption := chart_caption(results):
+        lines += [f"![{chart_title(results)}]({CHART_FILE})", "", f"{caption}.", ""]
     for shown in sections:
         lines += [f"## {shown.title}", "", shown.sentence, ""]
         lines += _published_lines(shown) if shown.published else _compared_lines(shown)
@@ -38,16 +42,19 @@ def _published_lines(shown: ShownSection) -> list[str]:
             title = ""
         if not row.cells:
             lines.append([title, "", "", NOT_RUN, "", NOT_RUN, *[""] * shown.compared])
-    last = [f"against {shown.first}"] if shown.compared else []
+    last = [f"against {shown.base}"] if shown.compared else []
     return _table_lines(["row", "metric", "published", "measured", "difference", "verdict", *last], lines)
 
 
 def _compared_lines(shown: ShownSection) -> list[str]:
     """Returns a line for each row, and one for the reference's own values."""
-    lines = [[row.title, *(_compared_cell(row, word) for word in shown.words)] for row in shown.rows]
+    cost = [shown.cost_head] if shown.cost_head else []
+    lines = [[row.title, *[row.cost for _ in cost], *(_compared_cell(row, word) for word in shown.words)]
+             for row in shown.rows]
     if shown.reference:
-        lines.append([REFERENCE, *(str(shown.reference.get(word, DOES_NOT_APPLY)) for word in shown.words)])
-    return _table_lines(["row", *(METRICS[word].label for word in shown.words)], lines)
+        own = (str(shown.reference.get(word, DOES_NOT_APPLY)) for word in shown.words)
+        lines.append([REFERENCE, *[DOES_NOT_APPLY for _ in cost], *own])
+    return _table_lines(["row", *cost, *(METRICS[word].label for word in shown.words)], lines)
 
 
 def _compared_cell(row: SectionRow, word: str) -> str:
@@ -60,9 +67,8 @@ def _compared_cell(row: SectionRow, word: str) -> str:
 def _timing_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [[row["title"], f"{row['images']:,}",
               *(NOT_RUN if row[word] is None else written_count(row[word])
-                for word in ("evaluations", "gradients", "images_per_second"))] for row in results["rows"].values()]
-    return _table_lines(["row", "images", "network evaluations per image", "backward passes per image",
-                         "images/s of a rank"], lines, numbers=4)
+                for word in (*COSTS, "images_per_second"))] for row in results["rows"].values()]
+    return _table_lines(["row", "images", *COSTS.values(), "images/s of a rank"], lines, numbers=4)
 
 
 def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:

@@ -96,7 +96,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
 
 def section_images(table: Table, section: Section, sampled: Sequence[str]) -> int:
     """Returns the number of images that a section is evaluated with: as many as its smallest row has."""
-    rows = [table.rows[name] for name in section.rows]
+    rows = [table.rows[name] for name in dict.fromkeys((*section.rows, section.base))]
     return smallest([row for row in rows if row.name in sampled] or rows)
 
 
@@ -116,7 +116,7 @@ def _counts(table: Table, sampled: Sequence[str]) -> dict[str, list[int]]:
     counts: dict[str, list[int]] = {name: [] for name in sampled}
     for section in table.sections:
         count = section_images(table, section, sampled)
-        for name in section.rows:
+        for name in (*section.rows, section.base):
             if name in counts and count not in counts[name]:
                 counts[name].append(count)
     return counts

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from guided_diffusion.files import write_text
 
+from .cost_chart import cost_figure
 from .figures import figures
 from .markdown import markdown
 from .pictures import Pictures, shown_grid, shown_overlay
@@ -67,10 +68,11 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
     known = [section.title for section in sections]
     others = {title: grid for title, grid in grids.items() if title not in known}
     published = any(section.published for section in sections)
+    chart = cost_figure(results)
     words = reading(published, [verdict for section in sections for verdict in section.verdicts])
     return _environment().get_template("report.html.jinja").render(
         results=results, facts=facts(results), reading=words, counts=_verdict_counts(results) if published else {},
-        titles=[*known, *others, *["Attention overlays"] * bool(pictures.overlays), "Timing"],
+        titles=[*known, *others, *["Attention overlays"] * bool(pictures.overlays), "Timing"], chart=chart,
         sections=sections, figures=[figures(section) for section in sections], grids=grids, other_grids=others,
         overlays=[shown_overlay(*overlay) for overlay in pictures.overlays],
         timing=_timing(results), files=_sample_files(results))

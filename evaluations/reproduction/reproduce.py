@@ -26,6 +26,7 @@ from guided_diffusion.runs.shards import locked
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
 from .checks import check_files, check_rows
+from .cost_chart import CHART_FILE, write_cost_chart
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
@@ -144,11 +145,12 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
 
 
 def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
-    """Writes table.json, table.md and report.html; returns the text of the second."""
+    """Writes table.json, table.md, report.html and, where the table asks for a chart, chart.png; returns table.md."""
     text = markdown(described)
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
     write_report(folder / "report.html", described, shown)
+    write_cost_chart(folder / CHART_FILE, described)
     return text
 
 

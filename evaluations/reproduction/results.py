@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from guided_diffusion.foreign import read_json
@@ -13,7 +13,7 @@ from .costs import passes
 from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
 from .tables import DFID, Row, Section, Table
-from .titles import heads, titles, usual
+from .titles import guidance, heads, sampler_alone, titles, usual
 from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
 __all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
@@ -35,7 +35,7 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
     evaluated = _Evaluated(table, numbers, why, settings)
     return {
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
-        "settings": usual(table),
+        "settings": usual(table), "chart": table.chart and asdict(table.chart),
         "bootstrap": settings.bootstrap, "network": numbers.network, "reference": numbers.reference,
         "rows": {name: _row(table.rows[name], title, why.get(name, "")) for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
@@ -45,9 +45,10 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
 def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     """Returns what is said of a row in all sections. why: the reason where it was not run."""
     count = passes(row.run)
-    described = {"title": title, "state": NOT_RUN if why else "measured", "why": why,
+    described = {"title": title, "guidance": guidance(row.run), "sampler": sampler_alone(row.run),
+                 "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
-                 "evaluations": count.forward, "gradients": count.backward + sum(count.others.values()),
+                 "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
                  "note": row.evaluation.note}
     if why:
@@ -70,7 +71,7 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
         row = table.rows[name]
         reasons = [] if name in evaluated.why or not row.published else \
             not_comparable(row, count, evaluated.settings.changed.get(name, ()))
-        base = {} if name == section.rows[0] else evaluated.numbers.replicates.get((section.rows[0], count), {})
+        base = {} if name == section.base else evaluated.numbers.replicates.get((section.base, count), {})
         metrics = _metrics(row, evaluated.numbers.replicates.get((name, count), {}), base, reasons)
         if needs_depth_maps(row):
             depth = evaluated.numbers.depth.get(name, {})
@@ -83,7 +84,8 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
         rows.append({"row": name, "against": row.run.configuration()[section.against] if section.against else None,
                      "verdict": overall([number["verdict"] for number in metrics.values()]), "reasons": reasons,
                      "metrics": metrics})
-    return {"title": section.title, "images": count, "against": section.against, "rows": rows}
+    return {"title": section.title, "images": count, "against": section.against, "against_row": section.base,
+            "rows": rows}
 
 
 def _metrics(row: Row, measured: Mapping[str, Replicates], base: Mapping[str, Replicates], reasons: Sequence[str],

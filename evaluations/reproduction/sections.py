@@ -8,14 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from ..metrics import METRICS
-from .tables import DECIMALS
+from .tables import COSTS, DECIMALS
 from .verdicts import NOT_RUN
-from .wording import decimals, written, written_interval
+from .wording import decimals, written, written_count, written_interval
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference from the first row of a section, as text."""
+    """A difference from the row that a section compares with, as text."""
 
     value: str
     interval: str
@@ -35,7 +35,7 @@ class Cell:
     """A number of a row, as text; "" stands for what there is not.
 
     metric: what it is a number of. value: the measured number. difference: from the published one, with its verdict.
-    against: the difference from the first row of the section.
+    against: the difference from the row that the section compares with.
     """
 
     metric: str
@@ -53,9 +53,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class SectionRow:
-    """A row of a section. cells: its numbers by the words of the metrics."""
+    """A row of a section. cost: see `ShownSection.cost_head`. cells: its numbers by the words of the metrics."""
 
     title: str
+    cost: str
     ran: bool
     verdict: str
     cells: Mapping[str, Cell]
@@ -68,6 +69,7 @@ class ShownSection:
         """Takes a section of `results`."""
         self.data, self._rows = section, results["rows"]
         self._reference = (results["reference"] or {}).get("metrics", {})
+        self._cost = (results.get("chart") or {}).get("x", "")
         self.title: str = section["title"]
         self._metrics = [item for row in section["rows"] for item in row["metrics"].items()]
 
@@ -82,24 +84,29 @@ class ShownSection:
         return [(METRICS[word].label, METRICS[word].direction.reading) for word in self.words]
 
     @property
+    def cost_head(self) -> str:
+        """The cost of an image that stands beside the rows' numbers: that of the table's chart, "" for none."""
+        return COSTS.get(self._cost, "")
+
+    @property
     def published(self) -> bool:
         """Whether it holds published numbers."""
         return any(number["published"] is not None for _, number in self._metrics)
 
     @property
     def verdicts(self) -> list[str]:
-        """The verdicts on differences from the first row."""
+        """The verdicts on differences from the row that the section compares with."""
         return [number["versus"]["verdict"] for _, number in self._metrics if number["versus"]]
 
     @property
     def compared(self) -> bool:
-        """Whether rows are compared with the first one."""
+        """Whether rows are compared with one."""
         return bool(self.verdicts)
 
     @property
-    def first(self) -> str:
-        """The title of the first row."""
-        return self.row_title(self.data["rows"][0]) if self.data["rows"] else ""
+    def base(self) -> str:
+        """The title of the row that the others are compared with."""
+        return str(self._rows[self.data["against_row"]]["title"])
 
     def row_title(self, row: Mapping[str, Any]) -> str:
         """Returns the title of a row of the section's data."""
@@ -108,7 +115,8 @@ class ShownSection:
     @cached_property
     def rows(self) -> list[SectionRow]:
         """Its rows, in order."""
-        return [SectionRow(self.row_title(row), self._ran(row), row["verdict"] if self._ran(row) else NOT_RUN,
+        return [SectionRow(self.row_title(row), written_count(self._rows[row["row"]][self._cost]) if self._cost else "",
+                           self._ran(row), row["verdict"] if self._ran(row) else NOT_RUN,
                            {word: self._cell(word, row["metrics"][word]) for word in self.words
                             if word in row["metrics"]}) for row in self.data["rows"]]
 
@@ -128,7 +136,7 @@ class ShownSection:
     @property
     def sentence(self) -> str:
         """What the numbers are numbers of."""
-        text = f"{self.data['images']:,} images of each row" + f", compared with {self.first}" * self.compared
+        text = f"{self.data['images']:,} images of each row" + f", compared with {self.base}" * self.compared
         sources = dict.fromkeys(filter(None, (self._rows[row["row"]].get("published_source")
                                               for row in self.data["rows"])))
         return f"{text}." + (f" Published in: {'; '.join(sources)}." if self.published and sources else "")

@@ -8,7 +8,9 @@
     rows:
       NAME: {option: value, ...}            # a row that needs no file; any other row NAME is the file NAME.yaml
     sections:                               # what is shown together; a row may stand in several
-      - {title: ..., rows: [NAME, ...], against: an option that sets the rows apart and is drawn against}
+      - {title: ..., rows: [NAME, ...], against: an option that sets the rows apart and is drawn against,
+         against_row: the row that the others are compared with; unset: the first one}
+    chart: {x: a cost of a row, y: a metric}        # of all rows together, a line for each sampler
 
 Where a table extends another file, its options and rows change those of that file one by one, and a section takes the
 place of the one with the same title. A row's values are options of a sampling run, so that the sampling scripts take
@@ -37,7 +39,11 @@ from ..metrics import METRICS
 CONFIGS = configurations()
 DFID = "dfid"
 DECIMALS = 2                    # of all published numbers
-PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections"}
+PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "chart"}
+COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
+    "evaluations": "network evaluations per image",
+    "gradients": "backward passes per image",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class EvaluationSpec(Options):
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
                         choices=("", "exact", "official"))
+    evaluator: str = option("", "what the published numbers were measured with, where that is not the official "
+                            "evaluator")
     source: str = option("", "where the numbers were published")
     note: str = option("", "what else there is to know")
 
@@ -97,19 +105,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that are shown together; the others are compared with the first one.
+    """Rows that are shown together, and compared with one row.
 
-    against: a numeric option that sets the rows apart, or "".
+    against: a numeric option that sets the rows apart, or "". against_row: the row that they are compared with, which
+    may stand in other sections alone; "" is the first one.
     """
 
     title: str
     rows: tuple[str, ...]
     against: str = ""
+    against_row: str = ""
+
+    @property
+    def base(self) -> str:
+        """The name of the row that the others are compared with."""
+        return self.against_row or self.rows[0]
+
+
+@dataclass(frozen=True)
+class ChartSpec:
+    """A chart of all rows of a table. x: one of COSTS. y: the word of a metric."""
+
+    x: str
+    y: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: all its rows by name, in the order of the sections."""
+    """A table: all its rows by name, in the order of the sections. chart: None where it asks for none."""
 
     name: str
     title: str
@@ -117,6 +140,7 @@ class Table:
     note: str
     rows: Mapping[str, Row]
     sections: tuple[Section, ...]
+    chart: ChartSpec | None = None
 
     def chosen(self, names: str) -> Table:
         """Returns the table of the comma-separated rows alone, or of all where there are none.
@@ -134,7 +158,8 @@ class Table:
         for section in self.sections:
             rows = tuple(row for row in section.rows if row in words)
             if not any(set(rows) <= set(other.rows) for other in sections) and rows:
-                sections.append(dataclasses.replace(section, rows=rows))
+                base = section.against_row if section.against_row in words else ""
+                sections.append(dataclasses.replace(section, rows=rows, against_row=base))
         return dataclasses.replace(self, rows={name: row for name, row in self.rows.items() if name in words},
                                    sections=tuple(sections))
 
@@ -155,8 +180,9 @@ def load_table(name: str) -> Table:
     rows = {}
     for row, (values, file) in _values_of_rows(content["rows"], sections, path).items():
         rows[row] = read_row(row, _over(content["shared"], values), file)
+    _check_base_rows(sections, rows, path)
     return Table(name, str(content.get("title", name)), content.get("source", ""), content.get("note", ""), rows,
-                 sections)
+                 sections, _chart(content.get("chart"), path))
 
 
 def _read_parts(path: Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
@@ -213,7 +239,7 @@ def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Sec
 def _section(part: Any, path: Path) -> Section:
     """Returns a section of a table file; raises UserError where it is none."""
     part = _mapping(part, f"a section in {path}")
-    _known(part, {"title", "rows", "against"}, f"a section of {path}")
+    _known(part, {"title", "rows", "against", "against_row"}, f"a section of {path}")
     rows, against = part.get("rows"), part.get("against", "")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
             or len(set(rows)) < len(rows):
@@ -222,7 +248,28 @@ def _section(part: Any, path: Path) -> Section:
     numeric = [field.name for cls in classes for field in option_fields(cls) if field.type in (int, float)]
     if against and against not in numeric:
         raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
-    return Section(str(part.get("title", "")), tuple(rows), against)
+    return Section(str(part.get("title", "")), tuple(rows), against, str(part.get("against_row", "")))
+
+
+def _check_base_rows(sections: Iterable[Section], rows: Iterable[str], path: Path) -> None:
+    """Raises UserError where a section compares with a row that the table does not have."""
+    for section in sections:
+        if section.base not in rows:
+            raise UserError(f"against_row {section.base} in {path}: must be a row of the table"
+                            f"{nearest(section.base, rows)}")
+
+
+def _chart(values: Any, path: Path) -> ChartSpec | None:
+    """Returns the chart that a table file asks for; raises UserError where it is none."""
+    if values is None:
+        return None
+    values = _mapping(values, f"chart in {path}")
+    _known(values, {"x", "y"}, f"chart in {path}")
+    for axis, allowed in (("x", COSTS), ("y", METRICS)):
+        if values.get(axis) not in allowed:
+            raise UserError(f"{axis} {values.get(axis)} of chart in {path}: must be one of {', '.join(allowed)}"
+                            f"{nearest(str(values.get(axis)), allowed)}")
+    return ChartSpec(values["x"], values["y"])
 
 
 def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:

@@ -10,6 +10,8 @@ from guided_diffusion.runs.sample import SamplingRun
 
 from .tables import Table
 
+NO_GUIDANCE = "no guidance"
+
 
 def titles(table: Table) -> dict[str, str]:
     """Returns the title of each row: its guidance and sampler, without what `usual` says.
@@ -18,7 +20,7 @@ def titles(table: Table) -> dict[str, str]:
     added.
     """
     details = {method: _usual_details(table, method) for method in GUIDANCE}
-    common = _most_frequent([sampler(row.run) for row in table.rows.values()])
+    common = _usual_sampler(table)
     words = {name: _words(row.run, details, common) for name, row in table.rows.items()}
     twice = {name for section in table.sections for place, name in enumerate(section.rows)
              if words[name] in [words[other] for other in section.rows[:place]]}
@@ -28,8 +30,7 @@ def titles(table: Table) -> dict[str, str]:
 def usual(table: Table) -> str:
     """Returns what holds where a row's title says nothing else."""
     runs = [row.run for row in table.rows.values()]
-    parts = [_most_frequent([sampler(run) for run in runs]),
-             f"seed {_most_frequent([run.sample.seed for run in runs])}"]
+    parts = [*filter(None, [_usual_sampler(table)]), f"seed {_most_frequent([run.sample.seed for run in runs])}"]
     for method in GUIDANCE:
         if details := _usual_details(table, method):
             parts.append(f"{method.short}: {', '.join(details.values())}")
@@ -38,7 +39,19 @@ def usual(table: Table) -> str:
 
 def sampler(run: SamplingRun) -> str:
     """Returns the sampler and its steps, like "DDPM, 250 steps"."""
-    return f"{run.sampler.title}, {run.num_steps} steps"
+    return run.sampler.headline(run.num_steps)
+
+
+def sampler_alone(run: SamplingRun) -> str:
+    """Returns the sampler without its number of steps, like "DDPM"."""
+    return sampler(run).replace(f", {run.num_steps} steps", "")
+
+
+def guidance(run: SamplingRun) -> str:
+    """Returns the short names of the guidance of a run, like "SAG + CG", and which has a window of noise levels."""
+    names = [method.short + " in a window" * any(level is not None for level in method.sigma_range.values())
+             for method in run.active]
+    return " + ".join(names) or NO_GUIDANCE
 
 
 def heads(run: SamplingRun) -> str:
@@ -48,8 +61,15 @@ def heads(run: SamplingRun) -> str:
 
 def _words(run: SamplingRun, details: Mapping[type[GuidanceOptions], Mapping[str, str]], common: str) -> str:
     """Returns what sets a run apart. details: the usual ones of each method. common: the usual sampler."""
-    words = " + ".join(method.title(details[type(method)]) for method in run.active) or "no guidance"
+    words = " + ".join(method.title(details[type(method)]) for method in run.active) or NO_GUIDANCE
     return words if sampler(run) == common else f"{words}, {sampler(run)}"
+
+
+def _usual_sampler(table: Table) -> str:
+    """Returns the most frequent sampler with its steps; "" where fewer than half of the rows have it."""
+    samplers = [sampler(row.run) for row in table.rows.values()]
+    common = _most_frequent(samplers)
+    return str(common) if 2 * samplers.count(common) >= len(samplers) else ""
 
 
 def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:

@@ -108,7 +108,7 @@ def _reference(reference: Mapping[str, Any] | None) -> str:
 def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:
     """Returns how tables are to be read, as words and their meanings.
 
-    published: whether there are published numbers. verdicts: those on differences from the first row.
+    published: whether there are published numbers. verdicts: those on differences from other rows.
     """
     words = [("interval", "from the lower to the upper 95 % bound, beside or below its number")]
     if published:
@@ -118,7 +118,7 @@ def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:
     if verdicts:
         others = sorted(set(verdicts) - {EQUAL, NO_WORD, "better", "worse"})
         words += [(", ".join(("better", "worse", *others)),
-                   "than the first row, by the paired difference on the same image numbers"),
+                   "than the row that the table compares with, by the paired difference on the same image numbers"),
                   (EQUAL, "the 95 % interval of the paired difference holds 0")]
         if NO_WORD in verdicts and not published:
             words.append((NO_WORD, VERDICTS[NO_WORD]))

@@ -3,7 +3,17 @@
 GUIDANCE lists the methods' options in the order in which help and titles show them.
 """
 
-from ..terms import ContrastGuidance, FunctionGuidance, GradientGuidance, Guidance, LossGuidance, Passes, StepContext
+from ..terms import (
+    ContrastGuidance,
+    FunctionGuidance,
+    GradientGuidance,
+    Guidance,
+    Inputs,
+    LossGuidance,
+    Passes,
+    StepContext,
+    Window,
+)
 from .base import GuidanceOptions, Networks
 from .classifier import ClassifierGuidance, ClassifierGuidanceOptions
 from .depth import DagOptions, DepthConsistencyGuidance, DepthPriorGuidance
@@ -18,6 +28,6 @@ Contrast, Gradient, Descent = ContrastGuidance, GradientGuidance, LossGuidance
 __all__ = [
     "GUIDANCE", "ClassifierGuidance", "ClassifierGuidanceOptions", "Contrast", "ContrastGuidance", "DagOptions",
     "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent", "FunctionGuidance", "Gradient", "GradientGuidance",
-    "Guidance", "GuidanceOptions", "LossGuidance", "Networks", "PagOptions", "Passes", "PerturbedAttentionGuidance",
-    "SagOptions", "SelfAttentionGuidance", "StepContext",
+    "Guidance", "GuidanceOptions", "Inputs", "LossGuidance", "Networks", "PagOptions", "Passes",
+    "PerturbedAttentionGuidance", "SagOptions", "SelfAttentionGuidance", "StepContext", "Window",
 ]

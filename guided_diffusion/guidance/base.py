@@ -36,14 +36,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from .. import checkpoint
 from ..errors import UserError
 from ..late import nn, torch
-from ..options import Options, option_fields
+from ..options import Options, option, option_fields
 from ..presets import Preset
-from ..terms import Guidance, Passes
+from ..terms import Guidance, Passes, SigmaRange
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
+
+
+def sigma_min_option() -> Any:
+    """A field like `sag_sigma_min`: the noise level above which a method guides."""
+    return option(None, "guided only at noise levels sigma = sqrt((1 - abar) / abar) above this one; unset: at all",
+                  minimum=0, later=True)
+
+
+def sigma_max_option() -> Any:
+    """A field like `sag_sigma_max`: the noise level up to which a method guides."""
+    return option(None, "guided only at noise levels sigma up to this one; unset: at all", above=0, later=True)
 
 
 @dataclass(frozen=True)
@@ -75,13 +86,24 @@ class GuidanceOptions(Options):
 
     short: the method in a word, as in "SAG step". switched_on: flags that switch it on, with its paper's values.
     remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
-    network has none.
+    network has none. sigma_flags: the name of a method that has a window of noise levels, before `_sigma_min` and
+    `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`). can_batch: its further evaluation differs from
+    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
     """
 
     short: ClassVar[str]
     switched_on: ClassVar[Mapping[str, Any]]
     remedies: ClassVar[Mapping[str, str]] = {}
     needs_labels: ClassVar[bool] = False
+    sigma_flags: ClassVar[str] = ""
+    can_batch: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self._sigma_levels
+        if low is not None and high is not None and low >= high:
+            flag = f"--{self.sigma_flags}_sigma"
+            raise UserError(f"{flag}_min {low:g} {flag}_max {high:g}: the first must be smaller than the second")
 
     # What every method says
 
@@ -161,14 +183,35 @@ class GuidanceOptions(Options):
 
     # What follows from it
 
+    @property
+    def sigma_range(self) -> SigmaRange:
+        """The window of noise levels, as terms take it."""
+        low, high = self._sigma_levels
+        return {"sigma_min": low, "sigma_max": high}
+
+    @property
+    def _sigma_levels(self) -> tuple[float | None, float | None]:
+        if not self.sigma_flags:
+            return None, None
+        return getattr(self, f"{self.sigma_flags}_sigma_min"), getattr(self, f"{self.sigma_flags}_sigma_max")
+
     def title(self, usual: Mapping[str, str] | None = None) -> str:
         """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
 
-        usual: from `details`; None: those of the default options.
+        usual: from `details`; None: those of the default options. A window of noise levels is always said.
         """
         usual = type(self)().details() if usual is None else usual
-        return ", ".join([self.headline(), *(words for name, words in self.details().items()
-                                             if usual.get(name) != words)])
+        differing = [words for name, words in self.details().items() if usual.get(name) != words]
+        return ", ".join([self.headline(), *differing, *self._window_words()])
+
+    def _window_words(self) -> list[str]:
+        """The window of noise levels in words, like "noise levels 0.3 to 5"; none where it is open."""
+        low, high = self._sigma_levels
+        if low is None and high is None:
+            return []
+        if high is None:
+            return [f"noise levels above {low:g}"]
+        return [f"noise levels up to {high:g}" if low is None else f"noise levels {low:g} to {high:g}"]
 
     def check_files(self) -> None:
         """Raises UserError where a file that the terms need is not named."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
 from ..errors import UserError
@@ -19,8 +19,8 @@ from ..options import option
 from ..presets import Preset, find_preset, is_bundled
 from ..process import Prediction
 from ..stated import statement_of
-from ..terms import GradientGuidance, Guidance, Passes, StepContext
-from .base import GuidanceOptions, Networks
+from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 class ClassifierGuidance(GradientGuidance):
     """Guidance by the gradient of a classifier's log-probability of the label.
 
-    classifier: (x_t, original step) -> logits (N, classes). scale, start, stop: see `Guidance`.
+    classifier: (x_t, original step) -> logits (N, classes). scale and the others: see `Guidance`.
     """
 
     passes = Passes(others={"classifier": 1})
 
-    def __init__(self, classifier: nn.Module, scale: float, start: int | None = None, stop: int | None = None) -> None:
-        super().__init__(scale, start, stop)
+    def __init__(self, classifier: nn.Module, scale: float, start: int | None = None, stop: int | None = None,
+                 **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
         self.classifier = classifier
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
@@ -57,10 +58,13 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
     short = "CG"
     switched_on: ClassVar = {"classifier_guidance": True}
     needs_labels = True
+    sigma_flags = "classifier"
 
     classifier_guidance: bool = option(False, "guide by a classifier")
     classifier_path: str = option("", "checkpoint of the noise-aware classifier; bundled models have theirs")
     classifier_scale: float = option(1.0, "scale of classifier guidance; 0: off")
+    classifier_sigma_min: float | None = sigma_min_option()
+    classifier_sigma_max: float | None = sigma_max_option()
 
     @property
     def active(self) -> bool:
@@ -94,11 +98,14 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term, with its classifier loaded."""
         classifier = self.load_classifier(nets)
-        return [] if classifier is None else [ClassifierGuidance(classifier, self.classifier_scale)]
+        if classifier is None:
+            return []
+        return [ClassifierGuidance(classifier, self.classifier_scale, **self.sigma_range)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """An evaluation and a gradient of the classifier at every step."""
-        return [(Guidance(self.classifier_scale if self.active else 0.0), ClassifierGuidance.passes)]
+        """An evaluation and a gradient of the classifier at every step of the window."""
+        return [(Guidance(self.classifier_scale if self.active else 0.0, **self.sigma_range),
+                 ClassifierGuidance.passes)]
 
     @classmethod
     def preset_values(cls, preset: Preset) -> dict[str, Any]:

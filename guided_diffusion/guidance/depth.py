@@ -9,8 +9,9 @@ diffusion model of depth maps. Where the paper leaves it open: the square is ave
 the middle of phi's chain, all steps are guided.
 Needs: capture of the predictors' feature blocks with their graph; DPG a depth prior. Cost: a backward pass through the
 network evaluation that the step makes anyway, up to the blocks read (one for both terms together), and no further
-evaluation; DPG also a forward and a backward pass of phi. The graph of one evaluation is held in memory, unless the
-network was built with use_checkpoint.
+evaluation; DPG also a forward and a backward pass of phi. The graph of one evaluation is held in memory up to the last
+block through which a loss is differentiated, unless the network was built with use_checkpoint. The strong predictor
+runs once for both terms.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 
-from ..capture import capture_features, find_blocks
+from ..capture import capture_features, end_graph, find_blocks
 from ..checkpoint import locate, read_metadata
 from ..depth.prior import DepthPrior, load_prior
 from ..errors import UserError
@@ -32,8 +33,8 @@ from ..losses import mean_flat
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
-from ..terms import Guidance, LossGuidance, Passes, StepContext
-from .base import GuidanceOptions, Networks
+from ..terms import Guidance, LossGuidance, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..depth.predictor import DepthPredictors
@@ -44,13 +45,17 @@ TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
 
 
 class _DepthGuidance(LossGuidance):
-    """What both terms share: the depth that predictors read from the network's features."""
+    """What both terms share: the depth that predictors read from the network's features.
+
+    branches: the predictors that a term reads. differentiated: those through which its loss has a gradient.
+    """
 
     branches: Sequence[str] = ()
+    differentiated: Sequence[str] = ()
 
     def __init__(self, model: Encoder, predictors: DepthPredictors, scale: float, reduction: str = "mean",
-                 start: int | None = None, stop: int | None = None) -> None:
-        super().__init__(scale, start, stop)
+                 start: int | None = None, stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
         if reduction not in REDUCTIONS:
             raise UserError(f"reduction {reduction!r}: must be one of {', '.join(REDUCTIONS)}")
         for branch in self.branches:
@@ -66,13 +71,32 @@ class _DepthGuidance(LossGuidance):
         """Captures the blocks that the predictors read, with their graph."""
         return capture_features(self.model, self.predictors.blocks, graph=True)
 
+    def end_graph(self) -> AbstractContextManager[Any]:
+        """Keeps the graph up to the last block that a differentiated predictor reads."""
+        branches = [self.predictors.branches[name] for name in self.differentiated]
+        return end_graph(self.model, {block for branch in branches for block in branch.blocks})
+
     def depth(self, ctx: StepContext, branch: str) -> Tensor:
-        """The depth at x_t by one branch, (N, 1, h, w) in [-1, 1]."""
+        """The depth at x_t by one branch, (N, 1, h, w) in [-1, 1], computed once for all terms of the step.
+
+        It carries a graph if a term of the step is differentiated through that branch.
+        """
         maps = ctx.observed.get(self)
         if not maps:
             raise UserError(f"depth guidance saw no evaluation of {', '.join(self.predictors.blocks)}: it must be "
                             "given the network that is sampled")
-        return self.predictors.branches[branch](maps, ctx.model_t)
+        graph = any(isinstance(term, _DepthGuidance) and branch in term.differentiated and self._reads_as(term)
+                    for term in ctx.observed)
+
+        def read() -> Tensor:
+            with torch.set_grad_enabled(graph):
+                return self.predictors.branches[branch](maps, ctx.model_t)
+
+        return ctx.once((self.predictors, self.model, branch), read)
+
+    def _reads_as(self, other: _DepthGuidance) -> bool:
+        """Whether another term has the same predictors of the same network."""
+        return other.predictors is self.predictors and other.model is self.model
 
     def reduced(self, squares: Tensor) -> Tensor:
         """(N, 1, h, w) -> (N,), scale included."""
@@ -84,15 +108,15 @@ class DepthConsistencyGuidance(_DepthGuidance):
 
     model: the network that is sampled. predictors: read its feature blocks (`model.feature_blocks`), with branches
     "strong" and "weak". scale: 0 is off, the paper's best is 40. reduction: of the squares over the pixels, "mean" or
-    "sum". start, stop: see `Guidance`.
+    "sum". start, stop and the noise levels: see `Guidance`.
     """
 
     branches = ("strong", "weak")
+    differentiated = ("weak",)
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The loss `scale * L_dc` of each image, (N,)."""
-        with torch.no_grad():
-            strong = self.depth(ctx, "strong")
+        strong = self.depth(ctx, "strong").detach()
         return self.reduced((strong - self.depth(ctx, "weak")) ** 2)
 
 
@@ -102,16 +126,17 @@ class DepthPriorGuidance(_DepthGuidance):
     model, predictors, scale, reduction: as in `DepthConsistencyGuidance`, without the weak branch. prior: its
     `image_size` may differ from the depth's: the depth is then resized by bilinear interpolation, antialiased where it
     shrinks. tau: the prior's step, as a fraction of its chain from 0 (no noise) to 1; None draws it from the middle,
-    0.02 to 0.98. tau and eta depend on seed, image and step alone. start, stop: see `Guidance`.
+    0.02 to 0.98. tau and eta depend on seed, image and step alone. start, stop and the noise levels: see `Guidance`.
     """
 
     branches = ("strong",)
+    differentiated = ("strong",)
     passes = Passes(backward=1, others={"prior": 1})
 
     def __init__(self, model: Encoder, predictors: DepthPredictors, prior: DepthPrior, scale: float,
                  reduction: str = "mean", tau: float | None = None, seed: int = 0, start: int | None = None,
-                 stop: int | None = None) -> None:
-        super().__init__(model, predictors, scale, reduction, start, stop)
+                 stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(model, predictors, scale, reduction, start, stop, **sigma)
         if tau is not None and (isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= tau <= 1):
             raise UserError(f"tau {tau!r}: must be a fraction of the prior's chain from 0 to 1, or None")
         self.prior = prior
@@ -146,6 +171,7 @@ class DagOptions(GuidanceOptions):
     """Depth-aware guidance."""
 
     short = "DAG"
+    sigma_flags = "dag"
     switched_on: ClassVar = {"dcg_scale": 40.0, "dpg_scale": 40.0}
     remedies: ClassVar = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
                           "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}
@@ -162,6 +188,8 @@ class DagOptions(GuidanceOptions):
     dag_start: int | None = option(None, "guided only at respaced steps below this one; unset: from the first",
                                    minimum=0)
     dag_stop: int | None = option(None, "guided only at respaced steps from this one up; unset: to the last", minimum=0)
+    dag_sigma_min: float | None = sigma_min_option()
+    dag_sigma_max: float | None = sigma_max_option()
 
     @property
     def active(self) -> bool:
@@ -193,7 +221,8 @@ class DagOptions(GuidanceOptions):
 
         predictors = load_predictors(locate(self.depth_predictor), nets.device)
         check_fits(predictors, nets.model, None)
-        common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop}
+        common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop,
+                                  **self.sigma_range}
         terms: list[Guidance] = []
         if self.dcg_scale:
             terms.append(DepthConsistencyGuidance(nets.model, predictors, self.dcg_scale, **common))
@@ -205,8 +234,8 @@ class DagOptions(GuidanceOptions):
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One backward pass for both terms together, and the prior's evaluations."""
-        return [(Guidance(self.dcg_scale, self.dag_start, self.dag_stop), DepthConsistencyGuidance.passes),
-                (Guidance(self.dpg_scale, self.dag_start, self.dag_stop), DepthPriorGuidance.passes)]
+        return [(Guidance(scale, self.dag_start, self.dag_stop, **self.sigma_range), term.passes)
+                for scale, term in ((self.dcg_scale, DepthConsistencyGuidance), (self.dpg_scale, DepthPriorGuidance))]
 
     def check(self, sha256: Mapping[str, str]) -> None:
         """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
@@ -218,7 +247,7 @@ class DagOptions(GuidanceOptions):
 
     def variants(self) -> dict[str, DagOptions]:
         """DCG, DPG and both, at every step, as far as there are files."""
-        always = replace(self, dag_start=None, dag_stop=None)
+        always = replace(self, dag_start=None, dag_stop=None, dag_sigma_min=None, dag_sigma_max=None)
         scales = {"DCG": (1.0, 0.0), "DPG": (0.0, 1.0), "DCG + DPG": (1.0, 1.0)}
         chosen = {name: replace(always, dcg_scale=dcg, dpg_scale=dpg) for name, (dcg, dpg) in scales.items()}
         return {name: options for name, options in chosen.items() if all(options.files().values())}

@@ -2,41 +2,48 @@
 
     delta = s (eps(x_t) - eps_perturbed(x_t)),    attention maps of chosen blocks replaced by the identity
 
-Needs: override of those blocks. Cost: one more network evaluation.
+Needs: override of those blocks. Cost: the part of one more network evaluation that lies behind the first of those
+blocks' attention; what lies before it, the two evaluations share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from ..capture import find_blocks, override_attention
+from ..capture import capture_prefix, first_block, override_attention, resume_from
 from ..errors import UserError
 from ..late import Tensor
 from ..options import option
 from ..process import Prediction
-from ..terms import ContrastGuidance, Guidance, Passes, StepContext
-from .base import GuidanceOptions, Networks
+from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
-    from ..unet import Encoder
+    from ..unet import UNetModel
 
 
 class PerturbedAttentionGuidance(ContrastGuidance):
     """Guidance away from the network with identity attention in `blocks` (names in `model.attention_blocks`).
 
-    scale, start, stop: see `Guidance`.
+    scale and the others: see `Guidance`.
     """
 
-    def __init__(self, model: Encoder, blocks: Sequence[str], scale: float, start: int | None = None,
-                 stop: int | None = None) -> None:
-        super().__init__(scale, start, stop)
+    def __init__(self, model: UNetModel, blocks: Sequence[str], scale: float, start: int | None = None,
+                 stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
         if isinstance(blocks, str) or not blocks:
             raise UserError(f"blocks {blocks!r}: must be a list of attention blocks, like ['middle']")
-        find_blocks(model.attention_blocks, blocks, "attention block")
         self.model = model
         self.blocks = tuple(blocks)
+        self.first = first_block(model, blocks)
+        self.passes = replace(type(self).passes, begins_at=self.blocks)
+
+    def observe(self) -> AbstractContextManager[Any]:
+        """Captures what both evaluations share."""
+        return capture_prefix(self.model, self.first)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast `s (eps(x_t) - eps_perturbed(x_t))`, (N, C, H, W)."""
@@ -47,7 +54,8 @@ class PerturbedAttentionGuidance(ContrastGuidance):
             reached = True
             return v
 
-        with override_attention(self.model, self.blocks, identity_attention):
+        with (override_attention(self.model, self.blocks, identity_attention),
+              resume_from(self.model, ctx.observed.get(self, ()))):
             eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
         if not reached:
             raise UserError(f"perturbed-attention guidance changed no evaluation of {', '.join(self.blocks)}: it must "
@@ -61,11 +69,19 @@ class PagOptions(GuidanceOptions):
 
     short = "PAG"
     switched_on: ClassVar = {"pag_scale": 1.0}
+    sigma_flags = "pag"
 
     pag_scale: float = option(0.0, "scale of perturbed-attention guidance; 0: off")
     pag_blocks: str = option("middle", "attention blocks that become the identity, comma-separated, like "
                              "input.8,middle")
     pag_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    pag_sigma_min: float | None = sigma_min_option()
+    pag_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def blocks(self) -> list[str]:
+        """The blocks by name."""
+        return [block.strip() for block in self.pag_blocks.split(",") if block.strip()]
 
     @property
     def active(self) -> bool:
@@ -82,9 +98,10 @@ class PagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        blocks = [block.strip() for block in self.pag_blocks.split(",") if block.strip()]
-        return [PerturbedAttentionGuidance(nets.model, blocks, self.pag_scale, start=self.pag_start)]
+        return [PerturbedAttentionGuidance(nets.model, self.blocks, self.pag_scale, start=self.pag_start,
+                                           **self.sigma_range)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One more evaluation from `pag_start` down."""
-        return [(Guidance(self.pag_scale, self.pag_start), PerturbedAttentionGuidance.passes)]
+        """A part of one more evaluation at each step of the window."""
+        passes = replace(PerturbedAttentionGuidance.passes, begins_at=tuple(self.blocks))
+        return [(Guidance(self.pag_scale, self.pag_start, **self.sigma_range), passes)]

@@ -13,15 +13,15 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 from ..capture import HEADS, Received, capture_attention, find_blocks
 from ..errors import UserError
 from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
-from ..terms import ContrastGuidance, Guidance, Passes, StepContext
-from .base import GuidanceOptions, Networks
+from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class SelfAttentionGuidance(ContrastGuidance):
     the average attention. mask: "self-attention"; "global" (blur guidance, which reads no attention); "high-frequency",
     "random" or "square", with as many tokens as the attention would mask; or a function (ctx, pred) -> (N, 1, h, w)
     of h x w cells, any resolution, values in [0, 1]. heads: "exact", or "official" to split the map as the
-    official code does. start, stop: see `Guidance`.
+    official code does. start, stop and the noise levels: see `Guidance`.
     """
 
     def __init__(self, model: Encoder, block: str, scale: float, blur_sigma: float, threshold: float = 1.0,
                  mask: str | Mask = "self-attention", heads: str = "exact", start: int | None = None,
-                 stop: int | None = None) -> None:
-        super().__init__(scale, start, stop)
+                 stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
         if not callable(mask) and mask not in MASKS:
             raise UserError(f"mask {mask!r}: must be a function or one of {', '.join(MASKS)}")
         if heads not in HEADS:
@@ -69,10 +69,9 @@ class SelfAttentionGuidance(ContrastGuidance):
             return nullcontext()
         return capture_attention(self.model, [self.block], heads=self.heads)
 
-    def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The contrast `s (eps(x_t) - eps(x_bar))`, (N, C, H, W)."""
-        eps_degraded = ctx.denoise(self.degraded(ctx, pred), ctx.t).eps
-        return self.scale * (pred.eps - eps_degraded)
+    def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
+        """x_bar, for the contrast `s (eps(x_t) - eps(x_bar))`."""
+        return Inputs(self.degraded(ctx, pred), ctx.t)
 
     def degraded(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """x_bar (N, C, H, W): x0, blurred under the mask, with the same noise as x_t."""
@@ -117,9 +116,13 @@ class SagOptions(GuidanceOptions):
 
     short = "SAG"
     switched_on: ClassVar = {"guide_scale": 1.1}
+    sigma_flags = "sag"
+    can_batch = True
 
     guide_scale: float = option(1.0, "1 + s, s the scale of self-attention guidance; 1: off")
     guide_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    sag_sigma_min: float | None = sigma_min_option()
+    sag_sigma_max: float | None = sigma_max_option()
     sel_attn_block: str = option("output", "part of the network whose attention makes the mask",
                                  choices=("input", "middle", "output"))
     sel_attn_depth: int = option(8, "index of the block in that part", minimum=0)
@@ -167,8 +170,9 @@ class SagOptions(GuidanceOptions):
         """The one term."""
         return [SelfAttentionGuidance(
             nets.model, block=self.attention_block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
-            threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start)]
+            threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start,
+            **self.sigma_range)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One more evaluation from `guide_start` down."""
-        return [(Guidance(self.guide_scale - 1, self.guide_start), SelfAttentionGuidance.passes)]
+        """One more evaluation at each step of the window."""
+        return [(Guidance(self.guide_scale - 1, self.guide_start, **self.sigma_range), SelfAttentionGuidance.passes)]

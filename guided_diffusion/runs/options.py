@@ -9,13 +9,14 @@ from typing import Any
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, entry_option, option, seed_option
+from ..options import Options, entry_option, option, option_fields, seed_option
 from ..presets import find_preset, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import statement_of
 
 _log = logging.getLogger(__name__)
 
+DEFAULT_SAMPLER = "ddpm"
 MOST_IMAGES = 10**10
 LARGEST_BATCH = 10**6
 
@@ -31,9 +32,11 @@ class SampleOptions(Options):
     checkpoint_entry: str = entry_option()
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
-    sampler: str = option("", f"the sampler: {' or '.join(SAMPLERS)}; unset: ddpm", choices=("", *SAMPLERS))
+    sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=("", *SAMPLERS))
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
+    batch_contrasts: bool = option(False, "make further evaluations of guidance that differ in their inputs alone as "
+                                   "one batch, for devices that one batch does not fill", later=True)
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
                                    "class by its number or name, or a .npy file of one for each image")
     seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
@@ -52,7 +55,11 @@ class SampleOptions(Options):
     @property
     def sampler_name(self) -> str:
         """The name in SAMPLERS of the sampler that is used."""
-        return self.sampler or ("ddim" if self.use_ddim else "ddpm")
+        return _sampler_name(self.sampler, self.use_ddim)
+
+
+def _sampler_name(sampler: str, use_ddim: bool) -> str:
+    return sampler or ("ddim" if use_ddim else DEFAULT_SAMPLER)
 
 
 def option_classes() -> tuple[type[Options], ...]:
@@ -63,7 +70,8 @@ def option_classes() -> tuple[type[Options], ...]:
 def preset_values(given: dict[str, Any]) -> dict[str, Any]:
     """Values of the options that `--model` stands for, and those that the checkpoints state of themselves.
 
-    given: what the user gave, by flag name. Raises UserError where that contradicts what a checkpoint states.
+    given: what the user gave, by flag name. Raises UserError where that contradicts what a checkpoint states, and for
+    options of another sampler that refuses them there.
     """
     values: dict[str, Any] = {}
     if given.get("model"):
@@ -77,7 +85,20 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
             values["model_path"] = str(preset.path)
         if not preset.known and not given.get("model_path"):
             _say_files(preset.name, {**values, **given})
-    return values | _stated_values({**values, **given}, given)
+    known = {**values, **given}
+    _check_sampler(_sampler_name(known.get("sampler", ""), known.get("use_ddim", False)), given)
+    return values | _stated_values(known, given)
+
+
+def _check_sampler(name: str, given: dict[str, Any]) -> None:
+    """Raises UserError where options that were given belong to other samplers, which refuse them."""
+    own = {field.name for field in option_fields(SAMPLERS[name])}
+    for flag, value in given.items():
+        others = [other for other, kind in SAMPLERS.items() if kind.refused_elsewhere
+                  if flag in {field.name for field in option_fields(kind)}]
+        if others and flag not in own and value is not None:
+            raise UserError(f"--{flag} {value}: is an option of --sampler {' and '.join(others)}, and the sampler is "
+                            f"{name}")
 
 
 def _say_files(name: str, values: dict[str, Any]) -> None:

@@ -20,9 +20,10 @@ from ..guidance import GUIDANCE
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
+from ..respace import space_timesteps
 from ..sampling import SAMPLERS
 from ..version import __version__
-from .options import MOST_IMAGES, SampleOptions
+from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
@@ -49,17 +50,26 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     files, unused = [MODEL_FLAG], set()
     for name, sampler in SAMPLERS.items():
         unused |= _flags(sampler) if name != sample.sampler_name else set()
+    used, = _read(configuration, SAMPLERS[sample.sampler_name])
+    unused -= _flags(type(used))
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
         files += method.files()
         unused |= set() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
-    if not values.get("checkpoint_entry"):          # older runs know no such option
-        values.pop("checkpoint_entry", None)
+    later = _later_defaults()
+    values = {name: value for name, value in values.items() if name not in later or value != later[name]}
+    values |= used.settled(values.get("timestep_respacing") or "")
     values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
+
+
+def _later_defaults() -> dict[str, Any]:
+    """The defaults of options that older runs do not know."""
+    classes: list[type[Options]] = [SampleOptions, *option_classes()]
+    return {field.name: field.default for cls in classes for field in option_fields(cls) if field.metadata.get("later")}
 
 
 def _flags(*classes: type[Options]) -> set[str]:
@@ -111,6 +121,16 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def title(configuration: Mapping[str, Any]) -> str:
-    """The guidance of a recorded run in words, like "SAG s = 0.1 + CG scale 0.5"."""
+    """The guidance of a recorded run in words, and its sampler if that is not DDPM.
+
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
+    """
     methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
-    return " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
+    if sample.sampler_name == DEFAULT_SAMPLER:
+        return words
+    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+    chain = space_timesteps(diffusion.diffusion_steps, sampler.respacing(diffusion.timestep_respacing)
+                            or [diffusion.diffusion_steps])
+    return f"{words}, {sampler.headline(sampler.num_steps(len(chain)))}"

@@ -26,6 +26,7 @@ from ..late import Tensor, nn, torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
 from ..presets import find_preset
+from ..process import DiffusionProcess
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
@@ -96,9 +97,19 @@ class SamplingRun:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the (respaced) chain."""
-        options = self.diffusion
-        return len(space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps]))
+        """Steps of the (respaced) chain, or of the sampler's own grid."""
+        options = self._respaced
+        chain = space_timesteps(options.diffusion_steps, options.timestep_respacing or [options.diffusion_steps])
+        return self.sampler.num_steps(len(chain))
+
+    @property
+    def _respaced(self) -> DiffusionOptions:
+        """The process, respaced as its options and those of the sampler say."""
+        return replace(self.diffusion, timestep_respacing=self.sampler.respacing(self.diffusion.timestep_respacing))
+
+    def process(self) -> DiffusionProcess:
+        """The process whose steps the sampler walks through. Raises UserError where its options do not fit."""
+        return self.sampler.process(build_diffusion(self._respaced))
 
     def title(self) -> str:
         """The guidance in words, like "SAG s = 0.1 + CG scale 0.5"."""
@@ -182,7 +193,7 @@ class SamplingRun:
             raise UserError(f"--model_path is not given: {hint}")
         for method in self.active:
             method.check_files()
-        diffusion = build_diffusion(self.diffusion)
+        diffusion = self.process()
         with torch.device("meta"):
             model = build_model(self.model)
         nets = Networks(model, dist_util.dev(), self.sample.seed)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .. import dist_util, sampling
 from ..errors import UserError
-from ..gaussian_diffusion import GaussianDiffusion
 from ..late import Tensor, torch
 from ..pixels import to_uint8
+from ..process import DiffusionProcess
 from ..rng import image_noise
 from ..sampling import SamplerOptions
 from ..terms import Guidance
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 
 
 class BuiltRun(NamedTuple):
-    """What a run samples with. model: the network; network: the same, called with labels also where it has none."""
+    """What a run samples with.
+
+    model: the network; network: the same, called with labels also where it has none. diffusion: the process whose steps
+    the sampler walks through.
+    """
 
     model: UNetModel
     network: Callable[..., Tensor]
-    diffusion: GaussianDiffusion
+    diffusion: DiffusionProcess
     guidance: list[Guidance]
 
 
@@ -41,7 +46,7 @@ class ImageSampler:
 
     def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun) -> None:
         self.options = options
-        self.step = sampler.step()
+        self.sampler = sampler
         self.model, self.network, self.diffusion, self.guidance = built
         self.size = options.batch_size
         self._check_memory()
@@ -101,9 +106,11 @@ class ImageSampler:
             return image_noise(self.options.seed, image_ids, step, shape).to(device)
 
         kwargs = {} if labels is None else {"y": labels.to(device)}
-        denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs)
+        denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs,
+                                          dynamic_threshold=self.sampler.threshold_quantile)
+        denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
-        chain = sampling.sample_chain(self.step, denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
+        chain = sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
         return sampling.last(chain, on_step)["sample"].cpu()
 
 

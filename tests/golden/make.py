@@ -17,7 +17,7 @@ COPIED = (
     "fill.py", "checkpoints.json", "unet_plainnorm.npz", "unet_adm_headch16.npz", "classifier_attention.npz",
     "classifier_spatial.npz", "eval/make_synthetic_graph.py", "eval/public_fid.json", "eval/public_is.json",
     "eval/public_pr.json", "eval/public_stats.json", "eval/public_graph_w8.npz",
-    "eval/public_e2e.json",
+    "eval/public_e2e.json", "solvers_public.npz", "solvers_chain_public.npz",
 )
 STEPS = {"ddpm_plain": 1, "ddpm_sag": 2, "ddim25_sag_cg": 2, "ddpm_cg": 1, "ddpm_sag_legacyheads": 1}
 FEW = 4     # images whose features are kept

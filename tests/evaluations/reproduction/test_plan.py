@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from networks import TINY, TINY_CLASSIFIER
+from torch.utils.flop_counter import FlopCounterMode
 
 from evaluations.reproduction import missing
 from evaluations.reproduction import plan as planning
@@ -36,11 +37,14 @@ def row(tiny_checkpoints, tmp_path):
     ({"guide_scale": 1.5}, (12, 0)),
     ({"guide_scale": 1.5, "guide_start": 4}, (10, 0)),
     ({"guide_scale": 1.5, "guide_start": 0}, (6, 0)),
-    ({"pag_scale": 1.0, "pag_start": 2}, (8, 0)),
-    ({"guide_scale": 1.5, "pag_scale": 1.0, "pag_start": 1}, (13, 0)),
+    ({"guide_scale": 1.5, "sag_sigma_min": 0.5}, (11, 0)),
+    ({"guide_scale": 1.5, "sag_sigma_max": 0.5, "guide_start": 3}, (7, 0)),
+    ({"classifier_guidance": True, "classifier_sigma_min": 0.5, "classifier_sigma_max": 20}, (6, 3)),
     ({"classifier_guidance": True}, (6, 6)),
     ({"classifier_guidance": True, "classifier_scale": 0}, (6, 0)),
     ({"guide_scale": 1.5, "use_ddim": True, "timestep_respacing": "ddim5", "classifier_guidance": True}, (10, 5)),
+    ({"guide_scale": 1.5, "guide_start": 2, "sampler": "unipc", "timestep_respacing": "", "sampling_steps": 4}, (6, 0)),
+    ({"sampler": "dpm-solver++", "solver_grid": "chain"}, (6, 0)),
 ], ids=str)
 def test_passes_are_those_that_a_run_makes(row, changes, expected):
     made = {UNetModel: 0, EncoderUNetModel: 0}
@@ -60,7 +64,35 @@ def test_passes_are_those_that_a_run_makes(row, changes, expected):
     assert counted.backward == 0 and counted.others.keys() <= {"classifier"}
 
 
+@pytest.mark.parametrize("changes", [
+    {"pag_scale": 1.0}, {"pag_scale": 1.0, "pag_start": 2, "pag_blocks": "output.0"},
+    {"guide_scale": 1.5, "pag_scale": 1.0, "pag_start": 1, "pag_blocks": "output.0,input.3"},
+    {"pag_scale": 1.0, "pag_sigma_min": 0.5, "pag_sigma_max": 20},
+], ids=str)
+def test_operations_are_those_that_a_run_with_perturbed_attention_makes(row, changes):
+    """The identity, which takes the place of attention, has none of its operations; they are not subtracted."""
+    def operations(**values):
+        run = row(**values, num_samples=1, batch_size=1, overwrite=True).run
+        with FlopCounterMode(display=False) as made:
+            run.run()
+        return passes(run).forward, made.get_total_flops()
+
+    (forward, made), (steps, plain) = operations(**changes), operations()
+    assert steps < forward < steps * (2 + ("guide_scale" in changes))
+    assert made / plain == pytest.approx(forward / steps, rel=0.01)
+
+
+def test_the_parts_that_perturbed_attention_evaluates_of_the_released_networks():
+    run = load_table("sag_cg_imagenet128").rows["unguided"].run.changed(pag_scale=1.0, pag_blocks="output.8")
+    assert passes(run).forward / run.num_steps == pytest.approx(1.52, abs=0.01)
+    assert str(passes(run)) == f"{passes(run).forward:.1f}"
+    run = load_table("sag_pretrained_256").rows["imagenet256"].run.changed(
+        guide_scale=1.0, pag_scale=1.0, pag_blocks="middle,input.14,output.2")
+    assert passes(run).forward / run.num_steps == pytest.approx(1.75, abs=0.01)
+
+
 @pytest.mark.parametrize("changes, expected", [
+    ({"dcg_scale": 40, "dag_sigma_min": 0.5}, (6, 5, 0)),
     ({"dcg_scale": 40}, (6, 6, 0)), ({"dpg_scale": 40}, (6, 6, 6)), ({"dcg_scale": 40, "dpg_scale": 40}, (6, 6, 6)),
     ({"dcg_scale": 40, "dag_start": 4, "dag_stop": 1}, (6, 3, 0)),
     ({"dcg_scale": 40, "guide_scale": 1.1, "dag_start": 0}, (12, 0, 0)),

@@ -23,7 +23,8 @@ SIZES = {"phone": (390, 844, True), "desk": (1280, 900, False)}
 
 def row(title, state="measured", why="", images=1000, evaluations=20.0, gradients=0.0, speed=7.36, **others):
     ran = state == "measured"
-    return {"title": title, "state": state, "why": why, "images": images, "heads": "exact",
+    return {"title": title, "guidance": title, "sampler": "DDPM", "state": state, "why": why, "images": images,
+            "heads": "exact",
             "samples": f"{title}/samples.npz" if ran else None, "sha256": SHA256 if ran else None,
             "evaluations": evaluations, "gradients": gradients, "seconds": images / speed if ran else None,
             "images_per_second": speed if ran else None, **others}
@@ -77,16 +78,18 @@ def small():
         "bootstrap": 1000, "network": {"name": "embedded classifier of Fashion-MNIST", "sha256": SHA256},
         "reference": {"file": "fmnist32_reference.npz", "images": 10000, "sha256": SHA256}, "rows": rows,
         "sections": [
-            {"title": "Self-attention guidance and classifier guidance", "images": 5000, "against": "", "rows": [
+            {"title": "Self-attention guidance and classifier guidance", "images": 5000, "against": "",
+             "against_row": "unguided", "rows": [
                 shown("unguided", first), shown("sag", measured(0.618, 7.144, 0.722, 0.692, first)),
                 shown("cg", measured(0.461, 7.993, 0.778, 0.641, first)),
                 shown("sag_cg", measured(0.507, 7.968, 0.751, 0.643, first))]},
-            {"title": "The guidance scale s", "images": 1000, "against": "guide_scale", "rows": [
+            {"title": "The guidance scale s", "images": 1000, "against": "guide_scale", "against_row": "unguided",
+             "rows": [
                 shown("unguided", first, against=1.0),
                 shown("sag", measured(0.61, 7.14, 0.722, 0.692, first), against=1.1),
                 shown("sag_0.5", measured(0.88, 7.01, 0.651, 0.701, first), against=1.5),
                 shown("sag_1", measured(1.953, 6.68, 0.524, 0.688, first, 0.31), against=2.0)]},
-            {"title": "DDPM and DDIM", "images": 500, "against": "", "rows": [
+            {"title": "DDPM and DDIM", "images": 500, "against": "", "against_row": "unguided", "rows": [
                 shown("unguided", first), shown("ddpm_250", {})]},
         ]}
 
@@ -101,11 +104,12 @@ def published():
             "lsun": row("LSUN | <Church> & \"cats\"", "not run here", why, 50000, 250.0)}
     return {
         "table": "imagenet128", "title": "ImageNet 128x128", "source": "https://arxiv.org/abs/2210.00939",
-        "note": "<script>alert(1)</script>", "settings": "DDPM, 250 steps",
+        "note": "<script>alert(1)</script>", "settings": "DDPM, 250 steps", "chart": {"x": "evaluations", "y": "fid"},
         "command": "python scripts/reproduce.py imagenet128 --rows 'a & b'",
         "version": "0.1.0", "device": "one GPU", "ranks": 1, "bootstrap": 1000, "network": None, "reference": None,
         "rows": rows,
-        "sections": [{"title": "ImageNet 128x128", "images": 50000, "against": "classifier_scale", "rows": [
+        "sections": [{"title": "ImageNet 128x128", "images": 50000, "against": "classifier_scale",
+                      "against_row": "unguided", "rows": [
             shown("unguided", {"fid": number(5.93, 0.08, 5.91, "reproduced"),
                                "is": number(141.41, 2.4, 141.8, "reproduced"),
                                "precision": number(0.702, 0.004, 0.7, "reproduced"),

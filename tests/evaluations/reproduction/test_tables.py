@@ -24,6 +24,9 @@ TABLES = {name: load_table(name) for name in ("sag_cg_imagenet128", "sag_pretrai
 ROWS = [(name, row) for name, table in TABLES.items() for row in table.rows.values()]
 NUMBERS = ("fid", "sfid", "is", "precision", "recall", "dfid")
 
+FEW_STEPS = [(name, row) for name in ("adm_g_25steps", "guided_few_steps_imagenet256")
+             for row in list(load_table(name).rows.values())[-2:]]
+
 every_row = pytest.mark.parametrize(("table", "row"), ROWS, ids=lambda value: getattr(value, "name", value))
 
 
@@ -94,16 +97,16 @@ def shapes():
     """The names and shapes of a network's weights, each distinct one built once."""
     known = {}
 
-    def shapes(build, options=None):
+    def shapes(build, options):
         if options not in known:
             with torch.device("meta"):
-                network = build() if options is None else build(options)
+                network = build(options)
             known[options] = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         return known[options]
     return shapes
 
 
-@every_row
+@pytest.mark.parametrize(("table", "row"), ROWS + FEW_STEPS, ids=lambda value: getattr(value, "name", value))
 def test_networks_are_those_of_the_released_checkpoints(table, row, released, shapes):
     run = row.run
     name = Path(run.sample.model_path).stem
@@ -116,8 +119,9 @@ def test_networks_are_those_of_the_released_checkpoints(table, row, released, sh
     assert shapes(build_model, run.model) == released[name]
     for method in run.active:
         if "classifier_path" in method.files():
-            assert method.files() == {"classifier_path": "models/128x128_classifier.pt"}
-            assert shapes(method.networks()["classifier"]) == released["128x128_classifier"]
+            classifier = f"{run.model.image_size}x{run.model.image_size}_classifier"
+            assert method.files() == {"classifier_path": f"models/{classifier}.pt"}
+            assert shapes(lambda method: method.networks()["classifier"](), method) == released[classifier]
 
 
 # Sampling and evaluation
@@ -282,6 +286,12 @@ def test_what_is_chosen_of_a_table(write):
     assert [(section.title, section.rows) for section in some.sections] == [("X", ("a",)), ("Y", ("c",)),
                                                                            ("Z", ("c", "a"))]
     assert [section.title for section in table.chosen("b").sections] == ["X"]
+    write(mini(rows="a: {}, b: {seed: 2}, c: {seed: 3}", more="chart: {x: evaluations, y: fid}",
+               sections="[{title: X, rows: [a, b]}, {title: Y, rows: [b, c], against_row: a}]"))
+    compared = load_table("mini")
+    assert [section.base for section in compared.sections] == ["a", "a"]
+    assert [section.base for section in compared.chosen("b,c").sections] == ["b", "b"]      # and their sentence says it
+    assert compared.chosen("b").chart == tables.ChartSpec("evaluations", "fid") and table.chart is None
     placed = tables.in_folder(table, "runs", 5)
     assert placed.rows["b"].run.sample.out == "runs/b" and tables.smallest(list(placed.rows.values())) == 5
 
@@ -303,6 +313,11 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     (mini(sections="[{title: All, rows: [a], agianst: seed}]"), "(did you mean against?)"),
     (mini(sections="[{title: All, rows: [a], against: sed}]"), "(did you mean seed?)"),
     (mini(sections="[{title: All, rows: [a], against: mask}]"), "must be an option that is a number"),
+    (mini(sections="[{title: All, rows: [a], against_row: b}]"), "against_row b in "),
+    (mini(more="chart: {x: evaluatoins, y: fid}"), "(did you mean evaluations?)"),
+    (mini(more="chart: {x: evaluations, y: fdi}"), "(did you mean fid?)"),
+    (mini(more="chart: {x: evaluations}"), "y None of chart in "),
+    (mini(more="chart: {x: evaluations, y: fid, z: is}"), "z in chart in "), (mini(more="chart: fid"), "chart in "),
     (mini(sections="{title: All}"), "must be a list of sections"),
     (mini(rows="a: 3"), "row a in "), (mini(shared="[1]"), "shared in "),
     (mini(rows="a: {evaluation: 3}"), "evaluation"),

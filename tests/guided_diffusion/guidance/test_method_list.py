@@ -3,17 +3,23 @@
 import ast
 import dataclasses
 import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
+import torch
 from commands import REPOSITORY, call, flags, samples_in
 from networks import TINY
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, GradientGuidance, Guidance, GuidanceOptions, Networks, Passes
-from guided_diffusion.options import option
+from guided_diffusion.options import option, options_from
+from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import identity
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.script_util import create_gaussian_diffusion
 
 SHORT = {**TINY, "timestep_respacing": "3", "num_samples": 4, "batch_size": 2, "labels": "balanced"}
 
@@ -105,6 +111,48 @@ def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_ch
 def test_a_file_that_a_new_method_needs_is_asked_for(grey, tmp_path, tiny_checkpoints, capsys):
     assert run(tmp_path / "out", tiny_checkpoints, grey_scale=3) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: --grey_model is not given: grey needs it"
+
+
+# Windows in noise level
+
+
+METHODS = {kind: replace(kind(), **kind.switched_on) for kind in GUIDANCE}
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+def test_every_method_has_a_window_of_noise_levels(kind):
+    process, on, flag = create_gaussian_diffusion(timestep_respacing="10"), METHODS[kind], f"{kind.sigma_flags}_sigma"
+    cases = [({}, "", range(10)), ({"min": 2.0}, ", noise levels above 2", range(4, 10)),
+             ({"max": 2.5}, ", noise levels up to 2.5", range(4)),
+             ({"min": 0.5, "max": 2.5}, ", noise levels 0.5 to 2.5", range(2, 4))]
+    for levels, words, held in cases:
+        options = replace(on, **{f"{flag}_{name}": value for name, value in levels.items()})
+        assert options.title() == on.title() + words
+        for term, _ in options.schedule():
+            assert term.window(torch.arange(10), process).nonzero().flatten().tolist() == list(held)
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("levels", "said"), [
+    ({"min": -1}, "_min -1.0: must be at least 0"), ({"max": 0}, "_max 0.0: must be greater than 0"),
+    ({"min": math.nan}, "_min nan: must be a number"), ({"max": "wide"}, "_max 'wide': must be a number"),
+    ({"min": 3, "max": 3}, "_max 3: the first must be smaller than the second")])
+def test_bad_noise_levels_are_sentences(kind, levels, said):
+    flag = f"--{kind.sigma_flags}_sigma"
+    with pytest.raises(UserError) as refused:
+        replace(METHODS[kind], **{f"{flag[2:]}_{name}": value for name, value in levels.items()})
+    assert str(refused.value).startswith(f"{flag}_") and said in str(refused.value)
+
+
+def test_options_that_came_later_are_no_part_of_a_run_that_does_not_use_them():
+    run = SamplingRun.of(options_from({"guide_scale": 1.1, "pag_scale": 1.0}, SampleOptions, *option_classes()))
+    plain = identity(run.configuration(), {})
+    assert not [name for name in plain if "sigma_m" in name or "batch_contrasts" in name]
+    older = {name: value for name, value in run.configuration().items() if name in plain}
+    assert identity(older, {}) == plain
+    for changes in ({"sag_sigma_min": 0.5}, {"pag_sigma_max": 3.0}, {"batch_contrasts": True}):
+        assert identity(run.changed(**changes).configuration(), {}) == {**plain, **changes}
+    assert identity(run.changed(classifier_sigma_min=0.5).configuration(), {}) == plain          # CG is off
 
 
 # What a run's identity is

@@ -27,7 +27,9 @@ def line(**given):
     ({"classifier_guidance": True, "classifier_scale": 0.0, "classifier_path": "x"}, "--classifier_path (CG is off)"),
     ({"class_cond": False, "labels": "balanced"}, "--labels (nothing takes classes)"),
     ({"class_cond": False, "labels": "balanced", "classifier_guidance": True}, ""),
-    ({"labels": "balanced", "num_classes": 7, "image_size": 64}, ""),
+    ({"labels": "balanced", "num_classes": 7, "image_size": 64}, ""), ({"batch_contrasts": False}, ""),
+    ({"batch_contrasts": True, "guide_scale": 1.1}, "--batch_contrasts (fewer than two methods make evaluations that "
+     "differ in their inputs alone)"), ({"pag_sigma_min": 1}, "--pag_sigma_min (PAG is off)"),
     ({"eta": 1.0, "pag_blocks": "input.8", "pag_start": 3},
      "--eta (the sampler is ddpm); --pag_blocks, --pag_start (PAG is off)")])
 def test_flags_without_effect_are_named(given, said):

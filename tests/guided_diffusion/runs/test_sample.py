@@ -24,6 +24,9 @@ SAG = {"guide_scale": 1.2, "sel_attn_depth": 1}
 SETTINGS = {
     "DDPM": {}, "DDIM": {"use_ddim": True}, "SAG": SAG, "SAG, random mask": {**SAG, "mask": "random"},
     "SAG, DDIM with noise": {**SAG, "use_ddim": True, "eta": 0.5},
+    "SDE-DPM-Solver++, SAG": {**SAG, "sampler": "dpm-solver++", "solver_grid": "chain", "solver_eta": 1},
+    "UniPC": {"sampler": "unipc", "solver_order": 3, "sampling_steps": 4, "timestep_respacing": "",
+              "dynamic_threshold": 0.99},
     "SAG and classifier": {**SAG, **TINY_CLASSIFIER, "classifier_guidance": True, "classifier_scale": 2.0}}
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -235,13 +236,12 @@ def test_one_job_per_folder(tmp_path):
     assert not list(tmp_path.iterdir()) and holder(tmp_path) is None
 
 
-def test_lock_ends_with_its_process(python, tmp_path):
-    with subprocess.Popen([python, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as process:
+def test_lock_ends_with_its_process(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(UserError, match=f"process {process.pid}"), locked(tmp_path):
             pass
         process.kill()
-        process.communicate()
     assert (tmp_path / ".lock").exists() and holder(tmp_path) is None
     with locked(tmp_path):
         pass

@@ -1,0 +1,114 @@
+"""What a sampler is: a step, from x_t and its guided prediction to x_{t-1}, and its options. DDPM and DDIM.
+
+The loop over the steps is in `sampling`, the multistep solvers in `solvers`. Images are (N, C, H, W) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .late import Tensor, torch
+from .options import Options, option
+from .process import DiffusionProcess, Prediction
+from .schedules import gather
+from .terms import StepContext
+
+Noise = Callable[[], Tensor]
+Step = Callable[[StepContext, Prediction, Tensor | None, Noise], tuple[Tensor, Tensor]]
+
+
+def ddpm_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Ancestral sampling: x_{t-1} and x0, (N, C, H, W) each. No noise is added at t = 0."""
+    mean = pred.mean if grad is None else pred.mean + pred.variance * grad
+    noisy = (ctx.t != 0).float().reshape(-1, 1, 1, 1)
+    return mean + noisy * torch.exp(0.5 * pred.log_variance) * noise(), pred.pred_xstart
+
+
+def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise, *, eta: float = 0.0,
+              ) -> tuple[Tensor, Tensor]:
+    """DDIM (Song et al., 2010.02502, eq. 12): x_{t-1} and x0, (N, C, H, W) each.
+
+    eta: 0 is deterministic, 1 has the variance of ancestral sampling. A gradient changes eps by
+    -sqrt(1 - abar) * grad (ADM, algorithm 2).
+    """
+    diffusion, x_t, t = ctx.denoise.diffusion, ctx.x_t, ctx.t
+    pred_xstart = pred.pred_xstart
+    eps = diffusion.predict_eps_from_xstart(x_t, t, pred_xstart)
+    if grad is not None:
+        eps = eps - gather(diffusion.sqrt_one_minus_alphas_cumprod, t, x_t) * grad
+        pred_xstart = diffusion.predict_xstart_from_eps(x_t, t, eps)
+    abar = gather(diffusion.alphas_cumprod, t, x_t)
+    abar_prev = gather(diffusion.alphas_cumprod_prev, t, x_t)
+    sigma = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
+    sample = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - sigma**2) * eps
+    if eta:
+        sample = sample + (t != 0).float().reshape(-1, 1, 1, 1) * sigma * noise()
+    return sample, pred_xstart
+
+
+@dataclass(frozen=True)
+class SamplerOptions(Options):
+    """A sampler: its options, its name in titles, and its step. A new one is such a class and a line in SAMPLERS.
+
+    title: its name in words. refused_elsewhere: whether its options are refused, and not only without effect, where
+    another sampler is used.
+    """
+
+    title: ClassVar[str]
+    refused_elsewhere: ClassVar[bool] = False
+
+    def step(self) -> Step:
+        """The function that goes from x_t to x_{t-1}, made anew for each chain, as it may remember earlier steps."""
+        raise NotImplementedError
+
+    def headline(self, steps: int) -> str:
+        """The sampler and its steps in words, like "DDPM, 250 steps"."""
+        return f"{self.title}, {steps} steps"
+
+    def respacing(self, timestep_respacing: str) -> str:
+        """The respacing of the chain, from what `--timestep_respacing` says; UserError where they contradict."""
+        return timestep_respacing
+
+    def num_steps(self, chain: int) -> int:
+        """The steps of a run, where the respaced chain has `chain`. Raises UserError for too few or contradictions."""
+        return chain
+
+    def process(self, diffusion: DiffusionProcess) -> DiffusionProcess:
+        """The process whose steps are walked through, from the respaced one."""
+        return diffusion
+
+    def settled(self, timestep_respacing: str) -> dict[str, Any]:
+        """Options by flag as they are meant, where there are several ways to say the same."""
+        return {}
+
+    @property
+    def threshold_quantile(self) -> float | None:
+        """The quantile of dynamic thresholding (see `process.Denoiser`); None: x0 is clipped as the run says."""
+        return None
+
+
+@dataclass(frozen=True)
+class DdpmOptions(SamplerOptions):
+    """Ancestral sampling (DDPM)."""
+
+    title = "DDPM"
+
+    def step(self) -> Step:
+        """See `ddpm_step`."""
+        return ddpm_step
+
+
+@dataclass(frozen=True)
+class DdimOptions(SamplerOptions):
+    """DDIM."""
+
+    title = "DDIM"
+
+    eta: float = option(0.0, "fresh noise in DDIM: 0 none, 1 as much as DDPM", minimum=0, maximum=1)
+
+    def step(self) -> Step:
+        """See `ddim_step`."""
+        return functools.partial(ddim_step, eta=self.eta)
