@@ -56,9 +56,11 @@ def serving(folder):
     program.write_text(PROGRAM.format(python=sys.executable, address=str(address), signals=tuple(map(int, SIGNALS))))
     program.chmod(0o755)
     repository = str(Path(__file__).parents[2])
+    # What PyTorch reads when it is loaded, as the commands set it before.
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": repository}
     with subprocess.Popen(
             [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=repository,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": repository}) as server:
+            env={**os.environ, **settings}) as server:
         assert server.stdout.readline() == b"ready\n"
         yield program
         server.stdin.close()
