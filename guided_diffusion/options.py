@@ -123,6 +123,11 @@ def checked(field: OptionField, value: Any) -> Any:
     return value
 
 
+def comma_separated(text: str) -> list[str]:
+    """The words between the commas, without empty ones."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 _TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
 
 

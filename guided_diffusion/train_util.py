@@ -8,6 +8,7 @@ The output folder holds, each file replaced as a whole:
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
     ema_RATE.safetensors     their moving averages
+    snapshot_IMAGES_ema_RATE.safetensors     the same, as they were after so many images (--snapshot_images)
 
 A mistake that one rank finds, a damaged image or a rank that was killed ends the training on all ranks, in the same
 step. What was trained until then is saved first.
@@ -62,6 +63,7 @@ RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for 
 _loops = itertools.count()
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
+DropLabels = Callable[[Tensor, int, int], Tensor]       # labels (N,) of a rank, step, rank -> labels (N,)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class TrainLoop:
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
     class_names: of the labels, stored with the weights; None where there are none.
+    drop_labels: the labels of a global batch that a training step is given, from those of the data and the step.
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
@@ -115,8 +118,9 @@ class TrainLoop:
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
                  config: dict[str, Any], validation_data: Data | None = None,
-                 class_names: ClassNames | None = None) -> None:
+                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None) -> None:
         self.class_names = class_names
+        self.drop_labels = drop_labels
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self.model = model.to(dist_util.dev()).channels_last().train()
@@ -180,6 +184,8 @@ class TrainLoop:
                     logged, clock = self.step, time.monotonic()
                 if self.step % self.options.save_interval == 0 or self.finished:
                     self.save()
+                if passes_multiple(self.step * global_batch, global_batch, self.options.snapshot_images):
+                    self.save_snapshot(self.step * global_batch)
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
@@ -210,7 +216,10 @@ class TrainLoop:
 
     def _descend(self) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The batch of this rank and its losses, whose gradients the network then has."""
-        batch = self._batch(*next(self.data), "training", self.step)
+        images, cond = next(self.data)
+        if self.drop_labels is not None:
+            cond = {**cond, "y": self.drop_labels(cond["y"], self.step, dist_util.rank())}
+        batch = self._batch(images, cond, "training", self.step)
         values = []
         with seeded_torch("dropout", self.options.seed, self.step, dist_util.rank(), device=dist_util.dev()):
             for part in batch.split(self.options.microbatch):
@@ -240,11 +249,23 @@ class TrainLoop:
             if dist_util.is_main():
                 self._write()
 
-    def _write(self) -> None:
+    def save_snapshot(self, images: int) -> None:
+        """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
+        with dist_util.together():
+            if dist_util.is_main():
+                kept: dict[str, Sequence[Tensor]] = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
+                for name, tensors in (kept or {"model": self.precision.master_params}).items():
+                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", self._named(tensors),
+                                          self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        """What the files of the weights state of themselves."""
         facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
         metadata = {"config": json.dumps(facts), "step": str(self.step)}
-        if self.class_names is not None:
-            metadata[KEY] = json.dumps(self.class_names.to_json())
+        return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
+
+    def _write(self) -> None:
+        metadata = self._metadata()
         weights = {"model": self._named(self.precision.master_params),
                    **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
         for name, tensors in weights.items():
@@ -411,6 +432,20 @@ def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> 
     torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
 
 
+def passes_multiple(images: int, batch: int, interval: int) -> bool:
+    """Whether the last `batch` of so many images reached or passed a multiple of the interval; 0: never."""
+    return bool(interval) and images // interval > (images - batch) // interval
+
+
+def label_dropout(share: float, null_label: int, seed: int) -> DropLabels:
+    """Replaces the labels of a share of the images by the null label (Ho & Salimans, 2207.12598, algorithm 1)."""
+    def drop(labels: Tensor, step: int, rank: int) -> Tensor:
+        count = len(labels)
+        draws = stream_generator("label dropout", seed, step).random((rank + 1) * count)[-count:]
+        return torch.where(torch.from_numpy(draws < share), null_label, labels)
+    return drop
+
+
 def average_over_ranks(gradients: list[Tensor]) -> None:
     """Replaces each gradient by its mean over the ranks."""
     if dist_util.world_size() == 1:
@@ -471,6 +506,11 @@ def _explained_compilation(active: bool) -> Iterator[None]:
 def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOptions, options: TrainOptions) -> None:
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
+    if options.label_dropout:
+        if not model_options.class_cond:
+            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
+                            "--class_cond True")
+        model_options = replace(model_options, null_class=True)
     config = {**asdict(model_options), **asdict(diffusion_options)}
     with dist_util.together():
         with seeded_torch("weights", options.seed):
@@ -486,7 +526,11 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
     with locked_folder(options.out):
-        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
+        drop = None
+        if model.null_label is not None and options.label_dropout:
+            drop = label_dropout(options.label_dropout, model.null_label, options.seed)
+        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
+                  drop_labels=drop).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
     _say_files(options.out, ["model", *averages], f"image_sample.py --model {shlex.quote(options.out)}")
 

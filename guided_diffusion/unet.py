@@ -331,7 +331,8 @@ class UNetModel(Encoder):
 
     The arguments are those of guided-diffusion. in_channels, out_channels: of x_t and of the prediction (twice
     in_channels where the variance is learned). attention_resolutions: *downsampling factors* that have attention
-    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. use_fp16: see `convert_to_fp16`.
+    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. null_class: whether that has one more
+    label, num_classes, which stands for no class (`null_label`). use_fp16: see `convert_to_fp16`.
     num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see `EncoderConfig`.
     """
 
@@ -340,7 +341,7 @@ class UNetModel(Encoder):
                  channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
                  use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
                  num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-                 use_new_attention_order: bool = False) -> None:
+                 use_new_attention_order: bool = False, null_class: bool = False) -> None:
         super().__init__(EncoderConfig(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels,
             num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
@@ -353,7 +354,8 @@ class UNetModel(Encoder):
         self.recorders: list[PrefixRecorder] = []       # both are set by `guided_diffusion.capture`
         self.prefixes: list[Prefix] = []
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self._emb_channels)
+            self.label_emb = nn.Embedding(num_classes + null_class, self._emb_channels)
+        self.null_label = num_classes if null_class else None
 
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         skip_channels = list(self._input_channels)

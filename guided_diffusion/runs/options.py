@@ -37,8 +37,9 @@ class SampleOptions(Options):
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     batch_contrasts: bool = option(False, "make further evaluations of guidance that differ in their inputs alone as "
                                    "one batch, for devices that one batch does not fill", later=True)
-    labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
-                                   "class by its number or name, or a .npy file of one for each image")
+    labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), none "
+                                   "(of a network with a null class), one class by its number or name, or a .npy "
+                                   "file of one for each image")
     seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
     out: str = option("samples", "folder for the samples, the picture and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")

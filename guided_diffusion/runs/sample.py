@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from ..errors import UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
-from ..late import Tensor, nn, torch
+from ..guidance.base import without_labels
+from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
 from ..presets import find_preset
@@ -181,7 +182,7 @@ class SamplingRun:
         if is_name(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
-                           num_samples=self.sample.num_samples)
+                           num_samples=self.sample.num_samples, null_class=self.model.null_class)
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
@@ -262,8 +263,3 @@ class SamplingRun:
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
         write_json(record_path, record, sync=True, ending="the samples are kept")
-
-
-def without_labels(model: nn.Module) -> Callable[..., Tensor]:
-    """An unconditional network among terms that have labels."""
-    return lambda x, t, y=None: model(x, t)

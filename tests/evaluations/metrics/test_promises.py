@@ -22,6 +22,8 @@ from evaluations.metrics.bootstrap import bootstrap_replicates
 from guided_diffusion.errors import UserError
 
 REPLICATES, HALVES, GROUPS = 60, 100, 60         # halves: of metrics whose spread itself is estimated
+ELSEWHERE = {"mind", "fid_infinity", "authenticity", "saturation", "contrast"}      # in test_further_promises
+WORDS = [word for word in METRICS if word not in ELSEWHERE]
 
 
 class Distribution:
@@ -55,7 +57,7 @@ def of_other_references(values):
     return replicates
 
 
-KEPT = {word: kept(metric) for word, metric in METRICS.items()}
+KEPT = {word: kept(METRICS[word]) for word in WORDS}
 BROKEN = {"recall of other references": of_other_references(lambda comparison: comparison.membership[1]),
           "coverage of other references": of_other_references(lambda comparison: comparison.neighbourhoods.covered)}
 
