@@ -505,7 +505,8 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-        images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(model_options.num_classes)
     data = _numbered_data(options, images)
 
@@ -538,14 +539,15 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         with seeded_torch("weights", options.seed):
             classifier = build_classifier(classifier_options)
         diffusion = build_diffusion(diffusion_options)
-        images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(classifier_options.num_classes)
-        names = images.class_names
-        if options.val_data_dir:
-            split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-            held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+    names = images.class_names
+    if options.val_data_dir:
+        held_out = _images(options, config, options.val_data_dir, True, known=names, held_out=True)
+        with dist_util.together():
             _check_validation(options, held_out, names, classifier_options.num_classes)
-            validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
     data = _numbered_data(options, images)
     with locked_folder(options.out):
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
@@ -586,13 +588,25 @@ def _known_names(options: LoopOptions) -> ClassNames | None:
 
 
 def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
-            known: ClassNames | None, split: str = "train") -> TrainingImages:
-    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
-    if not data_dir:
-        raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    frame = (config["in_channels"], config["image_size"], config["image_size"])
-    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
-                       skip_damaged=options.skip_damaged)
+            known: ClassNames | None, held_out: bool = False) -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`.
+
+    held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
+    """
+    damaged: list[tuple[int, str]] = []
+    with dist_util.together():
+        if not data_dir:
+            raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
+                            "fashion-mnist")
+        split = "test" if held_out and holds_idx(find_data(data_dir)) else "train"
+        frame = (config["in_channels"], config["image_size"], config["image_size"])
+        images = open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                             skip_damaged=options.skip_damaged)
+        if dist_util.is_main():
+            damaged = list(images.damaged().items())
+    damaged = dist_util.told_by_main(damaged)
+    with dist_util.together():
+        return images.without(dict(damaged))
 
 
 def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,

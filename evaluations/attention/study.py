@@ -33,7 +33,7 @@ from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, option, seed_option
+from guided_diffusion.options import Options, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -67,6 +67,7 @@ class AttentionOptions(Options):
 
     model: str = option("", "a model by name: a bundled one (scenes32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    checkpoint_entry: str = entry_option()
     images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
     steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
     blocks: str = option("", "attention blocks to look at, like middle,output.2; unset: all")
@@ -118,9 +119,9 @@ class AttentionOptions(Options):
     def run(self, model: ModelOptions, diffusion: DiffusionOptions) -> SamplingRun:
         """The unguided sampling run that is observed."""
         sample = SampleOptions(
-            model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.image_ids) + 1),
-            batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, dtype=self.dtype,
-            out=self.out)
+            model=self.model, model_path=self.model_path, checkpoint_entry=self.checkpoint_entry,
+            num_samples=max(self.num_images, max(self.image_ids) + 1), batch_size=self.batch_size,
+            labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, dtype=self.dtype, out=self.out)
         return SamplingRun.of([sample, model, diffusion, *(kind() for kind in (*SAMPLERS.values(), *GUIDANCE))])
 
 

@@ -15,7 +15,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.execution import choose_dtype, timed
 from guided_diffusion.guidance import Guidance, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, entry_option, option
 from guided_diffusion.progress import progress_bar
 
 from ..memory import peak_memory
@@ -30,6 +30,7 @@ class BenchmarkOptions(Options):
 
     model: str = option("fmnist32", "a model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
+    checkpoint_entry: str = entry_option()
     together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
     batch_size: int = option(64, "images at a time", minimum=1)
     dtype: str = dtype_option()
@@ -68,7 +69,7 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
         model_options = with_dtype(model_options, choice.dtype)
     model_options = with_dtype(model_options, options.dtype)
     nets = Networks(build_model(model_options), device, random_weights=True)
-    model = nets.load(nets.model, options.model_path, asdict(model_options))
+    model = nets.load(nets.model, options.model_path, asdict(model_options), options.checkpoint_entry)
     here = Setting.of(model, build_diffusion(diffusion_options), options.batch_size, model_options.num_classes)
     plain = here.with_model(contiguous_copy(model))
 

@@ -46,6 +46,13 @@ def files(tmp_path_factory):
     return {"depth_predictor": folder / "predictors.safetensors", "depth_prior": folder / "prior.safetensors"}
 
 
+def test_the_network_is_an_entry_of_its_file(tmp_path):
+    state = create_model(**TINY).state_dict()
+    torch.save({"model": state, "ema": state}, tmp_path / "both.pt")
+    with pytest.raises(UserError, match=r"--checkpoint_entry emma: .*both\.pt has model, ema"):
+        table(model_path=tmp_path / "both.pt", checkpoint_entry="emma")
+
+
 def test_rows_without_depth():
     rows = table()
     expected = {"network evaluation": "1 + 0", "unguided step": "1 + 0", "plain evaluation": "1 + 0",
