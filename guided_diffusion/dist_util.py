@@ -1,8 +1,8 @@
 """The ranks of a job: which one this process is, how many there are, and which device it uses.
 
 One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank a process
-is, and torch.distributed connects the ranks: by nccl where each has a GPU of its own, else by gloo. CUDA_VISIBLE_DEVICES is
-respected.
+is, and torch.distributed connects the ranks: by nccl where each has a GPU of its own, else by gloo.
+CUDA_VISIBLE_DEVICES is respected.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def setup_dist() -> None:
         else:
             meeting = _store_over_mpi(this, size)
         _await_all(meeting, this, size)
-        dist.init_process_group(_backend(meeting, this, size), store=dist.PrefixStore("group", meeting), rank=this, world_size=size,
-                                timeout=PATIENCE)
+        dist.init_process_group(_backend(meeting, this, size), store=dist.PrefixStore("group", meeting), rank=this,
+                                world_size=size, timeout=PATIENCE)
     except (LostRankError, UserError):
         raise
     except RuntimeError as error:

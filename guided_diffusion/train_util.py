@@ -316,7 +316,8 @@ class TrainLoop:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
         if dist_util.world_size() > 1:
-            rows = rows.to(dist_util.dev())
+            if dist.get_backend() == "nccl":
+                rows = rows.to(dist_util.dev())
             pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
             with _collective():
                 dist.all_gather(pieces, rows)
