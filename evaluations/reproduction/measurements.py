@@ -28,7 +28,6 @@ from ..references import find_reference
 from .missing import depth_maps, depth_reference, needs_depth_maps
 from .tables import DFID, EvaluationSpec, Row, Section, Table, smallest
 
-
 _calls = itertools.count()
 
 
