@@ -187,9 +187,9 @@ class LikelihoodRun:
             raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
                             "fashion-mnist")
         known = stored_names(checkpoint.locate(self.options.model_path)) if self.model.class_cond else None
-        images = open_images(self.options.data_dir, (self.model.in_channels, *[self.model.image_size] * 2),
-                             split=self.options.split, class_cond=self.model.class_cond, classes=self.options.classes,
-                             known=known)
+        frame = self.model.in_channels, self.model.image_size, self.model.image_size
+        images = open_images(self.options.data_dir, frame, split=self.options.split, class_cond=self.model.class_cond,
+                             classes=self.options.classes, known=known)
         labels = images.labels
         if labels is not None and (images.class_names is not None or labels.max() >= self.model.num_classes):
             images.check_classes(self.model.num_classes)        # arrays may well hold some of the classes only

@@ -28,15 +28,13 @@ class BuiltRun(NamedTuple):
     """What a run samples with.
 
     model: the network; network: the same, called with labels also where it has none. diffusion: the process whose steps
-    the sampler walks through. low_res: where the network upsamples, the images that it upsamples, (N, C, h, w) in
-    [-1, 1] by their numbers.
+    the sampler walks through.
     """
 
     model: UNetModel
     network: Callable[..., Tensor]
     diffusion: DiffusionProcess
     guidance: list[Guidance]
-    low_res: Callable[[Sequence[int]], Tensor] | None = None
 
 
 class ImageSampler:
@@ -44,12 +42,16 @@ class ImageSampler:
 
     All chunks are evaluated at one batch size, filled up where they are smaller, so that not a bit of an image depends
     on how many there are.
+
+    low_res: where the network upsamples, the images that it upsamples, (N, C, h, w) in [-1, 1] by their numbers.
     """
 
-    def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun) -> None:
+    def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun,
+                 low_res: Callable[[Sequence[int]], Tensor] | None = None) -> None:
         self.options = options
         self.sampler = sampler
-        self.model, self.network, self.diffusion, self.guidance, self.low_res = built
+        self.model, self.network, self.diffusion, self.guidance = built
+        self.low_res = low_res
         self.size = options.batch_size
         self._check_memory()
 

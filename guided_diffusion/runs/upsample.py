@@ -36,7 +36,7 @@ class UpsamplingRun(SamplingRun):
     """All options of an upsampling run; `run()` makes image i of image i of `--base_samples`."""
 
     sample: UpsampleOptions
-    model: UpsamplerOptions
+    model: UpsamplerOptions         # type: ignore[assignment]   # what sampling reads of both has the same names
 
     @classmethod
     def of(cls, options: Sequence[Any]) -> Self:

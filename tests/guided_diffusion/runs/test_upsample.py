@@ -41,9 +41,10 @@ def test_steps_of_a_run_are_those_of_the_official_code(path, monkeypatch):
         return noise(shape, seed if step == first else seed * 100 + first - step)
 
     monkeypatch.setattr(sampler, "image_noise", recorded)
-    built = BuiltRun(fill(model), model, process, [], lambda image_ids: low_res[list(image_ids)])
+    built = BuiltRun(fill(model), model, process, [])
     labels = torch.from_numpy(case["y"]) if run.model.class_cond else None
-    chain = ImageSampler(run.sample, run.sampler, built).chain([0, 1], labels)
+    upsampler = ImageSampler(run.sample, run.sampler, built, lambda image_ids: low_res[list(image_ids)])
+    chain = upsampler.chain([0, 1], labels)
     for out, expected in zip(itertools.islice(chain, len(case["x"]) - 1), case["x"][1:], strict=True):
         assert abs(out["sample"].numpy() - expected).max() < 2e-4
     with torch.no_grad():
