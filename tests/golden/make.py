@@ -52,9 +52,16 @@ def first_images(name: str, value: np.ndarray) -> np.ndarray:
     return value[:FEW]
 
 
+def first_image_of_a_step(name: str, value: np.ndarray) -> np.ndarray | None:
+    """Of an upsampler's chain of two images: the states of the first image before and after the first step."""
+    if name == "x":
+        return value[:2, :1]
+    return None if name == "out" else value
+
+
 CUT: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
     **{f"steps_{name}.npz": first_steps(steps) for name, steps in STEPS.items()},
-    "upsample_adm.npz": first_steps(1),
+    "upsample_adm.npz": first_image_of_a_step,
     "eval/public_pr.npz": only_manifolds,
     "eval/public_stats.npz": small_covariances,
     "eval/public_graph.npz": small_images,

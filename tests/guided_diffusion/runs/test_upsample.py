@@ -30,7 +30,7 @@ UPSAMPLER = {"large_size": 16, "small_size": 8, "in_channels": 3, "num_channels"
 @pytest.mark.parametrize("path", cases("upsample_*.npz"), ids=lambda path: path.stem)
 def test_steps_of_a_run_are_those_of_the_official_code(path, monkeypatch):
     case = np.load(path)
-    seed, shape = int(case["seed"]), case["x"].shape[1:]
+    seed, shape = int(case["seed"]), (2, *case["x"].shape[2:])
     run = UpsamplingRun.of(options_from(json.loads(str(case["config"])), *UpsamplingRun.classes()))
     model, process = build_model(run.model), build_diffusion(run.diffusion)
     low_res = noise((2, 3, run.model.small_size, run.model.small_size), seed + 1).clamp(-1, 1)
@@ -46,7 +46,9 @@ def test_steps_of_a_run_are_those_of_the_official_code(path, monkeypatch):
     upsampler = ImageSampler(run.sample, run.sampler, built, lambda image_ids: low_res[list(image_ids)])
     chain = upsampler.chain([0, 1], labels)
     for out, expected in zip(itertools.islice(chain, len(case["x"]) - 1), case["x"][1:], strict=True):
-        assert abs(out["sample"].numpy() - expected).max() < 2e-4
+        assert abs(out["sample"].numpy()[:len(expected)] - expected).max() < 2e-4
+    if "out" not in case:
+        return
     with torch.no_grad():
         out = model(noise(shape, seed), torch.from_numpy(case["t"]), low_res=low_res,
                     **({} if labels is None else {"y": labels}))
