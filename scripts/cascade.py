@@ -50,14 +50,12 @@ def read(argv: Sequence[str]) -> Cascade:
     for name in ("base", "evaluation"):
         if named.count(name) > 1:
             raise UserError(f"{name}: stands {named.count(name)} times among the words of this command, must be once")
-    if "base" not in named:
+    base = [_run(name, words, SamplingRun) for name, words in parts if name == "base"]
+    upsamplers = [_run(name, words, UpsamplingRun) for name, words in parts if name == "upsampler"]
+    evaluation = _evaluation(dict(parts).get("evaluation"))
+    if not base:
         raise UserError("a cascade needs base images: add the word base and its options, like base --model fmnist32")
-    return Cascade(options, *_runs(parts), _evaluation(dict(parts).get("evaluation")), warn)
-
-
-def _runs(parts: Sequence[tuple[str, list[str]]]) -> tuple[SamplingRun, list[UpsamplingRun]]:
-    base, = (_run(name, words, SamplingRun) for name, words in parts if name == "base")
-    return base, [_run(name, words, UpsamplingRun) for name, words in parts if name == "upsampler"]
+    return Cascade(options, base[0], upsamplers, evaluation, warn)
 
 
 def _run(name: str, words: list[str], kind: type[Run]) -> Run:

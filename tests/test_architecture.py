@@ -35,7 +35,7 @@ FLOORS = [
     ["guided_diffusion.cli"],
     ["guided_diffusion." + name for name in (
         "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_options", "train_start",
-        "train_util", "depth.*", "icons.*")],
+        "train_util", "prepare", "depth.*", "icons.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion"],

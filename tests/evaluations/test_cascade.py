@@ -101,6 +101,13 @@ def test_what_cannot_work_is_refused_before_the_first_image(line, upsampler, tmp
         assert not list(tmp_path.glob("out/*/samples*"))
 
 
+@pytest.mark.parametrize(("part", "option"), [
+    ("base", "--guide_scale"), ("upsampler", "--base_samples"), ("evaluation", "--backend")])
+def test_help_of_a_part(part, option, capsys):
+    assert call("cascade", part, "--help") == 0
+    assert option in capsys.readouterr().out
+
+
 def test_a_value_is_no_part(line, tmp_path):
     assert call("cascade", *line(out=tmp_path / "base", upsample=["--labels", "base"])) == 0
     assert samples_in(tmp_path / "base" / "upsampler")[0].shape == (6, 32, 32, 3)

@@ -1,0 +1,340 @@
+"""Image data of one size from what data sets come as: folders, .zip and .tar files, and LSUN's lmdb databases.
+
+The result is an image folder, OUT/CLASS/NAME.png, or one .npz file with arr_0 (images), arr_1 (classes) and
+class_names. Beside it lies a manifest, which names the source of every image. An image folder goes on where it was
+stopped: files that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .classes import natural_order
+from .errors import UserError
+from .files import check_folder, check_writable, reason, write_json
+from .foreign import read_json, reading
+from .image_datasets import crop_square, resize_smaller_side
+from .image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
+from .npz import write_batch
+from .options import Options, option, required
+from .pictures import save
+from .progress import progress_bar
+
+CROPS = ("adm", "box")
+LABELS = ("folders", "prefix", "none")
+AHEAD = 64              # pictures that are read before they are needed
+MANIFEST = "manifest.json"
+SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
+DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
+TARS = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class PrepareOptions(Options):
+    """The images."""
+
+    out: str = required("where to write: a folder, or a file that ends in .npz")
+    image_size: int = option(256, "height and width in pixels", minimum=1, maximum=2**14)
+    crop: str = option("adm", "how the centre is cut: adm, as the official training does it (halved, then bicubic); "
+                       "box, as the official LSUN conversion does it (averaged)", choices=CROPS)
+    labels: str = option("none", "how classes are told: folders (the one that a file lies in, or the archive within an "
+                         "archive), prefix (of the file name, before the first _) or none", choices=LABELS)
+    labels_file: str = option("", "text file of classes in place of --labels: a line NAME,CLASS for each image, or a "
+                              "line CLASS for each in the order of their names")
+    num_images: int = option(0, "only the first so many images; 0: all", minimum=0)
+    name: str = option("", "name of the files: NAME_0000000.png and so on; unset: those that they have")
+    skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
+
+
+class Source(NamedTuple):
+    """A picture that is not read yet. name: its path in the data. content: opens it."""
+
+    name: str
+    content: Callable[[], IO[bytes]]
+
+
+class NamedBytes(io.BytesIO):
+    """The bytes of a file that sentences name."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+# What there is
+
+
+def sources(path: Path) -> Iterator[Source]:
+    """The pictures of a folder, a .zip or .tar file, or an lmdb database, in their order there; folders by name.
+
+    Raises UserError where there is no such thing, or where it cannot be read.
+    """
+    if (path / "data.mdb").is_file():
+        yield from _lmdb(path)
+    elif path.is_dir():
+        for file in find_pictures(path).files:
+            yield Source(file.relative_to(path).as_posix(), partial(_read_file, file))
+    elif not path.is_file():
+        raise UserError(f"{path}: there is no such folder or file")
+    else:
+        with path.open("rb") as stream:
+            yield from _archive(str(path), "", stream, 1)
+
+
+def _read_file(file: Path) -> NamedBytes:
+    return NamedBytes(str(file), file.read_bytes())
+
+
+def _archive(where: str, inside: str, stream: IO[bytes], depth: int) -> Iterator[Source]:
+    """The pictures of an archive; inside: the folder that its name stands for, "" for the outermost."""
+    if depth > DEEPEST:
+        raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
+    if where.lower().endswith(".zip"):
+        with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
+            members: Iterable[tuple[str, Callable[[], bytes]]] = [
+                (info.filename, partial(archive.read, info)) for info in archive.infolist()
+                if not info.is_dir()]
+            yield from _members(where, inside, members, depth)
+    elif where.lower().endswith(TARS):
+        with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
+            yield from _members(where, inside, (
+                (info.name, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth)
+    else:
+        raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
+
+
+def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    member = tar.extractfile(info)
+    return b"" if member is None else member.read()
+
+
+def _members(where: str, inside: str, members: Iterable[tuple[str, Callable[[], bytes]]], depth: int,
+             ) -> Iterator[Source]:
+    for name, read in members:
+        path = PurePosixPath(name)
+        if any(part.startswith(".") or part.lower() in LITTER for part in path.parts if part != "."):
+            continue
+        shown, place = f"{where}/{name}", str(PurePosixPath(inside) / path)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Source(place, partial(NamedBytes, shown, read()))         # now: a .tar is read from front to back
+        elif name.lower().endswith((".zip", *TARS)):
+            folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
+            yield from _archive(shown, folder, io.BytesIO(read()), depth + 1)
+
+
+def _lmdb(path: Path) -> Iterator[Source]:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError(f"{path}: lmdb databases need the package lmdb: pip install 'guided-pixels[data]'") from None
+    try:
+        with lmdb.open(str(path), readonly=True, lock=False, max_readers=100) as database, database.begin() as view:
+            for number, (key, value) in enumerate(view.cursor()):
+                shown = f"{path}: entry {key[:60].decode(errors='replace')}"
+                yield Source(f"{number:07d}", partial(NamedBytes, shown, value))
+    except lmdb.Error as error:
+        raise UserError(f"{path}: cannot be read as an lmdb database ({reason(error)})") from None
+
+
+# One image
+
+
+def cropped(image: Image.Image, size: int, crop: str) -> Image.Image:
+    """The centre of a picture at size x size pixels, as `--crop` says."""
+    if crop == "adm":
+        return crop_square(resize_smaller_side(image, size), size)
+    scale = size / min(image.size)
+    sides = [round(scale * side) for side in image.size]
+    return crop_square(image.resize((sides[0], sides[1]), Image.Resampling.BOX), size)
+
+
+# All of them
+
+
+class Prepared(NamedTuple):
+    """An image that is done. name: of its source. label: its class, None where there is none."""
+
+    name: str
+    label: str | None
+    pixels: np.ndarray
+
+
+def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) -> None:
+    """Writes the images of `path` as the options say; say: called with each line on what was found or left out.
+
+    Raises UserError where there are none, for a damaged one unless it may be skipped, and where nothing can be written.
+    """
+    as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    if as_npz:
+        check_writable("--out", out, parents=True)
+    label_of = _labels(options)
+    settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
+    if not as_npz:
+        _begin(out, settings)
+    damaged: list[str] = []
+    images = _prepared(path, options, label_of, damaged)
+    rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name)
+    if not rows:
+        raise UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
+                                                        ""))
+    classes = sorted({row["class"] for row in rows if row["class"] is not None}, key=natural_order)
+    manifest = out.with_suffix(".json") if as_npz else out / MANIFEST
+    write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
+    if damaged:
+        say(f"left out {len(damaged)} damaged image(s), the first is {damaged[0]}")
+    say(f"{len(rows)} images of {options.image_size}x{options.image_size}"
+        + (f" in {len(classes)} classes" if classes else ""))
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """Makes a folder ready; raises UserError where it holds anything else than a part of the same images."""
+    check_folder("--out", out)
+    manifest = out / MANIFEST
+    if manifest.exists():
+        before = read_json(manifest, lambda content: isinstance(content["settings"], dict))["settings"]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(f"--out {out}: holds images with {name} {before.get(name)}, and now it is {value}; "
+                                "name another folder")
+    elif any(out.iterdir()):
+        raise UserError(f"--out {out}: holds other files; name a new folder")
+    write_json(manifest, {"settings": settings})
+
+
+def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str], str | None],
+              damaged: list[str]) -> Iterator[Prepared]:
+    """The images, decoded by several threads, in the order of their sources."""
+    def decode(source: Source) -> np.ndarray | UserError:
+        try:
+            return np.asarray(cropped(read_image(source.content(), 3), options.image_size, options.crop))
+        except UserError as error:
+            return error
+
+    found = itertools.islice(sources(Path(path)), options.num_images or None)
+    waiting: deque[tuple[int, Source, Future[np.ndarray | UserError]]] = deque()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+        bar = stack.enter_context(progress_bar(None, "preparing", "img"))
+        for number in itertools.count():
+            source = next(found, None)
+            if source is not None:
+                waiting.append((number, source, pool.submit(decode, source)))
+            if not waiting:
+                return
+            if source is not None and len(waiting) < AHEAD:
+                continue
+            place, first, future = waiting.popleft()
+            pixels = future.result()
+            bar.update()
+            if not isinstance(pixels, UserError):
+                yield Prepared(first.name, label_of(place, first.name), pixels)
+            elif options.skip_damaged:
+                damaged.append(str(pixels))
+            else:
+                for _, _, other in waiting:
+                    other.cancel()
+                raise UserError(f"{pixels}; --skip_damaged True leaves such images out")
+
+
+def _write_folder(images: Iterable[Prepared], out: Path, name: str) -> list[dict[str, Any]]:
+    rows, seen = [], set[str]()
+    for number, image in enumerate(images):
+        stem = f"{name}_{number:07d}" if name else PurePosixPath(image.name).stem
+        place = "/".join(filter(None, [image.label, f"{stem}.png"]))
+        if place in seen:
+            raise UserError(f"{image.name}: another image is {place} already; pass --name, which numbers them")
+        seen.add(place)
+        if not (out / place).exists():
+            save(Image.fromarray(image.pixels), out / place)
+        rows.append({"file": place, "source": image.name, "class": image.label})
+    return rows
+
+
+def _write_npz(images: Iterable[Prepared], out: Path, size: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile(dir=out.parent) as pixels:          # how many there are shows at the end
+        for image in images:
+            pixels.write(image.pixels.tobytes())
+            rows.append({"source": image.name, "class": image.label})
+        pixels.seek(0)
+        labels = [row["class"] for row in rows]
+        names = sorted({label for label in labels if label is not None}, key=natural_order)
+        numbers = {name: number for number, name in enumerate(names)}
+        arrays = {"arr_1": np.array([numbers[label] for label in labels]), "class_names": np.array(names)} \
+            if names else {}
+        shape = (len(rows), size, size, 3)
+        if rows:
+            write_batch(out, arrays, (np.frombuffer(pixels.read(size * size * 3), np.uint8) for _ in rows), shape)
+    return rows
+
+
+# Classes
+
+
+def _labels(options: PrepareOptions) -> Callable[[int, str], str | None]:
+    """The class of an image by its number and name; raises UserError for labels that cannot be read."""
+    if options.labels_file:
+        return _labels_of_file(options.labels_file)
+    if options.labels == "none":
+        return lambda number, name: None
+    return lambda number, name: _folder(name) if options.labels == "folders" else _prefix(name)
+
+
+def _folder(name: str) -> str:
+    folder = PurePosixPath(name).parent.name
+    if not folder:
+        raise UserError(f"{name}: lies in no folder, which --labels folders would take for its class")
+    return folder
+
+
+def _prefix(name: str) -> str:
+    prefix, underscore, _ = PurePosixPath(name).name.partition("_")
+    if not underscore:
+        raise UserError(f"{name}: has no _ in its name, before which --labels prefix would find the class")
+    return prefix
+
+
+def _labels_of_file(path: str) -> Callable[[int, str], str]:
+    with reading(path, "is no text file of classes", flag="--labels_file"):
+        lines = [line.replace(",", " ").split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [words for words in lines if words]
+    for words in lines:
+        label = words[min(1, len(words) - 1)]
+        if "/" in label or label.startswith("."):
+            raise UserError(f"--labels_file {path}: {label} cannot be a class, which is the name of a folder")
+    if any(len(words) > 1 for words in lines):
+        named = {PurePosixPath(words[0]).stem: words[1] for words in lines if len(words) > 1}
+
+        def by_name(number: int, name: str) -> str:
+            stem = PurePosixPath(name).stem
+            if stem not in named:
+                raise UserError(f"--labels_file {path}: has no line for {name}")
+            return named[stem]
+
+        return by_name
+
+    def by_number(number: int, name: str) -> str:
+        if number >= len(lines):
+            raise UserError(f"--labels_file {path}: has {len(lines)} classes, and there are more images")
+        return lines[number][0]
+
+    return by_number

@@ -1,0 +1,137 @@
+"""Image data of one size: the official crops, every kind of source, classes, and going on after a stop."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from commands import call
+from PIL import Image
+
+from guided_diffusion.image_datasets import open_images
+from guided_diffusion.prepare import cropped
+
+
+def picture(seed, width=23, height=17):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FILES = {"cat/a.png": png(0), "cat/b.png": png(1), "dog/c.png": png(2)}
+
+
+def tar_of(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The same three pictures as a folder, and in archives; nested.tar holds a .tar for each class, like ImageNet."""
+    for name, content in FILES.items():
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name, content in {**FILES, "__MACOSX/._a.png": b"x", "readme.txt": b"x"}.items():
+            archive.writestr(name, content)
+    (tmp_path / "data.tar").write_bytes(tar_of(FILES))
+    (tmp_path / "nested.tar").write_bytes(tar_of({
+        "cat.tar": tar_of({"a.png": png(0), "b.png": png(1)}), "dog.tar": tar_of({"c.png": png(2)})}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("source", ["folder", "data.zip", "data.tar", "nested.tar"])
+def test_every_source_gives_the_same_images_and_classes(source, data, capsys):
+    out = data / "out.npz"
+    assert call("prepare_images", data / source, "--labels", "folders", "--image_size", 8, "--out", out) == 0
+    assert "3 images of 8x8 in 2 classes" in capsys.readouterr().out
+    with np.load(out) as file:
+        assert file["arr_1"].tolist() == [0, 0, 1] and file["class_names"].tolist() == ["cat", "dog"]
+        for i in range(3):
+            assert (file["arr_0"][i] == np.asarray(cropped(picture(i), 8, "adm"))).all()
+    images = open_images(out, (3, 8, 8), class_cond=True)
+    assert images.class_names.names == ("cat", "dog")
+    manifest = json.loads(out.with_suffix(".json").read_text())
+    assert [row["source"] for row in manifest["images"]] == list(FILES)
+
+
+def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
+    line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
+    assert call("prepare_images", *line) == 0
+    images = open_images(data / "out", (3, 8, 8), class_cond=True)
+    assert images.labels.tolist() == [0, 0, 1]
+    kept = data / "out" / "cat" / "a.png"
+    before = kept.stat().st_mtime_ns
+    (data / "out" / "dog" / "c.png").unlink()
+    assert call("prepare_images", *line) == 0
+    assert kept.stat().st_mtime_ns == before and (data / "out" / "dog" / "c.png").exists()
+    line[line.index(8)] = 9
+    assert call("prepare_images", *line) == 2
+    assert "holds images with image_size 8, and now it is 9" in capsys.readouterr().err
+    assert call("prepare_images", *line[:-1], data / "folder") == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+def test_the_crops_are_those_of_the_official_code():
+    image = picture(5, 41, 30)
+    assert cropped(image, 10, "adm").size == cropped(image, 10, "box").size == (10, 10)
+    halved = image.resize((20, 15), Image.Resampling.BOX)                   # center_crop_arr
+    whole = np.asarray(halved.resize((round(20 * 10 / 15), 10), Image.Resampling.BICUBIC))
+    assert (np.asarray(cropped(image, 10, "adm")) == whole[:, (13 - 10) // 2:][:, :10]).all()
+    whole = np.asarray(image.resize((round(41 * 10 / 30), 10), Image.Resampling.BOX))       # lsun_bedroom.py
+    assert (np.asarray(cropped(image, 10, "box")) == whole[:, (14 - 10) // 2:][:, :10]).all()
+
+
+@pytest.mark.parametrize("lines", ["ImageId,PredictionString\nb,n2 1 2 3 4\na,n10 5 6 7 8\nc,n2\n", "n10\nn2\nn2\n"])
+def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
+    (data / "labels.txt").write_text(lines)
+    (data / "flat.tar").write_bytes(tar_of({"a.png": png(0), "b.png": png(1), "c.png": png(2)}))
+    line = ["--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
+    assert call("prepare_images", data / "flat.tar", *line) == 0
+    with np.load(data / "out.npz") as file:
+        assert file["class_names"].tolist() == ["n2", "n10"] and file["arr_1"].tolist() == [1, 0, 0]
+    (data / "flat.tar").write_bytes(tar_of({f"{i}.png": png(i) for i in range(4)}))
+    assert call("prepare_images", data / "flat.tar", *line) == 2
+    assert "labels.txt: has " in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_one_sentence(data, capsys):
+    (data / "folder" / "cat" / "b.png").write_bytes(FILES["cat/b.png"][:60])
+    (data / "broken.tar").write_bytes(b"x" * 600)
+    (data / "empty").mkdir()
+    for source, words in (("folder", "b.png: cannot be read as an image"), ("none", "no such folder or file"),
+                          ("broken.tar", "is no .tar file"), ("empty", "holds no pictures")):
+        assert call("prepare_images", data / source, "--image_size", 8, "--out", data / "out.npz") == 2
+        assert words in capsys.readouterr().err
+        assert not (data / "out.npz").exists()
+    line = [data / "folder", "--image_size", 8, "--skip_damaged", True, "--name", "x", "--out", data / "out"]
+    assert call("prepare_images", *line) == 0
+    assert "left out 1 damaged image(s)" in capsys.readouterr().out
+    assert {path.name for path in (data / "out").iterdir()} == {"x_0000000.png", "x_0000001.png", "manifest.json"}
+
+
+def test_an_lsun_database_becomes_a_folder_as_by_the_official_command(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "lmdb"), map_size=2**20) as database, database.begin(write=True) as view:
+        for i in range(3):
+            buffer = io.BytesIO()
+            picture(i).save(buffer, "WEBP", lossless=True)
+            view.put(f"{9 - i:040d}".encode(), buffer.getvalue())
+    line = [tmp_path / "lmdb", tmp_path / "out", "--image-size", 8, "--prefix", "bedroom"]
+    assert call("lsun_bedroom", *line) == 0
+    for i in range(3):                                  # in the order of the keys
+        with Image.open(tmp_path / "out" / f"bedroom_{i:07d}.png") as image:
+            assert (np.asarray(image) == np.asarray(cropped(picture(2 - i), 8, "box"))).all()
