@@ -8,7 +8,7 @@ Example:
     guided-pixels cascade --num_samples 1000 --out runs/cascade \
         base --model runs/icons32 --timestep_respacing 50 --guide_scale 1.2 --sel_attn_depth 2 \
         upsampler --model runs/icons64_upsampler --timestep_respacing 50 --batch_size 8 \
-        evaluation data/icons64/test.npz --metrics fid,kid
+        evaluation references/icons64.npz --metrics fid,kid
 """
 
 import sys
