@@ -141,13 +141,14 @@ class Passes:
     begin, as they share what lies before it with the step's own; each is then a part of an evaluation, in proportion to
     the operations. Without any, they begin at the beginning. backward: 1 where the step's own evaluation is
     differentiated, which all such terms do at once. others: by name, evaluations of other networks, each with its
-    gradient.
+    gradient. plain: by name, evaluations of other networks without one.
     """
 
     forward: int = 0
     backward: int = 0
     others: Mapping[str, int] = field(default_factory=dict)
     begins_at: Sequence[str] = ()
+    plain: Mapping[str, int] = field(default_factory=dict)
 
 
 class SigmaRange(TypedDict, total=False):
