@@ -12,6 +12,7 @@ from .errors import UserError
 from .nn import checkpoint, normalization, zero_module
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+GridAttention = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]     # the grid of the tokens, too
 Observer = Callable[["AttentionBlock", Tensor, tuple[int, int]], None]
 
 
@@ -85,21 +86,27 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
         self.observers: list[Observer] = []
-        self.override: Attention | None = None
+        self.override: GridAttention | None = None
+        self.compiled: Callable[[Tensor], Tensor] | None = None         # `plain`, where it is compiled
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> the same shape."""
         if self.observers or self.override is not None:
             # What is observed must be computed once, and its graph kept: no checkpoint then.
-            return self._forward(x, self.override or attention, self.observers)
-        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
+            return self._forward(x, self.override, self.observers)
+        return checkpoint(self.compiled or self.plain, x, enabled=self.use_checkpoint)
 
-    def _forward(self, x: Tensor, attend: Attention = attention, observers: Sequence[Observer] = ()) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed, and not watched: what `forward` says."""
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, override: GridAttention | None = None, observers: Sequence[Observer] = ()) -> Tensor:
         height, width = x.shape[2:]
         tokens = self.norm(x).flatten(2).transpose(1, 2)                    # (N, T, C): no copy in channels_last
         qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
         for observe in observers:
             observe(self, qkv, (height, width))
-        attended = merge_heads(attend(*split_heads(qkv, self.num_heads, self.new_order)))
+        q, k, v = split_heads(qkv, self.num_heads, self.new_order)
+        attended = merge_heads(attention(q, k, v) if override is None else override(q, k, v, (height, width)))
         out = F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
         return x + out.transpose(1, 2).unflatten(2, (height, width))

@@ -45,6 +45,8 @@ class NetworkOptions(Options):
     dropout: float = option(0.0, "dropout probability in training", minimum=0, maximum=1)
     class_cond: bool = option(False, "the network is given class labels")
     num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1, maximum=MOST_CLASSES)
+    null_class: bool = option(False, "the labels have one more, for no class, as training with --label_dropout makes "
+                              "it", later=True)
     use_checkpoint: bool = option(False, "save memory in backward passes by computing activations again")
     use_scale_shift_norm: bool = option(True, "the timestep embedding scales and shifts the norms")
     resblock_updown: bool = option(False, "residual blocks change the resolution, instead of convolutions")
@@ -126,6 +128,8 @@ def build_model(options: ModelOptions | UpsamplerOptions) -> UNetModel:
 def _build_unet(options: NetworkOptions, kind: type[UNetModel], size: int, defaults: Mapping[int, str]) -> UNetModel:
     if options.use_fp16 and options.use_bf16:
         raise UserError("--use_fp16 True --use_bf16 True: at most one of them can be True")
+    if options.null_class and not options.class_cond:
+        raise UserError("--null_class True: needs a network with labels, --class_cond True")
     multipliers = _channel_mult(options.channel_mult, size, "channel_mult", defaults)
     _check_widths(options.num_channels, multipliers, "num_channels")
     factors = _downsampling(options.attention_resolutions, size, len(multipliers), "attention_resolutions")
@@ -134,7 +138,8 @@ def _build_unet(options: NetworkOptions, kind: type[UNetModel], size: int, defau
         image_size=size, in_channels=options.in_channels, model_channels=options.num_channels,
         out_channels=options.in_channels * (2 if options.learn_sigma else 1), num_res_blocks=options.num_res_blocks,
         attention_resolutions=factors, dropout=options.dropout, channel_mult=multipliers,
-        num_classes=options.num_classes if options.class_cond else None, use_checkpoint=options.use_checkpoint,
+        num_classes=options.num_classes if options.class_cond else None, null_class=options.null_class,
+        use_checkpoint=options.use_checkpoint,
         num_heads=options.num_heads, num_head_channels=options.num_head_channels,
         num_heads_upsample=options.num_heads_upsample, use_scale_shift_norm=options.use_scale_shift_norm,
         resblock_updown=options.resblock_updown, use_new_attention_order=options.use_new_attention_order)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .late import Tensor, nn, torch
 from .options import nearest
 
 if TYPE_CHECKING:
-    from .attention import Attention, AttentionBlock
+    from .attention import Attention, AttentionBlock, GridAttention
     from .unet import Encoder, Prefix, UNetModel
 
 HEADS = ("exact", "official")
@@ -101,13 +101,18 @@ def official_heads(model: Encoder, name: str) -> int:
     return heads
 
 
-@contextmanager
-def override_attention(model: Encoder, names: Iterable[str], attention: Attention) -> Iterator[None]:
+def override_attention(model: Encoder, names: Iterable[str], attention: Attention) -> AbstractContextManager[None]:
     """Lets the named attention blocks compute `attention(q, k, v)` instead of softmax attention.
 
     q, k, v and the result: (N, heads, T, C / heads). `lambda q, k, v: v` is the identity attention of
     perturbed-attention guidance.
     """
+    return override_grid_attention(model, names, lambda q, k, v, grid: attention(q, k, v))
+
+
+@contextmanager
+def override_grid_attention(model: Encoder, names: Iterable[str], attention: GridAttention) -> Iterator[None]:
+    """As `override_attention`, with `attention(q, k, v, grid)`; grid: height and width of the tokens' map, T in all."""
     blocks = find_blocks(model.attention_blocks, names, "attention block")
     before = {name: block.override for name, block in blocks.items()}
     for block in blocks.values():
@@ -117,6 +122,35 @@ def override_attention(model: Encoder, names: Iterable[str], attention: Attentio
     finally:
         for name, block in blocks.items():
             block.override = before[name]
+
+
+@contextmanager
+def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[list[str]]:
+    """Lets the named blocks of `model.feature_blocks` see `change(emb)` in place of the embedding of step and label.
+
+    emb and the result: (N, E); of an evaluation it is changed once. The list that is given fills with the names of the
+    blocks that were reached. Raises UserError for an unknown block.
+    """
+    blocks = find_blocks(model.feature_blocks, names, "block")
+    reached: list[str] = []
+    changed: dict[int, tuple[Tensor, Tensor]] = {}          # by the embedding, kept so that its id stays its own
+
+    def hook(name: str) -> Callable[..., tuple[Any, ...]]:
+        def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, emb, *rest = inputs
+            if id(emb) not in changed:
+                changed.clear()
+                changed[id(emb)] = emb, change(emb)
+            reached.append(name)
+            return x, changed[id(emb)][1], *rest
+        return replace
+
+    handles = [block.register_forward_pre_hook(hook(name)) for name, block in blocks.items()]
+    try:
+        yield reached
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -160,6 +160,8 @@ def check_options(state: Mapping[str, Any], options: Mapping[str, Any], path: st
         flag = f"{held if held == 'classifier' else 'model'}_path"
         hint = f": pass it as --{flag}" if "classifier" in (held, kind) else ""
         raise UserError(f"{path} is {_KINDS[held]}, not {_KINDS[kind]}{hint}")
+    if options.get("null_class") and "num_classes" in found:
+        found["num_classes"] -= 1           # the last label stands for none
     flags = _CLASSIFIER_FLAGS if kind == "classifier" else {}
     problems = [*_fact_problems(found, options, flags), *_level_problems(found, options, flags, kind == "upsampler")]
     if problems:

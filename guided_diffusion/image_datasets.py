@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def load_data(
     data_dir: a folder that is searched for pictures (`image_files.IMAGE_SUFFIXES`) at any depth, whose classes
         `classes` explains; or a folder with IDX files; or "fashion-mnist" (or nothing): where Debian's package
         dataset-fashion-mnist puts them; or an .npz file of images of this size, as sampling runs and
-        `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,).
+        `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,), and
+        class_names (K,) where the classes have names.
     deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
     random_crop: cut folder images at random instead of from the centre; others are never cropped.
     random_flip: mirror half of the images left to right.
@@ -75,6 +76,7 @@ def load_data(
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     images = open_images(data_dir, (in_channels, image_size, image_size), split=split, class_cond=class_cond)
+    images = images.without(images.damaged())
     return images.batches(BatchPlan(
         images.count, batch_size=batch_size, seed=seed, shuffle=not deterministic, flip=random_flip, crop=random_crop,
         rank=rank, world_size=world_size), start_batch)
@@ -83,7 +85,9 @@ def load_data(
 def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, split: str = "train",
                 class_cond: bool = False, classes: str = "", known: ClassNames | None = None,
                 skip_damaged: bool = False) -> TrainingImages:
-    """The images of `data_dir`, found and checked as `load_data` says, and what a training must know of them.
+    """The images of `data_dir`, found as `load_data` says, and what a training must know of them.
+
+    Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read.
 
     frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
     and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out.
@@ -103,14 +107,13 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
         raise UserError(f"--data_dir {folder}: {kind} has no {split} split, name one of its own for it")
     if is_npz(folder):
         images, labels = load_npz(folder, frame, class_cond)
-        return ArrayImages(data_dir, frame, labels, images)
+        return ArrayImages(data_dir, frame, labels, images, npz_class_names(folder, known) if class_cond else None)
     found = _pictures(folder)
     if found.left_out:
         _say(f"{folder}: {len(found.files)} images; left out: {found}")
     names = (known or ClassNames.from_images(folder, found.files, classes)) if class_cond else None
     labels = None if names is None else names.numbers(folder, found.files)
-    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged,
-                        count_decoded(found.files)).without_damaged()
+    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged, count_decoded(found.files))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,9 @@ class TrainingImages:
 
     def check_classes(self, num_classes: int) -> None:
         """Raises UserError unless a network of so many classes fits; says what classes there are."""
+        if self.class_names is not None:
+            self.class_names.check(num_classes, self.data_dir)
+            _say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
         if self.labels is None:
             return
         greatest = int(self.labels.max())
@@ -145,6 +151,14 @@ class TrainingImages:
         if greatest + 1 < num_classes:
             _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
                  f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+
+    def damaged(self) -> dict[int, str]:
+        """The images whose damage shows quickly: what is wrong, by index."""
+        return {}
+
+    def without(self, damaged: Mapping[int, str]) -> TrainingImages:
+        """Without these images; raises UserError unless they may be left out."""
+        return self
 
     def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
         """Endless batches, from `start_batch` on."""
@@ -156,6 +170,12 @@ class ArrayImages(TrainingImages):
     """Images in memory, (N, H, W), which are padded to the frame, or (N, H, W, 3), which fill it."""
 
     images: np.ndarray
+    names: ClassNames | None = None
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """The names of their classes; None where only numbers are known."""
+        return self.names
 
     @property
     def count(self) -> int:
@@ -202,15 +222,12 @@ class FolderImages(TrainingImages):
         """The names of their classes; None where none were asked for."""
         return self.names
 
-    def check_classes(self, num_classes: int) -> None:
-        """Raises UserError unless a network has exactly these classes; says what classes there are."""
-        if self.names is not None:
-            self.names.check(num_classes, self.data_dir)
-            _say(f"{self.names}{f' (--classes {self.names.rule})' if self.names.rule else ''}")
+    def damaged(self) -> dict[int, str]:
+        """The pictures whose damage shows quickly: what is wrong, by index."""
+        return damaged_pictures(self.files, self.decoded)
 
-    def without_damaged(self) -> FolderImages:
-        """Without the pictures whose damage shows quickly; raises UserError unless they may be skipped."""
-        damaged = damaged_pictures(self.files, self.decoded)
+    def without(self, damaged: Mapping[int, str]) -> FolderImages:
+        """Without these pictures; raises UserError unless they may be skipped."""
         if not damaged:
             return self
         if not self.skip_damaged or len(damaged) == self.count:
@@ -433,6 +450,21 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     if labels.min() < 0:
         raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
     return images, labels.astype(np.int64)
+
+
+def npz_class_names(path: str | os.PathLike, known: ClassNames | None) -> ClassNames | None:
+    """The names of the classes in an .npz file, None where it has none.
+
+    known: the names that have been decided before. Raises UserError where the file has others, or no list of names.
+    """
+    where = f"--data_dir {path}"
+    stored, = read_arrays(Path(path), ["class_names"], f"{where}: is not an .npz file of images, or is damaged")
+    if stored is None:
+        return None
+    names = ClassNames.from_json(stored.tolist() if stored.dtype.kind == "U" and stored.ndim == 1 else None, where)
+    if known is not None and known.names != names.names:
+        raise UserError(f"{where}: has the classes {names}, and {known} have been decided before")
+    return names
 
 
 def _grey(images: np.ndarray) -> np.ndarray:

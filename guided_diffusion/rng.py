@@ -30,6 +30,8 @@ IMAGE_STREAMS = {
     "mask": 2,          # tokens that a random mask of self-attention guidance takes, with the seed 0
     "depth": 3,         # tau and eta of depth prior guidance
     "scene": 4,         # all of a rendered scene
+    "independent label": 5,     # the class that independent condition guidance takes at a step
+    "embedding": 6,     # noise of time step guidance
 }
 
 
@@ -53,6 +55,7 @@ STREAMS = {
     "validation noise": Stream(IMAGE_TRAINING, 1, ("batch", "image")),
     "weights": Stream(IMAGE_TRAINING, 2),
     "dropout": Stream(IMAGE_TRAINING, 3, ("step", "rank")),
+    "label dropout": Stream(IMAGE_TRAINING, 4, ("step",)),                  # images that lose their label
     "depth weights": Stream(DEPTH_TRAINING, 0),
     "depth batch": Stream(DEPTH_TRAINING, 1, ("step",)),                    # which images, and which draws of each
     "depth noise": Stream(DEPTH_TRAINING, 2, ("image", "draw")),            # timestep and noise

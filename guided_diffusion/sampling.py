@@ -21,7 +21,7 @@ from .late import Tensor, no_grad, torch
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext
+from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext, TransformGuidance
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
            "last", "sample_chain", "sample_step"]
@@ -36,13 +36,15 @@ SAMPLERS: dict[str, type[SamplerOptions]] = {"ddpm": DdpmOptions, "ddim": DdimOp
 
 
 def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: Noise,
-                guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> dict[str, Tensor]:
+                guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None,
+                memory: dict[Guidance, Tensor] | None = None) -> dict[str, Tensor]:
     """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
-    t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. eps is that of the guided
-    prediction.
+    t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
+    from step to step of a chain. eps is that of the guided prediction.
     """
-    ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids)
+    ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids,
+                      memory={} if memory is None else memory)
     active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]
     loss_gradient = None
     if any(isinstance(term, LossGuidance) for term, _ in active):
@@ -55,13 +57,22 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
         ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
     deltas = [_within(window, g.delta(ctx, unguided)) for g, window in contrasts]
     if deltas:
-        pred = denoise.with_eps(unguided, x_t, t, unguided.eps + _sum(deltas))
+        delta = _transformed(ctx, unguided, _sum(deltas), active)
+        pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
     sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
     if loss_gradient is not None:
         sample = sample - loss_gradient
     return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
             "eps": pred.eps}
+
+
+def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active) -> Tensor:
+    """The sum of the contrasts after all transforms, in the order of the list."""
+    for term, window in active:
+        if isinstance(term, TransformGuidance):
+            delta = torch.where(window.reshape(-1, 1, 1, 1), term.transform(ctx, pred, delta), delta)
+    return delta
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
@@ -131,10 +142,11 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     NonFiniteError where the network returns NaN or infinity.
     """
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
+    memory: dict[Guidance, Tensor] = {}
     x_t = x_T
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)
-        out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids)
+        out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids, memory)
         x_t = out["sample"]
         # Clipping hides an infinite eps from the sample.
         finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()

@@ -3,8 +3,9 @@
 A *contrast* evaluates the network again on something degraded and returns a change of eps. A *gradient* returns a
 gradient at x_t; the sampler decides how it enters (`mean += variance * g` in DDPM, `eps -= sqrt(1 - abar) * g` in
 DDIM). A *loss* is differentiated to x_t through the step's own evaluation, the losses of all terms at once; any sampler
-takes that gradient from x_{t-1} (`mean -= g`). Terms know neither each other nor the sampler. A term whose scale is 0,
-or whose window does not hold the step, is not evaluated, and observes nothing.
+takes that gradient from x_{t-1} (`mean -= g`). A *transform* changes the sum of all contrasts. Terms know neither each
+other nor the sampler. A term whose scale is 0, or whose window does not hold the step, is not evaluated, and observes
+nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class StepContext:
 
     denoise: (x, t) -> Prediction, the network with its labels, respaced. x_t: (N, C, H, W). t: (N,) int64, index
     into the respaced chain. image_ids: (N,) int64, the images' places in the run. observed: what each term's
-    `observe` gave around the evaluation that `pred` came from. shared: see `once` and `evaluate`.
+    `observe` gave around the evaluation that `pred` came from. shared: see `once` and `evaluate`. memory: what terms
+    keep from step to step of a chain, (N, ...) each.
     """
 
     denoise: Denoiser
@@ -73,6 +75,13 @@ class StepContext:
     image_ids: Tensor
     observed: dict[Guidance, Any] = field(default_factory=dict)
     shared: Shared = field(default_factory=Shared)
+    memory: dict[Guidance, Tensor] = field(default_factory=dict)
+
+    @property
+    def fraction(self) -> Tensor:
+        """The step as a fraction of the original chain, (N,) float from 0 to 1."""
+        diffusion = self.denoise.diffusion
+        return torch.from_numpy(diffusion.timestep_map).to(self.t.device)[self.t].float() / diffusion.original_num_steps
 
     @property
     def model_t(self) -> Tensor:
@@ -158,6 +167,12 @@ class SigmaRange(TypedDict, total=False):
     sigma_max: float | None
 
 
+class WindowArguments(SigmaRange, total=False):
+    """The same with the first respaced step that is not guided, see `Window`."""
+
+    start: int | None
+
+
 @dataclass(frozen=True)
 class Window:
     """The steps at which a term guides; None leaves a side open.
@@ -236,6 +251,7 @@ class Guidance:
         check_number(f"{type(self).__name__} scale", scale)
         self.scale = scale
         self.steps = Window(start, stop, sigma_min, sigma_max, what=type(self).__name__)
+        self.start, self.stop = start, stop
 
     def window(self, t: Tensor, process: DiffusionProcess | None = None) -> Tensor:
         """(N,) bool: the images of the batch that this term guides at steps t (N,) of a process.
@@ -280,6 +296,21 @@ class ContrastGuidance(Guidance):
     def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """What `weaker` gives at this step, where it is asked once."""
         return ctx.once((self, "weaker"), lambda: self.weaker(ctx, pred))
+
+
+class TransformGuidance(Guidance):
+    """A term that changes the sum of all contrasts; several are applied in the order of the list.
+
+    To write one, give it `transform`:
+
+        class Halved(TransformGuidance):
+            def transform(self, ctx, pred, delta):
+                return delta / 2
+    """
+
+    def transform(self, ctx: StepContext, pred: Prediction, delta: Tensor) -> Tensor:
+        """The new change of eps, (N, C, H, W), in place of `delta`."""
+        raise NotImplementedError
 
 
 class GradientGuidance(Guidance):

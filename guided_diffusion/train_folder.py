@@ -33,6 +33,7 @@ from .late import Tensor, torch
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
+            "snapshot_images": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
 FIXED = ("schedule_sampler", "ema_rate")
 STARTS = ("resume_checkpoint", "init_from")

@@ -34,6 +34,8 @@ class LoopOptions(Options):
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
+    snapshot_images: int = option(0, "keep the moving averages, or the weights where there are none, every so many "
+                                  "images, as early networks; 0: none", minimum=0)
     resume_checkpoint: str = option("", "modelNNNNNN.pt of an official run, which goes on from step NNNNNN with the "
                                     "ema and opt files beside it; any other file: its weights, from step 0")
     init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
@@ -92,6 +94,9 @@ class TrainOptions(LoopOptions):
     lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
                                   minimum=0)
     ema_rate: str = option("0.9999", "decay per step of the moving average of the weights; several: 0.99,0.999")
+    label_dropout: float = option(0.0, "share of the images that lose their label in a step, so that the network also "
+                                  "learns to do without (--null_class), for classifier-free guidance", minimum=0,
+                                  maximum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

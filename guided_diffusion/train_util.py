@@ -8,6 +8,7 @@ The output folder holds, each file replaced as a whole:
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
     ema_RATE.safetensors     their moving averages
+    snapshot_IMAGES_ema_RATE.safetensors     the same, as they were after so many images (--snapshot_images)
 
 A mistake that one rank finds, a damaged image or a rank that was killed ends the training on all ranks, in the same
 step. What was trained until then is saved first.
@@ -36,6 +37,7 @@ from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
 from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
+from .execution import explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
@@ -62,6 +64,7 @@ RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for 
 _loops = itertools.count()
 
 Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
+DropLabels = Callable[[Tensor, int, int], Tensor]       # labels (N,) of a rank, step, rank -> labels (N,)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class TrainLoop:
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
     class_names: of the labels, stored with the weights; None where there are none.
+    drop_labels: the labels of a global batch that a training step is given, from those of the data and the step.
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
@@ -115,8 +119,9 @@ class TrainLoop:
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
                  config: dict[str, Any], validation_data: Data | None = None,
-                 class_names: ClassNames | None = None) -> None:
+                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None) -> None:
         self.class_names = class_names
+        self.drop_labels = drop_labels
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self.model = model.to(dist_util.dev()).channels_last().train()
@@ -180,10 +185,12 @@ class TrainLoop:
                     logged, clock = self.step, time.monotonic()
                 if self.step % self.options.save_interval == 0 or self.finished:
                     self.save()
+                if passes_multiple(self.step * global_batch, global_batch, self.options.snapshot_images):
+                    self.save_snapshot(self.step * global_batch)
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        with dist_util.together(), _explained_compilation(self.options.compile and self.step == self._first):
+        with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
             batch, losses = self._descend()
         with _collective():
             average_over_ranks(self.precision.collect_gradients())
@@ -210,7 +217,10 @@ class TrainLoop:
 
     def _descend(self) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The batch of this rank and its losses, whose gradients the network then has."""
-        batch = self._batch(*next(self.data), "training", self.step)
+        images, cond = next(self.data)
+        if self.drop_labels is not None:
+            cond = {**cond, "y": self.drop_labels(cond["y"], self.step, dist_util.rank())}
+        batch = self._batch(images, cond, "training", self.step)
         values = []
         with seeded_torch("dropout", self.options.seed, self.step, dist_util.rank(), device=dist_util.dev()):
             for part in batch.split(self.options.microbatch):
@@ -240,11 +250,23 @@ class TrainLoop:
             if dist_util.is_main():
                 self._write()
 
-    def _write(self) -> None:
+    def save_snapshot(self, images: int) -> None:
+        """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
+        with dist_util.together():
+            if dist_util.is_main():
+                kept: dict[str, Sequence[Tensor]] = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
+                for name, tensors in (kept or {"model": self.precision.master_params}).items():
+                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", self._named(tensors),
+                                          self._metadata())
+
+    def _metadata(self) -> dict[str, str]:
+        """What the files of the weights state of themselves."""
         facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
         metadata = {"config": json.dumps(facts), "step": str(self.step)}
-        if self.class_names is not None:
-            metadata[KEY] = json.dumps(self.class_names.to_json())
+        return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
+
+    def _write(self) -> None:
+        metadata = self._metadata()
         weights = {"model": self._named(self.precision.master_params),
                    **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
         for name, tensors in weights.items():
@@ -294,7 +316,8 @@ class TrainLoop:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
         if dist_util.world_size() > 1:
-            rows = rows.to(dist_util.dev())
+            if dist.get_backend() == "nccl":
+                rows = rows.to(dist_util.dev())
             pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
             with _collective():
                 dist.all_gather(pieces, rows)
@@ -411,6 +434,20 @@ def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> 
     torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
 
 
+def passes_multiple(images: int, batch: int, interval: int) -> bool:
+    """Whether the last `batch` of so many images reached or passed a multiple of the interval; 0: never."""
+    return bool(interval) and images // interval > (images - batch) // interval
+
+
+def label_dropout(share: float, null_label: int, seed: int) -> DropLabels:
+    """Replaces the labels of a share of the images by the null label (Ho & Salimans, 2207.12598, algorithm 1)."""
+    def drop(labels: Tensor, step: int, rank: int) -> Tensor:
+        count = len(labels)
+        draws = stream_generator("label dropout", seed, step).random((rank + 1) * count)[-count:]
+        return torch.where(torch.from_numpy(draws < share), null_label, labels)
+    return drop
+
+
 def average_over_ranks(gradients: list[Tensor]) -> None:
     """Replaces each gradient by its mean over the ranks."""
     if dist_util.world_size() == 1:
@@ -452,32 +489,25 @@ def _collective() -> Iterator[None]:
         raise LostRankError("a rank is gone: it was killed, or its node is down") from None
 
 
-@contextlib.contextmanager
-def _explained_compilation(active: bool) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not active:
-            raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({first_line})") from error
-
-
 # What is trained
 
 
 def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOptions, options: TrainOptions) -> None:
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
     dist_util.setup_dist()
+    if options.label_dropout:
+        if not model_options.class_cond:
+            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
+                            "--class_cond True")
+        model_options = replace(model_options, null_class=True)
     config = {**asdict(model_options), **asdict(diffusion_options)}
     with dist_util.together():
         with seeded_torch("weights", options.seed):
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-        images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(model_options.num_classes)
     data = _numbered_data(options, images)
 
@@ -485,7 +515,11 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
 
     with locked_folder(options.out):
-        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names).run()
+        drop = None
+        if model.null_label is not None and options.label_dropout:
+            drop = label_dropout(options.label_dropout, model.null_label, options.seed)
+        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
+                  drop_labels=drop).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
     _say_files(options.out, ["model", *averages], f"image_sample.py --model {shlex.quote(options.out)}")
 
@@ -506,14 +540,15 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         with seeded_torch("weights", options.seed):
             classifier = build_classifier(classifier_options)
         diffusion = build_diffusion(diffusion_options)
-        images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(classifier_options.num_classes)
-        names = images.class_names
-        if options.val_data_dir:
-            split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-            held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+    names = images.class_names
+    if options.val_data_dir:
+        held_out = _images(options, config, options.val_data_dir, True, known=names, held_out=True)
+        with dist_util.together():
             _check_validation(options, held_out, names, classifier_options.num_classes)
-            validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
     data = _numbered_data(options, images)
     with locked_folder(options.out):
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
@@ -554,13 +589,25 @@ def _known_names(options: LoopOptions) -> ClassNames | None:
 
 
 def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
-            known: ClassNames | None, split: str = "train") -> TrainingImages:
-    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
-    if not data_dir:
-        raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    frame = (config["in_channels"], config["image_size"], config["image_size"])
-    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
-                       skip_damaged=options.skip_damaged)
+            known: ClassNames | None, held_out: bool = False) -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`.
+
+    held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
+    """
+    damaged: list[tuple[int, str]] = []
+    with dist_util.together():
+        if not data_dir:
+            raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
+                            "fashion-mnist")
+        split = "test" if held_out and holds_idx(find_data(data_dir)) else "train"
+        frame = (config["in_channels"], config["image_size"], config["image_size"])
+        images = open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                             skip_damaged=options.skip_damaged)
+        if dist_util.is_main():
+            damaged = list(images.damaged().items())
+    damaged = dist_util.told_by_main(damaged)
+    with dist_util.together():
+        return images.without(dict(damaged))
 
 
 def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,

@@ -5,7 +5,7 @@ Parameter names and shapes are those of the released checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -84,14 +84,16 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             normalization(out_channels), SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None         # `plain`, where it is compiled
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, channels, H, W) and the embedding (N, emb_channels) -> (N, out_channels, H, W), resampled."""
-        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+        return checkpoint(self.compiled or self.plain, x, emb, enabled=self.use_checkpoint)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def plain(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed: what `forward` says."""
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -261,19 +263,29 @@ class Encoder(nn.Module):
         skips: the maps that output blocks take, the last one first; input blocks put theirs there. Only layer 0 of an
         output block takes one.
         """
-        blocks = self.feature_blocks
-        names = list(blocks)
-        last = max(map(names.index, self.graph_ends), default=len(names))
-        for index in range(names.index(start), len(names)):
-            name = names[index]
+        blocks = [*self.input_blocks, self.middle_block, *self._output_blocks()]
+        inputs, first = len(self.input_blocks), self._place(start)
+        ends = [self._place(name) for name in self.graph_ends]
+        last = max(ends) if ends else len(blocks)
+        for index in range(first, len(blocks)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index <= last):
-                if name.startswith("output.") and not layer:
+                if index > inputs and not layer:
                     h = torch.cat([h, skips.pop()], dim=1)
-                h = blocks[name](h, emb, layer)
+                h = blocks[index](h, emb, layer)
             layer = 0
-            if name.startswith("input."):
+            if index < inputs:
                 skips.append(h)
         return h
+
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        """The blocks behind the middle one."""
+        return ()
+
+    def _place(self, name: str) -> int:
+        """The place of a block among all, in the order in which they run."""
+        part, _, number = name.partition(".")
+        inputs = len(self.input_blocks)
+        return inputs if part == "middle" else int(number) + (inputs + 1 if part == "output" else 0)
 
 
 def _named(part: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
@@ -331,7 +343,8 @@ class UNetModel(Encoder):
 
     The arguments are those of guided-diffusion. in_channels, out_channels: of x_t and of the prediction (twice
     in_channels where the variance is learned). attention_resolutions: *downsampling factors* that have attention
-    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. use_fp16: see `convert_to_fp16`.
+    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. null_class: whether that has one more
+    label, num_classes, which stands for no class (`null_label`). use_fp16: see `convert_to_fp16`.
     num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see `EncoderConfig`.
     """
 
@@ -340,7 +353,7 @@ class UNetModel(Encoder):
                  channel_mult: Sequence[float] = (1, 2, 4, 8), num_classes: int | None = None,
                  use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
                  num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-                 use_new_attention_order: bool = False) -> None:
+                 use_new_attention_order: bool = False, null_class: bool = False) -> None:
         super().__init__(EncoderConfig(
             image_size=image_size, in_channels=in_channels, model_channels=model_channels,
             num_res_blocks=num_res_blocks, attention_resolutions=attention_resolutions, dropout=dropout,
@@ -353,7 +366,8 @@ class UNetModel(Encoder):
         self.recorders: list[PrefixRecorder] = []       # both are set by `guided_diffusion.capture`
         self.prefixes: list[Prefix] = []
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self._emb_channels)
+            self.label_emb = nn.Embedding(num_classes + null_class, self._emb_channels)
+        self.null_label = num_classes if null_class else None
 
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         skip_channels = list(self._input_channels)
@@ -382,6 +396,9 @@ class UNetModel(Encoder):
     def _torso(self) -> list[nn.Module]:
         return [*super()._torso, self.output_blocks]
 
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        return list(self.output_blocks)
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x_t (N, in_channels, H, W), timesteps (N,), labels y (N,) int64 -> the prediction, in the type of x_t.
 
@@ -397,7 +414,8 @@ class UNetModel(Encoder):
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h, skips = self._first_map(x), list[Tensor]()
+        h = self._first_map(x)
+        skips: list[Tensor] = []
         self._begin((x, timesteps, y), emb, skips)
         return self._output(self._run(h, emb, skips), x.dtype)
 

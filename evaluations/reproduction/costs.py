@@ -86,7 +86,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     run, count, one = row.run, passes(row.run), flops(row.run)
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
-    each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
+    each += sum(number * one.others.get(name, 0) for name, number in {**count.others, **count.plain}.items())
     disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
     missing = tuple(missing_files(row, references, inception))
     return RowCost(count, images, round(images * each), disk, _weights(run), missing)
@@ -112,7 +112,8 @@ def passes(run: SamplingRun) -> RowPasses:
 def flops(run: SamplingRun) -> Flops:
     """Returns the operations of each pass; a multiplication and an addition count as two."""
     forward, backward = network_flops(run.model, run.model.image_size)
-    others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size)
+    plain = {name for method in run.active for _, step in method.schedule() for name in step.plain}
+    others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size, name not in plain)
               for method in run.active for name in method.networks()}
     return Flops(forward, backward, others)
 
@@ -152,27 +153,29 @@ def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
 
 def _network_on_meta(options: ModelOptions, size: int) -> tuple[UNetModel, list[Tensor]]:
     """Returns the diffusion network without weights, and what it is called with for one image."""
-    model, inputs = _on_meta(lambda: build_model(options), options.in_channels, size)
-    labels = [torch.zeros(1, dtype=torch.long, device="meta")] if options.class_cond else []
-    return model, [*inputs, *labels]
+    return _on_meta(lambda: build_model(options), options.in_channels, size)
 
 
 @lru_cache
-def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int) -> int:
-    """Returns the operations of an evaluation of another network of a guidance method, with its gradient."""
+def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int, gradient: bool) -> int:
+    """Returns the operations of an evaluation of another network of a guidance method, with its gradient or without."""
     model, inputs = _on_meta(method.networks()[name], channels, size)
-    return _counted(lambda: model(*inputs).sum().backward())
+    if gradient:
+        return _counted(lambda: model(*inputs).sum().backward())
+    with torch.no_grad():
+        return _counted(lambda: model(*inputs))
 
 
-def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Network, tuple[Tensor, Tensor]]:
-    """Returns a network without weights, and an image and a step for it."""
+def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Network, list[Tensor]]:
+    """Returns a network without weights, and an image, a step and, where it takes one, a label for it."""
     from guided_diffusion.unet import Encoder
 
     with torch.device("meta"):
         model = build().eval().requires_grad_(False)
         if isinstance(model, Encoder):
             model.convert_to_fp32()
-        return model, (torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long))
+        inputs = [torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long)]
+        return model, inputs + [torch.zeros(1, dtype=torch.long)] * (getattr(model, "num_classes", None) is not None)
 
 
 def _counted(function: Callable[[], object]) -> int:

@@ -35,10 +35,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from .. import checkpoint
 from ..errors import UserError
-from ..late import nn, torch
+from ..late import Tensor, nn, torch
 from ..options import Options, option, option_fields
 from ..presets import Preset
-from ..terms import Guidance, Passes, SigmaRange
+from ..terms import Guidance, Passes, SigmaRange, WindowArguments
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -184,6 +184,11 @@ class GuidanceOptions(Options):
     # What follows from it
 
     @property
+    def window(self) -> WindowArguments:
+        """The window of steps and noise levels, as terms take it, of a method whose flags have the usual names."""
+        return {"start": getattr(self, f"{self.sigma_flags}_start"), **self.sigma_range}
+
+    @property
     def sigma_range(self) -> SigmaRange:
         """The window of noise levels, as terms take it."""
         low, high = self._sigma_levels
@@ -222,3 +227,8 @@ class GuidanceOptions(Options):
     def need(self, flag: str) -> str:
         """Why a file is needed, as the end of a sentence."""
         return f"{self.short} needs it" + (f", {self.remedies[flag]}" if flag in self.remedies else "")
+
+
+def without_labels(model: nn.Module) -> Callable[..., Tensor]:
+    """An unconditional network among terms that have labels."""
+    return lambda x, t, y=None: model(x, t)

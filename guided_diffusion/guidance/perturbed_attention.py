@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from ..capture import capture_prefix, first_block, override_attention, resume_from
+from ..capture import capture_prefix, first_block, override_grid_attention, resume_from
 from ..errors import UserError
 from ..late import Tensor
-from ..options import option
+from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
 from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from ..unet import UNetModel
 
 
-class PerturbedAttentionGuidance(ContrastGuidance):
-    """Guidance away from the network with identity attention in `blocks` (names in `model.attention_blocks`).
+class AttentionContrast(ContrastGuidance):
+    """Base of guidance away from the network whose attention in some blocks is another one.
 
-    scale and the others: see `Guidance`.
+    model: the network that is sampled. blocks: names in `model.attention_blocks`. scale and the others: see
+    `Guidance`. One that extends it gives `attend`.
     """
+
+    name = "attention guidance"
 
     def __init__(self, model: UNetModel, blocks: Sequence[str], scale: float, start: int | None = None,
                  stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
@@ -45,22 +48,39 @@ class PerturbedAttentionGuidance(ContrastGuidance):
         """Captures what both evaluations share."""
         return capture_prefix(self.model, self.first)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The attention in those blocks; all (N, heads, T, C / heads), grid the height and width of the T tokens."""
+        raise NotImplementedError
+
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast `s (eps(x_t) - eps_perturbed(x_t))`, (N, C, H, W)."""
         reached = False
 
-        def identity_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
             nonlocal reached
             reached = True
-            return v
+            return self.attend(q, k, v, grid)
 
-        with (override_attention(self.model, self.blocks, identity_attention),
+        with (override_grid_attention(self.model, self.blocks, attend),
               resume_from(self.model, ctx.observed.get(self, ()))):
             eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
         if not reached:
-            raise UserError(f"perturbed-attention guidance changed no evaluation of {', '.join(self.blocks)}: it must "
+            raise UserError(f"{self.name} changed no evaluation of {', '.join(self.blocks)}: it must "
                             "be given the network that is sampled")
         return self.scale * (pred.eps - eps_perturbed)
+
+
+class PerturbedAttentionGuidance(AttentionContrast):
+    """Guidance away from the network with identity attention in `blocks`.
+
+    The arguments: see `AttentionContrast`.
+    """
+
+    name = "perturbed-attention guidance"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The identity, (N, heads, T, C / heads)."""
+        return v
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,7 @@ class PagOptions(GuidanceOptions):
     @property
     def blocks(self) -> list[str]:
         """The blocks by name."""
-        return [block.strip() for block in self.pag_blocks.split(",") if block.strip()]
+        return comma_separated(self.pag_blocks)
 
     @property
     def active(self) -> bool:

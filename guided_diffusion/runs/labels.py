@@ -12,11 +12,14 @@ from ..npz import read_npy
 from ..options import cut
 from ..rng import image_labels
 
+NONE = "none"                   # images of no class
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
 
 
-def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> Labels:
+def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int, null_class: bool = False) -> Labels:
     """Makes labels as `--labels` says: random, balanced, a class, or a .npy file of (num_samples,) classes or more.
+
+    Where the network has a null class, "none" gives all images its label, num_classes.
 
     Raises UserError for anything else, for a class that there is not, and for a file that is too short.
     """
@@ -24,11 +27,15 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int) -> 
         return lambda image_ids: image_labels(seed, image_ids, num_classes)
     if text == "balanced":
         return lambda image_ids: torch.tensor(image_ids) % num_classes
+    if text == NONE:
+        if not null_class:
+            raise UserError("--labels none: the network was not trained to do without a label (--label_dropout)")
+        return lambda image_ids: torch.full((len(image_ids),), num_classes)
     if is_file(text):
         labels = _read(text, num_classes, num_samples)
         return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--labels {cut(text)}: must be random, balanced, a class or a .npy file")
+        raise UserError(f"--labels {cut(text)}: must be random, balanced, none, a class or a .npy file")
     if len(text) > 18 or int(text) >= num_classes:
         raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")
     return lambda image_ids: torch.full((len(image_ids),), int(text))
@@ -41,7 +48,7 @@ def is_file(text: str) -> bool:
 
 def is_name(text: str) -> bool:
     """Whether `--labels` is the name of a class: none of the words, no number, no file."""
-    return text not in ("random", "balanced") and not is_file(text) and not (text.isascii() and text.isdigit())
+    return text not in ("random", "balanced", NONE) and not is_file(text) and not (text.isascii() and text.isdigit())
 
 
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:

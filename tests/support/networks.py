@@ -1,6 +1,9 @@
 """Small networks that run in milliseconds."""
 
 import torch
+from torch import nn
+
+from guided_diffusion.nn import GroupNorm32
 
 TINY = {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
         "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 2, "learn_sigma": True,
@@ -21,3 +24,18 @@ def with_random_weights(module, seed=0):
             else:
                 parameter.copy_(0.1 * noise + name.endswith("weight"))
     return module.eval()
+
+
+def in_float64(model):
+    """The network in float64 where it depends on x: no norm computes in float32, and the embedding stays as it was."""
+    model.double()
+    model.dtype = torch.float64
+    model.time_embed.float()
+    if model.num_classes is not None:
+        model.label_emb.float()
+    for module in model.modules():
+        if isinstance(module, GroupNorm32):
+            module.__class__ = nn.GroupNorm
+        if hasattr(module, "emb_layers"):
+            module.emb_layers.float()
+    return model

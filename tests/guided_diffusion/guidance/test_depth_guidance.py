@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from networks import TINY, TINY_CLASSIFIER, with_random_weights
+from networks import TINY, TINY_CLASSIFIER, in_float64, with_random_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,6 @@ from guided_diffusion.guidance import (
     SelfAttentionGuidance,
     StepContext,
 )
-from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.process import Denoiser
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 
@@ -87,16 +86,8 @@ def build(**flags):
 
 
 def double(case):
-    """The case in float64 where it depends on x: no norm computes in float32, and the embedding stays as it was."""
-    case.model.double()
-    case.model.dtype = torch.float64
-    case.model.time_embed.float()
-    case.model.label_emb.float()
-    for module in case.model.modules():
-        if isinstance(module, GroupNorm32):
-            module.__class__ = nn.GroupNorm
-        if hasattr(module, "emb_layers"):
-            module.emb_layers.float()
+    """The case in float64 where it depends on x."""
+    in_float64(case.model)
     case.predictors.double()
     case.prior.model.double()
     case.x, case.noise = case.x.double(), case.noise.double()

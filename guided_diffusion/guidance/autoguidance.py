@@ -1,0 +1,125 @@
+"""Autoguidance (Karras et al., 2406.02507, eq. 3).
+
+    delta = s (eps(x_t) - eps_weak(x_t))
+
+eps_weak: another, weaker network at the same image, step and label: fewer parameters, or an earlier snapshot, trained
+on the same data. The paper's w is 1 + s.
+Needs: that network. Cost: one evaluation of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+
+from ..build import DiffusionOptions, ModelOptions, build_model
+from ..errors import UserError
+from ..late import Tensor, torch
+from ..options import option, option_fields
+from ..process import Prediction
+from ..stated import statement_of
+from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option, without_labels
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class AutoGuidance(ContrastGuidance):
+    """Guidance away from what a weaker network predicts.
+
+    weak: (x_t, original step, **conditions) -> output, as the network that is sampled. scale: s, 0 is off. The others:
+    see `Guidance`.
+    """
+
+    passes = Passes(plain={"weak network": 1})
+
+    def __init__(self, weak: Callable[..., Tensor], scale: float, start: int | None = None, stop: int | None = None,
+                 **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
+        self.weak = weak
+
+    def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """The contrast, (N, C, H, W)."""
+        return self.scale * (pred.eps - replace(ctx.denoise, model=self.weak)(ctx.x_t, ctx.t).eps)
+
+
+@dataclass(frozen=True)
+class AutoguidanceOptions(GuidanceOptions):
+    """Autoguidance."""
+
+    short = "autoguidance"
+    switched_on: ClassVar = {"autoguidance_scale": 1.0}
+    remedies: ClassVar = {"weak_model_path": "an earlier snapshot of the model, or a smaller one that was trained on "
+                          "the same images"}
+    sigma_flags = "autoguidance"
+
+    autoguidance_scale: float = option(0.0, "scale s of autoguidance; 0: off")
+    weak_model_path: str = option("", "checkpoint of the weaker network of autoguidance; unless it states its options, "
+                                  "it is built as the model is")
+    autoguidance_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all",
+                                            minimum=0)
+    autoguidance_sigma_min: float | None = sigma_min_option()
+    autoguidance_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.autoguidance_scale != 0
+
+    def headline(self) -> str:
+        """Like "autoguidance s = 1"."""
+        return f"autoguidance s = {self.autoguidance_scale:g}"
+
+    def files(self) -> dict[str, str]:
+        """The weaker network."""
+        return {"weak_model_path": self.weak_model_path} if self.active else {}
+
+    def _stated(self) -> ModelOptions | None:
+        """The options that the file of the weaker network states; None where it states none."""
+        stated = statement_of(self.weak_model_path, "diffusion")
+        if stated is None:
+            return None
+        names = {field.name for field in option_fields(ModelOptions)}
+        return ModelOptions(**{name: value for name, value in stated.facts.items() if name in names})
+
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """The weaker network, where its file states how it is built."""
+        options = self._stated()
+        return {} if options is None else {"weak network": lambda: build_model(options)}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term, with its network loaded. Raises UserError for a network of other images or labels."""
+        options = self._stated()
+        if options is None:
+            weak = copy.deepcopy(nets.model)
+        else:
+            with torch.device("cpu" if nets.random_weights and not self.weak_model_path else "meta"):
+                weak = build_model(options)
+        for name in ("in_channels", "out_channels", "num_classes"):
+            one, other = getattr(weak, name), getattr(nets.model, name)
+            if one != other:
+                raise UserError(f"--weak_model_path {self.weak_model_path}: has {name} {one}, and the network that is "
+                                f"sampled {other}; both must see the same images and labels")
+        nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
+        network = weak if weak.num_classes is not None else without_labels(weak)
+        return [AutoGuidance(network, self.autoguidance_scale, **self.window)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """One evaluation of the weaker network at each step of the window."""
+        return [(Guidance(self.autoguidance_scale, **self.window), AutoGuidance.passes)]
+
+    @classmethod
+    def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing; raises UserError where the weaker network was trained on another process than the model."""
+        weak = statement_of(values.get("weak_model_path", ""), "diffusion")
+        if weak is not None and values.get("autoguidance_scale"):
+            defaults = {field.name: field.default for field in option_fields(DiffusionOptions)}
+            for name in sorted(weak.facts.keys() & defaults.keys()):
+                other = values.get(name, defaults[name])
+                if weak.facts[name] != other:
+                    raise UserError(f"--weak_model_path {weak.path}: states {name} {weak.facts[name]} of itself, and "
+                                    f"the network that is sampled has {name} {other}")
+        return {}

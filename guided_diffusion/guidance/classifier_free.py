@@ -1,0 +1,82 @@
+"""Classifier-free guidance (Ho & Salimans, 2207.12598, eq. 6).
+
+    delta = s (eps(x_t, y) - eps(x_t, null))
+
+null: the label of no class, on which the network was trained with `--label_dropout`. The paper's w is s, the guidance
+scale of Stable Diffusion and of diffusers is 1 + s.
+Needs: a network with a null class. Cost: one more network evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+from ..errors import UserError
+from ..late import torch
+from ..options import option
+from ..process import Prediction
+from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+
+
+class ClassifierFreeGuidance(ContrastGuidance):
+    """Guidance away from what the network predicts without a label.
+
+    scale: s, 0 is off. null_label: the number of the label that stands for none. The others: see `Guidance`.
+    """
+
+    def __init__(self, scale: float, null_label: int, start: int | None = None, stop: int | None = None,
+                 **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
+        if isinstance(null_label, bool) or not isinstance(null_label, int) or null_label < 0:
+            raise UserError(f"null_label {null_label!r}: must be the number of a label")
+        self.null_label = null_label
+
+    def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
+        """The same image with the null label. Raises UserError for a network without labels."""
+        return Inputs(ctx.x_t, ctx.t, {"y": torch.full_like(labels_of(ctx, "classifier-free guidance"),
+                                                            self.null_label)})
+
+
+def labels_of(ctx: StepContext, what: str) -> torch.Tensor:
+    """The labels (N,) of the images of a step. Raises UserError, beginning with `what`, where there are none."""
+    y = ctx.model_kwargs.get("y")
+    if y is None:
+        raise UserError(f"{what} needs labels: model_kwargs has no y")
+    return y
+
+
+@dataclass(frozen=True)
+class CfgOptions(GuidanceOptions):
+    """Classifier-free guidance."""
+
+    short = "CFG"
+    switched_on: ClassVar = {"cfg_scale": 1.0}
+    sigma_flags = "cfg"
+    can_batch = True
+
+    cfg_scale: float = option(0.0, "s of classifier-free guidance, which other programs write as 1 + s; 0: off")
+    cfg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    cfg_sigma_min: float | None = sigma_min_option()
+    cfg_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.cfg_scale != 0
+
+    def headline(self) -> str:
+        """Like "CFG s = 1"."""
+        return f"CFG s = {self.cfg_scale:g}"
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term. Raises UserError for a network that was not trained for it."""
+        if nets.model.null_label is None:
+            raise UserError(f"--cfg_scale {self.cfg_scale:g}: needs a network with labels and a null class, as "
+                            "--label_dropout trains it; for others there is --icg_scale")
+        return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, **self.window)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """One more evaluation at each step of the window."""
+        return [(Guidance(self.cfg_scale, **self.window), ClassifierFreeGuidance.passes)]

@@ -1,0 +1,191 @@
+"""Clean-classifier guidance (Ma et al., 2310.11311: EluCD).
+
+    g = scale * grad_{x0} log( exp(tau_1 f_y(x0)) / sum_k exp(tau_2 f_k(x0)) ) at the predicted x0
+
+f: logits of a classifier of clean images. The predicted image is detached: no backward pass goes through the diffusion
+network. tau_2 is half of tau_1 by default, ReLUs of the classifier are replaced by softplus (beta 3), and the gradient
+enters as one at x_t does. `gamma` multiplies it by 1 + gamma sin(pi t), t the step as a fraction of the chain, as the
+reference code does with 0.3.
+Needs: a classifier of clean images, labels y. Cost: one forward and backward pass of the classifier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
+
+from ..build import ClassifierOptions, build_classifier
+from ..errors import UserError
+from ..late import F, Tensor, nn, torch
+from ..options import option, option_fields, options_from
+from ..process import Prediction
+from ..stated import statement_of
+from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .classifier_free import labels_of
+
+if TYPE_CHECKING:
+    from ..unet import EncoderUNetModel
+
+SOFTPLUS_BETA = 3.0
+
+
+class CleanClassifierGuidance(GradientGuidance):
+    """Guidance by the gradient of a clean classifier's log-odds of the label, at the predicted x0.
+
+    classifier: images (N, C, H, W) -> logits (N, classes). scale: 0 is off. temperature, margin_temperature: tau_1 and
+    tau_2, None for half of tau_1. softplus_beta: of the softplus in place of ReLUs that are modules; None keeps them.
+    gamma: of the weight 1 + gamma sin(pi t). image_size, mean, std: the images as the classifier was trained on them,
+    resized (bilinear, antialiased; None: as they are), then (x - mean) / std of images in [0, 1] by channel; without
+    mean and std it sees [-1, 1]. The others: see `Guidance`.
+    """
+
+    passes = Passes(others={"clean classifier": 1})
+
+    def __init__(self, classifier: Callable[..., Tensor], scale: float, temperature: float = 1.0,
+                 margin_temperature: float | None = None, *, softplus_beta: float | None = SOFTPLUS_BETA,
+                 gamma: float = 0.0, image_size: int | None = None, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None, start: int | None = None, stop: int | None = None,
+                 **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
+        margin_temperature = temperature / 2 if margin_temperature is None else margin_temperature
+        for name, value in (("temperature", temperature), ("margin_temperature", margin_temperature),
+                            ("gamma", gamma)):
+            check_number(f"CleanClassifierGuidance {name}", value)
+        if softplus_beta is not None and not softplus_beta > 0:
+            raise UserError(f"CleanClassifierGuidance softplus_beta {softplus_beta!r}: must be greater than 0, or None")
+        if (mean is None) != (std is None):
+            raise UserError("CleanClassifierGuidance mean, std: both are needed, or none")
+        self.classifier = classifier
+        self.temperature = temperature
+        self.margin_temperature = margin_temperature
+        self.softplus_beta = softplus_beta
+        self.gamma = gamma
+        self.image_size = image_size
+        self.mean, self.std = mean, std
+
+    def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """The gradient, scale and weight included, (N, C, H, W). Raises UserError without labels."""
+        y = labels_of(ctx, "clean-classifier guidance")
+        with torch.enable_grad(), _smooth(self.classifier, self.softplus_beta):
+            x0 = pred.pred_xstart.detach().requires_grad_()
+            logits = self.classifier(self.as_trained(x0)).float()
+            chosen = self.temperature * logits.gather(1, y[:, None]).squeeze(1)
+            odds = chosen - (self.margin_temperature * logits).logsumexp(dim=1)
+            gradient, = torch.autograd.grad(odds.sum(), x0)
+        weight = 1 + self.gamma * torch.sin(math.pi * ctx.fraction).to(gradient)
+        return self.scale * weight.reshape(-1, 1, 1, 1) * gradient
+
+    def as_trained(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] as the classifier was trained on them; differentiable."""
+        if self.image_size is not None and x.shape[2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        if self.mean is None or self.std is None:
+            return x
+        mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        return ((x + 1) / 2 - mean) / std
+
+
+@contextmanager
+def _smooth(classifier: object, beta: float | None) -> Iterator[None]:
+    """Lets the classifier's ReLUs be softplus, for the length of the block."""
+    modules = classifier.modules() if beta is not None and isinstance(classifier, nn.Module) else ()
+    relus = [module for module in modules if isinstance(module, nn.ReLU)]
+    handles = [relu.register_forward_hook(lambda module, inputs, output: F.softplus(inputs[0], beta=beta or 1.0))
+               for relu in relus]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class CleanClassifierOptions(GuidanceOptions):
+    """Clean-classifier guidance."""
+
+    short = "clean CG"
+    switched_on: ClassVar = {"clean_classifier_scale": 1.0}
+    remedies: ClassVar = {"clean_classifier_path": "scripts/classifier_train.py --noised False trains one"}
+    needs_labels = True
+    sigma_flags = "clean_classifier"
+
+    clean_classifier_scale: float = option(0.0, "scale of guidance by a classifier of clean images; 0: off")
+    clean_classifier_path: str = option("", "checkpoint of that classifier, as scripts/classifier_train.py writes it; "
+                                        "it must state its options")
+    clean_classifier_temperature: float = option(1.0, "tau_1, factor of the label's logit")
+    clean_classifier_margin_temperature: float | None = option(None, "tau_2, factor of all logits; unset: half of "
+                                                               "tau_1", later=True)
+    clean_classifier_gamma: float = option(0.0, "the gradient is multiplied by 1 + gamma sin(pi t); the reference "
+                                           "code has 0.3")
+    clean_classifier_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all",
+                                                minimum=0)
+    clean_classifier_sigma_min: float | None = sigma_min_option()
+    clean_classifier_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.clean_classifier_scale != 0
+
+    def headline(self) -> str:
+        """Like "clean CG scale 2"."""
+        return f"clean CG scale {self.clean_classifier_scale:g}"
+
+    def details(self) -> dict[str, str]:
+        """Temperatures and gamma."""
+        margin = self.clean_classifier_margin_temperature
+        return {"temperature": f"tau_1 = {self.clean_classifier_temperature:g}",
+                "margin": "tau_2 = tau_1 / 2" if margin is None else f"tau_2 = {margin:g}",
+                "gamma": f"gamma = {self.clean_classifier_gamma:g}"}
+
+    def files(self) -> dict[str, str]:
+        """The classifier."""
+        return {"clean_classifier_path": self.clean_classifier_path} if self.active else {}
+
+    def _classifier_options(self) -> ClassifierOptions:
+        """What the classifier's file states. Raises UserError where it states nothing."""
+        stated = statement_of(self.clean_classifier_path, "classifier")
+        if stated is None:
+            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: must be a classifier that states "
+                            "its options, as scripts/classifier_train.py --noised False writes it")
+        names = {field.name for field in option_fields(ClassifierOptions)}
+        options, = options_from({name: value for name, value in stated.facts.items() if name in names},
+                                ClassifierOptions)
+        return options
+
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """The classifier, where there is a file."""
+        if not self.clean_classifier_path:
+            return {}
+        return {"clean classifier": lambda: build_classifier(self._classifier_options())}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term, with its classifier loaded. Raises UserError where the classifier has other classes."""
+        if nets.random_weights and not self.clean_classifier_path:
+            return []
+        options = self._classifier_options()
+        classes = nets.model.num_classes
+        if classes is not None and classes != options.num_classes:
+            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: has {options.num_classes} classes, "
+                            f"and the network that is sampled {classes}")
+        with torch.device("meta"):
+            classifier = build_classifier(options)
+        nets.load(classifier, self.clean_classifier_path, asdict(options))
+        return [CleanClassifierGuidance(
+            at_step_0(classifier), self.clean_classifier_scale, self.clean_classifier_temperature,
+            self.clean_classifier_margin_temperature, gamma=self.clean_classifier_gamma,
+            image_size=options.image_size, **self.window)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """An evaluation and a gradient of the classifier at each step of the window."""
+        return [(Guidance(self.clean_classifier_scale, **self.window),
+                 CleanClassifierGuidance.passes)]
+
+
+def at_step_0(classifier: EncoderUNetModel) -> Callable[[Tensor], Tensor]:
+    """A classifier of noisy images, told that they have no noise."""
+    return lambda x: classifier(x, torch.zeros(len(x), dtype=torch.long, device=x.device))

@@ -1,0 +1,108 @@
+"""Smoothed energy guidance (Hong, 2408.00760, section 4).
+
+    delta = s (eps(x_t) - eps_smoothed(x_t)),    the queries of chosen attention blocks blurred over the token grid
+
+The blur is a Gaussian of `blur_sigma` tokens; with sigma = inf every query becomes the mean over the grid. Keys and
+values stay.
+Needs: override of those blocks. Cost: as that of perturbed-attention guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Unpack
+
+from ..errors import UserError
+from ..late import Tensor
+from ..options import comma_separated, option
+from ..terms import Guidance, Passes, SigmaRange
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .degrade import gaussian_blur
+from .perturbed_attention import AttentionContrast
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
+
+INFINITE = 9999.0               # from this sigma on the reference code takes the mean, as for infinity
+
+
+class SmoothedEnergyGuidance(AttentionContrast):
+    """Guidance away from the network whose attention in `blocks` has smoothed queries.
+
+    model: the network that is sampled. blocks: names in `model.attention_blocks`. scale: s, 0 is off. blur_sigma:
+    standard deviation of the blur in tokens of each block's grid; from 9999 on, infinite. The others: see `Guidance`.
+    """
+
+    name = "smoothed energy guidance"
+
+    def __init__(self, model: UNetModel, blocks: Sequence[str], scale: float, blur_sigma: float = math.inf,
+                 start: int | None = None, stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(model, blocks, scale, start, stop, **sigma)
+        if not blur_sigma > 0:
+            raise UserError(f"SmoothedEnergyGuidance blur_sigma {blur_sigma!r}: must be greater than 0")
+        self.blur_sigma = blur_sigma
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attention with smoothed queries, (N, heads, T, C / heads)."""
+        from ..attention import attention
+
+        return attention(smoothed(q, grid, self.blur_sigma), k, v)
+
+
+def smoothed(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
+    """Queries (N, heads, T, d), blurred over their grid (height, width).
+
+    The kernel has 2 floor(ceil(6 sigma) / 2) + 1 taps, at most as many as the grid (made odd), and reflects at the
+    borders, as that of the reference code.
+    """
+    if sigma >= INFINITE:
+        return q.mean(dim=2, keepdim=True).expand_as(q)
+    n, heads, tokens, width = q.shape
+    maps = q.transpose(2, 3).reshape(n, heads * width, *grid)
+    taps = 2 * (math.ceil(6 * sigma) // 2) + 1
+    taps = min(taps, min(grid) - (min(grid) % 2 == 0))
+    return gaussian_blur(maps, sigma, taps).reshape(n, heads, width, tokens).transpose(2, 3)
+
+
+@dataclass(frozen=True)
+class SegOptions(GuidanceOptions):
+    """Smoothed energy guidance."""
+
+    short = "SEG"
+    switched_on: ClassVar = {"seg_scale": 1.0}
+    sigma_flags = "seg"
+
+    seg_scale: float = option(0.0, "scale s of smoothed energy guidance; 0: off")
+    seg_blocks: str = option("middle", "attention blocks whose queries are smoothed, comma-separated")
+    seg_blur_sigma: float = option(INFINITE, "standard deviation of the blur in tokens; from 9999 on, infinite: every "
+                                   "query becomes their mean", above=0)
+    seg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    seg_sigma_min: float | None = sigma_min_option()
+    seg_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.seg_scale != 0
+
+    def headline(self) -> str:
+        """Like "SEG s = 1"."""
+        return f"SEG s = {self.seg_scale:g}"
+
+    def details(self) -> dict[str, str]:
+        """Blocks and blur."""
+        infinite = self.seg_blur_sigma >= INFINITE
+        return {"blocks": f"block {self.seg_blocks}",
+                "blur": f"sigma = {'infinite' if infinite else format(self.seg_blur_sigma, 'g')}"}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term."""
+        return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
+                                       self.seg_blur_sigma, **self.window)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """A part of one more evaluation at each step of the window."""
+        passes = replace(SmoothedEnergyGuidance.passes, begins_at=tuple(comma_separated(self.seg_blocks)))
+        return [(Guidance(self.seg_scale, **self.window), passes)]

@@ -1,0 +1,109 @@
+"""Time step guidance (Sadat et al., 2407.02687, section 4).
+
+    delta = s (eps(x_t; emb) - eps(x_t; emb + noise_scale t^power n))
+
+emb: the network's embedding of the step (with that of the label), n: standard normal noise of its size, t: the step as
+a fraction of the chain. The paper perturbs the embedding that some layers see; `blocks` are those, all by default.
+Needs: nothing, neither labels nor attention. Cost: one more network evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
+
+import numpy as np
+
+from ..capture import find_blocks, perturb_embedding
+from ..errors import UserError
+from ..late import Tensor, torch
+from ..options import comma_separated, option
+from ..process import Prediction
+from ..rng import image_generator
+from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
+from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+
+if TYPE_CHECKING:
+    from ..unet import Encoder
+
+
+class TimestepGuidance(ContrastGuidance):
+    """Guidance away from the network that is told a perturbed step.
+
+    model: the network that is sampled. scale: s, 0 is off. noise_scale, power: of the noise in the embedding,
+    noise_scale t^power, t from 0 to 1. seed: the noise of an image at a step depends on seed, image and step alone.
+    blocks: names in `model.feature_blocks` that see the noise; None: all. The others: see `Guidance`.
+    """
+
+    def __init__(self, model: Encoder, scale: float, noise_scale: float, power: float = 1.0, seed: int = 0,
+                 blocks: Sequence[str] | None = None, start: int | None = None, stop: int | None = None,
+                 **sigma: Unpack[SigmaRange]) -> None:
+        super().__init__(scale, start, stop, **sigma)
+        for name, value in (("noise_scale", noise_scale), ("power", power)):
+            check_number(f"TimestepGuidance {name}", value)
+            if value < 0:
+                raise UserError(f"TimestepGuidance {name} {value!r}: must be at least 0")
+        self.model = model
+        self.noise_scale = noise_scale
+        self.power = power
+        self.seed = seed
+        self.blocks = tuple(find_blocks(model.feature_blocks, model.feature_blocks if blocks is None else blocks,
+                                        "block"))
+
+    def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """The contrast, (N, C, H, W)."""
+        with perturb_embedding(self.model, self.blocks, lambda emb: emb + self.perturbation(ctx, emb)) as seen:
+            eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
+        if not seen:
+            raise UserError("time step guidance changed no evaluation: it must be given the network that is sampled")
+        return self.scale * (pred.eps - eps_perturbed)
+
+    def perturbation(self, ctx: StepContext, emb: Tensor) -> Tensor:
+        """The noise in the embedding, (N, E) as emb."""
+        noise = np.stack([
+            image_generator(self.seed, image_id, step, "embedding").standard_normal(emb.shape[1], dtype=np.float32)
+            for image_id, step in zip(ctx.image_ids.tolist(), ctx.t.tolist(), strict=True)])
+        size = self.noise_scale * ctx.fraction.to(emb) ** self.power
+        return size[:, None] * torch.from_numpy(noise).to(emb)
+
+
+@dataclass(frozen=True)
+class TsgOptions(GuidanceOptions):
+    """Time step guidance."""
+
+    short = "TSG"
+    switched_on: ClassVar = {"tsg_scale": 1.0}
+    sigma_flags = "tsg"
+
+    tsg_scale: float = option(0.0, "scale s of time step guidance; 0: off")
+    tsg_noise_scale: float = option(1.0, "size of the noise in the embedding of the step, at the first step",
+                                    minimum=0)
+    tsg_power: float = option(1.0, "that noise falls with this power of the step", minimum=0)
+    tsg_blocks: str = option("", "blocks that see the noise, comma-separated, like middle,output.0; unset: all")
+    tsg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    tsg_sigma_min: float | None = sigma_min_option()
+    tsg_sigma_max: float | None = sigma_max_option()
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.tsg_scale != 0
+
+    def headline(self) -> str:
+        """Like "TSG s = 1"."""
+        return f"TSG s = {self.tsg_scale:g}"
+
+    def details(self) -> dict[str, str]:
+        """Noise, its power, and the blocks."""
+        return {"noise": f"noise {self.tsg_noise_scale:g}", "power": f"power {self.tsg_power:g}",
+                "blocks": f"block {self.tsg_blocks}" if self.tsg_blocks else "all blocks"}
+
+    def build(self, nets: Networks) -> list[Guidance]:
+        """The one term."""
+        return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
+                                 comma_separated(self.tsg_blocks) or None, **self.window)]
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """One more evaluation at each step of the window."""
+        return [(Guidance(self.tsg_scale, **self.window), TimestepGuidance.passes)]

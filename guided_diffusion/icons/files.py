@@ -1,0 +1,191 @@
+"""Files of icons: rendered, labelled, split by emoji, with a manifest that names the source of each."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..classes import natural_order
+from ..errors import UserError
+from ..files import check_folder, write_json
+from ..npz import write_batch
+from ..options import Options, option
+from ..pictures import grid, save
+from ..progress import progress_bar
+from .sets import SETS, Drawing, drawings, fetch_packages, read_packages
+
+LABELS = ("category-style", "category", "style")
+FORMATS = ("folder", "npz")
+SPLITS = {"train": 0.80, "validation": 0.05, "test": 0.15}          # shares of the items
+CHUNK = 100                     # drawings that a process renders at a time
+NEAR_SIZE = 16                  # side in pixels at which drawings are compared
+NEAR = 8.0                      # root mean square difference, of 255, below which two are near duplicates
+SHEET_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class IconOptions(Options):
+    """Options that say which icons to render, and where to."""
+
+    packages: str = option("", "folder of the unpacked npm packages; unset: fetched by the npm client")
+    image_size: int = option(32, "height and width in pixels", minimum=8, maximum=1024)
+    label: str = option("category-style", f"what a class is: {', '.join(LABELS)}", choices=LABELS)
+    format: str = option("folder", "folder: an image folder per split, a folder for each class in it; npz: a file per "
+                         "split, arr_0 RGB, arr_1 classes", choices=FORMATS)
+    out: str = option("icons", "folder for the splits, the manifest and the contact sheet")
+
+
+class Icons(NamedTuple):
+    """Drawings as pictures: rgb (N, S, S, 3) uint8, the class of each by name, and the split of each."""
+
+    drawings: list[Drawing]
+    rgb: np.ndarray
+    classes: list[str]
+    splits: list[str]
+
+
+def write_icons(options: IconOptions, say: Callable[[str], object]) -> None:
+    """Renders all icons and writes their files.
+
+    say: called with each line on what was taken, left out or found. Raises UserError, before anything is rendered,
+    where the renderer is missing, the packages are not the pinned ones, or the folder cannot be written.
+    """
+    out = check_folder("--out", options.out)
+    if any(out.iterdir()):
+        raise UserError(f"--out {out}: is not empty; name a new folder")
+    _renderer()
+    found = drawings(read_packages(Path(options.packages)) if options.packages else fetch_packages())
+    icons = Icons(found, render(found, options.image_size), [_class_of(d, options.label) for d in found],
+                  [split_of(d.item) for d in found])
+    for split in SPLITS:
+        _write_split(icons, split, out, options.format)
+    duplicates = near_duplicates(icons)
+    write_json(out / "manifest.json", _manifest(icons, options, duplicates))
+    save(contact_sheet(icons.rgb), out / "sheet.png")
+    for line in _summary(icons, duplicates):
+        say(line)
+
+
+def split_of(item: str) -> str:
+    """The split of an emoji, by its name alone: all its drawings go the same way, also in later versions of a set."""
+    place = int.from_bytes(sha256(item.encode()).digest()[:8], "big") / 2**64
+    for split, share in SPLITS.items():
+        if place < share:
+            return split
+        place -= share
+    return next(reversed(SPLITS))
+
+
+def _class_of(drawing: Drawing, label: str) -> str:
+    return "-".join(getattr(drawing, part) for part in label.split("-"))
+
+
+def _renderer() -> Callable[..., bytes]:
+    try:
+        import resvg_py
+    except ImportError:
+        raise UserError("rendering icons needs resvg: pip install 'guided-pixels[data]'") from None
+    return resvg_py.svg_to_bytes
+
+
+def render(found: Sequence[Drawing], size: int) -> np.ndarray:
+    """(N, size, size, 3) uint8: the drawings on white, on all cores."""
+    pieces = [[drawing.svg for drawing in found[start:start + CHUNK]] for start in range(0, len(found), CHUNK)]
+    with ProcessPoolExecutor() as pool, progress_bar(len(found), "rendering", "icon") as progress:
+        parts = []
+        for part in pool.map(render_svgs, pieces, [size] * len(pieces)):
+            parts.append(part)
+            progress.update(len(part))
+    return np.concatenate(parts)
+
+
+def render_svgs(svgs: Sequence[str], size: int) -> np.ndarray:
+    """(N, size, size, 3) uint8: SVG pictures on white, antialiased; what is not square is centred."""
+    to_png = _renderer()
+    images = []
+    for svg in svgs:
+        png = to_png(svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True)
+        with Image.open(io.BytesIO(bytes(png)), formats=["PNG"]) as picture:
+            image = Image.new("RGB", (size, size), "white")
+            image.paste(picture.convert("RGB"), ((size - picture.width) // 2, (size - picture.height) // 2))
+        images.append(np.asarray(image))
+    return np.stack(images)
+
+
+def _write_split(icons: Icons, split: str, out: Path, kind: str) -> None:
+    index = [i for i, other in enumerate(icons.splits) if other == split]
+    if kind == "npz":
+        names = sorted(set(icons.classes), key=natural_order)
+        write_batch(out / f"{split}.npz", {
+            "arr_0": icons.rgb[index], "arr_1": np.array([names.index(icons.classes[i]) for i in index]),
+            "class_names": np.array(names)})
+        return
+    for i in index:
+        save(Image.fromarray(icons.rgb[i]), out / split / icons.classes[i] / _file_name(icons.drawings[i]))
+
+
+def _file_name(drawing: Drawing) -> str:
+    return f"{drawing.item}.{drawing.style}.{drawing.name}.png"
+
+
+class Duplicates(NamedTuple):
+    """Near duplicates between different emoji: the number of drawings that have one, and of test drawings in train."""
+
+    anywhere: int
+    test_in_train: int
+
+
+def near_duplicates(icons: Icons) -> Duplicates:
+    """How many drawings look like one of another emoji, at 16 x 16 pixels, by a root mean square of less than 8."""
+    small = np.stack([np.asarray(Image.fromarray(image).resize((NEAR_SIZE, NEAR_SIZE), Image.Resampling.BOX))
+                      for image in icons.rgb]).reshape(len(icons.rgb), -1).astype(np.float64)
+    items = np.array([drawing.item for drawing in icons.drawings])
+    splits = np.array(icons.splits)
+    squares = (small**2).sum(axis=1)
+    anywhere = test_in_train = 0
+    for start in range(0, len(small), 1000):
+        rows = slice(start, start + 1000)
+        distance = squares[rows, None] + squares[None] - 2 * small[rows] @ small.T
+        near = (distance < NEAR**2 * small.shape[1]) & (items[rows, None] != items[None])
+        anywhere += int(near.any(axis=1).sum())
+        test_in_train += int((near & (splits == "train")).any(axis=1)[splits[rows] == "test"].sum())
+    return Duplicates(anywhere, test_in_train)
+
+
+def _manifest(icons: Icons, options: IconOptions, duplicates: Duplicates) -> dict[str, object]:
+    return {
+        "image_size": options.image_size, "label": options.label, "background": "white",
+        "classes": sorted(set(icons.classes), key=natural_order),
+        "near_duplicates": duplicates._asdict(),
+        "sources": [asdict(icon_set) for icon_set in SETS],
+        "icons": [{"item": drawing.item, "style": drawing.style, "name": drawing.name, "class": cls, "split": split}
+                  for drawing, cls, split in zip(icons.drawings, icons.classes, icons.splits, strict=True)],
+    }
+
+
+def _summary(icons: Icons, duplicates: Duplicates) -> list[str]:
+    styles: Mapping[str, int] = Counter(drawing.style for drawing in icons.drawings)
+    splits: Mapping[str, int] = Counter(icons.splits)
+    items = {drawing.item for drawing in icons.drawings}
+    return [
+        f"{len(icons.rgb):,} drawings of {len(items):,} emoji; of skin tones the neutral one alone: "
+        + ", ".join(f"{count:,} {style}" for style, count in styles.items()),
+        f"{len(set(icons.classes))} classes; " + ", ".join(f"{splits[split]:,} {split}" for split in SPLITS),
+        f"near duplicates of another emoji: {duplicates.anywhere:,} drawings, {duplicates.test_in_train:,} of the test "
+        "split have one in the training split",
+    ]
+
+
+def contact_sheet(rgb: np.ndarray, count: int = SHEET_COLUMNS**2) -> Image.Image:
+    """A picture of `count` icons, evenly spread over all."""
+    index = np.linspace(0, len(rgb) - 1, min(count, len(rgb))).round().astype(int)
+    return Image.fromarray(grid(rgb[index], SHEET_COLUMNS))

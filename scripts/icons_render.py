@@ -1,0 +1,23 @@
+"""Render colour icons of five emoji sets, as an image folder with classes or as .npz files.
+
+Examples:
+    python scripts/icons_render.py --image_size 32 --out data/icons32
+    python scripts/icons_render.py --image_size 64 --format npz --label style --packages node_modules --out data/icons64
+"""
+
+from collections.abc import Sequence
+
+from guided_diffusion.cli import run_script
+from guided_diffusion.icons.files import IconOptions, write_icons
+from guided_diffusion.options import parse_options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options, = parse_options(argv, IconOptions, description=__doc__)
+    write_icons(options, print)
+    print(f"icons: {options.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,331 @@
+"""Contrasts, clean-classifier guidance and transforms against their formulas, written out here in float64."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from networks import TINY, in_float64, with_random_weights
+from torch import nn
+from torch.nn import functional as F
+
+from guided_diffusion import sampling
+from guided_diffusion.capture import override_grid_attention
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    CleanClassifierGuidance,
+    ContrastGuidance,
+    IndependentConditionGuidance,
+    PerturbedAttentionGuidance,
+    ProjectedGuidance,
+    Rescale,
+    SelfAttentionGuidance,
+    SmoothedEnergyGuidance,
+    StepContext,
+    TimestepGuidance,
+)
+from guided_diffusion.guidance.smoothed_energy import smoothed
+from guided_diffusion.process import Denoiser
+from guided_diffusion.rng import image_generator
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
+
+BLOCKS = ["middle", "output.0"]
+# The network computes in float64; the tables of the process, and the weights of a blur, are float32.
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A network with a null class, its process, and one step of three images."""
+    model, diffusion = create_model_and_diffusion(**{**TINY, "timestep_respacing": "10", "null_class": True})
+    in_float64(with_random_weights(model, seed=1).requires_grad_(False))
+    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    return SimpleNamespace(model=model, diffusion=diffusion, x=x, t=torch.tensor([6, 6, 6]),
+                           ids=torch.tensor([4, 0, 9]), y=torch.tensor([1, 0, 1]))
+
+
+def context(case, **changes):
+    denoise = Denoiser(case.diffusion, case.model, clip_denoised=False, model_kwargs={"y": case.y})
+    return StepContext(denoise, case.x, case.t, case.ids, **changes)
+
+
+def delta_of(case, term, **changes):
+    ctx = context(case, **changes)
+    with term.observe() as ctx.observed[term]:
+        pred = ctx.denoise(ctx.x_t, ctx.t)
+    return term.delta(ctx, pred)
+
+
+def eps(case, y=None, model=None):
+    """The network's eps at the step, with other labels or by another network."""
+    steps = torch.from_numpy(case.diffusion.timestep_map)[case.t]
+    return (model or case.model)(case.x, steps, case.y if y is None else y)[:, :1]
+
+
+def check(actual, expected):
+    assert expected.abs().max() > 1e-3                  # else the test could not fail
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+# Contrasts
+
+
+def test_classifier_free_guidance_compares_with_the_null_label(case):
+    null = torch.full_like(case.y, case.model.null_label)
+    check(delta_of(case, ClassifierFreeGuidance(1.5, case.model.null_label)), 1.5 * (eps(case) - eps(case, null)))
+
+
+def test_independent_condition_guidance_compares_with_a_label_by_seed_image_and_step(case):
+    drawn = torch.tensor([image_generator(1, i, 6, "independent label").integers(2) for i in case.ids.tolist()])
+    check(delta_of(case, IndependentConditionGuidance(0.8, 2, seed=1)), 0.8 * (eps(case) - eps(case, drawn)))
+
+
+def test_labels_of_independent_condition_guidance_are_uniform():
+    term, draws = IndependentConditionGuidance(1.0, 5, seed=3), 2000
+    ctx = SimpleNamespace(model_kwargs={"y": torch.zeros(draws, dtype=torch.long)}, x_t=None,
+                          image_ids=torch.arange(draws), t=torch.full((draws,), 4))
+    counts = torch.bincount(term.weaker(ctx, None).changes["y"], minlength=5)
+    assert len(counts) == 5 and (counts - draws / 5).abs().max() < 5 * math.sqrt(draws * 0.16)
+
+
+def test_autoguidance_compares_with_another_network(case):
+    weak, _ = create_model_and_diffusion(**{**TINY, "null_class": True, "num_res_blocks": 2})
+    in_float64(with_random_weights(weak, seed=5).requires_grad_(False))
+    check(delta_of(case, AutoGuidance(weak, 0.6)), 0.6 * (eps(case) - eps(case, model=weak)))
+
+
+def test_time_step_guidance_adds_noise_to_the_embedding(case):
+    model, noise = case.model, 0.7
+    fraction = int(case.diffusion.timestep_map[6]) / case.diffusion.original_num_steps
+    draws = torch.from_numpy(np.stack([
+        image_generator(2, i, 6, "embedding").standard_normal(128, dtype=np.float32) for i in case.ids.tolist()]))
+    # The sum of both embeddings is what blocks see.
+    handle = model.label_emb.register_forward_hook(lambda module, args, emb: emb + noise * fraction**2 * draws)
+    perturbed = eps(case)
+    handle.remove()
+    actual = delta_of(case, TimestepGuidance(model, 0.9, noise, power=2.0, seed=2))
+    assert (actual - 0.9 * (eps(case) - perturbed)).abs().max() < 1e-5 < actual.abs().max() / 100   # float32 embedding
+
+
+def test_time_step_guidance_perturbs_the_blocks_that_it_names(case):
+    def delta(blocks):
+        return delta_of(case, TimestepGuidance(case.model, 1.0, 0.5, blocks=blocks))
+
+    everywhere = delta(list(case.model.feature_blocks))
+    assert torch.equal(delta(None), everywhere)
+    assert not torch.equal(delta(["middle"]), everywhere) and delta(["middle"]).abs().max() > 1e-4
+    assert delta(["input.0"]).abs().max() == 0              # a convolution, which sees no embedding
+
+
+def smoothed_by_hand(q, grid, sigma):
+    """Queries (N, heads, T, d), blurred by the whole kernel at once."""
+    if math.isinf(sigma):
+        return q.mean(dim=2, keepdim=True) + torch.zeros_like(q)
+    taps = min(2 * math.floor(math.ceil(6 * sigma) / 2) + 1, min(grid) - (1 - min(grid) % 2))
+    offsets = torch.arange(taps).double() - taps // 2
+    line = torch.exp(-offsets**2 / (2 * sigma**2))
+    kernel = torch.outer(line, line) / line.sum() ** 2
+    maps = q.permute(0, 1, 3, 2).reshape(-1, 1, *grid)
+    padded = F.pad(maps, [taps // 2] * 4, mode="reflect")
+    return F.conv2d(padded, kernel.to(q)[None, None]).reshape(*q.shape[:2], q.shape[3], -1).permute(0, 1, 3, 2)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, math.inf])
+def test_smoothed_energy_guidance_blurs_the_queries(case, sigma):
+    def attend(q, k, v, grid):
+        weights = smoothed_by_hand(q, grid, sigma) @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        return weights.softmax(dim=-1) @ v
+
+    plain = eps(case)
+    with override_grid_attention(case.model, BLOCKS, attend):
+        expected = 1.2 * (plain - eps(case))
+    assert expected.abs().max() > 1e-6
+    actual = delta_of(case, SmoothedEnergyGuidance(case.model, BLOCKS, 1.2, sigma))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+
+
+@pytest.mark.parametrize(("sigma", "grid"), [(0.5, (8, 8)), (1.0, (8, 8)), (3.0, (8, 8)), (1.0, (7, 9)), (2.0, (4, 6))])
+def test_the_blur_of_queries_is_that_of_the_reference(sigma, grid):
+    q = torch.randn(2, 3, grid[0] * grid[1], 4, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(smoothed(q, grid, sigma), smoothed_by_hand(q, grid, sigma), rtol=0, atol=1e-6)
+
+
+def test_every_sigma_of_smoothed_energy_guidance_acts_and_more_moves_further(case):
+    sizes = [float(delta_of(case, SmoothedEnergyGuidance(case.model, BLOCKS, 1.0, sigma)).norm())
+             for sigma in (0.3, 0.6, 1.2, math.inf)]
+    assert all(0 < one < other for one, other in itertools.pairwise(sizes))
+    assert sizes[-1] == float(delta_of(case, SmoothedEnergyGuidance(case.model, BLOCKS, 1.0, 9999.0)).norm())
+
+
+# Clean-classifier guidance
+
+
+class Clean(nn.Sequential):
+    """A classifier of clean images of 16 x 16 with a ReLU."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2))
+        with_random_weights(self, seed=3).requires_grad_(False).double()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 2.0}, {"margin_temperature": 0.2}, {"gamma": 0.3}, {"softplus_beta": None},
+    {"mean": [0.4], "std": [0.2]}], ids=str)
+def test_clean_classifier_guidance_is_the_gradient_at_the_predicted_image(case, options):
+    classifier = Clean()
+    tau_1 = options.get("temperature", 1.0)
+    tau_2 = options.get("margin_temperature", tau_1 / 2)
+    abar = case.diffusion.alphas_cumprod[6]
+    x0 = ((case.x - math.sqrt(1 - abar) * eps(case)) / math.sqrt(abar)).requires_grad_()
+    seen = ((x0 + 1) / 2 - 0.4) / 0.2 if "mean" in options else x0
+    hidden = classifier[1](seen.flatten(1))
+    beta = options.get("softplus_beta", 3.0)
+    logits = classifier[3](torch.log1p(torch.exp(beta * hidden)) / beta if beta else hidden.clamp(min=0))
+    odds = torch.log(torch.exp(tau_1 * logits[range(3), case.y]) / torch.exp(tau_2 * logits).sum(dim=1))
+    gradient, = torch.autograd.grad(odds.sum(), x0)
+    fraction = int(case.diffusion.timestep_map[6]) / case.diffusion.original_num_steps
+    expected = 3.0 * (1 + options.get("gamma", 0) * math.sin(math.pi * fraction)) * gradient
+    ctx = context(case)
+    actual = CleanClassifierGuidance(classifier, 3.0, **options).gradient(ctx, ctx.denoise(ctx.x_t, ctx.t))
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)          # the weight and logits are float32
+    assert classifier[2](torch.tensor(-1.0)) == 0                               # the ReLU is one again
+
+
+def test_clean_classifier_sees_images_of_its_own_size(case):
+    sizes = []
+
+    def classifier(x):
+        sizes.append(tuple(x.shape))
+        return x.flatten(1)[:, :2]
+
+    ctx = context(case)
+    CleanClassifierGuidance(classifier, 1.0, image_size=8).gradient(ctx, ctx.denoise(ctx.x_t, ctx.t))
+    assert sizes == [(3, 1, 8, 8)]
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"norm_threshold": 0.5}, {"eta": 1.0},
+                                     {"momentum": -0.5, "norm_threshold": 2.0}], ids=str)
+def test_projected_guidance_projects_the_change_of_x0(case, options):
+    change, before = (torch.randn(case.x.shape, generator=torch.Generator().manual_seed(s)).double() for s in (1, 2))
+    abar = case.diffusion.alphas_cumprod[6]
+    ratio = math.sqrt((1 - abar) / abar)
+    term, memory = ProjectedGuidance(**options), {}
+    if "momentum" in options:
+        memory[term] = before
+    ctx = context(case, memory=memory)
+    actual = term.transform(ctx, ctx.denoise(ctx.x_t, ctx.t), change)
+    for i in range(3):
+        x0 = ((case.x[i] - math.sqrt(1 - abar) * eps(case)[i]) / math.sqrt(abar)).flatten()
+        d = -ratio * change[i].flatten()
+        if "momentum" in options:
+            d = d - 0.5 * before[i].flatten()
+            torch.testing.assert_close(memory[term][i].flatten(), d, **CLOSE)
+        d = d * min(1, options.get("norm_threshold", math.inf) / float(d.norm()))
+        parallel = (d @ x0) / (x0 @ x0) * x0
+        d = d - parallel + options.get("eta", 0.0) * parallel
+        check(actual[i].flatten(), -d / ratio)
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_unguided_prediction(case):
+    ctx = context(case)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    change = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).double()
+    whole = pred.eps + Rescale(1.0).transform(ctx, pred, change)
+    torch.testing.assert_close(whole.flatten(1).std(dim=1), pred.eps.flatten(1).std(dim=1), **CLOSE)
+    guided = pred.eps + change
+    expected = 0.4 * guided * (pred.eps.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)).reshape(-1, 1, 1, 1)
+    check(pred.eps + Rescale(0.4).transform(ctx, pred, change), expected + 0.6 * guided)
+
+
+def every_term(model, scale=1.0, **window):
+    """A term of each kind that is new beside self-attention guidance."""
+    return [SelfAttentionGuidance(model, "output.0", scale, 1.0, **window),
+            PerturbedAttentionGuidance(model, ["middle"], scale, **window),
+            SmoothedEnergyGuidance(model, ["output.0"], scale, 1.0, **window),
+            ClassifierFreeGuidance(scale, model.null_label, **window),
+            IndependentConditionGuidance(scale, 2, **window),
+            TimestepGuidance(model, scale, 0.5, **window),
+            AutoGuidance(lambda x, t, y: model(x / 2, t, y), scale, **window),
+            CleanClassifierGuidance(lambda x: x.flatten(1)[:, :2], scale, **window)]
+
+
+def samples(case, guidance, sampler, ids=(4, 9)):
+    """Images of a chain of three steps, by number."""
+    diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="3")
+    x = torch.stack([torch.from_numpy(image_generator(0, i, 10).standard_normal((1, 16, 16))) for i in ids])
+    labels = torch.tensor([i % 2 for i in ids])
+    denoise = Denoiser(diffusion, case.model, model_kwargs={"y": labels})
+
+    def noise(step):
+        return torch.stack([torch.from_numpy(image_generator(0, i, step).standard_normal((1, 16, 16))) for i in ids])
+
+    step = sampling.SAMPLERS[sampler]().step()
+    return sampling.last(sampling.sample_chain(step, denoise, x, noise, guidance, torch.tensor(ids)))["sample"]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_any_list_composes_and_images_do_not_depend_on_the_batch(case, sampler):
+    guidance = [*every_term(case.model, 0.3), ProjectedGuidance(0.5, 3.0, -0.3), Rescale(0.5)]
+    together = samples(case, guidance, sampler)
+    assert not torch.allclose(together, samples(case, guidance[:-2], sampler), atol=1e-3)
+    alone = torch.cat([samples(case, guidance, sampler, ids=(i,)) for i in (4, 9)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_scale_0_and_closed_windows_are_unguided_bit_for_bit(case):
+    plain = samples(case, [], "ddpm")
+    for terms in (every_term(case.model, 0.0), every_term(case.model, 1.0, sigma_min=1e6),
+                  [ProjectedGuidance(), Rescale(1.0)]):
+        assert torch.equal(samples(case, terms, "ddpm"), plain)
+
+
+def test_a_stronger_scale_moves_the_image_further(case):
+    plain = samples(case, [], "ddim")
+    for weak, strong in zip(every_term(case.model, 0.05), every_term(case.model, 0.2), strict=True):
+        near, far = ((samples(case, [term], "ddim") - plain).norm() for term in (weak, strong))
+        assert 0 < near < far, type(weak).__name__
+
+
+def test_transforms_apply_where_their_window_is_open_only(case):
+    class Nothing(ContrastGuidance):
+        def delta(self, ctx, pred):
+            return torch.ones_like(pred.eps)
+
+    def guided(*transforms):
+        return samples(case, [Nothing(0.1), *transforms], "ddim")
+
+    assert torch.equal(guided(), guided(ProjectedGuidance(start=0), Rescale(1.0, start=0)))
+    assert not torch.equal(guided(), guided(ProjectedGuidance(start=2)))
+    assert not torch.equal(guided(ProjectedGuidance(start=2)), guided(ProjectedGuidance()))
+
+
+@pytest.mark.parametrize("make", [
+    lambda model: ClassifierFreeGuidance(1.0, -1), lambda model: IndependentConditionGuidance(1.0, 0),
+    lambda model: TimestepGuidance(model, 1.0, -0.1), lambda model: TimestepGuidance(model, 1.0, 1.0, math.nan),
+    lambda model: TimestepGuidance(model, 1.0, 1.0, blocks=["output.9"]),
+    lambda model: SmoothedEnergyGuidance(model, ["input.0"], 1.0), lambda model: SmoothedEnergyGuidance(model, [], 1.0),
+    lambda model: SmoothedEnergyGuidance(model, ["middle"], 1.0, 0.0),
+    lambda model: CleanClassifierGuidance(Clean(), 1.0, math.inf),
+    lambda model: CleanClassifierGuidance(Clean(), 1.0, mean=[0.5]),
+    lambda model: ProjectedGuidance(norm_threshold=0.0), lambda model: ProjectedGuidance(momentum=1.0),
+    lambda model: Rescale(1.5)])
+def test_wrong_arguments_are_refused(case, make):
+    with pytest.raises(UserError):
+        make(case.model)
+
+
+def test_methods_of_labels_refuse_a_network_without(case):
+    ctx = StepContext(Denoiser(case.diffusion, case.model), case.x, case.t, case.ids)
+    for term in (ClassifierFreeGuidance(1.0, 2), IndependentConditionGuidance(1.0, 2)):
+        with pytest.raises(UserError, match="needs labels"):
+            term.weaker(ctx, None)
+    with pytest.raises(UserError, match="needs labels"):
+        CleanClassifierGuidance(Clean(), 1.0).gradient(ctx, None)
