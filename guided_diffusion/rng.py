@@ -46,6 +46,7 @@ class Stream(NamedTuple):
 
 
 IMAGE_TRAINING, DEPTH_TRAINING = "training on images", "training of depth predictors"
+DEPTH_READING = "depth images by a predictor"
 
 STREAMS = {
     "order": Stream(IMAGE_TRAINING, 0, ("epoch",)),                         # permutation of the images
@@ -61,6 +62,7 @@ STREAMS = {
     "depth batch": Stream(DEPTH_TRAINING, 1, ("step",)),                    # which images, and which draws of each
     "depth noise": Stream(DEPTH_TRAINING, 2, ("image", "draw")),            # timestep and noise
     "held-out noise": Stream(DEPTH_TRAINING, 1, ("image", "step")),         # of the images that measure accuracy
+    "depth reading": Stream(DEPTH_READING, 0, ("image",)),                  # timestep and noise
 }
 
 

@@ -1,9 +1,10 @@
 """Compute dFID of depth maps that were estimated with any network: FID between two sets of them, seen as images.
 
 A file holds depth, (N, H, W) numbers; estimate those of real and of generated images with one and the same network
-(arXiv 2212.08861 has a DPT). Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own
-range, or that of --depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the
-network are here too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the ranks share the maps.
+(arXiv 2212.08861 has a DPT). A file without depth holds grey images of it, arr_0, such as the samples of a depth prior.
+Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own range, or that of
+--depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the network are here
+too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the ranks share the maps.
 
 Example:
     python scripts/depth_fid.py real_depth.npz unguided_depth.npz dcg_depth.npz --bootstrap 200

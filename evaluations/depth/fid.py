@@ -1,9 +1,10 @@
 """dFID of depth maps that were estimated with any network: FID between two sets of them, seen as images.
 
 A file holds depth, (N, H, W) numbers; estimate those of real and of generated images with one and the same network
-(arXiv 2212.08861 has a DPT). Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own
-range, or that of --depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the
-network are here too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the ranks share the maps.
+(arXiv 2212.08861 has a DPT). A file without depth holds grey images of it, arr_0, such as the samples of a depth prior.
+Each map becomes an 8-bit image, round((d + 1) * 127.5), with d from -1 to 1: over its own range, or that of
+--depth_range. Then they are images as any others for evaluations/evaluator.py, whose options of the network are here
+too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the ranks share the maps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class DepthFidOptions(Options):
 
     depth_range: str = option(OWN_RANGE, "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the "
                               "units of the files")
+    map_size: int | None = option(None, "height and width of the images, to which maps are resized; unset: the smaller "
+                                  "side of the maps of each file", minimum=2)
     num_images: int | None = option(None, "only the first so many maps of each sample file; unset: all", minimum=2)
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
     seed: int = seed_option("seed of the resamplings")
@@ -43,33 +46,45 @@ class DepthFidOptions(Options):
 
 
 class DepthFile:
-    """A file of depth maps. Raises UserError as it is made, where the file holds anything else."""
+    """A file of depth maps, or of grey images of them. Raises UserError where the file holds anything else.
 
-    def __init__(self, path: str) -> None:
+    size: height and width of the images that the maps become; None: the smaller side of the maps.
+    """
+
+    def __init__(self, path: str, size: int | None = None) -> None:
         self.file = BatchFile(path)
-        if "depth" not in self.file.members:
+        self.member = "depth" if "depth" in self.file.members or "arr_0" not in self.file.members else "arr_0"
+        if self.member not in self.file.members:
             raise UserError(f"{path}: has no depth, which must be (N, H, W) numbers")
-        self.shape, dtype = self.file.header("depth")
-        if len(self.shape) != 3 or min(self.shape) < 1 or dtype.kind not in "fiu":
-            raise UserError(f"{path}: depth is {self.shape} {dtype}, must be (N, H, W) numbers")
+        self.shape, dtype = self.file.header(self.member)
+        grey = len(self.shape) == 4 and self.member == "arr_0" and self.shape[3] in (1, 3)
+        if not (grey or len(self.shape) == 3) or min(self.shape) < 1 or dtype.kind not in "fiu":
+            raise UserError(f"{path}: {self.member} is {self.shape} {dtype}, must be (N, H, W) numbers"
+                            f"{', or grey images (N, H, W, 3)' * (self.member == 'arr_0')}")
         if self.shape[0] < 2:
             raise UserError(f"{path}: has {self.shape[0]} depth map, at least 2 are needed")
+        self.size = size or min(self.shape[1:3])
 
     def images(self, limits: tuple[float, float] | None) -> Iterator[np.ndarray]:
-        """The depth maps as images, in pieces (n, S, S, 3) uint8, where S is the smaller side.
+        """The depth maps as images, in pieces (n, size, size, 3) uint8.
 
-        limits: NEAR and FAR, or None: each map has its own. Raises UserError as `read_depth` does.
+        limits: NEAR and FAR, or None: each map has its own. Raises UserError as `read_depth` does, and for images that
+        are not grey.
         """
-        size, first = min(self.shape[1:]), 0
-        for depth in self.file.pieces("depth", PIECE):
+        size, first = self.size, 0
+        for depth in self.file.pieces(self.member, PIECE):
+            if depth.ndim == 4:
+                if (depth != depth[..., :1]).any():
+                    raise UserError(f"{self.file.path}: has no depth, which must be (N, H, W) numbers, and arr_0 holds "
+                                    "colour images, not grey ones of depth maps")
+                depth = depth[..., 0]
             piece = _DepthPiece(depth, f"{self.file.path}: depth map", first)
             yield depth_images(np.stack([read_depth(piece, index, size, limits) for index in range(len(depth))]))
             first += len(depth)
 
     def write_images(self, path: Path, limits: tuple[float, float] | None) -> None:
         """Writes the depth maps as images; limits as in `images`."""
-        size = min(self.shape[1:])
-        write_batch(path, {}, self.images(limits), (self.shape[0], size, size, 3))
+        write_batch(path, {}, self.images(limits), (self.shape[0], self.size, self.size, 3))
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
 
 def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOptions) -> list[DepthFile]:
     """The files, the reference first; raises UserError where one is none, or has fewer maps than --num_images."""
-    files = [DepthFile(path) for path in (reference, *samples)]
+    files = [DepthFile(path, options.map_size) for path in (reference, *samples)]
     for file in files[1:]:
         if options.num_images and options.num_images > file.shape[0]:
             raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
@@ -143,7 +158,7 @@ def _describe_depth(result: dict[str, Any], reference: DepthFile, sample: DepthF
         result[name] |= {"file": str(source.file.path), "sha256": source.file.sha256}
     for values in (result["metrics"], result.get("intervals95", {})):
         values |= {"dfid": values.pop("fid")} if values else {}
-    result["protocol"] = {"depth_range": options.depth_range, "seed": options.seed}
+    result["protocol"] = {"depth_range": options.depth_range, "map_size": sample.size, "seed": options.seed}
 
 
 def in_words(results: Sequence[Mapping[str, Any]]) -> str:

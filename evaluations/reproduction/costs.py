@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -36,17 +36,19 @@ class RowPasses:
     """Passes through the networks for one image, from noise to sample.
 
     forward: evaluations of the diffusion network, parts included. backward: gradients through them. others: evaluations
-    of further networks by name.
+    of further networks by name, each with its gradient. plain: those without one.
     """
 
     steps: int
     forward: float
     backward: int
     others: Mapping[str, int]
+    plain: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Like "40", "34.8", or "40 + 20 back + 20 of the classifier"."""
-        parts = [(self.backward, "back"), *((count, f"of the {name}") for name, count in self.others.items())]
+        parts = [(self.backward, "back"), *((count, f"of the {name}") for name, count in self.others.items()),
+                 *((count, f"of the {name}, no gradient") for name, count in self.plain.items())]
         return " + ".join([f"{round(self.forward, 1):.10g}", *(f"{count} {word}" for count, word in parts if count)])
 
 
@@ -84,7 +86,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     run, count, one = row.run, passes(row.run), flops(row.run)
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
-    each += sum(number * one.others.get(name, 0) for name, number in count.others.items())
+    each += sum(number * one.others.get(name, 0) for name, number in {**count.others, **count.plain}.items())
     disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
     missing = tuple(missing_files(row, references, inception))
     return RowCost(count, images, round(images * each), disk, _weights(run), missing)
@@ -94,7 +96,7 @@ def passes(run: SamplingRun) -> RowPasses:
     """Returns the passes of a run, by the scales and windows of its guidance."""
     t, process = torch.arange(run.num_steps), run.process()
     forward: float = run.num_steps
-    backward, others = torch.zeros_like(t, dtype=torch.bool), Counter[str]()
+    backward, others, plain = torch.zeros_like(t, dtype=torch.bool), Counter[str](), Counter[str]()
     for method in run.active:
         for term, step in method.schedule():
             window = term.window(t, process)
@@ -102,8 +104,9 @@ def passes(run: SamplingRun) -> RowPasses:
             if guided and step.forward:
                 forward += step.forward * guided * evaluation_part(run.model, tuple(step.begins_at))
             backward |= window & bool(step.backward)          # one pass for all terms of a step
-            others.update({name: count * guided for name, count in {**step.others, **step.plain}.items() if guided})
-    return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others))
+            others.update({name: count * guided for name, count in step.others.items() if guided})
+            plain.update({name: count * guided for name, count in step.plain.items() if guided})
+    return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others), dict(plain))
 
 
 def flops(run: SamplingRun) -> Flops:

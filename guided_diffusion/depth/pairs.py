@@ -88,7 +88,7 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
         raise UserError(f"{data}: has no labels, which the class-conditional network needs: arr_1, one for each image")
     indices = range(len(source) if count is None else count)
     depth = np.stack([read_depth(source, index, size, limits) for index in indices])[:, None]
-    images = np.stack([_pixels(source, index, size, channels) for index in indices])
+    images = np.stack([read_pixels(source, index, size, channels) for index in indices])
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
                  None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
 
@@ -155,7 +155,8 @@ def read_depth(source: DepthMaps, index: int, size: int, limits: tuple[float, fl
     return unit.astype(np.float32)
 
 
-def _pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:
+def read_pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:
+    """One image, (channels, size, size) float32 in [-1, 1]."""
     image = crop_square(resize_smaller_side(source.image(index, channels), size), size)
     pixels = np.asarray(image).reshape(size, size, channels)
     return from_uint8(pixels.transpose(2, 0, 1))

@@ -10,7 +10,7 @@ from .. import checkpoint
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model, kind_of
 from ..errors import UserError
 from ..gaussian_diffusion import GaussianDiffusion
-from ..late import Tensor, torch
+from ..late import F, Tensor, torch
 from ..options import options_from
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ class DepthPrior:
         """The noise (N, 1, h, w) that the network sees in d_tau (N, 1, h, w) at index tau (N,) int64 of the chain."""
         output = self.model(d_tau, self.diffusion.model_timesteps(tau))
         return self.diffusion.interpret(output, d_tau, tau).eps
+
+
+def as_prior_sees(depth: Tensor, size: int) -> Tensor:
+    """Depth (N, 1, h, w) at a prior's size, (N, 1, size, size): bilinear, and antialiased where it shrinks."""
+    if depth.shape[2:] == (size, size):
+        return depth
+    return F.interpolate(depth, (size, size), mode="bilinear", antialias=size < max(depth.shape[2:]))
 
 
 def load_prior(path: str | Path, device: str | torch.device = "cpu") -> DepthPrior:

@@ -4,14 +4,17 @@
     DPG: L_dp = || eta - eps_phi(d_tau, tau) ||^2,    d_tau = sqrt(abar_tau) d_S + sqrt(1 - abar_tau) eta
     mean -= scale * grad L
 
+The gradient of L_dp contains the Jacobian of eps_phi. Score distillation (Poole et al., 2209.14988, equation 3) drops
+it: (eps_phi - eta) grad d_S takes the place of grad L_dp.
+
 d_S, d_W: the depth that the strong and the weak predictor read from the network's own feature maps at x_t. phi: a
 diffusion model of depth maps. Where the paper leaves it open: the square is averaged over pixels, tau is uniform over
 the middle of phi's chain, all steps are guided.
 Needs: capture of the predictors' feature blocks with their graph; DPG a depth prior. Cost: a backward pass through the
 network evaluation that the step makes anyway, up to the blocks read (one for both terms together), and no further
-evaluation; DPG also a forward and a backward pass of phi. The graph of one evaluation is held in memory up to the last
-block through which a loss is differentiated, unless the network was built with use_checkpoint. The strong predictor
-runs once for both terms.
+evaluation; DPG also a forward and a backward pass of phi, of which score distillation needs the first alone. The graph
+of one evaluation is held in memory up to the last block through which a loss is differentiated, unless the network was
+built with use_checkpoint. The strong predictor runs once for both terms.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ import numpy as np
 
 from ..capture import capture_features, end_graph, find_blocks
 from ..checkpoint import locate, read_metadata
-from ..depth.prior import DepthPrior, load_prior
+from ..depth.prior import DepthPrior, as_prior_sees, load_prior
 from ..errors import UserError
-from ..late import F, Tensor, torch
+from ..late import Tensor, torch
 from ..losses import mean_flat
 from ..options import option
 from ..process import Prediction
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("mean", "sum")
 TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
+FULL, SCORE = "full", "score"
+# What a step costs by each gradient of depth prior guidance.
+GRADIENTS = {FULL: Passes(backward=1, others={"prior": 1}), SCORE: Passes(backward=1, plain={"prior": 1})}
 
 
 class _DepthGuidance(LossGuidance):
@@ -127,31 +133,45 @@ class DepthPriorGuidance(_DepthGuidance):
     `image_size` may differ from the depth's: the depth is then resized by bilinear interpolation, antialiased where it
     shrinks. tau: the prior's step, as a fraction of its chain from 0 (no noise) to 1; None draws it from the middle,
     0.02 to 0.98. tau and eta depend on seed, image and step alone. start, stop and the noise levels: see `Guidance`.
+
+    gradient: "full" is that of L_dp, through the prior, as the paper writes it. "score" is score distillation: each
+    pixel of the depth that the prior sees is pushed by eps_phi - eta, times the scale and, where the reduction is the
+    mean, over the number of these pixels. That has neither the factor 2 of the square nor the sqrt(abar_tau) of d_tau,
+    so the same scale is not the same strength. The prior then records no graph and is not differentiated.
     """
 
     branches = ("strong",)
     differentiated = ("strong",)
-    passes = Passes(backward=1, others={"prior": 1})
+    passes = GRADIENTS[FULL]
 
     def __init__(self, model: Encoder, predictors: DepthPredictors, prior: DepthPrior, scale: float,
                  reduction: str = "mean", tau: float | None = None, seed: int = 0, start: int | None = None,
-                 stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+                 stop: int | None = None, *, gradient: str = FULL, **sigma: Unpack[SigmaRange]) -> None:
         super().__init__(model, predictors, scale, reduction, start, stop, **sigma)
+        if gradient not in GRADIENTS:
+            raise UserError(f"gradient {gradient!r}: must be one of {', '.join(GRADIENTS)}")
         if tau is not None and (isinstance(tau, bool) or not isinstance(tau, Real) or not 0 <= tau <= 1):
             raise UserError(f"tau {tau!r}: must be a fraction of the prior's chain from 0 to 1, or None")
         self.prior = prior
         self.tau = tau
         self.seed = seed
+        self.gradient = gradient
+        self.passes = GRADIENTS[gradient]
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The loss `scale * L_dp` of each image, (N,)."""
-        depth = self.depth(ctx, "strong")
-        size = self.prior.image_size
-        if depth.shape[2:] != (size, size):
-            depth = F.interpolate(depth, (size, size), mode="bilinear", antialias=size < max(depth.shape[2:]))
+        """What each image is moved down, (N,): `scale * L_dp`, or what has the gradient of score distillation."""
+        depth = as_prior_sees(self.depth(ctx, "strong"), self.prior.image_size)
         tau, eta = self.draw(ctx.image_ids, ctx.t)
         tau, eta = tau.to(depth.device), eta.to(depth)
-        return self.reduced((eta - self.prior.eps(self.prior.diffusion.q_sample(depth, tau, noise=eta), tau)) ** 2)
+        if self.gradient == FULL:
+            return self.reduced(self._error(depth, tau, eta) ** 2)
+        with torch.no_grad():
+            error = self._error(depth, tau, eta)
+        return self.reduced(error * depth)
+
+    def _error(self, depth: Tensor, tau: Tensor, eta: Tensor) -> Tensor:
+        """eps_phi(d_tau, tau) - eta, (N, 1, h, w)."""
+        return self.prior.eps(self.prior.diffusion.q_sample(depth, tau, noise=eta), tau) - eta
 
     def draw(self, image_ids: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Draws tau (N,) int64 and eta (N, 1, size, size) float32 of images (N,) at steps t (N,), on the CPU."""
@@ -185,6 +205,8 @@ class DagOptions(GuidanceOptions):
     dag_reduction: str = option("mean", f"squares over the pixels: {' or '.join(REDUCTIONS)}", choices=REDUCTIONS)
     depth_tau: float | None = option(None, "step of the depth prior as a part of its chain; unset: drawn from 0.02 to "
                                      "0.98", minimum=0, maximum=1)
+    dpg_gradient: str = option(FULL, "gradient of depth prior guidance: full, through the prior, or score, without the "
+                               "prior's Jacobian (score distillation)", choices=tuple(GRADIENTS), later=True)
     dag_start: int | None = option(None, "guided only at respaced steps below this one; unset: from the first",
                                    minimum=0)
     dag_stop: int | None = option(None, "guided only at respaced steps from this one up; unset: to the last", minimum=0)
@@ -202,9 +224,11 @@ class DagOptions(GuidanceOptions):
                           if scale)
 
     def details(self) -> dict[str, str]:
-        """Reduction and tau."""
+        """Reduction, tau, and the gradient of depth prior guidance."""
+        score = self.dpg_scale and self.dpg_gradient == SCORE
         return {"reduction": f"{self.dag_reduction} over pixels",
-                "tau": "tau drawn" if self.depth_tau is None else f"tau = {self.depth_tau:g}"}
+                "tau": "tau drawn" if self.depth_tau is None else f"tau = {self.depth_tau:g}",
+                "gradient": "score distillation" if score else "full gradient"}
 
     def files(self) -> dict[str, str]:
         """The predictors, and the prior where it is used."""
@@ -229,13 +253,14 @@ class DagOptions(GuidanceOptions):
         if self.dpg_scale:
             prior = load_prior(locate(self.depth_prior), nets.device)
             terms.append(DepthPriorGuidance(nets.model, predictors, prior, self.dpg_scale, tau=self.depth_tau,
-                                            seed=nets.seed, **common))
+                                            seed=nets.seed, gradient=self.dpg_gradient, **common))
         return terms
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One backward pass for both terms together, and the prior's evaluations."""
-        return [(Guidance(scale, self.dag_start, self.dag_stop, **self.sigma_range), term.passes)
-                for scale, term in ((self.dcg_scale, DepthConsistencyGuidance), (self.dpg_scale, DepthPriorGuidance))]
+        return [(Guidance(scale, self.dag_start, self.dag_stop, **self.sigma_range), passes)
+                for scale, passes in ((self.dcg_scale, DepthConsistencyGuidance.passes),
+                                      (self.dpg_scale, GRADIENTS[self.dpg_gradient]))]
 
     def check(self, sha256: Mapping[str, str]) -> None:
         """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""

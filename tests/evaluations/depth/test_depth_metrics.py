@@ -288,6 +288,18 @@ def test_dfid_of_depth_files_is_that_of_their_images(scenes, save_depth, save, c
     assert value == pytest.approx(by_hand["metrics"]["fid"], rel=1e-3)
 
 
+def test_grey_images_of_depth_count_as_depth_maps_and_may_be_resized(scenes, save_depth, save, command):
+    """Maps of 16x16, as a prior samples them, are compared at the 32x32 that the classifier of Fashion-MNIST reads."""
+    grey = depth_images(((scenes.depth - NEAR) / (FAR - NEAR) * 2 - 1).reshape(-1, 16, 2, 16, 2).mean(axis=(2, 4)))
+    size, grey_range = ("--map_size", 32), ("--depth_range", "0,255")
+    images = save("real", grey[:80]), save("other", grey[80:])
+    maps = save_depth("maps", grey[:80, :, :, 0]), save_depth("other_maps", grey[80:, :, :, 0])
+    (of_images,), _ = command("depth_fid", *images, *size, *grey_range, *FASHION_MNIST)
+    (of_maps,), _ = command("depth_fid", *maps, *size, *grey_range, *FASHION_MNIST)
+    assert of_images["metrics"]["dfid"] == of_maps["metrics"]["dfid"] > 0
+    assert of_images["protocol"]["map_size"] == 32
+
+
 def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
     scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
     files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])

@@ -104,6 +104,13 @@ def test_both_depth_terms_share_one_gradient(row, changes, expected):
     assert (counted.forward, counted.backward, counted.others.get("prior", 0)) == expected
 
 
+def test_score_distillation_evaluates_the_prior_without_a_gradient(row):
+    changes = {"dpg_scale": 40, "dpg_gradient": "score", "dag_start": 4}
+    counted = passes(row(**changes).run)
+    assert (counted.forward, counted.backward, counted.others, counted.plain) == (6, 4, {}, {"prior": 4})
+    assert str(counted) == "6 + 4 back + 4 of the prior, no gradient"
+
+
 def test_the_operations_of_a_released_network_are_those_that_its_authors_name():
     """ADM (2105.05233, table 8) counts 1120 billion multiply-adds for its 256x256 network."""
     row = load_table("sag_pretrained_256").rows["imagenet256"]

@@ -140,19 +140,27 @@ def dcg_loss(strong, weak, scale=40.0):
     return scale * ((strong - weak) ** 2).mean(dim=(1, 2, 3))
 
 
-def dpg_loss(case, strong, tau, eta, scale=40.0):
-    """tau: one step. 16 x 16 antialiased to 8 x 8: weights 1/8, 3/8, 3/8, 1/8, normalised at the border."""
+def shrunk(strong):
+    """16 x 16 antialiased to 8 x 8: weights 1/8, 3/8, 3/8, 1/8, normalised at the border."""
     weights = torch.zeros(8, 16, dtype=strong.dtype)
     for i in range(8):
         for j, weight in zip(range(2 * i - 1, 2 * i + 3), (1, 3, 3, 1), strict=True):
             if 0 <= j < 16:
                 weights[i, j] = weight
     weights /= weights.sum(dim=1, keepdim=True)
-    small = weights @ strong @ weights.T
+    return weights @ strong @ weights.T
+
+
+def eps_phi(case, small, tau, eta):
+    """The prior's noise in d_tau; tau: one step."""
     abar = case.prior.diffusion.alphas_cumprod[tau]
     d_tau = math.sqrt(abar) * small + math.sqrt(1 - abar) * eta
-    eps = case.prior.eps(d_tau, torch.full((len(d_tau),), tau))
-    return scale * ((eta - eps) ** 2).mean(dim=(1, 2, 3))
+    return case.prior.eps(d_tau, torch.full((len(d_tau),), tau))
+
+
+def dpg_loss(case, strong, tau, eta, scale=40.0):
+    """tau: one step."""
+    return scale * ((eta - eps_phi(case, shrunk(strong), tau, eta)) ** 2).mean(dim=(1, 2, 3))
 
 
 PIXELS = torch.randperm(256, generator=torch.Generator().manual_seed(1))[:60]
@@ -189,6 +197,38 @@ def test_gradient_is_that_of_finite_differences(exact, moved, names):
     expected = finite_differences(exact, moved, names)
     assert expected.norm() > 1e-3
     close(first(descent(exact, [terms(exact)[name] for name in names])), expected, 1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_score_distillation_is_the_error_of_the_prior_times_the_jacobian_of_depth(exact, moved, reduction):
+    """(eps_phi - eta) d d_S / d x_t, the Jacobian by central differences."""
+    (strong, _), (up, _), (down, _) = moved
+    tau, eta = terms(exact)["dpg"].draw(torch.tensor([0]), exact.t[:1])
+    error = eps_phi(exact, shrunk(strong), int(tau), eta.double()) - eta
+    jacobian = (shrunk(up) - shrunk(down)) / 2e-5
+    expected = 40 * (error * jacobian).flatten(1).sum(dim=1) / (64 if reduction == "mean" else 1)
+    term = DepthPriorGuidance(exact.model, exact.predictors, exact.prior, 40.0, reduction, gradient="score")
+    assert expected.norm() > 1e-3
+    close(first(descent(exact, [term])), expected, 1e-4)
+    full = first(descent(exact, [DepthPriorGuidance(exact.model, exact.predictors, exact.prior, 40.0, reduction)]))
+    assert (full - expected).norm() > 0.1 * expected.norm()
+
+
+def test_by_score_distillation_the_prior_records_no_graph(exact):
+    seen = []
+
+    class Watching(Prior):
+        def eps(self, d_tau, tau):
+            eps = super().eps(d_tau, tau)
+            seen.append((d_tau.requires_grad, eps.requires_grad))
+            return eps
+
+    prior = Watching()
+    prior.model.double()
+    for gradient in ("full", "score"):
+        term = DepthPriorGuidance(exact.model, exact.predictors, prior, 40.0, gradient=gradient)
+        assert descent(exact, [term]).abs().max() > 1e-3
+    assert seen == [(True, True), (False, False)]
 
 
 def test_the_strong_depth_is_a_target_that_gets_no_gradient(exact, moved):
@@ -570,6 +610,7 @@ def test_a_network_that_records_no_graph_is_refused(case):
     ({"tau": 1.5}, r"tau 1\.5: must be a fraction of the prior's chain from 0 to 1, or None"),
     ({"tau": -0.1}, r"tau -0\.1"), ({"tau": math.nan}, r"tau nan"), ({"tau": "0.5"}, r"tau '0\.5'"),
     ({"tau": True}, r"tau True"),
+    ({"gradient": "half"}, r"gradient 'half': must be one of full, score"),
 ])
 def test_bad_arguments_are_named(case, options, said):
     given = {"model": case.model, "predictors": case.predictors, "prior": case.prior, "scale": 1.0, **options}
