@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, nearest, option, seed_option
+from guided_diffusion.options import Options, cut, nearest, option, seed_option
 
 from . import plots
-from .extractors import BACKENDS, EXTRACTORS, ExtractorKind, find_extractor
+from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, extract
 from .image_sets import open_images
@@ -37,7 +38,7 @@ class ExtractorOptions(Options):
     """The network that sees the images."""
 
     backend: str = option("torch", "the network: " + "; ".join(f"{kind.name}, {kind.title}"
-                                                              for kind in EXTRACTORS.values()), choices=BACKENDS)
+                                                              for kind in EXTRACTORS.values()))
     inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
                             "this library, else downloaded")
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
@@ -45,6 +46,10 @@ class ExtractorOptions(Options):
                        "decimal and is for quick looks", choices=("float32", "bfloat16"))
     batch_size: int = option(64, "images at a time on each rank", minimum=1)
     cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_backend(self.backend)
 
     @property
     def kind(self) -> ExtractorKind:
@@ -66,7 +71,9 @@ class EvaluatorOptions(Options):
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
-    seed: int = seed_option("seed of the resamplings and of KID's subsets")
+    held_out: str = option("", "real images that the reference does not hold, of which the same numbers are shown "
+                           "first; unset: none")
+    seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
 
@@ -98,6 +105,11 @@ def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
     return options.kind.load(inception=options.inception, device=options.device, dtype=options.dtype)
 
 
+def extractor_settings(extractor: FeatureExtractor) -> dict[str, Any]:
+    """Returns what the features of an extractor depend on besides its weights, as JSON has it."""
+    return dict(getattr(extractor, "settings", {}))
+
+
 def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:
     """Loads the extractor on all ranks; the first one goes ahead, so that a file is downloaded or converted once."""
     extractor: FeatureExtractor | None = None
@@ -107,6 +119,22 @@ def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:
                 extractor = load_extractor(options)
     assert extractor is not None            # each rank has had its turn
     return extractor
+
+
+def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
+    """Raises UserError where metrics need features that the extractor does not give; within: where it was named."""
+    start = f"--backend {kind.name}{within}:"
+    of_depth = [metric.word for metric in metrics if metric.needs_depth]
+    if of_depth and not kind.estimates_depth:
+        able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
+        raise UserError(f"{start} does not estimate depth, which {', '.join(of_depth)} would need; must be one of "
+                        f"{able}, or your own network with an output depth")
+    lacking = {metric.word: metric.feature for metric in metrics
+               if metric.needs_network and metric.feature not in kind.outputs}
+    if lacking:
+        raise UserError(f"{start} gives {', '.join(sorted(kind.outputs))}, but no "
+                        f"{' and no '.join(dict.fromkeys(lacking.values()))}, which {', '.join(lacking)} would need: "
+                        "leave them out of --metrics")
 
 
 def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
@@ -158,6 +186,12 @@ def _is_stored(reference: BatchFile, metric: Metric) -> bool:
     return metric.needs is FromReference.NOTHING or metric.feature in reference.members
 
 
+def settings_text(extractor: FeatureExtractor) -> str:
+    """Returns the settings of an extractor as a reference file keeps them: without the version of what runs it."""
+    return json.dumps({name: value for name, value in extractor_settings(extractor).items() if name != "runtime"},
+                      sort_keys=True)
+
+
 def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> None:
     """Raises UserError where the statistics stored in a reference are those of another extractor.
 
@@ -167,6 +201,10 @@ def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> Non
     if name is None:
         return
     if (name == extractor.name) if sha256 is None else (sha256 == extractor.fingerprint):
+        settings = reference.value("backend_settings", str)
+        if settings not in (None, settings_text(extractor)):
+            raise UserError(f"{reference.path}: its statistics are of {name!r} with other settings ({cut(settings)}, "
+                            f"not {cut(settings_text(extractor))}): make it again with scripts/make_reference.py")
         return
     weights = "" if sha256 is None else f" (SHA-256 {sha256[:16]}..., not {extractor.fingerprint[:16]}...)"
     raise UserError(f"{reference.path}: its statistics are of the network {name!r}, not of {extractor.name!r}{weights}"
@@ -193,7 +231,8 @@ class Evaluation:
                  extractor: FeatureExtractor | None = None) -> None:
         self.options, self.extractor_options = options, extractor_options
         self.reference = open_reference(reference)
-        self.samples = [open_images(path) for path in samples]
+        given = [options.held_out] if options.held_out else []
+        self.samples = [open_images(path) for path in (*given, *samples)] if samples else []
         self.warn = warn
         self._given = extractor
         self._check_options()
@@ -210,11 +249,7 @@ class Evaluation:
             plots.check_plot(options.plot)
         if options.bootstrap == 1:
             raise UserError("--bootstrap 1: must be 0, or at least 2")
-        of_depth = [metric.word for metric in options.wanted if metric.needs_depth]
-        if of_depth and not kind.estimates_depth:
-            able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
-            raise UserError(f"--backend {kind.name}: does not estimate depth, which {', '.join(of_depth)} of --metrics "
-                            f"would need; must be one of {able}")
+        check_outputs(options.wanted, kind)
 
     def _check_samples(self) -> None:
         if not self.samples:
@@ -271,7 +306,7 @@ class Evaluation:
                  ) -> FileFeatures:
         """Extracts the features that `metrics` read, and those of a picture, of the first `count` images."""
         features: dict[str, np.ndarray] = {}
-        if plotted or any(not metric.needs_depth for metric in metrics):
+        if plotted or any(metric.needs_network for metric in metrics):
             features |= extract(file, self.extractor, folder, self.extractor_options.batch_size, count)._asdict()
         if any(metric.needs_depth for metric in metrics):
             with dist_util.together():
@@ -281,7 +316,7 @@ class Evaluation:
         return FileFeatures(file, count or stored_count(file), features)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
-        """Returns the results, one for each sample file; an empty list on ranks other than the first.
+        """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
         It writes the files of `--json` and `--plot`. folder: keeps the features.
         """
@@ -293,6 +328,8 @@ class Evaluation:
                 comparisons = [Comparison(reference, sample, self.options.settings) for sample in samples]
                 results = [self._result(reference, sample, comparison)
                            for sample, comparison in zip(samples, comparisons, strict=True)]
+                if self.options.held_out:
+                    results[0]["held_out"] = True
                 if self.options.plot:
                     self._plot(samples, comparisons, results)
                 if self.options.json:
@@ -332,7 +369,9 @@ class Evaluation:
             "metrics": values,
             **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
             "backend": {"name": self.extractor.name, "sha256": self.extractor.fingerprint,
-                        **({"dtype": self.extractor_options.dtype} if kind.has_dtype else {})},
+                        **({"dtype": self.extractor_options.dtype} if kind.has_dtype else {}),
+                        **({"backend": kind.name, "settings": extractor_settings(self.extractor)} if kind.is_own
+                           else {})},
             **({"depth": self.depth.description()} if self.depth else {}),
             "protocol": {"precision_recall": self.options.precision_recall,
                          "neighbours": {word: metric.neighbours for word, metric in METRICS.items()
@@ -373,7 +412,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
              f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
              f"protocol:  {first['protocol']['precision_recall']} precision and recall; {versions}"]
     for result in results:
-        lines.append(f"sample:    {_described(result['sample'])}")
+        lines.append(f"{'held out: ' if result.get('held_out') else 'sample:   '} {_described(result['sample'])}")
         for word, value in result["metrics"].items():
             low, high = result.get("intervals95", {}).get(word, (None, None))
             of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"

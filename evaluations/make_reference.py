@@ -27,7 +27,7 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
-from .evaluation import ExtractorOptions, load_extractor_once
+from .evaluation import ExtractorOptions, load_extractor_once, settings_text
 from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder
 from .image_sets import open_images
@@ -76,6 +76,8 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
         features = extract(images, extractor, folder, options.batch_size, count)
         if dist_util.is_main():
             arrays = _statistics(features, extractor, count)
+            if options.kind.is_own:
+                arrays["backend_settings"] = np.array(settings_text(extractor))
             kept = None
             if options.keep == "features":
                 arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
@@ -101,9 +103,12 @@ def _removed(path: Path) -> Iterator[Path]:
 
 def _statistics(features: Features, extractor: FeatureExtractor, count: int) -> dict[str, np.ndarray]:
     """Returns the statistics of the features, with the extractor's name and the SHA-256 of its weights."""
-    pooled, spatial = feature_statistics(features.pooled), feature_statistics(features.spatial)
-    return {"mu": pooled.mean, "sigma": pooled.covariance, "mu_s": spatial.mean, "sigma_s": spatial.covariance,
-            "backend": np.array(extractor.name), "backend_sha256": np.array(extractor.fingerprint),
+    pooled = feature_statistics(features.pooled)
+    arrays = {"mu": pooled.mean, "sigma": pooled.covariance}
+    if features.spatial.shape[1]:           # networks of users may have none
+        spatial = feature_statistics(features.spatial)
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    return {**arrays, "backend": np.array(extractor.name), "backend_sha256": np.array(extractor.fingerprint),
             "count": np.array(count)}
 
 

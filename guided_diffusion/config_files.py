@@ -74,25 +74,25 @@ def _resolve_as_core_schema() -> None:
 _resolve_as_core_schema()
 
 
-def read_mapping(path: str | Path, within: str = "") -> dict[str, Any]:
+def read_mapping(path: str | Path, within: str = "", flag: str = "--config") -> dict[str, Any]:
     """The mapping in a YAML file; raises UserError where it cannot be read, or holds something else.
 
-    within: what follows the reason where the file cannot be read.
+    within: what follows the reason where the file cannot be read. flag: the option that named the file.
     """
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST_FILE + 1)
         if len(text) > LARGEST_FILE:
-            raise UserError(f"--config {path}: is larger than {LARGEST_FILE:,} bytes, too large for options")
+            raise UserError(f"{flag} {path}: is larger than {LARGEST_FILE:,} bytes, too large for options")
         content = yaml.load(text.decode(), _Loader)
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}){within}") from None
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}){within}") from None
     except RecursionError:
-        raise UserError(f"--config {path}: is nested too deeply") from None
+        raise UserError(f"{flag} {path}: is nested too deeply") from None
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())[:500]})") from None
+        raise UserError(f"{flag} {path}: is not YAML ({' '.join(str(error).split())[:500]})") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold option names and values, one a line")
+        raise UserError(f"{flag} {path}: must hold option names and values, one a line")
     return content

@@ -3,9 +3,12 @@
 Everything else loops over `EXTRACTORS` or asks a record for its properties; nothing tells extractors apart by name.
 """
 
-from guided_diffusion.errors import UserError
-from guided_diffusion.options import nearest
+from collections.abc import Callable
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import cut, nearest
+
+from . import own
 from .base import ExtractorKind, load_from
 
 EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
@@ -16,14 +19,34 @@ EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
     ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", load_from("fashion_mnist"),
                   pooled=64, spatial=8 * 8 * 8, probabilities=10, old_names=("embedded",)),
     ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", load_from("scenes"),
-                  pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True))}
-# Every word that --backend takes: the names, and the old ones before the name that took their place.
-BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() for word in (*kind.old_names, kind.name))
+                  pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True),
+    *own.KINDS)}
+# Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
+BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin
+                                  for word in (*kind.old_names, kind.name))
+
+
+def check_backend(word: str) -> str:
+    """Returns a word that --backend takes; raises UserError for another one. No file is looked at."""
+    _finder(word)
+    return word
 
 
 def find_extractor(word: str) -> ExtractorKind:
-    """The record of an extractor by its name or an old name; raises UserError for a word that is neither."""
+    """The record of an extractor by its name, an old name, or the word that names a network of the user's.
+
+    Raises UserError for any other word, and where that network's file or function cannot be used.
+    """
+    return _finder(word)()
+
+
+def _finder(word: str) -> Callable[[], ExtractorKind]:
     for kind in EXTRACTORS.values():
-        if word in (kind.name, *kind.old_names):
-            return kind
-    raise UserError(f"--backend {word}: must be one of {', '.join(BACKENDS)}{nearest(word, BACKENDS)}")
+        if not kind.plugin and word in (kind.name, *kind.old_names):
+            return lambda: kind
+    for kind in EXTRACTORS.values():
+        finder = kind.plugin(word) if kind.plugin else None
+        if finder:
+            return finder
+    known = [*BACKENDS, *(kind.name for kind in EXTRACTORS.values() if kind.plugin)]
+    raise UserError(f"--backend {cut(word)}: must be one of {', '.join(known)}{nearest(word, BACKENDS)}")

@@ -15,6 +15,7 @@ and list its record in `EXTRACTORS`, with the name of the file, which is importe
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,9 +25,11 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.late import torch
 
 from ..features import FeatureExtractor
+from ..metrics.comparison import Feature
 
 FLOAT32_BYTES = 4
 IMAGE_SIZE = 32                 # pixels of what the bundled extractors see
+PARTS = frozenset({Feature.POOLED, Feature.SPATIAL, Feature.PROBABILITIES})
 
 
 class Loader(Protocol):
@@ -55,7 +58,12 @@ def bundled_file(name: str) -> Path:
 
 @dataclass(frozen=True)
 class ExtractorKind:
-    """What is known of an extractor before it is loaded."""
+    """What is known of an extractor before it is loaded.
+
+    Widths are 0 where only loading tells them, as of networks that users bring. For those, a record in `EXTRACTORS` has
+    `plugin`, which takes a word of --backend: where it is one of its own, it returns a function that makes the record
+    of that very network, and which raises UserError where that cannot be used.
+    """
 
     name: str                           # the word that --backend takes
     title: str                          # what it is, for help and messages
@@ -67,10 +75,13 @@ class ExtractorKind:
     is_inception: bool = False          # the 2015 Inception: its file is --inception, its references name no network
     has_dtype: bool = False             # computes in the type of --dtype
     estimates_depth: bool = False       # is an `evaluations.features.DepthExtractor`
+    outputs: frozenset[Feature] = PARTS                 # the kinds of features that it gives
+    is_own: bool = False                # is the user's, so that results and references say its settings
+    plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the stored features of one image."""
+        """Bytes of the stored features of one image, as far as the widths are known."""
         return FLOAT32_BYTES * (self.pooled + self.spatial + self.probabilities)
 
 

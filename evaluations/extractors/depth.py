@@ -36,12 +36,15 @@ class DepthFeatures(NamedTuple):
 
 @runtime_checkable
 class DepthEstimator(FeatureExtractor, Protocol):
-    """An extractor that also estimates depth. accuracy: on held-out images, by name."""
+    """An extractor that also estimates depth. accuracy: on held-out images, by name.
+
+    It sees images of 32x32, unless an attribute `any_size` is True.
+    """
 
     accuracy: Mapping[str, float]
 
     def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
-        """Returns features of images (N, 32, 32, 3), uint8, and depth maps (N, 32, 32), from -1 (NEAR) to 1 (FAR)."""
+        """Returns features of images (N, H, W, 3), uint8, and depth maps (N, 32, 32), from -1 (NEAR) to 1 (FAR)."""
 
 
 class DepthExtractor:
@@ -67,7 +70,7 @@ class DepthExtractor:
 
         Raises UserError where the file has fewer images, or images of another size.
         """
-        check_scenes(file, count)
+        check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
         count, parts = count or len(file), []
         with progress_bar(count, file.path.name, "img") as progress:
             for _, images in file.batches(BATCH, num_images=count):
@@ -107,11 +110,11 @@ def depth_extractor(extractor: FeatureExtractor) -> DepthExtractor:
     return DepthExtractor(extractor)
 
 
-def check_scenes(file: BatchFile, count: int | None = None) -> None:
-    """Raises UserError where a file has not `count` images (None: two), or where they are not 32x32."""
+def check_scenes(file: BatchFile, count: int | None = None, any_size: bool = False) -> None:
+    """Raises UserError where a file has not `count` images (None: two), or, unless any size does, not 32x32 ones."""
     if not len(file):
         raise UserError(f"{file.path}: has no images, arr_0 must be (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3) uint8")
-    if file.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+    if not any_size and file.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         raise UserError(f"{file.path}: its images are {file.resolution}, the extractor of scenes reads {IMAGE_SIZE}x"
                         f"{IMAGE_SIZE}; for others scripts/depth_fid.py compares depth maps that you estimated")
     if len(file) < (count or 2):

@@ -57,5 +57,12 @@ def checked_pair(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[np.
     return _floating(reference), _floating(sample)
 
 
+def thinned(features: np.ndarray, max_images: int, seed: int) -> np.ndarray:
+    """Returns `max_images` of the features (N, ...), drawn by the seed, in their order; all where there are fewer."""
+    if len(features) <= max_images:
+        return features
+    return features[np.sort(np.random.default_rng(seed).choice(len(features), max_images, replace=False))]
+
+
 def _floating(features: np.ndarray) -> np.ndarray:
     return features.astype(np.result_type(features, np.float32), copy=False)

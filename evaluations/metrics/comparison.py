@@ -12,8 +12,10 @@ import numpy as np
 
 from guided_diffusion.npz import BatchFile, Statistics
 
+from .authenticity import authentic_samples
 from .frechet import RunningStatistics
 from .neighbours import Neighbourhoods, manifold_membership, neighbourhoods
+from .pixels import pixel_measure
 
 MANIFOLD_K, DENSITY_K = 3, 5        # nearest neighbours of precision and recall, and of density and coverage
 
@@ -26,9 +28,12 @@ class Feature(StrEnum):
     PROBABILITIES = "probabilities"     # (N, classes), sum 1
     DEPTH = "depth"                     # (N, D), features of depth maps
     SHARPNESS = "sharpness"             # (N,), edge sharpness of depth maps, metres per pixel
+    SATURATION = "saturation"           # (N,), of the pixels, in [0, 1]
+    CONTRAST = "contrast"               # (N,), of the pixels, in [0, 0.5]
 
 
 OF_DEPTH = frozenset({Feature.DEPTH, Feature.SHARPNESS})
+OF_PIXELS = frozenset({Feature.SATURATION, Feature.CONTRAST})      # which no network sees
 # What the names of the statistics of each kind end in, in reference batches.
 SUFFIXES = {Feature.POOLED: "", Feature.SPATIAL: "_s", Feature.DEPTH: "_depth"}
 
@@ -86,10 +91,15 @@ class FileFeatures(FeatureSet):
         return FileFeatures(self.file, count, {kind: values[:count] for kind, values in self.features.items()})
 
     def __getitem__(self, kind: Feature) -> np.ndarray:
-        """Returns the features of that kind, (N, ...), extracted or stored."""
+        """Returns the features of that kind, (N, ...): extracted, stored, or measured on the pixels."""
         if kind not in self.features:
-            self.features[kind] = self.file.read(kind)
+            of_pixels = kind in OF_PIXELS
+            self.features[kind] = pixel_measure(kind, self.file, self.count) if of_pixels else self.file.read(kind)
         return self.features[kind]
+
+    def knows(self, kind: Feature) -> bool:
+        """Whether there are features of that kind."""
+        return kind in self.features or bool(len(self.file) if kind in OF_PIXELS else kind in self.file.members)
 
     def statistics(self, kind: Feature) -> Statistics:
         """Returns mean and covariance of the features of that kind, stored or computed."""
@@ -143,3 +153,8 @@ class Comparison:
             return self.neighbourhoods.sample_inside, self.neighbourhoods.reference_inside
         return manifold_membership(self.reference[Feature.POOLED], self.sample[Feature.POOLED], MANIFOLD_K,
                                    self.settings.precision_recall)
+
+    @cached_property
+    def authentic(self) -> np.ndarray:
+        """For each sample image, whether it is no copy of an image of the reference: (M,) bool."""
+        return authentic_samples(self.reference[Feature.POOLED], self.sample[Feature.POOLED])

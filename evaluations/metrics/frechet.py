@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy.linalg import blas, lapack
 
@@ -157,41 +159,74 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
 
+class FrechetSums(NamedTuple):
+    """Sums over resampled images, from which ProjectedFeatures has their distance; those of two parts add up."""
+
+    images: int = 0
+    shift: np.ndarray | float = 0.0             # (D,), of the features from their centre
+    square: float = 0.0                         # of their squared norms
+    projected_shift: np.ndarray | float = 0.0   # (R,), of the projections on the reference's factor
+    gram: np.ndarray | float = 0.0              # (R, R), of the products of the projections
+
+    def plus(self, other: FrechetSums) -> FrechetSums:
+        """Returns the sums over the images of both."""
+        return FrechetSums(self.images + other.images, self.shift + other.shift, self.square + other.square,
+                           self.projected_shift + other.projected_shift, self.gram + other.gram)
+
+
+class ProjectedFeatures:
+    """Features with all that the Frechet distance from fixed reference statistics needs of any resampling of them.
+
+    mu (D,), sigma (D, D): the statistics. features: (N, D), at least two images. Raises UserError as
+    `frechet_distance`.
+    """
+
+    def __init__(self, mu: np.ndarray, sigma: np.ndarray, features: np.ndarray) -> None:
+        self._mu = mu = _mean(mu, "mu")
+        self._features = features = checked_features(features, "features", 2)
+        if features.shape[1] != len(mu):
+            raise UserError(f"statistics of {len(mu)} and of {features.shape[1]} channels: must be of the same network")
+        sigma = _covariance(sigma, "sigma", len(mu))
+        factor = _factor(sigma, "sigma")
+        self._trace = np.trace(sigma)
+        self._centre = centre = features.mean(axis=0, dtype=np.float64)
+        self._squares, self._projected = np.empty(len(features)), np.empty((len(features), factor.shape[1]), np.float32)
+        for rows in slices(len(features), 1024):
+            centred = features[rows] - centre
+            self._squares[rows] = np.einsum("ij,ij->i", centred, centred)
+            self._projected[rows] = centred @ factor
+
+    def sums(self, counts: np.ndarray) -> FrechetSums:
+        """Returns the sums over images that occur so often each, (N,) whole numbers."""
+        shift, projected_shift = np.zeros(len(self._mu)), np.zeros(self._projected.shape[1])
+        gram = np.zeros((self._projected.shape[1],) * 2)
+        for rows in slices(len(counts), 4096):
+            drawn = rows.start + np.flatnonzero(counts[rows])
+            weights = counts[drawn].astype(np.float64)
+            shift += weights @ (self._features[drawn] - self._centre)
+            weighted = self._projected[drawn] * np.sqrt(weights)[:, None]
+            projected_shift += np.sqrt(weights) @ weighted
+            gram += weighted.T @ weighted
+        return FrechetSums(int(counts.sum()), shift, float(counts @ self._squares), projected_shift, gram)
+
+    def distance(self, sums: FrechetSums) -> float:
+        """Returns the distance of the images that were summed, at least two."""
+        count, shift = sums.images, sums.shift / sums.images
+        projected_shift = sums.projected_shift / count
+        gram = (sums.gram - count * np.outer(projected_shift, projected_shift)) / (count - 1)
+        trace = (sums.square - count * np.dot(shift, shift)) / (count - 1)
+        difference = self._mu - self._centre - shift
+        return max(0.0, difference @ difference + self._trace + trace - 2 * _sum_of_roots(gram))
+
+
 def resampled_frechet_distance(mu: np.ndarray, sigma: np.ndarray, features: np.ndarray) -> Statistic:
     """Returns the statistic of `frechet_distance` of fixed reference statistics (D,), (D, D) to features (N, D).
 
     It costs one product N x D x D and the eigenvalues of one matrix for each replicate.
     """
-    mu = _mean(mu, "mu")
-    features = checked_features(features, "features", 2)
-    if features.shape[1] != len(mu):
-        raise UserError(f"statistics of {len(mu)} and of {features.shape[1]} channels: must be of the same network")
-    sigma = _covariance(sigma, "sigma", len(mu))
-    factor = _factor(sigma, "sigma")
-    centre = features.mean(axis=0, dtype=np.float64)
-    squares, projected = np.empty(len(features)), np.empty((len(features), factor.shape[1]), np.float32)
-    for rows in slices(len(features), 1024):
-        centred = features[rows] - centre
-        squares[rows] = np.einsum("ij,ij->i", centred, centred)
-        projected[rows] = centred @ factor
-
-    def one(counts: np.ndarray) -> float:
-        count = counts.sum()
-        shift, projected_shift = np.zeros(len(mu)), np.zeros(projected.shape[1])
-        gram = np.zeros((projected.shape[1],) * 2)
-        for rows in slices(len(features), 4096):
-            drawn = rows.start + np.flatnonzero(counts[rows])
-            weights = counts[drawn].astype(np.float64)
-            shift += weights @ (features[drawn] - centre) / count
-            weighted = projected[drawn] * np.sqrt(weights)[:, None]
-            projected_shift += np.sqrt(weights) @ weighted / count
-            gram += weighted.T @ weighted
-        gram = (gram - count * np.outer(projected_shift, projected_shift)) / (count - 1)
-        trace = (counts @ squares - count * (shift @ shift)) / (count - 1)
-        difference = mu - centre - shift
-        return max(0.0, difference @ difference + np.trace(sigma) + trace - 2 * _sum_of_roots(gram))
+    projected = ProjectedFeatures(mu, sigma, features)
 
     def statistic(counts: np.ndarray) -> np.ndarray:
-        return np.array([one(row.astype(np.int64)) for row in counts])
+        return np.array([projected.distance(projected.sums(row.astype(np.int64))) for row in counts])
 
     return statistic

@@ -10,7 +10,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 
 from . import arrays
-from .arrays import checked_pair, slices
+from .arrays import checked_pair, slices, thinned
 from .bootstrap import Statistic
 
 
@@ -39,7 +39,7 @@ def resampled_kid(reference: np.ndarray, sample: np.ndarray, max_images: int = 1
     if max_images < 2:
         raise UserError(f"max_images {max_images}: must be at least 2")
     pair = checked_pair(reference, sample, 1)
-    reference, sample = (_thinned(features, max_images, seed) for features in pair)
+    reference, sample = (thinned(features, max_images, seed) for features in pair)
     centre = (reference.mean(axis=0, dtype=np.float64) + sample.mean(axis=0, dtype=np.float64)) / 2
     real, generated = _Centred.of(reference, centre), _Centred.of(sample, centre)
 
@@ -77,12 +77,6 @@ class _Centred(NamedTuple):
             along[rows] = precise @ centre / len(centre)
             centred[rows] = precise
         return cls(centred, along, float(centre @ centre) / len(centre) + 1)
-
-
-def _thinned(features: np.ndarray, max_images: int, seed: int) -> np.ndarray:
-    if len(features) <= max_images:
-        return features
-    return features[np.sort(np.random.default_rng(seed).choice(len(features), max_images, replace=False))]
 
 
 def _kernel_rows(rows: _Centred, columns: _Centred) -> Iterator[tuple[slice, np.ndarray]]:

@@ -21,11 +21,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .authenticity import share_replicates
 from .bootstrap import Interval, Replicates, Statistic, bootstrap_replicates, resampled_mean
-from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, Comparison, Feature
+from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, OF_PIXELS, Comparison, Feature
+from .extrapolation import (
+    FEWEST,
+    frechet_distance_at_infinity,
+    order_replicates,
+    resampled_frechet_distance_at_infinity,
+)
 from .frechet import frechet_distance, resampled_frechet_distance
 from .inception_score import inception_score, resampled_inception_score
 from .kid import kid, resampled_kid
+from .mind import mind, resampled_mind
 from .subsets import subset_coverage, subset_recall, subset_replicates
 from .verdicts import HIGHER, LOWER, Direction
 
@@ -59,10 +67,12 @@ class Metric:
 
     word: its name in options and results. title: its name as the evaluator prints it. feature: the kind of features
     that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
-    reference. neighbours: k of its nearest neighbours, 0 for none. official: whether the evaluator computes it unless
-    told otherwise. if_nan: what it means that the value is not a number. falls_with_count: whether it is lower the more
-    samples there are of one distribution, so that an interval is of the metric of so many images. by_halves: whether
-    its resamplings are random halves of the samples. may_be_negative: whether bounds below 0 make sense.
+    reference. neighbours: k of its nearest neighbours, 0 for none. fewest: images that it needs of each file. official:
+    whether the evaluator computes it unless told otherwise. if_nan: what it means that the value is not a number.
+    falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
+    metric of so many images. by_halves: whether its resamplings are random halves of the samples. is_share: whether it
+    is one of the images, so that too few on either side leave it without an interval. may_be_negative: whether bounds
+    below 0 make sense.
     """
 
     word: str
@@ -73,10 +83,12 @@ class Metric:
     resampled: Callable[[Comparison], Resampled]
     needs: FromReference = FromReference.NOTHING
     neighbours: int = 0
+    fewest: int = 2
     official: bool = False
     if_nan: str = "it is not a number"
     falls_with_count: bool = False
     by_halves: bool = False
+    is_share: bool = False
     may_be_negative: bool = False
 
     @property
@@ -84,6 +96,8 @@ class Metric:
         """Why it may have no interval."""
         if self.by_halves:
             return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
+        if self.is_share:
+            return "it is nearly 0 or 100, so that too few images say how far it moves"
         return self.if_nan
 
     @property
@@ -94,12 +108,17 @@ class Metric:
     @property
     def smallest_count(self) -> int:
         """The smallest number of images of each file."""
-        return 1 + max(1, self.neighbours)
+        return max(self.fewest, 1 + self.neighbours)
 
     @property
     def needs_depth(self) -> bool:
         """Whether the extractor must estimate depth."""
         return self.feature in OF_DEPTH
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether the extractor must compute its features of images."""
+        return self.feature not in OF_DEPTH | OF_PIXELS
 
     def interval(self, comparison: Comparison, replicates: int) -> Interval | None:
         """Returns the 95 % interval by so many resamplings, None where there is none that keeps its promise.
@@ -142,7 +161,8 @@ def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray
     def resampled(comparison: Comparison) -> Resampled:
         return Resampled(resampled_mean(values(comparison)), len(values(comparison)))
 
-    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official)
+    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
+                  official=official)
 
 
 def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarray],
@@ -157,8 +177,8 @@ def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarr
         return Resampled(of_subsets(reference, sample, neighbours), len(sample),
                          partial(subset_replicates, reference_images=len(reference)))
 
-    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours, official,
-                  by_halves=True)
+    return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
+                  official=official, by_halves=True)
 
 
 def _inception_score(comparison: Comparison) -> float:
@@ -182,12 +202,47 @@ def _resampled_kid(comparison: Comparison) -> Resampled:
     return Resampled(statistic, min(comparison.sample.count, KID_IMAGES))
 
 
-def _sharpness(comparison: Comparison) -> float:
-    return float(np.mean(comparison.sample[Feature.SHARPNESS]))
+def _mind(comparison: Comparison) -> float:
+    return mind(comparison.reference[Feature.POOLED], comparison.sample[Feature.POOLED],
+                seed=comparison.settings.seed)
 
 
-def _resampled_sharpness(comparison: Comparison) -> Resampled:
-    return Resampled(resampled_mean(comparison.sample[Feature.SHARPNESS]), comparison.sample.count)
+def _resampled_mind(comparison: Comparison) -> Resampled:
+    reference, sample = comparison.reference[Feature.POOLED], comparison.sample[Feature.POOLED]
+    return Resampled(resampled_mind(reference, sample, seed=comparison.settings.seed), min(len(reference), len(sample)))
+
+
+def _fid_at_infinity(comparison: Comparison) -> float:
+    return frechet_distance_at_infinity(*comparison.reference.statistics(Feature.POOLED),
+                                        comparison.sample[Feature.POOLED], comparison.settings.seed)
+
+
+def _resampled_fid_at_infinity(comparison: Comparison) -> Resampled:
+    statistic = resampled_frechet_distance_at_infinity(*comparison.reference.statistics(Feature.POOLED),
+                                                       comparison.sample[Feature.POOLED])
+    return Resampled(statistic, comparison.sample.count, order_replicates)
+
+
+def _authenticity(comparison: Comparison) -> float:
+    return 100 * float(comparison.authentic.mean())
+
+
+def _resampled_authenticity(comparison: Comparison) -> Resampled:
+    return Resampled(resampled_mean(100 * comparison.authentic), len(comparison.authentic), share_replicates)
+
+
+def _of_images(word: str, title: str, direction: Direction, feature: Feature) -> Metric:
+    """The record of the mean of features that are one number an image."""
+    def value(comparison: Comparison) -> float:
+        return float(np.mean(comparison.sample[feature]))
+
+    def resampled(comparison: Comparison) -> Resampled:
+        return Resampled(resampled_mean(comparison.sample[feature]), comparison.sample.count)
+
+    return Metric(word, title, direction, feature, value, resampled)
+
+
+_SHARPNESS = _of_images("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS)
 
 
 def _real_sharpness(comparison: Comparison) -> float:
@@ -195,11 +250,11 @@ def _real_sharpness(comparison: Comparison) -> float:
 
 
 def _sharpness_gap(comparison: Comparison) -> float:
-    return abs(_sharpness(comparison) - _real_sharpness(comparison))
+    return abs(_SHARPNESS.value(comparison) - _real_sharpness(comparison))
 
 
 def _resampled_sharpness_gap(comparison: Comparison) -> Resampled:
-    resampled, real = _resampled_sharpness(comparison), _real_sharpness(comparison)
+    resampled, real = _SHARPNESS.resampled(comparison), _real_sharpness(comparison)
     return Resampled(lambda counts: abs(resampled.statistic(counts) - real), resampled.sizes)
 
 
@@ -219,8 +274,16 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
                   DENSITY_K),
     # Of depth maps that the extractor estimates (Kim et al., 2212.08861): FID of the maps, sharpness of their edges.
     _frechet("dfid", "dFID", Feature.DEPTH, official=False),
-    Metric("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS, _sharpness,
-           _resampled_sharpness),
+    _SHARPNESS,
     Metric("gap", "Sharpness gap", LOWER, Feature.SHARPNESS, _sharpness_gap, _resampled_sharpness_gap,
            FromReference.FEATURES),
+    Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
+           falls_with_count=True),
+    Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
+           FromReference.STATISTICS, fewest=FEWEST, may_be_negative=True),
+    Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
+           FromReference.FEATURES, is_share=True),
+    # Of the pixels themselves.
+    _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION),
+    _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST),
 )}

@@ -15,8 +15,8 @@ from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..evaluation import EvaluatorOptions, check_reference
-from ..extractors import EXTRACTORS, find_extractor
+from ..evaluation import EvaluatorOptions, check_outputs, check_reference
+from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..metrics import METRICS
 from ..plots import require_matplotlib
@@ -34,22 +34,14 @@ def check_rows(table: Table) -> None:
             needing = [METRICS[word].label for word in row.evaluation.words if METRICS[word].smallest_count == fewest]
             raise UserError(f"--num_samples {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
-        _check_depth(row)
+        check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
+                      f" of row {name} in {row.file}")
     used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
     if len(set(used.values())) > 1:
         pairs = ", ".join(f"{name} {mode}" for name, mode in used.items())
         raise UserError(f"{table.name}: mixes attention heads ({pairs}), so that its rows cannot be compared: pass "
                         "--heads exact or --heads official")
     require_matplotlib("the report needs")
-
-
-def _check_depth(row: Row) -> None:
-    """Raises UserError where a metric needs depth that the row's extractor does not estimate."""
-    of_depth = [word for word in row.evaluation.words if METRICS[word].needs_depth]
-    if of_depth and not find_extractor(row.evaluation.backend).estimates_depth:
-        able = ", ".join(kind.name for kind in EXTRACTORS.values() if kind.estimates_depth)
-        raise UserError(f"row {row.name} in {row.file}: its backend {row.evaluation.backend} does not estimate depth, "
-                        f"which {', '.join(of_depth)} would need; must be one of {able}")
 
 
 def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool) -> dict[str, str]:

@@ -13,7 +13,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
 
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, load_extractor_once
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, extractor_settings, load_extractor_once
 from ..features import FeatureExtractor
 from ..metrics import METRICS, Comparison, FileFeatures, Replicates
 from ..references import find_reference
@@ -84,7 +84,8 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                 continue
             if first[0] is None:
                 first = (_described(reference, rows[0].evaluation, settings.bootstrap),
-                         {"name": extractor.name, "sha256": extractor.fingerprint})
+                         {"name": extractor.name, "sha256": extractor.fingerprint,
+                          **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
             for row, sample in zip(rows, samples, strict=True):
                 for count in counts[row.name]:
                     comparison = Comparison(reference, sample.first(count), chosen.settings)
@@ -127,7 +128,7 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
     described = reference.description()
     own = {}
     for metric in (METRICS[word] for word in spec.words):
-        if not metric.direction.reading:
+        if not metric.direction.reading and reference.knows(metric.feature):
             number = metric.replicates(Comparison(reference, reference), bootstrap)
             own[metric.word] = {"value": number.estimate, "interval95": number.interval and list(number.interval)}
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],

@@ -33,7 +33,7 @@ from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..extractors import BACKENDS
+from ..extractors import check_backend
 from ..metrics import METRICS
 
 CONFIGS = configurations()
@@ -51,7 +51,7 @@ class EvaluationSpec(Options):
     """How the images of a row are evaluated, and under which circumstances its published numbers hold."""
 
     reference: str = option("", "reference batch: a file name, or a bundled one by name")
-    backend: str = option("torch", "the network that sees the images", choices=BACKENDS)
+    backend: str = option("torch", "the network that sees the images, as --backend of the evaluator")
     metrics: str = option("fid,sfid,is,precision,recall", f"which numbers, of {','.join(METRICS)}; shown in this order")
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
@@ -63,6 +63,7 @@ class EvaluationSpec(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_backend(self.backend)
         for word in self.words:
             if word not in METRICS:
                 raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"

@@ -221,8 +221,8 @@ def test_the_evaluator_has_the_same_numbers(save, scenes, command):
 def test_the_evaluator_needs_a_network_that_estimates_depth(save, scenes, refused):
     sample = save("unguided", scenes.rgb[:10])
     message = refused("evaluate", sample, sample, "--metrics", "fid,dfid", *FASHION_MNIST)
-    assert message == ("error: --backend fashion_mnist: does not estimate depth, which dfid of --metrics would need; "
-                       "must be one of scenes")
+    assert message == ("error: --backend fashion_mnist: does not estimate depth, which dfid would need; must be one "
+                       "of scenes, or your own network with an output depth")
 
 
 def test_command(save, scenes, command):

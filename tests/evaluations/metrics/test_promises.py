@@ -20,6 +20,8 @@ from evaluations.metrics import (
 from guided_diffusion.errors import UserError
 
 REPLICATES, GROUPS = 100, 120
+ELSEWHERE = {"mind", "fid_infinity", "authenticity", "saturation", "contrast"}      # in test_further_promises
+WORDS = [word for word in METRICS if word not in ELSEWHERE]
 
 
 class Distribution:
@@ -41,7 +43,7 @@ class Distribution:
 
 def simulated(random, reference, distribution, images, common):
     """The replicates of every metric, of sets of images in groups of 4 that have that part of their noise in common."""
-    found = {word: [] for word in METRICS}
+    found = {word: [] for word in WORDS}
     for _ in range(GROUPS):
         shared_noise, shared_sharpness = random.standard_normal((images, 6)), random.gamma(9, 1 / 9, images)
         for _ in range(4):
@@ -49,8 +51,8 @@ def simulated(random, reference, distribution, images, common):
             sharpness = np.where(random.random(images) < common, shared_sharpness, random.gamma(9, 1 / 9, images))
             comparison = Comparison(reference, distribution.drawn(noise, sharpness),
                                     ComparisonSettings(full_neighbourhoods=True))
-            for word, metric in METRICS.items():
-                found[word].append(metric.replicates(comparison, REPLICATES))
+            for word in WORDS:
+                found[word].append(METRICS[word].replicates(comparison, REPLICATES))
     return found
 
 

@@ -41,7 +41,8 @@ def test_a_new_metric_is_one_entry(tmp_path):
     ended = execute(*command, tmp_path / "reference.npz", tmp_path / "sample.npz", "--metrics", "fid,brightness",
                     "--backend", "fashion_mnist", "--bootstrap", 5, "--json", tmp_path / "result.json")
     assert ended.returncode == 0, ended.stderr
-    assert "coverage,dfid,sharpness,gap,brightness;" in "".join(ended.stdout.split())
+    assert "coverage,dfid,sharpness,gap,mind,fid_infinity,authenticity,saturation,contrast,brightness;" in "".join(
+        ended.stdout.split())
     (result,) = json.loads((tmp_path / "result.json").read_text())
     value, (low, high) = result["metrics"]["brightness"], result["intervals95"]["brightness"]
     assert low < value < high
@@ -56,7 +57,8 @@ def comparison():
         return FeatureSet({
             Feature.POOLED: random.normal(size=(80, 4)), Feature.SPATIAL: random.normal(size=(80, 6)),
             Feature.PROBABILITIES: random.dirichlet(np.ones(3), 80), Feature.DEPTH: random.normal(size=(80, 5)),
-            Feature.SHARPNESS: random.random(80)})
+            Feature.SHARPNESS: random.random(80), Feature.SATURATION: random.random(80),
+            Feature.CONTRAST: random.random(80)})
 
     reference, sample = features(), features()
     sample.features[Feature.POOLED] += 1            # so that some reference images are far from all samples
@@ -82,5 +84,6 @@ def test_names_and_numbers_of_images():
         "Inception Score", "Recall", "KID"]
     assert [METRICS[word].label for word in ("is", "fid", "precision", "sharpness")] == [
         "Inception Score", "FID", "precision", "edge sharpness"]
-    assert [METRICS[word].smallest_count for word in ("fid", "recall", "coverage")] == [2, 4, 6]
+    assert [METRICS[word].smallest_count for word in ("fid", "recall", "coverage", "fid_infinity")] == [2, 4, 6, 20]
+    assert METRICS["authenticity"].label == "authenticity in %" and METRICS["fid_infinity"].label == "FID at infinity"
     assert [word for word, metric in METRICS.items() if metric.needs_depth] == ["dfid", "sharpness", "gap"]

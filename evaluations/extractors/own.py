@@ -1,0 +1,72 @@
+"""Extractors that users bring, by the words of --backend: a network's file, or a function.
+
+Neither a file nor a module is looked at before its record is asked for, and no network is loaded before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.foreign import reading
+
+from ..features import FeatureExtractor
+from ..metrics.comparison import Feature
+from .base import ExtractorKind
+
+SUFFIXES = {"torchscript": (".pt", ".ts", ".pth", ".torchscript"), "onnx": (".onnx",)}      # by the file that loads
+FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def _file_record(word: str, loader: str) -> ExtractorKind:
+    """Returns what is known of a network's file; UserError where it or its YAML file cannot be used."""
+    from .preparation import read_preparation
+
+    path, settings = Path(word), Path(word).with_suffix(".yaml")
+    with reading(path, "cannot be read", flag="--backend"):
+        if not path.is_file():
+            raise UserError(f"--backend {word}: no such file")
+        if not settings.is_file():
+            raise UserError(f"--backend {word}: needs {settings} beside it, which says how images become its input: "
+                            "input_size, resize, range, mean, std and outputs")
+    preparation = read_preparation(settings)
+
+    def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+        extractor: FeatureExtractor = importlib.import_module(f"{__package__}.{loader}").load(path, preparation, device)
+        return extractor
+
+    return ExtractorKind(word, f"a network of yours ({loader})", load, 0, 0, 0, outputs=preparation.kinds,
+                         estimates_depth=Feature.DEPTH in preparation.kinds, is_own=True)
+
+
+def _function_record(word: str) -> ExtractorKind:
+    """Returns what is known of a function; UserError where it is not there."""
+    from .function import function_record
+
+    return function_record(word)
+
+
+def _finder_of_files(loader: str, word: str) -> Callable[[], ExtractorKind] | None:
+    return partial(_file_record, word, loader) if Path(word).suffix.lower() in SUFFIXES[loader] else None
+
+
+def _finder_of_functions(word: str) -> Callable[[], ExtractorKind] | None:
+    return partial(_function_record, word) if FUNCTION.fullmatch(word) else None
+
+
+def _not_named(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+    raise UserError("--backend: must name your file or function itself")
+
+
+KINDS = (
+    ExtractorKind("FILE.pt", "your own network in TorchScript, with FILE.yaml beside it", _not_named, 0, 0, 0,
+                  plugin=partial(_finder_of_files, "torchscript")),
+    ExtractorKind("FILE.onnx", "your own network in ONNX, with FILE.yaml beside it", _not_named, 0, 0, 0,
+                  plugin=partial(_finder_of_files, "onnx")),
+    ExtractorKind("MODULE:FUNCTION", "what your own function returns", _not_named, 0, 0, 0,
+                  plugin=_finder_of_functions),
+)

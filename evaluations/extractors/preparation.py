@@ -1,0 +1,180 @@
+"""What a YAML file beside a network says: how images become its input, and what its outputs are.
+
+    input_size: 224                         # pixels, or [height, width]; left out: images as they are
+    resize: bicubic                         # or bilinear, both with antialiasing, nearest or area
+    range: [0, 1]                           # what the values 0 and 255 of a channel become
+    mean: [0.485, 0.456, 0.406]             # then subtracted, a number or one for each channel
+    std: [0.229, 0.224, 0.225]              # then divided by
+    outputs: {pooled: 0}                    # by number or name
+    depth_range: [0, 80]                    # with an output depth: its values for the nearest and the farthest
+
+What is left out is as `Preparation` has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion.config_files import read_mapping
+from guided_diffusion.errors import UserError
+from guided_diffusion.late import F, Tensor, torch
+from guided_diffusion.npz import MAX_SIDE
+from guided_diffusion.options import nearest, shortened
+
+from ..metrics.comparison import Feature
+
+RESIZES = {"bicubic": True, "bilinear": True, "nearest": False, "area": False}      # whether with antialiasing
+KEYS = ("input_size", "resize", "range", "mean", "std", "outputs", "depth_range")
+OUTPUTS = ("pooled", "spatial", "probabilities", "logits", "depth")
+OF_MAP = ("min", "max")                 # ends of a depth range that are each map's own
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images become the input of a network, and which of its outputs are what.
+
+    size: height and width of the input, None where images stay as they are. low, high: what 0 and 255 become. outputs:
+    number or name by what it is. near, far: depths of the nearest and the farthest, numbers or "min" and "max".
+    """
+
+    size: tuple[int, int] | None = None
+    resize: str = "bicubic"
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    outputs: tuple[tuple[str, int | str], ...] = (("pooled", 0),)
+    near: float | str = OF_MAP[0]
+    far: float | str = OF_MAP[1]
+
+    @property
+    def kinds(self) -> frozenset[Feature]:
+        """The kinds of features that the outputs give."""
+        given = {"probabilities" if name == "logits" else name for name, _ in self.outputs}
+        return frozenset(Feature(name) for name in given)
+
+    def described(self) -> dict[str, Any]:
+        """Returns all of it, as JSON has it."""
+        values = asdict(self)
+        if Feature.DEPTH not in self.kinds:
+            del values["near"], values["far"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+                if name != "outputs"} | {"outputs": dict(self.outputs)}
+
+    def inputs(self, images: np.ndarray, device: torch.device) -> Tensor:
+        """Returns images (N, H, W, 3) uint8 as (N, 3, height, width) float32 on the device.
+
+        Bicubic resizing is cut off at 0 and 255, as it is where pictures are resized.
+        """
+        x = torch.from_numpy(np.array(images)).to(device).movedim(3, 1).float()
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            smooth = {"antialias": True, "align_corners": False} if RESIZES[self.resize] else {}
+            x = F.interpolate(x, self.size, mode=self.resize, **smooth).clamp(0, 255)
+        x = x * ((self.high - self.low) / 255) + self.low
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return ((x - mean) / std).contiguous()
+
+    def depth(self, maps: Tensor, side: int) -> np.ndarray:
+        """Returns maps (N, 1, H, W) or (N, H, W) as depth (N, side, side), float32, from -1 (near) to 1 (far)."""
+        maps = maps.reshape(len(maps), 1, *maps.shape[-2:]).float()
+        lowest, highest = (value.view(-1, 1, 1, 1) for value in maps.flatten(1).aminmax(dim=1))
+        near, far = (torch.as_tensor({"min": lowest, "max": highest}.get(str(end), end)) for end in
+                     (self.near, self.far))
+        span = torch.where(far == near, 1.0, far - near)        # a map of one depth is near
+        unit = (2 * (maps - near) / span - 1).clamp(-1, 1)
+        return F.interpolate(unit, (side, side), mode="area")[:, 0].numpy()
+
+
+def read_preparation(path: Path) -> Preparation:
+    """Reads such a file. Raises UserError where it is missing or says something that is not allowed."""
+    values = read_mapping(path, flag="--backend, settings")
+    for key in values:
+        if key not in KEYS:
+            raise UserError(f"{key} in {path}: no such setting{nearest(str(key), KEYS)}, there are {', '.join(KEYS)}")
+    reader = _Reader(path, values)
+    outputs = reader.outputs()
+    near, far = reader.depth_range("depth" in dict(outputs))
+    low, high = reader.numbers("range", (0.0, 1.0), 2)
+    if not low < high:
+        raise reader.refusal("range", "two numbers that rise")
+    std = reader.channels("std", 1.0)
+    if min(std) <= 0:
+        raise reader.refusal("std", "above 0")
+    return Preparation(reader.size(), reader.resize(), low, high, reader.channels("mean", 0.0), std, outputs, near, far)
+
+
+class _Reader:
+    """The values of a file, each checked."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self._path, self._values = path, values
+
+    def refusal(self, key: str, expected: str) -> UserError:
+        """Returns the sentence for a value that is not allowed."""
+        return UserError(f"{key} {shortened(self._values[key])} in {self._path}: must be {expected}")
+
+    def size(self) -> tuple[int, int] | None:
+        """Returns the height and width of the input."""
+        given = self._values.get("input_size")
+        if given is None:
+            return None
+        sides = given if isinstance(given, list) else [given, given]
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+            raise self.refusal("input_size", f"a whole number of pixels up to {MAX_SIDE}, or [height, width]")
+        return sides[0], sides[1]
+
+    def resize(self) -> str:
+        """Returns the kind of resizing."""
+        word = self._values.get("resize", "bicubic")
+        if word not in RESIZES:
+            raise self.refusal("resize", f"one of {', '.join(RESIZES)}{nearest(str(word), RESIZES)}")
+        return str(word)
+
+    def numbers(self, key: str, default: tuple[float, ...], count: int) -> tuple[float, ...]:
+        """Returns a list of so many numbers."""
+        given = self._values.get(key, list(default))
+        if not isinstance(given, list) or len(given) != count or not all(map(_is_number, given)):
+            raise self.refusal(key, f"a list of {count} numbers")
+        return tuple(map(float, given))
+
+    def channels(self, key: str, default: float) -> tuple[float, ...]:
+        """Returns a number, or one for each channel."""
+        given = self._values.get(key, default)
+        return (float(given),) if _is_number(given) else self.numbers(key, (), 3)
+
+    def outputs(self) -> tuple[tuple[str, int | str], ...]:
+        """Returns which outputs are what."""
+        given = self._values.get("outputs", {"pooled": 0})
+        if not isinstance(given, dict) or "pooled" not in given or not all(
+                type(place) is str or (type(place) is int and place >= 0) for place in given.values()):
+            raise self.refusal("outputs", "numbers or names of outputs by what they are, pooled among them")
+        for name in given:
+            if name not in OUTPUTS:
+                raise self.refusal("outputs", f"of {', '.join(OUTPUTS)}{nearest(str(name), OUTPUTS)}")
+        if {"probabilities", "logits"} <= given.keys():
+            raise self.refusal("outputs", "either probabilities or logits")
+        return tuple(given.items())
+
+    def depth_range(self, needed: bool) -> tuple[float | str, float | str]:
+        """Returns the depths of the nearest and the farthest."""
+        given = self._values.get("depth_range")
+        if given is None and needed:
+            raise UserError(f"depth_range in {self._path}: must be given with an output depth: its values for the "
+                            "nearest and the farthest, like [0, 80], or [max, min] of each map where near is large")
+        if given is None:
+            return OF_MAP
+        if not isinstance(given, list) or len(given) != 2 or given[0] == given[1] or not all(
+                end in OF_MAP or _is_number(end) for end in given):
+            raise self.refusal("depth_range", "two different ones of a number, min and max")
+        near, far = (end if isinstance(end, str) else float(end) for end in given)
+        return near, far
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,64 @@
+"""Authenticity: which samples are farther from the training images than these are from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .arrays import checked_pair, slices
+from .bootstrap import Replicates, Statistic, bootstrap_replicates
+from .distances import Points, centred_points, squared_distances
+
+CANDIDATES = 4          # nearest ones in single precision, among which double precision decides
+FEWEST = 10             # samples on either side, below which a share moves by too few of them to tell how far
+
+
+def authentic_samples(training: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Returns which samples are no copies of a training image, (M,) bool; the mean is the authenticity.
+
+    training: (N, D), sample: (M, D), at least two images of each. With a the training image that is nearest to a
+    sample, the sample counts where it is farther from a than the nearest other training image is from a. Exact copies
+    never count. Distances are compared in float64. Raises UserError for shapes that do not fit, too few images, NaN or
+    infinity. Source: Alaa et al. 2102.08921, section 3.
+    """
+    real, generated = centred_points(*checked_pair(training, sample, 1))
+    nearest, squared = _nearest(generated, real)
+    originals, which = np.unique(nearest, return_inverse=True)
+    _, own = _nearest(real.take(originals), real, originals)
+    return squared > own[which]
+
+
+def _nearest(points: Points, others: Points, without: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which of the others is nearest to each point, (n,) indices, and its squared distance, (n,) float64.
+
+    without: (n,) index of one of the others that does not count. Of equally near ones the first is taken.
+    """
+    indices, squared = np.empty(len(points.given), np.intp), np.empty(len(points.given))
+    kept = min(CANDIDATES, len(others.given) - (without is not None))
+    for rows, block in squared_distances(points, others):
+        if without is not None:
+            block[np.arange(len(block)), without[rows]] = np.inf
+        for part in slices(len(block), 256):
+            chosen = slice(rows.start + part.start, rows.start + part.stop)
+            candidates = np.sort(np.argpartition(block[part], kept - 1, axis=1)[:, :kept], axis=1)
+            own = points.given[chosen].astype(np.float64)
+            exact = np.stack([np.square(others.given[column] - own).sum(axis=1) for column in candidates.T], axis=1)
+            best = exact.argmin(axis=1)[:, None]
+            indices[chosen] = np.take_along_axis(candidates, best, axis=1)[:, 0]
+            squared[chosen] = np.take_along_axis(exact, best, axis=1)[:, 0]
+    return indices, squared
+
+
+def share_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
+                     seed: int) -> Replicates:
+    """Returns a share in percent of resampled images, as `bootstrap_replicates` does.
+
+    The values are NaN, so that there is no interval, where fewer than ten images lie on either side: resamplings of so
+    few would promise too much. Raises UserError for replicates below 2.
+    """
+    found = bootstrap_replicates(statistic, sizes, estimate, replicates, seed)
+    count = int(np.sum(sizes))
+    if FEWEST <= round(estimate / 100 * count) <= count - FEWEST:
+        return found
+    return Replicates(estimate, np.full(replicates, np.nan))
