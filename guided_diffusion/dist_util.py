@@ -1,8 +1,8 @@
 """The ranks of a job: which one this process is, how many there are, and which device it uses.
 
 One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank a process
-is, and torch.distributed connects the ranks: by nccl where there are GPUs, else by gloo. CUDA_VISIBLE_DEVICES is
-respected.
+is, and torch.distributed connects the ranks: by nccl where each has a GPU of its own, else by gloo. CUDA_VISIBLE_DEVICES
+is respected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import checkpoint
 from .errors import LostRankError, PeerError, UserError
 from .files import reason
 from .late import Tensor, dist, torch
-from .launchers import is_main, launched, rank, world_size
+from .launchers import is_main, launched, local_size, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",
            "setup_dist", "shutdown", "store", "sync_params", "together", "world_size"]
@@ -47,9 +47,10 @@ def setup_dist() -> None:
     this, size, _ = launched()
     if size == 1 or dist.is_initialized():
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
+    backend = "gloo"
+    if torch.cuda.is_available():
         torch.cuda.set_device(dev())
+        backend = "gloo" if ranks_share_gpus() else "nccl"
     global _meeting
     try:
         if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
@@ -65,6 +66,11 @@ def setup_dist() -> None:
         raise LostRankError(f"rank {this} cannot be connected with the others ({reason(error)[:200]}): a rank or its "
                             "launcher is gone") from None
     _meeting = meeting
+
+
+def ranks_share_gpus() -> bool:
+    """Whether more ranks run on this node than it has GPUs, as far as the launcher says so; nccl refuses that."""
+    return local_size() > torch.cuda.device_count()
 
 
 def store(name: str) -> dist.Store:

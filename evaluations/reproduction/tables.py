@@ -43,6 +43,7 @@ PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "ch
 COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
     "evaluations": "network evaluations per image",
     "gradients": "backward passes per image",
+    "work": "network evaluations per image, those of other networks and backward passes by their operations",
 }
 
 
@@ -125,10 +126,11 @@ class Section:
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart of all rows of a table. x: one of COSTS. y: the word of a metric."""
+    """A chart of the rows of a table. x: one of COSTS. y: the word of a metric. sections: by title; none: all."""
 
     x: str
     y: str
+    sections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.options import option_fields
 from guided_diffusion.runs.sample import SamplingRun
 
 from .tables import Table
@@ -52,6 +53,12 @@ def guidance(run: SamplingRun) -> str:
     names = [method.short + " in a window" * any(level is not None for level in method.sigma_range.values())
              for method in run.active]
     return " + ".join(names) or NO_GUIDANCE
+
+
+def guidance_flags(run: SamplingRun) -> dict[str, Any]:
+    """Returns the flags by value of the guidance that is on, but the names of files, as far as they are not default."""
+    return {field.name: value for method in run.active for field in option_fields(type(method))
+            if (value := getattr(method, field.name)) != field.default and field.name not in {**method.files(), **method.remedies}}
 
 
 def heads(run: SamplingRun) -> str:

@@ -10,8 +10,8 @@ Needs: nothing, neither labels nor attention. Cost: one more network evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self, Unpack
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from ..options import comma_separated, option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -74,6 +74,7 @@ class TsgOptions(GuidanceOptions):
 
     short = "TSG"
     switched_on: ClassVar = {"tsg_scale": 1.0}
+    search: ClassVar = each("tsg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "tsg"
 
     tsg_scale: float = option(0.0, "scale s of time step guidance; 0: off")
@@ -89,6 +90,10 @@ class TsgOptions(GuidanceOptions):
     def active(self) -> bool:
         """Whether the scale is not 0."""
         return self.tsg_scale != 0
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each block of a network alone."""
+        return {name: replace(self, tsg_blocks=name) for name in model.feature_blocks}
 
     def headline(self) -> str:
         """Like "TSG s = 1"."""
