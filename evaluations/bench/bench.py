@@ -18,6 +18,7 @@ from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import save_comparison
 
 from ..evaluation import ExtractorOptions
+from ..metrics import METRICS
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, measure_rows
@@ -117,7 +118,7 @@ def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[
 def _plan(bench: Bench, options: BenchOptions) -> str:
     found, why = _chosen(bench, options)
     ranks = options.ranks or dist_util.world_size()
-    return plan(bench, found, why, _rank_seconds(bench, options) / ranks, options.hours)
+    return plan(bench, found, why, options.references, _rank_seconds(bench, options) / ranks, options.hours)
 
 
 def _rank_seconds(bench: Bench, options: BenchOptions) -> float:
@@ -203,7 +204,7 @@ class BenchRun:
         self.reports.setdefault(self._section(unit), []).append(row)
         self.hours.reserve += self._evaluation_seconds
         if dist_util.is_main():
-            self.hours.finish(key, todo)
+            self.hours.count(key, todo)
 
     def _sampled(self, row: Row) -> float:
         """Samples a row; returns the evaluations that it took."""
@@ -237,6 +238,8 @@ class BenchRun:
         measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
         self._evaluation_seconds = time.monotonic() - began
         self.hours.reserve += self._evaluation_seconds
+        if dist_util.is_main():
+            self.hours.count()
 
     def _section(self, unit: Unit) -> str:
         return f"{'Pairs' if unit.pair else 'Methods alone'}, {unit.evaluations} evaluations"
@@ -252,13 +255,13 @@ class BenchRun:
         if dist_util.is_main():
             named = titles(table)
             rows = next(iter(self.reports.values()))
+            self.hours.count()
             save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},
                             self.bench.folder / "report" / STRIP)
         return text
 
     def _search_table(self) -> Table:
-        spec = self.bench.spec
-        note = (f"The setting that is best here, by {spec.metric}, is reported in the other table on other images. "
+        note = (f"The setting that is best here, by {METRICS[self.bench.spec.metric].label}, is reported in the other table on other images. "
                 "Its number here is too good, as it was chosen by these images.")
         return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
 
@@ -280,7 +283,7 @@ class BenchRun:
         spec = self.bench.spec
         parts = [self.bench.note, f"Every row has at most the evaluations that its section names, all networks counted "
                  f"by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
-                 f"the best {spec.metric} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are "
+                 f"the best {METRICS[spec.metric].label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are "
                  "compared with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")

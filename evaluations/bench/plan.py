@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..reproduction.missing import missing_files
 from .candidates import Candidate
 from .settings import Bench
 from .units import all_units
 
 
-def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], seconds: float, hours: float | None) -> str:
+def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], references: str, seconds: float,
+         hours: float | None) -> str:
     """Returns the plan as Markdown.
 
-    found, why: the methods that the model supports, and the reasons against the others. seconds: of one evaluation of
+    references: folder of reference batches. found, why: the methods that the model supports, and the reasons against the others. seconds: of one evaluation of
     an image, on all ranks together. hours: how many there are, None for any.
     """
     lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
@@ -33,8 +35,11 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], secon
     if beyond:
         lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
     lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]
-    return "\n".join([*lines, *_missing_lines(found)])
+    return "\n".join([*lines, *_missing_lines(bench, found, references)])
 
 
-def _missing_lines(found: Sequence[Candidate]) -> list[str]:
-    return [f"missing: {file}   (for {one.short})" for one in found for file in one.missing]
+def _missing_lines(bench: Bench, found: Sequence[Candidate], references: str) -> list[str]:
+    """Returns a line for each file that has to be brought."""
+    shared = [(file, "all rows") for file in missing_files(bench.base, references)]
+    return [f"missing: {file}   (for {what})" for file, what in
+            [*shared, *((file, one.short) for one in found for file in one.missing)]]

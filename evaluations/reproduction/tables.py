@@ -43,7 +43,7 @@ PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "ch
 COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
     "evaluations": "network evaluations per image",
     "gradients": "backward passes per image",
-    "work": "network evaluations per image, those of other networks and backward passes by their operations",
+    "work": "evaluations per image, all networks counted",
 }
 
 

@@ -10,8 +10,8 @@ Needs: nothing, neither labels nor attention. Cost: one more network evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
 
@@ -90,10 +90,6 @@ class TsgOptions(GuidanceOptions):
     def active(self) -> bool:
         """Whether the scale is not 0."""
         return self.tsg_scale != 0
-
-    def at_blocks(self, model: Encoder) -> dict[str, Self]:
-        """The method at each block of a network alone."""
-        return {name: replace(self, tsg_blocks=name) for name in model.feature_blocks}
 
     def headline(self) -> str:
         """Like "TSG s = 1"."""
