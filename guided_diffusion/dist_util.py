@@ -1,14 +1,15 @@
 """The ranks of a job: which one this process is, how many there are, and which device it uses.
 
 One process is the default. Under `mpiexec`, `torchrun` or `srun` the launcher's environment says which rank a process
-is, and torch.distributed connects the ranks: by nccl where each has a GPU of its own, else by gloo. CUDA_VISIBLE_DEVICES
-is respected.
+is, and torch.distributed connects the ranks: by nccl where each has a GPU of its own, else by gloo.
+CUDA_VISIBLE_DEVICES is respected.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import socket
@@ -17,15 +18,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from . import checkpoint
 from .errors import LostRankError, PeerError, UserError
 from .files import reason
 from .late import Tensor, dist, torch
-from .launchers import is_main, launched, local_size, rank, world_size
+from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",
-           "setup_dist", "shutdown", "store", "sync_params", "together", "world_size"]
+           "setup_dist", "shutdown", "store", "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
@@ -47,10 +49,8 @@ def setup_dist() -> None:
     this, size, _ = launched()
     if size == 1 or dist.is_initialized():
         return
-    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
-        backend = "gloo" if ranks_share_gpus() else "nccl"
     global _meeting
     try:
         if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
@@ -58,19 +58,14 @@ def setup_dist() -> None:
         else:
             meeting = _store_over_mpi(this, size)
         _await_all(meeting, this, size)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", meeting), rank=this, world_size=size,
-                                timeout=PATIENCE)
+        dist.init_process_group(_backend(meeting, this, size), store=dist.PrefixStore("group", meeting), rank=this,
+                                world_size=size, timeout=PATIENCE)
     except (LostRankError, UserError):
         raise
     except RuntimeError as error:
         raise LostRankError(f"rank {this} cannot be connected with the others ({reason(error)[:200]}): a rank or its "
                             "launcher is gone") from None
     _meeting = meeting
-
-
-def ranks_share_gpus() -> bool:
-    """Whether more ranks run on this node than it has GPUs, as far as the launcher says so; nccl refuses that."""
-    return local_size() > torch.cuda.device_count()
 
 
 def store(name: str) -> dist.Store:
@@ -102,6 +97,18 @@ def _await_all(meeting: dist.Store, this: int, size: int) -> None:
             raise LostRankError(f"not all of the {size} ranks started within {waited}: {_named(missing)} missing")
         if missing and this == 0:
             LOG.warning("waiting for ranks to start since %s: %s missing of %d", waited, _named(missing), size)
+
+
+def _backend(meeting: dist.Store, this: int, size: int) -> str:
+    """How ranks exchange tensors: by nccl, where each has a GPU of its own, else by gloo."""
+    own = f"{socket.gethostname()} {dev()}" if dev().type == "cuda" else ""
+    meeting.set(f"device {this}", own)
+    devices = [meeting.get(f"device {rank}").decode() for rank in range(size)]
+    if all(devices) and len(set(devices)) == size:
+        return "nccl"
+    if any(devices) and this == 0:
+        LOG.info("ranks share a GPU, or have none: they exchange tensors by gloo")
+    return "gloo"
 
 
 def _named(ranks: list[int]) -> str:
@@ -272,6 +279,22 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with torch.no_grad():
                 dist.broadcast(tensor, 0)
+
+
+def told_by_main(value: Any) -> Any:
+    """What rank 0 gives, on every rank; JSON must hold it. Raises LostRankError where a rank was killed."""
+    if not dist.is_initialized():
+        return value
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=dev())
+    size = torch.tensor(len(text), device=dev())
+    try:
+        dist.broadcast(size, 0)
+        if not is_main():
+            text = torch.empty(int(size), dtype=torch.uint8, device=dev())
+        dist.broadcast(text, 0)
+    except RuntimeError:
+        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
+    return json.loads(bytes(text.tolist()))
 
 
 def has_last_word() -> bool:

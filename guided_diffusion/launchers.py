@@ -44,15 +44,6 @@ def launched() -> Launched:
     return Launched(0, 1, 0)
 
 
-# The number of ranks on this node, as the same launchers export it
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-
-
-def local_size() -> int:
-    """The number of ranks on this node; 1 where no launcher says it."""
-    return next((_number(name, 1) for name in LOCAL_SIZES if _set(name)), 1) if launched().size > 1 else 1
-
-
 def _set(name: str) -> bool:
     return bool(os.environ.get(name, "").strip())
 
