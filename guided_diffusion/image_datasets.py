@@ -61,7 +61,8 @@ def load_data(
     data_dir: a folder that is searched for pictures (`image_files.IMAGE_SUFFIXES`) at any depth, whose classes
         `classes` explains; or a folder with IDX files; or "fashion-mnist" (or nothing): where Debian's package
         dataset-fashion-mnist puts them; or an .npz file of images of this size, as sampling runs and
-        `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,).
+        `scripts/scenes_render.py` write them: arr_0 (N, H, W, 3) uint8, arr_1 classes (N,), and
+        class_names (K,) where the classes have names.
     deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
     random_crop: cut folder images at random instead of from the centre; others are never cropped.
     random_flip: mirror half of the images left to right.
@@ -103,7 +104,7 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
         raise UserError(f"--data_dir {folder}: {kind} has no {split} split, name one of its own for it")
     if is_npz(folder):
         images, labels = load_npz(folder, frame, class_cond)
-        return ArrayImages(data_dir, frame, labels, images)
+        return ArrayImages(data_dir, frame, labels, images, npz_class_names(folder, known) if class_cond else None)
     found = _pictures(folder)
     if found.left_out:
         _say(f"{folder}: {len(found.files)} images; left out: {found}")
@@ -136,6 +137,9 @@ class TrainingImages:
 
     def check_classes(self, num_classes: int) -> None:
         """Raises UserError unless a network of so many classes fits; says what classes there are."""
+        if self.class_names is not None:
+            self.class_names.check(num_classes, self.data_dir)
+            _say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
         if self.labels is None:
             return
         greatest = int(self.labels.max())
@@ -156,6 +160,12 @@ class ArrayImages(TrainingImages):
     """Images in memory, (N, H, W), which are padded to the frame, or (N, H, W, 3), which fill it."""
 
     images: np.ndarray
+    names: ClassNames | None = None
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """The names of their classes; None where only numbers are known."""
+        return self.names
 
     @property
     def count(self) -> int:
@@ -201,12 +211,6 @@ class FolderImages(TrainingImages):
     def class_names(self) -> ClassNames | None:
         """The names of their classes; None where none were asked for."""
         return self.names
-
-    def check_classes(self, num_classes: int) -> None:
-        """Raises UserError unless a network has exactly these classes; says what classes there are."""
-        if self.names is not None:
-            self.names.check(num_classes, self.data_dir)
-            _say(f"{self.names}{f' (--classes {self.names.rule})' if self.names.rule else ''}")
 
     def without_damaged(self) -> FolderImages:
         """Without the pictures whose damage shows quickly; raises UserError unless they may be skipped."""
@@ -433,6 +437,21 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     if labels.min() < 0:
         raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
     return images, labels.astype(np.int64)
+
+
+def npz_class_names(path: str | os.PathLike, known: ClassNames | None) -> ClassNames | None:
+    """The names of the classes in an .npz file, None where it has none.
+
+    known: the names that have been decided before. Raises UserError where the file has others, or no list of names.
+    """
+    where = f"--data_dir {path}"
+    stored, = read_arrays(Path(path), ["class_names"], f"{where}: is not an .npz file of images, or is damaged")
+    if stored is None:
+        return None
+    names = ClassNames.from_json(stored.tolist() if stored.dtype.kind == "U" and stored.ndim == 1 else None, where)
+    if known is not None and known.names != names.names:
+        raise UserError(f"{where}: has the classes {names}, and {known} have been decided before")
+    return names
 
 
 def _grey(images: np.ndarray) -> np.ndarray:

@@ -251,6 +251,7 @@ class Guidance:
         check_number(f"{type(self).__name__} scale", scale)
         self.scale = scale
         self.steps = Window(start, stop, sigma_min, sigma_max, what=type(self).__name__)
+        self.start, self.stop = start, stop
 
     def window(self, t: Tensor, process: DiffusionProcess | None = None) -> Tensor:
         """(N,) bool: the images of the batch that this term guides at steps t (N,) of a process.

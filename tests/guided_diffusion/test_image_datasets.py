@@ -16,7 +16,7 @@ from PIL import Image
 from guided_diffusion import image_datasets, image_files
 from guided_diffusion.classes import ClassNames
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import load_arrays, load_data
+from guided_diffusion.image_datasets import load_arrays, load_data, open_images
 
 HAS_FASHION_MNIST = image_datasets.DEBIAN_FASHION_MNIST.is_dir()
 
@@ -427,3 +427,19 @@ def test_damaged_npz_files(tmp_path, content):
 def test_missing_npz_file(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_data(data_dir=tmp_path / "none.npz", batch_size=1, image_size=8)
+
+
+def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
+    arrays = {"arr_0": np.zeros((3, 4, 4, 3), np.uint8), "arr_1": np.array([0, 1, 1])}
+    np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(["ant", "bee"]))
+    images = open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True)
+    assert images.class_names.to_json() == ["ant", "bee"]
+    images.check_classes(2)
+    with pytest.raises(UserError, match="--num_classes 5"):
+        images.check_classes(5)
+    assert open_images(tmp_path / "named.npz", (3, 4, 4)).class_names is None
+    with pytest.raises(UserError, match="have been decided before"):
+        open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "ant")))
+    np.savez(tmp_path / "odd.npz", **arrays, class_names=np.array([1, 2]))
+    with pytest.raises(UserError, match="class_names must be a list of different names"):
+        open_images(tmp_path / "odd.npz", (3, 4, 4), class_cond=True)
