@@ -87,13 +87,18 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
         self.observers: list[Observer] = []
         self.override: GridAttention | None = None
+        self.compiled: Callable[[Tensor], Tensor] | None = None         # `plain`, where it is compiled
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) -> the same shape."""
         if self.observers or self.override is not None:
             # What is observed must be computed once, and its graph kept: no checkpoint then.
             return self._forward(x, self.override, self.observers)
-        return checkpoint(self._forward, x, enabled=self.use_checkpoint)
+        return checkpoint(self.compiled or self.plain, x, enabled=self.use_checkpoint)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed, and not watched: what `forward` says."""
+        return self._forward(x)
 
     def _forward(self, x: Tensor, override: GridAttention | None = None, observers: Sequence[Observer] = ()) -> Tensor:
         height, width = x.shape[2:]

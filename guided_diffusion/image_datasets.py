@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,6 +76,7 @@ def load_data(
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     images = open_images(data_dir, (in_channels, image_size, image_size), split=split, class_cond=class_cond)
+    images = images.without(images.damaged())
     return images.batches(BatchPlan(
         images.count, batch_size=batch_size, seed=seed, shuffle=not deterministic, flip=random_flip, crop=random_crop,
         rank=rank, world_size=world_size), start_batch)
@@ -84,7 +85,9 @@ def load_data(
 def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, split: str = "train",
                 class_cond: bool = False, classes: str = "", known: ClassNames | None = None,
                 skip_damaged: bool = False) -> TrainingImages:
-    """The images of `data_dir`, found and checked as `load_data` says, and what a training must know of them.
+    """The images of `data_dir`, found as `load_data` says, and what a training must know of them.
+
+    Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read.
 
     frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
     and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out.
@@ -110,8 +113,7 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
         _say(f"{folder}: {len(found.files)} images; left out: {found}")
     names = (known or ClassNames.from_images(folder, found.files, classes)) if class_cond else None
     labels = None if names is None else names.numbers(folder, found.files)
-    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged,
-                        count_decoded(found.files)).without_damaged()
+    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged, count_decoded(found.files))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,14 @@ class TrainingImages:
         if greatest + 1 < num_classes:
             _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
                  f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+
+    def damaged(self) -> dict[int, str]:
+        """The images whose damage shows quickly: what is wrong, by index."""
+        return {}
+
+    def without(self, damaged: Mapping[int, str]) -> TrainingImages:
+        """Without these images; raises UserError unless they may be left out."""
+        return self
 
     def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
         """Endless batches, from `start_batch` on."""
@@ -212,9 +222,12 @@ class FolderImages(TrainingImages):
         """The names of their classes; None where none were asked for."""
         return self.names
 
-    def without_damaged(self) -> FolderImages:
-        """Without the pictures whose damage shows quickly; raises UserError unless they may be skipped."""
-        damaged = damaged_pictures(self.files, self.decoded)
+    def damaged(self) -> dict[int, str]:
+        """The pictures whose damage shows quickly: what is wrong, by index."""
+        return damaged_pictures(self.files, self.decoded)
+
+    def without(self, damaged: Mapping[int, str]) -> FolderImages:
+        """Without these pictures; raises UserError unless they may be skipped."""
         if not damaged:
             return self
         if not self.skip_damaged or len(damaged) == self.count:

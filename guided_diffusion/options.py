@@ -42,6 +42,12 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, min
     return dataclasses.field(default=default, metadata={"help": help, "later": later, **limits})
 
 
+def entry_option() -> Any:
+    """The option that chooses one of several networks in the file --model_path, "" by default."""
+    return option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: the moving "
+                  "average, if it has one", later=True)
+
+
 def seed_option(help: str, default: int = 0) -> Any:
     """A dataclass field of a seed, from 0 to `MAX_SEED`: random numbers differ between any two of these."""
     return option(default, help, minimum=0, maximum=MAX_SEED)

@@ -37,6 +37,7 @@ from . import checkpoint, dist_util
 from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
 from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
+from .execution import explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
@@ -189,7 +190,7 @@ class TrainLoop:
 
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        with dist_util.together(), _explained_compilation(self.options.compile and self.step == self._first):
+        with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
             batch, losses = self._descend()
         with _collective():
             average_over_ranks(self.precision.collect_gradients())
@@ -315,7 +316,8 @@ class TrainLoop:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
         if dist_util.world_size() > 1:
-            rows = rows.to(dist_util.dev())
+            if dist.get_backend() == "nccl":
+                rows = rows.to(dist_util.dev())
             pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
             with _collective():
                 dist.all_gather(pieces, rows)
@@ -487,19 +489,6 @@ def _collective() -> Iterator[None]:
         raise LostRankError("a rank is gone: it was killed, or its node is down") from None
 
 
-@contextlib.contextmanager
-def _explained_compilation(active: bool) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not active:
-            raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--compile True: the network can't be compiled here, leave it off ({first_line})") from error
-
-
 # What is trained
 
 
@@ -517,7 +506,8 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-        images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(model_options.num_classes)
     data = _numbered_data(options, images)
 
@@ -550,14 +540,15 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         with seeded_torch("weights", options.seed):
             classifier = build_classifier(classifier_options)
         diffusion = build_diffusion(diffusion_options)
-        images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    with dist_util.together():
         images.check_classes(classifier_options.num_classes)
-        names = images.class_names
-        if options.val_data_dir:
-            split = "test" if holds_idx(find_data(options.val_data_dir)) else "train"
-            held_out = _images(options, config, options.val_data_dir, True, known=names, split=split)
+    names = images.class_names
+    if options.val_data_dir:
+        held_out = _images(options, config, options.val_data_dir, True, known=names, held_out=True)
+        with dist_util.together():
             _check_validation(options, held_out, names, classifier_options.num_classes)
-            validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+        validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
     data = _numbered_data(options, images)
     with locked_folder(options.out):
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
@@ -598,13 +589,25 @@ def _known_names(options: LoopOptions) -> ClassNames | None:
 
 
 def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
-            known: ClassNames | None, split: str = "train") -> TrainingImages:
-    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`."""
-    if not data_dir:
-        raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or fashion-mnist")
-    frame = (config["in_channels"], config["image_size"], config["image_size"])
-    return open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
-                       skip_damaged=options.skip_damaged)
+            known: ClassNames | None, held_out: bool = False) -> TrainingImages:
+    """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`.
+
+    held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
+    """
+    damaged: list[tuple[int, str]] = []
+    with dist_util.together():
+        if not data_dir:
+            raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
+                            "fashion-mnist")
+        split = "test" if held_out and holds_idx(find_data(data_dir)) else "train"
+        frame = (config["in_channels"], config["image_size"], config["image_size"])
+        images = open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
+                             skip_damaged=options.skip_damaged)
+        if dist_util.is_main():
+            damaged = list(images.damaged().items())
+    damaged = dist_util.told_by_main(damaged)
+    with dist_util.together():
+        return images.without(dict(damaged))
 
 
 def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,

@@ -5,7 +5,7 @@ Parameter names and shapes are those of the released checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -84,14 +84,16 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             normalization(out_channels), SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None         # `plain`, where it is compiled
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N, channels, H, W) and the embedding (N, emb_channels) -> (N, out_channels, H, W), resampled."""
-        return checkpoint(self._forward, x, emb, enabled=self.use_checkpoint)
+        return checkpoint(self.compiled or self.plain, x, emb, enabled=self.use_checkpoint)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def plain(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block itself, neither compiled nor checkpointed: what `forward` says."""
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -261,19 +263,29 @@ class Encoder(nn.Module):
         skips: the maps that output blocks take, the last one first; input blocks put theirs there. Only layer 0 of an
         output block takes one.
         """
-        blocks = self.feature_blocks
-        names = list(blocks)
-        last = max(map(names.index, self.graph_ends), default=len(names))
-        for index in range(names.index(start), len(names)):
-            name = names[index]
+        blocks = [*self.input_blocks, self.middle_block, *self._output_blocks()]
+        inputs, first = len(self.input_blocks), self._place(start)
+        ends = [self._place(name) for name in self.graph_ends]
+        last = max(ends) if ends else len(blocks)
+        for index in range(first, len(blocks)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index <= last):
-                if name.startswith("output.") and not layer:
+                if index > inputs and not layer:
                     h = torch.cat([h, skips.pop()], dim=1)
-                h = blocks[name](h, emb, layer)
+                h = blocks[index](h, emb, layer)
             layer = 0
-            if name.startswith("input."):
+            if index < inputs:
                 skips.append(h)
         return h
+
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        """The blocks behind the middle one."""
+        return ()
+
+    def _place(self, name: str) -> int:
+        """The place of a block among all, in the order in which they run."""
+        part, _, number = name.partition(".")
+        inputs = len(self.input_blocks)
+        return inputs if part == "middle" else int(number) + (inputs + 1 if part == "output" else 0)
 
 
 def _named(part: str, blocks: nn.ModuleList) -> dict[str, nn.Module]:
@@ -384,6 +396,9 @@ class UNetModel(Encoder):
     def _torso(self) -> list[nn.Module]:
         return [*super()._torso, self.output_blocks]
 
+    def _output_blocks(self) -> Sequence[nn.Module]:
+        return list(self.output_blocks)
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x_t (N, in_channels, H, W), timesteps (N,), labels y (N,) int64 -> the prediction, in the type of x_t.
 
@@ -399,7 +414,8 @@ class UNetModel(Encoder):
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)
-        h, skips = self._first_map(x), list[Tensor]()
+        h = self._first_map(x)
+        skips: list[Tensor] = []
         self._begin((x, timesteps, y), emb, skips)
         return self._output(self._run(h, emb, skips), x.dtype)
 

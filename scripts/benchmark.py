@@ -2,12 +2,17 @@
 
 Every guidance method is measured; one that needs files, only where the model has them, or they are given.
 
-Example:
+With --against, this code is compared with a clone of the official one instead: networks of three shapes, the same
+weights, in turn.
+
+Examples:
     python scripts/benchmark.py --model fmnist32 --batch_size 64
+    python scripts/benchmark.py --against guided-diffusion --rounds 5
 """
 
 from collections.abc import Sequence
 
+from evaluations.benchmarks.against import AgainstOptions, benchmark_against
 from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stderr, run_script
@@ -19,9 +24,12 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    options, model, diffusion, *methods = parse_options(
-        argv, BenchmarkOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
+    options, against, model, diffusion, *methods = parse_options(
+        argv, BenchmarkOptions, AgainstOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=lambda given: preset_values({"model": "fmnist32", **given}))
+    if against.against:
+        print(benchmark_against(against, options.rounds))
+        return
     print(benchmark(options, model, diffusion, methods))
 
 

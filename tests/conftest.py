@@ -1,7 +1,9 @@
 """Fixtures of small networks, shared by the tests."""
 
+import forks
 import pytest
 import torch
+from launchers import BIN, needs_mpi
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion.checkpoint import save_state
@@ -30,3 +32,18 @@ def tiny_checkpoints(tmp_path_factory):
     classifier = with_random_weights(create_classifier(**TINY_CLASSIFIER), seed=1)
     save_state(folder / "classifier.safetensors", classifier.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """A program that does what the interpreter does, and need not load PyTorch first."""
+    with forks.serving(tmp_path_factory.mktemp("forks")) as program:
+        yield program
+
+
+@pytest.fixture(params=["torchrun", pytest.param("mpiexec", marks=needs_mpi)])
+def launcher(request, python, monkeypatch):
+    """The words before the program of a job of two ranks."""
+    monkeypatch.setenv("PYTHON_EXEC", str(python))              # what torchrun starts
+    return {"torchrun": [python, BIN / "torchrun", "--nproc-per-node", 2],
+            "mpiexec": [BIN / "mpiexec", "-n", 2, python]}[request.param]

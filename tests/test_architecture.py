@@ -18,6 +18,7 @@ FLOORS = [
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
         "pictures", "image_files")],
+    ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
     ["guided_diffusion.grids", "guided_diffusion.terms"],
@@ -28,7 +29,7 @@ FLOORS = [
     ["guided_diffusion.build"],
     ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
-    ["guided_diffusion.stated"],
+    ["guided_diffusion.execution", "guided_diffusion.stated"],
     ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli"],

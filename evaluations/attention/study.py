@@ -27,12 +27,13 @@ from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
 from guided_diffusion.depth.scenes import render
+from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, option, seed_option
+from guided_diffusion.options import Options, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -66,6 +67,7 @@ class AttentionOptions(Options):
 
     model: str = option("", "a model by name: a bundled one (scenes32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    checkpoint_entry: str = entry_option()
     images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
     steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
     blocks: str = option("", "attention blocks to look at, like middle,output.2; unset: all")
@@ -75,6 +77,7 @@ class AttentionOptions(Options):
                                    "class, or a .npy file of one for each image")
     seed: int = seed_option("seed of noise and labels")
     use_ddim: bool = option(False, "sample by DDIM instead of DDPM")
+    dtype: str = dtype_option()
     threshold: float = option(1.0, "psi of overlays and frequencies: a token is masked if it receives more than this, "
                               "where 1 is average", minimum=0)
     thresholds: str = option("0.5,0.75,1,1.25,1.5,1.75,2", "values of psi to compare masks with objects at")
@@ -116,8 +119,9 @@ class AttentionOptions(Options):
     def run(self, model: ModelOptions, diffusion: DiffusionOptions) -> SamplingRun:
         """The unguided sampling run that is observed."""
         sample = SampleOptions(
-            model=self.model, model_path=self.model_path, num_samples=max(self.num_images, max(self.image_ids) + 1),
-            batch_size=self.batch_size, labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, out=self.out)
+            model=self.model, model_path=self.model_path, checkpoint_entry=self.checkpoint_entry,
+            num_samples=max(self.num_images, max(self.image_ids) + 1), batch_size=self.batch_size,
+            labels=self.labels, seed=self.seed, use_ddim=self.use_ddim, dtype=self.dtype, out=self.out)
         return SamplingRun.of([sample, model, diffusion, *(kind() for kind in (*SAMPLERS.values(), *GUIDANCE))])
 
 
@@ -142,7 +146,7 @@ def study_attention(options: AttentionOptions, model: ModelOptions, diffusion: D
 
     Raises UserError for whatever is wrong with the options, before the first image is sampled.
     """
-    return AttentionStudy(options, options.run(model, diffusion)).run()
+    return AttentionStudy(options, options.run(model, diffusion).decided()).run()
 
 
 # What a network attends to

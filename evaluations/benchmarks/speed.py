@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
+from guided_diffusion.dtypes import AUTO, dtype_name, dtype_option, with_dtype
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import Guidance, GuidanceOptions, LossGuidance, Networks
+from guided_diffusion.execution import choose_dtype, timed
+from guided_diffusion.guidance import Guidance, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, option
-from guided_diffusion.process import Denoiser
+from guided_diffusion.options import Options, entry_option, option
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.runs.sample import without_labels
-from guided_diffusion.sampling import ddpm_step, sample_step
 
 from ..memory import peak_memory
+from .setting import Setting, contiguous_copy
 
-if TYPE_CHECKING:
-    from guided_diffusion.unet import UNetModel
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,10 @@ class BenchmarkOptions(Options):
 
     model: str = option("fmnist32", "a model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
+    checkpoint_entry: str = entry_option()
     together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
     batch_size: int = option(64, "images at a time", minimum=1)
+    dtype: str = dtype_option()
     rounds: int = option(15, "times that everything is measured, in turn", minimum=1)
 
 
@@ -64,43 +63,41 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
     methods: an instance of each class of GUIDANCE. Raises UserError for files that are missing or do not fit.
     """
     device = dist_util.dev()
-    diffusion = build_diffusion(diffusion_options)
+    if options.dtype == AUTO:
+        choice = choose_dtype(model_options, options.batch_size, device)
+        _log.info(choice.line())
+        model_options = with_dtype(model_options, choice.dtype)
+    model_options = with_dtype(model_options, options.dtype)
     nets = Networks(build_model(model_options), device, random_weights=True)
-    model = nets.load(nets.model, options.model_path, asdict(model_options))
-    plain_model = _contiguous_copy(model)
+    model = nets.load(nets.model, options.model_path, asdict(model_options), options.checkpoint_entry)
+    here = Setting.of(model, build_diffusion(diffusion_options), options.batch_size, model_options.num_classes)
+    plain = here.with_model(contiguous_copy(model))
 
-    size, batch = model_options.image_size, options.batch_size
-    x = torch.randn(batch, model_options.in_channels, size, size, device=device)
-    noise = torch.randn_like(x)
-    t = torch.full((batch,), diffusion.num_timesteps // 2, device=device)
-    y = torch.arange(batch, device=device) % model_options.num_classes
-    labels = {"y": y} if model_options.class_cond else {}
-    network = model if model_options.class_cond else without_labels(model)
+    def plain_evaluation() -> Tensor:
+        with override_attention(plain.model, plain.model.attention_blocks, explicit_attention):
+            return plain.evaluation()
 
-    def step(*guidance: Guidance) -> Callable[[], object]:
-        denoise = Denoiser(diffusion, network, model_kwargs={"y": y})
-        return lambda: sample_step(ddpm_step, denoise, x, t, lambda: noise, guidance)
-
-    def evaluation() -> Tensor:
-        return model(x, diffusion.model_timesteps(t), **labels)
-
-    def plain() -> Tensor:
-        with override_attention(plain_model, plain_model.attention_blocks, explicit_attention):
-            return plain_model(x, diffusion.model_timesteps(t), **labels)
-
-    functions = {"network evaluation": evaluation, "unguided step": step(), "plain evaluation": plain}
-    for name, terms in _built_terms(methods, nets, options.together).items():
-        if any(isinstance(term, LossGuidance) for term in terms):
-            functions[f"{name} step"] = checkpointed(model, step(*terms), False)
-            functions[f"{name} step, checkpointed"] = checkpointed(model, step(*terms), True)
-        else:
-            functions[f"{name} step"] = step(*terms)
-    return cost_table(measure_calls(functions, options.rounds, [model, plain_model]), batch, str(device))
+    terms = built_terms(methods, nets, options.together)
+    functions = {"network evaluation": here.evaluation, "unguided step": here.step(),
+                 "plain evaluation": plain_evaluation, **here.steps(terms)}
+    measured = measure_calls(functions, options.rounds, [model, plain.model])
+    return cost_table(measured, options.batch_size, str(device), dtype_name(asdict(model_options)))
 
 
-def _built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: str) -> dict[str, list[Guidance]]:
-    """The terms that are timed, by name: those of each method's variants, and of `together` as --together says."""
-    built = {name: variant.build(nets) for method in methods for name, variant in _variants(method).items()}
+def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: str) -> dict[str, list[Guidance]]:
+    """The terms that are timed, by name: those of each method's variants, and of `together` as --together says.
+
+    methods: an instance of each class of GUIDANCE; those that lack a file are left out.
+    """
+    built: dict[str, list[Guidance]] = {}
+    for method in methods:
+        try:
+            terms = {name: variant.build(nets) for name, variant in _variants(method).items()}
+            built |= {name: each for name, each in terms.items() if each}
+        except UserError as error:
+            if method.active or any(getattr(method, flag) for flag in method.remedies):
+                raise
+            _log.info("%s is not timed: %s", method.short, error)         # it is off, and not for this network
     for name in [word.strip() for word in together.split(",") if word.strip()]:
         parts = name.split(" + ")
         if all(part in built for part in parts):
@@ -121,31 +118,6 @@ def _variants(method: GuidanceOptions) -> dict[str, GuidanceOptions]:
     return variants
 
 
-def checkpointed(model: UNetModel, function: Callable[[], object], enabled: bool) -> Callable[[], object]:
-    """A call of `function` in which the network's blocks recompute their activations in a backward pass, or do not."""
-    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "use_checkpoint")]
-
-    def call() -> object:
-        before = [block.use_checkpoint for block in blocks]
-        try:
-            for block in blocks:
-                block.use_checkpoint = enabled
-            return function()
-        finally:
-            for block, value in zip(blocks, before, strict=True):
-                block.use_checkpoint = value
-    return call
-
-
-def _contiguous_copy(model: UNetModel) -> UNetModel:
-    """A copy of the network whose feature maps are contiguous, as those of the official code are."""
-    plain = copy.deepcopy(model)
-    plain.memory_format = torch.contiguous_format
-    for parameter in plain.parameters():
-        parameter.data = parameter.data.contiguous()
-    return plain
-
-
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention (N, heads, T, C) that holds its whole (T, T) map, as that of the official code does."""
     scale = q.shape[-1] ** -0.25
@@ -154,7 +126,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @no_grad
-def measure_calls(functions: dict[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
+def measure_calls(functions: Mapping[str, Callable[[], object]], rounds: int, networks: Sequence[nn.Module],
                   ) -> dict[str, CallCost]:
     """Calls each function `rounds` times, in turn, so that a drift of the machine's speed meets all of them.
 
@@ -166,11 +138,7 @@ def measure_calls(functions: dict[str, Callable[[], object]], rounds: int, netwo
     with progress_bar(rounds, "timing", "round") as progress:
         for _ in range(rounds):
             for name, function in functions.items():
-                _synchronize()
-                start = time.perf_counter()
-                function()
-                _synchronize()
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * timed(function))
             progress.update()
     return {name: CallCost(times[name], memory[name], *passes[name]) for name in functions}
 
@@ -201,15 +169,10 @@ def count_passes(function: Callable[[], object], networks: Sequence[nn.Module]) 
     return forward, backward
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def cost_table(measured: dict[str, CallCost], batch: int, device: str) -> str:
+def cost_table(measured: dict[str, CallCost], batch: int, device: str, dtype: str) -> str:
     """Times and ratios as a table in Markdown."""
     one, plain = measured["network evaluation"], measured["plain evaluation"]
-    lines = [f"batch {batch} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
+    lines = [f"batch {batch} on {device} in {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
              "| | milliseconds | peak MiB | / network evaluation | network passes, forward + backward |",
              "|---|---|---|---|---|"]
     for name, value in measured.items():
@@ -218,5 +181,5 @@ def cost_table(measured: dict[str, CallCost], batch: int, device: str) -> str:
     lines += ["", f"unguided step / network evaluation: {measured['unguided step'].ratio(one):.3f}"]
     lines += [f"{name} / {value.forward} network evaluations: {value.ratio(one) / value.forward:.3f}"
               for name, value in measured.items() if value.forward > 1 and not value.backward]
-    lines += [f"throughput / plain contiguous float32 execution: {plain.ratio(one):.2f}"]
+    lines += [f"throughput / plain contiguous execution: {plain.ratio(one):.2f}"]
     return "\n".join(lines)

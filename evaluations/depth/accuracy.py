@@ -207,7 +207,8 @@ class AccuracyStudy:
 
     def _check_config(self) -> None:
         """Raises UserError where the folder is of another study; else it is begun."""
-        kept = ("save_interval", "log_interval", "cache_gb", "out", "model", "model_path")
+        kept = {"save_interval", "log_interval", "cache_gb", "out", "model", "model_path"}
+        kept |= set() if self.options.checkpoint_entry else {"checkpoint_entry"}        # older studies know none
         config = {**{name: value for name, value in asdict(self.options).items() if name not in kept},
                   "network_sha256": self.network.sha256, "held_out_sha256": digest(self.held)}
         path = self.out / "config.json"

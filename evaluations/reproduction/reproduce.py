@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion import __version__, dist_util
+from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.presets import MODELS
+from guided_diffusion.runs.record import recorded_dtype
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
@@ -62,6 +64,9 @@ class ReproduceOptions(Options):
     heads: str = option("", "attention heads for all rows: exact or official; unset: as the rows have it",
                         choices=("", "exact", "official"))
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the rows have it", minimum=1)
+    dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
+                        "fastest one here, found once for the table; unset: as the rows have it",
+                        choices=("", AUTO, *DTYPES))
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
     allow_missing: bool = option(False, "leave out rows whose checkpoint or reference is missing: they are `not run "
@@ -94,6 +99,8 @@ def as_asked(row: Row, options: ReproduceOptions) -> Row:
     values: dict[str, Any] = {flag: _located(file, options) for flag, file in row.run.checkpoints().items()}
     if options.batch_size is not None:
         values["batch_size"] = options.batch_size
+    if options.dtype:
+        values["dtype"] = options.dtype
     row = row.changed(**values)
     if options.heads:
         guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
@@ -125,6 +132,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         return plan(table, options.references, options.inception, ranks, options.evaluation_seconds) \
             if dist_util.is_main() else ""
     dist_util.setup_dist()
+    table = decided(table)
     folder = Path(options.out) / table.name
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, changed)
@@ -141,6 +149,20 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
                 return ""
             described = {**results(table, numbers, why, settings), **made_here()}
             return write_all(folder, described, pictures(table, why))
+
+
+def decided(table: Table) -> Table:
+    """Returns the table with one type for all rows whose --dtype is auto; all ranks call it together.
+
+    That is the type of the first of these rows that was begun, else the fastest one for the first of them.
+    """
+    rows = [row for row in table.rows.values() if row.run.sample.dtype == AUTO]
+    if not rows:
+        return table
+    begun = [row for row in rows if not row.run.sample.overwrite and recorded_dtype(row.run.out)]
+    dtype = (begun or rows)[0].run.decided().sample.dtype
+    return replace(table, rows={name: row.changed(dtype=dtype) if row in rows else row
+                                for name, row in table.rows.items()})
 
 
 def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:

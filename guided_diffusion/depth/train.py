@@ -27,7 +27,7 @@ from ..fetch import sha256_of
 from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
 from ..late import Tensor, no_grad, torch
-from ..options import Options, option, seed_option
+from ..options import Options, entry_option, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
@@ -53,6 +53,7 @@ class PredictorOptions(Options):
 
     model: str = option("", "a diffusion model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    checkpoint_entry: str = entry_option()
     data: str = option("", "labelled images: an .npz file (arr_0, depth), a folder with images/ and depth/, or scenes")
     depth_range: str = option("", "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the units of "
                               "the files; unset: image, and of scenes the range of all of them")
@@ -99,7 +100,7 @@ def load_network(options: PredictorOptions, model_options: ModelOptions, diffusi
     with torch.device("meta"):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
-    checkpoint.load_into(model, options.model_path, facts)
+    checkpoint.load_into(model, options.model_path, facts, options.checkpoint_entry)
     checkpoint.ready(model, dist_util.dev())
     return Network(model, diffusion, sha256_of(checkpoint.locate(options.model_path)), facts)
 
@@ -219,6 +220,7 @@ class PredictorTraining:
         self.config = {
             "branches": {name: list(blocks) for name, blocks in branches.items()}, "depth_range": depth_range,
             **{name: value for name, value in asdict(options).items() if name in RECIPE},
+            **({"checkpoint_entry": options.checkpoint_entry} if options.checkpoint_entry else {}),
             "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
             **network.facts}
         self._check_out()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from ..dtypes import dtype_flags
 from ..guidance import GuidanceOptions
 from ..options import option_fields
 from ..sampling import SAMPLERS
@@ -15,7 +16,8 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     """One line on the flags among `given` that no image of the run depends on; "" where there is none.
 
     Those are options of a guidance method that is off, unless they are what switches it off, of a sampler that is not
-    used, labels where nothing takes any, and --batch_contrasts where there is nothing to batch.
+    used, labels where nothing takes any, what --dtype says in another way, and --batch_contrasts where there is
+    nothing to batch.
     """
     used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
     shared = {field.name for options in used for field in option_fields(type(options))}
@@ -30,6 +32,8 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     idle = {flag: why for flag, why in idle.items() if flag not in shared}
     if not run.labelled:
         idle["labels"] = "nothing takes classes"
+    if run.sample.dtype:
+        idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")
     if run.sample.batch_contrasts and sum(method.can_batch for method in run.active) < 2:
         idle["batch_contrasts"] = "fewer than two methods make evaluations that differ in their inputs alone"
     found: dict[str, list[str]] = {}

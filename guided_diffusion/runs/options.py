@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..build import DiffusionOptions, ModelOptions
+from ..dtypes import dtype_option
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, option, option_fields, seed_option
+from ..options import Options, entry_option, option, option_fields, seed_option
 from ..presets import find_preset, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import statement_of
@@ -29,8 +30,7 @@ class SampleOptions(Options):
                         "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
-    checkpoint_entry: str = option("", "entry of --model_path, of a file that wraps several, like ema or model; unset: "
-                                   "the moving average, if it has one", later=True)
+    checkpoint_entry: str = entry_option()
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=("", *SAMPLERS))
@@ -47,6 +47,9 @@ class SampleOptions(Options):
     keep_shards: bool = option(False, "keep the files of the chunks beside the file of samples")
     log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
                             minimum=0)
+    dtype: str = dtype_option()
+    compile: bool = option(False, "compile the network with torch.compile: for GPUs and long runs, as it takes minutes "
+                           "before the first step", later=True)
     auto_batch: bool = option(False, "out of memory: evaluate fewer images at a time, in chunks as large as before")
 
     def __post_init__(self) -> None:

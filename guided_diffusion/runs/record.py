@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import dist_util
 from ..build import DiffusionOptions, ModelOptions
+from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
@@ -26,7 +27,8 @@ from ..version import __version__
 from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
-IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim")
+IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim",
+              "dtype")                # which is recorded as what it means: use_fp16 and use_bf16
 MODEL_FLAG = "model_path"
 LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
@@ -106,6 +108,16 @@ def read_record(path: Path) -> dict[str, Any]:
         if type(value) is not int or not 1 <= value <= MOST_IMAGES:
             raise ValueError(f"its {name} is {shortened(value)}")
     return {**content, "configuration": configuration, "sha256": dict(content["sha256"])}
+
+
+def recorded_dtype(folder: Path) -> str | None:
+    """The type in which the network of the run in a folder computes, begun or finished; None where there is none."""
+    for path in (folder / "shards" / "run.json", folder / "run.json"):
+        try:
+            return dtype_name(read_record(path)["configuration"])
+        except READ_ERRORS:
+            continue
+    return None
 
 
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:

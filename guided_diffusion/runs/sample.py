@@ -7,6 +7,7 @@ them. Image i depends on (seed, i) and the configuration alone.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from typing import Any, Self
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import check_same_names, label_number
+from ..dtypes import AUTO, dtype_name, with_dtype
 from ..errors import UserError
+from ..execution import choose_dtype, compile_for
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
@@ -35,10 +38,12 @@ from .chunks import Indices
 from .labels import Labels, is_name, make_labels
 from .options import SampleOptions
 from .progress import RunProgress
-from .record import MODEL_FLAG, made_by, name_of
+from .record import MODEL_FLAG, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
 from .workers import WorkQueue
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class SamplingRun:
     diffusion: DiffusionOptions
     samplers: tuple[SamplerOptions, ...]
     guidance: tuple[GuidanceOptions, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", with_dtype(self.model, self.sample.dtype))
 
     @classmethod
     def of(cls, options: Sequence[Any]) -> Self:
@@ -121,11 +129,38 @@ class SamplingRun:
         values: dict[str, Any] = {}
         for options in self.options:
             values |= asdict(options)
+        values["dtype"] = values["dtype"] or dtype_name(values)
         return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()
                 if name not in ("out", "overwrite")}
 
+    def decided(self) -> Self:
+        """The run with a type of its own where --dtype is auto; all ranks call it together.
+
+        That is the type of the images that are in the output folder already, else what rank 0 finds to be fastest.
+        """
+        if self.sample.dtype != AUTO:
+            return self
+        dist_util.setup_dist()
+        store = dist_util.store("dtype")
+        with dist_util.together():
+            if dist_util.is_main():
+                store.set("name", self._found_dtype())
+        with dist_util.together():
+            return self.changed(dtype=store.get("name").decode())
+
+    def _found_dtype(self) -> str:
+        before = None if self.sample.overwrite else recorded_dtype(self.out)
+        if before:
+            LOG.info("--dtype auto: %s, as the images that are in %s already", before, self.out)
+            return before
+        choice = choose_dtype(self.model, self.sample.batch_size, dist_util.dev())
+        LOG.info(choice.line())
+        return choice.dtype
+
     def run(self) -> Path | None:
         """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None."""
+        if self.sample.dtype == AUTO:
+            return self.decided().run()
         began = time.time()
         dist_util.setup_dist()
         with ExitStack() as stack:
@@ -135,7 +170,7 @@ class SamplingRun:
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                sampler = ImageSampler(self.sample, self.sampler, self.build())
+                sampler = ImageSampler(self.sample, self.sampler, self._compiled(self.build()))
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
@@ -203,6 +238,14 @@ class SamplingRun:
                   self.sample.checkpoint_entry)
         check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
+
+    def _compiled(self, built: BuiltRun) -> BuiltRun:
+        """What was built, compiled where --compile asks for it; rank 0 says what that gains."""
+        if self.sample.compile:
+            line = compile_for(built.model, self.sample.batch_size)
+            if dist_util.is_main():
+                LOG.info(line)
+        return built
 
     def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""

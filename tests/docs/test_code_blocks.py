@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,16 @@ SHELL = {path.name: blocks for path in DOCUMENTS if (blocks := in_language(path,
 
 # Smaller than in the documents, so that all of them together take less than a minute: what is given to a command in
 # place of its own values, or beside them.
-SAMPLING = {"num_samples": 12, "batch_size": 12, "timestep_respacing": 2}
+SAMPLING = {"num_samples": 8, "batch_size": 8, "timestep_respacing": 2}
 SMALLER = {
     "image_sample": SAMPLING,
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
-    "evaluate": {"num_images": 12, "bootstrap": 2},
+    "evaluate": {"num_images": 8, "bootstrap": 2},
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},
     "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
-    "reproduce": {"num_samples": 12, "evaluation_seconds": 0.05},
+    "reproduce": {"num_samples": 8, "evaluation_seconds": 0.05},
 }
 ACTIVATION = ". .venv/bin/activate\n"
 
@@ -76,13 +75,13 @@ def test_most_blocks_are_known_and_those_that_cannot_run_say_why():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", PYTHON)
-def test_python_blocks_run(document, tmp_path):
+def test_python_blocks_run(document, python, tmp_path):
     """All blocks of a document run in one process, as one who reads it from the top would type them."""
     for block in PYTHON[document]:
         compile(block.text, str(block), "exec")
     program = "\n".join(block.text for block in PYTHON[document] if not block.why)
     program = re.sub(r'(timestep_respacing"?[=:] ?)"\d+"', rf'\1"{SAMPLING["timestep_respacing"]}"', program)
-    done = finish([sys.executable, "-c", program], cwd=tmp_path, env={
+    done = finish([python, "-c", program], cwd=tmp_path, env={
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
 

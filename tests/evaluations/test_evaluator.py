@@ -1,16 +1,14 @@
 """The evaluator as its users meet it: the official numbers, bundled references, what is said and what is refused."""
 
-import importlib.util
 import json
 import re
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import REPOSITORY, call, execute
 from golden import GOLDEN
+from launchers import BIN, needs_mpi
 from PIL import Image
 from synthetic_inception import write_weights
 
@@ -18,7 +16,6 @@ from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
-BIN = Path(sys.executable).parent
 FASHION_MNIST = ("--backend", "fashion_mnist")
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -331,17 +328,16 @@ def test_statistics_made_by_the_torch_inception_are_accepted(save, evaluate, ref
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ((BIN / "mpiexec").exists() and importlib.util.find_spec("mpi4py")),
-                    reason="mpiexec or mpi4py is not installed: the extra `mpi`")
-def test_ranks_find_what_one_finds(save, evaluate, tmp_path):
+@needs_mpi
+def test_ranks_find_what_one_finds(python, save, evaluate, tmp_path):
     files = save("reference", clothes(50)), save("sample", clothes(41, 1))
     alone = values(evaluate(*files, "--batch_size", 8)[0])[0]
-    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", *files, *FASHION_MNIST,
+    ended = execute(BIN / "mpiexec", "-n", 2, python, "evaluations/evaluator.py", *files, *FASHION_MNIST,
                     "--batch_size", 8, "--json", tmp_path / "shared.json")
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "shared.json").read_text())[0]["metrics"] == pytest.approx(alone, rel=1e-6, abs=1e-9)
     assert ended.stdout.count("FID: ") == 2
-    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", files[0], "missing.npz")
+    ended = execute(BIN / "mpiexec", "-n", 2, python, "evaluations/evaluator.py", files[0], "missing.npz")
     assert ended.returncode == 2 and ended.stderr == "error: missing.npz: there is no such file\n"
 
 

@@ -1,9 +1,7 @@
 """Features of files: the same for any batch and any number of ranks, computed once, never held in memory."""
 
 import errno
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,21 +228,15 @@ with feature_folder(None) as folder:
     extract(BatchFile(sys.argv[2]), network, folder, 4)
 dist_util.shutdown()
 """
-BIN = Path(sys.executable).parent
-LAUNCHERS = {"mpiexec": [BIN / "mpiexec", "-n", 3, sys.executable],
-             "torchrun": [BIN / "torchrun", "--nproc-per-node", 2]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ranks_share_the_work(launcher, file, tmp_path):
-    if launcher == "mpiexec" and not (LAUNCHERS[launcher][0].exists() and importlib.util.find_spec("mpi4py")):
-        pytest.skip("mpiexec or mpi4py is not installed: the extra `mpi`")
     (tmp_path / "program.py").write_text(PROGRAM)
     here = Path(__file__).parent
     paths = (REPOSITORY, here, here.parent, here.parent / "support")
     tests, shared = ":".join(map(str, paths)), tmp_path / "shared"
-    ended = execute(*LAUNCHERS[launcher], tmp_path / "program.py", tests, file.path, shared)
+    ended = execute(*launcher, tmp_path / "program.py", tests, file.path, shared)
     assert ended.returncode == 0, ended.stderr
     seen = [int(path.read_text()) for path in tmp_path.glob("shared-seen-*")]
     assert sum(seen) == 23 and min(seen) > 0

@@ -34,8 +34,11 @@ def test_every_bundled_diffusion_model_loads():
 
 
 def test_weights_are_the_files():
-    model, _, _ = load("fmnist32", use_bf16=True)
-    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    for flags in ({"use_bf16": True}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "use_fp16": True}):
+        model, _, _ = load("fmnist32", **flags)
+        assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    for flags in ({}, {"dtype": "float32", "use_bf16": True}):          # what is slow nowhere is the default
+        assert {p.dtype for p in load("fmnist32", **flags).model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("name", "flags", "message"), [
@@ -44,6 +47,7 @@ def test_weights_are_the_files():
     ("fmnist32", {"timestep_respacing": "2000"}, "--timestep_respacing 2000"),
     ("fmnist32", {"num_channels": 64}, "pass --num_channels"),
     ("fmnist32_classifier", {}, "is a model of kind classifier, not a diffusion model"),
+    ("fmnist32", {"dtype": "half"}, "dtype 'half': must be one of auto, float32, float16, bfloat16"),
     ("lsun_cat", {}, r"lsun_cat: needs its file: `guided-pixels fetch lsun_cat` .*model_path=\"models/lsun_cat.pt\""),
     ("lsun_cat", {"model_path": "/nowhere/model.pt"}, "/nowhere/model.pt: there is no such file"),
 ])

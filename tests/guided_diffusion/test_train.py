@@ -8,7 +8,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import PATIENCE, call, samples_in
+from PIL import Image
 from tiny_training import (
     DIFFUSION,
     MODEL,
@@ -37,6 +37,7 @@ from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
 from guided_diffusion.train_util import classification_losses, update_ema
 
 REPOSITORY = Path(__file__).parents[2]
+TRAINING = REPOSITORY / "scripts" / "image_train.py"
 
 
 def test_learns(data_dir, tmp_path):
@@ -68,12 +69,11 @@ RUN = {"lr_anneal_steps": 40, "save_interval": 5, "schedule_sampler": "loss-seco
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
+def test_a_killed_run_ends_like_one_that_was_not(python, data_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    script = [sys.executable, REPOSITORY / "scripts" / "image_train.py"]
     process = subprocess.Popen(
-        [*script, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.DEVNULL)
+        [python, TRAINING, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE)
     train(data_dir, whole, **RUN)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
@@ -81,7 +81,8 @@ def test_a_killed_run_ends_like_one_that_was_not(data_dir, tmp_path):
             process.kill()
             break
         time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     step = int(checkpoint.read_metadata(killed / "state.safetensors")["step"])
     assert 0 < step < 40
 
@@ -116,12 +117,10 @@ def test_microbatches_do_what_the_batch_does(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_do_what_one_does(data_dir, tmp_path):
-    values = {**MODEL, **TRAIN, **DIFFUSION, "schedule_sampler": "loss-second-moment", "data_dir": data_dir}
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", REPOSITORY / "scripts" / "image_train.py"]
-    subprocess.run([*command, *flags(**{**values, "batch_size": 2}, out=tmp_path / "two")], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
-                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, stderr=subprocess.DEVNULL)
+def test_two_ranks_do_what_one_does(python, data_dir, tmp_path):
+    processes, logs = two_ranks(python, tmp_path, TRAINING, out="two", data_dir=data_dir,
+                                schedule_sampler="loss-second-moment")
+    assert [process.wait() for process in processes] == [0, 0], [log.read_text() for log in logs]
     train(data_dir, tmp_path / "one", schedule_sampler="loss-second-moment")
     assert log_of(tmp_path / "two", "loss") == pytest.approx(log_of(tmp_path / "one", "loss"), rel=1e-4)
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
@@ -331,17 +330,17 @@ run_script(main)
 """
 
 
-def two_ranks(tmp_path, *command, **values):
+def two_ranks(python, tmp_path, *command, out="out", **values):
     """Starts two ranks of a training, without a launcher; returns their processes and logs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = flags(**{**MODEL, **DIFFUSION, **TRAIN, "batch_size": 2, "out": tmp_path / "out", **values})
+    words = flags(**{**MODEL, **DIFFUSION, **TRAIN, "batch_size": 2, "out": tmp_path / out, **values})
     logs, processes = [tmp_path / f"log{rank}" for rank in range(2)], []
     for rank, log in enumerate(logs):
         with log.open("w") as stream:
             processes.append(subprocess.Popen(
-                [sys.executable, *command, *words], stdout=stream, stderr=subprocess.STDOUT, env={
+                [python, *command, *words], stdout=stream, stderr=subprocess.STDOUT, env={
                     **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "RANK": str(rank),
                     "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}))
     return processes, logs
@@ -353,8 +352,8 @@ def errors_in(log):
 
 
 @pytest.mark.slow
-def test_what_one_rank_finds_ends_all_and_is_saved_before(data_dir, tmp_path):
-    processes, logs = two_ranks(tmp_path, "-c", FAILING, data_dir=data_dir, lr_anneal_steps=5)
+def test_what_one_rank_finds_ends_all_and_is_saved_before(python, data_dir, tmp_path):
+    processes, logs = two_ranks(python, tmp_path, "-c", FAILING, data_dir=data_dir, lr_anneal_steps=5)
     assert [process.wait() for process in processes] == [2, 2]
     assert [errors_in(log) for log in logs] == [[], ["error: a damaged picture"]]
     assert "what was trained until step 3 is saved" in logs[0].read_text()
@@ -367,9 +366,9 @@ def test_what_one_rank_finds_ends_all_and_is_saved_before(data_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_rank_that_is_killed_is_missed_in_one_sentence(data_dir, tmp_path, killed):
-    processes, logs = two_ranks(tmp_path, REPOSITORY / "scripts/image_train.py", data_dir=data_dir,
-                                lr_anneal_steps=10**6, save_interval=10)
+def test_a_rank_that_is_killed_is_missed_in_one_sentence(python, data_dir, tmp_path, killed):
+    processes, logs = two_ranks(python, tmp_path, TRAINING, data_dir=data_dir, lr_anneal_steps=10**6,
+                                save_interval=10)
     while not (tmp_path / "out/state.safetensors").exists() and processes[0].poll() is None:
         time.sleep(0.05)
     processes[killed].kill()
@@ -380,6 +379,36 @@ def test_a_rank_that_is_killed_is_missed_in_one_sentence(data_dir, tmp_path, kil
     assert "frame #" not in left.read_text() and "[W" not in left.read_text()
     step = checkpoint.read_metadata(tmp_path / "out/state.safetensors")["step"]
     assert f"until step {step} is saved" in left.read_text() or step.endswith("0")
+
+
+WATCHED = """
+from guided_diffusion import dist_util, image_datasets
+from guided_diffusion.cli import run_script
+from scripts.image_train import main
+
+looking = image_datasets.damaged_pictures
+
+def look(*arguments):
+    print("rank", dist_util.rank(), "looks at the pictures", flush=True)
+    return looking(*arguments)
+
+image_datasets.damaged_pictures = look
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_looks_for_damaged_pictures_and_tells_the_others(python, tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(4):
+        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"data/{number % 2}_{number}.png")
+    (tmp_path / "data/0_0.png").write_bytes(b"no picture")
+    processes, logs = two_ranks(python, tmp_path, "-c", WATCHED, data_dir=tmp_path / "data", lr_anneal_steps=1,
+                                skip_damaged=True)
+    assert [process.wait() for process in processes] == [0, 0], [log.read_text() for log in logs]
+    said = [log.read_text() for log in logs]
+    assert [text.count("looks at the pictures") for text in said] == [1, 0]
+    assert [text.count("left out 1 damaged image(s)") for text in said] == [1, 0]
 
 
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):

@@ -96,7 +96,7 @@ OFFICIAL = {
                          "anneal_lr eval_interval"),
 }
 OURS = ("config model num_classes in_channels seed attention_heads mask threshold eta labels out overwrite use_bf16 "
-        "keep_shards log_every auto_batch "
+        "keep_shards log_every auto_batch dtype compile "
         "classifier_num_head_channels classifier_channel_mult sigma_small "
         "pag_scale pag_blocks pag_start "
         "dcg_scale dpg_scale depth_predictor depth_prior dag_reduction depth_tau dag_start dag_stop")

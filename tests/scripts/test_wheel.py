@@ -1,6 +1,8 @@
 """What `pip install .` leaves: in an empty environment, without the checkout in sight, all is there and works."""
 
+import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -51,18 +53,30 @@ def installed(source, tmp_path_factory):
     return programs
 
 
-def test_the_wheel_samples_evaluates_and_plans_a_table(installed, tmp_path):
-    where = run(installed / "python", "-c", "import guided_diffusion as a, evaluations as b, guided_pixels as c; "
-                "print(a.__file__, b.__file__, c.__file__, sep='\\n')", cwd=tmp_path).splitlines()
-    assert len(where) == 3 and all(path.startswith(str(installed.parent)) for path in where)
+COMMANDS = """
+import json, sys
+import evaluations, guided_diffusion, guided_pixels
+from guided_pixels.__main__ import main
+print(*(module.__file__ for module in (evaluations, guided_diffusion, guided_pixels)), sep="\\n")
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    main()
+"""
 
-    command = installed / "guided-pixels"
-    said = run(command, "sample", "--config", "fmnist32_sag_cg.yaml", "--num_samples", 2, "--batch_size", 2,
-               "--timestep_respacing", 2, "--out", "out", cwd=tmp_path)
-    assert said.splitlines()[0] == "samples: out/samples_2x32x32x3.npz"
-    said = run(command, "evaluate", "fmnist32", "out/samples_2x32x32x3.npz", "--backend", "fashion_mnist",
-               "--metrics", "fid", cwd=tmp_path)
-    assert float(said.splitlines()[-1].removeprefix("FID: ")) > 0
-    plan = run(command, "reproduce", "fmnist32", "--plan", "True", "--evaluation_seconds", 0.01, cwd=tmp_path)
-    assert "sag_cg" in plan and "hours" in plan
+
+def test_the_wheel_samples_evaluates_and_plans_a_table(installed, tmp_path):
+    """In one process, as each would load PyTorch anew."""
+    words = [["sample", "--config", "fmnist32_sag_cg.yaml", "--num_samples", "2", "--batch_size", "2",
+              "--timestep_respacing", "2", "--out", "out"],
+             ["evaluate", "fmnist32", "out/samples_2x32x32x3.npz", "--backend", "fashion_mnist", "--metrics", "fid"],
+             ["reproduce", "fmnist32", "--plan", "True", "--evaluation_seconds", "0.01"]]
+    *where, samples, said = run(installed / "python", "-c", COMMANDS, json.dumps(words), cwd=tmp_path).split("\n", 4)
+    assert all(path.startswith(str(installed.parent)) for path in where)
+    assert samples == "samples: out/samples_2x32x32x3.npz"
+    assert float(re.search(r"^FID: (.+)$", said, re.MULTILINE)[1]) > 0
+    assert "sag_cg" in said and "hours" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_wheel_has_a_command(installed, tmp_path):
+    assert "classifier-sample" in run(installed / "guided-pixels", "--help", cwd=tmp_path)

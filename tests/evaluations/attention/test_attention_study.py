@@ -20,6 +20,7 @@ from evaluations.attention.measures import (
 )
 from evaluations.attention.pictures import CELL, OUTLINE, draw_overlaps, outline, overlay
 from evaluations.attention.study import AttentionOptions, ObservedNetwork, evenly_spaced, overlay_strip
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import Received
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
@@ -356,6 +357,11 @@ def test_a_folder_that_cannot_be_written_and_no_matplotlib(tiny, tmp_path, capsy
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call("attention", *flags({**tiny, "out": tmp_path / "out"})) == 2
     assert "need matplotlib: install the extra `eval`" in capsys.readouterr().err
+
+
+def test_the_network_is_an_entry_of_its_file():
+    options = AttentionOptions(model_path="both.pt", checkpoint_entry="ema")
+    assert options.run(ModelOptions(), DiffusionOptions()).sample.checkpoint_entry == "ema"
 
 
 def test_thresholds_hold_that_of_the_masks():

@@ -1,6 +1,7 @@
 """The trial of reliability: each kind of job is killed, started again, and compared with one that was left alone."""
 
 import math
+import sys
 
 import pytest
 from commands import call, flags
@@ -14,7 +15,8 @@ SMALL = {"kills": 1, "ranks": 1, "num_samples": 24, "batch_size": 8, "timestep_r
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", JOBS)
-def test_killed_jobs_give_the_files_of_one_that_was_left_alone(what, tmp_path):
+def test_killed_jobs_give_the_files_of_one_that_was_left_alone(what, python, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(python))
     kill, = reliability(ReliabilityOptions(what=what, out=str(tmp_path), seed=3, **SMALL))
     assert kill.equal and kill.victim == "rank 0" and kill.redone < 24
     results = list(JOBS[what](ReliabilityOptions(**SMALL), tmp_path).results(tmp_path / what / "kill00"))

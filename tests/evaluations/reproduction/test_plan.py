@@ -39,6 +39,8 @@ def row(tiny_checkpoints, tmp_path):
     ({"guide_scale": 1.5, "guide_start": 0}, (6, 0)),
     ({"guide_scale": 1.5, "sag_sigma_min": 0.5}, (11, 0)),
     ({"guide_scale": 1.5, "sag_sigma_max": 0.5, "guide_start": 3}, (7, 0)),
+    ({"sampler": "dpm-solver++", "solver_grid": "time-uniform", "sampling_steps": 5, "timestep_respacing": "",
+      "guide_scale": 1.5, "sag_sigma_min": 1.0, "sag_sigma_max": 100.0}, (8, 0)),
     ({"classifier_guidance": True, "classifier_sigma_min": 0.5, "classifier_sigma_max": 20}, (6, 3)),
     ({"classifier_guidance": True}, (6, 6)),
     ({"classifier_guidance": True, "classifier_scale": 0}, (6, 0)),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -97,8 +98,10 @@ def test_a_table_from_nothing_to_its_report_and_once_more(mini, line, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_same_numbers(line, tmp_path):
+def test_two_ranks_give_the_same_numbers(line, python, tmp_path, monkeypatch):
     """A real table, cut short, under a launcher that --ranks starts."""
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PYTHON_EXEC", str(python))              # what torchrun starts
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         words = line("fmnist32", rows="unguided", num_samples=5, batch_size=3, ranks=ranks, out=out)

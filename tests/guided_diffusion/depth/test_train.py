@@ -136,6 +136,17 @@ def test_another_training_in_the_same_file_is_refused(world, tmp_path):
         train(world, world / "model.safetensors")
 
 
+def test_a_network_is_chosen_of_a_file_that_wraps_several(world, tmp_path):
+    state = checkpoint.load_state_dict(world / "model.safetensors")
+    torch.save({"model": state, "ema": {name: 2 * value for name, value in state.items()}}, tmp_path / "both.pt")
+    chosen = {entry: load_network(*parts(world_flags(world, tmp_path / "p.safetensors", checkpoint_entry=entry,
+                                                     model_path=tmp_path / "both.pt"))).model.state_dict()
+              for entry in ("model", "ema", "")}
+    assert all(torch.equal(chosen["model"][name], state[name]) for name in state)
+    assert all(torch.equal(chosen["ema"][name], 2 * state[name]) for name in state)
+    assert all(torch.equal(chosen[""][name], chosen["ema"][name]) for name in state)
+
+
 def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PAUSE", 0)
     out = tmp_path / "p.safetensors"

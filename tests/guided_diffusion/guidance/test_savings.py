@@ -155,6 +155,13 @@ def test_only_the_same_inputs_begin_at_a_prefix(case):
 
 
 @torch.no_grad()
+def test_a_network_is_compiled_as_one_graph(case):
+    compiled = torch.compile(case.model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(case.x, case.t, **case.kwargs), case.model(case.x, case.t, **case.kwargs))
+    torch.compiler.reset()
+
+
+@torch.no_grad()
 def test_features_and_attention_of_a_resumed_evaluation_are_seen(case):
     with capture.capture_prefix(case.model, "middle") as prefixes:
         case.model(case.x, case.t, **case.kwargs)

@@ -1,5 +1,6 @@
 """Sampling runs as jobs: kills, restarts, several at once, full disks; the same file from all of them."""
 
+import functools
 import hashlib
 import json
 import os
@@ -24,14 +25,15 @@ from guided_diffusion.runs.shards import locked
 from guided_diffusion.runs.status import run_status
 
 BIN = Path(sys.executable).parent
-COUNT = 16
+CHUNKS = 6
+COUNT = 2 * CHUNKS
 
 
 @pytest.fixture(scope="module")
 def line(tiny_checkpoints):
-    """The command line of a run of 8 chunks, long enough to be killed, into a folder; `changes` are flags."""
+    """The command line of a run of 6 chunks, long enough to be killed, into a folder; `changes` are flags."""
     def words(out, **changes):
-        return flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 12,
+        return flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 8,
                       "num_samples": COUNT, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1, "out": out,
                       **changes})
     return words
@@ -50,15 +52,20 @@ def digest(out):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start(line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-    """Ranks that no launcher watches, with the names of environment variables that tell each who it is."""
+@pytest.fixture
+def start(python):
+    """Starts ranks that no launcher watches, with the names of environment variables that tell each who it is."""
+    return functools.partial(started, python)
+
+
+def started(python, line, ranks=1, names=("RANK", "WORLD_SIZE", "LOCAL_RANK")):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     several = {names[1]: str(ranks), "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(several if ranks > 1 else {})}
     return [subprocess.Popen(
-        [sys.executable, "scripts/image_sample.py", *map(str, line)], cwd=REPOSITORY, stdout=subprocess.PIPE,
+        [python, "scripts/image_sample.py", *map(str, line)], cwd=REPOSITORY, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env={**environment, names[0]: str(rank), names[2]: str(rank)},
         preexec_fn=usual_signals) for rank in range(ranks)]
 
@@ -80,16 +87,16 @@ def stamps(out):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, victims, chunks", [(1, [0], 1), (2, [0, 1], 3), (2, [0], 2), (2, [1], 3)],
                          ids=["plain process", "both ranks", "rank 0", "rank 1"])
-def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, expected, tmp_path):
+def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, start, line, expected, tmp_path):
     for attempt in range(10):
         out = tmp_path / str(attempt)
         processes = start(line(out), ranks)
         await_shards(out, chunks, processes[0])
-        time.sleep(0.05)                # rather within the next chunk than just after this one
+        time.sleep(0.05 / 2**attempt)   # rather within the next chunk than just after this one, on a fast machine too
         for rank in victims:
             processes[rank].send_signal(signal.SIGKILL)
         errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-        if len(stamps(out)) < 8 and not list(out.glob("samples_*.npz")):
+        if len(stamps(out)) < CHUNKS and not list(out.glob("samples_*.npz")):
             break               # else all chunks were made, as the victim was between two of them: another job
     else:
         pytest.fail("no job of ten was killed within a chunk")
@@ -100,7 +107,8 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, exp
 
     status = run_status(out)
     before = stamps(out)
-    assert chunks <= len(before) < 8 and (status.done, status.missing) == (2 * len(before), COUNT - 2 * len(before))
+    assert chunks <= len(before) < CHUNKS
+    assert (status.done, status.missing) == (2 * len(before), COUNT - 2 * len(before))
     assert status.damaged == 0 and status.holder is None
     assert call("image_sample", *line(out, keep_shards=True)) == 0
     assert digest(out) == expected
@@ -110,7 +118,7 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, line, exp
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"])
-def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, line, expected, tmp_path):
+def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, start, line, expected, tmp_path):
     for _ in range(10):
         processes = start(line(tmp_path, log_every=1000, overwrite=True), ranks)
         await_shards(tmp_path, 2, processes[0])
@@ -129,17 +137,17 @@ def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, line
 
 @pytest.mark.slow
 @needs_mpi
-def test_rank_killed_under_mpiexec_ends_the_job(line, expected, tmp_path):
-    with subprocess.Popen([BIN / "mpiexec", "-n", "2", sys.executable, "scripts/image_sample.py", *line(tmp_path)],
-                          cwd=REPOSITORY, stderr=subprocess.DEVNULL, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
+def test_rank_killed_under_mpiexec_ends_the_job(python, line, expected, tmp_path):
+    words = ("scripts/image_sample.py", *line(tmp_path))
+    with subprocess.Popen([BIN / "mpiexec", "-n", "2", sys.executable, *words], cwd=REPOSITORY,
+                          stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
         await_shards(tmp_path, 2, job)
         ranks = ranks_working_in(tmp_path)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         assert job.wait(PATIENCE) != 0
     assert not ranks_working_in(tmp_path)
-    ended = execute(BIN / "mpiexec", "-n", 3, sys.executable, "scripts/image_sample.py", *line(tmp_path))
+    ended = execute(BIN / "mpiexec", "-n", 3, python, *words)
     assert ended.returncode == 0, ended.stderr
     assert digest(tmp_path) == expected
 
@@ -157,7 +165,7 @@ def ranks_working_in(out):
 
 
 @pytest.mark.slow
-def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
+def test_ranks_of_slurm_give_the_same_file(start, line, expected, tmp_path):
     processes = start(line(tmp_path), 2, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     for process in processes:
         assert process.wait(PATIENCE) == 0, process.communicate()
@@ -167,7 +175,7 @@ def test_ranks_of_slurm_give_the_same_file(line, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_jobs_started_at_once_in_one_folder(line, expected, tmp_path):
+def test_two_jobs_started_at_once_in_one_folder(start, line, expected, tmp_path):
     jobs = [start(line(tmp_path))[0] for _ in range(2)]
     errors = [job.communicate(timeout=PATIENCE)[1] for job in jobs]
     assert sorted(job.returncode for job in jobs) == [0, 2]
@@ -350,8 +358,8 @@ def test_out_of_memory(limit, auto, code, line, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_packing_takes_the_memory_of_a_chunk(tmp_path):
-    ended = execute(sys.executable, "scripts/reliability.py", "--pack_images", 1500, "--out", tmp_path)
+def test_packing_takes_the_memory_of_a_chunk(python, tmp_path):
+    ended = execute(python, "scripts/reliability.py", "--pack_images", 1500, "--out", tmp_path)
     assert ended.returncode == 0, ended.stderr
     after, before = map(int, re.search(r"peak memory (\d+) MiB, (\d+) MiB before", ended.stdout).groups())
     assert after - before < 30 and after < 1000         # the images are 70 MiB

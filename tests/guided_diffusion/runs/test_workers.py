@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 
 import pytest
 from commands import PATIENCE, REPOSITORY
@@ -58,12 +57,12 @@ os._exit(0)
 """
 
 
-def ranks_of(case, size, tmp_path):
+def ranks_of(python, case, size, tmp_path):
     """Runs PROGRAM on ranks that no launcher watches; returns what each of them wrote, None where it was killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, "-c", PROGRAM, case, tmp_path], cwd=REPOSITORY, env={
+    ranks = [subprocess.Popen([python, "-c", PROGRAM, case, tmp_path], cwd=REPOSITORY, env={
         **os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}) for rank in range(size)]
     try:
@@ -97,8 +96,8 @@ def test_end_is_what_its_text_says(end, text):
 
 
 @pytest.mark.slow
-def test_slow_rank_stalls_no_other(tmp_path):
-    results = ranks_of("slow", 3, tmp_path)
+def test_slow_rank_stalls_no_other(python, tmp_path):
+    results = ranks_of(python, "slow", 3, tmp_path)
     assert sorted(index for result in results for index in result["indices"]) == list(range(12))
     assert all(result["outcome"] == "fine" and result["value"] == [1, "two"] for result in results)
     assert len(results[1]["indices"]) <= 1
@@ -111,8 +110,8 @@ def test_slow_rank_stalls_no_other(tmp_path):
     ("killed", ["LostRankError rank 1 is gone", None, "PeerError rank 1 is gone"]),
     ("main killed", [None, "LostRankError rank 0 is gone", "LostRankError rank 0 is gone"]),
 ])
-def test_rank_that_ends_ends_all(case, words, tmp_path):
-    results = ranks_of(case, 3, tmp_path)
+def test_rank_that_ends_ends_all(case, words, python, tmp_path):
+    results = ranks_of(python, case, 3, tmp_path)
     for result, word in zip(results, words, strict=True):
         assert (result is None) == (word is None)
         assert result is None or result["outcome"].startswith(word)
