@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from guided_diffusion import dist_util
+from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
@@ -58,6 +59,8 @@ class BenchOptions(Options):
     models: str = option("models", "folder of the checkpoints")
     references: str = option("references", "folder of the reference batches")
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the bench has it", minimum=1)
+    dtype: str = option("", f"type in which the networks compute: {', '.join(DTYPES)}, or {AUTO}, the fastest one "
+                        "here; unset: as the bench has it", choices=("", *DTYPES, AUTO))
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
 
@@ -65,8 +68,8 @@ class BenchOptions(Options):
     def as_table(self) -> ReproduceOptions:
         """The same for what tables do."""
         return ReproduceOptions(plan=self.plan, ranks=self.ranks, out=self.out, models=self.models,
-                                references=self.references, batch_size=self.batch_size, inception=self.inception,
-                                bootstrap=self.bootstrap)
+                                references=self.references, batch_size=self.batch_size, dtype=self.dtype,
+                                inception=self.inception, bootstrap=self.bootstrap)
 
 
 def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> str:
@@ -80,6 +83,9 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     if options.plan:
         return _plan(bench, options) if dist_util.is_main() else ""
     dist_util.setup_dist()
+    if bench.base.run.sample.dtype == AUTO:
+        dtype = bench.reported({}, bench.spec.evaluations).run.decided().sample.dtype
+        bench = replace(bench, base=bench.base.changed(dtype=dtype))
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, {})
     with ExitStack() as stack:
@@ -190,10 +196,9 @@ class BenchRun:
             self.left_out.append(f"{unit.title} at {unit.evaluations} evaluations (would take {expected / 3600:.2g} h "
                                  f"of the {max(left, 0) / 3600:.2g} h that are left)")
             return
-        todo, flags = 0.0, unit.settings[-1]
-        if unit.searched:
-            rows = unit.rows(self.bench)
-            todo += sum(self._sampled(row) for row in rows)
+        flags, rows = unit.settings[-1], unit.rows(self.bench)
+        todo: float = sum(self._sampled(row) for row in rows)
+        if rows:
             place, value = self._best_of(rows)
             flags = unit.settings[place]
             self.searches[unit.title] = rows
@@ -261,8 +266,9 @@ class BenchRun:
         return text
 
     def _search_table(self) -> Table:
-        note = (f"The setting that is best here, by {METRICS[self.bench.spec.metric].label}, is reported in the other table on other images. "
-                "Its number here is too good, as it was chosen by these images.")
+        label = METRICS[self.bench.spec.metric].label
+        note = (f"The setting that is best here, by {label}, is reported in the other table on other images. Its number "
+                "here is too good, as it was chosen by these images.")
         return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
 
     def _report_table(self) -> Table:
@@ -280,15 +286,16 @@ class BenchRun:
 
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
-        spec = self.bench.spec
-        parts = [self.bench.note, f"Every row has at most the evaluations that its section names, all networks counted "
-                 f"by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
-                 f"the best {METRICS[spec.metric].label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are "
-                 "compared with the method that was best alone there."]
+        spec, label = self.bench.spec, METRICS[self.bench.spec.metric].label
+        parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted by "
+                 "their operations, so that methods that cost more have fewer steps. Each has the setting that had the "
+                 f"best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared with the "
+                 "method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
         if self.why:
-            parts.append("Not compared: " + "; ".join(f"{short} ({reason})" for short, reason in self.why.items()) + ".")
+            reasons = "; ".join(f"{short} ({reason})" for short, reason in self.why.items())
+            parts.append(f"Not compared: {reasons}.")
         return " ".join(filter(None, parts))
 
     def _write_table(self, part: str, table: Table) -> str:

@@ -180,7 +180,6 @@ def _methods(options: ProbeOptions, run: SamplingRun) -> tuple[list[GuidanceOpti
     off = row.changed(**{flag: field for method in run.guidance for flag, field in _switched_off(method).items()})
     found, why = candidates(off, "")
     known = {one.short: one for one in found if one.makes_contrasts}
-    why = {short: reason for short, reason in why.items()}
     for one in found:
         if one.missing:
             why[one.short] = "; ".join(map(str, one.missing))
@@ -248,7 +247,7 @@ def probe_terms(denoise: Denoiser, terms: Sequence[ContrastGuidance],
         parts.append(np.stack(found, axis=-1))
     abar = process.alphas_cumprod[list(steps)]
     together = np.concatenate(parts, axis=2)
-    return [Moments(*values, weights=abar / (1 - abar)) for values in together]
+    return [Moments(error, toward, change, abar / (1 - abar)) for error, toward, change in together]
 
 
 def _moments_at(denoise: Denoiser, terms: Sequence[ContrastGuidance], x0: Tensor, image_ids: Sequence[int], step: int,
@@ -282,7 +281,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
     ranks = [_ranks(np.asarray(values, dtype=float)) for values in (one, other)]
     if any(len(set(values.tolist())) < 2 for values in ranks):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -48,10 +48,9 @@ def agreement(result: ProbeResult, path: str | Path, metric: str) -> Agreement:
     values = _measured(table, metric)
     if not values:
         raise UserError(f"--metric {metric}: no row of {path} has it")
-    found = [(name, left, values[name]) for name, row in table["rows"].items()
-             if name in values and (left := _left(result.probed, row["flags"])) is not None]
-    names, predicted, measured = ([one[place] for one in found] for place in range(3))
-    return Agreement(metric, names, predicted, measured)
+    lefts = {name: left for name, row in table["rows"].items()
+             if name in values and (left := _left(result.probed, row["flags"])) is not None}
+    return Agreement(metric, list(lefts), list(lefts.values()), [values[name] for name in lefts])
 
 
 def _measured(table: Mapping[str, Any], metric: str) -> dict[str, float]:

@@ -58,8 +58,8 @@ class BenchSpec(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed == self.search_seed:
-            raise UserError(f"--seed {self.seed} --search_seed {self.search_seed}: must differ, as the best of a search "
-                            "is too good on the images that it was chosen by")
+            raise UserError(f"--seed {self.seed} --search_seed {self.search_seed}: must differ, as the best of a "
+                            "search is too good on the images that it was chosen by")
         if not METRICS[self.metric].direction.reading:
             raise UserError(f"--metric {self.metric}: must be one of which a way is better")
         if self.evaluations in self.others or len(set(self.others)) < len(self.others):

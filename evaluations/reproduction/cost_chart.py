@@ -179,7 +179,8 @@ def _legends(figure: Any, samplers: Sequence[str], guidance: Sequence[str]) -> N
 
     single = len(samplers) == 1
     colours = [Line2D([], [], color=_colour(place), linewidth=0 if single else 3) for place in range(len(samplers))]
-    shapes = [Line2D([], [], color=_colour(place) if single else "#444444", marker=SHAPES[place % len(SHAPES)], linestyle="--" if place else "-")
+    shapes = [Line2D([], [], color=_colour(place) if single else "#444444", marker=SHAPES[place % len(SHAPES)],
+                     linestyle="--" if place else "-")
               for place in range(len(guidance))]
     for place, handles, labels, columns in (("left", colours, samplers, _columns(samplers)),
                                             ("right", shapes, guidance, 1)):

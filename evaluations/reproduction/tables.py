@@ -45,6 +45,7 @@ COSTS = {                       # of an image of a row: what a chart may be draw
     "gradients": "backward passes per image",
     "work": "evaluations per image, all networks counted",
 }
+TIMED = ("evaluations", "gradients")    # of the costs: those that stand in the table of timing
 
 
 @dataclass(frozen=True)

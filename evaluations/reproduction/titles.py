@@ -58,7 +58,8 @@ def guidance(run: SamplingRun) -> str:
 def guidance_flags(run: SamplingRun) -> dict[str, Any]:
     """Returns the flags by value of the guidance that is on, but the names of files, as far as they are not default."""
     return {field.name: value for method in run.active for field in option_fields(type(method))
-            if (value := getattr(method, field.name)) != field.default and field.name not in {**method.files(), **method.remedies}}
+            if (value := getattr(method, field.name)) != field.default
+            and field.name not in {**method.files(), **method.remedies}}
 
 
 def heads(run: SamplingRun) -> str:
