@@ -233,8 +233,8 @@ class BenchRun:
                 for other in range(1, len(values)):
                     place = other if spec.better(values[other], values[place]) else place
                 best = place, values[place]
-        place, value = self.decisions.same(list(best))
-        return int(place), float(value)
+        chosen, value = self.decisions.same(list(best))
+        return int(chosen), float(value)
 
     def _time_evaluation(self) -> None:
         """Evaluates the row without guidance as at the end, and keeps as much time for every row that is reported."""
@@ -267,8 +267,8 @@ class BenchRun:
 
     def _search_table(self) -> Table:
         label = METRICS[self.bench.spec.metric].label
-        note = (f"The setting that is best here, by {label}, is reported in the other table on other images. Its number "
-                "here is too good, as it was chosen by these images.")
+        note = (f"The setting that is best here, by {label}, is reported in the other table on other images. Its "
+                "number here is too good, as it was chosen by these images.")
         return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
 
     def _report_table(self) -> Table:
@@ -287,10 +287,10 @@ class BenchRun:
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
         spec, label = self.bench.spec, METRICS[self.bench.spec.metric].label
-        parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted by "
-                 "their operations, so that methods that cost more have fewer steps. Each has the setting that had the "
-                 f"best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared with the "
-                 "method that was best alone there."]
+        parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
+                 "by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
+                 f"the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared "
+                 "with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
         if self.why:

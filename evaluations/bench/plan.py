@@ -14,8 +14,9 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
          hours: float | None) -> str:
     """Returns the plan as Markdown.
 
-    references: folder of reference batches. found, why: the methods that the model supports, and the reasons against the others. seconds: of one evaluation of
-    an image, on all ranks together. hours: how many there are, None for any.
+    found, why: the methods that the model supports, and the reasons against the others. references: folder of
+    reference batches. seconds: of one evaluation of an image, on all ranks together. hours: how many there are, None
+    for any.
     """
     lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
              "| piece | settings tried | evaluations of an image | images | hours | together |",
@@ -29,9 +30,9 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
         total += one
         lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
                      f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
-    lines += ["", f"{seconds:.4g} s for an evaluation of one image, on all ranks together. Hours are those of sampling; "
-              "the evaluation of the images comes on top. Pairs come last, and those whose methods do best alone come "
-              "first: the search decides their order."]
+    lines += ["", f"{seconds:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "
+              "sampling; the evaluation of the images comes on top. Pairs come last, and those whose methods do best "
+              "alone come first: the search decides their order."]
     if beyond:
         lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
     lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]

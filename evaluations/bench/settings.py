@@ -32,7 +32,7 @@ from guided_diffusion.options import (
 from ..metrics import METRICS
 from ..reproduction import tables
 from ..reproduction.costs import steps_within
-from ..reproduction.reproduce import ReproduceOptions, as_asked
+from ..reproduction.reproduce import ReproduceOptions, as_asked, located
 from ..reproduction.tables import Row, read_row
 
 METRIC_WORDS = "fid,sfid,mind,precision,recall,density,coverage,saturation"
@@ -138,13 +138,21 @@ def load_bench(words: Sequence[str], options: ReproduceOptions, changed: Mapping
             raise UserError(f"{flag} in {path}: is set by the bench, leave it out")
     spec, = fill({**values, **changed}, [BenchSpec], None, source=str(path))
     evaluation = {"metrics": METRIC_WORDS, **_mapping(shared.get(EVALUATION_SECTION), EVALUATION_SECTION, path)}
-    base = as_asked(read_row("shared", {**shared, EVALUATION_SECTION: evaluation}, path), options)
+    base = _with_files(as_asked(read_row("shared", {**shared, EVALUATION_SECTION: evaluation}, path), options), options)
     if base.run.active:
         raise UserError(f"shared in {path}: switches {base.run.title()} on; a bench does that itself")
     if spec.metric not in base.evaluation.words:
         raise UserError(f"--metric {spec.metric}: must be one of the metrics of {path}, {base.evaluation.metrics}")
     texts = [str(content.get(part, "")) for part in ("title", "source", "note")]
     return Bench(path.stem, texts[0] or path.stem, texts[1], texts[2], spec, base, Path(options.out) / path.stem)
+
+
+def _with_files(base: Row, options: ReproduceOptions) -> Row:
+    """Returns the row with the files of all methods where the options say that they are."""
+    files: dict[str, str] = {}
+    for method in base.run.guidance:
+        files |= replace(method, **method.switched_on).files()
+    return base.changed(**{flag: located(file, options) for flag, file in files.items() if file})
 
 
 def _path(word: str) -> Path:

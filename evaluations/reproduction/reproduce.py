@@ -96,7 +96,7 @@ def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
 
 def as_asked(row: Row, options: ReproduceOptions) -> Row:
     """Returns a row as the options change it: its files, batch, heads and reference."""
-    values: dict[str, Any] = {flag: _located(file, options) for flag, file in row.run.checkpoints().items()}
+    values: dict[str, Any] = {flag: located(file, options) for flag, file in row.run.checkpoints().items()}
     if options.batch_size is not None:
         values["batch_size"] = options.batch_size
     if options.dtype:
@@ -110,7 +110,7 @@ def as_asked(row: Row, options: ReproduceOptions) -> Row:
     return row
 
 
-def _located(file: str, options: ReproduceOptions) -> str:
+def located(file: str, options: ReproduceOptions) -> str:
     """Returns where a checkpoint is that a row names: in `--models`, or among the bundled ones of an installation."""
     path = Path(file)
     if path.parts[:1] == ("models",):
