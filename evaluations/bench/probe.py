@@ -171,7 +171,8 @@ def _files_of(method: GuidanceOptions) -> dict[str, Any]:
 
 def levels(num_timesteps: int, count: int) -> list[int]:
     """Returns the steps in the middles of so many equal parts of a chain, from the noisiest."""
-    return [int((part + 0.5) / count * num_timesteps) for part in reversed(range(min(count, num_timesteps)))]
+    count = min(count, num_timesteps)
+    return [int((part + 0.5) / count * num_timesteps) for part in reversed(range(count))]
 
 
 def _methods(options: ProbeOptions, run: SamplingRun) -> tuple[list[GuidanceOptions], dict[str, str]]:
