@@ -342,7 +342,8 @@ class Evaluation:
         files = (reference, *samples)
         counts = [features.count for features in files if features.count]
         if len(set(counts)) > 1:
-            self.warn(f"different numbers of images ({_listed(counts)}), on which FID and the others depend")
+            distance = METRICS["fid"].by(self.extractor_options.kind.network).label
+            self.warn(f"different numbers of images ({_listed(counts)}), on which {distance} and the others depend")
         sizes = [features.file.resolution for features in files if len(features.file)]
         if len(set(sizes)) > 1:
             self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
@@ -350,6 +351,7 @@ class Evaluation:
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison) -> dict[str, Any]:
         values: dict[str, float | None] = {}
         intervals: dict[str, Interval] = {}
+        kind = self.extractor_options.kind
         for metric in self.options.wanted:
             value = metric.value(comparison)
             values[metric.word] = value
@@ -359,16 +361,17 @@ class Evaluation:
             if self.options.bootstrap:
                 bounds = metric.interval(comparison, self.options.bootstrap)
                 if bounds is None:
-                    self.warn(f"{sample.file.path}: no 95 % interval of {metric.label}: {metric.no_interval}")
+                    named = metric.by(kind.network)
+                    self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
                 else:
                     intervals[metric.word] = bounds
-        kind = self.extractor_options.kind
         return {
             "reference": reference.description(),
             "sample": sample.description(),
             "metrics": values,
             **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
             "backend": {"name": self.extractor.name, "sha256": self.extractor.fingerprint,
+                        **({"features_of": kind.network} if kind.network else {}),
                         **({"dtype": self.extractor_options.dtype} if kind.has_dtype else {}),
                         **({"backend": kind.name, "settings": extractor_settings(self.extractor)} if kind.is_own
                            else {})},
@@ -414,11 +417,12 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         lines.append(f"{'held out: ' if result.get('held_out') else 'sample:   '} {_described(result['sample'])}")
         for word, value in result["metrics"].items():
+            metric = METRICS[word].by(backend.get("features_of", ""))
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            of_count = f", of {METRICS[word].label} of {result['sample']['images']} images"
-            label = "95 %" + of_count * METRICS[word].falls_with_count
+            of_count = f", of {metric.label} of {result['sample']['images']} images"
+            label = "95 %" + of_count * metric.falls_with_count
             interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
-            lines.append(f"{METRICS[word].title}: {'nan' if value is None else value}{interval}")
+            lines.append(f"{metric.title}: {'nan' if value is None else value}{interval}")
     return "\n".join(lines)
 
 

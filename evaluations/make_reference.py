@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import dist_util
+from guided_diffusion.classes import CLASS_RULES, ClassNames
 from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
@@ -33,6 +34,7 @@ from .features import FeatureExtractor, Features, extract, feature_folder
 from .image_sets import open_images
 from .metrics import feature_statistics
 
+LABELS, CLASS_NAMES = "arr_1", "class_names"        # arrays of a reference batch
 READ_AS_THEY_ARE = (".npz", ".npy", ".zip")         # suffixes of files that hold images of one size
 
 
@@ -44,6 +46,10 @@ class ReferenceOptions(ExtractorOptions):
                        "network; features, for them with this one; or nothing",
                        choices=("images", "features", "nothing"))
     half: bool = option(False, "keep the features in half precision")
+    statistics: bool = option(True, "also mean and covariance of the features; False: the images alone, which do for "
+                              "every network")
+    classes: str = option("", "also keep the classes of a folder's pictures as labels, by folders or by the prefix of "
+                          "their names, as for training; unset: no labels", choices=("", *CLASS_RULES))
     num_images: int | None = option(None, "only the first so many images; unset: all", minimum=2)
     image_size: int | None = option(None, "crop pictures of a folder to squares of this many pixels, as for training; "
                                     "unset: they must have one size", minimum=1)
@@ -57,12 +63,16 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     what was made, "" on ranks other than the first. Raises UserError for images that cannot be read, and where `out`
     cannot be written.
     """
+    given = Path(source).suffix in READ_AS_THEY_ARE
+    if not options.statistics and options.keep != "images":
+        raise UserError(f"--keep {options.keep}: must be images with --statistics False")
+    if options.classes and (given or holds_idx(find_data(source))):
+        raise UserError(f"--classes {options.classes}: must be left out, {source} is no folder of pictures")
     made = ""
     dist_util.setup_dist()
     with dist_util.together():
         if dist_util.is_main():
             check_writable("OUT", out)
-    given = Path(source).suffix in READ_AS_THEY_ARE
     with feature_folder(options.cache) as folder, _removed(folder / f"images-{Path(out).name}") as written:
         with dist_util.together():
             if not given and dist_util.is_main():
@@ -72,23 +82,44 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
             count = options.num_images or len(images)
             if not 2 <= count <= len(images):
                 raise UserError(f"{source} holds {len(images)} images: {count} are needed")
+        made = _write(images, out, folder, count, options)
+    dist_util.shutdown()
+    return made
+
+
+def _write(images: BatchFile, out: str, folder: Path, count: int, options: ReferenceOptions) -> str:
+    """Writes the reference batch of the first `count` images, and returns what `make_reference` does."""
+    arrays: dict[str, np.ndarray] = {}
+    network = "images alone"
+    if options.statistics:
         extractor = load_extractor_once(options)
         features = extract(images, extractor, folder, options.batch_size, count)
         if dist_util.is_main():
-            arrays = _statistics(features, extractor, count)
-            if options.kind.is_own:
-                arrays["backend_settings"] = np.array(settings_text(extractor))
-            kept = None
-            if options.keep == "features":
-                arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
-            elif options.keep == "images":
-                kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
-            if options.kind.estimates_depth:
-                arrays |= depth_extractor(extractor).reference_arrays(images, count)
-            write_batch(out, arrays, kept, (count, *images.shape[1:]))
-            made = f"reference: {out}, {count} images, {extractor.name}"
-    dist_util.shutdown()
-    return made
+            arrays = _of_network(features, extractor, images, count, options)
+        network = extractor.name
+    if not dist_util.is_main():
+        return ""
+    if options.classes:
+        arrays |= {name: images.read(name)[:count] if name == LABELS else images.read(name)
+                   for name in (LABELS, CLASS_NAMES)}
+    kept = None
+    if options.keep == "images":
+        kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
+    write_batch(out, arrays, kept, (count, *images.shape[1:]))
+    return f"reference: {out}, {count} images, {network}"
+
+
+def _of_network(features: Features, extractor: FeatureExtractor, images: BatchFile, count: int,
+                options: ReferenceOptions) -> dict[str, np.ndarray]:
+    """Returns what stands in the file of a network: statistics, and perhaps features and depth."""
+    arrays = _statistics(features, extractor, count)
+    if options.kind.is_own:
+        arrays["backend_settings"] = np.array(settings_text(extractor))
+    if options.keep == "features":
+        arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
+    if options.kind.estimates_depth:
+        arrays |= depth_extractor(extractor).reference_arrays(images, count)
+    return arrays
 
 
 @contextmanager
@@ -124,7 +155,11 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
         return
     files = list_images(folder)[:options.num_images]
     first = _pixels(files[0], options.image_size)
-    write_batch(path, {}, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
+    labels: dict[str, np.ndarray] = {}
+    if options.classes:
+        names = ClassNames.from_images(folder, files, options.classes)
+        labels = {LABELS: names.numbers(folder, files), CLASS_NAMES: np.array(names.to_json())}
+    write_batch(path, labels, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
 
 
 def _pictures(files: list[Path], shape: tuple[int, ...], size: int | None) -> Iterator[np.ndarray]:

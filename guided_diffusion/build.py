@@ -71,6 +71,16 @@ class UpsamplerOptions(NetworkOptions):
     small_size: int = option(64, "height and width of the images it upsamples, in pixels", minimum=1,
                              maximum=MOST_PIXELS)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.small_size > self.large_size:
+            raise UserError(f"--small_size {self.small_size}: must be at most --large_size, which is {self.large_size}")
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that it makes: those of a diffusion network by the same name."""
+        return self.large_size
+
 
 @dataclass(frozen=True)
 class DiffusionOptions(Options):
@@ -120,9 +130,9 @@ def build_model(options: ModelOptions | UpsamplerOptions) -> UNetModel:
     """The network that the options describe, with random weights. Raises UserError where they do not fit together."""
     from .unet import SuperResModel, UNetModel
 
-    if isinstance(options, UpsamplerOptions):
-        return _build_unet(options, SuperResModel, options.large_size, UPSAMPLER_CHANNEL_MULT)
-    return _build_unet(options, UNetModel, options.image_size, CHANNEL_MULT)
+    upsamples = isinstance(options, UpsamplerOptions)
+    return _build_unet(options, SuperResModel if upsamples else UNetModel, options.image_size,
+                       UPSAMPLER_CHANNEL_MULT if upsamples else CHANNEL_MULT)
 
 
 def _build_unet(options: NetworkOptions, kind: type[UNetModel], size: int, defaults: Mapping[int, str]) -> UNetModel:

@@ -101,10 +101,12 @@ def _batch(network: UNetModel, largest: int) -> int:
 def evaluation(network: UNetModel, batch: int) -> Tensor:
     """The prediction of a network for so many images of noise, at the size it is made for."""
     device, size = next(network.parameters()).device, network.image_size
-    noise = torch.randn(batch, network.in_channels, size, size, device=device,
+    noise = torch.randn(batch, network.image_channels, size, size, device=device,
                         generator=torch.Generator(device).manual_seed(0))
-    labels = {} if network.num_classes is None else {"y": torch.zeros(batch, dtype=torch.int64, device=device)}
-    return network(noise, torch.full((batch,), 500, device=device), **labels)
+    conditions = {} if network.num_classes is None else {"y": torch.zeros(batch, dtype=torch.int64, device=device)}
+    if network.in_channels != network.image_channels:
+        conditions["low_res"] = noise
+    return network(noise, torch.full((batch,), 500, device=device), **conditions)
 
 
 def time_calls(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:

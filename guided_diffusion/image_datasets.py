@@ -164,6 +164,10 @@ class TrainingImages:
         """Endless batches, from `start_batch` on."""
         raise NotImplementedError
 
+    def at(self, indices: Sequence[int]) -> ImageBatch:
+        """The images of these numbers as they are: in the middle of the frame, and not mirrored."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class ArrayImages(TrainingImages):
@@ -188,12 +192,18 @@ class ArrayImages(TrainingImages):
             indices, flips = plan.indices(index), plan.flips(plan.draws(index))
             chosen = self.images[indices]
             chosen[flips] = chosen[flips, :, ::-1]
-            if self.images.ndim == 3:
-                batch = pad_to_frame(chosen, self.frame)
-            else:
-                pixels = chosen if self.frame[0] == 3 else _grey(chosen)
-                batch = torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
-            yield batch, _conditions(self.labels, indices)
+            yield self._framed(chosen), _conditions(self.labels, indices)
+
+    def at(self, indices: Sequence[int]) -> ImageBatch:
+        """The images of these numbers."""
+        rows = np.asarray(indices)
+        return self._framed(self.images[rows]), _conditions(self.labels, rows)
+
+    def _framed(self, images: np.ndarray) -> Tensor:
+        if self.images.ndim == 3:
+            return pad_to_frame(images, self.frame)
+        pixels = images if self.frame[0] == 3 else grey(images)
+        return torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +265,12 @@ class FolderImages(TrainingImages):
                     raise damaged_error(check.found)
                 indices = np.array([index for index, _ in decoded])
                 yield torch.from_numpy(np.stack([pixels for _, pixels in decoded])), _conditions(self.labels, indices)
+
+    def at(self, indices: Sequence[int]) -> ImageBatch:
+        """The images of these numbers, cut from the centre."""
+        plan = BatchPlan(self.count, batch_size=1, seed=0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
+        decoded = [self._decode(index, plan, np.ones(4))[1] for index in indices]
+        return torch.from_numpy(np.stack(decoded)), _conditions(self.labels, np.asarray(indices))
 
     def _decode(self, index: int, plan: BatchPlan, draw: np.ndarray) -> tuple[int, np.ndarray]:
         """One augmented image, (C, H, W) float32 in [-1, 1], and the index that it has after all."""
@@ -467,7 +483,7 @@ def npz_class_names(path: str | os.PathLike, known: ClassNames | None) -> ClassN
     return names
 
 
-def _grey(images: np.ndarray) -> np.ndarray:
+def grey(images: np.ndarray) -> np.ndarray:
     """(N, H, W, 1) uint8 of (N, H, W, 3), weighted as Pillow weights them."""
     return (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)[..., None]
 

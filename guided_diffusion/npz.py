@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -334,19 +334,19 @@ def write_batch(path: str | Path, arrays: dict[str, np.ndarray], images: Iterabl
     def save(file: Path) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
-                with _member(archive, name) as stream:
-                    np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+                _write_array(archive, name, array)
             if images is not None:
                 _write_images(archive, images, shape)
 
     write(path, save)
 
 
-def prepare_samples(chunks: Iterable[Chunk], shape: tuple[int, int, int, int], path: Path) -> Path:
+def prepare_samples(chunks: Iterable[Chunk], shape: tuple[int, int, int, int], path: Path,
+                    beside: Mapping[str, np.ndarray] | None = None) -> Path:
     """Writes images and labels, chunk by chunk, to a temporary file beside `path`, checks it and returns it.
 
-    shape: (N, H, W, 3) of all images together, uint8. A rename then makes it the sample file. Raises UserError, with no
-    file left, where it cannot be written or reads back damaged.
+    shape: (N, H, W, 3) of all images together, uint8. beside: further arrays by name. A rename then makes it the sample
+    file. Raises UserError, with no file left, where it cannot be written or reads back damaged.
     """
     labels: list[np.ndarray] = []
 
@@ -360,8 +360,9 @@ def prepare_samples(chunks: Iterable[Chunk], shape: tuple[int, int, int, int], p
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             _write_images(archive, images(), shape)
             if labels:
-                with _member(archive, "arr_1") as stream:
-                    np.lib.format.write_array(stream, np.concatenate(labels).astype("<i8"), allow_pickle=False)
+                _write_array(archive, "arr_1", np.concatenate(labels).astype("<i8"))
+            for name, array in (beside or {}).items():
+                _write_array(archive, name, array)
 
     temporary = prepare(path, save, sync=True,
                         ending=f"the images are kept in {path.parent}: start the same command again to go on")
@@ -369,6 +370,11 @@ def prepare_samples(chunks: Iterable[Chunk], shape: tuple[int, int, int, int], p
         temporary.unlink()
         raise UserError(f"{temporary}: reads back otherwise than it was written; the disk may be failing")
     return temporary
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with _member(archive, name) as stream:
+        np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
 
 
 def _write_images(archive: zipfile.ZipFile, pieces: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:

@@ -348,23 +348,26 @@ class DiffusionProcess:
         return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
 
     @no_grad
-    def calc_bpd_loop(self, model: nn.Module, x_start: Tensor, clip_denoised: bool = True,
-                      model_kwargs: Mapping[str, Any] | None = None) -> Images:
+    def calc_bpd_loop(self, model: Callable[..., Tensor], x_start: Tensor, clip_denoised: bool = True,
+                      model_kwargs: Mapping[str, Any] | None = None, noise_at: Callable[[int], Tensor] | None = None,
+                      on_step: Callable[[], object] = lambda: None) -> Images:
         """The variational bound of images in bits per dimension.
 
-        {"total_bpd", "prior_bpd"}: (N,). {"vb", "xstart_mse", "mse"}: (N, T), from step T - 1 down to 0.
+        {"total_bpd", "prior_bpd"}: (N,). {"vb", "xstart_mse", "mse"}: (N, T), from step T - 1 down to 0. noise_at: the
+        noise (N, C, H, W) of a step, drawn anew where None. on_step: called after each.
         """
         denoise = self.denoiser(model, clip_denoised, model_kwargs=model_kwargs)
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for index in reversed(range(self.num_timesteps)):
             t = torch.full((len(x_start),), index, device=x_start.device)
-            noise = torch.randn_like(x_start)
+            noise = torch.randn_like(x_start) if noise_at is None else noise_at(index)
             x_t = self.q_sample(x_start, t, noise)
             pred = denoise(x_t, t)
             columns["vb"].append(self._vb_terms_bpd(pred, x_start, x_t, t))
             columns["xstart_mse"].append(mean_flat((pred.pred_xstart - x_start) ** 2))
             eps = self.predict_eps_from_xstart(x_t, t, pred.pred_xstart)
             columns["mse"].append(mean_flat((eps - noise) ** 2))
+            on_step()
         result = {name: torch.stack(values, dim=1) for name, values in columns.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": result["vb"].sum(dim=1) + prior, "prior_bpd": prior, **result}

@@ -32,6 +32,8 @@ IMAGE_STREAMS = {
     "scene": 4,         # all of a rendered scene
     "independent label": 5,     # the class that independent condition guidance takes at a step
     "embedding": 6,     # noise of time step guidance
+    "upsampling": 7,    # noise of x_T and of each step where images are upsampled: not that of the smaller ones
+    "likelihood": 8,    # noise of the image at each step, whose likelihood is bounded
 }
 
 
@@ -74,10 +76,10 @@ def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "nois
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise, (len(image_ids), *shape) float32 on the CPU."""
+def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise") -> Tensor:
+    """Standard normal noise for one use in IMAGE_STREAMS, (len(image_ids), *shape) float32 on the CPU."""
     return torch.from_numpy(np.stack([
-        image_generator(seed, int(image_id), step).standard_normal(tuple(shape), dtype=np.float32)
+        image_generator(seed, int(image_id), step, stream).standard_normal(tuple(shape), dtype=np.float32)
         for image_id in image_ids]))
 
 

@@ -18,6 +18,7 @@ from .build import (
     ClassifierOptions,
     DiffusionOptions,
     ModelOptions,
+    UpsamplerOptions,
     kind_of,
     map_sizes,
     parse_channel_mult,
@@ -26,8 +27,8 @@ from .build import (
 from .checkpoint import locate, read_metadata
 from .errors import UserError
 from .fetch import is_address, without_secrets
-from .options import checked, option_fields
-from .shapes import CHANNEL_MULT
+from .options import Options, checked, option_fields
+from .shapes import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
 # How a network is run, trained or sampled: options that are no facts about weights.
 FREE = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16", "dropout", "timestep_respacing", "use_kl",
@@ -35,7 +36,8 @@ FREE = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16", "dropou
 CHOICES = ("sigma_small",)          # stated ones are defaults, others do no harm
 # The noise that a network knows images to have.
 PROCESS = ("diffusion_steps", "noise_schedule", "rescale_timesteps")
-
+NETWORKS: dict[str, type[Options]] = {"diffusion": ModelOptions, "upsampler": UpsamplerOptions,
+                                      "classifier": ClassifierOptions}
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class Statement:
 
     def say(self, given: Mapping[str, Any]) -> None:
         """Logs what is taken from the file, in one line: facts that no flag gave and that are no defaults."""
-        defaults = {field.name: field.default for cls in (ModelOptions, DiffusionOptions, ClassifierOptions)
+        defaults = {field.name: field.default for cls in (NETWORKS[self.kind], DiffusionOptions)
                     for field in option_fields(cls)}
         taken = [f"{name} {_shown(value)}" for name, value in self.facts.items()
                  if name not in given and value != defaults[name]]
@@ -85,7 +87,7 @@ class Statement:
 
 
 def statement_of(path: str | Path, kind: str) -> Statement | None:
-    """What a file states, if it states a network of that kind ("diffusion" or "classifier") at all.
+    """What a file states, if it states a network of that kind ("diffusion", "upsampler" or "classifier") at all.
 
     None where there is no such file, or none that can be read: whoever loads it says so. A file at an address is
     fetched if its name ends in .safetensors. Raises UserError for values that are not allowed.
@@ -99,8 +101,7 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
     if not isinstance(config, dict) or kind_of(config) != kind:
         return None
     shown = without_secrets(str(path))
-    classes = (ModelOptions, DiffusionOptions) if kind == "diffusion" else (ClassifierOptions, DiffusionOptions)
-    fields = {field.name: field for cls in classes for field in option_fields(cls)}
+    fields = {field.name: field for cls in (NETWORKS[kind], DiffusionOptions) for field in option_fields(cls)}
     if kind == "classifier":
         fields = {name: field for name, field in fields.items() if field.name in _classifier_facts()}
     try:
@@ -129,15 +130,22 @@ def _effective(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _maps(facts: Mapping[str, Any]) -> list[int]:
     """The sizes of the feature maps; none where that is not known."""
-    size = facts.get("image_size", 0)
-    text = facts.get("channel_mult") or facts.get("classifier_channel_mult") or CHANNEL_MULT.get(size, "")
+    size = facts.get("large_size", facts.get("image_size", 0))
+    text = facts.get("channel_mult") or facts.get("classifier_channel_mult") or _usual_channel_mult(facts)
     return map_sizes(size, len(parse_channel_mult(text)) if text else 0)
+
+
+def _usual_channel_mult(facts: Mapping[str, Any]) -> str:
+    """The multiples of the base channels where none are given; "" where there is no usual choice."""
+    if "large_size" in facts:
+        return UPSAMPLER_CHANNEL_MULT.get(facts["large_size"], "")
+    return CHANNEL_MULT.get(facts.get("image_size", 0), "")
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Values that are equal where the network is: defaults by image size written out, and no heads that do nothing."""
     result = dict(facts)
-    default = CHANNEL_MULT.get(facts.get("image_size", 0), "")
+    default = _usual_channel_mult(facts)
     for prefix in ("", "classifier_"):
         name = f"{prefix}channel_mult"
         if name in facts:

@@ -34,7 +34,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checkpoint, dist_util
-from .build import ClassifierOptions, DiffusionOptions, ModelOptions, build_classifier, build_diffusion, build_model
+from .build import (
+    ClassifierOptions,
+    DiffusionOptions,
+    ModelOptions,
+    UpsamplerOptions,
+    build_classifier,
+    build_diffusion,
+    build_model,
+)
 from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .execution import explained_compilation
@@ -492,8 +500,12 @@ def _collective() -> Iterator[None]:
 # What is trained
 
 
-def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOptions, options: TrainOptions) -> None:
-    """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do."""
+def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_options: DiffusionOptions,
+                    options: TrainOptions) -> None:
+    """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do.
+
+    An upsampler sees beside each noisy image the same one in small, made by averaging areas, as in the official code.
+    """
     dist_util.setup_dist()
     if options.label_dropout:
         if not model_options.class_cond:
@@ -506,13 +518,16 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
             model = build_model(model_options)
         diffusion = build_diffusion(diffusion_options)
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
-    images = _images(options, config, options.data_dir, model_options.class_cond, known=_known_names(options))
+    images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
         images.check_classes(model_options.num_classes)
     data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
-        return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=batch.cond, noise=batch.noise)
+        cond = dict(batch.cond)
+        if isinstance(model_options, UpsamplerOptions):
+            cond["low_res"] = in_small(batch.images, model_options.small_size)
+        return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=cond, noise=batch.noise)
 
     with locked_folder(options.out):
         drop = None
@@ -521,7 +536,14 @@ def train_diffusion(model_options: ModelOptions, diffusion_options: DiffusionOpt
         TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
                   drop_labels=drop).run()
     averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
-    _say_files(options.out, ["model", *averages], f"image_sample.py --model {shlex.quote(options.out)}")
+    upsamples = isinstance(model_options, UpsamplerOptions)
+    command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
+    _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
+
+
+def in_small(images: Tensor, size: int) -> Tensor:
+    """Images (N, C, H, W) as size x size ones, each value the mean of an area, as upsamplers are trained on them."""
+    return F.interpolate(images, (size, size), mode="area")
 
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
@@ -540,12 +562,12 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         with seeded_torch("weights", options.seed):
             classifier = build_classifier(classifier_options)
         diffusion = build_diffusion(diffusion_options)
-    images = _images(options, config, options.data_dir, True, known=_known_names(options))
+    images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
         images.check_classes(classifier_options.num_classes)
     names = images.class_names
     if options.val_data_dir:
-        held_out = _images(options, config, options.val_data_dir, True, known=names, held_out=True)
+        held_out = _images(options, classifier_options, options.val_data_dir, True, known=names, held_out=True)
         with dist_util.together():
             _check_validation(options, held_out, names, classifier_options.num_classes)
         validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
@@ -588,8 +610,8 @@ def _known_names(options: LoopOptions) -> ClassNames | None:
     return names
 
 
-def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_cond: bool, *,
-            known: ClassNames | None, held_out: bool = False) -> TrainingImages:
+def _images(options: LoopOptions, network: ModelOptions | UpsamplerOptions | ClassifierOptions, data_dir: str,
+            class_cond: bool, *, known: ClassNames | None, held_out: bool = False) -> TrainingImages:
     """The images of `data_dir`; raises UserError for data that is not there, or does not fit the classes `known`.
 
     held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
@@ -600,7 +622,7 @@ def _images(options: LoopOptions, config: dict[str, Any], data_dir: str, class_c
             raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
                             "fashion-mnist")
         split = "test" if held_out and holds_idx(find_data(data_dir)) else "train"
-        frame = (config["in_channels"], config["image_size"], config["image_size"])
+        frame = (network.in_channels, network.image_size, network.image_size)
         images = open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
                              skip_damaged=options.skip_damaged)
         if dist_util.is_main():

@@ -388,6 +388,11 @@ class UNetModel(Encoder):
             self.convert_to_fp16()
 
     @property
+    def image_channels(self) -> int:
+        """Channels of the images that it makes."""
+        return self.in_channels
+
+    @property
     def feature_blocks(self) -> dict[str, nn.Module]:
         """Every block by its name: `input.0` ..., `middle`, `output.0` ..."""
         return {**super().feature_blocks, **_named("output", self.output_blocks)}
@@ -450,6 +455,11 @@ class SuperResModel(UNetModel):
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images that it makes, and of those that it upsamples."""
+        return self.in_channels // 2
 
     def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None,      # type: ignore[override]
                 y: Tensor | None = None) -> Tensor:

@@ -3,13 +3,16 @@ r"""Make a reference batch: images and the statistics of their features, in the 
 IMAGES is an .npz with arr_0, a folder of pictures (PNG or JPEG, at any depth), or a folder of IDX files
 ("fashion-mnist": where Debian installs them; its test images).
 
-Examples, which made the bundled references fmnist32 and scenes32 (the second also holds what scripts/depth_metrics.py
-compares with):
+Examples, which made the bundled references fmnist32, scenes32 (which also holds what scripts/depth_metrics.py compares
+with) and icons32 (images with labels, for any --backend of the evaluator):
     python scripts/make_reference.py fashion-mnist evaluations/models/fmnist32_reference.npz --backend fashion_mnist \
         --keep features
     python scripts/scenes_render.py --seed 1 --num_images 10000 --out scenes.npz
     python scripts/make_reference.py scenes.npz evaluations/models/scenes32_reference.npz --backend scenes \
         --keep features --half True
+    python scripts/icons_render.py --image_size 32 --out data/icons32
+    python scripts/make_reference.py data/icons32/test evaluations/models/icons32_reference.npz --statistics False \
+        --classes folders
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ FLOORS = [
     ["evaluations." + name for name in (
         "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
     ["evaluations.extractors.*"],
-    ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference")],
+    ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],

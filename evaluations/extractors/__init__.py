@@ -9,7 +9,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import cut, nearest
 
 from . import own
-from .base import ExtractorKind, load_from
+from .base import ExtractorKind, check_from, load_from
 
 EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
     ExtractorKind("torch", "the 2015 Inception in PyTorch", load_from("inception"),
@@ -20,6 +20,9 @@ EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
                   pooled=64, spatial=8 * 8 * 8, probabilities=10, old_names=("embedded",)),
     ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", load_from("scenes"),
                   pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True),
+    ExtractorKind("photo", "EfficientNet-Lite0, trained on the photographs of ImageNet", load_from("photo"),
+                  pooled=1280, spatial=14 * 14 * 7, probabilities=1000, network="EfficientNet-Lite0",
+                  check=check_from("photo")),
     *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin

@@ -51,6 +51,15 @@ def load_from(file: str) -> Loader:
     return load
 
 
+def check_from(file: str) -> Callable[[], None]:
+    """The function `check` of a file of this package, which is imported when the function is called."""
+    return lambda: importlib.import_module(f"{__package__}.{file}").check()
+
+
+def nothing_needed() -> None:
+    """Says that an extractor needs nothing but what is always installed."""
+
+
 def bundled_file(name: str) -> Path:
     """The file with the weights of a bundled extractor."""
     return Path(__file__).parents[1] / "models" / f"{name}.safetensors"
@@ -76,6 +85,8 @@ class ExtractorKind:
     has_dtype: bool = False             # computes in the type of --dtype
     estimates_depth: bool = False       # is an `evaluations.features.DepthExtractor`
     outputs: frozenset[Feature] = PARTS                 # the kinds of features that it gives
+    network: str = ""                   # stands in the names of metrics that would say Inception's; "" leaves them
+    check: Callable[[], None] = nothing_needed          # raises UserError where what `load` needs is not installed
     is_own: bool = False                # is the user's, so that results and references say its settings
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 

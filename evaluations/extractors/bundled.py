@@ -75,6 +75,7 @@ class BundledExtractor(nn.Module):
 
 
 Bundled = TypeVar("Bundled", bound=BundledExtractor)
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def as_features(pooled: Tensor, spatial: Tensor, logits: Tensor) -> Features:
@@ -139,7 +140,7 @@ def save_bundled(model: nn.Module, path: str | Path, metadata: Mapping[str, str]
     write(path, lambda file: file.write_bytes(save(weights, dict(metadata))))
 
 
-def channels_last(model: Bundled) -> Bundled:
+def channels_last(model: Network) -> Network:
     """Puts the weights in the memory order that is faster for convolutions on most devices; returns the network."""
     for parameter in model.parameters():
         if parameter.ndim == 4:

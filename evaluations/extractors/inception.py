@@ -288,7 +288,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def _read(self, images: np.ndarray) -> Features:
-        with _full_precision(self.device):
+        with full_precision(self.device):
             prepared = resize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
             prepared = prepared.to(self.dtype).contiguous(memory_format=self.memory_format)
             pooled, spatial, logits = self.model(prepared)
@@ -309,7 +309,7 @@ def check_finite(features: Features) -> None:
                         "the weights are damaged")
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which float32 convolutions on a GPU are not rounded to TF32."""
     cudnn = torch.backends.cudnn
     if device.type != "cuda":

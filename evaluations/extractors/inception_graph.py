@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, default_cache
-from guided_diffusion.files import write
 from guided_diffusion.late import Tensor, torch
+
+from .converted import read_conversion, write_conversion
 
 FILE_NAME = "classify_image_graph_def.pb"
 URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -107,19 +107,12 @@ def load_weights(path: str | os.PathLike | None = None, cache: str | os.PathLike
 
 def read_converted(path: Path) -> Weights:
     """Reads what `write_converted` wrote; raises UserError where the file is missing, damaged, or something else."""
+    otherwise = f"is damaged, or not a converted {FILE_NAME}; name the .pb with --inception PATH"
+    tensors, metadata = read_conversion(path, FORMAT, otherwise)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        weights = Weights(tensors, metadata["pb_sha256"], int(metadata["pb_bytes"]))
-        intact = metadata["format"] == FORMAT and metadata["content_sha256"] == _content_sha256(tensors)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        intact = False
-    if not intact:
-        raise UserError(f"{path}: is damaged, or not a converted {FILE_NAME}; name the .pb with --inception PATH")
-    return weights
+        return Weights(tensors, metadata["pb_sha256"], int(metadata["pb_bytes"]))
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: {otherwise}") from None
 
 
 def write_converted(weights: Weights, path: Path) -> None:
@@ -127,19 +120,7 @@ def write_converted(weights: Weights, path: Path) -> None:
 
     Raises UserError where the file cannot be written.
     """
-    from safetensors.torch import save
-
-    metadata = {"format": FORMAT, "pb_sha256": weights.sha256, "pb_bytes": str(weights.size),
-                "content_sha256": _content_sha256(weights.tensors)}
-    write(path, lambda file: file.write_bytes(save(weights.tensors, metadata)), parents=True)
-
-
-def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
+    write_conversion(path, FORMAT, weights.tensors, {"pb_sha256": weights.sha256, "pb_bytes": str(weights.size)})
 
 
 def parse_graph(content: bytes, source: str) -> dict[str, Tensor]:

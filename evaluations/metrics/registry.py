@@ -14,7 +14,7 @@ the reference and of the samples, by kind:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -70,9 +70,10 @@ class Metric:
     reference. neighbours: k of its nearest neighbours, 0 for none. fewest: images that it needs of each file. official:
     whether the evaluator computes it unless told otherwise. if_nan: what it means that the value is not a number.
     falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
-    metric of so many images. by_halves: whether its resamplings are random halves of the samples. is_share: whether it
-    is one of the images, so that too few on either side leave it without an interval. may_be_negative: whether bounds
-    below 0 make sense.
+    metric of so many images. by_network: its name with features of a network that is not the Inception of 2015, with {}
+    for that; "" where its name says nothing of the Inception. by_halves: whether its resamplings are random halves of
+    the samples. is_share: whether it is one of the images, so that too few on either side leave it without an interval.
+    may_be_negative: whether bounds below 0 make sense.
     """
 
     word: str
@@ -87,6 +88,7 @@ class Metric:
     official: bool = False
     if_nan: str = "it is not a number"
     falls_with_count: bool = False
+    by_network: str = ""
     by_halves: bool = False
     is_share: bool = False
     may_be_negative: bool = False
@@ -104,6 +106,10 @@ class Metric:
     def label(self) -> str:
         """The name within a sentence or a table: the title, in small letters where it is not an abbreviation."""
         return self.title.lower() if self.title[1:].islower() else self.title
+
+    def by(self, network: str) -> Metric:
+        """Returns the metric with the name that it has by features of that network; "" leaves its name."""
+        return replace(self, title=self.by_network.format(network)) if network and self.by_network else self
 
     @property
     def smallest_count(self) -> int:
@@ -139,7 +145,7 @@ class Metric:
         return replicates(statistic, sizes, self.value(comparison), count, comparison.settings.seed)
 
 
-def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
+def _frechet(word: str, title: str, feature: Feature, official: bool, by_network: str = "") -> Metric:
     """The record of a Frechet distance between features of a kind."""
     def value(comparison: Comparison) -> float:
         return frechet_distance(*comparison.reference.statistics(feature), *comparison.sample.statistics(feature))
@@ -149,7 +155,7 @@ def _frechet(word: str, title: str, feature: Feature, official: bool) -> Metric:
                                                     comparison.sample[feature]), comparison.sample.count)
 
     return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official,
-                  falls_with_count=True)
+                  falls_with_count=True, by_network=by_network)
 
 
 def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int,
@@ -261,14 +267,14 @@ def _resampled_sharpness_gap(comparison: Comparison) -> Resampled:
 METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("is", "Inception Score", HIGHER, Feature.PROBABILITIES, _inception_score, _resampled_inception_score,
            official=True, if_nan="a class has probability 0 for some image, so that the Inception Score is not a "
-                                 "number, as in the official evaluator"),
-    _frechet("fid", "FID", Feature.POOLED, official=True),
-    _frechet("sfid", "sFID", Feature.SPATIAL, official=True),
+                                 "number, as in the official evaluator", by_network="Score of classes by {}"),
+    _frechet("fid", "FID", Feature.POOLED, official=True, by_network="Frechet distance by {} features"),
+    _frechet("sfid", "sFID", Feature.SPATIAL, official=True, by_network="Frechet distance by early {} features"),
     _of_samples("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
     _of_reference("recall", "Recall", lambda comparison: comparison.membership[1], subset_recall, MANIFOLD_K,
                   official=True),
     Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES,
-           may_be_negative=True),
+           may_be_negative=True, by_network="Kernel distance by {} features"),
     _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
     _of_reference("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, subset_coverage,
                   DENSITY_K),
@@ -280,7 +286,8 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
            falls_with_count=True),
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
-           FromReference.STATISTICS, fewest=FEWEST, may_be_negative=True),
+           FromReference.STATISTICS, fewest=FEWEST, may_be_negative=True,
+           by_network="Frechet distance at infinity by {} features"),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
            FromReference.FEATURES, is_share=True),
     # Of the pixels themselves.

@@ -23,6 +23,7 @@ from ..plots import require_matplotlib
 from ..references import find_reference
 from .measurements import EvaluationSettings
 from .missing import missing_files
+from .results import features_of
 from .tables import Row, Table
 
 
@@ -36,6 +37,7 @@ def check_rows(table: Table) -> None:
                             f"{' and '.join(needing)}")
         check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
                       f" of row {name} in {row.file}")
+    features_of(table)
     used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
     if len(set(used.values())) > 1:
         pairs = ", ".join(f"{name} {mode}" for name, mode in used.items())
@@ -59,6 +61,7 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
                         "(--plan True lists all; --allow_missing True goes on with the other rows)")
     rows = [row for name, row in table.rows.items() if name not in why]
     for row in rows:
+        find_extractor(row.evaluation.backend).check()
         _check_reference(row, settings.references)
     if dist_util.is_main():
         digests = _Digests()

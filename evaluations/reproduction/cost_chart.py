@@ -94,7 +94,11 @@ def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
 
 def chart_title(results: Mapping[str, Any]) -> str:
     """Returns what the chart shows, like "FID against network evaluations per image"."""
-    return f"{METRICS[results['chart']['y']].label} against {COSTS[results['chart']['x']]}"
+    return f"{_metric_label(results)} against {COSTS[results['chart']['x']]}"
+
+
+def _metric_label(results: Mapping[str, Any]) -> str:
+    return METRICS[results["chart"]["y"]].by(results.get("features_of", "")).label
 
 
 def chart_caption(results: Mapping[str, Any]) -> str:
@@ -150,7 +154,7 @@ def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) ->
     if _wide([point.y for point in points]):
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
-    style_axes(axes, COSTS[results["chart"]["x"]], METRICS[results["chart"]["y"]].label)
+    style_axes(axes, COSTS[results["chart"]["x"]], _metric_label(results))
     _legends(figure, samplers, guidance)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..metrics import METRICS
 from .charts import Point, chart
 from .sections import ShownSection
 from .verdicts import NOT_RUN
@@ -60,7 +59,7 @@ def _against(section: ShownSection, word: str) -> Iterator[Figure]:
         if number["value"] is not None:
             points.append(Point(value, number["value"], y_interval=number["interval95"]))
     if len({point.x for point in points}) >= 2:
-        metric, option = METRICS[word], section.data["against"]
+        metric, option = section.metric(word), section.data["against"]
         said = ", ".join(f"{point.y:.{section.places(word)}f} at {point.x:g}" for point in points if not point.hollow)
         reading = f" ({metric.direction.reading})" if metric.direction.reading else ""
         yield Figure(f"{metric.label} against {option}", chart(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metrics import METRICS
 from .cost_chart import CHART_FILE, chart_caption, chart_title
 from .sections import SectionRow, ShownSection, shown_sections
 from .tables import COSTS, TIMED
@@ -54,7 +53,7 @@ def _compared_lines(shown: ShownSection) -> list[str]:
     if shown.reference:
         own = (str(shown.reference.get(word, DOES_NOT_APPLY)) for word in shown.words)
         lines.append([REFERENCE, *[DOES_NOT_APPLY for _ in cost], *own])
-    return _table_lines(["row", *cost, *(METRICS[word].label for word in shown.words)], lines)
+    return _table_lines(["row", *cost, *(shown.metric(word).label for word in shown.words)], lines)
 
 
 def _compared_cell(row: SectionRow, word: str) -> str:

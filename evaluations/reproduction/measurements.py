@@ -1,12 +1,20 @@
-"""From sampled rows to numbers: every sample file is seen once, and all numbers of all sections are computed."""
+"""From sampled rows to numbers: every sample file is seen once, and all numbers of all sections are computed.
+
+The ranks extract the features of each file together, and then share the rows out among them.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
@@ -15,10 +23,12 @@ from guided_diffusion.progress import progress_bar
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, extractor_settings, load_extractor_once
 from ..features import FeatureExtractor
-from ..metrics import METRICS, Comparison, FileFeatures, Replicates
+from ..metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, Replicates
 from ..references import find_reference
 from .missing import depth_maps, depth_reference, needs_depth_maps
 from .tables import DFID, EvaluationSpec, Row, Section, Table, smallest
+
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -80,19 +90,46 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                 evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
                                         [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)
             reference, samples = evaluation.features(folder)
-            if not dist_util.is_main():
-                continue
-            if first[0] is None:
+            measure = functools.partial(_row_replicates, reference, chosen.settings, settings.bootstrap)
+            with dist_util.together():
+                replicates |= _shared_out(rows, samples, counts, progress.update, measure)
+            if dist_util.is_main() and first[0] is None:
                 first = (_described(reference, rows[0].evaluation, settings.bootstrap),
                          {"name": extractor.name, "sha256": extractor.fingerprint,
                           **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
-            for row, sample in zip(rows, samples, strict=True):
-                for count in counts[row.name]:
-                    comparison = Comparison(reference, sample.first(count), chosen.settings)
-                    replicates[row.name, count] = _replicates(comparison, row.evaluation, settings.bootstrap)
-                progress.update()
     depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
     return Measurements(replicates, depth, *first) if dist_util.is_main() else None
+
+
+def _shared_out(rows: Sequence[Row], samples: Sequence[FileFeatures], counts: Mapping[str, Sequence[int]],
+                update: Callable[[], object], measure: Callable[[Row, FileFeatures], dict[str, Replicates]],
+                ) -> dict[tuple[str, int], dict[str, Replicates]]:
+    """Measures each row with each number of its images on one of the ranks; returns all on rank 0, else nothing.
+
+    Rows whose features only rank 0 has, as those of depth, are its own. update: called for each row that this rank is
+    done with, and for those that others are done with.
+    """
+    answers = dist_util.store(f"measured rows {next(_calls)}")
+    found: dict[tuple[str, int], dict[str, Replicates]] = {}
+    owners = [0 if any(METRICS[word].needs_depth for word in row.evaluation.words) else number % dist_util.world_size()
+              for number, row in enumerate(rows)]
+    for owner, row, sample in zip(owners, rows, samples, strict=True):
+        if dist_util.rank() == owner:
+            for count in counts[row.name]:
+                numbers = measure(row, sample.first(count))
+                answers.set(f"{row.name} {count}", json.dumps(
+                    {word: (number.estimate, number.values.tolist()) for word, number in numbers.items()}))
+            update()
+    if not dist_util.is_main():
+        return {}
+    for owner, row in zip(owners, rows, strict=True):
+        for count in counts[row.name]:
+            told = json.loads(answers.get(f"{row.name} {count}"))
+            found[row.name, count] = {word: Replicates(estimate, np.array(values))
+                                      for word, (estimate, values) in told.items()}
+        if owner:
+            update()
+    return found
 
 
 def section_images(table: Table, section: Section, sampled: Sequence[str]) -> int:
@@ -135,8 +172,10 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
             **({"metrics": own} if own else {})}
 
 
-def _replicates(comparison: Comparison, spec: EvaluationSpec, bootstrap: int) -> dict[str, Replicates]:
+def _row_replicates(reference: FileFeatures, settings: ComparisonSettings, bootstrap: int, row: Row,
+                    sample: FileFeatures) -> dict[str, Replicates]:
     """Returns the numbers of a row by the words of its metrics, without those that are not a number."""
+    comparison, spec = Comparison(reference, sample, settings), row.evaluation
     found = {word: METRICS[word].replicates(comparison, bootstrap) for word in spec.words}
     return {word: number for word, number in found.items() if math.isfinite(number.estimate)}
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import read_json
 
+from ..extractors import find_extractor
 from ..metrics import Replicates
 from .costs import equivalent_evaluations, passes
 from .measurements import EvaluationSettings, Measurements, section_images
@@ -37,9 +39,27 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
         "settings": usual(table), "chart": table.chart and asdict(table.chart),
         "bootstrap": settings.bootstrap, "network": numbers.network, "reference": numbers.reference,
+        **({"features_of": network} if (network := features_of(table)) else {}),
         "rows": {name: _row(table.rows[name], title, why.get(name, "")) for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
     }
+
+
+def features_of(table: Table) -> str:
+    """Returns the network that the names of the table's metrics say, "" where they say none.
+
+    Raises UserError where rows differ in it, and where such a row has published numbers, which are Inception's.
+    """
+    networks = {name: find_extractor(row.evaluation.backend).network for name, row in table.rows.items()}
+    if len(set(networks.values())) > 1:
+        said = ", ".join(f"{name} {table.rows[name].evaluation.backend}" for name in networks)
+        raise UserError(f"{table.name}: mixes networks whose numbers have different names ({said}): evaluate all rows "
+                        "with one backend")
+    for name, row in table.rows.items():
+        if row.published and networks[name]:
+            raise UserError(f"backend {row.evaluation.backend} of row {name} in {row.file}: its numbers stand beside "
+                            "no published ones, leave these out or pass another backend")
+    return next(iter(networks.values()), "")
 
 
 def _row(row: Row, title: str, why: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..metrics import METRICS
+from ..metrics import METRICS, Metric
 from .tables import COSTS, DECIMALS
 from .verdicts import NOT_RUN
 from .wording import decimals, written, written_count, written_interval
@@ -69,6 +69,7 @@ class ShownSection:
         """Takes a section of `results`."""
         self.data, self._rows = section, results["rows"]
         self._reference = (results["reference"] or {}).get("metrics", {})
+        self._network: str = results.get("features_of", "")
         self._cost = (results.get("chart") or {}).get("x", "")
         self.title: str = section["title"]
         self._metrics = [item for row in section["rows"] for item in row["metrics"].items()]
@@ -78,10 +79,14 @@ class ShownSection:
         """The words of its metrics, in the order in which the rows have them."""
         return list(dict.fromkeys(word for word, _ in self._metrics))
 
+    def metric(self, word: str) -> Metric:
+        """Returns a metric, with the name that it has by the network of the table."""
+        return METRICS[word].by(self._network)
+
     @property
     def metric_heads(self) -> list[tuple[str, str]]:
         """For each metric its name, and which way is better."""
-        return [(METRICS[word].label, METRICS[word].direction.reading) for word in self.words]
+        return [(self.metric(word).label, self.metric(word).direction.reading) for word in self.words]
 
     @property
     def cost_head(self) -> str:
@@ -123,7 +128,7 @@ class ShownSection:
     @property
     def reference(self) -> dict[str, Cell]:
         """The values of the reference itself, by the words of the metrics that it has any of."""
-        return {word: Cell(METRICS[word].label, written(one["value"], self.places(word)),
+        return {word: Cell(self.metric(word).label, written(one["value"], self.places(word)),
                            written_interval(one["interval95"], self.places(word)))
                 for word, one in self._reference.items() if word in self.words}
 
@@ -159,7 +164,7 @@ class ShownSection:
         """Returns a number as text."""
         places, value = self.places(word), number["value"]
         published, difference, versus = number["published"], number["difference"], number["versus"]
-        return Cell(METRICS[word].label,
+        return Cell(self.metric(word).label,
                     "" if value is None else written(value, places),
                     "" if value is None else written_interval(number["interval95"], places),
                     "" if published is None else written(published),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..metrics import EQUAL, METRICS
+from ..metrics import EQUAL, METRICS, Metric
 from .tables import DECIMALS
 from .verdicts import DIFFERS, NO_WORD, NOT_COMPARABLE, NOT_RUN, REPRODUCED
 
@@ -82,17 +82,18 @@ def _images(counts: Sequence[int]) -> str:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     """Returns what the intervals are intervals of."""
-    numbers = [item for section in results["sections"] for row in section["rows"] for item in row["metrics"].items()]
+    numbers = [(METRICS[word].by(results.get("features_of", "")), number) for section in results["sections"]
+               for row in section["rows"] for word, number in row["metrics"].items()]
     text = f"95 %, of {results['bootstrap']:,} resamplings of the images"
-    if halved := _labels(word for word, number in numbers if METRICS[word].by_halves and number["interval95"]):
+    if halved := _labels(metric for metric, number in numbers if metric.by_halves and number["interval95"]):
         text += f" ({halved}: random halves of the samples)"
-    if falling := _labels(word for word, _ in numbers if METRICS[word].falls_with_count):
+    if falling := _labels(metric for metric, _ in numbers if metric.falls_with_count):
         text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
     return text
 
 
-def _labels(words: Iterable[str]) -> str:
-    return " and ".join(METRICS[word].label for word in dict.fromkeys(words))
+def _labels(metrics: Iterable[Metric]) -> str:
+    return " and ".join(dict.fromkeys(metric.label for metric in metrics))
 
 
 def _network(network: Mapping[str, Any] | None) -> str:

@@ -244,4 +244,4 @@ class GuidanceOptions(Options):
 
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:
     """An unconditional network among terms that have labels."""
-    return lambda x, t, y=None: model(x, t)
+    return lambda x, t, y=None, **conditions: model(x, t, **conditions)

@@ -20,17 +20,34 @@ _log = logging.getLogger(__name__)
 DEFAULT_SAMPLER = "ddpm"
 MOST_IMAGES = 10**10
 LARGEST_BATCH = 10**6
+KINDS = {"diffusion": "a diffusion model", "upsampler": "an upsampler"}
 
 
 @dataclass(frozen=True)
-class SampleOptions(Options):
-    """The sampling run."""
+class CheckpointOptions(Options):
+    """The checkpoint."""
 
     model: str = option("", "a model by name: a bundled one (fmnist32), the folder of a training, or the flags of a "
                         "released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors: a path, or an address "
                              "(https://, gs://, az://), which is fetched once")
     checkpoint_entry: str = entry_option()
+
+    def check_given(self) -> None:
+        """Raises UserError where no checkpoint is named, and says how to come by one."""
+        if self.model_path:
+            return
+        hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
+        if self.model:
+            preset = find_preset(self.model)
+            hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
+        raise UserError(f"--model_path is not given: {hint}")
+
+
+@dataclass(frozen=True)
+class SampleOptions(CheckpointOptions):
+    """The sampling run."""
+
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=("", *SAMPLERS))
@@ -72,17 +89,17 @@ def option_classes() -> tuple[type[Options], ...]:
     return (ModelOptions, DiffusionOptions, *SAMPLERS.values(), *GUIDANCE)
 
 
-def preset_values(given: dict[str, Any]) -> dict[str, Any]:
+def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
     """Values of the options that `--model` stands for, and those that the checkpoints state of themselves.
 
-    given: what the user gave, by flag name. Raises UserError where that contradicts what a checkpoint states, and for
-    options of another sampler that refuses them there.
+    given: what the user gave, by flag name. kind: of the model, "diffusion" or "upsampler". Raises UserError where that
+    contradicts what a checkpoint states, and for options of another sampler that refuses them there.
     """
     values: dict[str, Any] = {}
     if given.get("model"):
         preset = find_preset(given["model"])
-        if preset.kind != "diffusion":
-            raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not a diffusion model")
+        if preset.kind != kind:
+            raise UserError(f"--model {preset.name}: is a model of kind {preset.kind}, not {KINDS[kind]}")
         values |= preset.options
         for method in GUIDANCE:
             values |= method.preset_values(preset)
@@ -92,7 +109,7 @@ def preset_values(given: dict[str, Any]) -> dict[str, Any]:
             _say_files(preset.name, {**values, **given})
     known = {**values, **given}
     _check_sampler(_sampler_name(known.get("sampler", ""), known.get("use_ddim", False)), given)
-    return values | _stated_values(known, given)
+    return values | _stated_values(known, given, kind)
 
 
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
@@ -112,10 +129,10 @@ def _say_files(name: str, values: dict[str, Any]) -> None:
     _log.info("--model %s: takes %s", name, ", and ".join([values["model_path"], *others]))
 
 
-def _stated_values(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _stated_values(values: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:
     """What the checkpoints among the values state of themselves; UserError where the flags given contradict it."""
     stated: dict[str, Any] = {}
-    model = statement_of(values.get("model_path", ""), "diffusion")
+    model = statement_of(values.get("model_path", ""), kind)
     if model is not None:
         model.check(given)
         if not is_bundled(model.path):

@@ -11,12 +11,12 @@ from .workers import WorkQueue
 
 
 class RunProgress:
-    """Where the whole job stands, on rank 0: a bar, or plain lines every `log_every` images."""
+    """Where the whole job stands, on rank 0: a bar, or plain lines every `log_every` images; doing: what it does."""
 
-    def __init__(self, queue: WorkQueue, num_samples: int, todo: int, log_every: int) -> None:
+    def __init__(self, queue: WorkQueue, num_samples: int, todo: int, log_every: int, doing: str = "sampling") -> None:
         self.queue, self.num_samples, self.before, self.log_every = queue, num_samples, num_samples - todo, log_every
         self.began, self.logged = time.monotonic(), num_samples - todo
-        self.bar = progress_bar(num_samples, "sampling", "image", initial=self.before,
+        self.bar = progress_bar(num_samples, doing, "image", initial=self.before,
                                 enabled=dist_util.is_main() and not log_every)
 
     def __enter__(self) -> RunProgress:

@@ -28,7 +28,8 @@ from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
 IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "model", "num_samples", "use_ddim",
-              "dtype")                # which is recorded as what it means: use_fp16 and use_bf16
+              "dtype",                # which is recorded as what it means: use_fp16 and use_bf16
+              "base_samples")         # whose images are compared one by one
 MODEL_FLAG = "model_path"
 LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
@@ -123,13 +124,31 @@ def recorded_dtype(folder: Path) -> str | None:
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
     try:
-        record = json.loads((folder / "run.json").read_text())
-        name = record["samples"]
-        if Path(name).name != name or len(name) > LONGEST_NAME:
-            raise ValueError(f"its samples are in {shortened(name)}, which is no file of the folder")
-        return BatchFile(folder / name).first(count), dict(record["configuration"])
+        file, configuration = _finished(folder)
+        return BatchFile(file).first(count), configuration
     except READ_ERRORS as error:
-        raise UserError(f"{folder}: holds no finished sampling run ({reason(error)})") from None
+        raise _unfinished(folder, error) from None
+
+
+def samples_of(folder: Path) -> Path:
+    """The file of samples of a finished run; UserError where there is none."""
+    try:
+        return _finished(folder)[0]
+    except READ_ERRORS as error:
+        raise _unfinished(folder, error) from None
+
+
+def _finished(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of samples and the configuration in a run.json; raises one of READ_ERRORS where it is none."""
+    record = json.loads((folder / "run.json").read_text())
+    name = record["samples"]
+    if Path(name).name != name or len(name) > LONGEST_NAME:
+        raise ValueError(f"its samples are in {shortened(name)}, which is no file of the folder")
+    return folder / name, dict(record["configuration"])
+
+
+def _unfinished(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: holds no finished sampling run ({reason(error)})")
 
 
 def title(configuration: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,18 +29,18 @@ from ..guidance.base import without_labels
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
-from ..presets import find_preset
 from ..process import DiffusionProcess
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
+from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .labels import Labels, is_name, make_labels
-from .options import SampleOptions
-from .progress import RunProgress
+from .options import SampleOptions, option_classes, preset_values
 from .record import MODEL_FLAG, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
+from .work import make_chunks
 from .workers import WorkQueue
 
 LOG = logging.getLogger(__name__)
@@ -69,6 +69,16 @@ class SamplingRun:
         sample, model, diffusion, *rest = options
         return cls(sample, model, diffusion, tuple(one for one in rest if isinstance(one, SamplerOptions)),
                    tuple(one for one in rest if isinstance(one, GuidanceOptions)))
+
+    @classmethod
+    def classes(cls) -> tuple[type[Options], ...]:
+        """The classes of the options, in the order of `of`."""
+        return (SampleOptions, *option_classes())
+
+    @classmethod
+    def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What `--model` and the checkpoints say of the options; given: by the user. See `options.preset_values`."""
+        return preset_values(given)
 
     @property
     def options(self) -> tuple[Options, ...]:
@@ -165,12 +175,14 @@ class SamplingRun:
         dist_util.setup_dist()
         with ExitStack() as stack:
             with dist_util.together():
-                labels = self.labels()
+                base = self.base_images()
+                labels = self.labels(base)
                 self._check_out()
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                sampler = ImageSampler(self.sample, self.sampler, self._compiled(self.build()))
+                sampler = ImageSampler(self.sample, self.sampler, self._compiled(self.build()),
+                                       None if base is None else base.low_res)
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
@@ -179,13 +191,18 @@ class SamplingRun:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
-                    todo = self._chunks(named, labels).prepare(self.sample.overwrite)
+                    todo = self._chunks(named, labels, base).prepare(self.sample.overwrite)
                     queue.put("todo", None if todo is None else todo.spans)
-            return self._sample(sampler, self._chunks(queue.get("sha256"), labels), queue, began)
+            return self._sample(sampler, self._chunks(queue.get("sha256"), labels, base), queue, began)
 
-    def _chunks(self, sha256: dict[str, str], labels: Labels | None) -> Shards:
+    def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None) -> Shards:
         return Shards(self.out, self.configuration(), sha256,
-                      lambda image_ids: None if labels is None else labels(image_ids).numpy())
+                      lambda image_ids: None if labels is None else labels(image_ids).numpy(),
+                      None if base is None else base.digests)
+
+    def base_images(self) -> BaseImages | None:
+        """The images that this run upsamples; None where it begins with noise alone."""
+        return None
 
     @property
     def samples(self) -> Path:
@@ -194,7 +211,8 @@ class SamplingRun:
 
     def check_folder(self, sha256: dict[str, str]) -> None:
         """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
-        self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels()).check()
+        base = self.base_images()
+        self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels(base), base).check()
 
     def checkpoints(self) -> dict[str, str]:
         """The files that the images depend on, by flag."""
@@ -207,13 +225,15 @@ class SamplingRun:
         """Raises UserError where the output folder cannot be written."""
         check_folder("--out", self.out)
 
-    def labels(self) -> Labels | None:
-        """The labels of the images; None where nothing asks for them."""
+    def labels(self, base: BaseImages | None = None) -> Labels | None:
+        """The labels of the images; None where nothing asks for them. base: the images that are upsampled."""
         if not self.labelled:
-            if self.sample.labels not in ("random", "balanced"):
+            if self.sample.labels not in ("random", "balanced", *([] if base is None else [OF_BASE])):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
         text = self.sample.labels
+        if base is not None and text == OF_BASE:
+            return base.labels(self.model.num_classes)
         if is_name(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
@@ -221,12 +241,7 @@ class SamplingRun:
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
-        if not self.sample.model_path:
-            hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
-            if self.sample.model:
-                preset = find_preset(self.sample.model)
-                hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
-            raise UserError(f"--model_path is not given: {hint}")
+        self.sample.check_given()
         for method in self.active:
             method.check_files()
         diffusion = self.process()
@@ -267,28 +282,13 @@ class SamplingRun:
 
     def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        total = chunks.chunks.images_in(todo)
-        with RunProgress(queue, self.sample.num_samples, total, self.sample.log_every) as progress:
-            done = 0
-            while (index := queue.next_index()) < len(todo):
-                image_ids, began = chunks.chunks[todo[index]], time.monotonic()
+        def make(index: int, on_step: Callable[[float], None]) -> None:
+            image_ids, began = chunks.chunks[index], time.monotonic()
+            labels = None if chunks.labels is None else chunks.labels(image_ids)
+            images = sampler.images(image_ids, labels, on_step)
+            chunks.save(index, images, labels, dist_util.rank(), time.monotonic() - began)
 
-                def on_step(part: float, before: int = done, count: int = len(image_ids)) -> None:
-                    queue.check()
-                    queue.report(before + part * count)
-                    progress.show()
-
-                labels = None if chunks.labels is None else chunks.labels(image_ids)
-                images = sampler.images(image_ids, labels, on_step)
-                seconds = time.monotonic() - began
-                chunks.save(todo[index], images, labels, dist_util.rank(), seconds)
-                done += len(image_ids)
-                queue.report(done)
-                queue.finish_index()
-            while dist_util.is_main() and queue.finished() < len(todo):
-                queue.check()
-                progress.show()
-                time.sleep(0.05)
+        make_chunks(make, chunks.chunks, todo, queue, self.sample.log_every)
 
     def _finish(self, chunks: Shards, began: float) -> None:
         """Packs the chunks, draws the picture, and writes the record last."""

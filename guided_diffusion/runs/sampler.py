@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,12 +42,16 @@ class ImageSampler:
 
     All chunks are evaluated at one batch size, filled up where they are smaller, so that not a bit of an image depends
     on how many there are.
+
+    low_res: where the network upsamples, the images that it upsamples, (N, C, h, w) in [-1, 1] by their numbers.
     """
 
-    def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun) -> None:
+    def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun,
+                 low_res: Callable[[Sequence[int]], Tensor] | None = None) -> None:
         self.options = options
         self.sampler = sampler
         self.model, self.network, self.diffusion, self.guidance = built
+        self.low_res = low_res
         self.size = options.batch_size
         self._check_memory()
 
@@ -99,19 +103,25 @@ class ImageSampler:
 
     def _piece(self, image_ids: Sequence[int], labels: Tensor | None, on_step: Callable[[], None]) -> Tensor:
         """Images (N, C, H, W) in [-1, 1], on the CPU."""
+        return sampling.last(self.chain(image_ids, labels), on_step)["sample"].cpu()
+
+    def chain(self, image_ids: Sequence[int], labels: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """The steps of these images, as `sampling.sample_chain` gives them; labels: (N,) int64."""
         device = dist_util.dev()
-        shape = (self.model.in_channels, self.model.image_size, self.model.image_size)
+        shape = (self.model.image_channels, self.model.image_size, self.model.image_size)
+        stream = "noise" if self.low_res is None else "upsampling"
 
         def noise(step: int) -> Tensor:
-            return image_noise(self.options.seed, image_ids, step, shape).to(device)
+            return image_noise(self.options.seed, image_ids, step, shape, stream).to(device)
 
         kwargs = {} if labels is None else {"y": labels.to(device)}
+        if self.low_res is not None:
+            kwargs["low_res"] = self.low_res(image_ids).to(device)
         denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs,
                                           dynamic_threshold=self.sampler.threshold_quantile)
         denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
-        chain = sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
-        return sampling.last(chain, on_step)["sample"].cpu()
+        return sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> bool:

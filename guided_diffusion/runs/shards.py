@@ -2,44 +2,37 @@
 
     OUT/.lock                  held by the job that works there
     OUT/shards/run.json        what the images depend on
-    OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds
+    OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds; base
 
-`run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took.
+`run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took. `base`
+tells the images that they were upsampled from, where they were.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import files
 from ..errors import UserError
 from ..fetch import sha256_of
-from ..npz import READ_ERRORS as NPZ_ERRORS
-from ..npz import BatchFile, Chunk, prepare_samples, read_checked
-from .chunks import Chunks, Indices
+from ..npz import BatchFile, Chunk, prepare_samples
+from .chunk_files import REMEDY, ChunkFiles, DamagedError
+from .chunks import Indices
 from .record import READ_ERRORS, difference, identity, read_record
 
-REMEDY = "name another folder, or pass --overwrite True"
+__all__ = ["DamagedError", "Shards", "holder", "locked", "samples_file"]
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
-
-
-class DamagedError(UserError):
-    """A shard cannot be read or holds something else than it should."""
+Digests = Callable[[Sequence[int]], np.ndarray]
 
 
 def samples_file(out: Path, num_samples: int, image_size: int) -> Path:
@@ -48,23 +41,14 @@ def samples_file(out: Path, num_samples: int, image_size: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(ChunkFiles):
     """The chunks of one sampling run in its folder."""
 
-    out: Path
-    configuration: Mapping[str, Any]        # every option, by flag name
-    sha256: Mapping[str, str]               # of the checkpoints in use, by the names of `record.name_of`
+    FOLDER: ClassVar = "shards"
+    CONTENT: ClassVar = "samples"
+
     labels: LabelArrays | None = None       # labels that the chunks must have; None: any
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the finished chunks."""
-        return self.out / "shards"
-
-    @property
-    def num_samples(self) -> int:
-        """Images of the run."""
-        return self.configuration["num_samples"]
+    base: Digests | None = None             # what tells the images that they must be upsampled from; None: any
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -77,24 +61,15 @@ class Shards:
         """The file of all samples."""
         return samples_file(self.out, self.num_samples, self.configuration["image_size"])
 
-    @cached_property
-    def chunks(self) -> Chunks:
-        """The indices of the images of each chunk."""
-        return Chunks(self.num_samples, self.configuration["batch_size"])
+    def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+        """What the images of a run depend on, by flag name."""
+        return identity(configuration, sha256)
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the images depend on, by flag name."""
-        return identity(self.configuration, self.sha256)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the identity, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    def path(self, index: int) -> Path:
-        """The file of a chunk, whether it is finished or not."""
-        return self.folder / f"{index:06d}.npz"
+    def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
+        """Whether these arrays are those of a chunk of `count` images."""
+        images = arrays["images"]
+        return (images.shape == (count, *self.shape[1:]) and images.dtype == np.uint8
+                and ("labels" not in arrays or arrays["labels"].shape == (count,)))
 
     # One shard
 
@@ -102,53 +77,26 @@ class Shards:
              seconds: float = 0.0) -> None:
         """Writes a chunk: images (n, H, W, 3) uint8, labels (n,) int64; rank and seconds tell how it was made."""
         labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint,
-                 rank=rank, seconds=seconds, **labelled)
-        files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
-                    ending="finished chunks are kept: start the same command again to go on")
+        if self.base is not None:
+            labelled["base"] = self.base(self.chunks[index])
+        self.write(index, {"images": images, **labelled}, rank, seconds)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """The arrays of a finished chunk.
-
-        Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
-        where it is of another run. A chunk of fewer or more images, from a shorter or longer run, is read too.
-        """
-        path, image_ids = self.path(index), self.chunks[index]
-        try:
-            arrays = read_checked(path)
-            held = arrays["numbers"]
-            whole = (len(held) > 0 and arrays["images"].shape == (len(held), *self.shape[1:])
-                     and arrays["images"].dtype == np.uint8 and arrays["rank"].ndim == arrays["seconds"].ndim == 0
-                     and ("labels" not in arrays or arrays["labels"].shape == held.shape))
-            run = str(arrays["run"])
-        except FileNotFoundError:
-            raise
-        except NPZ_ERRORS as error:
-            whole, run = False, str(error)
-        if not whole:
-            raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
-        if run != self.fingerprint or held[0] != image_ids.start or (np.diff(held) != 1).any():
-            raise UserError(f"{path}: is of another run; {REMEDY}")
+        """The arrays of a finished chunk, as `ChunkFiles.read`; raises UserError also for other labels and bases."""
+        arrays = super().read(index)
+        path, image_ids, held = self.path(index), self.chunks[index], arrays["numbers"]
         both = range(min(len(held), len(image_ids)))
         if self.labels is not None and not _equal(_cut(self.labels(image_ids), both), _cut(arrays.get("labels"), both)):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
+        if self.base is not None and not _equal(_cut(self.base(image_ids), both), _cut(arrays.get("base"), both)):
+            raise self._other_base(path)
         return arrays
 
-    def has(self, index: int) -> bool:
-        """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""
-        try:
-            return len(self.read(index)["numbers"]) == len(self.chunks[index])
-        except FileNotFoundError:
-            return False
+    def _other_base(self, path: Path) -> UserError:
+        return UserError(f"{path}: was upsampled from other images than those of --base_samples "
+                         f"{self.configuration['base_samples']}; {REMEDY}")
 
     # All of them
-
-    def stored(self) -> list[int]:
-        """The chunks of this run that have a file, whole or not."""
-        stems = [path.stem for path in self.folder.glob("*.npz")]
-        numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,12}", stem)]
-        return sorted(index for index in numbers if index < len(self.chunks))
 
     def prepare(self, overwrite: bool) -> Indices | None:
         """Makes the folder ready and returns the chunks to sample; None where the run is finished.
@@ -161,14 +109,10 @@ class Shards:
         earlier = None if overwrite else self.check()
         if earlier and earlier.num_samples == self.num_samples:
             return None
-        missing = self._missing()
+        missing = self.missing()
         self._check_space(missing)
-        self.folder.mkdir(exist_ok=True)
-        files.remove_leftovers(self.folder)
         files.remove_leftovers(self.out, "samples_*.npz.*")
-        manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
-        files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
-                         ending="nothing was changed")
+        self.begin()
         if earlier:
             there = range(earlier.num_samples)
             candidates = itertools.takewhile(lambda index: self.chunks[index].start in there, missing)
@@ -176,12 +120,12 @@ class Shards:
             samples = BatchFile(earlier.samples)
             for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
                 self.save(index, images, _cut(samples.labels, self.chunks[index]))
-            missing = self._missing()
+            missing = self.missing()
         return missing
 
     def check(self) -> Shards | None:
         """A finished run in this folder, of this configuration; UserError where it holds another, or is damaged."""
-        self._check_begun()
+        self.check_begun()
         record = self.out / "run.json"
         if not record.exists():
             return None
@@ -192,7 +136,7 @@ class Shards:
             exists = different is None and earlier.samples.exists()
         except READ_ERRORS:
             different, exists = "", False
-        if different is not None and self._begun() != self.identity:        # else its overwriting was allowed before
+        if different is not None and self.begun() != self.identity:        # else its overwriting was allowed before
             raise UserError(f"--out {self.out}: holds samples of another configuration "
                             f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
         if not exists:
@@ -202,42 +146,17 @@ class Shards:
         self._check_labels(earlier)
         return earlier
 
-    def _begun(self) -> dict[str, Any] | None:
-        """The identity of the run whose shards are here."""
-        try:
-            manifest = read_record(self.folder / "run.json")
-            return identity(manifest["configuration"], manifest["sha256"])
-        except READ_ERRORS:
-            return None
-
-    def _check_begun(self) -> None:
-        before = self._begun()          # without a record each shard still says of which run it is
-        if before is None or not any(self.folder.glob("*.npz")):
-            return
-        if different := difference(before, self.identity):
-            raise UserError(f"--out {self.out}: holds unfinished samples of another configuration (--{different} "
-                            f"differs); {REMEDY}")
-
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))
-        if self.labels is None or _equal(self.labels(both), _cut(BatchFile(earlier.samples).labels, both)):
+        samples = BatchFile(earlier.samples)
+        if self.base is not None:
+            before = samples.read("base") if "base" in samples.members else None
+            if not _equal(self.base(both), _cut(before, both)):
+                raise self._other_base(earlier.samples)
+        if self.labels is None or _equal(self.labels(both), _cut(samples.labels, both)):
             return
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
-
-    def _missing(self) -> Indices:
-        """The chunks that are not finished; UserError for shards of another run, and damaged ones."""
-        finished, damaged = [], []
-        for index in self.stored():
-            try:
-                if self.has(index):
-                    finished.append(index)
-            except DamagedError:
-                damaged.append(self.path(index).name)
-        if damaged:
-            raise DamagedError(f"{self.folder}: {len(damaged)} damaged ({', '.join(damaged[:8])}); delete what is "
-                               "damaged to have it sampled again, or pass --overwrite True to begin anew")
-        return Indices.without(len(self.chunks), finished)
 
     def _check_space(self, missing: Indices) -> None:
         """Raises UserError where the disk cannot hold the pixels of the missing chunks."""
@@ -262,16 +181,13 @@ class Shards:
                 timing.append({"first": image_ids.start, "images": len(image_ids), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
-        return prepare_samples(arrays(), self.shape, self.samples), timing
+        beside = {} if self.base is None else {"base": self.base(range(self.num_samples))}
+        return prepare_samples(arrays(), self.shape, self.samples, beside), timing
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""
         if not any(self.folder.glob("*.npz")):
             self.remove()
-
-    def remove(self) -> None:
-        """Removes the folder of shards with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def locked(out: Path) -> AbstractContextManager[None]:

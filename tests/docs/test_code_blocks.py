@@ -24,6 +24,7 @@ SMALLER = {
     "image_sample": SAMPLING,
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
+    "image_nll": SAMPLING,
     "evaluate": {"num_images": 8, "bootstrap": 2},
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},

@@ -362,6 +362,21 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     assert len(BatchFile(made)) == 7
 
 
+def test_reference_of_images_alone_with_their_classes(tmp_path, refused):
+    for number, image in enumerate(clothes(6)):
+        (tmp_path / "pictures" / f"kind{number % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "pictures" / f"kind{number % 3}" / f"{number}.png")
+    words = tmp_path / "pictures", tmp_path / "made.npz", "--statistics", False
+    assert call("make_reference", *words, "--classes", "folders", "--num_images", 5) == 0
+    file = BatchFile(tmp_path / "made.npz")
+    assert set(file.members) == {"arr_0", "arr_1", "class_names"}
+    np.testing.assert_array_equal(file.read("arr_0"), clothes(6)[[0, 3, 1, 4, 2]])
+    assert file.labels.tolist() == [0, 0, 1, 1, 2] and file.read("class_names").tolist() == ["kind0", "kind1", "kind2"]
+    assert "--keep features: must be images" in refused(*words, "--keep", "features", script="make_reference")
+    assert "is no folder of pictures" in refused(tmp_path / "made.npz", tmp_path / "out.npz", "--classes", "prefix",
+                                                 script="make_reference")
+
+
 @pytest.mark.parametrize("suffix", ["zip", "npy"])
 def test_reference_of_an_archive_or_an_array(save, tmp_path, suffix):
     images, source = clothes(5), tmp_path / f"images.{suffix}"

@@ -18,6 +18,7 @@ COPIED = (
     "classifier_spatial.npz", "eval/make_synthetic_graph.py", "eval/public_fid.json", "eval/public_is.json",
     "eval/public_pr.json", "eval/public_stats.json", "eval/public_graph_w8.npz",
     "eval/public_e2e.json", "solvers_public.npz", "solvers_chain_public.npz",
+    "bpd_cosine.npz", "bpd_fixed.npz",
 )
 STEPS = {"ddpm_plain": 1, "ddpm_sag": 2, "ddim25_sag_cg": 2, "ddpm_cg": 1, "ddpm_sag_legacyheads": 1}
 FEW = 4     # images whose features are kept
@@ -51,8 +52,16 @@ def first_images(name: str, value: np.ndarray) -> np.ndarray:
     return value[:FEW]
 
 
+def first_image_of_a_step(name: str, value: np.ndarray) -> np.ndarray | None:
+    """Of an upsampler's chain of two images: the states of the first image before and after the first step."""
+    if name == "x":
+        return value[:2, :1]
+    return None if name == "out" else value
+
+
 CUT: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
     **{f"steps_{name}.npz": first_steps(steps) for name, steps in STEPS.items()},
+    "upsample_adm.npz": first_image_of_a_step,
     "eval/public_pr.npz": only_manifolds,
     "eval/public_stats.npz": small_covariances,
     "eval/public_graph.npz": small_images,

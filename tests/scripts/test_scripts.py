@@ -22,8 +22,10 @@ from guided_diffusion.build import DiffusionOptions, ModelOptions, build_classif
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.guidance import ClassifierGuidanceOptions, Networks, SagOptions
 from guided_diffusion.options import parse_options
-from guided_diffusion.presets import preset_names
+from guided_diffusion.presets import find_preset, preset_names
+from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
+from guided_diffusion.runs.upsample import UpsamplingRun
 from guided_diffusion.script_util import create_model
 
 # Command lines of the READMEs of guided-diffusion and of the official SAG code: MODEL_FLAGS and SAMPLE_FLAGS filled in.
@@ -70,6 +72,16 @@ README = {
         f"{LSUN} {MANY} --guide_scale 1.01 --guide_start 250 --sel_attn_block output --sel_attn_depth 2 "
         "--blur_sigma 9")),
 }
+UPSAMPLER_256 = (
+    "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --large_size 256 --small_size 64 "
+    "--learn_sigma True --noise_schedule linear --num_channels 192 --num_heads 4 --num_res_blocks 2 "
+    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True --model_path models/64_256_upsampler.pt "
+    f"{FEW} --base_samples 64_samples.npz")
+UPSAMPLER_512 = (
+    "--attention_resolutions 32,16 --class_cond True --diffusion_steps 1000 --large_size 512 --small_size 128 "
+    "--learn_sigma True --noise_schedule linear --num_channels 192 --num_head_channels 64 --num_res_blocks 2 "
+    "--resblock_updown True --use_fp16 True --use_scale_shift_norm True --model_path models/128_512_upsampler.pt "
+    f"{FEW} --base_samples 128_samples.npz")
 SMALLER = {  # in place of the values that make those networks large
     "image_size": "16", "num_channels": "32", "num_res_blocks": "1", "attention_resolutions": "8",
     "classifier_depth": "1", "batch_size": "3", "num_samples": "3", "sel_attn_depth": "1"}
@@ -90,6 +102,10 @@ OFFICIAL = {
     "image_sample": f"{NETWORK_FLAGS} {PROCESS_FLAGS} {RUN_FLAGS} {SAG_FLAGS}",
     "classifier_sample": (f"{NETWORK_FLAGS} {PROCESS_FLAGS} {RUN_FLAGS} {SAG_FLAGS} {CLASSIFIER_FLAGS} "
                           "classifier_path classifier_scale"),
+    "super_res_sample": f"large_size small_size {NETWORK_FLAGS} {PROCESS_FLAGS} {RUN_FLAGS} base_samples",
+    "super_res_train": (f"large_size small_size {NETWORK_FLAGS.removeprefix('image_size')} {PROCESS_FLAGS} "
+                        f"{TRAIN_FLAGS} schedule_sampler lr_anneal_steps ema_rate fp16_scale_growth"),
+    "image_nll": f"{NETWORK_FLAGS} {PROCESS_FLAGS} data_dir clip_denoised num_samples batch_size model_path",
     "image_train": (f"{NETWORK_FLAGS} {PROCESS_FLAGS} {TRAIN_FLAGS} schedule_sampler lr_anneal_steps ema_rate "
                     "fp16_scale_growth"),
     "classifier_train": (f"image_size {CLASSIFIER_FLAGS} {PROCESS_FLAGS} {TRAIN_FLAGS} val_data_dir noised iterations "
@@ -204,6 +220,28 @@ def test_readme_command_runs(name, tmp_path):
     images, labels = samples_in(tmp_path / "out")
     assert images.shape == (3, 16, 16, 3)
     assert (labels is None) == (given["class_cond"] == "False" and script == "image_sample")
+
+
+@pytest.mark.parametrize("line", [UPSAMPLER_256, UPSAMPLER_512], ids=["64 to 256", "128 to 512"])
+def test_readme_command_of_an_upsampler_means_what_it_says_and_runs(line, tmp_path):
+    words = line.split()
+    given = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    run, _ = read_run(words, UpsamplingRun)
+    name = f"{given['small_size']}_{given['large_size']}_upsampler"
+    with torch.device("meta"):
+        network = build_model(dataclasses.replace(run.model, use_fp16=False))
+    assert sum(value.numel() for value in network.state_dict().values()) == find_preset(name).parameters
+
+    given |= {key: value for key, value in SMALLER.items() if key in given}
+    given |= {"large_size": 16, "small_size": 8, "channel_mult": "1,2", "num_classes": "3", "timestep_respacing": 2,
+              "num_head_channels": 32, "out": tmp_path / "out", "model_path": tmp_path / "model.pt",
+              "base_samples": tmp_path / "base.npz"}
+    run, _ = read_run(flags(given), UpsamplingRun)
+    save_state(tmp_path / "model.pt", with_random_weights(build_model(run.model)).float().state_dict())
+    np.savez(tmp_path / "base.npz", np.full((4, 8, 8, 3), 200, np.uint8), np.array([0, 2, 1, 1]))
+    assert call("super_res_sample", *flags(given)) == 0
+    images, labels = samples_in(tmp_path / "out")
+    assert images.shape == (3, 16, 16, 3) and labels.tolist() == [0, 2, 1]
 
 
 def test_help_lists_every_flag_with_its_meaning(capsys):

@@ -1,13 +1,27 @@
 """Verdicts: what a measured number says of a published one, and of another row."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import Replicates
+from evaluations.reproduction.checks import check_rows
+from evaluations.reproduction.cost_chart import chart_title
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements
-from evaluations.reproduction.results import jointly, not_comparable, overall, results, verdict, versus
-from evaluations.reproduction.tables import Table, in_folder, load_table
+from evaluations.reproduction.report import markdown
+from evaluations.reproduction.results import (
+    features_of,
+    jointly,
+    not_comparable,
+    overall,
+    results,
+    verdict,
+    versus,
+)
+from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, load_table, read_row
+from guided_diffusion.errors import UserError
 
 
 def number(value, spread=0.1, shift=0.0):
@@ -70,6 +84,37 @@ def test_no_word_is_said_without_an_interval(table):
     recall = section["rows"][1]["metrics"]["recall"]
     assert recall["interval95"] is None and recall["verdict"] == "no word"
     assert recall["versus"] == {"difference": 0, "interval95": None, "verdict": "no word"}
+
+
+def by_photo(published, second):
+    """A table of two rows, evaluated by a network that gives its metrics other names."""
+    shared = {"model": "fmnist32", "evaluation": {"reference": "r", "metrics": "fid,precision", "published": published}}
+    rows = {name: read_row(name, {**shared, "evaluation": {**shared["evaluation"], "backend": backend}}, Path("t.yaml"))
+            for name, backend in (("a", "photo"), ("b", second))}
+    return Table("mini", "Mini", "", "", rows, (Section("All", tuple(rows)),), ChartSpec("evaluations", "fid"))
+
+
+def test_numbers_by_another_network_have_its_name(tmp_path):
+    table = in_folder(by_photo({}, "photo"), tmp_path)
+    written(table)
+    measured = {(name, table.rows[name].images): {"fid": number(value), "precision": number(0.5)}
+                for name, value in (("a", 3.0), ("b", 4.0))}
+    said = results(table, Measurements(measured, {}, None, None), {}, how())
+    text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
+    assert "| Frechet distance by EfficientNet-Lite0 features | precision |" in text
+    assert "of the Frechet distance by EfficientNet-Lite0 features of N images" in text
+    assert chart_title(said).startswith("Frechet distance by EfficientNet-Lite0 features against network evaluations")
+    assert "FID" not in text and features_of(by_photo({}, "photo")) == "EfficientNet-Lite0"
+    assert features_of(Table("mini", "Mini", "", "", {"c": by_photo({}, "scenes").rows["b"]}, ())) == ""
+
+
+@pytest.mark.parametrize(("published", "second", "message"), [
+    ({"fid": 3.0}, "photo", "backend photo of row a in t.yaml: its numbers stand beside no published ones"),
+    ({}, "torch", r"mini: mixes networks whose numbers have different names \(a photo, b torch\)"),
+])
+def test_they_stand_beside_no_others(published, second, message):
+    with pytest.raises(UserError, match=message):
+        check_rows(by_photo(published, second))
 
 
 @pytest.mark.parametrize("word, low, high, expected", [

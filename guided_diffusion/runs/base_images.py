@@ -1,0 +1,79 @@
+"""The images that a run upsamples: image i of the run begins with image i of a file of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..image_datasets import grey
+from ..late import Tensor, torch
+from ..npz import BatchFile
+from ..pixels import from_uint8
+from .labels import Labels
+from .record import samples_of
+
+OF_BASE = "base"        # as --labels: the classes of these images
+DIGEST = 16             # bytes that tell an image from all others
+AT_A_TIME = 64          # images that are read together
+
+
+class BaseImages:
+    """The images of `--base_samples`, by number; after the last one they begin again, as in the official code.
+
+    path: a file of samples (.npz, images in arr_0, classes in arr_1), or the output folder of a finished run. size: the
+    height and width that they must have. channels: 3, or 1 for grey. Raises UserError for anything else.
+    """
+
+    def __init__(self, path: str, size: int, channels: int) -> None:
+        where = f"--base_samples {path}"
+        if not path:
+            raise UserError("--base_samples is not given: name the file of the images to upsample, or the output "
+                            "folder of a sampling run")
+        try:
+            self.file = BatchFile(samples_of(Path(path)) if Path(path).is_dir() else path)
+        except UserError as error:
+            raise UserError(f"--base_samples {error}") from None
+        if not len(self.file):
+            raise UserError(f"--base_samples {self.file.without_images}")
+        if self.file.shape[1:3] != (size, size):
+            raise UserError(f"{where}: its images are {self.file.resolution}, and the network upsamples images of "
+                            f"--small_size {size}")
+        self.path, self.channels = path, channels
+
+    def __len__(self) -> int:
+        """Number of images in the file."""
+        return len(self.file)
+
+    def low_res(self, image_ids: Sequence[int]) -> Tensor:
+        """The images of these numbers as the network sees them, (N, C, h, w) float32 in [-1, 1]."""
+        pixels = self.file.pick([image_id % len(self) for image_id in image_ids])
+        return torch.from_numpy(from_uint8(grey(pixels) if self.channels == 1 else pixels)).movedim(3, 1).contiguous()
+
+    def digests(self, image_ids: Sequence[int]) -> np.ndarray:
+        """What tells each of these images from others, (N, DIGEST) uint8."""
+        return self._digests[np.asarray(image_ids) % len(self)]
+
+    @cached_property
+    def _digests(self) -> np.ndarray:
+        found = [hashlib.blake2b(image.tobytes(), digest_size=DIGEST).digest()
+                 for _, images in self.file.batches(AT_A_TIME) for image in images]
+        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST)
+
+    def labels(self, num_classes: int) -> Labels:
+        """The classes of the images. Raises UserError where the file has none, or others than 0 to num_classes - 1."""
+        labels, where = self.file.labels, f"--labels base: {self.file.path}"
+        if labels is None:
+            raise UserError(f"{where} holds no classes (arr_1); pass others, like --labels random")
+        if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
+            raise UserError(f"{where}: its classes (arr_1) must be a whole number for each of {len(self)} images")
+        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if len(wrong):
+            raise UserError(f"{where}: class {labels[wrong[0]]} of image {wrong[0]} must be from 0 to "
+                            f"{num_classes - 1}")
+        found = torch.from_numpy(labels.astype(np.int64))
+        return lambda image_ids: found[[image_id % len(self) for image_id in image_ids]]

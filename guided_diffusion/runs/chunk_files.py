@@ -1,0 +1,182 @@
+"""The finished chunks of a run as files: written whole or not at all, checked before they are used again.
+
+    OUT/FOLDER/run.json        what the results depend on
+    OUT/FOLDER/000123.npz      one chunk: its arrays, numbers (the indices of the images), run, rank, seconds
+
+`run` is the fingerprint of what the results depend on; rank and seconds say who made them, and how long it took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import files
+from ..errors import UserError
+from ..npz import READ_ERRORS as NPZ_ERRORS
+from ..npz import read_checked
+from .chunks import Chunks, Indices
+from .record import READ_ERRORS, difference
+
+REMEDY = "name another folder, or pass --overwrite True"
+
+
+class DamagedError(UserError):
+    """A file of a chunk cannot be read or holds something else than it should."""
+
+
+@dataclass(frozen=True)
+class ChunkFiles:
+    """The chunks of one run in its folder. Who extends this says what a chunk holds, and what it depends on.
+
+    configuration: every option, by flag name. sha256: of the checkpoints in use, by the names of `record.name_of`.
+    """
+
+    out: Path
+    configuration: Mapping[str, Any]
+    sha256: Mapping[str, str]
+
+    FOLDER: ClassVar[str]
+    CONTENT: ClassVar[str]          # what the chunks hold, in words
+
+    # What a chunk is
+
+    def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+        """What the results of a run depend on, by flag name; raises one of READ_ERRORS for a configuration of none."""
+        raise NotImplementedError
+
+    def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
+        """Whether these arrays are those of a chunk of `count` images."""
+        raise NotImplementedError
+
+    # What follows from it
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the finished chunks."""
+        return self.out / self.FOLDER
+
+    @property
+    def num_samples(self) -> int:
+        """Images of the run."""
+        return self.configuration["num_samples"]
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """The indices of the images of each chunk."""
+        return Chunks(self.num_samples, self.configuration["batch_size"])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on, by flag name."""
+        return self.identify(self.configuration, self.sha256)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def path(self, index: int) -> Path:
+        """The file of a chunk, whether it is finished or not."""
+        return self.folder / f"{index:06d}.npz"
+
+    # One chunk
+
+    def write(self, index: int, arrays: Mapping[str, Any], rank: int = 0, seconds: float = 0.0) -> None:
+        """Writes the arrays of a chunk; rank and seconds tell how it was made."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint, rank=rank,
+                 seconds=seconds)
+        files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
+                    ending="finished chunks are kept: start the same command again to go on")
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays of a finished chunk.
+
+        Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
+        where it is of another run. A chunk of fewer or more images, from a shorter or longer run, is read too.
+        """
+        path, image_ids = self.path(index), self.chunks[index]
+        try:
+            arrays = read_checked(path)
+            held = arrays["numbers"]
+            whole = (len(held) > 0 and arrays["rank"].ndim == arrays["seconds"].ndim == 0
+                     and self.is_whole(arrays, len(held)))
+            run = str(arrays["run"])
+        except FileNotFoundError:
+            raise
+        except NPZ_ERRORS as error:
+            whole, run = False, str(error)
+        if not whole:
+            raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
+        if run != self.fingerprint or held[0] != image_ids.start or (np.diff(held) != 1).any():
+            raise UserError(f"{path}: is of another run; {REMEDY}")
+        return arrays
+
+    def has(self, index: int) -> bool:
+        """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""
+        try:
+            return len(self.read(index)["numbers"]) == len(self.chunks[index])
+        except FileNotFoundError:
+            return False
+
+    # All of them
+
+    def stored(self) -> list[int]:
+        """The chunks of this run that have a file, whole or not."""
+        stems = [path.stem for path in self.folder.glob("*.npz")]
+        numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,12}", stem)]
+        return sorted(index for index in numbers if index < len(self.chunks))
+
+    def missing(self) -> Indices:
+        """The chunks that are not finished; UserError for those of another run, and damaged ones."""
+        finished, damaged = [], []
+        for index in self.stored():
+            try:
+                if self.has(index):
+                    finished.append(index)
+            except DamagedError:
+                damaged.append(self.path(index).name)
+        if damaged:
+            raise DamagedError(f"{self.folder}: {len(damaged)} damaged ({', '.join(damaged[:8])}); delete what is "
+                               "damaged to have it sampled again, or pass --overwrite True to begin anew")
+        return Indices.without(len(self.chunks), finished)
+
+    def begin(self) -> None:
+        """Makes the folder ready, and says there of which run it is."""
+        self.folder.mkdir(exist_ok=True)
+        files.remove_leftovers(self.folder)
+        manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
+        files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
+                         ending="nothing was changed")
+
+    def begun(self) -> dict[str, Any] | None:
+        """The identity of the run whose chunks are here; None where that cannot be read."""
+        try:
+            manifest = json.loads((self.folder / "run.json").read_text())
+            return self.identify(dict(manifest["configuration"]), dict(manifest["sha256"]))
+        except READ_ERRORS:
+            return None
+
+    def check_begun(self) -> None:
+        """Raises UserError where the folder holds chunks of another run."""
+        before = self.begun()           # without a record each chunk still says of which run it is
+        if before is None or not any(self.folder.glob("*.npz")):
+            return
+        if different := difference(before, self.identity):
+            raise UserError(f"--out {self.out}: holds unfinished {self.CONTENT} of another configuration "
+                            f"(--{different} differs); {REMEDY}")
+
+    def remove(self) -> None:
+        """Removes the folder of chunks with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,282 @@
+"""Likelihoods of images: the variational bound in bits per dimension, in chunks as a sampling run.
+
+Image i is that of number i in its data, and its noise depends on (seed, i) and the step alone. The chunks stay in the
+folder, so that a larger number of images goes on from them:
+
+    OUT/likelihoods/000123.npz  a chunk: total_bpd, prior_bpd (n,), and sums of each term and of its squares (T,)
+    OUT/bpd.npz                 total_bpd, prior_bpd (N,), labels (N,) where the network has classes
+    OUT/vb_terms.npz, mse_terms.npz, xstart_mse_terms.npz    arr_0 (T,): the mean of each term, from step T - 1 down to
+                                0, as the official code writes them
+    OUT/terms.csv               the same by step, with intervals
+    OUT/run.json                configuration, result and times, written last
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from .. import checkpoint, dist_util
+from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from ..classes import CLASS_RULES, stored_names
+from ..errors import UserError
+from ..fetch import sha256_of, without_secrets
+from ..files import check_folder, write_csv, write_json
+from ..guidance import Networks
+from ..image_datasets import TrainingImages, open_images
+from ..late import Tensor, torch
+from ..npz import write_batch
+from ..options import option, seed_option
+from ..process import DiffusionProcess
+from ..rng import image_noise
+from ..train_folder import data_digest
+from . import shards
+from .chunk_files import ChunkFiles
+from .chunks import Indices
+from .options import LARGEST_BATCH, MOST_IMAGES, CheckpointOptions
+from .record import made_by
+from .work import make_chunks
+from .workers import WorkQueue
+
+TERMS = ("vb", "mse", "xstart_mse")
+NORMAL_95 = 1.959963984540054           # standard errors on each side of a mean that hold 95 %
+IRRELEVANT = ("out", "overwrite", "log_every", "model", "num_samples")
+
+
+class Estimate(NamedTuple):
+    """A mean over images, and the ends of its 95 % interval; of one image there is none, the ends are NaN."""
+
+    mean: float
+    low: float
+    high: float
+
+    def known(self) -> dict[str, float]:
+        """Those of the three that there are, by name."""
+        return {name: value for name, value in self._asdict().items() if not np.isnan(value)}
+
+
+def estimate(total: float, squares: float, count: int) -> Estimate:
+    """The mean of `count` values and its normal interval, from their sum and the sum of their squares."""
+    mean = total / count
+    if count < 2:
+        return Estimate(mean, np.nan, np.nan)
+    error = NORMAL_95 * (max(0.0, squares - total * mean) / (count - 1) / count) ** 0.5
+    return Estimate(mean, mean - error, mean + error)
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions(CheckpointOptions):
+    """The likelihoods."""
+
+    data_dir: str = option("", "folder of images or IDX files, or an .npz file of images; fashion-mnist: where Debian "
+                           "installs it")
+    split: str = option("train", "of IDX files: train or test", choices=("train", "test"))
+    classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
+                          "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
+                          choices=("", *CLASS_RULES))
+    num_samples: int = option(1000, "number of images, the first ones in the order of their names; all where there are "
+                              "fewer", minimum=1, maximum=MOST_IMAGES)
+    batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+    clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
+    seed: int = seed_option("seed of the noise")
+    out: str = option("likelihoods", "folder for the results and the record")
+    overwrite: bool = option(False, "begin anew, and replace what is in that folder")
+    log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
+                            minimum=0)
+
+
+@dataclass(frozen=True)
+class LikelihoodChunks(ChunkFiles):
+    """The finished chunks of a run."""
+
+    FOLDER: ClassVar = "likelihoods"
+    CONTENT: ClassVar = "likelihoods"
+
+    def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+        """All options that a likelihood depends on, and digests of the network's file and of the images."""
+        return {**{name: value for name, value in configuration.items() if name not in IRRELEVANT},
+                "model_path": sha256["model"], "data_dir": sha256["data"]}
+
+    def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
+        """Whether these arrays are those of a chunk of `count` images."""
+        sums = [arrays[f"{name}_{kind}"] for name in TERMS for kind in ("sum", "squares")]
+        return (arrays["total_bpd"].shape == arrays["prior_bpd"].shape == (count,)
+                and all(array.ndim == 1 and array.shape == sums[0].shape for array in sums))
+
+
+@dataclass(frozen=True)
+class LikelihoodMeter:
+    """What measures images.
+
+    network: called with (x, t), and y where it has classes. seed: of the noise. size: images of an evaluation.
+    """
+
+    network: Callable[..., Tensor]
+    process: DiffusionProcess
+    seed: int = 0
+    size: int = 1
+    clip_denoised: bool = True
+
+    def terms(self, image_ids: Sequence[int], images: Tensor, cond: Mapping[str, Tensor],
+              on_step: Callable[[], object] = lambda: None) -> dict[str, np.ndarray]:
+        """All terms of the bound, as `DiffusionProcess.calc_bpd_loop` gives them, in float32.
+
+        images: (n, C, H, W) in [-1, 1]; n at most `size`. image_ids: their numbers. cond: {"y": (n,)} or nothing.
+        """
+        # The fill repeats an image, which is dropped: not a bit depends on how many there are.
+        rows = [min(i, len(image_ids) - 1) for i in range(self.size)]
+        numbers, device = [image_ids[row] for row in rows], dist_util.dev()
+
+        def noise(step: int) -> Tensor:
+            return image_noise(self.seed, numbers, step, images.shape[1:], "likelihood").to(device)
+
+        found = self.process.calc_bpd_loop(
+            self.network, images[rows].to(device), self.clip_denoised,
+            {name: value[rows].to(device) for name, value in cond.items()}, noise, on_step)
+        return {name: value[:len(image_ids)].cpu().numpy() for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class LikelihoodRun:
+    """All options of a run. `run()` measures what is missing, and returns the mean in words on rank 0."""
+
+    options: LikelihoodOptions
+    model: ModelOptions
+    diffusion: DiffusionOptions
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self.options.out)
+
+    def run(self) -> str:
+        """Measures what is missing, on all ranks; "" on ranks but the first.
+
+        Raises UserError for options, images and files that cannot work, before the first image is measured.
+        """
+        began = time.time()
+        dist_util.setup_dist()
+        with ExitStack() as stack:
+            with dist_util.together():
+                self.options.check_given()
+                images = self._images()
+                check_folder("--out", self.out)
+                if dist_util.is_main():
+                    stack.enter_context(shards.locked(self.out))
+            with dist_util.together():
+                meter = self._meter()
+            queue = WorkQueue()
+            with dist_util.together():
+                if dist_util.is_main():
+                    queue.put("sha256", self._sha256())
+                    queue.put("todo", self._prepare(self._chunks(images, queue.get("sha256"))).spans)
+            chunks = self._chunks(images, queue.get("sha256"))
+            todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
+            with queue:
+                self._work(meter, images, chunks, todo, queue)
+                return self._finish(chunks, images, began) if dist_util.is_main() else ""
+
+    def _images(self) -> TrainingImages:
+        if not self.options.data_dir:
+            raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
+                            "fashion-mnist")
+        known = stored_names(checkpoint.locate(self.options.model_path)) if self.model.class_cond else None
+        frame = self.model.in_channels, self.model.image_size, self.model.image_size
+        images = open_images(self.options.data_dir, frame, split=self.options.split, class_cond=self.model.class_cond,
+                             classes=self.options.classes, known=known)
+        labels = images.labels
+        if labels is not None and (images.class_names is not None or labels.max() >= self.model.num_classes):
+            images.check_classes(self.model.num_classes)        # arrays may well hold some of the classes only
+        return images
+
+    def _meter(self) -> LikelihoodMeter:
+        """The network with its weights, and its process."""
+        process = build_diffusion(self.diffusion)
+        with torch.device("meta"):
+            network = build_model(self.model)
+        Networks(network, dist_util.dev()).load(network, self.options.model_path, asdict(self.model)
+                                                | asdict(self.diffusion), self.options.checkpoint_entry)
+        return LikelihoodMeter(network, process, self.options.seed, self.options.batch_size,
+                               self.options.clip_denoised)
+
+    def _sha256(self) -> dict[str, str]:
+        return {"model": sha256_of(checkpoint.locate(self.options.model_path)),
+                "data": data_digest(self.options.data_dir)}
+
+    def _chunks(self, images: TrainingImages, sha256: Mapping[str, str]) -> LikelihoodChunks:
+        values = {**asdict(self.diffusion), **asdict(self.model), **asdict(self.options)}
+        values["num_samples"] = min(self.options.num_samples, images.count)
+        shown = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+        return LikelihoodChunks(self.out, shown, sha256)
+
+    def _prepare(self, chunks: LikelihoodChunks) -> Indices:
+        """The chunks that are missing, with the folder ready for them."""
+        if self.options.overwrite:
+            chunks.remove()
+        chunks.check_begun()
+        missing = chunks.missing()
+        chunks.begin()
+        return missing
+
+    def _work(self, meter: LikelihoodMeter, images: TrainingImages, chunks: LikelihoodChunks, todo: Indices,
+              queue: WorkQueue) -> None:
+        def make(index: int, on_step: Callable[[float], None]) -> None:
+            image_ids, began, done = chunks.chunks[index], time.monotonic(), iter(range(1, 10**9))
+            steps = meter.process.num_timesteps
+            terms = meter.terms(image_ids, *images.at(image_ids), on_step=lambda: on_step(next(done) / steps))
+            arrays = {name: terms[name] for name in ("total_bpd", "prior_bpd")}
+            for name in TERMS:
+                values = terms[name].astype(np.float64)
+                arrays |= {f"{name}_sum": values.sum(axis=0), f"{name}_squares": (values**2).sum(axis=0)}
+            chunks.write(index, arrays, dist_util.rank(), time.monotonic() - began)
+
+        make_chunks(make, chunks.chunks, todo, queue, self.options.log_every, "measuring")
+
+    def _finish(self, chunks: LikelihoodChunks, images: TrainingImages, began: float) -> str:
+        """Writes the results of all chunks, the record last; returns the mean in words."""
+        bpd: dict[str, list[np.ndarray]] = {"total_bpd": [], "prior_bpd": []}
+        sums: dict[str, Any] = {f"{name}_{kind}": 0.0 for name in TERMS for kind in ("sum", "squares")}
+        for index in range(len(chunks.chunks)):
+            arrays = chunks.read(index)
+            for name, parts in bpd.items():
+                parts.append(arrays[name])
+            for name in sums:
+                sums[name] = sums[name] + arrays[name]
+        whole = {name: np.concatenate(parts) for name, parts in bpd.items()}
+        labels = {} if images.labels is None else {"labels": images.labels[:chunks.num_samples]}
+        (self.out / "run.json").unlink(missing_ok=True)
+        write_batch(self.out / "bpd.npz", {**whole, **labels})
+        for name in TERMS:
+            write_batch(self.out / f"{name}_terms.npz", {"arr_0": sums[f"{name}_sum"] / chunks.num_samples})
+        write_csv(self.out / "terms.csv", self._rows(sums, chunks.num_samples))
+        found = {name: mean_of(values) for name, values in whole.items()}
+        write_json(self.out / "run.json", {
+            "configuration": chunks.configuration, "fingerprint": chunks.fingerprint, "sha256": chunks.sha256,
+            "bits_per_dimension": {name: value.known() for name, value in found.items()},
+            **made_by(), "timing": {"seconds": time.time() - began}}, sync=True)
+        total = found["total_bpd"]
+        interval = "" if chunks.num_samples < 2 else f", 95 % interval {total.low:.4f} to {total.high:.4f}"
+        return f"{total.mean:.4f} bits per dimension ({chunks.num_samples} images{interval})"
+
+    def _rows(self, sums: Mapping[str, np.ndarray], count: int) -> list[dict[str, Any]]:
+        """Of each step, from the last to the first, the terms with their intervals."""
+        process, rows = build_diffusion(self.diffusion), []
+        for column, step in enumerate(reversed(range(process.num_timesteps))):
+            row: dict[str, Any] = {"step": step, "network_step": int(process.timestep_map[step])}
+            for name in TERMS:
+                value = estimate(float(sums[f"{name}_sum"][column]), float(sums[f"{name}_squares"][column]), count)
+                row |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+            rows.append(row)
+        return rows
+
+
+def mean_of(values: np.ndarray) -> Estimate:
+    """The mean of values (N,), and its 95 % interval."""
+    values = values.astype(np.float64)
+    return estimate(float(values.sum()), float((values**2).sum()), len(values))

@@ -1,0 +1,32 @@
+r"""Measure the likelihood of images under a diffusion model, in bits per dimension.
+
+Examples:
+    python scripts/image_nll.py --model fmnist32 --data_dir fashion-mnist --split test --timestep_respacing 50 \
+        --num_samples 100 --batch_size 20 --out likelihoods/fmnist32
+    mpiexec -n 8 python scripts/image_nll.py --model 64x64_diffusion --model_path models/64x64_diffusion.pt \
+        --data_dir imagenet/val --batch_size 32 --num_samples 50000
+"""
+
+from collections.abc import Sequence
+
+from guided_diffusion import dist_util
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.options import parse_options
+from guided_diffusion.runs.likelihood import LikelihoodOptions, LikelihoodRun
+from guided_diffusion.runs.options import preset_values
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stderr(dist_util.is_main())
+    run = LikelihoodRun(*parse_options(argv, LikelihoodOptions, ModelOptions, DiffusionOptions, description=__doc__,
+                                       preset=preset_values))
+    result = run.run()
+    dist_util.shutdown()
+    if result:
+        print(f"likelihood: {result}\nby image:   {run.out / 'bpd.npz'}\nby step:    {run.out / 'terms.csv'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,25 @@
+r"""Train an upsampling diffusion model on large images, which it sees in small beside the noise.
+
+Examples (each goes on from its last save when started again):
+    python scripts/super_res_train.py --config configs/icons64_upsampler_train.yaml
+    mpiexec -n 8 python scripts/super_res_train.py --data_dir photos --large_size 256 --small_size 64 \
+        --learn_sigma True --num_channels 192 --batch_size 32 --lr_anneal_steps 100000 --out runs/photos_upsampler
+"""
+
+from collections.abc import Sequence
+
+from guided_diffusion.build import DiffusionOptions, UpsamplerOptions
+from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.options import parse_options
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import train_diffusion
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stdout()
+    train_diffusion(*parse_options(argv, UpsamplerOptions, DiffusionOptions, TrainOptions, description=__doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)

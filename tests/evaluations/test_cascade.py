@@ -1,0 +1,106 @@
+"""Cascades: base images, larger ones made of them and their evaluation in one command, stopped anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import call, flags, samples_in
+from networks import TINY, with_random_weights
+
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.runs.sampler import ImageSampler
+from guided_diffusion.script_util import sr_create_model_and_diffusion
+
+UPSAMPLER = {"large_size": 32, "small_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1,
+             "channel_mult": "1,1", "num_heads": 2, "attention_resolutions": "16", "class_cond": True, "num_classes": 2,
+             "learn_sigma": True}
+SHORT = {"timestep_respacing": 2, "batch_size": 4}
+EVALUATION = ["evaluation", "fmnist32", "--backend", "fashion_mnist", "--metrics", "is"]
+
+
+@pytest.fixture(scope="module")
+def upsampler(tmp_path_factory):
+    path = tmp_path_factory.mktemp("upsampler") / "up.safetensors"
+    model, _ = sr_create_model_and_diffusion(**UPSAMPLER)
+    save_state(path, with_random_weights(model).state_dict(), {"config": json.dumps(UPSAMPLER)})
+    return path
+
+
+@pytest.fixture
+def line(tiny_checkpoints, upsampler, tmp_path):
+    """The command line of a cascade of 6 images into tmp_path/out; its arguments are words of the three parts."""
+    def make(base=(), upsample=(), evaluation=(), **changes):
+        own = flags({"num_samples": 6, "out": tmp_path / "out", **changes})
+        return [*own, "base", *flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", **SHORT}), *base,
+                "upsampler", *flags({"model_path": upsampler, **SHORT}), *upsample, *evaluation]
+    return make
+
+
+def test_a_cascade_is_its_commands_one_after_the_other(line, tmp_path, capsys):
+    assert call("cascade", *line(["--guide_scale", 1.5, "--sel_attn_depth", 1], ["--pag_scale", 2], EVALUATION)) == 0
+    said = capsys.readouterr().out
+    out = tmp_path / "out"
+    assert str(out / "upsampler" / "samples_6x32x32x3.npz") in said and "evaluation.json" in said
+    base, labels = samples_in(out / "base")
+    images, classes = samples_in(out / "upsampler")
+    assert (base.shape, images.shape) == ((6, 16, 16, 3), (6, 32, 32, 3)) and (labels == classes).all()
+    words = line(upsample=["--pag_scale", 2])
+    alone = [*words[words.index("upsampler") + 1:], "--base_samples", out / "base", "--out", tmp_path / "alone"]
+    assert call("super_res_sample", *alone) == 0
+    assert (samples_in(tmp_path / "alone")[0] == images).all()
+    assert call("evaluate", "fmnist32", out / "upsampler", *EVALUATION[2:], "--json", tmp_path / "alone.json") == 0
+    values = [json.loads(path.read_text()) for path in (out / "evaluation.json", tmp_path / "alone.json")]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("chunks", [1, 3], ids=["in the base", "in the upsampler"])
+def test_a_cascade_that_was_stopped_goes_on_and_grows(chunks, line, tmp_path, monkeypatch):
+    assert call("cascade", *line(out=tmp_path / "whole")) == 0
+    made, images = [], ImageSampler.images
+
+    def stop(self, image_ids, *rest):
+        if len(made) == chunks:
+            raise KeyboardInterrupt
+        made.append(list(image_ids))
+        return images(self, image_ids, *rest)
+
+    monkeypatch.setattr(ImageSampler, "images", stop)
+    assert call("cascade", *line()) == 130
+    monkeypatch.setattr(ImageSampler, "images", lambda self, image_ids, *rest: (
+        made.append(list(image_ids)), images(self, image_ids, *rest))[1])
+    assert call("cascade", *line()) == 0
+    assert made == [[0, 1, 2, 3], [4, 5], [0, 1, 2, 3], [4, 5]]
+    for part in ("base", "upsampler"):
+        file, = (tmp_path / "whole" / part).glob("samples_*.npz")
+        assert (tmp_path / "out" / part / file.name).read_bytes() == file.read_bytes()
+    made.clear()
+    assert call("cascade", *line(num_samples=8)) == 0
+    assert made == [[4, 5, 6, 7]] * 2
+    assert (np.load(tmp_path / "out" / "upsampler" / "samples_8x32x32x3.npz")["arr_0"][:4]
+            == samples_in(tmp_path / "whole" / "upsampler")[0][:4]).all()
+
+
+def test_what_cannot_work_is_refused_before_the_first_image(line, upsampler, tmp_path, capsys):
+    words = line()
+    middle = words.index("upsampler")
+    for arguments, message in (
+            (words[:middle], "a cascade needs an upsampler"), (words[middle:], "a cascade needs base images"),
+            ([*words, "base"], "base: stands 2 times"), ([*words, "evaluation"], "evaluation: the following arguments"),
+            (line(["--out", "x"]), "base --out: is an option of the cascade"),
+            (line(upsample=["--base_samples", "x"]), "upsampler --base_samples: cannot be given"),
+            (line(["--guide_scael", 2]), "base: --guide_scael: no such option"),
+            ([*words, *words[middle:]], "upsampler2 --small_size 16: the images of upsampler have 32 pixels"),
+            (line(upsample=["--checkpoint_entry", "ema"]), "--checkpoint_entry ema"),
+            (line(evaluation=["evaluation", "nowhere.npz"]), "nowhere.npz"),
+            (line(evaluation=["evaluation", "fmnist32"]), "fmnist32"),
+            (line(evaluation=["evaluation", "scenes32", "--backend", "fashion_mnist"]), "--backend"),
+            (line(nm_samples=3), "--nm_samples: no such option (did you mean --num_samples?)")):
+        capsys.readouterr()
+        assert call("cascade", *arguments) == 2, message
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out/*/samples*"))
+
+
+def test_a_value_is_no_part(line, tmp_path):
+    assert call("cascade", *line(out=tmp_path / "base", upsample=["--labels", "base"])) == 0
+    assert samples_in(tmp_path / "base" / "upsampler")[0].shape == (6, 32, 32, 3)

@@ -1,0 +1,133 @@
+"""Likelihoods: the official terms of the bound, images by number, and going on after a kill."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import call, flags
+from golden import cases, fill, noise
+from networks import TINY
+
+from guided_diffusion import checkpoint
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from guided_diffusion.options import options_from
+from guided_diffusion.pixels import from_uint8
+from guided_diffusion.runs import likelihood
+from guided_diffusion.runs.likelihood import LikelihoodMeter, mean_of
+
+RESULTS = {"bpd.npz", "vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz", "terms.csv"}
+
+
+@pytest.mark.parametrize("path", cases("bpd_*.npz"), ids=lambda path: path.stem)
+def test_terms_are_those_of_the_official_code(path, monkeypatch):
+    case = np.load(path)
+    seed = int(case["seed"])
+    model_options, diffusion_options = options_from(json.loads(str(case["config"])), ModelOptions, DiffusionOptions)
+    process, shape = build_diffusion(diffusion_options), (2, 3, 64, 64)
+
+    def recorded(run_seed, image_ids, step, image_shape, stream):
+        return noise(shape, seed * 100 + process.num_timesteps - step)
+
+    monkeypatch.setattr(likelihood, "image_noise", recorded)
+    images = noise(shape, seed).mul(.4).clamp(-1, 1)
+    cond = {"y": torch.from_numpy(case["y"])} if model_options.class_cond else {}
+    terms = LikelihoodMeter(fill(build_model(model_options)), process, size=2).terms([0, 1], images, cond)
+    assert set(terms) == {"total_bpd", "prior_bpd", "vb", "xstart_mse", "mse"}
+    for name, values in terms.items():
+        # The prior is a difference of numbers near 1 in float32, of a few times 1e-7.
+        np.testing.assert_allclose(values, case[name], rtol=1e-4, atol=1e-9 if name == "prior_bpd" else 0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, 16, 16, 1), np.uint8).repeat(3, axis=3)
+    np.savez(tmp_path / "data.npz", pixels, np.array([0, 1, 1, 0, 1]))
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def line(tiny_checkpoints, data, tmp_path):
+    """The command line of a short run into tmp_path/out; `changes` are flags."""
+    def make(**changes):
+        return flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "data_dir": data, "batch_size": 2,
+                      "timestep_respacing": 3, "out": tmp_path / "out", **changes})
+    return make
+
+
+def test_results_are_those_of_the_images_one_by_one(line, data, tmp_path, capsys):
+    assert call("image_nll", *line()) == 0
+    out, said = tmp_path / "out", capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {*RESULTS, "likelihoods", "run.json"}
+
+    options, process = options_from({**TINY, "timestep_respacing": "3"}, ModelOptions, DiffusionOptions)
+    network = build_model(options)
+    checkpoint.load_into(network, line()[line().index("--model_path") + 1], TINY)
+    meter = LikelihoodMeter(network.eval(), build_diffusion(process))
+    pixels, labels = (np.load(data)[name] for name in ("arr_0", "arr_1"))
+    images = torch.from_numpy(from_uint8(pixels[..., :1])).movedim(3, 1)
+    alone = [meter.terms([i], images[[i]], {"y": torch.from_numpy(labels[[i]])}) for i in range(5)]
+    terms = {name: np.concatenate([one[name] for one in alone]) for name in alone[0]}
+
+    found = np.load(out / "bpd.npz")
+    assert (found["labels"] == labels).all()
+    for name in ("total_bpd", "prior_bpd"):
+        np.testing.assert_allclose(found[name], terms[name], rtol=1e-4)       # another size of batch
+    rows = list(csv.DictReader((out / "terms.csv").open()))
+    assert [(row["step"], row["network_step"]) for row in rows] == [("2", "999"), ("1", "500"), ("0", "0")]
+    for name in ("vb", "mse", "xstart_mse"):
+        np.testing.assert_allclose(np.load(out / f"{name}_terms.npz")["arr_0"], terms[name].mean(axis=0), rtol=1e-4)
+        np.testing.assert_allclose([float(row[name]) for row in rows], terms[name].mean(axis=0), rtol=1e-4)
+    total = mean_of(found["total_bpd"])
+    record = json.loads((out / "run.json").read_text())["bits_per_dimension"]["total_bpd"]
+    assert record == pytest.approx(total._asdict(), rel=1e-5)
+    assert f"likelihood: {total.mean:.4f} bits per dimension (5 images, 95 % interval {total.low:.4f} to" in said
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = np.array([1.0, 2.0, 3.0, 6.0])
+    error = 1.96 * values.std(ddof=1) / 2
+    assert mean_of(values) == pytest.approx((3.0, 3 - error, 3 + error), rel=1e-4)
+    assert mean_of(values[:1]).known() == {"mean": 1.0}
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_grows(line, tmp_path, monkeypatch):
+    assert call("image_nll", *line(out=tmp_path / "whole")) == 0
+    measured, terms = [], LikelihoodMeter.terms
+
+    def stop_after_the_first_chunk(self, image_ids, *rest, **others):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.extend(image_ids)
+        return terms(self, image_ids, *rest, **others)
+
+    monkeypatch.setattr(LikelihoodMeter, "terms", stop_after_the_first_chunk)
+    assert call("image_nll", *line(num_samples=3)) == 130
+    measured.clear()
+    monkeypatch.setattr(LikelihoodMeter, "terms", lambda self, image_ids, *rest, **others: (
+        measured.extend(image_ids), terms(self, image_ids, *rest, **others))[1])
+    assert call("image_nll", *line(num_samples=3)) == 0
+    assert measured == [2]
+    assert call("image_nll", *line()) == 0
+    assert measured == [2, 2, 3, 4]                 # chunk 1 was cut short
+    for name in RESULTS:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert call("image_nll", *line()) == 0
+    assert measured == [2, 2, 3, 4]
+
+
+def test_another_run_and_what_does_not_fit_are_refused(line, data, tmp_path, capsys):
+    assert call("image_nll", *line(num_samples=2)) == 0
+    np.savez(tmp_path / "classes.npz", np.load(data)["arr_0"], np.full(5, 2))
+    np.savez(tmp_path / "other.npz", np.load(data)["arr_0"][::-1], np.load(data)["arr_1"])
+    for changes, words in (({"seed": 1}, "--seed differs"), ({"data_dir": ""}, "--data_dir: is missing"),
+                           ({"data_dir": tmp_path / "other.npz"}, "--data_dir differs"),
+                           ({"model_path": ""}, "--model_path is not given"),
+                           ({"data_dir": tmp_path / "classes.npz"}, "--num_classes 2: "),
+                           ({"split": "test"}, "has no test split")):
+        capsys.readouterr()
+        assert call("image_nll", *line(**changes)) == 2
+        assert words in capsys.readouterr().err
+    assert call("image_nll", *line(seed=1, overwrite=True)) == 0
