@@ -34,6 +34,7 @@ from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
 
+from ..metrics import METRICS
 from ..reproduction.tables import EvaluationSpec, Row
 from .candidates import candidates
 
@@ -56,7 +57,7 @@ class ProbeOptions(Options):
     seed: int = seed_option("seed of the noise")
     table: str = option("", "table.json of a table or bench of this model: how well what the probe says of its rows "
                         "agrees with what was measured")
-    metric: str = option("fid", "which metric of that table", choices=None)
+    metric: str = option("fid", "which metric of that table", choices=tuple(METRICS))
     out: str = option("runs/probe", "folder for the table, the chart and the numbers")
 
 

@@ -155,7 +155,9 @@ def _agreement_lines(found: Agreement) -> Iterator[str]:
 
 
 def _write_chart(path: Path, result: ProbeResult) -> None:
-    """Writes R(t) against the noise level, a line for each method at its best block."""
+    """Writes R(t) against the noise level, a line for each method at its best block; linear from -1 to 1."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
     description = "The best scale of each method at each noise level"
     with styled_figure(WIDTH, HEIGHT + LEGEND_LINE * len(result.best), description) as figure:
         axes = figure.add_subplot()
@@ -166,6 +168,10 @@ def _write_chart(path: Path, result: ProbeResult) -> None:
                       color=COLOURS[place % len(COLOURS)], label=one.title)
         axes.axhline(0, color="#444444", linewidth=1)
         axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
         style_axes(axes, "noise level sigma", "best scale at that level")
         if result.best:
             figure.legend(loc="outside lower left", frameon=False)
