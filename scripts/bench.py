@@ -15,14 +15,14 @@ from evaluations.bench.settings import BenchSpec, bench_names
 from evaluations.reproduction.reproduce import launch
 from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stdout, run_script
-from guided_diffusion.options import OptionParser, Words, option_fields
+from guided_diffusion.options import Words, option_fields, options_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    parser = OptionParser(BenchOptions, BenchSpec, description=__doc__,
-                          words=Words("BENCH", f"the bench: {', '.join(bench_names())}, or a file of this kind"))
+    parser = options_parser(argv, BenchOptions, BenchSpec, description=__doc__,
+                            words=Words("BENCH", f"the bench: {', '.join(bench_names())}, or a file of this kind"))
     words, (options, spec) = parser.read(argv)
     code = launch(options.as_table)
     if code is not None:
