@@ -326,16 +326,16 @@ def parse_options(argv: Sequence[str] | None, *classes: type, description: str =
     return options_parser(argv, *classes, description=description, defaults=defaults).read(argv, preset)[1]
 
 
-def options_parser(argv: Sequence[str] | None, *classes: type, description: str = "",
+def options_parser(argv: Sequence[str] | None, *classes: type, description: str = "", words: Words | None = None,
                    defaults: Mapping[str, Any] | None = None) -> OptionParser:
-    """The parser of a command line that has no words; argv: what it is to read, see `OptionParser`."""
-    return OptionParser(*classes, description=description, defaults=defaults, program=_program(argv))
+    """The parser of a command line; argv: what it is to read, see `OptionParser`."""
+    return OptionParser(*classes, description=description, words=words, defaults=defaults, program=_program(argv))
 
 
 def parse_words(argv: Sequence[str] | None, words: Words, *classes: type,
                 description: str = "") -> tuple[list[str], list[Any]]:
     """The words of a command line, and one instance of each options class; see `OptionParser` and its `read`."""
-    return OptionParser(*classes, description=description, words=words, program=_program(argv)).read(argv)
+    return options_parser(argv, *classes, description=description, words=words).read(argv)
 
 
 def _program(argv: Sequence[str] | None) -> str:

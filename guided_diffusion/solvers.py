@@ -197,6 +197,10 @@ class SolverOptions(SamplerOptions):
             raise UserError(f"--solver_order {self.solver_order}: must be at most the number of steps, {steps}")
         return steps
 
+    def in_steps(self, steps: int) -> dict[str, Any]:
+        """So many on the grid; on the chain that is its respacing."""
+        return {"sampling_steps": steps, "timestep_respacing": ""}
+
     def process(self, diffusion: DiffusionProcess) -> DiffusionProcess:
         """The respaced chain, or a `GridProcess`."""
         steps = self.num_steps(diffusion.num_timesteps)

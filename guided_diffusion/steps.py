@@ -80,6 +80,10 @@ class SamplerOptions(Options):
         """The process whose steps are walked through, from the respaced one."""
         return diffusion
 
+    def in_steps(self, steps: int) -> dict[str, Any]:
+        """The flags by value that make a run of so many steps."""
+        return {"timestep_respacing": str(steps)}
+
     def settled(self, timestep_respacing: str) -> dict[str, Any]:
         """Options by flag as they are meant, where there are several ways to say the same."""
         return {}

@@ -59,8 +59,9 @@ def _points(results: Mapping[str, Any]) -> Iterator[tuple[str, CostPoint]]:
     chart, seen = results.get("chart"), set()
     if not chart:
         return
+    shown = chart.get("sections") or [section["title"] for section in results["sections"]]
     for section in results["sections"]:
-        for row in section["rows"]:
+        for row in section["rows"] if section["title"] in shown else ():
             number = row["metrics"].get(chart["y"])
             if section["images"] != results["sections"][0]["images"] or number is None or row["row"] in seen:
                 continue
@@ -137,7 +138,7 @@ def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) ->
     axes = figure.add_subplot()
     samplers, guidance = _entries(lines)
     for line in lines:
-        colour = _colour(samplers.index(line.sampler))
+        colour = _colour(samplers.index(line.sampler) if len(samplers) > 1 else guidance.index(line.guidance))
         shape = SHAPES[guidance.index(line.guidance) % len(SHAPES)]
         axes.plot([point.x for point in line.points], [point.y for point in line.points],
                   linestyle="-" if line.guidance == guidance[0] else "--", color=colour, alpha=0.6, linewidth=1)
@@ -177,11 +178,13 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _legends(figure: Any, samplers: Sequence[str], guidance: Sequence[str]) -> None:
-    """Adds the two legends side by side."""
+    """Adds the legends: colours are samplers, and guidance where there is one sampler alone."""
     from matplotlib.lines import Line2D
 
-    colours = [Line2D([], [], color=_colour(place), linewidth=3) for place in range(len(samplers))]
-    shapes = [Line2D([], [], color="#444444", marker=SHAPES[place % len(SHAPES)], linestyle="--" if place else "-")
+    single = len(samplers) == 1
+    colours = [Line2D([], [], color=_colour(place), linewidth=0 if single else 3) for place in range(len(samplers))]
+    shapes = [Line2D([], [], color=_colour(place) if single else "#444444", marker=SHAPES[place % len(SHAPES)],
+                     linestyle="--" if place else "-")
               for place in range(len(guidance))]
     for place, handles, labels, columns in (("left", colours, samplers, _columns(samplers)),
                                             ("right", shapes, guidance, 1)):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.capture import capture_prefix, first_block
+from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
@@ -116,6 +117,31 @@ def flops(run: SamplingRun) -> Flops:
     others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size, name not in plain)
               for method in run.active for name in method.networks()}
     return Flops(forward, backward, others)
+
+
+def equivalent_evaluations(run: SamplingRun) -> float:
+    """Returns what an image costs in evaluations of the diffusion network: the operations of all passes over its own.
+
+    Another network whose operations are not known, as only its file describes it, counts as the diffusion network.
+    """
+    count, one = passes(run), flops(run)
+    others = sum(number * one.others.get(name, one.forward) for name, number in count.others.items())
+    return count.forward + (count.backward * one.backward + others) / one.forward
+
+
+def steps_within(run: SamplingRun, evaluations: float) -> SamplingRun:
+    """Returns the run with as many steps as an image can have for so many evaluations, all networks counted.
+
+    Raises UserError where not even one step can be had.
+    """
+    for steps in range(int(evaluations), 0, -1):
+        try:
+            changed = run.changed(**run.sampler.in_steps(steps))
+            if equivalent_evaluations(changed) <= evaluations:
+                return changed
+        except UserError as error:
+            raise UserError(f"{evaluations:g} evaluations: {run.title()} cannot have {steps} steps: {error}") from None
+    raise UserError(f"{evaluations:g} evaluations: are too few for a step of {run.title()}")
 
 
 def network_flops(options: ModelOptions, size: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .cost_chart import CHART_FILE, chart_caption, chart_title
 from .sections import SectionRow, ShownSection, shown_sections
-from .tables import COSTS
+from .tables import COSTS, TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, REFERENCE, facts, reading, written_count
 
@@ -66,8 +66,9 @@ def _compared_cell(row: SectionRow, word: str) -> str:
 def _timing_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [[row["title"], f"{row['images']:,}",
               *(NOT_RUN if row[word] is None else written_count(row[word])
-                for word in (*COSTS, "images_per_second"))] for row in results["rows"].values()]
-    return _table_lines(["row", "images", *COSTS.values(), "images/s of a rank"], lines, numbers=4)
+                for word in (*TIMED, "images_per_second"))] for row in results["rows"].values()]
+    return _table_lines(["row", "images", *(COSTS[word] for word in TIMED), "images/s of a rank"], lines,
+                        numbers=2 + len(TIMED))
 
 
 def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:

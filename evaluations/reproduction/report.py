@@ -20,12 +20,13 @@ from .figures import figures
 from .markdown import markdown
 from .pictures import Pictures, shown_grid, shown_overlay
 from .sections import shown_sections
+from .tables import TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, REFERENCE, VERDICTS, facts, reading, written_count
 
 __all__ = ["Pictures", "markdown", "page", "write_report"]
 
-_TIMED = ("evaluations", "gradients", "images_per_second")
+_TIMED = (*TIMED, "images_per_second")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict
     table = load_table(words[0]).chosen(options.rows)
     table = in_folder(table, Path(options.out) / table.name, options.num_samples)
     changed = {name: _other_reference(row, options) for name, row in table.rows.items()}
-    return replace(table, rows={name: _changed(row, options) for name, row in table.rows.items()}), changed
+    return replace(table, rows={name: as_asked(row, options) for name, row in table.rows.items()}), changed
 
 
 def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
@@ -94,9 +94,9 @@ def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
     return [f"reference {name}, published with {row.evaluation.reference or 'an unknown one'}"]
 
 
-def _changed(row: Row, options: ReproduceOptions) -> Row:
-    """Returns a row as the options change it."""
-    values: dict[str, Any] = {flag: _located(file, options) for flag, file in row.run.checkpoints().items()}
+def as_asked(row: Row, options: ReproduceOptions) -> Row:
+    """Returns a row as the options change it: its files, batch, heads and reference."""
+    values: dict[str, Any] = {flag: located(file, options) for flag, file in row.run.checkpoints().items()}
     if options.batch_size is not None:
         values["batch_size"] = options.batch_size
     if options.dtype:
@@ -110,7 +110,7 @@ def _changed(row: Row, options: ReproduceOptions) -> Row:
     return row
 
 
-def _located(file: str, options: ReproduceOptions) -> str:
+def located(file: str, options: ReproduceOptions) -> str:
     """Returns where a checkpoint is that a row names: in `--models`, or among the bundled ones of an installation."""
     path = Path(file)
     if path.parts[:1] == ("models",):
@@ -141,14 +141,13 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             check_rows(table)
             why = check_files(table, settings, options.allow_missing)
             if dist_util.is_main():
-                stack.enter_context(_prepared(folder))
+                stack.enter_context(prepared(folder))
         sample(table, why)
         numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
         with dist_util.together():
             if numbers is None:
                 return ""
-            described = {**results(table, numbers, why, settings), "command": _command(), "version": __version__,
-                         "device": _device(), "ranks": dist_util.world_size()}
+            described = {**results(table, numbers, why, settings), **made_here()}
             return write_all(folder, described, pictures(table, why))
 
 
@@ -207,7 +206,7 @@ def pictures(table: Table, why: Mapping[str, str]) -> Pictures:
 
 
 @contextmanager
-def _prepared(folder: Path) -> Iterator[None]:
+def prepared(folder: Path) -> Iterator[None]:
     """Holds the table's folder for this job, with a folder for features that has nothing half made in it."""
     check_folder("--out", folder)
     with locked(folder):
@@ -215,6 +214,11 @@ def _prepared(folder: Path) -> Iterator[None]:
         for left in features.glob(".*"):         # of an evaluation that was killed
             shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def made_here() -> dict[str, Any]:
+    """Returns what results say of this job: its command, version, device and number of ranks."""
+    return {"command": _command(), "version": __version__, "device": _device(), "ranks": dist_util.world_size()}
 
 
 def _command() -> str:

@@ -11,11 +11,11 @@ from guided_diffusion.foreign import read_json
 
 from ..extractors import find_extractor
 from ..metrics import Replicates
-from .costs import passes
+from .costs import equivalent_evaluations, passes
 from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
 from .tables import DFID, Row, Section, Table
-from .titles import guidance, heads, sampler_alone, titles, usual
+from .titles import guidance, guidance_flags, heads, sampler_alone, titles, usual
 from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
 __all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
@@ -69,6 +69,7 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
                  "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
                  "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
+                 "work": round(equivalent_evaluations(row.run), 2), "flags": guidance_flags(row.run),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
                  "note": row.evaluation.note}
     if why:

@@ -43,7 +43,9 @@ PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "ch
 COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
     "evaluations": "network evaluations per image",
     "gradients": "backward passes per image",
+    "work": "evaluations per image, all networks counted",
 }
+TIMED = ("evaluations", "gradients")    # of the costs: those that stand in the table of timing
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ class Section:
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart of all rows of a table. x: one of COSTS. y: the word of a metric."""
+    """A chart of the rows of a table. x: one of COSTS. y: the word of a metric. sections: by title; none: all."""
 
     x: str
     y: str
+    sections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.options import option_fields
 from guided_diffusion.runs.sample import SamplingRun
 
 from .tables import Table
@@ -54,6 +55,13 @@ def guidance(run: SamplingRun) -> str:
     return " + ".join(names) or NO_GUIDANCE
 
 
+def guidance_flags(run: SamplingRun) -> dict[str, Any]:
+    """Returns the flags by value of the guidance that is on, but the names of files, as far as they are not default."""
+    return {field.name: value for method in run.active for field in option_fields(type(method))
+            if (value := getattr(method, field.name)) != field.default
+            and field.name not in {**method.files(), **method.remedies}}
+
+
 def heads(run: SamplingRun) -> str:
     """Returns how attention is split into heads, by the first method that is on and reads it, or that could."""
     return next((method.heads for method in (*run.active, *run.guidance) if method.heads), "")
@@ -62,14 +70,22 @@ def heads(run: SamplingRun) -> str:
 def _words(run: SamplingRun, details: Mapping[type[GuidanceOptions], Mapping[str, str]], common: str) -> str:
     """Returns what sets a run apart. details: the usual ones of each method. common: the usual sampler."""
     words = " + ".join(method.title(details[type(method)]) for method in run.active) or NO_GUIDANCE
-    return words if sampler(run) == common else f"{words}, {sampler(run)}"
+    if common in (sampler(run), sampler_alone(run)):
+        return words if common == sampler(run) else f"{words}, {run.num_steps} steps"
+    return f"{words}, {sampler(run)}"
 
 
 def _usual_sampler(table: Table) -> str:
-    """Returns the most frequent sampler with its steps; "" where fewer than half of the rows have it."""
+    """Returns the most frequent sampler with its steps where at least half of the rows have it.
+
+    Else the sampler alone, where it is the same of all rows; else "".
+    """
     samplers = [sampler(row.run) for row in table.rows.values()]
     common = _most_frequent(samplers)
-    return str(common) if 2 * samplers.count(common) >= len(samplers) else ""
+    if 2 * samplers.count(common) >= len(samplers):
+        return str(common)
+    without_steps = {sampler_alone(row.run) for row in table.rows.values()}
+    return without_steps.pop() if len(without_steps) == 1 else ""
 
 
 def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ..options import option, option_fields
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option, without_labels
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, without_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +52,7 @@ class AutoguidanceOptions(GuidanceOptions):
 
     short = "autoguidance"
     switched_on: ClassVar = {"autoguidance_scale": 1.0}
+    search: ClassVar = each("autoguidance_scale", 0.25, 0.5, 1.0, 2.0)
     remedies: ClassVar = {"weak_model_path": "an earlier snapshot of the model, or a smaller one that was trained on "
                           "the same images"}
     sigma_flags = "autoguidance"

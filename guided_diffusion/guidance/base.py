@@ -29,7 +29,7 @@ that list and know no method by name. For example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -38,7 +38,7 @@ from ..errors import UserError
 from ..late import Tensor, nn, torch
 from ..options import Options, option, option_fields
 from ..presets import Preset
-from ..terms import Guidance, Passes, SigmaRange, WindowArguments
+from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, WindowArguments
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -55,6 +55,11 @@ def sigma_min_option() -> Any:
 def sigma_max_option() -> Any:
     """A field like `sag_sigma_max`: the noise level up to which a method guides."""
     return option(None, "guided only at noise levels sigma up to this one; unset: at all", above=0, later=True)
+
+
+def each(flag: str, *values: Any, **common: Any) -> tuple[Mapping[str, Any], ...]:
+    """Settings for `GuidanceOptions.search`: one flag at each of these values, beside flags that all of them have."""
+    return tuple({**common, flag: value} for value in values)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,9 @@ class GuidanceOptions(Options):
     remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
     network has none. sigma_flags: the name of a method that has a window of noise levels, before `_sigma_min` and
     `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`). can_batch: its further evaluation differs from
-    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
+    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it. search: the
+    settings among which a bench looks for the best one, from weak to strong, as flags by value (see `each`); none
+    leaves the method out of benches. kind: which of the kinds in `terms` its terms are of.
     """
 
     short: ClassVar[str]
@@ -97,6 +104,8 @@ class GuidanceOptions(Options):
     needs_labels: ClassVar[bool] = False
     sigma_flags: ClassVar[str] = ""
     can_batch: ClassVar[bool] = False
+    search: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    kind: ClassVar[type[Guidance]] = ContrastGuidance
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,6 +171,10 @@ class GuidanceOptions(Options):
     def with_heads(self, heads: str) -> Self:
         """With the map split so; the same where the method reads none."""
         return self
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each block of a network that it could act at, by the block's name; "" where it knows none."""
+        return {"": self}
 
     def variants(self) -> dict[str, Self]:
         """Settings that are timed apart, by name: the method as it is, or switched on where it is off."""

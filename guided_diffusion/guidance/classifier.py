@@ -20,7 +20,7 @@ from ..presets import Preset, find_preset, is_bundled
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
@@ -57,6 +57,8 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
 
     short = "CG"
     switched_on: ClassVar = {"classifier_guidance": True}
+    search: ClassVar = each("classifier_scale", 0.5, 1.0, 2.0, 4.0, classifier_guidance=True)
+    kind = GradientGuidance
     needs_labels = True
     sigma_flags = "classifier"
 

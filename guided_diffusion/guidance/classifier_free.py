@@ -17,7 +17,7 @@ from ..late import torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 
 class ClassifierFreeGuidance(ContrastGuidance):
@@ -53,6 +53,7 @@ class CfgOptions(GuidanceOptions):
 
     short = "CFG"
     switched_on: ClassVar = {"cfg_scale": 1.0}
+    search: ClassVar = each("cfg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "cfg"
     can_batch = True
 

@@ -24,7 +24,7 @@ from ..options import option, option_fields, options_from
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 from .classifier_free import labels_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class CleanClassifierOptions(GuidanceOptions):
 
     short = "clean CG"
     switched_on: ClassVar = {"clean_classifier_scale": 1.0}
+    search: ClassVar = each("clean_classifier_scale", 0.5, 1.0, 2.0, 4.0)
+    kind = GradientGuidance
     remedies: ClassVar = {"clean_classifier_path": "scripts/classifier_train.py --noised False trains one"}
     needs_labels = True
     sigma_flags = "clean_classifier"

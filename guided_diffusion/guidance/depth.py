@@ -37,7 +37,7 @@ from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import Guidance, LossGuidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..depth.predictor import DepthPredictors
@@ -193,6 +193,8 @@ class DagOptions(GuidanceOptions):
     short = "DAG"
     sigma_flags = "dag"
     switched_on: ClassVar = {"dcg_scale": 40.0, "dpg_scale": 40.0}
+    search: ClassVar = each("dcg_scale", 3.0, 10.0, 40.0)
+    kind = LossGuidance
     remedies: ClassVar = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
                           "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}
 

@@ -18,7 +18,7 @@ from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 from .classifier_free import labels_of
 
 
@@ -51,6 +51,7 @@ class IcgOptions(GuidanceOptions):
 
     short = "ICG"
     switched_on: ClassVar = {"icg_scale": 1.0}
+    search: ClassVar = each("icg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "icg"
     can_batch = True
 

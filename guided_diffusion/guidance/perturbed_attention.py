@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 from ..capture import capture_prefix, first_block, override_grid_attention, resume_from
 from ..errors import UserError
@@ -19,10 +19,10 @@ from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
-    from ..unet import UNetModel
+    from ..unet import Encoder, UNetModel
 
 
 class AttentionContrast(ContrastGuidance):
@@ -89,6 +89,7 @@ class PagOptions(GuidanceOptions):
 
     short = "PAG"
     switched_on: ClassVar = {"pag_scale": 1.0}
+    search: ClassVar = each("pag_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "pag"
 
     pag_scale: float = option(0.0, "scale of perturbed-attention guidance; 0: off")
@@ -107,6 +108,10 @@ class PagOptions(GuidanceOptions):
     def active(self) -> bool:
         """Whether the scale is not 0."""
         return self.pag_scale != 0
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each attention block of a network alone."""
+        return {name: replace(self, pag_blocks=name) for name in model.attention_blocks}
 
     def headline(self) -> str:
         """Like "PAG s = 1"."""

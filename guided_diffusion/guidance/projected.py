@@ -17,7 +17,7 @@ from ..late import Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import Guidance, Passes, SigmaRange, StepContext, TransformGuidance, check_number
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 
 class ProjectedGuidance(TransformGuidance):
@@ -69,6 +69,8 @@ class ApgOptions(GuidanceOptions):
 
     short = "APG"
     switched_on: ClassVar = {"apg": True}
+    search: ClassVar = each("apg_momentum", 0.0, -0.5, apg=True)
+    kind = TransformGuidance
     sigma_flags = "apg"
 
     apg: bool = option(False, "project the change that all contrasts make together")

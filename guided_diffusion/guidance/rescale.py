@@ -15,7 +15,7 @@ from ..late import Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import Guidance, Passes, SigmaRange, StepContext, TransformGuidance
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 
 class Rescale(TransformGuidance):
@@ -49,6 +49,8 @@ class RescaleOptions(GuidanceOptions):
 
     short = "rescale"
     switched_on: ClassVar = {"rescale_phi": 0.7}
+    search: ClassVar = each("rescale_phi", 0.3, 0.7)
+    kind = TransformGuidance
     sigma_flags = "rescale"
 
     rescale_phi: float = option(0.0, "share of the guided prediction that is rescaled to the deviation of the unguided "

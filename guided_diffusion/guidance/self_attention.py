@@ -21,7 +21,7 @@ from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class SagOptions(GuidanceOptions):
 
     short = "SAG"
     switched_on: ClassVar = {"guide_scale": 1.1}
+    search: ClassVar = each("guide_scale", 1.1, 1.25, 1.5, 2.0)
     sigma_flags = "sag"
     can_batch = True
 
@@ -155,6 +156,14 @@ class SagOptions(GuidanceOptions):
     def with_heads(self, heads: str) -> Self:
         """With other heads, "exact" or "official"."""
         return replace(self, attention_heads=heads)
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each attention block of a network alone."""
+        return {name: self._at_block(name) for name in model.attention_blocks}
+
+    def _at_block(self, name: str) -> Self:
+        part, _, depth = name.partition(".")
+        return replace(self, sel_attn_block=part, sel_attn_depth=int(depth or 0))
 
     def headline(self) -> str:
         """Like "SAG s = 0.1"."""

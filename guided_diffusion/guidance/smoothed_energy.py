@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from typing import TYPE_CHECKING, ClassVar, Self, Unpack
 
 from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
 from ..terms import Guidance, Passes, SigmaRange
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 from .degrade import gaussian_blur
 from .perturbed_attention import AttentionContrast
 
 if TYPE_CHECKING:
-    from ..unet import UNetModel
+    from ..unet import Encoder, UNetModel
 
 INFINITE = 9999.0               # from this sigma on the reference code takes the mean, as for infinity
 
@@ -72,6 +72,7 @@ class SegOptions(GuidanceOptions):
 
     short = "SEG"
     switched_on: ClassVar = {"seg_scale": 1.0}
+    search: ClassVar = each("seg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "seg"
 
     seg_scale: float = option(0.0, "scale s of smoothed energy guidance; 0: off")
@@ -86,6 +87,10 @@ class SegOptions(GuidanceOptions):
     def active(self) -> bool:
         """Whether the scale is not 0."""
         return self.seg_scale != 0
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each attention block of a network alone."""
+        return {name: replace(self, seg_blocks=name) for name in model.attention_blocks}
 
     def headline(self) -> str:
         """Like "SEG s = 1"."""

@@ -22,7 +22,7 @@ from ..options import comma_separated, option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -74,6 +74,7 @@ class TsgOptions(GuidanceOptions):
 
     short = "TSG"
     switched_on: ClassVar = {"tsg_scale": 1.0}
+    search: ClassVar = each("tsg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "tsg"
 
     tsg_scale: float = option(0.0, "scale s of time step guidance; 0: off")

@@ -1,0 +1,316 @@
+"""A bench from its file to its two tables: the search, and what is reported. All ranks call `run_bench` together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from guided_diffusion import dist_util
+from guided_diffusion.dtypes import AUTO, DTYPES
+from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile
+from guided_diffusion.options import Options, option
+from guided_diffusion.pictures import save_comparison
+
+from ..evaluation import ExtractorOptions
+from ..metrics import METRICS
+from ..reproduction.checks import check_files, check_rows
+from ..reproduction.costs import equivalent_evaluations
+from ..reproduction.measurements import EvaluationSettings, measure_rows
+from ..reproduction.pictures import Pictures
+from ..reproduction.plan import probe
+from ..reproduction.reproduce import FEATURES, ReproduceOptions, made_here, pictures, prepared, write_all
+from ..reproduction.results import results
+from ..reproduction.tables import ChartSpec, Row, Section, Table
+from ..reproduction.titles import titles
+from .candidates import Candidate, Flags, candidates
+from .hours import Hours
+from .plan import plan
+from .settings import Bench, load_bench
+from .units import Unit, alone, elsewhere, in_pairs, is_finished, unguided
+
+STRIP, STRIP_IMAGES = "strip.png", 10
+CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
+
+_log = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class BenchOptions(Options):
+    """The bench."""
+
+    methods: str = option("", "which methods, comma-separated, by their short names, like SAG,PAG; unset: all that the "
+                          "model supports")
+    hours: float | None = option(None, "hours that all starts of this command together may take: what does not fit is "
+                                 "left out and said", above=0)
+    plan: bool = option(False, "say what the bench does, in which order, and what fits into the hours; stop there")
+    ranks: int | None = option(None, "number of ranks, which are started by mpiexec or torchrun unless a launcher has "
+                               "done so; unset: those of the launcher", minimum=1)
+    evaluation_seconds: float | None = option(None, "seconds that your device takes for one evaluation of one image; "
+                                              "unset: measured on this one", above=0)
+    out: str = option("runs/bench", "folder for a folder of each bench, with its samples, tables and pictures")
+    models: str = option("models", "folder of the checkpoints")
+    references: str = option("references", "folder of the reference batches")
+    batch_size: int | None = option(None, "images at a time on each rank; unset: as the bench has it", minimum=1)
+    dtype: str = option("", f"type in which the networks compute: {', '.join(DTYPES)}, or {AUTO}, the fastest one "
+                        "here; unset: as the bench has it", choices=("", *DTYPES, AUTO))
+    inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
+    bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
+
+    @property
+    def as_table(self) -> ReproduceOptions:
+        """The same for what tables do."""
+        return ReproduceOptions(plan=self.plan, ranks=self.ranks, out=self.out, models=self.models,
+                                references=self.references, batch_size=self.batch_size, dtype=self.dtype,
+                                inception=self.inception, bootstrap=self.bootstrap)
+
+
+def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> str:
+    """Does what the options say; returns the plan or the reported table on rank 0, else "".
+
+    changed: fields of `BenchSpec` that the command line gives. Whatever was sampled stays in the folder of the bench,
+    where the same command goes on. Raises UserError for what is wrong with names, options and files, before the first
+    image is sampled.
+    """
+    bench = load_bench(words, options.as_table, changed)
+    if options.plan:
+        return _plan(bench, options) if dist_util.is_main() else ""
+    dist_util.setup_dist()
+    if bench.base.run.sample.dtype == AUTO:
+        dtype = bench.reported({}, bench.spec.evaluations).run.decided().sample.dtype
+        bench = replace(bench, base=bench.base.changed(dtype=dtype))
+    settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
+                                  options.bootstrap, {})
+    with ExitStack() as stack:
+        with dist_util.together():
+            for row in (bench.reported({}, bench.spec.evaluations), bench.searched({})):
+                table = Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
+                check_rows(table)
+                check_files(table, settings, allow_missing=False)
+            found, why = _chosen(bench, options)
+            if dist_util.is_main():
+                stack.enter_context(prepared(bench.folder))
+        why |= {one.short: "; ".join(map(str, one.missing)) for one in found if one.missing}
+        found = [one for one in found if not one.missing]
+        seconds = _rank_seconds(bench, options) / dist_util.world_size()
+        work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
+        work.sample(found)
+        return work.write()
+
+
+def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:
+    """Returns the methods that were asked for and are supported, and the reasons against the others.
+
+    Raises UserError for an unknown method, and for one that was asked for and is not supported.
+    """
+    found, why = candidates(bench.base, options.references)
+    named = [word.strip().lower() for word in options.methods.split(",") if word.strip()]
+    known = {method.short.lower(): method.short for method in bench.base.run.guidance}
+    for word in named:
+        if word not in known:
+            raise UserError(f"--methods {options.methods}: there is no {word!r}, there are {', '.join(known.values())}")
+        if known[word] in why:
+            raise UserError(f"--methods {options.methods}: {known[word]} cannot be compared: {why[known[word]]}")
+    return [one for one in found if not named or one.short.lower() in named], {} if named else why
+
+
+def _plan(bench: Bench, options: BenchOptions) -> str:
+    found, why = _chosen(bench, options)
+    ranks = options.ranks or dist_util.world_size()
+    return plan(bench, found, why, options.references, _rank_seconds(bench, options) / ranks, options.hours)
+
+
+def _rank_seconds(bench: Bench, options: BenchOptions) -> float:
+    """Returns the seconds of an evaluation of one image on one rank."""
+    return probe(bench.base).seconds if options.evaluation_seconds is None else options.evaluation_seconds
+
+
+class Decisions:
+    """What rank 0 decides, for all ranks."""
+
+    def __init__(self) -> None:
+        self._store = dist_util.store("bench")
+        self._count = 0
+
+    def same(self, value: Value) -> Value:
+        """Returns the value of rank 0, which JSON can hold, on all ranks; they call this in the same order."""
+        key, self._count = str(self._count), self._count + 1
+        if dist_util.is_main():
+            self._store.set(key, json.dumps(value))
+            return value
+        found: Value = json.loads(self._store.get(key))
+        return found
+
+
+class BenchRun:
+    """The work of a bench on all ranks, in the order of `units`.
+
+    why: by method, the reason why it is not compared. The rows are kept for the tables by the titles of their sections.
+    """
+
+    def __init__(self, bench: Bench, settings: EvaluationSettings, hours: Hours, why: Mapping[str, str]) -> None:
+        self.bench, self.settings, self.hours, self.why = bench, settings, hours, dict(why)
+        self.decisions = Decisions()
+        self.searches: dict[str, list[Row]] = {}
+        self.reports: dict[str, list[Row]] = {}
+        self.left_out: list[str] = []
+        self.values: dict[str, float] = {}          # by method, the best of its search
+        self.best: dict[str, Flags] = {}
+        self._evaluation_seconds = 0.0              # of a reported row
+
+    def sample(self, found: Sequence[Candidate]) -> None:
+        """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
+        spec = self.bench.spec
+        self._do(unguided(self.bench, spec.evaluations))
+        if not self.reports:
+            raise UserError(f"--hours {self.hours.limit:g}: are too few for the row without guidance: "
+                            f"{'; '.join(self.left_out)}")
+        self._time_evaluation()
+        for unit in alone(self.bench, found):
+            self._do(unit)
+        for unit in elsewhere(self.bench, dict(self.best)):
+            self._do(unit)
+        order = self.decisions.same(self._in_order())
+        best = {**{one.short: one.settings[0] for one in found if one.transforms}, **self.best}
+        for unit in in_pairs(self.bench, found, best, order):
+            self._do(unit)
+
+    def _in_order(self) -> list[str]:
+        """Returns the methods from the best search to the worst."""
+        lower = self.bench.spec.better(0, 1)
+        return sorted(self.values, key=lambda short: self.values[short] if lower else -self.values[short])
+
+    def _do(self, unit: Unit) -> None:
+        """Searches and samples a piece of work, where there is time for it."""
+        key, cost = unit.key(self.bench), unit.cost(self.bench)
+        expected = 0.0 if key in self.hours.done else self.hours.expected(cost)
+        left = self.hours.left - self._evaluation_seconds
+        if not self.decisions.same(expected <= left or not expected):
+            self.left_out.append(f"{unit.title} at {unit.evaluations} evaluations (would take {expected / 3600:.2g} h "
+                                 f"of the {max(left, 0) / 3600:.2g} h that are left)")
+            return
+        flags, rows = unit.settings[-1], unit.rows(self.bench)
+        todo: float = sum(self._sampled(row) for row in rows)
+        if rows:
+            place, value = self._best_of(rows)
+            flags = unit.settings[place]
+            self.searches[unit.title] = rows
+            if not unit.pair:
+                self.best[unit.title], self.values[unit.title] = flags, value
+        row = self.bench.reported(flags, unit.evaluations)
+        todo += self._sampled(row)
+        self.reports.setdefault(self._section(unit), []).append(row)
+        self.hours.reserve += self._evaluation_seconds
+        if dist_util.is_main():
+            self.hours.count(key, todo)
+
+    def _sampled(self, row: Row) -> float:
+        """Samples a row; returns the evaluations that it took."""
+        if dist_util.is_main():
+            _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
+        begun = is_finished(row.run)
+        row.run.run()
+        return 0.0 if begun else row.images * equivalent_evaluations(row.run)
+
+    def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
+        """Returns the place of the best row, and its value, by the metric of the bench alone."""
+        metric, spec = self.bench.spec.metric, self.bench.spec
+        table = _table(self.bench, {"": rows})
+        quick = replace(self.settings, bootstrap=CHOICE_RESAMPLINGS)
+        numbers = measure_rows(table, list(table.rows), quick, self.bench.folder / FEATURES)
+        best: tuple[int, float] = (0, 0.0)
+        with dist_util.together():
+            if numbers is not None:
+                values = [numbers.replicates[row.name, row.images][metric].estimate for row in rows]
+                place = 0
+                for other in range(1, len(values)):
+                    place = other if spec.better(values[other], values[place]) else place
+                best = place, values[place]
+        chosen, value = self.decisions.same(list(best))
+        return int(chosen), float(value)
+
+    def _time_evaluation(self) -> None:
+        """Evaluates the row without guidance as at the end, and keeps as much time for every row that is reported."""
+        began = time.monotonic()
+        table = _table(self.bench, self.reports)
+        measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
+        self._evaluation_seconds = time.monotonic() - began
+        self.hours.reserve += self._evaluation_seconds
+        if dist_util.is_main():
+            self.hours.count()
+
+    def _section(self, unit: Unit) -> str:
+        return f"{'Pairs' if unit.pair else 'Methods alone'}, {unit.evaluations} evaluations"
+
+    # The tables
+
+    def write(self) -> str:
+        """Evaluates and writes both tables; returns the reported one as Markdown on rank 0, else ""."""
+        if self.searches:
+            self._write_table("search", self._search_table())
+        table = self._report_table()
+        text = self._write_table("report", table)
+        if dist_util.is_main():
+            named = titles(table)
+            rows = next(iter(self.reports.values()))
+            self.hours.count()
+            save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},
+                            self.bench.folder / "report" / STRIP)
+        return text
+
+    def _search_table(self) -> Table:
+        label = METRICS[self.bench.spec.metric].label
+        note = (f"The setting that is best here, by {label}, is reported in the other table on other images. Its "
+                "number here is too good, as it was chosen by these images.")
+        return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
+
+    def _report_table(self) -> Table:
+        """Returns the reported table: methods beside no guidance, pairs beside the method that was best alone."""
+        main = next(iter(self.reports))
+        table = _table(self.bench, self.reports, title=self.bench.title, note=self._note())
+        alone_rows = {short: self.bench.reported(flags, self.bench.spec.evaluations).name
+                      for short, flags in self.best.items()}
+        first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name) \
+            if dist_util.is_main() else self.reports[main][0].name
+        sections = tuple(replace(section, against_row=first) if section.title.startswith("Pairs") else section
+                         for section in table.sections)
+        shown = tuple(title for title in self.reports if not title.startswith("Pairs"))
+        return replace(table, sections=sections, chart=ChartSpec("work", self.bench.spec.metric, shown))
+
+    def _note(self) -> str:
+        """Returns what else is to know: how the settings were chosen, and what was left out."""
+        spec, label = self.bench.spec, METRICS[self.bench.spec.metric].label
+        parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
+                 "by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
+                 f"the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared "
+                 "with the method that was best alone there."]
+        if self.left_out:
+            parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
+        if self.why:
+            reasons = "; ".join(f"{short} ({reason})" for short, reason in self.why.items())
+            parts.append(f"Not compared: {reasons}.")
+        return " ".join(filter(None, parts))
+
+    def _write_table(self, part: str, table: Table) -> str:
+        """Evaluates a table, and writes it into its folder; returns it as Markdown on rank 0, else ""."""
+        numbers = measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
+        with dist_util.together():
+            if numbers is None:
+                return ""
+            described = {**results(table, numbers, {}, self.settings), **made_here()}
+            shown = pictures(table, {}) if part == "report" else Pictures()
+            return write_all(self.bench.folder / part, described, shown)
+
+
+def _table(bench: Bench, sections: Mapping[str, Sequence[Row]], title: str = "", note: str = "") -> Table:
+    """Returns the table of these rows by the titles of their sections."""
+    rows = {row.name: row for part in sections.values() for row in part}
+    parts = tuple(Section(name, tuple(dict.fromkeys(row.name for row in part))) for name, part in sections.items())
+    return Table(bench.name, title, bench.source, note, rows, parts)

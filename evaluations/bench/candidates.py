@@ -1,0 +1,102 @@
+"""What a bench compares: the methods that a model supports, alone and in pairs, each with the settings it tries."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion import dist_util
+from guided_diffusion.build import build_model
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, TransformGuidance
+from guided_diffusion.late import torch
+
+from ..reproduction.missing import MissingFile, missing_files
+from ..reproduction.tables import Row
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that the model supports.
+
+    short: its name. settings: what is tried, from weak to strong. transforms: it changes the sum of all contrasts, so
+    that alone it does nothing. makes_contrasts: it gives such a sum. missing: files that have to be brought first.
+    """
+
+    short: str
+    settings: Sequence[Flags]
+    transforms: bool
+    makes_contrasts: bool
+    missing: Sequence[MissingFile] = ()
+
+
+def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict[str, str]]:
+    """Returns the methods that a row's model supports, and for each other method the reason.
+
+    base: without guidance. references: folder of reference batches.
+    """
+    found, why = [], {}
+    for method in base.run.guidance:
+        try:
+            found.append(_candidate(base, method, references))
+        except UserError as error:
+            why[method.short] = str(error)
+    return found, why
+
+
+def _candidate(base: Row, method: GuidanceOptions, references: str | Path) -> Candidate:
+    """Returns a method as a candidate. Raises UserError where the model does not support it."""
+    if not method.search:
+        raise UserError("it says no settings to try")
+    row = base.changed(**method.search[0])
+    on = replace(method, **method.search[0])
+    on.check_files()
+    row.run.labels()
+    needed = set(on.files().values())
+    missing = [file for file in missing_files(row, references) if file.file in needed]
+    if not missing:
+        with torch.device("meta"):
+            model = build_model(base.run.model)
+        on.build(Networks(model, dist_util.dev(), base.run.sample.seed))
+    return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
+                     issubclass(method.kind, ContrastGuidance), missing)
+
+
+def pairs(found: Sequence[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
+    """Yields the pairs that can do anything together: a transform goes with a method that makes contrasts."""
+    for one, other in itertools.combinations(found, 2):
+        if not (one.transforms and other.transforms) and _fits(one, other) and _fits(other, one):
+            yield one, other
+
+
+def _fits(one: Candidate, other: Candidate) -> bool:
+    return not one.transforms or other.makes_contrasts
+
+
+def pair_settings(one: Candidate, other: Candidate, best: Mapping[str, Flags]) -> list[Flags]:
+    """Returns what is tried of a pair, from weak to strong. best: by method, what was best alone.
+
+    Two methods that each guide: both at their best, and both one setting weaker, as their effects add up. A transform:
+    each of its settings, with the other method at its best and one setting stronger, as transforms allow more.
+    """
+    if one.transforms or other.transforms:
+        transform, method = (one, other) if one.transforms else (other, one)
+        strengths = [_neighbour(method, best, step) for step in (0, 1)]
+        return _different([{**strength, **flags} for strength in strengths for flags in transform.settings])
+    return _different([{**_neighbour(one, best, step), **_neighbour(other, best, step)} for step in (-1, 0)])
+
+
+def _neighbour(candidate: Candidate, best: Mapping[str, Flags], step: int) -> Flags:
+    """Returns the setting so many steps from the best one, or the last in that direction."""
+    settings = list(candidate.settings)
+    place = settings.index(best[candidate.short]) + step
+    return settings[min(max(place, 0), len(settings) - 1)]
+
+
+def _different(settings: Sequence[Flags]) -> list[Flags]:
+    return [flags for place, flags in enumerate(settings) if flags not in settings[:place]]

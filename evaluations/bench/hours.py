@@ -1,0 +1,61 @@
+"""The hours of a bench: counted over all starts of the command, and what a piece of work is expected to take."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from guided_diffusion.files import write_json
+from guided_diffusion.foreign import read_json
+
+FILE = "hours.json"
+
+
+class Hours:
+    """Counts the time of all starts of the command in a file of the bench's folder.
+
+    limit: hours that all starts together may take; None for any. first_rate: seconds of an evaluation of one image on
+    all ranks together, until it is measured. reserve: seconds that are kept for the evaluation at the end.
+    """
+
+    def __init__(self, folder: Path, limit: float | None, first_rate: float) -> None:
+        self.path, self.limit, self.first_rate = folder / FILE, limit, first_rate
+        known: dict[str, Any] = {"seconds": 0.0, "sampling": 0.0, "evaluations": 0.0, "done": []}
+        if self.path.is_file():
+            known = read_json(self.path, lambda found: found.keys() >= known.keys())
+        self.seconds: float = known["seconds"]              # of everything
+        self.sampling: float = known["sampling"]            # of pieces of work alone, which made these evaluations
+        self.evaluations: float = known["evaluations"]
+        self.done: list[str] = list(known["done"])
+        self.reserve = 0.0
+        self._began = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Seconds of an evaluation of one image, on all ranks together and with all that is around it."""
+        return self.sampling / self.evaluations if self.evaluations else self.first_rate
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left for sampling; infinite where there is no limit."""
+        if self.limit is None:
+            return math.inf
+        return 3600 * self.limit - self.seconds - self.reserve - (time.monotonic() - self._began)
+
+    def expected(self, evaluations: float) -> float:
+        """Returns the seconds that so many evaluations will take."""
+        return evaluations * self.rate
+
+    def count(self, key: str = "", evaluations: float = 0.0) -> None:
+        """Counts the time since the last call: that of a piece of work, and its evaluations, where a key names one."""
+        passed, self._began = time.monotonic() - self._began, time.monotonic()
+        self.seconds += passed
+        if key and evaluations:
+            self.sampling += passed
+            self.evaluations += evaluations
+        if key and key not in self.done:
+            self.done.append(key)
+        write_json(self.path, {"seconds": self.seconds, "sampling": self.sampling, "evaluations": self.evaluations,
+                               "done": self.done})

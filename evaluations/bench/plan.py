@@ -1,0 +1,46 @@
+"""The plan of a bench, before it is begun: its pieces of work in their order, and what fits into the hours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..reproduction.missing import missing_files
+from .candidates import Candidate
+from .settings import Bench
+from .units import all_units
+
+
+def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], references: str, seconds: float,
+         hours: float | None) -> str:
+    """Returns the plan as Markdown.
+
+    found, why: the methods that the model supports, and the reasons against the others. references: folder of
+    reference batches. seconds: of one evaluation of an image, on all ranks together. hours: how many there are, None
+    for any.
+    """
+    lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
+             "| piece | settings tried | evaluations of an image | images | hours | together |",
+             "|---|---|---|---|---|---|"]
+    total, beyond = 0.0, []
+    for unit in all_units(bench, found):
+        one = unit.cost(bench) * seconds / 3600
+        if hours is not None and total + one > hours:
+            beyond.append(unit.title)
+            continue
+        total += one
+        lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
+                     f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
+    lines += ["", f"{seconds:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "
+              "sampling; the evaluation of the images comes on top. Pairs come last, and those whose methods do best "
+              "alone come first: the search decides their order."]
+    if beyond:
+        lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
+    lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]
+    return "\n".join([*lines, *_missing_lines(bench, found, references)])
+
+
+def _missing_lines(bench: Bench, found: Sequence[Candidate], references: str) -> list[str]:
+    """Returns a line for each file that has to be brought."""
+    shared = [(file, "all rows") for file in missing_files(bench.base, references)]
+    return [f"missing: {file}   (for {what})" for file, what in
+            [*shared, *((file, one.short) for one in found for file in one.missing)]]

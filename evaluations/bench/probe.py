@@ -1,0 +1,293 @@
+"""How far each contrast of guidance points at the truth, on images that the network has not seen.
+
+Guidance moves the prediction F of the clean image x0 to F + s (F - W), W the weaker prediction. On images whose x0 is
+known, the scale that brings it closest to x0 on average at a noise level is
+
+    R(t) = E <x0 - F, F - W> / E |F - W|^2,
+
+and 1 - (E <x0 - F, F - W>)^2 / (E |F - W|^2 E |x0 - F|^2) is the part of the squared error that is then left. One scale
+for all levels follows from the same sums over levels, each weighted by abar / (1 - abar): that makes them errors of the
+noise, which the network was trained on. Nothing is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion import dist_util
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
+from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from guided_diffusion.late import Tensor, no_grad, torch
+from guided_diffusion.options import Options, comma_separated, option, required, seed_option
+from guided_diffusion.process import Denoiser
+from guided_diffusion.progress import progress_bar
+from guided_diffusion.rng import image_noise
+from guided_diffusion.runs.options import SampleOptions
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS
+
+from ..metrics import METRICS
+from ..reproduction.tables import EvaluationSpec, Row
+from .candidates import candidates
+
+RESAMPLINGS = 200
+
+
+@dataclass(frozen=True)
+class ProbeOptions(Options):
+    """The probe."""
+
+    model: str = option("", "a model by name: a bundled one (scenes32), or the flags of a released checkpoint")
+    model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    data_dir: str = required("images that the network has not seen: a folder, an .npz file, or fashion-mnist, of which "
+                             "the test images are taken")
+    methods: str = option("", "which methods, comma-separated, by their short names, like SAG,PAG; unset: all that "
+                          "contrast two predictions and that the model supports")
+    levels: int = option(8, "noise levels, evenly spaced over the steps", minimum=1)
+    num_images: int = option(32, "images, the first ones", minimum=2)
+    batch_size: int = option(16, "images at a time", minimum=1)
+    seed: int = seed_option("seed of the noise")
+    table: str = option("", "table.json of a table or bench of this model: how well what the probe says of its rows "
+                        "agrees with what was measured")
+    metric: str = option("fid", "which metric of that table", choices=tuple(METRICS))
+    out: str = option("runs/probe", "folder for the table, the chart and the numbers")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Inner products of each image at each level, (N, L) float64, in x0 and summed over its pixels.
+
+    error: |x0 - F|^2. toward: <x0 - F, F - W>. change: |F - W|^2. weights: (L,), of levels where they are taken
+    together.
+    """
+
+    error: np.ndarray
+    toward: np.ndarray
+    change: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def ratios(self) -> list[float | None]:
+        """R(t) of each level; None where the contrast changes nothing."""
+        toward, change = self.toward.mean(axis=0), self.change.mean(axis=0)
+        return [float(one / other) if other else None for one, other in zip(toward, change, strict=True)]
+
+    @property
+    def scale(self) -> float:
+        """The best scale for all levels; 0 where the contrast changes nothing."""
+        change = float(self._together(self.change).sum())
+        return float(self._together(self.toward).sum()) / change if change else 0.0
+
+    def left(self, scale: float) -> float:
+        """The part of the squared error of all levels that is left at a scale, like 0.98; above 1 it grows."""
+        error, toward, change = (float(self._together(part).sum()) for part in (self.error, self.toward, self.change))
+        return 1 - (2 * scale * toward - scale**2 * change) / error
+
+    def scale_interval(self) -> tuple[float, float]:
+        """The 95 % interval of the best scale, over resamplings of the images."""
+        toward, change = (self._together(part).sum(axis=1) for part in (self.toward, self.change))
+        count = len(toward)
+        drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLINGS)
+        below = drawn @ change
+        scales = np.divide(drawn @ toward, below, out=np.zeros(RESAMPLINGS), where=below != 0)
+        low, high = np.quantile(scales, (0.025, 0.975))
+        return float(low), float(high)
+
+    def _together(self, part: np.ndarray) -> np.ndarray:
+        return part * self.weights
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A method at a block, "" where it knows none. options: the method there, switched on."""
+
+    options: GuidanceOptions
+    block: str
+    moments: Moments
+
+    @property
+    def title(self) -> str:
+        """Like "PAG, middle"."""
+        return ", ".join(filter(None, (self.options.short, self.block)))
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found. steps: of the chain, with the noise levels sigma. why: by method, why it is not there."""
+
+    options: ProbeOptions
+    steps: Sequence[int]
+    sigmas: Sequence[float]
+    probed: Sequence[Probed]
+    why: dict[str, str]
+
+    @property
+    def best(self) -> list[Probed]:
+        """For each method the block that leaves the smallest error at its best scale."""
+        best: dict[str, Probed] = {}
+        for one in self.probed:
+            known = best.get(one.options.short)
+            if known is None or one.moments.left(one.moments.scale) < known.moments.left(known.moments.scale):
+                best[one.options.short] = one
+        return list(best.values())
+
+
+def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOptions,
+              methods: Sequence[GuidanceOptions]) -> ProbeResult:
+    """Probes all methods at all blocks. Raises UserError for what is wrong with the options, before any evaluation."""
+    sample = SampleOptions(model=options.model, model_path=options.model_path, batch_size=options.batch_size,
+                           seed=options.seed)
+    off = [type(method)(**_files_of(method)) for method in methods]
+    run = SamplingRun.of([sample, model, diffusion, *(kind() for kind in SAMPLERS.values()), *off])
+    images = _held_out(options, model)
+    chosen, why = _methods(options, replace(run, guidance=tuple(methods)))
+    built = run.build()
+    nets = Networks(built.model, dist_util.dev(), options.seed)
+    terms: list[ContrastGuidance] = []
+    named: list[tuple[GuidanceOptions, str]] = []
+    for method in chosen:
+        for block, there in method.at_blocks(built.model).items():
+            terms += [term for term in there.build(nets) if isinstance(term, ContrastGuidance)]
+            named.append((there, block))
+    process = built.diffusion
+    steps = levels(process.num_timesteps, options.levels)
+    moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
+    sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
+    return ProbeResult(options, steps, sigmas, [
+        Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why)
+
+
+def _files_of(method: GuidanceOptions) -> dict[str, Any]:
+    """Returns the names of files among a method's options, which stay as they are."""
+    return {flag: getattr(method, flag) for flag in {**method.files(), **method.remedies}}
+
+
+def levels(num_timesteps: int, count: int) -> list[int]:
+    """Returns the steps in the middles of so many equal parts of a chain, from the noisiest."""
+    count = min(count, num_timesteps)
+    return [int((part + 0.5) / count * num_timesteps) for part in reversed(range(count))]
+
+
+def _methods(options: ProbeOptions, run: SamplingRun) -> tuple[list[GuidanceOptions], dict[str, str]]:
+    """Returns the methods that contrast two predictions, switched on, and why others are not there."""
+    row = Row("probe", run, EvaluationSpec(), {}, Path(""))
+    off = row.changed(**{flag: field for method in run.guidance for flag, field in _switched_off(method).items()})
+    found, why = candidates(off, "")
+    known = {one.short: one for one in found if one.makes_contrasts}
+    for one in found:
+        if one.missing:
+            why[one.short] = "; ".join(map(str, one.missing))
+            known.pop(one.short, None)
+        elif not one.makes_contrasts:
+            why[one.short] = "it does not contrast two predictions"
+    named = {method.short.lower(): method.short for method in run.guidance}
+    words = [word.lower() for word in comma_separated(options.methods)]
+    for word in words:
+        if word not in named:
+            raise UserError(f"--methods {options.methods}: there is no {word!r}, there are {', '.join(named.values())}")
+        if named[word] not in known:
+            raise UserError(f"--methods {options.methods}: {named[word]} cannot be probed: {why[named[word]]}")
+    chosen = [replace(method, **method.switched_on) for method in off.run.guidance
+              if method.short in known and (not words or method.short.lower() in words)]
+    return chosen, {} if words else why
+
+
+def _switched_off(method: GuidanceOptions) -> dict[str, Any]:
+    """Returns the flags that switch a method off, at their defaults."""
+    default = type(method)()
+    return {flag: getattr(default, flag) for flag in method.switched_on}
+
+
+def _held_out(options: ProbeOptions, model: ModelOptions) -> TrainingImages:
+    """Returns the images. Raises UserError where there are too few, or they do not fit."""
+    split = "test" if holds_idx(find_data(options.data_dir)) else "train"
+    frame = (model.in_channels, model.image_size, model.image_size)
+    images = open_images(options.data_dir, frame, split=split, class_cond=model.class_cond)
+    if images.count < options.num_images:
+        raise UserError(f"--num_images {options.num_images}: {options.data_dir} has {images.count}")
+    if model.class_cond:
+        images.check_classes(model.num_classes)
+    return images
+
+
+def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+    """Yields the first images with their places and conditions, without augmentation."""
+    plan = BatchPlan(images.count, options.batch_size, 0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
+    batches = images.batches(plan, 0)
+    with progress_bar(options.num_images, "probing", "img") as progress:
+        for start in range(0, options.num_images, options.batch_size):
+            count = min(options.batch_size, options.num_images - start)
+            x0, conditions = next(batches)
+            yield (list(range(start, start + count)), x0[:count],
+                   {name: value[:count] for name, value in conditions.items()})
+            progress.update(count)
+
+
+@no_grad
+def probe_terms(denoise: Denoiser, terms: Sequence[ContrastGuidance],
+                batches: Iterator[tuple[list[int], Tensor, dict[str, Tensor]]], steps: Sequence[int], seed: int,
+                ) -> list[Moments]:
+    """Returns the moments of each term.
+
+    denoise: without conditions. batches: places of images, x0 (N, C, H, W) in [-1, 1], and their conditions. steps: of
+    the chain. seed: of the noise, which depends on the image and the step alone.
+    """
+    process, device = denoise.diffusion, dist_util.dev()
+    parts: list[np.ndarray] = []                    # of each batch (terms, 3, N, L)
+    for image_ids, x0, conditions in batches:
+        bound = replace(denoise, model_kwargs={name: value.to(device) for name, value in conditions.items()})
+        x0 = x0.to(device)
+        found = [_moments_at(bound, terms, x0, image_ids, step, seed) for step in steps]
+        parts.append(np.stack(found, axis=-1))
+    abar = process.alphas_cumprod[list(steps)]
+    together = np.concatenate(parts, axis=2)
+    return [Moments(error, toward, change, abar / (1 - abar)) for error, toward, change in together]
+
+
+def _moments_at(denoise: Denoiser, terms: Sequence[ContrastGuidance], x0: Tensor, image_ids: Sequence[int], step: int,
+                seed: int) -> np.ndarray:
+    """Returns (terms, 3, N): error, toward and change of the images at a step."""
+    process = denoise.diffusion
+    t = torch.full((len(x0),), step, device=x0.device)
+    x_t = process.q_sample(x0, t, image_noise(seed, image_ids, step, x0.shape[1:]).to(x0))
+    ctx = StepContext(denoise, x_t, t, torch.tensor(image_ids))
+    with ExitStack() as stack:
+        for term in terms:
+            ctx.observed[term] = stack.enter_context(term.observe())
+        pred = denoise(x_t, t)
+    missing = x0 - process.predict_xstart_from_eps(x_t, t, pred.eps)
+    found = []
+    for term in terms:
+        delta = term.delta(ctx, pred) / term.scale
+        change = process.predict_xstart_from_eps(torch.zeros_like(delta), t, delta)
+        found.append([_inner(missing, missing), _inner(missing, change), _inner(change, change)])
+    return np.array(found)
+
+
+def _inner(one: Tensor, other: Tensor) -> np.ndarray:
+    """Returns the inner product of each image, (N,) float64."""
+    values: np.ndarray = (one.double() * other.double()).flatten(1).sum(dim=1).cpu().numpy()
+    return values
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Returns Spearman's correlation of two lists, ties with their mean rank; None where one of them is constant."""
+    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (one, other)]
+    if any(len(set(values.tolist())) < 2 for values in ranks):
+        return None
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    below = (values[:, None] > values).sum(axis=1)
+    return below + ((values[:, None] == values).sum(axis=1) - 1) / 2
+
+

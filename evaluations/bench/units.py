@@ -1,0 +1,100 @@
+"""The pieces of work of a bench, in the order in which hours are given to them, and what each costs.
+
+First no guidance, then each method alone, then those methods at the further numbers of evaluations, then the pairs:
+those whose methods did best alone come first. A piece is a search and the row that is reported of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from guided_diffusion.runs.sample import SamplingRun
+
+from ..reproduction.costs import equivalent_evaluations
+from ..reproduction.tables import Row
+from .candidates import Candidate, Flags, pair_settings, pairs
+from .settings import Bench
+
+NO_GUIDANCE = "no guidance"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work.
+
+    title: the methods in it. settings: flags that are tried, or the one that is reported. evaluations: of an image.
+    searched: whether the best of the settings is looked for. pair: whether it is one of two methods.
+    """
+
+    title: str
+    settings: Sequence[Flags]
+    evaluations: int
+    searched: bool = True
+    pair: bool = False
+
+    def rows(self, bench: Bench) -> list[Row]:
+        """Returns the rows of its search."""
+        return [bench.searched(flags) for flags in self.settings] if self.searched else []
+
+    def key(self, bench: Bench) -> str:
+        """Returns what tells it from all other pieces, also from the same one with other numbers of images."""
+        searched = f"{bench.spec.search_images} in the search, " * self.searched
+        return f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images"
+
+    def images(self, bench: Bench) -> int:
+        """Returns the number of images that it samples."""
+        return self.searched * len(self.settings) * bench.spec.search_images + bench.spec.images
+
+    def cost(self, bench: Bench) -> float:
+        """Returns the network evaluations of all its images, as if nothing were sampled yet."""
+        reported = equivalent_evaluations(bench.reported(self.settings[-1], self.evaluations).run)
+        return bench.spec.images * reported + sum(
+            row.images * equivalent_evaluations(row.run) for row in self.rows(bench))
+
+
+def unguided(bench: Bench, evaluations: int) -> Unit:
+    """Returns the piece that all others are compared with at so many evaluations."""
+    return Unit(NO_GUIDANCE, [{}], evaluations, searched=False)
+
+
+def alone(bench: Bench, found: Iterable[Candidate]) -> list[Unit]:
+    """Returns the pieces of the methods alone, without those that do nothing alone."""
+    return [Unit(one.short, one.settings, bench.spec.evaluations) for one in found if not one.transforms]
+
+
+def elsewhere(bench: Bench, best: Mapping[str, Flags]) -> Iterator[Unit]:
+    """Yields the pieces at the further numbers of evaluations. best: by method, what was best alone."""
+    for evaluations in bench.spec.others:
+        yield unguided(bench, evaluations)
+        for short, flags in best.items():
+            yield Unit(short, [flags], evaluations, searched=False)
+
+
+def in_pairs(bench: Bench, found: Sequence[Candidate], best: Mapping[str, Flags], order: Sequence[str]) -> list[Unit]:
+    """Returns the pieces of the pairs, those of the first methods in `order` first.
+
+    best: by method, what was best alone, of transforms any; pairs of other methods are left out. A transform stands
+    in the middle of the order.
+    """
+    place = {short: float(number) for number, short in enumerate(order)}
+    chosen = [(one, other) for one, other in pairs(found) if one.short in best and other.short in best]
+    chosen.sort(key=lambda pair: sum(place.get(one.short, len(order) / 2) for one in pair))
+    return [Unit(f"{one.short} + {other.short}", pair_settings(one, other, best), bench.spec.evaluations, pair=True)
+            for one, other in chosen] if bench.spec.pairs else []
+
+
+def all_units(bench: Bench, found: Sequence[Candidate]) -> list[Unit]:
+    """Returns all pieces as far as they can be known before the search, which decides the order of the pairs.
+
+    Every method stands with a setting that has a weaker and a stronger one, where there are as many.
+    """
+    best = {one.short: one.settings[len(one.settings) // 2] for one in found}
+    guiding = {one.short: best[one.short] for one in found if not one.transforms}
+    return [unguided(bench, bench.spec.evaluations), *alone(bench, found), *elsewhere(bench, guiding),
+            *in_pairs(bench, found, best, [one.short for one in found])]
+
+
+def is_finished(run: SamplingRun) -> bool:
+    """Whether all images of a run are there."""
+    return (run.out / "run.json").is_file() and run.samples.is_file()

@@ -1,0 +1,30 @@
+"""Probe how far each contrast of guidance points at the truth: its best scale by noise level and block, in a minute.
+
+Examples:
+    python scripts/probe.py --model fmnist32 --data_dir fashion-mnist --out runs/probe/fmnist32
+    python scripts/scenes_render.py --num_images 32 --seed 1 --out rooms.npz
+    python scripts/probe.py --model scenes32 --data_dir rooms.npz --methods PAG,SEG --out runs/probe/scenes32
+    python scripts/probe.py --model scenes32 --data_dir rooms.npz --table runs/bench/scenes32/search/table.json
+"""
+
+from collections.abc import Sequence
+
+from evaluations.bench.probe import ProbeOptions, run_probe
+from evaluations.bench.probe_report import write_probe
+from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.options import parse_options
+from guided_diffusion.runs.options import preset_values
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stderr()
+    options, model, diffusion, *methods = parse_options(
+        argv, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__, preset=preset_values)
+    print(write_probe(run_probe(options, model, diffusion, methods)))
+
+
+if __name__ == "__main__":
+    run_script(main)

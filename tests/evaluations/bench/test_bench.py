@@ -1,0 +1,105 @@
+"""A bench as users run it: from its plan to its two tables, and on again."""
+
+import json
+
+import pytest
+import yaml
+from commands import call
+from PIL import Image
+
+from evaluations.bench.hours import Hours
+from guided_diffusion.guidance import GUIDANCE
+
+SHARED = {"model": "fmnist32", "sampler": "ddim", "batch_size": 4, "labels": "balanced",
+          "evaluation": {"reference": "fmnist32", "backend": "fashion_mnist", "metrics": "fid"}}
+
+
+@pytest.fixture(autouse=True)
+def few_settings(monkeypatch):
+    """Of each method the first two settings."""
+    for kind in GUIDANCE:
+        monkeypatch.setattr(kind, "search", kind.search[:2])
+
+
+@pytest.fixture
+def line(tmp_path):
+    """The command line of bench.py; `changes` are flags."""
+    def words(**changes):
+        content = {"title": "A small bench", "shared": SHARED, "bench": {
+            "evaluations": 4, "other_evaluations": "2", "search_images": 4, "images": 6}}
+        (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content))
+        options = {"out": tmp_path / "out", "bootstrap": 10, "evaluation_seconds": 0.01, **changes}
+        return [str(tmp_path / "mini.yaml"), *(str(word) for name, value in options.items()
+                                               for word in (f"--{name}", value))]
+    return words
+
+
+def test_the_plan_says_what_fits_and_what_does_not(line, capsys):
+    assert call("bench", *line(plan=True, hours=0.0005)) == 0
+    text = capsys.readouterr().out
+    assert "A small bench: at most 4 evaluations of an image" in text
+    assert "| no guidance | - | 4 | 6 | 6.67e-05 | 6.67e-05 |" in text       # 6 images, 4 evaluations, 0.01 s
+    assert "| SAG | 2 | 4 | 14 | 0.000156 | 0.000222 |" in text
+    assert "pieces do not fit into 0.0005 hours: " in text and "SAG + PAG" in text
+    assert "left out: CFG: --cfg_scale" in text
+
+
+def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
+    assert call("bench", *line(methods="SAG,CG")) == 0
+    folder = tmp_path / "out" / "mini"
+    text = capsys.readouterr().out
+    assert (folder / "report" / "table.md").read_text().strip() in text
+    said = json.loads((folder / "report" / "table.json").read_text())
+    titles = [section["title"] for section in said["sections"]]
+    assert titles == ["Methods alone, 4 evaluations", "Methods alone, 2 evaluations", "Pairs, 4 evaluations"]
+    alone, fewer, paired = said["sections"]
+    assert [len(section["rows"]) for section in said["sections"]] == [3, 3, 1]
+    assert alone["rows"][0]["row"] == alone["against_row"] == "no_guidance_4"
+    assert all(row["metrics"]["fid"]["versus"] for row in alone["rows"][1:])       # paired with no guidance
+    assert paired["against_row"] in [row["row"] for row in alone["rows"][1:]]
+    for section, evaluations in ((alone, 4), (fewer, 2), (paired, 4)):
+        assert all(0 < said["rows"][row["row"]]["work"] <= evaluations for row in section["rows"])
+        assert all(said["rows"][row["row"]]["images"] == 6 for row in section["rows"])
+    assert "SAG + CG" in {row["guidance"] for row in said["rows"].values()}
+
+    search = json.loads((folder / "search" / "table.json").read_text())
+    tried = {section["title"]: len(section["rows"]) for section in search["sections"]}
+    assert tried == {"SAG": 2, "CG": 2, "SAG + CG": tried["SAG + CG"]}       # fewer, where the weakest was best
+    for section, method in zip(search["sections"], ("SAG", "CG"), strict=False):
+        best = min(section["rows"], key=lambda row: row["metrics"]["fid"]["value"])["row"]
+        assert f"{best}" in said["rows"], f"the best {method} is reported"
+    seeds = {part: {json.loads(path.read_text())["configuration"]["seed"]
+                    for path in (folder / part).glob("*/run.json")} for part in ("search", "report")}
+    assert seeds == {"search": {2}, "report": {1}}
+    assert (folder / "report" / "chart.png").is_file() and (folder / "report" / "report.html").is_file()
+    with Image.open(folder / "report" / "strip.png") as strip:
+        assert strip.height > 3 * 64
+
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("samples_*.npz")}
+    used = json.loads((folder / "hours.json").read_text())
+    assert call("bench", *line(methods="SAG,CG", hours=used["seconds"] / 3600 + 1)) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("samples_*.npz")} == files
+    again = json.loads((folder / "report" / "table.json").read_text())
+    assert again["sections"] == said["sections"]
+    assert json.loads((folder / "hours.json").read_text())["evaluations"] == used["evaluations"]
+
+
+def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, monkeypatch):
+    expected = Hours.expected
+    monkeypatch.setattr(Hours, "expected", lambda self, evaluations: 1e9 if len(self.done) > 1 else expected(
+        self, evaluations))
+    assert call("bench", *line(methods="SAG,CG", hours=9)) == 0
+    said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
+    assert "Left out for lack of time: CG at 4 evaluations (would take 2.8e+05 h of the" in said["note"]
+    assert "no guidance at 2 evaluations" in said["note"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hours": 1e-9}, "--hours 1e-09: are too few for the row without guidance"),
+    ({"methods": "SAGG"}, "--methods SAGG: there is no 'sagg', there are SAG, PAG"),
+    ({"methods": "CFG"}, "--methods CFG: CFG cannot be compared: --cfg_scale"),
+])
+def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
+    assert call("bench", *line(**changes)) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,172 @@
+"""How far contrasts point at the truth: against a few lines, and as users probe."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import call
+from networks import TINY, in_float64, with_random_weights
+from scipy.stats import spearmanr
+
+from evaluations.bench.probe import Moments, levels, probe_terms, rank_correlation
+from guided_diffusion.capture import override_attention
+from guided_diffusion.guidance import ContrastGuidance, IndependentConditionGuidance, PerturbedAttentionGuidance
+from guided_diffusion.process import Denoiser
+from guided_diffusion.rng import image_noise
+from guided_diffusion.script_util import create_model_and_diffusion
+
+STEPS = [700, 100]
+
+
+@pytest.fixture(scope="module")
+def network():
+    model, diffusion = create_model_and_diffusion(**TINY)
+    return in_float64(with_random_weights(model, seed=1).requires_grad_(False)), diffusion
+
+
+@pytest.fixture(scope="module")
+def images():
+    random = torch.Generator().manual_seed(0)
+    return torch.rand(4, 1, 16, 16, generator=random).double() * 2 - 1, torch.tensor([1, 0, 1, 1])
+
+
+def probed(network, images, terms):
+    """The moments of terms, the images in two batches."""
+    model, diffusion = network
+    x0, y = images
+    batches = iter([([0, 1, 2], x0[:3], {"y": y[:3]}), ([3], x0[3:], {"y": y[3:]})])
+    return probe_terms(Denoiser(diffusion, model), terms, batches, STEPS, seed=5)
+
+
+def test_against_a_few_lines(network, images):
+    model, diffusion = network
+    x0, y = images
+    found, = probed(network, images, [PerturbedAttentionGuidance(model, ["middle"], 0.3)])
+    ratios, sums = [], np.zeros(3)
+    for step in STEPS:
+        t, abar = torch.full((4,), step), torch.tensor(diffusion.alphas_cumprod[step])
+        x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * image_noise(5, range(4), step, (1, 16, 16)).double()
+        strong = (x_t - (1 - abar).sqrt() * model(x_t, t, y)[:, :1]) / abar.sqrt()
+        with override_attention(model, ["middle"], lambda q, k, v: v):
+            weak = (x_t - (1 - abar).sqrt() * model(x_t, t, y)[:, :1]) / abar.sqrt()
+        inner = [float(value.sum()) for value in
+                 ((x0 - strong) ** 2, (x0 - strong) * (strong - weak), (strong - weak) ** 2)]
+        ratios.append(inner[1] / inner[2])
+        sums += np.array(inner) * float(abar / (1 - abar))
+    assert found.ratios == pytest.approx(ratios, rel=1e-5)
+    assert found.scale == pytest.approx(sums[1] / sums[2], rel=1e-5)
+    assert found.left(0.4) == pytest.approx(1 - (0.8 * sums[1] - 0.16 * sums[2]) / sums[0], rel=1e-5)
+
+
+class TowardsTruth(ContrastGuidance):
+    """A contrast that points at the truth, which it is told, or beside it."""
+
+    def __init__(self, x0, length):
+        super().__init__(2.0)
+        self.x0, self.length = x0, length
+
+    def delta(self, ctx, pred):
+        eps = ctx.denoise.diffusion.predict_eps_from_xstart(ctx.x_t, ctx.t, self.x0[ctx.image_ids])
+        return self.scale * self.length * (eps - pred.eps)
+
+
+@pytest.mark.parametrize("length", [1.0, 0.25, -0.5])
+def test_a_contrast_that_points_at_the_truth_is_known_by_its_length(network, images, length):
+    found, = probed(network, images, [TowardsTruth(images[0], length)])
+    assert found.ratios == pytest.approx([1 / length] * len(STEPS), rel=1e-4)
+    assert found.scale == pytest.approx(1 / length, rel=1e-4)
+    assert found.left(found.scale) == pytest.approx(0, abs=1e-6) and found.left(0) == 1
+    assert found.scale_interval() == pytest.approx((1 / length, 1 / length), rel=1e-4)
+
+
+def test_no_scale_leaves_less_than_the_best_one(network, images):
+    model, _ = network
+    terms = [PerturbedAttentionGuidance(model, [block], 1.0) for block in ("middle", "output.0")]
+    for found in probed(network, images, [*terms, IndependentConditionGuidance(1.0, 2)]):
+        best = found.left(found.scale)
+        assert all(best <= found.left(found.scale + change) for change in (-0.1, 0.1)) and best <= 1
+
+
+def test_a_contrast_that_changes_nothing_has_no_ratio():
+    zero = np.zeros((3, 2))
+    found = Moments(np.ones((3, 2)), zero, zero, np.ones(2))
+    assert found.ratios == [None, None] and found.scale == 0 and found.left(5) == 1
+    assert found.scale_interval() == (0, 0)
+
+
+def test_levels_are_the_middles_of_equal_parts():
+    assert levels(1000, 4) == [875, 625, 375, 125] and levels(2, 8) == [1, 0]
+
+
+def test_rank_correlation_is_spearmans():
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, 5, 12), random.normal(size=12)
+    assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+# The command
+
+@pytest.fixture
+def line(tmp_path):
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "held_out.npz", arr_0=random.integers(0, 256, (5, 32, 32, 3), np.uint8),
+             arr_1=np.array([0, 9, 3, 4, 4]))
+
+    def words(**changes):
+        options = {"model": "fmnist32", "data_dir": tmp_path / "held_out.npz", "num_images": 3, "batch_size": 2,
+                   "levels": 2, "out": tmp_path / "out", **changes}
+        return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    return words
+
+
+def measured(path, **flags):
+    """A table.json of rows with these flags of guidance, each with its FID."""
+    rows = {name: {"flags": one} for name, (one, _) in flags.items()}
+    path.write_text(json.dumps({"rows": rows, "sections": [{"images": 9, "rows": [
+        {"row": name, "metrics": {"fid": {"value": fid}}} for name, (_, fid) in flags.items()]}]}))
+    return path
+
+
+def test_the_command(line, tmp_path, capsys):
+    table = measured(tmp_path / "table.json", unguided=({}, 1.0), icg=({"icg_scale": 0.5}, 2.0),
+                     icg_strong=({"icg_scale": 3.0}, 4.0), pag=({"pag_scale": 1.0, "pag_blocks": "output.1"}, 3.0),
+                     both=({"icg_scale": 1.0, "pag_scale": 1.0}, 9.0), elsewhere=({"tsg_scale": 1.0}, 9.0))
+    assert call("probe", *line(methods="ICG,PAG", table=table)) == 0
+    text = capsys.readouterr().out
+    said = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert (tmp_path / "out" / "probe.md").read_text().strip() == text.strip()
+    assert {one["method"] for one in said["contrasts"]} == {"ICG", "PAG"}
+    assert {one["block"] for one in said["contrasts"]} == {
+        "", "input.3", "input.5", "middle", "output.0", "output.1", "output.2", "output.3"}
+    assert [one["method"] for one in said["proposed"]] == ["PAG", "ICG"]
+    best = min((one for one in said["contrasts"] if one["method"] == "PAG"), key=lambda one: one["left"])
+    assert said["proposed"][0]["block"] == best["block"] and said["levels"][0]["sigma"] > said["levels"][1]["sigma"]
+    assert (tmp_path / "out" / "chart.png").is_file()
+
+    rows = said["table"]["rows"]
+    assert [row["row"] for row in rows] == ["unguided", "icg", "icg_strong", "pag"]       # one method each
+    assert rows[0]["left"] == 1 and f"{said['table']['correlation']:+.2f}" in text
+    assert said["table"]["correlation"] == pytest.approx(
+        spearmanr([row["left"] for row in rows], [1, 2, 4, 3]).statistic)
+    icg = next(one for one in said["contrasts"] if one["method"] == "ICG")
+    assert min(row["left"] for row in rows[1:3]) >= icg["left"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_images": 6}, "--num_images 6: "),
+    ({"methods": "CG"}, "--methods CG: CG cannot be probed: it does not contrast two predictions"),
+    ({"methods": "CGG"}, "--methods CGG: there is no 'cgg', there are SAG"),
+    ({"methods": "CFG"}, "--methods CFG: CFG cannot be probed: --cfg_scale"),
+    ({"data_dir": "nowhere.npz"}, "--data_dir nowhere.npz: no such"),
+])
+def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
+    assert call("probe", *line(**changes)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_table_without_flags_is_a_sentence(line, tmp_path, capsys):
+    (tmp_path / "old.json").write_text('{"rows": {"unguided": {}}, "sections": []}')
+    assert call("probe", *line(methods="ICG", table=tmp_path / "old.json")) == 2
+    assert "old.json" in capsys.readouterr().err
