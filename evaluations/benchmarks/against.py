@@ -116,14 +116,16 @@ def official_copy(module: ModuleType, model: UNetModel, device: torch.device) ->
 
 
 def seeded_weights(network: AnyNetwork, seed: int = 0) -> AnyNetwork:
-    """Fills a network on the CPU with weights that keep the size of what passes through it, and have no zeros.
+    """Fills a network with weights that keep the size of what passes through it, and have no zeros.
+
+    They are drawn on the CPU, so that they are the same on every device.
 
     Matrices and kernels are N(0, 1 / inputs), scales of norms 1 + N(0, 0.01), biases N(0, 0.01).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.normal_(generator=generator)
+            parameter.copy_(torch.empty(parameter.shape).normal_(generator=generator))
             if parameter.ndim > 1:
                 parameter.div_(parameter[0].numel() ** 0.5)
             else:
