@@ -1,4 +1,4 @@
-"""Models known by name: those that are bundled, and the released checkpoints of guided-diffusion, which are fetched."""
+"""Models known by name: those that are bundled, and the released checkpoints, which are fetched."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Preset:
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
     licence: str | None = None      # of a released checkpoint, and where to read it
+    data: str = ""                  # the images that a released checkpoint was trained on
+    implied: bool = False           # the name of a released checkpoint's file stands for its flags
 
     @property
     def known(self) -> bool:
@@ -76,8 +78,20 @@ def find_preset(name: str) -> Preset:
         classifier = f"{name}_classifier"
         options = _config_of(path)
         return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
-    return Preset(name=name, path=None, guidance=guidance, url=f"{known['url']}{name}.pt",
-                  licence=known["licence"], **{"classifier": None, **known["presets"][name]})
+    usual = {"classifier": None, "data": known.get("data", ""), "url": known["url"], "licence": known["licence"]}
+    released = {**usual, **known["presets"][name]}
+    return Preset(name=name, path=None, guidance=guidance, **{**released, "url": f"{released['url']}{name}.pt"})
+
+
+def implied_preset(path: str, kind: str) -> Preset | None:
+    """The released checkpoint whose flags the name of a file stands for; None where it stands for none.
+
+    That is so for checkpoints of improved-diffusion: its command lines leave out flags that have other defaults here.
+    path: of the file, or its address. kind: of the network, "diffusion" or "upsampler".
+    """
+    stem = Path(path.partition("?")[0]).stem if path else ""
+    entry = _presets()["presets"].get(stem, {})
+    return find_preset(stem) if entry.get("implied") and entry["kind"] == kind else None
 
 
 def _config_of(path: Path) -> dict[str, Any]:

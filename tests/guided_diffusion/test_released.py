@@ -1,21 +1,18 @@
 """The released checkpoints and the script that fetches them, from a server on this machine."""
 
 import hashlib
-import json
 import os
 
 import pytest
 import torch
 import yaml
 from commands import call
-from golden import GOLDEN
+from golden import released_checkpoints
 from local_server import serving
 from networks import TINY
 
 from guided_diffusion import checkpoint, fetch, presets
 from guided_diffusion.presets import find_preset, released_names
-
-RELEASED = GOLDEN / "checkpoints.json"
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +52,12 @@ def refused(capsys, *arguments):
 
 
 def test_the_names_are_those_of_the_released_files():
-    assert set(released_names()) == json.loads(RELEASED.read_text()).keys()
+    assert set(released_names()) == {*released_checkpoints(), "lsun_horse_nodropout"}
     for name in released_names():
         preset = find_preset(name)
-        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/{name}.pt"
-        assert "MIT" in preset.licence and "https://github.com/openai/guided-diffusion" in preset.licence
+        when, code = ("march-2021", "improved") if preset.implied else ("jul-2021", "guided")
+        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/{when}/{name}.pt"
+        assert "MIT" in preset.licence and f"https://github.com/openai/{code}-diffusion" in preset.licence
 
 
 def test_fetched_after_saying_licence_and_size(server, tmp_path, content, parameters, capsys):
