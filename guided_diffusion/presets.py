@@ -141,12 +141,12 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
 def description(preset: Preset, ask: bool = True) -> str:
     """What is to know of a released checkpoint before it is fetched, in lines; `ask` the server for its size."""
     size = size_of(_url(preset)) if ask else None
-    about = f"about {_readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
+    about = f"about {readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
     guide = f", guided by {preset.classifier}" if preset.classifier else ""
     return (f"{preset.name}: {preset.kind}, {preset.parameters:,} parameters{guide}\n"
             f"    address: {preset.url}\n"
             f"    licence: {preset.licence}\n"
-            f"    size:    {f'{size:,} bytes ({_readable(size)})' if size else about}")
+            f"    size:    {f'{size:,} bytes ({readable(size)})' if size else about}")
 
 
 def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> str:
@@ -174,7 +174,8 @@ def _url(preset: Preset) -> str:
     return preset.url
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """A number of bytes in decimal units, like 1.18GB."""
     from tqdm import tqdm
 
     return tqdm.format_sizeof(size, "B", 1000)

@@ -1,10 +1,13 @@
 """The command lines of improved-diffusion's README, run with small networks: only their width is cut."""
 
 import json
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import REPOSITORY, call, flags, samples_in
 from golden import GOLDEN
 from networks import with_random_weights
@@ -166,3 +169,16 @@ def test_two_runs_without_a_folder_do_not_meet(tmp_path, monkeypatch, capsys, ti
     assert all(folder.name.startswith("model-") for folder in (first, second))
     assert samples_in(second)[0].shape == (1, 16, 16, 3)
     assert sorted(path.name for path in first.glob("*.npz")) == ["samples_1x16x16x3.npz", "samples_2x16x16x3.npz"]
+
+
+def test_the_blocks_with_attention_are_those_that_the_page_names():
+    page = (REPOSITORY / "docs" / "improved_diffusion.md").read_text()
+    for models, first, last in re.findall(r"\| `([\w*]+)`.*`--sel_attn_depth` (\d+) to (\d+)", page):
+        names = [name for name in README if fnmatch(name, models)]
+        assert names
+        for name in names:
+            run, _ = read_run(["--model", name, "--model_path", "model.pt"], kind_of_run(name))
+            with torch.device("meta"):
+                blocks = build_model(run.model).attention_blocks
+            expected = ["middle", *(f"output.{depth}" for depth in range(int(first), int(last) + 1))]
+            assert [block for block in blocks if not block.startswith("input")] == expected
