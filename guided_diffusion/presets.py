@@ -17,7 +17,7 @@ from .errors import UserError
 from .fetch import Download, sha256_of, size_of
 from .options import nearest
 from .stated import statement_of
-from .trainings import best_weights, classifier_beside
+from .trainings import best_weights, classifier_beside, guidance_in
 
 MODELS = Path(__file__).parent / "models"
 
@@ -103,12 +103,13 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def _trained(place: Path) -> Preset:
-    """The model of a training: its folder, or a file of weights from it."""
+    """The model of a training or an export: its folder, or a file of weights from it."""
     path = best_weights(place) if place.is_dir() else place
     kind = kind_of(_config_of(path))
     stated = statement_of(path, kind)
     beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None
-    return Preset(str(place), kind, stated.facts if stated else {}, {}, path, None if beside is None else str(beside))
+    classifier, guidance = None if beside is None else str(beside), guidance_in(place) if place.is_dir() else {}
+    return Preset(str(place), kind, stated.facts if stated else {}, guidance, path, classifier)
 
 
 def _presets() -> dict[str, Any]:
