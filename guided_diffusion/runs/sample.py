@@ -106,11 +106,13 @@ class SamplingRun:
         return default_folder("samples", self.sample, {**identity(self.configuration(), files), **beside})
 
     def placed(self) -> Self:
-        """The run with a folder: its own, or the one that is named after it, which rank 0 says."""
+        """The run with a folder: its own, or the one that is named after it, which rank 0 says; all ranks call it."""
         if self.sample.out:
             return self
-        self.sample.check_given()
-        out = self.out
+        dist_util.setup_dist()
+        with dist_util.together():
+            self.sample.check_given()
+            out = self.out
         if dist_util.is_main():
             LOG.info("--out is not given: the samples go to %s", out)
         return self.changed(out=str(out))
