@@ -1,4 +1,4 @@
-"""Models known by name: those that are bundled, and the released checkpoints of guided-diffusion, which are fetched."""
+"""Models known by name: those that are bundled, and the released checkpoints, which are fetched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .errors import UserError
 from .fetch import Download, sha256_of, size_of
 from .options import nearest
 from .stated import statement_of
-from .trainings import best_weights, classifier_beside
+from .trainings import best_weights, classifier_beside, guidance_in
 
 MODELS = Path(__file__).parent / "models"
 
@@ -34,6 +34,8 @@ class Preset:
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
     licence: str | None = None      # of a released checkpoint, and where to read it
+    data: str = ""                  # the images that a released checkpoint was trained on
+    implied: bool = False           # the name of a released checkpoint's file stands for its flags
 
     @property
     def known(self) -> bool:
@@ -76,8 +78,20 @@ def find_preset(name: str) -> Preset:
         classifier = f"{name}_classifier"
         options = _config_of(path)
         return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
-    return Preset(name=name, path=None, guidance=guidance, url=f"{known['url']}{name}.pt",
-                  licence=known["licence"], **{"classifier": None, **known["presets"][name]})
+    usual = {"classifier": None, "data": known.get("data", ""), "url": known["url"], "licence": known["licence"]}
+    released = {**usual, **known["presets"][name]}
+    return Preset(name=name, path=None, guidance=guidance, **{**released, "url": f"{released['url']}{name}.pt"})
+
+
+def implied_preset(path: str, kind: str) -> Preset | None:
+    """The released checkpoint whose flags the name of a file stands for; None where it stands for none.
+
+    That is so for checkpoints of improved-diffusion: its command lines leave out flags that have other defaults here.
+    path: of the file, or its address. kind: of the network, "diffusion" or "upsampler".
+    """
+    stem = Path(path.partition("?")[0]).stem if path else ""
+    entry = _presets()["presets"].get(stem, {})
+    return find_preset(stem) if entry.get("implied") and entry["kind"] == kind else None
 
 
 def _config_of(path: Path) -> dict[str, Any]:
@@ -89,12 +103,13 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def _trained(place: Path) -> Preset:
-    """The model of a training: its folder, or a file of weights from it."""
+    """The model of a training or an export: its folder, or a file of weights from it."""
     path = best_weights(place) if place.is_dir() else place
     kind = kind_of(_config_of(path))
     stated = statement_of(path, kind)
     beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None
-    return Preset(str(place), kind, stated.facts if stated else {}, {}, path, None if beside is None else str(beside))
+    classifier, guidance = None if beside is None else str(beside), guidance_in(place) if place.is_dir() else {}
+    return Preset(str(place), kind, stated.facts if stated else {}, guidance, path, classifier)
 
 
 def _presets() -> dict[str, Any]:
@@ -127,12 +142,12 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
 def description(preset: Preset, ask: bool = True) -> str:
     """What is to know of a released checkpoint before it is fetched, in lines; `ask` the server for its size."""
     size = size_of(_url(preset)) if ask else None
-    about = f"about {_readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
+    about = f"about {readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
     guide = f", guided by {preset.classifier}" if preset.classifier else ""
     return (f"{preset.name}: {preset.kind}, {preset.parameters:,} parameters{guide}\n"
             f"    address: {preset.url}\n"
             f"    licence: {preset.licence}\n"
-            f"    size:    {f'{size:,} bytes ({_readable(size)})' if size else about}")
+            f"    size:    {f'{size:,} bytes ({readable(size)})' if size else about}")
 
 
 def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> str:
@@ -160,7 +175,8 @@ def _url(preset: Preset) -> str:
     return preset.url
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """A number of bytes in decimal units, like 1.18GB."""
     from tqdm import tqdm
 
     return tqdm.format_sizeof(size, "B", 1000)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .stated import PROCESS, Statement, statement_of
 
 SUFFIX = ".safetensors"
+CONFIG, GUIDANCE_KEY = "config.json", "guidance"        # of a folder, and what it says of guidance that suits the model
 
 
 def best_weights(folder: Path) -> Path:
@@ -29,6 +32,22 @@ def _rate(path: Path) -> float | None:
         return float(path.stem.removeprefix("ema_"))
     except ValueError:
         return None
+
+
+def guidance_in(folder: Path) -> dict[str, Any]:
+    """The flags of guidance that suit the model of an exported folder; none where its config.json names none.
+
+    Raises UserError where they are no numbers and texts by name.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}               # the weights state the network, and need no such file
+    found = content.get(GUIDANCE_KEY, {}) if isinstance(content, dict) else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str | int | float) for value in found.values()):
+        raise UserError(f"{path}: its {GUIDANCE_KEY} must be values by the names of flags")
+    return found
 
 
 def classifier_beside(model: Statement, folder: Path) -> Path | None:

@@ -1,8 +1,9 @@
-"""Fetch released checkpoints of guided-diffusion, after saying under which licence and how large they are.
+"""Fetch released checkpoints of guided-diffusion and improved-diffusion, after saying licence and size.
 
 Examples:
     python scripts/fetch_models.py --list
     python scripts/fetch_models.py 128x128_diffusion 128x128_classifier
+    python scripts/fetch_models.py cifar10_uncond_50M_500K
     python scripts/image_sample.py --model 128x128_diffusion --model_path models/128x128_diffusion.pt
 """
 
@@ -21,6 +22,7 @@ class FetchOptions(Options):
 
     all: bool = switch("fetch every released checkpoint")
     list: bool = switch("say what there is and fetch nothing")
+    table: bool = switch("print docs/model_zoo.md, the page of all released checkpoints, and fetch nothing")
     out: str = option("models", "folder for the files")
     sha256: str = option("", "SHA-256 in hexadecimal digits that the file of the one NAME must have; unset: any")
 
@@ -30,12 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     names, (options,) = parse_words(argv, Words("NAME", "released checkpoints, as --list names them"), FetchOptions,
                                     description=__doc__)
     from guided_diffusion.presets import description, fetch_released, find_released  # here, as help needs none of it
+    from guided_diffusion.zoo import commands_of, zoo_page
 
+    if options.table:
+        if names:
+            raise UserError(f"{names[0]}: no NAME can be given with --table, which shows every released checkpoint")
+        print(zoo_page(), end="")
+        return
     presets = find_released(names, every=options.all or options.list)
     if options.sha256 and len(presets) > 1:
         raise UserError(f"--sha256 {options.sha256}: is that of one file, name one checkpoint")
     for preset in presets:
-        print(description(preset, ask=not options.list), flush=True)
+        print(f"{description(preset, ask=not options.list)}\n    runs in: {', '.join(commands_of(preset))}", flush=True)
     for preset in presets if not options.list else []:
         print(fetch_released(preset, Path(options.out), options.sha256 or None), flush=True)
 

@@ -13,6 +13,7 @@ folder, so that a larger number of images goes on from them:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ from ..train_folder import data_digest
 from . import shards
 from .chunk_files import ChunkFiles
 from .chunks import Indices
+from .folders import default_folder
 from .options import LARGEST_BATCH, MOST_IMAGES, CheckpointOptions
 from .record import made_by
 from .work import make_chunks
@@ -47,6 +49,8 @@ from .workers import WorkQueue
 TERMS = ("vb", "mse", "xstart_mse")
 NORMAL_95 = 1.959963984540054           # standard errors on each side of a mean that hold 95 %
 IRRELEVANT = ("out", "overwrite", "log_every", "model", "num_samples")
+
+_log = logging.getLogger(__name__)
 
 
 class Estimate(NamedTuple):
@@ -85,7 +89,8 @@ class LikelihoodOptions(CheckpointOptions):
     batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     seed: int = seed_option("seed of the noise")
-    out: str = option("likelihoods", "folder for the results and the record")
+    out: str = option("", "folder for the results and the record; unset: likelihoods/NAME-FINGERPRINT, named by the "
+                      "model and by what the results depend on")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")
     log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
                             minimum=0)
@@ -152,8 +157,11 @@ class LikelihoodRun:
 
     @property
     def out(self) -> Path:
-        """The output folder."""
-        return Path(self.options.out)
+        """The output folder; see `default_folder` where none is given."""
+        if self.options.out:
+            return Path(self.options.out)
+        values = {name: value for name, value in self._values().items() if name not in IRRELEVANT}
+        return default_folder("likelihoods", self.options, values)
 
     def run(self) -> str:
         """Measures what is missing, on all ranks; "" on ranks but the first.
@@ -165,6 +173,8 @@ class LikelihoodRun:
         with ExitStack() as stack:
             with dist_util.together():
                 self.options.check_given()
+                if not self.options.out and dist_util.is_main():
+                    _log.info("--out is not given: the results go to %s", self.out)
                 images = self._images()
                 check_folder("--out", self.out)
                 if dist_util.is_main():
@@ -210,10 +220,13 @@ class LikelihoodRun:
                 "data": data_digest(self.options.data_dir)}
 
     def _chunks(self, images: TrainingImages, sha256: Mapping[str, str]) -> LikelihoodChunks:
+        values = {**self._values(), "num_samples": min(self.options.num_samples, images.count)}
+        return LikelihoodChunks(self.out, values, sha256)
+
+    def _values(self) -> dict[str, Any]:
+        """All options by flag name, without secrets."""
         values = {**asdict(self.diffusion), **asdict(self.model), **asdict(self.options)}
-        values["num_samples"] = min(self.options.num_samples, images.count)
-        shown = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
-        return LikelihoodChunks(self.out, shown, sha256)
+        return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
 
     def _prepare(self, chunks: LikelihoodChunks) -> Indices:
         """The chunks that are missing, with the folder ready for them."""

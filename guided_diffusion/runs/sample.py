@@ -35,9 +35,10 @@ from ..sampling import SAMPLERS, SamplerOptions
 from . import shards
 from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
+from .folders import default_folder
 from .labels import Labels, is_name, make_labels
 from .options import SampleOptions, option_classes, preset_values
-from .record import MODEL_FLAG, made_by, name_of, recorded_dtype
+from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
 from .work import make_chunks
@@ -96,8 +97,25 @@ class SamplingRun:
 
     @property
     def out(self) -> Path:
-        """The output folder."""
-        return Path(self.sample.out)
+        """The output folder; see `default_folder` where none is given."""
+        return Path(self.sample.out) if self.sample.out else self._default_folder()
+
+    def _default_folder(self) -> Path:
+        files = {name_of(flag): without_secrets(path) for flag, path in self.checkpoints().items()}
+        beside = {"labels": self.sample.labels, "base_samples": getattr(self.sample, "base_samples", "")}
+        return default_folder("samples", self.sample, {**identity(self.configuration(), files), **beside})
+
+    def placed(self) -> Self:
+        """The run with a folder: its own, or the one that is named after it, which rank 0 says; all ranks call it."""
+        if self.sample.out:
+            return self
+        dist_util.setup_dist()
+        with dist_util.together():
+            self.sample.check_given()
+            out = self.out
+        if dist_util.is_main():
+            LOG.info("--out is not given: the samples go to %s", out)
+        return self.changed(out=str(out))
 
     @property
     def sampler(self) -> SamplerOptions:
@@ -169,6 +187,8 @@ class SamplingRun:
 
     def run(self) -> Path | None:
         """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None."""
+        if not self.sample.out:
+            return self.placed().run()
         if self.sample.dtype == AUTO:
             return self.decided().run()
         began = time.time()

@@ -72,4 +72,4 @@ class UpsamplingRun(SamplingRun):
         if wanted > count and dist_util.is_main():
             _log.info("--num_samples %d: --base_samples holds %d images, which begin again after the last", wanted,
                       count)
-        return super(UpsamplingRun, self.changed(num_samples=wanted)).run()
+        return super(UpsamplingRun, self.changed(num_samples=wanted).placed()).run()

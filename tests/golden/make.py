@@ -14,7 +14,8 @@ import numpy as np
 HERE = Path(__file__).parent
 
 COPIED = (
-    "fill.py", "checkpoints.json", "unet_plainnorm.npz", "unet_adm_headch16.npz", "classifier_attention.npz",
+    "fill.py", "checkpoints.json", "checkpoints_improved.json", "unet_plainnorm.npz", "unet_adm_headch16.npz",
+    "classifier_attention.npz",
     "classifier_spatial.npz", "eval/make_synthetic_graph.py", "eval/public_fid.json", "eval/public_is.json",
     "eval/public_pr.json", "eval/public_stats.json", "eval/public_graph_w8.npz",
     "eval/public_e2e.json", "solvers_public.npz", "solvers_chain_public.npz",
@@ -59,8 +60,15 @@ def first_image_of_a_step(name: str, value: np.ndarray) -> np.ndarray | None:
     return None if name == "out" else value
 
 
+def first_image(name: str, value: np.ndarray) -> np.ndarray:
+    """Of a chain of two images: the network's output and the states around the first step, of the first image."""
+    return value[:2, :1] if name == "x" else value[:1] if name == "out" else value
+
+
 CUT: dict[str, Callable[[str, np.ndarray], np.ndarray | None]] = {
     **{f"steps_{name}.npz": first_steps(steps) for name, steps in STEPS.items()},
+    "iddpm_steps_lsun.npz": first_image,
+    "iddpm_steps_uncond.npz": first_image,
     "upsample_adm.npz": first_image_of_a_step,
     "eval/public_pr.npz": only_manifolds,
     "eval/public_stats.npz": small_covariances,

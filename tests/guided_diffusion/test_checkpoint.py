@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN
+from golden import released_checkpoints
 from local_server import serving
 from safetensors.torch import save_file
 
@@ -29,7 +29,6 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 
-RELEASED = GOLDEN / "checkpoints.json"
 FORMATS = ("safetensors", "zip", "pickle")
 
 SMALL = {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
@@ -42,7 +41,7 @@ SMALL_CLASSIFIER = {"image_size": 16, "in_channels": 1, "num_classes": 10, "clas
 
 @pytest.fixture
 def released():
-    return json.loads(RELEASED.read_text())
+    return released_checkpoints()
 
 
 def shapes_of(create, **flags):
@@ -313,10 +312,10 @@ def assert_shown(found, flags, size):
 
 
 def test_weights_show_the_flags_of_every_released_checkpoint(released):
-    multipliers = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
-    assert len(released) == 14
+    multipliers = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4),
+                   32: (1, 2, 2, 2)}
     for entry in released.values():
-        flags, found = entry["flags"], infer_options(entry["state"])
+        flags, found = {"resblock_updown": False, **entry["flags"]}, infer_options(entry["state"])
         size = flags.get("large_size") or flags["image_size"]
         assert found["kind"] == entry["kind"]
         assert_shown(found, flags, size)
@@ -515,11 +514,19 @@ def test_released_presets_hold_the_released_flags(released):
     for name, entry in released.items():
         preset = find_preset(name)
         assert preset.kind == entry["kind"] and preset.path is None and preset.parameters == entry["parameters"]
-        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/{name}.pt"
+        when = "march-2021" if preset.implied else "jul-2021"
+        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/{when}/{name}.pt"
         assert preset.options.keys() <= defaults[preset.kind].keys()
         flags = defaults[preset.kind] | preset.options
         assert {flag: flags[flag] for flag in entry["flags"]} == entry["flags"]
         check_options(entry["state"], flags, name)
+        if preset.implied:          # the code that released it has other defaults, so all of its flags are stated
+            assert entry["flags"].keys() <= preset.options.keys()
+
+
+def test_the_horse_without_dropout_differs_in_its_dropout_alone():
+    plain, without = find_preset("lsun_horse"), find_preset("lsun_horse_nodropout")
+    assert plain.options == {**without.options, "dropout": 0.1} and plain.parameters == without.parameters
 
 
 def test_every_class_guided_preset_has_a_classifier_of_its_size():
@@ -546,7 +553,7 @@ def test_shipped_models_are_found_by_their_file(tmp_path, monkeypatch):
     assert dataclasses.asdict(preset) == {
         "name": "tiny", "kind": "diffusion", "options": SMALL, "guidance": {},
         "path": tmp_path / "tiny.safetensors", "classifier": "tiny_classifier", "url": None, "parameters": None,
-        "licence": None}
+        "licence": None, "data": "", "implied": False}
     load_into(create_model(**preset.options), preset.path, preset.options)
 
     save_state(tmp_path / "bare.safetensors", tensors())

@@ -1,11 +1,11 @@
-"""The first steps of chains recorded with the official code: unguided, SAG, classifier guidance and both."""
+"""The first steps of chains recorded with the official codes: unguided, SAG, classifier guidance and both."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from golden import cases, fill, noise
+from golden import cases, fill, noise, relative_error
 
 from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
 from guided_diffusion.script_util import create_classifier, create_model_and_diffusion
@@ -85,3 +85,34 @@ def test_exact_heads_make_another_mask_than_the_official_fault():
     received, mask, _ = guidance[0].first
     wrong = mask.numpy() != case["first_mask"].astype(bool)
     assert (wrong & ~near_threshold(received)).any()
+
+
+# Where a cosine chain begins, eps is multiplied by 10^4 before the image is clipped.
+NOISIEST_COSINE = 2e-3
+
+
+@pytest.mark.parametrize("path", cases("iddpm_steps_*.npz"), ids=lambda path: path.stem)
+def test_networks_and_chains_of_improved_diffusion(path):
+    case = np.load(path)
+    config, seed = json.loads(str(case["config"])), int(case["seed"])
+    model, diffusion = create_model_and_diffusion(**config)
+    fill(model).requires_grad_(False)
+    images = case["out"].shape[0]               # of two, which one is kept in the smaller set
+    x = noise((2, 3, config["image_size"], config["image_size"]), seed)
+    out = model(x, torch.from_numpy(case["t"]).float())[:images]
+    assert relative_error(out.numpy(), case["out"]) < 1e-4
+    tolerance = NOISIEST_COSINE if config["noise_schedule"] == "cosine" else 2e-4
+    for i, expected in enumerate(case["x"][1:]):
+        t = torch.full((2,), diffusion.num_timesteps - 1 - i)
+        x = diffusion.p_sample(model, x, t, noise=noise(x.shape, seed * 100 + 1 + i))["sample"]
+        np.testing.assert_allclose(x[:images], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_default_multipliers_are_those_of_improved_diffusion(size):
+    with torch.device("meta"):
+        model = create_model_and_diffusion(image_size=size, num_channels=32, num_res_blocks=1)[0]
+        expected = {32: "1,2,2,2", 64: "1,2,3,4", 256: "1,1,2,2,4,4"}[size]
+        same = create_model_and_diffusion(image_size=size, num_channels=32, num_res_blocks=1, channel_mult=expected)[0]
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in same.state_dict().items()}

@@ -1,21 +1,18 @@
 """The released checkpoints and the script that fetches them, from a server on this machine."""
 
 import hashlib
-import json
 import os
 
 import pytest
 import torch
 import yaml
-from commands import call
-from golden import GOLDEN
+from commands import REPOSITORY, call
+from golden import released_checkpoints
 from local_server import serving
 from networks import TINY
 
 from guided_diffusion import checkpoint, fetch, presets
 from guided_diffusion.presets import find_preset, released_names
-
-RELEASED = GOLDEN / "checkpoints.json"
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +52,12 @@ def refused(capsys, *arguments):
 
 
 def test_the_names_are_those_of_the_released_files():
-    assert set(released_names()) == json.loads(RELEASED.read_text()).keys()
+    assert set(released_names()) == {*released_checkpoints(), "lsun_horse_nodropout"}
     for name in released_names():
         preset = find_preset(name)
-        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/{name}.pt"
-        assert "MIT" in preset.licence and "https://github.com/openai/guided-diffusion" in preset.licence
+        when, code = ("march-2021", "improved") if preset.implied else ("jul-2021", "guided")
+        assert preset.url == f"https://openaipublic.blob.core.windows.net/diffusion/{when}/{name}.pt"
+        assert "MIT" in preset.licence and f"https://github.com/openai/{code}-diffusion" in preset.licence
 
 
 def test_fetched_after_saying_licence_and_size(server, tmp_path, content, parameters, capsys):
@@ -68,6 +66,7 @@ def test_fetched_after_saying_licence_and_size(server, tmp_path, content, parame
     assert capsys.readouterr().out.splitlines() == [
         f"tiny: diffusion, {parameters:,} parameters, guided by other", f"    address: {server.url}/tiny.pt",
         "    licence: MIT (LICENSE)", f"    size:    {len(content):,} bytes ({len(content) / 1e6:.2f}MB)",
+        "    runs in: image_sample, image_nll, classifier_sample",
         f"models/tiny.pt: fetched, {len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"]
     assert [method for method, *_ in server.requests] == ["HEAD", "GET"]
     assert os.listdir(tmp_path / "models") == ["tiny.pt"]
@@ -95,6 +94,17 @@ def test_list_asks_no_server(server, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "tiny: diffusion" in said and "other: diffusion" in said and "size:    about" in said
     assert server.requests == [] and not (tmp_path / "models").exists()
+
+
+def test_the_page_of_the_model_zoo_is_what_the_command_prints(capsys, tmp_path):
+    assert call("fetch_models", "--table") == 0
+    page = capsys.readouterr().out
+    assert page == (REPOSITORY / "docs" / "model_zoo.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    assert list(rows) == released_names()
+    assert "| upsampler | ImageNet | 64 to 256 | yes | 279,792,390 | 1.12GB | `super_res_sample` |" in (
+        rows["upsample_cond_500K"])
+    assert "no NAME can be given with --table" in refused(capsys, "tiny", "--table")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -196,7 +196,7 @@ def test_the_config_of_a_training_gives_its_network_and_leaves_out_its_training(
     with caplog.at_level(logging.INFO, "guided_diffusion"):
         options = parsed("--config", tmp_path / "x" / "config.json", "--num_samples", 3)
     assert options[SampleOptions].model_path == weights and options[DiffusionOptions].predict_v
-    assert (options[SampleOptions].out, options[SampleOptions].seed) == ("samples", 0)
+    assert (options[SampleOptions].out, options[SampleOptions].seed) == ("", 0)
     assert "data_dir, out, seed, lr are left out" in caplog.messages[0]
     options = parsed("--config", tmp_path / "x" / "config.json", classes=(ModelOptions, DiffusionOptions, TrainOptions))
     assert options[TrainOptions].data_dir == "photos" and options[TrainOptions].seed == 7

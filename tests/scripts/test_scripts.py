@@ -58,6 +58,8 @@ README = {
     "ADM 256 unconditional, classifier": ("classifier_sample", (
         f"{IMAGENET_256_UNCOND} {FEW} --classifier_scale 10.0 --classifier_path models/256x256_classifier.pt")),
     "ADM LSUN": ("image_sample", f"{LSUN} {FEW}"),
+    "ADM LSUN without dropout": ("image_sample", (
+        f"{LSUN} {FEW}".replace("--dropout 0.1", "--dropout 0.0").replace("lsun_horse", "lsun_horse_nodropout"))),
     "SAG 128 with classifier": ("classifier_sample", (
         f"{IMAGENET_128} {MANY} --classifier_path models/128x128_classifier.pt --classifier_scale 0.5 "
         "--classifier_guidance True --guide_scale 1.1 --guide_start 250 --sel_attn_block output --sel_attn_depth 8 "
@@ -309,7 +311,7 @@ def test_shipped_model_runs_by_name_with_its_classifier(shipped, command, classi
     assert (samples_in(tmp_path / "plain")[0] != named[0]).any()
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if "diffusion" in name or "lsun" in name])
+@pytest.mark.parametrize("name", [name for name in preset_names() if "diffusion" in name or name.startswith("lsun_")])
 def test_released_model_by_name(name, refused, tmp_path):
     options = options_of(
         "classifier_sample", ["--model", name, "--model_path", "model.pt", "--classifier_path", "classifier.pt"])

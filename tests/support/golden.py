@@ -5,6 +5,7 @@ the tests run on that one. `GOLDEN_CASES=DIR` names another folder.
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,13 @@ GOLDEN = Path(os.environ.get("GOLDEN_CASES") or (FULL if FULL.is_dir() else BUND
 def cases(pattern):
     """Paths of the golden files of that pattern, like unet_*.npz."""
     return sorted(GOLDEN.glob(pattern))
+
+
+def released_checkpoints():
+    """Of each released checkpoint: its kind, all its flags, its parameters, and the names and shapes of its weights."""
+    guided = json.loads((GOLDEN / "checkpoints.json").read_text())
+    improved = json.loads((GOLDEN / "checkpoints_improved.json").read_text())
+    return guided | {name: {**entry, "flags": entry["all_flags"]} for name, entry in improved.items()}
 
 
 def _load_fill():

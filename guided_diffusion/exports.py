@@ -1,0 +1,172 @@
+"""A model as a folder of its own, in the layout of model hubs, which `--model FOLDER` reads.
+
+    FOLDER/model.safetensors        the weights, whose metadata state the flags
+    FOLDER/classifier.safetensors   those of the classifier that guides the model, where there is one
+    FOLDER/config.json              kind, flags, and flags of guidance that suit the model
+    FOLDER/README.md                the model card
+
+The weights state all that the network needs; the other files are for readers, and for guidance.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .build import DiffusionOptions
+from .checkpoint import read_metadata
+from .entries import check_weights
+from .errors import UserError
+from .facts import check_options
+from .fetch import sha256_of, without_secrets
+from .files import check_folder, write_json, write_text
+from .late import Tensor
+from .options import Options, entry_option, option, required
+from .presets import Preset, find_preset
+from .stated import NETWORKS
+from .trainings import CONFIG, GUIDANCE_KEY
+
+_log = logging.getLogger(__name__)
+
+COMMANDS = {"diffusion": "image_sample", "upsampler": "super_res_sample"}
+OWN_LICENCE = "MIT, that of this project (LICENSE)"
+CARD = """---
+license: {tag}
+library_name: guided_diffusion
+tags: [diffusion, {kind}]
+pipeline_tag: {task}
+---
+
+# {name}
+
+A {kind} network of {parameters:,} parameters, for images of {size} pixels. {images}
+
+```sh
+python scripts/{command}.py --model {folder}{more}
+```
+
+- licence: {licence}
+- source: {source}
+- SHA-256 of `model.safetensors`: {sha256}
+
+## Flags
+
+The metadata of `model.safetensors` state them, so that no command needs them.
+
+{flags}
+
+## Limits
+
+{limits}
+"""
+LIMITS = ("Nothing is known here of how good its images are beyond what its source says. A network repeats what its "
+          "training images show, with their errors and omissions.")
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options):
+    """The model to export."""
+
+    model: str = required("a model by name: a bundled one, the folder of a training, or a released checkpoint")
+    model_path: str = option("", "file of a released checkpoint: a path, or an address")
+    classifier_path: str = option("", "file of the classifier of a released checkpoint; unset: none is exported")
+    checkpoint_entry: str = entry_option()
+    out: str = required("folder to write")
+    licence: str = option("", "licence of a model of your own, as the card names it; unset: the card says that none "
+                          "is stated")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export: its kind, all its flags, its weights by name, and what its file states beside."""
+
+    kind: str
+    options: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def read(cls, preset: Preset, path: str, entry: str = "") -> Source:
+        """Raises UserError where the file cannot be read, or is no network of the preset's flags."""
+        defaults = asdict(NETWORKS[preset.kind]()) | asdict(DiffusionOptions())
+        weights = checkpoint.load_state_dict(path, entry=entry)
+        check_weights(weights, path)
+        stated = read_metadata(checkpoint.locate(path))
+        options = defaults | (json.loads(stated["config"]) if "config" in stated else preset.options)
+        check_options({name: tuple(value.shape) for name, value in weights.items()}, options, path)
+        return cls(preset.kind, options, weights, {**stated, "config": json.dumps(options)})
+
+    def write(self, path: Path) -> None:
+        """Writes the weights, which state the flags."""
+        checkpoint.save_state(path, self.weights, self.metadata)
+
+
+def export_model(options: ExportOptions) -> Path:
+    """Writes the folder of a model; returns it. Raises UserError for a model or file that cannot be exported."""
+    preset = find_preset(options.model)
+    if preset.kind not in COMMANDS:
+        raise UserError(f"--model {preset.name}: is a classifier, which is exported with the model that it guides")
+    path = str(preset.path or options.model_path)
+    if not path:
+        raise UserError(f"--model_path is not given: name the file of {preset.name}, which "
+                        f"`python scripts/fetch_models.py {preset.name}` fetches")
+    if preset.path and options.model_path:
+        raise UserError(f"--model_path {without_secrets(options.model_path)}: {preset.name} has its file already, "
+                        "leave it out")
+    source, classifier = Source.read(preset, path, options.checkpoint_entry), _classifier(preset, options)
+    out = check_folder("--out", options.out)
+    if (out / CONFIG).exists() and not _is_export(out / CONFIG):
+        raise UserError(f"--out {out}: is the folder of a training, name another")
+    source.write(out / "model.safetensors")
+    if classifier:
+        classifier.write(out / "classifier.safetensors")
+    guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
+    left = [f"--{flag}" for flag in preset.guidance if flag not in guidance]
+    if left:
+        _log.info("%s: its files of %s are not exported", preset.name, " and ".join(left))
+    write_text(out / "README.md", _card(preset, source, options))
+    write_json(out / CONFIG, {"library_name": "guided_diffusion", "kind": source.kind, "model": dict(source.options),
+                              GUIDANCE_KEY: guidance})
+    return out
+
+
+def _is_export(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("library_name") == "guided_diffusion"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _classifier(preset: Preset, options: ExportOptions) -> Source | None:
+    """The classifier that goes with the model: a bundled one, that of a training, or the file that was given."""
+    if preset.classifier is None:
+        if options.classifier_path:
+            raise UserError(f"--classifier_path {without_secrets(options.classifier_path)}: no classifier is known for "
+                            f"{preset.name}")
+        return None
+    found = find_preset(preset.classifier)
+    path = str(found.path or options.classifier_path)
+    return Source.read(found, path) if path else None
+
+
+def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
+    own = preset.path is not None and preset.known
+    licence = preset.licence or (OWN_LICENCE if own else options.licence or "none is stated")
+    sizes = source.options
+    size = f"{sizes['small_size']} to {sizes['large_size']}" if source.kind == "upsampler" else sizes["image_size"]
+    folder = Path(options.out).name
+    return CARD.format(
+        tag="mit" if licence.startswith("MIT") else "other", kind=source.kind, name=Path(preset.name).name,
+        task="image-to-image" if source.kind == "upsampler" else "unconditional-image-generation",
+        parameters=sum(value.numel() for value in source.weights.values()), size=size,
+        images=f"It was trained on {preset.data}." if preset.data else "Its training images are not stated.",
+        command=COMMANDS[source.kind], folder=folder,
+        more=" --base_samples SAMPLES.npz" if source.kind == "upsampler" else "", licence=licence,
+        source=preset.url or ("bundled with this project" if own else "a training with this project"),
+        sha256=sha256_of(Path(options.out) / "model.safetensors"), limits=LIMITS,
+        flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))

@@ -1,0 +1,89 @@
+"""A model as a folder: what is written, and that the folder is the model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from commands import call, samples_in
+from networks import TINY, with_random_weights
+
+from guided_diffusion.build import ModelOptions, build_model
+from guided_diffusion.checkpoint import read_metadata
+from guided_diffusion.presets import find_preset
+from guided_diffusion.runs.command import read_run
+from guided_diffusion.runs.sample import SamplingRun
+
+SHORT = ("--timestep_respacing", 1, "--num_samples", 2, "--batch_size", 2)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "fmnist32"
+    assert call("export_model", "--model", "fmnist32", "--out", folder) == 0
+    return folder
+
+
+def test_a_folder_samples_what_the_model_samples(exported, tmp_path):
+    guided = ("--guide_scale", 1.2, "--classifier_scale", 2)
+    for name in ("fmnist32", exported):
+        out = tmp_path / f"out_{name == exported}"
+        assert call("classifier_sample", "--model", name, *SHORT, *guided, "--out", out) == 0
+    (one, labels), (other, same) = samples_in(tmp_path / "out_False"), samples_in(tmp_path / "out_True")
+    assert np.array_equal(one, other) and np.array_equal(labels, same)
+
+
+def test_the_folder_has_the_layout_of_a_hub(exported):
+    assert {path.name for path in exported.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "classifier.safetensors"}
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["library_name"], config["kind"]) == ("guided_diffusion", "diffusion")
+    assert config["guidance"] == find_preset("fmnist32").guidance
+    assert config["model"] == json.loads(read_metadata(exported / "model.safetensors")["config"])
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "--model fmnist32\n" in card and "`--image_size 32`" in card
+
+
+def test_a_released_checkpoint_states_its_flags_once_it_is_exported(tmp_path, monkeypatch):
+    preset = find_preset("cifar10_uncond_50M_500K")
+    path, small = tmp_path / "released.pt", {**preset.options, "num_channels": 32}
+    names = ModelOptions.__dataclass_fields__
+    network = build_model(ModelOptions(**{name: value for name, value in small.items() if name in names}))
+    torch.save(with_random_weights(network).state_dict(), path)
+    monkeypatch.setitem(preset.options, "num_channels", 32)
+    assert call("export_model", "--model", preset.name, "--model_path", path, "--out", tmp_path / "out") == 0
+    run, _ = read_run(["--model", str(tmp_path / "out")], SamplingRun)
+    assert run.diffusion.rescale_timesteps is True and run.model.num_channels == 32
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert preset.url in card and preset.licence in card and "trained on CIFAR-10" in card
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--model", "fmnist32_classifier"], "is a classifier"),
+    (["--model", "lsun_cat"], "--model_path is not given: name the file of lsun_cat"),
+    (["--model", "fmnist32", "--model_path", "x.pt"], "has its file already")])
+def test_what_cannot_be_exported(words, said, tmp_path, capsys):
+    assert call("export_model", *words, "--out", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_not_exported_is_said(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        assert call("export_model", "--model", "scenes32", "--out", tmp_path / "out") == 0
+    assert "scenes32: its files of --depth_predictor and --depth_prior are not exported" in caplog.messages
+
+
+def test_the_folder_of_a_training_is_not_overwritten_and_other_weights_are_refused(tmp_path, capsys, tiny_checkpoints):
+    (tmp_path / "config.json").write_text(json.dumps({"model": TINY, "training": {}}))
+    assert call("export_model", "--model", "fmnist32", "--out", tmp_path) == 2
+    assert "is the folder of a training" in capsys.readouterr().err
+    assert call("export_model", "--model", "lsun_cat", "--model_path", tiny_checkpoints / "model.safetensors", "--out",
+                tmp_path / "out") == 2
+    assert "--num_channels" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_damaged_guidance_in_a_folder_is_refused(exported, tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text('{"guidance": {"blur_sigma": [1]}}')
+    assert call("image_sample", "--model", tmp_path, *SHORT, "--out", tmp_path / "out") == 2
+    assert "its guidance must be values by the names of flags" in capsys.readouterr().err
