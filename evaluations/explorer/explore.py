@@ -96,8 +96,8 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str) -> str:
     second = options.second(run)
     if second is not None:
         if second.num_steps != run.num_steps:
-            raise UserError(f"--against {options.against}: makes {second.num_steps} steps, and the run {run.num_steps}, "
-                            "which must be the same")
+            raise UserError(f"--against {options.against}: makes {second.num_steps} steps, and the run {run.num_steps}"
+                            ", which must be the same")
         runs["against"] = second
     blocks = comma_separated(options.blocks)
     recorders = [Recorder(one, image_ids, blocks) for one in runs.values()]

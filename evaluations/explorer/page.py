@@ -145,10 +145,10 @@ def _setting(letter: str, recording: Recording, quality: int | None) -> dict[str
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
     """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
-    lines = [{"title": term.title, "values": _rounded(recording.arrays[f"term{number}_rms"])}
+    lines = [{"title": term.title, "sum": False, "values": _rounded(recording.arrays[f"term{number}_rms"])}
              for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
     if len(lines) > 1 and "eps_change_rms" in recording.arrays:
-        lines.append({"title": "all contrasts", "values": _rounded(recording.arrays["eps_change_rms"])})
+        lines.append({"title": "all contrasts", "sum": True, "values": _rounded(recording.arrays["eps_change_rms"])})
     return lines
 
 

@@ -69,7 +69,7 @@
   // Draws a picture into a canvas; returns its title, and a note on it.
   function paint(canvas, letter, name, image) {
     const context = canvas.getContext('2d', {willReadFrequently: true});
-    let title, note = '';
+    let title, note = '', off = false;
     if (letter === 'A-B') {
       paintDifference(context, name, image);
       title = settings[0].pictures[name].title;
@@ -79,6 +79,7 @@
       title = picture.title;
       if (picture.term !== null && !one.terms[picture.term].active[shown.step]) {
         context.clearRect(0, 0, width, height);
+        off = true;
         note = 'not guided at this step';
       } else {
         paintSheet(context, picture, image, width, height);
@@ -88,6 +89,7 @@
         }
       }
     }
+    canvas.classList.toggle('off', off);
     const setTitle = settings.length > 1 ? `${letter}: ` : '';
     canvas.setAttribute('aria-label', `${setTitle}${title}, image ${data.images[image]}, ${place()}` +
                                       (note ? `, ${note}` : ''));
@@ -96,7 +98,7 @@
 
   const place = () => `step ${shown.step + 1} of ${count}`;
   const written = value => !value ? '0' : Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3
-    ? value.toExponential(1) : String(Number(value.toPrecision(3)));
+    ? value.toExponential(1).replace('.0e', 'e').replace('e+', 'e') : String(Number(value.toPrecision(3)));
 
   // Attention
 
@@ -131,6 +133,7 @@
 
   // Time line and chart
 
+  const DASHES = ['', '6 4', '2 5', '8 3 2 3'];      // of a term and of the sum, of A and of B
   const colour = place => `var(--c${place % 6})`;
   const element = (name, attributes, text) => {
     const one = document.createElementNS('http://www.w3.org/2000/svg', name);
@@ -139,11 +142,12 @@
     return one;
   };
   const MARGIN = {left: 64, right: 12, top: 12, bottom: 28};
-  const at = (box, step) => MARGIN.left + (box.clientWidth - MARGIN.left - MARGIN.right) *
+  const wide = box => Math.max(200, box.clientWidth);       // also before the page has any width
+  const at = (box, step) => MARGIN.left + (wide(box) - MARGIN.left - MARGIN.right) *
     (count > 1 ? step / (count - 1) : 0.5);
 
   function frame(box) {
-    const w = box.clientWidth, h = box.clientHeight;
+    const w = wide(box), h = box.clientHeight;
     const svg = element('svg', {width: w, height: h, 'aria-hidden': 'true'});
     svg.append(element('text', {x: MARGIN.left, y: h - 8}, 'noise'),
                element('text', {x: w - MARGIN.right, y: h - 8, 'text-anchor': 'end'}, 'image'));
@@ -151,21 +155,27 @@
     return svg;
   }
 
-  function axis(svg, box, bottom, values) {
+  function axis(svg, box, values) {
     for (const [value, y] of values) {
-      svg.append(element('line', {x1: MARGIN.left, x2: box.clientWidth - MARGIN.right, y1: y, y2: y,
+      svg.append(element('line', {x1: MARGIN.left, x2: wide(box) - MARGIN.right, y1: y, y2: y,
                                   stroke: 'var(--grid)'}),
                  element('text', {x: MARGIN.left - 6, y: y + 4, 'text-anchor': 'end'}, written(value)));
     }
   }
 
   function line(svg, box, values, y, stroke, dash) {
-    if (count === 1) {
-      svg.append(element('circle', {cx: at(box, 0), cy: y(values[0]), r: 4, fill: stroke}));
-      return;
-    }
-    svg.append(element('polyline', {points: values.map((value, step) => `${at(box, step)},${y(value)}`).join(' '),
-                                    fill: 'none', stroke, 'stroke-width': 2, 'stroke-dasharray': dash}));
+    let points = [];
+    const end = () => {
+      if (points.length === 1) svg.append(element('circle', {cx: points[0][0], cy: points[0][1], r: 4, fill: stroke}));
+      else svg.append(element('polyline', {points: points.join(' '), fill: 'none', stroke, 'stroke-width': 2,
+                                           'stroke-dasharray': dash}));
+      points = [];
+    };
+    values.forEach((value, step) => {
+      if (value !== null) points.push([at(box, step), y(value)]);
+      else if (points.length) end();
+    });
+    if (points.length) end();
   }
 
   function marker(svg, box) {
@@ -183,7 +193,7 @@
     const y = value => MARGIN.top + 8 + (bottom - MARGIN.top - 16) * (high - value) / (high - low);
     const ticks = [];
     for (let power = Math.ceil(low); power <= high; power++) ticks.push([10 ** power, y(power)]);
-    axis(svg, box, bottom, ticks);
+    axis(svg, box, ticks);
     line(svg, box, logs, y, 'var(--text)', '');
     svg.append(element('text', {x: MARGIN.left + 6, y: bottom - 8}, 'sigma'));
     const half = count > 1 ? (at(box, 1) - at(box, 0)) / 2 : 20;
@@ -192,7 +202,7 @@
       term.active.forEach((on, step) => {
         if (!on) return;
         const left = Math.max(MARGIN.left, at(box, step) - half);
-        const right = Math.min(box.clientWidth - MARGIN.right, at(box, step) + half);
+        const right = Math.min(wide(box) - MARGIN.right, at(box, step) + half);
         svg.append(element('rect', {x: left, y: top + 17, width: right - left + 0.3, height: 5, fill: colour(number)}));
       });
       svg.append(element('text', {x: MARGIN.left, y: top + 13},
@@ -206,16 +216,16 @@
     if (!box) return;
     const lines = settings.flatMap((one, place) => one.rms.map((rms, number) => (
       {title: (settings.length > 1 ? `${one.letter}: ` : '') + rms.title, values: rms.values[shown.image],
-       stroke: colour(number), dash: place ? '6 4' : ''})));
+       drawn: rms.values[shown.image].map(value => value || null),      // of 0 there is no logarithm
+       stroke: colour(number), dash: DASHES[2 * rms.sum + place]})));
     const svg = frame(box), bottom = box.clientHeight - MARGIN.bottom;
     const positive = lines.flatMap(one => one.values).filter(value => value > 0).map(Math.log10);
     const low = Math.floor(Math.min(...positive, 0)), high = Math.max(...positive.map(Math.ceil), low + 1);
-    const y = value => MARGIN.top + (bottom - MARGIN.top) * (high - Math.max(low, Math.log10(Math.max(value, 1e-30)))) /
-      (high - low);
+    const y = value => MARGIN.top + (bottom - MARGIN.top) * (high - Math.log10(value)) / (high - low);
     const stride = Math.ceil((high - low) / 6), ticks = [];
     for (let power = low; power <= high; power += stride) ticks.push([10 ** power, y(10 ** power)]);
-    axis(svg, box, bottom, ticks);
-    lines.forEach(one => line(svg, box, one.values, y, one.stroke, one.dash));
+    axis(svg, box, ticks);
+    lines.forEach(one => line(svg, box, one.drawn, y, one.stroke, one.dash));
     marker(svg, box);
     byId('legend').replaceChildren(...lines.map(one => {
       const item = document.createElement('li'), sample = element('svg', {width: 28, height: 8, 'aria-hidden': 'true'});
@@ -330,7 +340,7 @@
     for (const box of all('.plot')) {
       const move = event => {
         const part = (event.clientX - box.getBoundingClientRect().left - MARGIN.left) /
-          (box.clientWidth - MARGIN.left - MARGIN.right);
+          (wide(box) - MARGIN.left - MARGIN.right);
         go(Math.round(part * (count - 1)));
       };
       box.addEventListener('pointerdown', event => { box.setPointerCapture(event.pointerId); move(event); });
