@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = SamplingRun.of(options)
     say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against")])
     words = sys.argv[1:] if argv is None else argv
-    print(explore(run, own, without_secrets(shlex.join(["python", "scripts/explore.py", *words]))))
+    command = without_secrets(shlex.join(["python", "scripts/explore.py", *words]))
+    print(explore(run, own, command, parser.given))
 
 
 if __name__ == "__main__":

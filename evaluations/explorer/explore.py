@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import Options, comma_separated, nearest, option, option_fields
 from guided_diffusion.progress import progress_bar
+from guided_diffusion.runs.command import say_without_effect
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
 
@@ -25,6 +27,7 @@ from .recording import Recorder
 LOG = logging.getLogger(__name__)
 
 MOST_IMAGES = 64
+OF_FILES = ("num_samples", "overwrite", "keep_shards", "log_every", "auto_batch", "compile")
 PLAIN = "none"
 
 
@@ -73,7 +76,9 @@ class ExploreOptions(Options):
                 raise UserError(f"--against {word}: must be NAME=VALUE, with an option of guidance or samplers"
                                 f"{nearest(name, known)}, or {PLAIN}")
             values[name] = value
-        return run.changed(**values)
+        second = run.changed(**values)
+        say_without_effect(second, list(values))
+        return second
 
 
 def _words(text: str) -> list[str]:
@@ -83,15 +88,17 @@ def _words(text: str) -> list[str]:
         raise UserError(f"--against {text}: a quotation mark is missing") from None
 
 
-def explore(run: SamplingRun, options: ExploreOptions, command: str) -> str:
+def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Collection[str] = ()) -> str:
     """Records, writes the files into the output folder of the run, and says where they are.
 
-    command: the command line, which the page shows. Raises UserError for whatever is wrong with the options, before the
+    given: options that the user gave; those of OF_FILES have no effect, which is logged. command: the command line, which the page shows. Raises UserError for whatever is wrong with the options, before the
     first image is sampled, and for a page that would be too large.
     """
+    idle = [f"--{name}" for name in OF_FILES if name in given]
+    if idle:
+        LOG.warning("without effect: %s (they are of runs that write samples)", ", ".join(idle))
     folder, image_ids = check_folder("--out", run.out), options.image_ids
-    # So that every image has a label.
-    run = run.decided().changed(num_samples=max(run.sample.num_samples, image_ids[-1] + 1))
+    run = run.decided().changed(num_samples=image_ids[-1] + 1)          # as many as need labels
     runs = {"recording": run}
     second = options.second(run)
     if second is not None:
