@@ -68,7 +68,8 @@ class ExploreOptions(Options):
             return None
         if self.against.strip() == PLAIN:
             return replace(run, guidance=tuple(type(one)() if one.active else one for one in run.guidance))
-        known = {field.name for kind in (*GUIDANCE, *SAMPLERS.values()) for field in option_fields(kind)}
+        known = {"sampler", "use_ddim"}
+        known |= {field.name for kind in (*GUIDANCE, *SAMPLERS.values()) for field in option_fields(kind)}
         values = {}
         for word in _words(self.against):
             name, equals, value = word.removeprefix("--").partition("=")
@@ -91,8 +92,9 @@ def _words(text: str) -> list[str]:
 def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Collection[str] = ()) -> str:
     """Records, writes the files into the output folder of the run, and says where they are.
 
-    given: options that the user gave; those of OF_FILES have no effect, which is logged. command: the command line, which the page shows. Raises UserError for whatever is wrong with the options, before the
-    first image is sampled, and for a page that would be too large.
+    command: the command line, which the page shows. given: options that the user gave; those of OF_FILES have no
+    effect, which is logged. Raises UserError for whatever is wrong with the options, before the first image is sampled,
+    and for a page that would be too large.
     """
     idle = [f"--{name}" for name in OF_FILES if name in given]
     if idle:
@@ -115,7 +117,7 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
         recording.write(folder / f"{name}.npz")
         lines.append(f"arrays: {folder / f'{name}.npz'} ({recording.bytes:,} bytes, and as much memory)")
     model = run.sample.model or Path(run.sample.model_path).name
-    title = f"{model}: {run.sampler.title}, {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
+    title = f"{model}: {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
     size = write_page(folder / "explore.html", recordings, title, command)
     return "\n".join([f"page:   {folder / 'explore.html'} ({size:,} bytes)", *lines])
 

@@ -55,9 +55,9 @@ class Term:
 class Recording:
     """The steps of N images under one setting, from noise to image, S steps.
 
-    image_ids, labels: N numbers; labels is empty where there are none. steps: respaced indices. sigma: the noise level
-    before each step. blocks: the grid (h, w) of each block whose attention was recorded. block, psi: of the method that
-    reads attention, "" and 1 without one.
+    title: guidance and sampler in words. image_ids, labels: N numbers; labels is empty where there are none. steps:
+    respaced indices. sigma: the noise level before each step. blocks: the grid (h, w) of each block whose attention was
+    recorded. block, psi: of the method that reads attention, "" and 1 without one.
 
     arrays: (N, S, ...) each but for `sample`. x_t (C, H, W), the image before the step; x0_unguided, x0: as predicted
     without and with all contrasts; eps_change: of all contrasts together, after transforms; sample (N, C, H, W): the
@@ -220,7 +220,7 @@ class Recorder:
         labels = () if self.labels is None else tuple(self.labels.tolist())
         block = (self.method.attention_block if self.method else "") or ""
         return Recording(
-            self.run.title(), tuple(self.image_ids), labels, steps,
+            f"{self.run.title()}; {self.run.sampler.title}", tuple(self.image_ids), labels, steps,
             tuple(np.sqrt((1 - abar) / np.maximum(abar, 1e-12)).tolist()), terms,
             {name: self.grids[name] for name in self.blocks}, block,
             1.0 if self.method is None else float(self.method.attention_threshold), self.arrays)

@@ -107,7 +107,7 @@
     const name = byId('block').value, psi = Number(byId('psi').value), heat = byId('shown').value === 'heat';
     byId('psi_value').value = (psi / data.psi_steps).toFixed(2);
     for (const canvas of all('canvas[data-attention]')) {
-      const one = setting(canvas.dataset.attention), block = one.attention[name], context = canvas.getContext('2d');
+      const one = setting(canvas.dataset.attention), block = one.attention[name], context = canvas.getContext('2d', {willReadFrequently: true});
       const [rows, cells] = block.grid, tokens = rows * cells;
       const first = (shown.image * count + shown.step) * tokens;
       const received = block.received.subarray(first, first + tokens);
@@ -148,7 +148,7 @@
 
   function frame(box) {
     const w = wide(box), h = box.clientHeight;
-    const svg = element('svg', {width: w, height: h, 'aria-hidden': 'true'});
+    const svg = element('svg', {width: w, height: h, viewBox: `0 0 ${w} ${h}`, 'aria-hidden': 'true'});
     svg.append(element('text', {x: MARGIN.left, y: h - 8}, 'noise'),
                element('text', {x: w - MARGIN.right, y: h - 8, 'text-anchor': 'end'}, 'image'));
     box.replaceChildren(svg);
