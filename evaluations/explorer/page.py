@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -72,8 +72,9 @@ def write_page(path: str | Path, recordings: Sequence[Recording], title: str, co
     Pictures are without loss where the page stays below `limit` bytes, else as good as the limit lets them be, which is
     logged and stands in the page. Raises UserError where even that is too much, and where the file cannot be written.
     """
+    lossless: dict[tuple[str, str], Any] = {}
     for quality in QUALITIES:
-        text = page(recordings, title, command, quality)
+        text = page(recordings, title, command, quality, lossless)
         size = len(text.encode())
         if size <= limit:
             if quality is not None:
@@ -91,8 +92,13 @@ def lossy(quality: int | None) -> str:
     return f"pictures are compressed with loss (WebP, quality {quality}), to keep the page small; recording.npz is not"
 
 
-def page(recordings: Sequence[Recording], title: str, command: str, quality: int | None = None) -> str:
-    """Returns the page; quality: of its pictures, see QUALITIES."""
+def page(recordings: Sequence[Recording], title: str, command: str, quality: int | None = None,
+         lossless: dict[tuple[str, str], Any] | None = None) -> str:
+    """Returns the page; quality: of its pictures, see QUALITIES.
+
+    lossless: keeps what is the same at every quality, changes and masks, from one call to the next.
+    """
+    kept = {} if lossless is None else lossless
     first = recordings[0]
     height, width = first.arrays["x_t"].shape[-2:]
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -101,7 +107,7 @@ def page(recordings: Sequence[Recording], title: str, command: str, quality: int
     data = {
         "steps": first.steps, "sigma": first.sigma, "images": first.image_ids, "labels": first.labels,
         "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "psi_steps": PSI_STEPS,
-        "settings": [_setting(letter, one, quality) for letter, one in zip(LETTERS, recordings, strict=False)]}
+        "settings": [_setting(letter, one, quality, kept) for letter, one in zip(LETTERS, recordings, strict=False)]}
     return environment.get_template("explorer.html.jinja").render(
         title=title, command=command, first=first, settings=list(zip(LETTERS, recordings, strict=False)),
         kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},
@@ -128,19 +134,27 @@ def _json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _setting(letter: str, recording: Recording, quality: int | None) -> dict[str, Any]:
+def _setting(letter: str, recording: Recording, quality: int | None, lossless: dict[tuple[str, str], Any],
+             ) -> dict[str, Any]:
     pictures = {}
     for kind in picture_kinds(recording):
-        scale, levels = _levels(recording.arrays[kind.name], kind.drawn)
-        pictures[kind.name] = {
-            "title": kind.title, "drawn": kind.drawn, "term": kind.term, "scale": scale,
-            "sheets": [_sheet_uri(one, quality if kind.drawn == COLOUR else None) for one in levels]}
+        values, key = recording.arrays[kind.name], (letter, kind.name)
+        if kind.drawn == COLOUR:
+            pictures[kind.name] = _picture(kind, values, quality)
+        else:
+            pictures[kind.name] = lossless[key] = lossless.get(key) or _picture(kind, values, None)
     return {
         "letter": letter, "title": recording.title, "block": recording.block, "psi": recording.psi,
         "terms": [{"title": term.title, "kind": term.kind, "active": term.active} for term in recording.terms],
         "pictures": pictures, "rms": list(_rms(recording)), "losses": list(_losses(recording)),
         "attention": {name: {"grid": grid, "data": _attention(recording.arrays[f"attention_{name}"])}
                       for name, grid in recording.blocks.items()}}
+
+
+def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict[str, Any]:
+    scale, levels = _levels(values, kind.drawn)
+    return {"title": kind.title, "drawn": kind.drawn, "term": kind.term, "scale": scale,
+            "sheets": [_sheet_uri(one, quality) for one in levels]}
 
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
@@ -202,6 +216,8 @@ def _sheet_uri(levels: np.ndarray, quality: int | None) -> str:
     sheet = sheet.reshape(rows, columns, *levels.shape[1:]).swapaxes(1, 2)
     picture = Image.fromarray(sheet.reshape(rows * height, columns * width, *levels.shape[3:]))
     file, kind = io.BytesIO(), "png" if quality is None else "webp"
-    save: Callable[..., None] = picture.save
-    save(file, format=kind.upper(), **({"optimize": True} if quality is None else {"quality": quality, "method": 2}))
+    if quality is None:
+        picture.save(file, format="PNG")
+    else:
+        picture.save(file, format="WEBP", quality=quality, method=2)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
