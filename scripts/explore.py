@@ -23,7 +23,8 @@ from guided_diffusion.runs.sample import SamplingRun
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    parser = options_parser(argv, ExploreOptions, *SamplingRun.classes(), description=__doc__)
+    parser = options_parser(argv, ExploreOptions, *SamplingRun.classes(), description=__doc__,
+                            defaults={"out": "explore"})
     _, (own, *options) = parser.read(argv, SamplingRun.preset_values)
     run = SamplingRun.of(options)
     say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against")])
