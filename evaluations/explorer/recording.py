@@ -85,11 +85,12 @@ class Recording:
         return sum(array.nbytes for array in self.arrays.values())
 
     def write(self, path: str | Path) -> None:
-        """Writes an .npz of all arrays and of image_ids, labels, steps, sigma, terms, kinds and active (K, S)."""
+        """Writes an .npz of all arrays and of image_ids, labels, steps, sigma, terms, scales, kinds and active (K, S)."""
         write_batch(path, {
             "image_ids": np.array(self.image_ids), "labels": np.array(self.labels, np.int64),
             "steps": np.array(self.steps), "sigma": np.array(self.sigma),
             "terms": np.array([term.title for term in self.terms], np.str_),
+            "scales": np.array([term.scale for term in self.terms], np.float64),
             "kinds": np.array([term.kind for term in self.terms], np.str_),
             "active": np.array([term.active for term in self.terms], bool).reshape(-1, len(self.steps)),
             **self.arrays})

@@ -128,6 +128,7 @@ def test_the_command(tiny_checkpoints, tmp_path, capsys):
     assert f"page:   {tmp_path / 'out' / 'explore.html'}" in out
     with np.load(tmp_path / "out" / "recording.npz") as first, np.load(tmp_path / "out" / "against.npz") as second:
         assert first["image_ids"].tolist() == [0, 3] and first["terms"].tolist() == ["SAG s = 0.5"]
+        assert first["scales"].tolist() == [0.5] and first["kinds"].tolist() == ["contrast"]
         assert first["active"].shape == (1, 2) and second["active"].shape == (0, 2)
         assert np.array_equal(first["x_t"][:, 0], second["x_t"][:, 0])
     assert "scripts/explore.py" in (tmp_path / "out" / "explore.html").read_text()
