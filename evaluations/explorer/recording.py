@@ -85,7 +85,7 @@ class Recording:
         return sum(array.nbytes for array in self.arrays.values())
 
     def write(self, path: str | Path) -> None:
-        """Writes an .npz of all arrays and of image_ids, labels, steps, sigma, terms, scales, kinds and active (K, S)."""
+        """Writes an .npz: all arrays, image_ids, labels, steps, sigma, terms, scales, kinds and active (K, S)."""
         write_batch(path, {
             "image_ids": np.array(self.image_ids), "labels": np.array(self.labels, np.int64),
             "steps": np.array(self.steps), "sigma": np.array(self.sigma),
