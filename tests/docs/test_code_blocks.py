@@ -30,6 +30,7 @@ SMALLER = {
     "benchmark": {"rounds": 1, "batch_size": 2},
     "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
     "reproduce": {"num_samples": 8, "evaluation_seconds": 0.05},
+    "explore": {"images": "0:2", "timestep_respacing": 2},
     "probe": {"num_images": 2, "batch_size": 2, "levels": 1},
 }
 ACTIVATION = ". .venv/bin/activate\n"

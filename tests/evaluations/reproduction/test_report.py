@@ -3,10 +3,10 @@
 import copy
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
+from browser import SIZES, TEXTS, contrast
 
 from evaluations.metrics import METRICS
 from evaluations.reproduction.charts import Point, chart
@@ -15,7 +15,6 @@ from guided_diffusion.errors import UserError
 
 SHA256 = "3b7f9a0c" * 8
 ORDER = ("fid", "sfid", "is", "precision", "recall", "dfid")
-SIZES = {"phone": (390, 844, True), "desk": (1280, 900, False)}
 
 
 # A small table without published numbers, and one with them
@@ -263,27 +262,6 @@ def test_a_chart_of_one_point():
 
 # What a reader sees
 
-TEXTS = """
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
-const colour = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-while (walker.nextNode()) {
-  const node = walker.currentNode, element = node.parentElement;
-  if (!node.data.trim() || element.closest('caption') || !element.checkVisibility()) continue;
-  const style = getComputedStyle(element), svg = element.ownerSVGElement, range = document.createRange();
-  range.selectNodeContents(node);
-  const rect = range.getBoundingClientRect();
-  let paper = [255, 255, 255];
-  for (let other = element; other; other = other.parentElement) {
-    const behind = colour(getComputedStyle(other).backgroundColor);
-    if (behind.length == 3 || behind[3] == 1) { paper = behind; break; }
-  }
-  const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
-  found.push({text: node.data.trim(), width: rect.width, height: rect.height, size: parseFloat(style.fontSize) * scale,
-              ink: colour(svg ? style.fill : style.color), paper: paper});
-}
-return found;
-"""
-
 TABLES = """
 return [...document.querySelectorAll('section')].map(section => ({
   heading: section.querySelector('h2').innerText,
@@ -312,26 +290,6 @@ return [...document.querySelectorAll('.scroll.white')].filter(box => box.querySe
 """
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("needs chromium and chromedriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = selenium.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
-
-
 @pytest.fixture(scope="module", params=["small", "published"])
 def report(request, tmp_path_factory, pictures):
     """Results, and the file of their report."""
@@ -339,17 +297,6 @@ def report(request, tmp_path_factory, pictures):
     path = tmp_path_factory.mktemp(request.param) / "report.html"
     write_report(path, results, pictures if request.param == "small" else Pictures())
     return results, path
-
-
-def contrast(ink, paper):
-    """As WCAG 2.1 defines it, of two sRGB colours."""
-    def luminance(colour):
-        linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055)**2.4
-                  for value in (channel / 255 for channel in colour[:3])]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted((luminance(ink), luminance(paper)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def numbers_in(text):

@@ -1,0 +1,123 @@
+"""Exploring a sampling run: chosen images are recorded, under one setting or two, and written as arrays and a page.
+
+The output folder holds explore.html, which is the whole page, and recording.npz (see `recording.Recording`); with a
+second setting also against.npz, its recording.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_folder
+from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.options import Options, comma_separated, nearest, option, option_fields
+from guided_diffusion.progress import progress_bar
+from guided_diffusion.runs.command import say_without_effect
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS
+
+from .page import write_page
+from .recording import Recorder
+
+LOG = logging.getLogger(__name__)
+
+MOST_IMAGES = 64
+OF_FILES = ("num_samples", "overwrite", "keep_shards", "log_every", "auto_batch", "compile")
+PLAIN = "none"
+
+
+@dataclass(frozen=True)
+class ExploreOptions(Options):
+    """The explorer."""
+
+    images: str = option("0:8", "numbers of the images, like 0:8 (0 to 7) or 3,5,12")
+    blocks: str = option("", "attention blocks to record, like middle,output.2; unset: all")
+    against: str = option("", "a second setting of the same seeds: other values of options of guidance and samplers, "
+                         f"like \"guide_scale=1.5 blur_sigma=9\", or {PLAIN} for no guidance")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.image_ids          # which raises for what is not allowed
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The numbers of the images, rising. Raises UserError for anything but one to MOST_IMAGES different numbers."""
+        refusal = UserError(f"--images {self.images}: must be a range of numbers from 0 up, like 0:8, or a list of "
+                            f"them, like 3,5,12, of at most {MOST_IMAGES}")
+        numbers: set[int] = set()
+        for part in comma_separated(self.images):
+            first, colon, end = part.partition(":")
+            if not first.isdecimal() or (colon and not end.isdecimal()):
+                raise refusal
+            span = range(int(first), int(end) if colon else int(first) + 1)
+            if not 0 < len(span) <= MOST_IMAGES:
+                raise refusal
+            numbers |= set(span)
+        if not 0 < len(numbers) <= MOST_IMAGES:
+            raise refusal
+        return sorted(numbers)
+
+    def second(self, run: SamplingRun) -> SamplingRun | None:
+        """The run of --against; None where there is none. Raises UserError for what is not allowed there."""
+        if not self.against:
+            return None
+        if self.against.strip() == PLAIN:
+            return replace(run, guidance=tuple(type(one)() if one.active else one for one in run.guidance))
+        known = {"sampler", "use_ddim"}
+        known |= {field.name for kind in (*GUIDANCE, *SAMPLERS.values()) for field in option_fields(kind)}
+        values = {}
+        for word in _words(self.against):
+            name, equals, value = word.removeprefix("--").partition("=")
+            if not equals or name not in known:
+                raise UserError(f"--against {word}: must be NAME=VALUE, with an option of guidance or samplers"
+                                f"{nearest(name, known)}, or {PLAIN}")
+            values[name] = value
+        second = run.changed(**values)
+        say_without_effect(second, list(values))
+        return second
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise UserError(f"--against {text}: a quotation mark is missing") from None
+
+
+def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Collection[str] = ()) -> str:
+    """Records, writes the files into the output folder of the run, and says where they are.
+
+    command: the command line, which the page shows. given: options that the user gave; those of OF_FILES have no
+    effect, which is logged. Raises UserError for whatever is wrong with the options, before the first image is sampled,
+    and for a page that would be too large.
+    """
+    idle = [f"--{name}" for name in OF_FILES if name in given]
+    if idle:
+        LOG.warning("without effect: %s (they are of runs that write samples)", ", ".join(idle))
+    folder, image_ids = check_folder("--out", run.out), options.image_ids
+    run = run.decided().changed(num_samples=image_ids[-1] + 1)          # as many as need labels
+    runs = {"recording": run}
+    second = options.second(run)
+    if second is not None:
+        if second.num_steps != run.num_steps:
+            raise UserError(f"--against {options.against}: makes {second.num_steps} steps, and the run {run.num_steps}"
+                            ", which must be the same")
+        runs["against"] = second
+    blocks = comma_separated(options.blocks)
+    recorders = [Recorder(one, image_ids, blocks) for one in runs.values()]
+    with progress_bar(sum(one.num_steps for one in runs.values()) * len(image_ids), "recorded", "step") as progress:
+        recordings = [recorder.record(progress.update) for recorder in recorders]
+    lines = []
+    for name, recording in zip(runs, recordings, strict=True):
+        recording.write(folder / f"{name}.npz")
+        lines.append(f"arrays: {folder / f'{name}.npz'} ({recording.bytes:,} bytes, and as much memory)")
+    model = run.sample.model or Path(run.sample.model_path).name
+    title = f"{model}: {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
+    size = write_page(folder / "explore.html", recordings, title, command)
+    return "\n".join([f"page:   {folder / 'explore.html'} ({size:,} bytes)", *lines])
+

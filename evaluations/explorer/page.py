@@ -1,0 +1,223 @@
+"""The explorer's page: recordings as one HTML file, which holds its pictures and its script and loads nothing.
+
+What stands in it is prepared here; how it looks and moves is in templates/.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import write_text
+
+from .recording import Recording
+
+LOG = logging.getLogger(__name__)
+
+LIMIT = 25_000_000              # bytes of a page
+QUALITIES = (None, 90, 80, 65, 50, 35)      # of pictures: None is without loss, else WebP of that quality
+LETTERS = "AB"
+PSI_STEPS = 100                 # received attention is in hundredths, rounded up, so that r > k / 100 stays exact
+
+COLOUR, SIGNED, MASK = "colour", "signed", "mask"
+
+
+@dataclass(frozen=True)
+class PictureKind:
+    """A kind of picture that a recording has of every image and step.
+
+    name: of its array. title: in words. drawn: COLOUR (pixels), SIGNED (around 0, blue and red) or MASK (0 to 1). term:
+    the number of the term that it belongs to; None where it is of the step itself.
+    """
+
+    name: str
+    title: str
+    drawn: str
+    term: int | None = None
+
+
+def picture_kinds(recording: Recording) -> list[PictureKind]:
+    """The kinds of pictures that there are, in the order in which they are shown."""
+    kinds = [PictureKind("x_t", "x_t", COLOUR), PictureKind("x0_unguided", "predicted x0, unguided", COLOUR),
+             PictureKind("x0", "predicted x0, guided", COLOUR),
+             PictureKind("eps_change", "change of eps, all contrasts", SIGNED)]
+    for number, term in enumerate(recording.terms):
+        kinds += [PictureKind(f"term{number}_degraded", f"{term.title}: degraded input", COLOUR, number),
+                  PictureKind(f"term{number}_mask", f"{term.title}: mask", MASK, number),
+                  PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number)]
+    present = [kind for kind in kinds if kind.name in recording.arrays]
+    changes = [kind for kind in present if kind.drawn == SIGNED and kind.term is not None]
+    # One contrast alone is the sum of all.
+    return [kind for kind in present if kind.name != "eps_change" or len(changes) > 1]
+
+
+def write_page(path: str | Path, recordings: Sequence[Recording], title: str, command: str, limit: int = LIMIT) -> int:
+    """Writes the page of one or two recordings of the same images and steps; returns its size in bytes.
+
+    Pictures are without loss where the page stays below `limit` bytes, else as good as the limit lets them be, which is
+    logged and stands in the page. Raises UserError where even that is too much, and where the file cannot be written.
+    """
+    lossless: dict[tuple[str, str], Any] = {}
+    for quality in QUALITIES:
+        text = page(recordings, title, command, quality, lossless)
+        size = len(text.encode())
+        if size <= limit:
+            if quality is not None:
+                LOG.info("%s: %s", path, lossy(quality))
+            write_text(path, text)
+            return size
+    raise UserError(f"--images: the page would take {size:,} bytes, and the limit is {limit:,}; record fewer images, "
+                    "or fewer steps with --timestep_respacing")
+
+
+def lossy(quality: int | None) -> str:
+    """What is said of pictures of that quality."""
+    if quality is None:
+        return "pictures are without loss"
+    return f"pictures are compressed with loss (WebP, quality {quality}), to keep the page small; recording.npz is not"
+
+
+def page(recordings: Sequence[Recording], title: str, command: str, quality: int | None = None,
+         lossless: dict[tuple[str, str], Any] | None = None) -> str:
+    """Returns the page; quality: of its pictures, see QUALITIES.
+
+    lossless: keeps what is the same at every quality, changes and masks, from one call to the next.
+    """
+    kept = {} if lossless is None else lossless
+    first = recordings[0]
+    height, width = first.arrays["x_t"].shape[-2:]
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                              undefined=StrictUndefined)
+    script, style = _asset("explorer.js"), _asset("explorer.css")
+    data = {
+        "steps": first.steps, "sigma": first.sigma, "images": first.image_ids, "labels": first.labels,
+        "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "psi_steps": PSI_STEPS,
+        "settings": [_setting(letter, one, quality, kept) for letter, one in zip(LETTERS, recordings, strict=False)]}
+    return environment.get_template("explorer.html.jinja").render(
+        title=title, command=command, first=first, settings=list(zip(LETTERS, recordings, strict=False)),
+        kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},
+        shared=[kind for kind in picture_kinds(first)[:3]] if len(recordings) > 1 else [],
+        width=width, height=height, enlarged=max(1, 256 // width), quality=lossy(quality), blocks=list(first.blocks),
+        script=Markup(script), style=Markup(style), script_hash=_hash(script), style_hash=_hash(style),
+        data=Markup(_json(data)), rms_chart=any(_rms(one) for one in recordings))
+
+
+def _asset(name: str) -> str:
+    """A file of templates/, between the line ends that the template puts around it."""
+    text = (package_files(__package__) / "templates" / name).read_text(encoding="utf-8")
+    return f"\n{text}"
+
+
+def _hash(text: str) -> str:
+    """What a content security policy calls a script or a style sheet."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in an HTML element: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _setting(letter: str, recording: Recording, quality: int | None, lossless: dict[tuple[str, str], Any],
+             ) -> dict[str, Any]:
+    pictures = {}
+    for kind in picture_kinds(recording):
+        values, key = recording.arrays[kind.name], (letter, kind.name)
+        if kind.drawn == COLOUR:
+            pictures[kind.name] = _picture(kind, values, quality)
+        else:
+            pictures[kind.name] = lossless[key] = lossless.get(key) or _picture(kind, values, None)
+    return {
+        "letter": letter, "title": recording.title, "block": recording.block, "psi": recording.psi,
+        "terms": [{"title": term.title, "kind": term.kind, "active": term.active} for term in recording.terms],
+        "pictures": pictures, "rms": list(_rms(recording)), "losses": list(_losses(recording)),
+        "attention": {name: {"grid": grid, "data": _attention(recording.arrays[f"attention_{name}"])}
+                      for name, grid in recording.blocks.items()}}
+
+
+def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict[str, Any]:
+    scale, levels = _levels(values, kind.drawn)
+    return {"title": kind.title, "drawn": kind.drawn, "term": kind.term, "scale": scale,
+            "sheets": [_sheet_uri(one, quality) for one in levels]}
+
+
+def _rms(recording: Recording) -> list[dict[str, Any]]:
+    """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
+    lines = [{"title": term.title, "sum": False, "values": _rounded(recording.arrays[f"term{number}_rms"])}
+             for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
+    if len(lines) > 1 and "eps_change_rms" in recording.arrays:
+        lines.append({"title": "all contrasts", "sum": True, "values": _rounded(recording.arrays["eps_change_rms"])})
+    return lines
+
+
+def _losses(recording: Recording) -> Iterator[dict[str, Any]]:
+    for number, term in enumerate(recording.terms):
+        if f"term{number}_loss" in recording.arrays:
+            yield {"title": term.title, "values": _rounded(recording.arrays[f"term{number}_loss"])}
+
+
+def _rounded(values: np.ndarray) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
+
+
+def _attention(received: np.ndarray) -> str:
+    """Received attention (N, S, h, w) in hundredths, rounded up and at most 255, as base64."""
+    levels = np.ceil(received.astype(np.float64) * PSI_STEPS).clip(0, 255).astype(np.uint8)
+    return base64.b64encode(levels.tobytes()).decode()
+
+
+def _levels(values: np.ndarray, drawn: str) -> tuple[float, np.ndarray]:
+    """The scale and pixels (N, S, H, W) or (N, S, H, W, 3) uint8 of pictures (N, S, C, H, W).
+
+    SIGNED: the mean v over the channels as 128 + 127 sign(v) sqrt(|v| / scale), the scale being the 0.999 quantile of
+    |v|. Others: clamped to [-1, 1], or to [0, 1], scale 1.
+    """
+    values = values.astype(np.float32)
+    if drawn == COLOUR:
+        pixels = ((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        return 1.0, pixels[:, :, 0] if pixels.shape[2] == 1 else np.moveaxis(pixels, 2, -1)
+    values = values.mean(axis=2)
+    if drawn == MASK:
+        return 1.0, (values.clip(0, 1) * 255).round().astype(np.uint8)
+    guided = np.abs(values[values != 0])
+    scale = float(np.quantile(guided, 0.999)) if guided.size else 1.0
+    level = np.sign(values) * np.sqrt((np.abs(values) / scale).clip(0, 1))
+    return float(f"{scale:.3g}"), (128 + 127 * level).round().astype(np.uint8)
+
+
+def sheet_columns(steps: int) -> int:
+    """How many steps stand side by side in a sheet; more stand below, so that it is nearly square."""
+    return math.ceil(math.sqrt(steps))
+
+
+def _sheet_uri(levels: np.ndarray, quality: int | None) -> str:
+    """All steps of an image, (S, H, W) or (S, H, W, 3) uint8, as one picture in a data URI."""
+    steps, height, width = levels.shape[:3]
+    columns = sheet_columns(steps)
+    rows = -(-steps // columns)
+    sheet = np.zeros((rows * columns, *levels.shape[1:]), np.uint8)
+    sheet[:steps] = levels
+    sheet = sheet.reshape(rows, columns, *levels.shape[1:]).swapaxes(1, 2)
+    picture = Image.fromarray(sheet.reshape(rows * height, columns * width, *levels.shape[3:]))
+    file, kind = io.BytesIO(), "png" if quality is None else "webp"
+    if quality is None:
+        picture.save(file, format="PNG")
+    else:
+        picture.save(file, format="WEBP", quality=quality, method=2)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

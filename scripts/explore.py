@@ -1,0 +1,37 @@
+r"""Look inside a sampling run: step through its images, what guidance changes, and what attention masks, in one page.
+
+Examples:
+    python scripts/explore.py --model fmnist32 --timestep_respacing 50 --guide_scale 1.1 --images 0:8 --out explore
+    python scripts/explore.py --model scenes32 --timestep_respacing 50 --guide_scale 1.5 --pag_scale 1 \
+        --images 0,3,12 --against none --out explore/rooms
+    python scripts/explore.py --model fmnist32 --timestep_respacing 25 --guide_scale 1.1 --blocks output.2 \
+        --against "guide_scale=1.5 threshold=1.25" --out explore/stronger
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from evaluations.explorer.explore import ExploreOptions, explore
+from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.fetch import without_secrets
+from guided_diffusion.options import options_parser
+from guided_diffusion.runs.command import say_without_effect
+from guided_diffusion.runs.sample import SamplingRun
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stderr()
+    parser = options_parser(argv, ExploreOptions, *SamplingRun.classes(), description=__doc__,
+                            defaults={"out": "explore"})
+    _, (own, *options) = parser.read(argv, SamplingRun.preset_values)
+    run = SamplingRun.of(options)
+    say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against")])
+    words = sys.argv[1:] if argv is None else argv
+    command = without_secrets(shlex.join(["python", "scripts/explore.py", *words]))
+    print(explore(run, own, command, parser.given))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,268 @@
+"""The explorer's page: what it holds, and what a reader sees after moving the slider and the threshold."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from browser import SIZES, TEXTS, contrast
+
+from evaluations.explorer.page import page, picture_kinds, sheet_columns, write_page
+from evaluations.explorer.recording import Recording, Term
+from guided_diffusion.errors import UserError
+
+COMMAND = "python scripts/explore.py --against '<b>&\"' --out explore"
+TITLE = "a </script><script>alert(1)</script> & model"
+
+
+def recorded(images=3, steps=5, seed=0, guided=True, channels=3, size=16):
+    """A recording of random numbers; the first of two contrasts does not guide at the first step."""
+    rng = np.random.default_rng(seed)
+    shape = (images, steps, channels, size, size)
+    arrays = {"x_t": rng.normal(size=shape), "x0_unguided": rng.uniform(-1, 1, shape), "x0": rng.uniform(-1, 1, shape),
+              "sample": rng.uniform(-1, 1, (images, channels, size, size)),
+              "attention_middle": rng.gamma(4, 0.25, (images, steps, 4, 4)),
+              "attention_output.1": rng.gamma(4, 0.25, (images, steps, 8, 8))}
+    terms = ()
+    active = tuple(step > 0 or steps == 1 for step in range(steps))
+    if guided:
+        terms = (Term("SAG <s> = 0.5", "contrast", 0.5, active), Term("PAG s = 1", "contrast", 1.0, (True,) * steps))
+        changes = rng.normal(size=shape) * 0.1, rng.normal(size=shape) * 0.01
+        changes[0][:, [not on for on in active]] = 0
+        for name, value in (("term0", changes[0]), ("term1", changes[1]), ("eps", changes[0] + changes[1])):
+            arrays[f"{name}_change"] = value
+            arrays[f"{name}_change_rms" if name == "eps" else f"{name}_rms"] = np.sqrt((value**2).mean(axis=(2, 3, 4)))
+        arrays["term0_degraded"] = rng.normal(size=shape)
+        arrays["term0_mask"] = (rng.uniform(size=(images, steps, 1, size, size)) > 0.6).astype(float)
+    arrays = {name: value.astype(np.float32 if "attention" in name or "rms" in name else np.float16)
+              for name, value in arrays.items()}
+    title = "SAG <s> = 0.5 + PAG s = 1" if guided else "no guidance"
+    return Recording(title, tuple(range(10, 10 + images)), (1,) * images,
+                     tuple(reversed(range(steps))), tuple(np.geomspace(100, 0.01, steps).tolist()), terms,
+                     {"middle": (4, 4), "output.1": (8, 8)}, "output.1" if guided else "", 1.25 if guided else 1.0,
+                     arrays)
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+# What the page holds
+
+
+def test_the_page_escapes_and_loads_nothing():
+    text = page([recorded(), recorded(seed=1, guided=False)], TITLE, COMMAND)
+    assert text.count("<script") == text.count("</script>") == 2 and "alert(1)</script>" not in text
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text and "SAG &lt;s&gt; = 0.5" in text
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+    addresses = set(re.findall(r"https?://[^\s'\"]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}          # a name, which nothing loads
+    assert page([recorded(), recorded(seed=1, guided=False)], TITLE, COMMAND) == text
+
+
+def test_the_sum_is_shown_beside_several_changes_alone():
+    both, alone = recorded(), recorded()
+    assert "eps_change" in [kind.name for kind in picture_kinds(both)]
+    alone = dataclasses.replace(alone, terms=alone.terms[:1], arrays={
+        name: value for name, value in alone.arrays.items() if not name.startswith("term1")})
+    assert "eps_change" not in [kind.name for kind in picture_kinds(alone)]
+    assert "eps_change" not in [kind.name for kind in picture_kinds(recorded(guided=False))]
+
+
+@pytest.mark.parametrize("steps, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (50, 8), (250, 16)])
+def test_sheets_are_nearly_square(steps, columns):
+    assert sheet_columns(steps) == columns
+
+
+def test_a_page_that_is_too_large_loses_detail_and_says_so_or_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path, one = tmp_path / "explore.html", recorded(images=2, steps=9, size=32)
+    full = write_page(path, [one], "model", COMMAND)
+    assert "without loss" in path.read_text() and path.stat().st_size == full and not caplog.messages
+    smaller = write_page(path, [one], "model", COMMAND, limit=int(0.8 * full))
+    assert smaller <= 0.8 * full and "with loss (WebP, quality" in path.read_text()
+    assert "with loss" in caplog.messages[0]
+    with pytest.raises(UserError, match="--images: the page would take"):
+        write_page(tmp_path / "none.html", [one], "model", COMMAND, limit=1000)
+    assert not (tmp_path / "none.html").exists()
+
+
+# What a reader sees
+
+
+def opened(chromium, path, size, scheme="light"):
+    width, height, mobile = SIZES[size]
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    chromium.get(path.as_uri())
+    chromium.execute_async_script("""
+        const done = arguments[0], look = () => document.documentElement.dataset.ready ? done() : setTimeout(look, 10);
+        look();""")
+    return chromium
+
+
+def moved(chromium, **values):
+    """Moves fields of the page by their ids, and waits until it is drawn."""
+    chromium.execute_async_script("""
+        const [values, done] = arguments;
+        for (const [id, value] of Object.entries(values)) {
+          const field = document.getElementById(id);
+          field.value = value;
+          for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true}));
+        }
+        requestAnimationFrame(() => requestAnimationFrame(done));""", values)
+
+
+def seen(chromium):
+    return chromium.execute_script("""
+        const box = one => one.getBoundingClientRect();
+        const place = one => [box(one).left, box(one).top + scrollY, box(one).width, box(one).height];
+        return {where: document.getElementById('where').innerText,
+                shares: [...document.querySelectorAll('.share')].map(one => one.value),
+                legend: [...document.querySelectorAll('.legend li')].map(one => one.innerText),
+                notes: [...document.querySelectorAll('.note')].map(one => one.innerText),
+                places: [...document.querySelectorAll('section, h2, h3, canvas, figure, button, select')].map(place),
+                alts: [...document.querySelectorAll('canvas')].map(one => one.ariaLabel),
+                pressed: [...document.querySelectorAll('.all button')].map(one => one.ariaPressed)};""")
+
+
+def pixels(chromium, selector, width, height):
+    flat = chromium.execute_script("""
+        const canvas = document.querySelector(arguments[0]);
+        return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];""", selector)
+    return np.array(flat).reshape(height, width, 4)
+
+
+def levels(image):
+    return np.round((np.moveaxis(image.astype(np.float32), 0, -1).clip(-1, 1) + 1) * 127.5)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two recordings, and the page of both."""
+    path = tmp_path_factory.mktemp("explorer") / "explore.html"
+    both = [recorded(), recorded(seed=1, guided=False)]
+    write_page(path, both, TITLE, COMMAND)
+    return both, path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", list(SIZES))
+def test_what_a_reader_sees(chromium, compared, size, scheme):
+    (first, second), path = compared
+    opened(chromium, path, size, scheme)
+    before = seen(chromium)
+    assert chromium.title == TITLE and before["where"].startswith("step 1 of 5 · t = 4 · sigma 100")
+    assert "not guided at this step" in before["notes"]
+    moved(chromium, step=3, image=1, psi=90)
+    after = seen(chromium)
+    assert after["where"] == "step 4 of 5 · t = 1 · sigma 0.1"
+    for one, share in zip((first, second), after["shares"], strict=True):
+        masked = int((one.arrays["attention_output.1"][1, 3].astype(np.float64) > 0.9).sum())
+        assert share == f"{masked} of 64 tokens masked ({100 * masked / 64:.1f} %)"
+    rms = first.arrays["term0_rms"][1, 3]
+    shown = float(after["legend"][0].rpartition(" ")[2])
+    assert after["legend"][0].startswith("A: SAG <s> = 0.5") and abs(shown - rms) <= 5e-3 * rms
+    assert "not guided at this step" not in after["notes"] and after["pressed"] == ["false", "true", "false"]
+    assert before["places"] == after["places"]                  # nothing moves
+    assert all(after["alts"]) and "A: x_t, image 11, step 4 of 5" in after["alts"]
+    assert_readable(chromium, size, scheme)
+
+
+def assert_readable(chromium, size, scheme):
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
+    texts = chromium.execute_script(TEXTS)
+    assert len(texts) > 40
+    for text in texts:
+        assert text["size"] >= 11.99, text
+        assert contrast(text["ink"], text["paper"]) >= 4.5, text
+    assert {text["paper"][0] > 128 for text in texts if text["text"] == TITLE} == {scheme == "light"}
+    loaded = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert chromium.get_log("browser") == []
+
+
+def test_pictures_are_those_of_the_recording(chromium, compared):
+    (first, second), path = compared
+    opened(chromium, path, "desk")
+    moved(chromium, step=2, image=2)
+    image = pixels(chromium, "canvas[data-setting=A][data-name=x0]", 16, 16)
+    assert np.array_equal(image[..., :3], levels(first.arrays["x0"][2, 2])) and (image[..., 3] == 255).all()
+    change = first.arrays["term0_change"][2, 2].astype(np.float32).mean(axis=0)
+    red, _, blue = np.moveaxis(pixels(chromium, "canvas[data-name=term0_change]", 16, 16)[..., :3], -1, 0)
+    clear = np.abs(change) > 0.01
+    assert ((red > blue) == (change > 0))[clear].all()
+    difference = first.arrays["x0"][2, 2].astype(np.float32).mean(axis=0) - second.arrays["x0"][2, 2].astype(
+        np.float32).mean(axis=0)
+    red, _, blue = np.moveaxis(pixels(chromium, "canvas[data-setting='A-B'][data-name=x0]", 16, 16)[..., :3], -1, 0)
+    clear = np.abs(difference) > 0.05
+    assert ((red > blue) == (difference > 0))[clear].all()
+    mask = pixels(chromium, "canvas[data-name=term0_mask]", 16, 16)[..., 0]
+    assert np.array_equal(mask == 255, first.arrays["term0_mask"][2, 2, 0] == 1)
+    moved(chromium, kind="B x0")
+    shown = pixels(chromium, ".all button:first-child canvas", 16, 16)
+    assert np.array_equal(shown[..., :3], levels(second.arrays["x0"][0, 2]))
+
+
+def test_masked_tokens_are_marked_and_follow_block_and_threshold(chromium, compared):
+    (first, _), path = compared
+    opened(chromium, path, "desk")
+    assert chromium.execute_script("return [block.value, psi.value]") == ["output.1", "125"]
+    moved(chromium, block="middle", psi=250)
+    plain = pixels(chromium, "canvas[data-attention=A]", 256, 256)
+    moved(chromium, psi=100)
+    marked = pixels(chromium, "canvas[data-attention=A]", 256, 256)
+    changed = (plain != marked).any(axis=-1).reshape(4, 64, 4, 64).any(axis=(1, 3))
+    received = first.arrays["attention_middle"][0, 0]
+    assert np.array_equal(changed, (received > 1) & (received <= 2.5))
+
+
+def test_keys_and_buttons(chromium, compared):
+    from selenium.webdriver.common.keys import Keys
+
+    _, path = compared
+    opened(chromium, path, "phone")
+    body = chromium.find_element("tag name", "body")
+    left, right = Keys.ARROW_LEFT, Keys.ARROW_RIGHT
+    for key, step in ((right, 1), (Keys.END, 4), (right, 4), (left, 3), (Keys.HOME, 0)):
+        body.send_keys(key)
+        moved(chromium)
+        assert seen(chromium)["where"].startswith(f"step {step + 1} of 5"), key
+    chromium.find_element("id", "step").send_keys(Keys.ARROW_RIGHT)         # the slider itself
+    moved(chromium)
+    assert seen(chromium)["where"].startswith("step 2 of 5")
+    chromium.execute_script("document.querySelectorAll('.all button')[2].click()")
+    moved(chromium)
+    assert chromium.execute_script("return image.value") == "2"
+    chromium.execute_script("""const box = document.getElementById('timeline'), r = box.getBoundingClientRect();
+        box.setPointerCapture = () => {};
+        box.dispatchEvent(new PointerEvent('pointerdown', {clientX: r.right - 14, clientY: r.top + 20}));""")
+    moved(chromium)
+    assert seen(chromium)["where"].startswith("step 5 of 5")
+    assert chromium.execute_script("return document.getElementById('command').textContent") == COMMAND
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+@pytest.mark.parametrize("images, steps, guided, channels", [(1, 1, True, 1), (1, 4, True, 3), (2, 1, False, 1)])
+def test_one_step_and_one_image(chromium, tmp_path, images, steps, guided, channels, size):
+    path = tmp_path / "explore.html"
+    one = recorded(images, steps, guided=guided, channels=channels)
+    write_page(path, [one], TITLE, COMMAND)
+    opened(chromium, path, size)
+    moved(chromium, step=steps - 1, psi=100)
+    now = seen(chromium)
+    assert now["where"].startswith(f"step {steps} of {steps} · t = 0")
+    masked = int((one.arrays["attention_output.1" if guided else "attention_middle"][0, -1] > 1).sum())
+    assert now["shares"][0].startswith(f"{masked} of ")
+    assert len(now["pressed"]) == images and all(now["alts"])
+    assert_readable(chromium, size, "light")
+
+
+def test_there_is_a_sheet_for_each_image():
+    found = data_of(page([recorded(images=2, steps=5)], TITLE, COMMAND))
+    assert found["columns"] == 3 and found["images"] == [10, 11] and len(found["sigma"]) == 5
+    assert {len(one["sheets"]) for one in found["settings"][0]["pictures"].values()} == {2}

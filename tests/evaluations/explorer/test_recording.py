@@ -1,0 +1,134 @@
+"""Recordings of sampling runs: they hold what the steps of the same run give, in half precision."""
+
+import numpy as np
+import pytest
+import torch
+from commands import call, flags
+from networks import TINY
+
+from evaluations.explorer.explore import ExploreOptions
+from evaluations.explorer.recording import Recorder
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import options_from
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.sampler import ImageSampler
+
+SAG = {"guide_scale": 1.5, "sel_attn_block": "middle", "sel_attn_depth": 0, "blur_sigma": 2.0}
+
+
+@pytest.fixture
+def run(tiny_checkpoints):
+    """A run of the tiny network in three steps; `changes` are flags."""
+    def make(**changes):
+        given = {**TINY, "model_path": str(tiny_checkpoints / "model.safetensors"), "timestep_respacing": "3",
+                 "batch_size": 2, "num_samples": 8, **changes}
+        return SamplingRun.of(options_from(given, *SamplingRun.classes()))
+    return make
+
+
+def test_a_recording_is_what_the_steps_give(run):
+    guided = run(**SAG, pag_scale=1.0, rescale_phi=0.5)
+    seen = []
+    recording = Recorder(guided, [0, 1, 4], []).record(seen.append)
+    assert seen == [2, 2, 2, 1, 1, 1]
+    chains = [list(ImageSampler(guided.sample, guided.sampler, guided.build()).chain(ids, guided.labels()(ids)))
+              for ids in ([0, 1], [4])]
+    for name, key in (("x0", "pred_xstart"), ("x0_unguided", "pred_xstart_unguided")):
+        expected = np.stack([torch.cat([out[key] for out in outs]).half().numpy()
+                             for outs in zip(*chains, strict=True)], axis=1)
+        assert np.array_equal(recording.arrays[name], expected)
+    last = torch.cat([chain[-1]["sample"] for chain in chains]).numpy()
+    assert np.array_equal(recording.arrays["sample"], last)
+    # x_t of a step is what the step before it made
+    before = torch.cat([chain[0]["sample"] for chain in chains]).half().numpy()
+    assert np.array_equal(recording.arrays["x_t"][:, 1], before)
+
+
+def test_what_each_kind_of_term_gives(run, tiny_checkpoints):
+    recording = Recorder(run(**SAG, pag_scale=1.0, rescale_phi=0.5), [0, 1], ["middle"]).record()
+    assert [(term.title, term.kind) for term in recording.terms] == [
+        ("SAG s = 0.5", "contrast"), ("PAG s = 1", "contrast"), ("rescale phi = 0.5", "transform")]
+    arrays = {name: value.astype(np.float64) for name, value in recording.arrays.items()}
+    total = arrays["term0_change"] + arrays["term1_change"] + arrays["term2_change"]
+    half = 4 * np.finfo(np.float16).eps * np.abs(arrays["term0_change"]).max()
+    assert np.abs(total - arrays["eps_change"]).max() < half and np.abs(arrays["term2_change"]).max() > 0
+    # the mask is that of the recorded attention, and the degraded input of the contrast alone
+    attended = arrays["attention_middle"] > recording.psi
+    assert np.array_equal(arrays["term0_mask"][:, :, 0], attended.repeat(2, axis=2).repeat(2, axis=3))
+    assert np.allclose(arrays["attention_middle"].mean(axis=(2, 3)), 1, atol=1e-5)
+    assert "term0_degraded" in arrays and "term1_degraded" not in arrays and "term1_mask" not in arrays
+    rms = np.sqrt((arrays["term0_change"]**2).mean(axis=(2, 3, 4)))
+    assert np.allclose(arrays["term0_rms"], rms, rtol=2e-3)
+    assert recording.bytes == sum(value.nbytes for value in recording.arrays.values())
+
+
+def test_terms_guide_within_their_windows_alone(run):
+    recording = Recorder(run(**SAG, guide_start=2), [3], []).record()
+    assert recording.steps == (2, 1, 0) and recording.terms[0].active == (False, True, True)
+    assert not recording.arrays["term0_change"][:, 0].any() and recording.arrays["term0_change"][:, 1].any()
+    assert sorted(recording.sigma, reverse=True) == list(recording.sigma)
+
+
+def test_terms_are_as_before_once_they_were_watched(run):
+    recorder = Recorder(run(**SAG), [0], [])
+    recorder.record()
+    assert "delta" not in vars(recorder.guidance[0])
+
+
+def test_without_guidance_there_are_images_and_attention(run):
+    recording = Recorder(run(), [0], []).record()
+    assert recording.terms == () and recording.block == "" and recording.title == "no guidance; DDPM"
+    assert {f"attention_{name}" for name in recording.blocks} == {
+        name for name in recording.arrays if "attention" in name}
+    assert np.array_equal(recording.arrays["x0"], recording.arrays["x0_unguided"])
+
+
+def test_any_sampler_and_a_gradient(run, tiny_checkpoints):
+    from networks import TINY_CLASSIFIER
+
+    guided = run(**TINY_CLASSIFIER, classifier_path=str(tiny_checkpoints / "classifier.safetensors"),
+                 classifier_guidance=True, sampler="ddim")
+    recording = Recorder(guided, [0], []).record()
+    assert [term.kind for term in recording.terms] == ["gradient"]
+    # DDIM takes the gradient as a change of eps, of which guided x0 differs from unguided
+    assert recording.arrays["term0_rms"].min() > 0
+
+
+@pytest.mark.parametrize("text, expected", [("0:3", [0, 1, 2]), ("7", [7]), ("5,1,1", [1, 5]), ("0:2,9", [0, 1, 9])])
+def test_numbers_of_images(text, expected):
+    assert ExploreOptions(images=text).image_ids == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "3:3", "0:65", "1:2:3", "0:1000000000000", ","])
+def test_numbers_of_images_that_are_refused(text):
+    with pytest.raises(UserError, match="--images"):
+        ExploreOptions(images=text)
+
+
+def test_the_second_setting(run):
+    first = run(**SAG)
+    assert ExploreOptions().second(first) is None
+    assert ExploreOptions(against="none").second(first).title() == "no guidance"
+    assert "SAG s = 1" in ExploreOptions(against="--guide_scale=2 'blur_sigma=5'").second(first).title()
+    for words, expected in (("seed=3", "seed=3"), ("guide_scale", "NAME=VALUE"), ("guide_scal=2", "did you mean"),
+                            ("guide_scale=x", "must be a number"), ("'a", "quotation")):
+        with pytest.raises(UserError, match=expected):
+            ExploreOptions(against=words).second(first)
+
+
+def test_the_command(tiny_checkpoints, tmp_path, capsys):
+    line = flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 2, **SAG,
+                  "images": "0,3", "out": tmp_path / "out", "against": "none"})
+    assert call("explore", *line, "--blocks", "nowhere") == 2
+    assert "'nowhere' is no attention block" in capsys.readouterr().err
+    assert call("explore", *line, "--against", "seed=1") == 2
+    capsys.readouterr()
+    assert call("explore", *line) == 0
+    out = capsys.readouterr().out
+    assert f"page:   {tmp_path / 'out' / 'explore.html'}" in out
+    with np.load(tmp_path / "out" / "recording.npz") as first, np.load(tmp_path / "out" / "against.npz") as second:
+        assert first["image_ids"].tolist() == [0, 3] and first["terms"].tolist() == ["SAG s = 0.5"]
+        assert first["scales"].tolist() == [0.5] and first["kinds"].tolist() == ["contrast"]
+        assert first["active"].shape == (1, 2) and second["active"].shape == (0, 2)
+        assert np.array_equal(first["x_t"][:, 0], second["x_t"][:, 0])
+    assert "scripts/explore.py" in (tmp_path / "out" / "explore.html").read_text()
