@@ -1,7 +1,7 @@
 """The type that is fastest here, and compiled blocks, which leave what reads and replaces their inside right."""
 
-import re
 import os
+import re
 import shutil
 
 import numpy as np
