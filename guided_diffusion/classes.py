@@ -197,10 +197,10 @@ def label_number(text: str, files: Iterable[str]) -> str:
     """
     names = next((names for path in files if path and (names := stored_names(path)) is not None), None)
     if names is None:
-        raise UserError(f"--labels {text}: must be random, balanced, a class or a .npy file; the names of classes are "
-                        "not known, as the checkpoint states none")
+        raise UserError(f"--labels {text}: must be random, balanced, none, a class or a .npy file; the names of "
+                        "classes are not known, as the checkpoint states none")
     if text not in names.names:
-        raise UserError(f"--labels {text}: must be random, balanced, a .npy file, or one of the {names}"
+        raise UserError(f"--labels {text}: must be random, balanced, none, a .npy file, or one of the {names}"
                         f"{nearest(text, names.names)}")
     return str(names.number(text))
 

@@ -183,6 +183,8 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
 
     Raises UserError where there are none, for a damaged one unless it may be skipped, and where nothing can be written.
     """
+    if not Path(path).exists():
+        raise UserError(f"{path}: there is no such folder or file")
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
     if as_npz:
         check_writable("--out", out, parents=True)
@@ -209,13 +211,14 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
     """Makes a folder ready; raises UserError where it holds anything else than a part of the same images."""
     check_folder("--out", out)
     manifest = out / MANIFEST
-    if manifest.exists():
+    begun = any(file != manifest for file in out.iterdir())         # else nothing was written but the settings
+    if begun and manifest.exists():
         before = read_json(manifest, lambda content: isinstance(content["settings"], dict))["settings"]
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"--out {out}: holds images with {name} {before.get(name)}, and now it is {value}; "
                                 "name another folder")
-    elif any(out.iterdir()):
+    elif begun:
         raise UserError(f"--out {out}: holds other files; name a new folder")
     write_json(manifest, {"settings": settings})
 

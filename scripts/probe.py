@@ -10,7 +10,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.bench.probe import ProbeOptions, run_probe
-from evaluations.bench.probe_report import write_probe
+from evaluations.bench.probe_report import check_table, write_probe
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.guidance import GUIDANCE
@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     options, model, diffusion, *methods = parse_options(
         argv, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__, preset=preset_values)
+    if options.table:
+        check_table(options.table, options.metric)
     print(write_probe(run_probe(options, model, diffusion, methods)))
 
 

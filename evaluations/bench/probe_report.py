@@ -44,13 +44,25 @@ def agreement(result: ProbeResult, path: str | Path, metric: str) -> Agreement:
 
     Raises UserError for a file that is none, and for one without the flags of its rows.
     """
-    table = read_json(Path(path), lambda found: all("flags" in row for row in found["rows"].values()))
-    values = _measured(table, metric)
-    if not values:
-        raise UserError(f"--metric {metric}: no row of {path} has it")
+    table, values = _measured_table(path, metric)
     lefts = {name: left for name, row in table["rows"].items()
              if name in values and (left := _left(result.probed, row["flags"])) is not None}
     return Agreement(metric, list(lefts), list(lefts.values()), [values[name] for name in lefts])
+
+
+def check_table(path: str | Path, metric: str) -> None:
+    """Raises UserError for a file from which `agreement` could not be taken."""
+    _measured_table(path, metric)
+
+
+def _measured_table(path: str | Path, metric: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Returns the content of a table.json, and its values of a metric."""
+    table = read_json(Path(path), lambda found: _measured(found, metric) is not None and all(
+        "flags" in row for row in found["rows"].values()), flag="--table")
+    values = _measured(table, metric)
+    if not values:
+        raise UserError(f"--metric {metric}: no row of {path} has it")
+    return table, values
 
 
 def _measured(table: Mapping[str, Any], metric: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, option, options_from
 
 from .setting import Setting
-from .speed import CallCost, built_terms, explicit_attention, measure_calls
+from .speed import CallCost, at_last_block, built_terms, explicit_attention, measure_calls
 
 if TYPE_CHECKING:
     from guided_diffusion.unet import UNetModel
@@ -202,10 +202,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _step_terms(methods: list[GuidanceOptions], model: UNetModel, device: torch.device) -> list[Any]:
-    named = [method for method in methods if method.short == _METHOD]
-    deepest = {"sel_attn_depth": max(int(name.split(".")[1]) for name in model.attention_blocks
-                                     if name.startswith("output."))}
-    method, = (options_from({**deepest}, type(one))[0] for one in named)
+    method, = (at_last_block(method, model) for method in methods if method.short == _METHOD)
     return built_terms([method], Networks(model, device), "")[_METHOD]
 
 

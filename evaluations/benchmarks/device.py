@@ -35,7 +35,14 @@ from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.dtypes import with_dtype
 from guided_diffusion.execution import compile_blocks, explained_compilation
-from guided_diffusion.guidance import GUIDANCE, Guidance, GuidanceOptions, LossGuidance, Networks
+from guided_diffusion.guidance import (
+    GUIDANCE,
+    DepthConsistencyGuidance,
+    Guidance,
+    GuidanceOptions,
+    LossGuidance,
+    Networks,
+)
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, option_fields, options_from
 from guided_diffusion.places import command_file
@@ -45,9 +52,10 @@ from guided_diffusion.terms import StepContext
 
 from .against import seeded_weights
 from .setting import Setting, contiguous_copy
-from .speed import CallCost, built_terms, measure_calls
+from .speed import CallCost, at_last_block, built_terms, measure_calls
 
 if TYPE_CHECKING:
+    from guided_diffusion.depth.predictor import DepthPredictors
     from guided_diffusion.unet import UNetModel
 
 UNIT = {"float32": 2.0**-24, "TF32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -116,7 +124,7 @@ class Report:
 SMALL = {"image_size": 16, "in_channels": 3, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
          "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 4, "learn_sigma": True,
          "resblock_updown": True, "classifier_width": 32, "classifier_depth": 1, "classifier_channel_mult": "1,2",
-         "classifier_attention_resolutions": "8", "classifier_num_head_channels": 32, "sel_attn_depth": 0}
+         "classifier_attention_resolutions": "8", "classifier_num_head_channels": 32}
 
 
 def cases(small: bool, device: torch.device) -> list[Case]:
@@ -145,11 +153,10 @@ def verify(options: DeviceOptions) -> Report:
     if not compiled:
         notes.append("compiled networks were not checked: on a CPU that takes minutes, --compile True does it")
     for case in cases(options.small, device):
-        with tempfile.TemporaryDirectory() as folder:
-            subject = Subject(case, device, Path(folder))
-            checks += subject.checks(compiled)
-            costs |= subject.costs(options.rounds)
-            notes += subject.notes
+        subject = Subject(case, device)
+        checks += subject.checks(compiled)
+        costs |= subject.costs(options.rounds)
+        notes += subject.notes
     checks += ranks_checks(options, device, notes)
     return Report(described(device), checks, costs, notes, time.monotonic() - began)
 
@@ -171,32 +178,29 @@ def described(device: torch.device) -> dict[str, str]:
 class Subject:
     """A network of a case on the device, and the same one on the CPU, with what guides them."""
 
-    def __init__(self, case: Case, device: torch.device, folder: Path) -> None:
-        self.case, self.device, self.folder = case, device, folder
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
         self.notes: list[str] = []
         self.options, self.process = self._options(ModelOptions, DiffusionOptions)
         self.source = seeded_weights(build_model(self.options))
         self.products = [module.weight[0].numel() for module in self.source.modules()
                          if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]        # of a sum in each layer
-        self._write_predictors(folder / "predictors.safetensors")
 
     def _options(self, *classes: type) -> list[Any]:
         names = {field.name for cls in classes for field in option_fields(cls)}
         return options_from({name: value for name, value in self.case.flags.items() if name in names}, *classes)
 
-    def _write_predictors(self, path: Path) -> None:
+    def _predictors(self, device: torch.device) -> DepthPredictors:
         """Depth predictors with seeded weights, which read blocks of the decoder's middle."""
         from guided_diffusion.depth.features import feature_channels
-        from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
+        from guided_diffusion.depth.predictor import DepthPredictors
 
         blocks = [name for name in self.source.feature_blocks if name.startswith("output.")]
         middle = blocks[len(blocks) // 3:max(len(blocks) // 3 + 1, 2 * len(blocks) // 3)]
         channels = feature_channels(self.source, middle)
         weak = {middle[0]: channels[middle[0]]}
         predictors = DepthPredictors({"strong": channels, "weak": weak}, self.options.image_size, "image", "0" * 64)
-        seeded_weights(predictors, 1)
-        save_predictors(path, predictors)
-        self.flags = {**self.case.flags, "depth_predictor": str(path)}
+        return checkpoint.ready(seeded_weights(predictors, 1), device)
 
     def network(self, dtype: str = "float32", compiled: bool = False) -> UNetModel:
         """The network on the device, in that type."""
@@ -219,11 +223,12 @@ class Subject:
 
     def terms(self, model: UNetModel) -> dict[str, list[Guidance]]:
         """What each method guides by, by its name, with seeded weights where a method has a network of its own."""
-        names = {field.name for cls in GUIDANCE for field in option_fields(cls)}
-        flags = {name: value for name, value in self.flags.items() if name in names}
-        methods: list[GuidanceOptions] = options_from(flags, *GUIDANCE)
+        methods: list[GuidanceOptions] = self._options(*GUIDANCE)
+        if self.case.flags is SMALL:
+            methods = [at_last_block(method, model) for method in methods]
         device = next(model.parameters()).device
-        return built_terms(methods, _SeededNetworks(model, device, random_weights=True), "")
+        depth = DepthConsistencyGuidance(model, self._predictors(device), 1.0)
+        return {**built_terms(methods, _SeededNetworks(model, device, random_weights=True), ""), "DCG": [depth]}
 
     def checks(self, compiled: bool) -> Iterator[Check]:
         """Every comparison of this network."""

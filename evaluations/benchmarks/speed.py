@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
@@ -20,6 +21,9 @@ from guided_diffusion.progress import progress_bar
 
 from ..memory import peak_memory
 from .setting import Setting, contiguous_copy
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import Encoder
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +107,11 @@ def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: st
         if all(part in built for part in parts):
             built[name] = [term for part in parts for term in built[part]]
     return built
+
+
+def at_last_block(method: GuidanceOptions, model: Encoder) -> GuidanceOptions:
+    """A method that acts at one attention block, at the network's last one; any other method as it is."""
+    return method if method.attention_block is None else list(method.at_blocks(model).values())[-1]
 
 
 def _variants(method: GuidanceOptions) -> dict[str, GuidanceOptions]:

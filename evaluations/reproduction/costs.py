@@ -125,7 +125,7 @@ def equivalent_evaluations(run: SamplingRun) -> float:
     Another network whose operations are not known, as only its file describes it, counts as the diffusion network.
     """
     count, one = passes(run), flops(run)
-    others = sum(number * one.others.get(name, one.forward) for name, number in count.others.items())
+    others = sum(number * one.others.get(name, one.forward) for name, number in {**count.others, **count.plain}.items())
     return count.forward + (count.backward * one.backward + others) / one.forward
 
 

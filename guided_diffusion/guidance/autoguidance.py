@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..late import Tensor, torch
 from ..options import option, option_fields
 from ..process import Prediction
-from ..stated import statement_of
+from ..stated import CHOICES, statement_of
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
 from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, without_labels
 
@@ -99,7 +99,7 @@ class AutoguidanceOptions(GuidanceOptions):
         else:
             with torch.device("cpu" if nets.random_weights and not self.weak_model_path else "meta"):
                 weak = build_model(options)
-        for name in ("in_channels", "out_channels", "num_classes"):
+        for name in ("image_size", "in_channels", "out_channels", "num_classes"):
             one, other = getattr(weak, name), getattr(nets.model, name)
             if one != other:
                 raise UserError(f"--weak_model_path {self.weak_model_path}: has {name} {one}, and the network that is "
@@ -118,7 +118,7 @@ class AutoguidanceOptions(GuidanceOptions):
         weak = statement_of(values.get("weak_model_path", ""), "diffusion")
         if weak is not None and values.get("autoguidance_scale"):
             defaults = {field.name: field.default for field in option_fields(DiffusionOptions)}
-            for name in sorted(weak.facts.keys() & defaults.keys()):
+            for name in sorted((weak.facts.keys() & defaults.keys()).difference(CHOICES)):
                 other = values.get(name, defaults[name])
                 if weak.facts[name] != other:
                     raise UserError(f"--weak_model_path {weak.path}: states {name} {weak.facts[name]} of itself, and "

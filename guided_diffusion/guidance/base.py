@@ -29,7 +29,8 @@ that list and know no method by name. For example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -55,6 +56,15 @@ def sigma_min_option() -> Any:
 def sigma_max_option() -> Any:
     """A field like `sag_sigma_max`: the noise level up to which a method guides."""
     return option(None, "guided only at noise levels sigma up to this one; unset: at all", above=0, later=True)
+
+
+@contextmanager
+def naming(flag: str, value: str) -> Iterator[None]:
+    """Begins a UserError that is raised in the block with the option that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--{flag} {value}: {error}") from None
 
 
 def each(flag: str, *values: Any, **common: Any) -> tuple[Mapping[str, Any], ...]:

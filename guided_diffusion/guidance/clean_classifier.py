@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
+from ..checkpoint import read_metadata
 from ..errors import UserError
 from ..late import F, Tensor, nn, torch
 from ..options import option, option_fields, options_from
@@ -152,6 +153,7 @@ class CleanClassifierOptions(GuidanceOptions):
         """What the classifier's file states. Raises UserError where it states nothing."""
         stated = statement_of(self.clean_classifier_path, "classifier")
         if stated is None:
+            read_metadata(self.clean_classifier_path)           # which says it where there is no such file
             raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: must be a classifier that states "
                             "its options, as scripts/classifier_train.py --noised False writes it")
         names = {field.name for field in option_fields(ClassifierOptions)}
@@ -166,11 +168,14 @@ class CleanClassifierOptions(GuidanceOptions):
         return {"clean classifier": lambda: build_classifier(self._classifier_options())}
 
     def build(self, nets: Networks) -> list[Guidance]:
-        """The one term, with its classifier loaded. Raises UserError where the classifier has other classes."""
+        """The one term, with its classifier. Raises UserError where that has other classes or channels."""
         if nets.random_weights and not self.clean_classifier_path:
             return []
         options = self._classifier_options()
-        classes = nets.model.num_classes
+        channels, classes = nets.model.image_channels, nets.model.num_classes
+        if channels != options.in_channels:
+            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: sees images of "
+                            f"{options.in_channels} channels, and the network that is sampled makes {channels}")
         if classes is not None and classes != options.num_classes:
             raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: has {options.num_classes} classes, "
                             f"and the network that is sampled {classes}")

@@ -19,7 +19,7 @@ from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -123,10 +123,10 @@ class PagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [PerturbedAttentionGuidance(nets.model, self.blocks, self.pag_scale, start=self.pag_start,
-                                           **self.sigma_range)]
+        with naming("pag_blocks", self.pag_blocks):
+            return [PerturbedAttentionGuidance(nets.model, self.blocks, self.pag_scale, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """A part of one more evaluation at each step of the window."""
         passes = replace(PerturbedAttentionGuidance.passes, begins_at=tuple(self.blocks))
-        return [(Guidance(self.pag_scale, self.pag_start, **self.sigma_range), passes)]
+        return [(Guidance(self.pag_scale, **self.window), passes)]

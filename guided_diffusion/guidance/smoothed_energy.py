@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
 from ..terms import Guidance, Passes, SigmaRange
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
 from .degrade import gaussian_blur
 from .perturbed_attention import AttentionContrast
 
@@ -104,8 +104,9 @@ class SegOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
-                                       self.seg_blur_sigma, **self.window)]
+        with naming("seg_blocks", self.seg_blocks):
+            return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
+                                           self.seg_blur_sigma, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """A part of one more evaluation at each step of the window."""

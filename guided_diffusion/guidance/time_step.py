@@ -22,7 +22,7 @@ from ..options import comma_separated, option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -102,8 +102,9 @@ class TsgOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
-                                 comma_separated(self.tsg_blocks) or None, **self.window)]
+        with naming("tsg_blocks", self.tsg_blocks):
+            return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
+                                     comma_separated(self.tsg_blocks) or None, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One more evaluation at each step of the window."""

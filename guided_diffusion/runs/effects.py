@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from ..dtypes import dtype_flags
-from ..guidance import GuidanceOptions
+from ..guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
+from ..late import torch
 from ..options import option_fields
 from ..sampling import SAMPLERS
 from .sample import SamplingRun
@@ -16,20 +17,14 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     """One line on the flags among `given` that no image of the run depends on; "" where there is none.
 
     Those are options of a guidance method that is off, unless they are what switches it off, of a sampler that is not
-    used, labels where nothing takes any, what --dtype says in another way, and --batch_contrasts where there is
-    nothing to batch.
+    used, of a method whose window holds no step, or that has no contrast to change, labels where nothing takes any,
+    what --dtype says in another way, and --batch_contrasts where there is nothing to batch.
     """
     used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
     shared = {field.name for options in used for field in option_fields(type(options))}
-    idle: dict[str, str] = {}                   # why, by flag
-    for name, sampler in zip(SAMPLERS, run.samplers, strict=True):
-        if name != run.sample.sampler_name:
-            idle |= {field.name: f"the sampler is {run.sample.sampler_name}" for field in option_fields(type(sampler))}
-    for method in run.guidance:
-        if not method.active:
-            idle |= {field.name: f"{method.short} is off" for field in option_fields(type(method))
-                     if not _switches(method, field.name)}
-    idle = {flag: why for flag, why in idle.items() if flag not in shared}
+    idle = {flag: why for flag, why in _switched_off(run).items() if flag not in shared}      # why, by flag
+    for method, why in _idle_methods(run):
+        idle |= dict.fromkeys((field.name for field in option_fields(type(method))), why)
     if not run.labelled:
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:
@@ -42,6 +37,33 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
             found.setdefault(idle[flag], []).append(f"--{flag}")
     words = "; ".join(f"{', '.join(flags)} ({why})" for why, flags in found.items())
     return f"without effect: {words}" if words else ""
+
+
+def _switched_off(run: SamplingRun) -> dict[str, str]:
+    """The flags of samplers and methods that are not used, and why."""
+    idle: dict[str, str] = {}
+    for name, sampler in zip(SAMPLERS, run.samplers, strict=True):
+        if name != run.sample.sampler_name:
+            idle |= {field.name: f"the sampler is {run.sample.sampler_name}" for field in option_fields(type(sampler))}
+    for method in run.guidance:
+        if not method.active:
+            idle |= {field.name: f"{method.short} is off" for field in option_fields(type(method))
+                     if not _switches(method, field.name)}
+    return idle
+
+
+def _idle_methods(run: SamplingRun) -> Iterator[tuple[GuidanceOptions, str]]:
+    """Methods that are on and yet change no image, and why."""
+    contrasts = any(issubclass(method.kind, ContrastGuidance) for method in run.active)
+    if not run.active:
+        return
+    process = run.process()
+    t = torch.arange(process.num_timesteps)
+    for method in run.active:
+        if not any(term.window(t, process).any() for term, _ in method.schedule()):
+            yield method, f"no step lies in the window of {method.short}"
+        elif issubclass(method.kind, TransformGuidance) and not contrasts:
+            yield method, f"there is no contrast that {method.short} could change"
 
 
 def _switches(method: GuidanceOptions, flag: str) -> bool:

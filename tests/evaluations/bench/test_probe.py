@@ -169,4 +169,10 @@ def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
 def test_a_table_without_flags_is_a_sentence(line, tmp_path, capsys):
     (tmp_path / "old.json").write_text('{"rows": {"unguided": {}}, "sections": []}')
     assert call("probe", *line(methods="ICG", table=tmp_path / "old.json")) == 2
-    assert "old.json" in capsys.readouterr().err
+    assert "--table" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_said_before_any_evaluation(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evaluations.bench.probe.run_probe", None)
+    assert call("probe", *line(table=tmp_path / "none.json")) == 2
+    assert "--table" in capsys.readouterr().err

@@ -33,8 +33,8 @@ def test_the_report_of_small_networks(tmp_path, capsys):
     assert "9 of 9 checks hold." in text and text.count("| holds |") == 9
 
 
-def test_a_network_that_computes_something_else_fails(tmp_path):
-    subject = Subject(cases(True, CPU)[0], CPU, tmp_path)
+def test_a_network_that_computes_something_else_fails():
+    subject = Subject(cases(True, CPU)[0], CPU)
     expected = {"evaluation": torch.ones(4)}
     for size, holds in ((1e-6, True), (1e-3, False), (float("nan"), False)):
         check, = subject._compared("float32 with the CPU", "float32", {"evaluation": torch.ones(4) + size}, expected)

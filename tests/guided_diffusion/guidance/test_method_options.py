@@ -136,8 +136,11 @@ def test_windows_of_the_plan_are_those_of_the_terms(kind, files, model):
 @pytest.mark.parametrize(("method", "message"), [
     (CfgOptions(cfg_scale=1.0), "--cfg_scale 1: needs a network with labels and a null class"),
     (IcgOptions(icg_scale=2.0), "--icg_scale 2: needs a network with labels"),
-    (SegOptions(seg_scale=1.0, seg_blocks="input.0"), "'input.0' is no attention block"),
-    (TsgOptions(tsg_scale=1.0, tsg_blocks="output.9"), "'output.9' is no block")], ids=lambda value: str(value)[:12])
+    (SegOptions(seg_scale=1.0, seg_blocks="input.0"), "--seg_blocks input.0: 'input.0' is no attention block"),
+    (PagOptions(pag_scale=1.0, pag_blocks="input.0"), "--pag_blocks input.0: 'input.0' is no attention block"),
+    (TsgOptions(tsg_scale=1.0, tsg_blocks="output.9"), "--tsg_blocks output.9: 'output.9' is no block"),
+    (CleanClassifierOptions(clean_classifier_scale=1.0, clean_classifier_path="none"), "none: there is no such file")],
+                         ids=lambda value: str(value)[:12])
 def test_wrong_use_is_a_sentence_before_any_work(method, message):
     unconditional = create_model(**{**TINY, "class_cond": False})
     with pytest.raises(UserError, match=message):
@@ -148,6 +151,9 @@ def test_a_weak_network_of_other_labels_or_another_process_is_refused(files, mod
     method = AutoguidanceOptions(**placed(files, {"autoguidance_scale": 1.0, "weak_model_path": "other"}))
     with pytest.raises(UserError, match="has num_classes 5, and the network that is sampled 2"):
         method.build(Networks(model, torch.device("cpu")))
+    larger = create_model(**{**TINY, "num_classes": 5, "image_size": 32, "attention_resolutions": "16"})
+    with pytest.raises(UserError, match="has image_size 16, and the network that is sampled 32"):
+        method.build(Networks(larger, torch.device("cpu")))
     values = {"autoguidance_scale": 1.0, "weak_model_path": method.weak_model_path, "learn_sigma": False}
     with pytest.raises(UserError, match="states learn_sigma True of itself"):
         AutoguidanceOptions.stated_values(values, {})
@@ -161,3 +167,5 @@ def test_a_clean_classifier_must_state_its_options_and_fit(files, model):
     five = create_model(**{**TINY, "num_classes": 5})
     with pytest.raises(UserError, match="has 2 classes, and the network that is sampled 5"):
         fitting.build(Networks(five, torch.device("cpu")))
+    with pytest.raises(UserError, match=f"sees images of {TINY['in_channels']} channels, and the network .* makes 3"):
+        fitting.build(Networks(create_model(**{**TINY, "in_channels": 3}), torch.device("cpu")))
