@@ -170,9 +170,10 @@ class DiffusersUNet(nn.Module):
         if not all(hasattr(unet, name) for name in ("down_blocks", "mid_block", "up_blocks", "config")):
             raise UserError(f"{type(unet).__name__}: must be a UNet2DModel or a UNet2DConditionModel of diffusers")
         self.unet: Any = unet
-        self._places = {**{f"down.{i}": part for i, part in enumerate(self.unet.down_blocks)},
-                        **({} if self.unet.mid_block is None else {"middle": self.unet.mid_block}),
-                        **{f"up.{i}": part for i, part in enumerate(self.unet.up_blocks)}}
+        self._places: dict[str, Any] = {
+            **{f"down.{i}": part for i, part in enumerate(self.unet.down_blocks)},
+            **({} if self.unet.mid_block is None else {"middle": self.unet.mid_block}),
+            **{f"up.{i}": part for i, part in enumerate(self.unet.up_blocks)}}
         self._sites = dict(_sites(self._places))
         self.recorders: list[PrefixRecorder] = []           # both are set by `guided_diffusion.capture`
         self.prefixes: list[Any] = []
@@ -258,12 +259,13 @@ class DiffusersUNet(nn.Module):
         recorder.prefixes.append(PartialEvaluation(outputs, copies))    # type: ignore[arg-type]  # another network's
 
 
-def _sites(places: Mapping[str, nn.Module]) -> Iterator[tuple[str, SelfAttentionSite]]:
+def _sites(places: Mapping[str, Any]) -> Iterator[tuple[str, SelfAttentionSite]]:
     for part, (place, module) in enumerate(places.items()):
         for i, layer in enumerate(getattr(module, "attentions", None) or ()):
             name = place if place == "middle" and not i else f"{place}.{i}"
             transformers = getattr(layer, "transformer_blocks", None)
-            attentions = [layer] if transformers is None else [getattr(block, "attn1", None) for block in transformers]
+            attentions: list[Any] = [layer] if transformers is None else [
+                getattr(block, "attn1", None) for block in transformers]
             for j, attention in enumerate(attentions):
                 if _is_self_attention(attention):
                     yield f"{name}/{j}" if j else name, SelfAttentionSite(

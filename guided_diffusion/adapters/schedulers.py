@@ -60,7 +60,10 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     variance = VARIANCE_TYPES.get(getattr(config, "variance_type", None) or "", ModelVarType.FIXED_SMALL)
     last = _last_abar(scheduler, abar)
     used = np.arange(len(abar)) if steps is None else _steps_of(scheduler, steps)
-    return ScheduledProcess(abar, used[abar[used] < last], last, MEAN_TYPES[prediction], variance)
+    used = used[abar[used] < last]
+    if not len(used):
+        raise UserError(f"{name}: of {steps} steps none changes anything, as its chain ends where it begins; take more")
+    return ScheduledProcess(abar, used, last, MEAN_TYPES[prediction], variance)
 
 
 def _last_abar(scheduler: Any, abar: np.ndarray) -> float:

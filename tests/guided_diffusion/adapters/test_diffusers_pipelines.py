@@ -1,0 +1,172 @@
+"""Pipelines of diffusers, sampled by us: the same images where both can, and what only we can."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from golden import noise, relative_error
+from tiny_diffusers import (
+    NO_PROMPTS,
+    PROMPTS,
+    diffusers,
+    images,
+    ours,
+    pixel_unet,
+    prompted_pipeline,
+    prompted_unet,
+    scheduler,
+)
+
+from guided_diffusion.adapters.diffusers import LatentDiffusion
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import (
+    PerturbedAttentionGuidance,
+    ProjectedGuidance,
+    SmoothedEnergyGuidance,
+    TimestepGuidance,
+)
+from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
+from guided_diffusion.steps import DdimOptions
+
+SAME = 1e-4             # of the largest value, in float32 over six steps
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return prompted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def latent(pipe):
+    return LatentDiffusion.from_pipeline(pipe)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_images_are_those_of_stable_diffusion(cfg_scale, prediction):
+    pipe = prompted_pipeline(steps=scheduler(prediction_type=prediction))
+    expected = images(pipe, guidance_scale=cfg_scale)
+    assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=cfg_scale), expected) < SAME
+
+
+def test_pixels_are_those_of_the_ddim_pipeline():
+    steps = diffusers.DDIMScheduler(clip_sample=True)
+    pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(0),
+                    use_clipped_model_output=True, output_type="np").images
+    start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, output_type="np")
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_perturbed_attention_is_that_of_the_pag_pipeline(cfg_scale):
+    unet = prompted_unet()
+    theirs = prompted_pipeline("StableDiffusionPAGPipeline", unet, pag_applied_layers=["mid"])
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=unet))
+    guided = ours(latent, cfg_scale=cfg_scale, guidance=[PerturbedAttentionGuidance(latent.unet, ["middle"], 3.0)])
+    assert relative_error(guided, images(theirs, guidance_scale=cfg_scale, pag_scale=3.0)) < SAME
+
+
+@pytest.mark.parametrize("kind, options, own", [
+    ("DPMSolverMultistepScheduler", {"solver_order": 2}, "dpm-solver++"),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}, DpmSolverOptions(solver_grid="chain", solver_order=3)),
+    ("UniPCMultistepScheduler", {"solver_order": 2}, "unipc"),
+    ("UniPCMultistepScheduler", {"solver_order": 3}, UnipcOptions(solver_grid="chain", solver_order=3)),
+])
+def test_solvers_are_those_of_diffusers_at_the_same_steps(kind, options, own):
+    pipe = prompted_pipeline(steps=scheduler(kind, **options))
+    expected = images(pipe, guidance_scale=2.0)
+    assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=2.0, sampler=own), expected) < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
+def test_every_sampler_takes_any_list_of_guidance(latent, sampler):
+    network = latent.unet
+    terms = [latent.self_attention_guidance(0.75), PerturbedAttentionGuidance(network, ["down.1.0"], 1.0),
+             SmoothedEnergyGuidance(network, ["middle"], 1.0), TimestepGuidance(network, 1.0, 0.5)]
+    plain = ours(latent, sampler=sampler, cfg_scale=3.0)
+    guided = [ours(latent, sampler=sampler, cfg_scale=3.0, guidance=chosen)
+              for chosen in ([term] for term in terms)]
+    together = ours(latent, sampler=sampler, cfg_scale=3.0, guidance=[*terms, ProjectedGuidance(norm_threshold=5.0)])
+    different = [plain, *guided, together]
+    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(different) for other in different[:i])
+
+
+def test_sag_and_classifier_free_guidance_make_three_evaluations_a_step(latent):
+    calls = []
+    handle = latent.unet.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        ours(latent, guidance=[latent.self_attention_guidance(0.5), latent.self_attention_guidance(0.5, "up.0.0")])
+        two_terms = len(calls)
+        calls.clear()
+        ours(latent, guidance=[latent.self_attention_guidance(0.5)])
+    finally:
+        handle.remove()
+    assert (len(calls), two_terms) == (6 * 3, 6 * 4)
+
+
+def test_one_network_that_says_v_and_one_that_says_eps_are_guided_alike():
+    class Velocity(torch.nn.Module):
+        """A network's eps, said as v."""
+
+        def __init__(self, unet, abar):
+            super().__init__()
+            self.inner, self.abar = unet, abar
+            self.down_blocks, self.mid_block, self.up_blocks = unet.down_blocks, unet.mid_block, unet.up_blocks
+            self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+
+        def forward(self, x, t, **options):
+            eps, = self.inner(x, t, **options)
+            abar = self.abar[t].reshape(-1, 1, 1, 1)
+            return ((eps - torch.sqrt(1 - abar) * x) / torch.sqrt(abar),)
+
+    velocity = Velocity(prompted_unet(), scheduler().alphas_cumprod)
+    pipes = [prompted_pipeline(),
+             SimpleNamespace(unet=velocity, scheduler=scheduler(prediction_type="v_prediction"))]
+    guided = [ours(latent, guidance=[latent.self_attention_guidance(0.75)])
+              for latent in map(LatentDiffusion.from_pipeline, pipes)]
+    assert relative_error(guided[1], guided[0]) < 1e-3
+
+
+def test_an_image_depends_on_its_number_and_not_on_its_batch(latent):
+    options = {"prompt_embeds": PROMPTS[:1], "negative_prompt_embeds": NO_PROMPTS[:1], "steps": 4, "seed": 7,
+               "output_type": "latent", "sampler": DdimOptions(eta=1.0),
+               "guidance": [latent.self_attention_guidance(0.75)]}
+    together = latent.sample(numbers=[3, 5, 8], **options)
+    alone = latent.sample(numbers=[5], **options)
+    assert relative_error(alone[0], together[1]) < SAME
+    assert relative_error(together[0], together[1]) > 0.1
+
+
+def test_images_have_the_size_that_is_asked_for(latent):
+    options = {"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "steps": 2,
+               "guidance": [latent.self_attention_guidance(0.75)]}
+    pictures = latent.sample(height=16, width=24, **options)
+    assert [picture.size for picture in pictures] == [(24, 16)] * 2
+    arrays = latent.sample(output_type="np", **options)
+    assert arrays.shape == (2, 16, 16, 3) and arrays.min() >= 0 and arrays.max() <= 1
+
+
+def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
+    expected = images(pipe, guidance_scale=2.0, output_type="np")
+    assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
+
+
+def test_what_does_not_fit_is_a_sentence(latent):
+    for options, words in [
+            ({"prompt_embeds": PROMPTS}, "no text encoder"), ({}, "one of prompt and prompt_embeds"),
+            ({"prompt": "a cat"}, "no text encoder"), ({"sampler": "euler"}, "must be one of ddpm, ddim"),
+            ({"output_type": "jpg"}, "must be one of pil"), ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0,
+                                                             "numbers": [1, 2, 3]}, "must be as many"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 9}, "multiple of 2"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "latents": noise((2, 3, 8, 8), 0)}, r"must be \(N, 4"),
+            ({"cfg_scale": float("nan")}, "finite number")]:
+        with pytest.raises(UserError, match=words):
+            latent.sample(**options)
+    with pytest.raises(UserError, match="with a unet"):
+        LatentDiffusion.from_pipeline(object())
+    with pytest.raises(UserError, match="inpainting"):
+        LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet(in_channels=9)))
