@@ -126,7 +126,7 @@ class LatentDiffusion:
         return self.unet.unet.device
 
     def _check(self, steps: int, sampler: str | SamplerOptions, cfg_scale: float, output_type: str) -> None:
-        check_number("cfg_scale", cfg_scale)
+        check_number("LatentDiffusion cfg_scale", cfg_scale)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(sampler, str) and sampler not in sampling.SAMPLERS:

@@ -165,15 +165,15 @@ class DiffusersUNet(nn.Module):
     network.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         if not all(hasattr(unet, name) for name in ("down_blocks", "mid_block", "up_blocks", "config")):
             raise UserError(f"{type(unet).__name__}: must be a UNet2DModel or a UNet2DConditionModel of diffusers")
         self.unet: Any = unet
         self._places: dict[str, Any] = {
-            **{f"down.{i}": part for i, part in enumerate(self.unet.down_blocks)},
-            **({} if self.unet.mid_block is None else {"middle": self.unet.mid_block}),
-            **{f"up.{i}": part for i, part in enumerate(self.unet.up_blocks)}}
+            **{f"down.{i}": part for i, part in enumerate(unet.down_blocks)},
+            **({} if unet.mid_block is None else {"middle": unet.mid_block}),
+            **{f"up.{i}": part for i, part in enumerate(unet.up_blocks)}}
         self._sites = dict(_sites(self._places))
         self.recorders: list[PrefixRecorder] = []           # both are set by `guided_diffusion.capture`
         self.prefixes: list[Any] = []

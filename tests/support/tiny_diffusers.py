@@ -4,8 +4,8 @@ import pytest
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `diffusers` is not installed")
 
-import torch                                            # noqa: E402
-from golden import fill, noise                          # noqa: E402
+import torch  # noqa: E402
+from golden import fill, noise  # noqa: E402
 
 PROMPTS, NO_PROMPTS = noise((2, 5, 16), 1), noise((2, 5, 16), 2)
 
@@ -43,10 +43,10 @@ def vae():
 
 
 def prompted_pipeline(kind="StableDiffusionPipeline", unet=None, steps=None, **more):
-    """A pipeline of Stable Diffusion without text encoder."""
-    pipe = getattr(diffusers, kind)(
-        vae=vae(), text_encoder=None, tokenizer=None, unet=unet or prompted_unet(), scheduler=steps or scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **more)
+    """A pipeline of Stable Diffusion, without text encoder unless one is given."""
+    parts = {"vae": vae(), "text_encoder": None, "tokenizer": None, "unet": unet or prompted_unet(),
+             "scheduler": steps or scheduler(), "safety_checker": None, "feature_extractor": None}
+    pipe = getattr(diffusers, kind)(**{**parts, **more}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

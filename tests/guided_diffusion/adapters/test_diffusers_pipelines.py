@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from code_blocks import in_language
+from commands import REPOSITORY
 from golden import noise, relative_error
 from tiny_diffusers import (
     NO_PROMPTS,
@@ -16,6 +18,7 @@ from tiny_diffusers import (
     prompted_pipeline,
     prompted_unet,
     scheduler,
+    vae,
 )
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
@@ -153,6 +156,60 @@ def test_images_have_the_size_that_is_asked_for(latent):
 def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
     expected = images(pipe, guidance_scale=2.0, output_type="np")
     assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def text_parts():
+    """A text encoder of one layer, and a tokenizer of single letters."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    words = {word: i for i, word in enumerate([*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>",
+                                               "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=words, merges=[], model_max_length=8)
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"]))
+    return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+
+
+@pytest.mark.parametrize("negative", [None, "dog"])
+def test_prompts_are_encoded_by_the_pipeline(text_parts, negative):
+    pipe = prompted_pipeline(**text_parts)
+    start = noise((2, 4, 8, 8), 3)
+    options = {"prompt": ["a cat", "b"], "latents": start, "output_type": "latent"}
+    negatives = {} if negative is None else {"negative_prompt": negative}
+    with torch.no_grad():
+        expected = pipe(num_inference_steps=3, guidance_scale=5.0, **options,
+                        **({} if negative is None else {"negative_prompt": [negative] * 2})).images
+    latent = LatentDiffusion.from_pipeline(pipe)
+    assert relative_error(latent.sample(steps=3, cfg_scale=5.0, **options, **negatives), expected) < SAME
+    one = latent.sample("a cat", steps=3, cfg_scale=5.0, latents=start[:1], output_type="latent", **negatives)
+    assert relative_error(one, expected[:1]) < SAME
+
+
+def test_sdxl_sees_its_further_conditions():
+    unet = prompted_unet(addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=6 * 8 + 16)
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+        scheduler=scheduler(), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pooled = {"pooled_prompt_embeds": noise((2, 16), 4), "negative_pooled_prompt_embeds": noise((2, 16), 5)}
+    # Without text encoders the pipeline asks for the width of the pooled embedding.
+    pipe.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=16), dtype=torch.float32)
+    expected = images(pipe, guidance_scale=3.0, height=16, width=16, **pooled)
+    latent = LatentDiffusion.from_pipeline(pipe)
+    assert relative_error(ours(latent, cfg_scale=3.0, **pooled), expected) < SAME
+
+
+def test_the_example_of_the_documentation_runs():
+    block, = (block for block in in_language(REPOSITORY / "docs" / "diffusers.md", "python")
+              if "extra diffusers" in block.why)
+    names = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    assert len(names["images"]) == 2
 
 
 def test_what_does_not_fit_is_a_sentence(latent):
