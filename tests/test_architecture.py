@@ -37,8 +37,8 @@ FLOORS = [
         "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_options", "train_start",
         "train_util", "prepare", "depth.*", "icons.*")],
     ["guided_diffusion.guidance.*"],
-    ["guided_diffusion.adapters.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
+    ["guided_diffusion.adapters.*"],
     ["guided_diffusion"],
     # evaluations: what measures
     ["evaluations"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +89,8 @@ class LatentDiffusion:
                labels: Tensor | None = None, latents: Tensor | None = None, steps: int = 50,
                sampler: str | SamplerOptions = "ddim", cfg_scale: float = 7.5, guidance: Sequence[Guidance] = (),
                seed: int = 0, numbers: Sequence[int] | None = None, height: int | None = None,
-               width: int | None = None, output_type: str = "pil") -> Any:
+               width: int | None = None, output_type: str = "pil",
+               on_step: Callable[[], object] = lambda: None) -> Any:
         """Images of prompts, or of an unconditional network, all in one batch.
 
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
@@ -99,6 +100,7 @@ class LatentDiffusion:
         cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it. numbers: the images'
         places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone. height, width:
         pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
+        on_step: called after each step.
         Raises UserError for what does not fit together, and NonFiniteError for a network that gives no numbers.
         """
         self._check(steps, sampler, cfg_scale, output_type)
@@ -119,7 +121,7 @@ class LatentDiffusion:
         x_T = noise(process.num_timesteps) if latents is None else latents.float().to(self._device)
         terms = _terms(guidance, cfg_scale, embedded.null)
         chain = sampling.sample_chain(options.step(), denoise, x_T, noise, terms, torch.tensor(ids))
-        return self._output(sampling.last(chain)["sample"], output_type)
+        return self._output(sampling.last(chain, on_step)["sample"], output_type)
 
     @property
     def _device(self) -> torch.device:

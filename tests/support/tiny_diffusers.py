@@ -42,6 +42,21 @@ def vae():
                                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4))
 
 
+def text_parts():
+    """A text encoder of one layer, and a tokenizer of single letters."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(97, 123)]
+    words = {word: i for i, word in enumerate([*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>",
+                                               "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=words, merges=[], model_max_length=8)
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"]))
+    return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+
+
 def prompted_pipeline(kind="StableDiffusionPipeline", unet=None, steps=None, **more):
     """A pipeline of Stable Diffusion, without text encoder unless one is given."""
     parts = {"vae": vae(), "text_encoder": None, "tokenizer": None, "unet": unet or prompted_unet(),

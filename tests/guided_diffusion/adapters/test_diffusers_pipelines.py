@@ -18,6 +18,7 @@ from tiny_diffusers import (
     prompted_pipeline,
     prompted_unet,
     scheduler,
+    text_parts,
     vae,
 )
 
@@ -158,25 +159,9 @@ def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
     assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
 
 
-@pytest.fixture(scope="module")
-def text_parts():
-    """A text encoder of one layer, and a tokenizer of single letters."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [chr(code) for code in range(97, 123)]
-    words = {word: i for i, word in enumerate([*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>",
-                                               "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=words, merges=[], model_max_length=8)
-    torch.manual_seed(0)
-    encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"]))
-    return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
-
-
 @pytest.mark.parametrize("negative", [None, "dog"])
-def test_prompts_are_encoded_by_the_pipeline(text_parts, negative):
-    pipe = prompted_pipeline(**text_parts)
+def test_prompts_are_encoded_by_the_pipeline(negative):
+    pipe = prompted_pipeline(**text_parts())
     start = noise((2, 4, 8, 8), 3)
     options = {"prompt": ["a cat", "b"], "latents": start, "output_type": "latent"}
     negatives = {} if negative is None else {"negative_prompt": negative}
