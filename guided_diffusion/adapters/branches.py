@@ -60,5 +60,5 @@ class UnconditionalBranch(ContrastGuidance):
         inner = replace(ctx, denoise=denoise, observed=observed, shared=Shared())
         total = torch.zeros_like(pred.eps)
         for term in observed:
-            total = total + windows[term].reshape(-1, 1, 1, 1) * term.delta(inner, unconditional)
+            total = total + torch.where(windows[term].reshape(-1, 1, 1, 1), term.delta(inner, unconditional), 0)
         return total

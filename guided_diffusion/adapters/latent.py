@@ -103,7 +103,7 @@ class LatentDiffusion:
         on_step: called after each step.
         Raises UserError for what does not fit together, and NonFiniteError for a network that gives no numbers.
         """
-        self._check(steps, sampler, cfg_scale, output_type)
+        self._check(sampler, cfg_scale, output_type)
         guided = self.unet.takes_prompts and cfg_scale != 1
         embedded = self._embedded(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
                                   pooled_prompt_embeds, negative_pooled_prompt_embeds)
@@ -127,7 +127,7 @@ class LatentDiffusion:
     def _device(self) -> torch.device:
         return self.unet.unet.device
 
-    def _check(self, steps: int, sampler: str | SamplerOptions, cfg_scale: float, output_type: str) -> None:
+    def _check(self, sampler: str | SamplerOptions, cfg_scale: float, output_type: str) -> None:
         check_number("LatentDiffusion cfg_scale", cfg_scale)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
