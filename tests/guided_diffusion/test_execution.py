@@ -1,6 +1,7 @@
 """The type that is fastest here, and compiled blocks, which leave what reads and replaces their inside right."""
 
 import re
+import os
 import shutil
 
 import numpy as np
@@ -196,6 +197,7 @@ def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(not os.environ.get("COMPILE"), reason="takes a minute of CPU: set COMPILE=1 to run it")
 def test_a_block_compiled_to_machine_code():
     block = AttentionBlock(32, num_heads=2)
     with_random_weights(block).requires_grad_(False)

@@ -74,7 +74,6 @@ def test_a_killed_run_ends_like_one_that_was_not(python, data_dir, tmp_path):
     process = subprocess.Popen(
         [python, TRAINING, *flags(**{**MODEL, **TRAIN, **RUN}, data_dir=data_dir, out=killed)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE)
-    train(data_dir, whole, **RUN)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if (killed / "state.safetensors").exists() and len(log_of(killed, "loss")) > 12:
@@ -84,6 +83,7 @@ def test_a_killed_run_ends_like_one_that_was_not(python, data_dir, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     step = int(checkpoint.read_metadata(killed / "state.safetensors")["step"])
+    train(data_dir, whole, **RUN)
     assert 0 < step < 40
 
     train(data_dir, killed, **RUN)

@@ -11,7 +11,7 @@ import yaml
 from commands import REPOSITORY, call, flags, samples_in
 from networks import TINY, with_random_weights
 
-from guided_diffusion.build import build_model
+from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.depth.features import feature_channels
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
@@ -142,14 +142,16 @@ GUIDED = [*sorted((REPOSITORY / "configs").glob("*_dag*.yaml")), *(row for row i
 
 
 def configured(path):
-    """The options of scripts/dag_sample.py with this configuration; those of depth-aware guidance are the last."""
-    return parse_options(["--config", str(path)], SampleOptions, *option_classes(), preset=preset_values,
-                         defaults=DagOptions.switched_on)
+    """The options of scripts/dag_sample.py with this configuration, by their class."""
+    options = parse_options(["--config", str(path)], SampleOptions, *option_classes(), preset=preset_values,
+                            defaults=DagOptions.switched_on)
+    return {type(one): one for one in options}
 
 
 @pytest.mark.parametrize("path", GUIDED, ids=lambda path: path.stem)
 def test_configurations_load_and_build_their_network(path):
-    sample, model, *_, dag = configured(path)
+    options = configured(path)
+    sample, model, dag = (options[kind] for kind in (SampleOptions, ModelOptions, DagOptions))
     assert {"dcg_scale", "dpg_scale"} <= yaml.safe_load(path.read_text()).keys()
     assert dag.dcg_scale == dag.dpg_scale == 40
     assert sample.model_path and dag.depth_predictor and dag.depth_prior
@@ -160,7 +162,7 @@ def test_configurations_load_and_build_their_network(path):
 
 @pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
 def test_rows_of_the_published_table_turn_off_what_they_do_not_name(path):
-    *_, dag = configured(path)
+    dag = configured(path)[DagOptions]
     assert (dag.dcg_scale, dag.dpg_scale) == (40 * ("_dcg" in path.stem), 40 * ("_dpg" in path.stem))
 
 
