@@ -210,13 +210,15 @@ class DiffusersUNet(nn.Module):
         """x_t (N, C, H, W), timesteps (N,) -> what the network predicts, in the type of x_t.
 
         y: class labels (N,) int64. encoder_hidden_states: embedded prompts (N, T, E). added: further conditions, such
-        as `text_embeds` and `time_ids` of SDXL, (N, ...) each. Raises UserError where prompts are missing or not
-        wanted.
+        as `text_embeds` and `time_ids` of SDXL, (N, ...) each. Raises UserError where prompts or labels are missing,
+        and where prompts are not wanted.
         """
         if (encoder_hidden_states is not None) != self.takes_prompts:
             raise UserError(f"{type(self.unet).__name__}: " + (
                 "encoder_hidden_states are needed, the embedded prompts" if self.takes_prompts
                 else "it has no cross-attention, and takes no prompts"))
+        if y is None and getattr(self.unet, "class_embedding", None) is not None:
+            raise UserError(f"{type(self.unet).__name__}: is class-conditional, labels y are needed")
         given = {"x": x, "timesteps": timesteps, "y": y, "encoder_hidden_states": encoder_hidden_states, **added}
         inputs = {name: value for name, value in given.items() if value is not None}
         with ExitStack() as stack:

@@ -183,6 +183,8 @@ def test_what_is_missing_or_not_wanted_is_a_sentence():
         DiffusersUNet(prompted_unet())(noise((2, 4, 8, 8), 0), T)
     with pytest.raises(UserError, match="takes no prompts"):
         DiffusersUNet(pixel_unet())(noise((2, 3, 8, 8), 0), T, encoder_hidden_states=PROMPTS)
+    with pytest.raises(UserError, match="labels y are needed"):
+        DiffusersUNet(pixel_unet(num_class_embeds=3))(noise((2, 3, 8, 8), 0), T)
     with pytest.raises(UserError, match="exact heads"), \
             capture_attention(DiffusersUNet(pixel_unet()), ["middle"], heads="official"):
         pass

@@ -26,6 +26,7 @@ from tiny_diffusers import (
 from guided_diffusion.adapters.diffusers import LatentDiffusion
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import (
+    IndependentConditionGuidance,
     PerturbedAttentionGuidance,
     ProjectedGuidance,
     SmoothedEnergyGuidance,
@@ -98,6 +99,23 @@ def test_every_sampler_takes_any_list_of_guidance(latent, sampler):
     together = ours(latent, sampler=sampler, cfg_scale=3.0, guidance=[*terms, ProjectedGuidance(norm_threshold=5.0)])
     different = [plain, *guided, together]
     assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(different) for other in different[:i])
+
+
+def test_classes_have_independent_conditions_and_pixels_of_learned_variance():
+    unet = pixel_unet(num_class_embeds=3, out_channels=6)
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
+    latent = LatentDiffusion.from_pipeline(pipe)
+    options = {"labels": torch.tensor([0, 2]), "steps": 4, "sampler": "ddpm", "output_type": "latent"}
+    plain = latent.sample(**options)
+    guided = latent.sample(**options, guidance=[IndependentConditionGuidance(1.0, 3)])
+    assert plain.shape == (2, 3, 8, 8) and (plain - guided).abs().max() > 1e-3
+
+
+def test_half_precision_is_near_single_precision(latent):
+    half = LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet().to(torch.bfloat16)))
+    found, expected = (ours(one, guidance=[one.self_attention_guidance(0.75)]) for one in (half, latent))
+    # bfloat16 has 8 bits; guidance of 7.5 multiplies their error, over six steps.
+    assert found.dtype == torch.float32 and relative_error(found, expected) < 0.2
 
 
 def test_sag_and_classifier_free_guidance_make_three_evaluations_a_step(latent):
