@@ -203,10 +203,10 @@ class LatentRun:
         given: dict[str, Any] = {} if not prompts else {
             "prompt": [prompts[number % len(prompts)] for number in numbers],
             "negative_prompt": self.options.negative_prompt}
-        done = iter(range(1, 10**9))
-        options = self.options
+        done, options = iter(range(1, 10**9)), self.options
+        cfg_scale: float = options.prompt_scale
         images = prepared.latent.sample(
-            **given, steps=options.steps, sampler=options.sampler, cfg_scale=options.prompt_scale,
+            **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,
             guidance=prepared.guidance, seed=options.seed, numbers=numbers, height=options.height or None,
             width=options.width or None, output_type="np",
             on_step=lambda: on_step(min(1.0, next(done) / options.steps)))
