@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, TypedDict, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
@@ -277,10 +277,12 @@ class ContrastGuidance(Guidance):
                 return Inputs(ctx.x_t / 2, ctx.t)
 
     Such terms share an evaluation that several of them need, and `--batch_contrasts` evaluates them together. Any other
-    term gives `delta` itself, as perturbed-attention guidance does.
+    term gives `delta` itself, as perturbed-attention guidance does. unconditional: with classifier-free guidance of
+    prompts it acts on the evaluation without a prompt, as the SAG paper does (2210.00939, eq. 25).
     """
 
     passes = Passes(forward=1)
+    unconditional: ClassVar[bool] = False
 
     def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """The inputs of the evaluation to compare with; None where that differs in more than its inputs."""

@@ -38,6 +38,7 @@ FLOORS = [
         "train_util", "prepare", "depth.*", "icons.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
+    ["guided_diffusion.adapters.*"],
     ["guided_diffusion"],
     # evaluations: what measures
     ["evaluations"],

@@ -22,7 +22,7 @@ from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
 from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
-from .degrade import MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
+from .degrade import BLUR_TAPS, MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -38,12 +38,15 @@ class SelfAttentionGuidance(ContrastGuidance):
     the average attention. mask: "self-attention"; "global" (blur guidance, which reads no attention); "high-frequency",
     "random" or "square", with as many tokens as the attention would mask; or a function (ctx, pred) -> (N, 1, h, w)
     of h x w cells, any resolution, values in [0, 1]. heads: "exact", or "official" to split the map as the
-    official code does. start, stop and the noise levels: see `Guidance`.
+    official code does. start, stop and the noise levels: see `Guidance`. blur_taps: weights of the blur per axis, odd;
+    the official code has 31, diffusers 9.
     """
+
+    unconditional = True
 
     def __init__(self, model: Encoder, block: str, scale: float, blur_sigma: float, threshold: float = 1.0,
                  mask: str | Mask = "self-attention", heads: str = "exact", start: int | None = None,
-                 stop: int | None = None, **sigma: Unpack[SigmaRange]) -> None:
+                 stop: int | None = None, blur_taps: int = BLUR_TAPS, **sigma: Unpack[SigmaRange]) -> None:
         super().__init__(scale, start, stop, **sigma)
         if not callable(mask) and mask not in MASKS:
             raise UserError(f"mask {mask!r}: must be a function or one of {', '.join(MASKS)}")
@@ -53,12 +56,15 @@ class SelfAttentionGuidance(ContrastGuidance):
             raise UserError(f"blur_sigma {blur_sigma}: must be greater than 0")
         if not math.isfinite(threshold):
             raise UserError(f"threshold {threshold}: must be a number")
+        if isinstance(blur_taps, bool) or not isinstance(blur_taps, int) or blur_taps < 1 or blur_taps % 2 == 0:
+            raise UserError(f"blur_taps {blur_taps!r}: must be an odd number, at least 1")
         self.reads_attention = not callable(mask) and mask != "global"
         if self.reads_attention:
             find_blocks(model.attention_blocks, [block], "attention block")
         self.model = model
         self.block = block
         self.blur_sigma = blur_sigma
+        self.blur_taps = blur_taps
         self.threshold = threshold
         self.mask = mask
         self.heads = heads
@@ -75,7 +81,7 @@ class SelfAttentionGuidance(ContrastGuidance):
 
     def degraded(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """x_bar (N, C, H, W): x0, blurred under the mask, with the same noise as x_t."""
-        blurred = gaussian_blur(pred.pred_xstart, self.blur_sigma)
+        blurred = gaussian_blur(pred.pred_xstart, self.blur_sigma, self.blur_taps)
         mask = self.pixel_mask(ctx, pred)
         return ctx.denoise.diffusion.q_sample(torch.lerp(pred.pred_xstart, blurred, mask), ctx.t, noise=pred.eps)
 

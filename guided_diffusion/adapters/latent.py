@@ -1,0 +1,290 @@
+"""Pipelines of diffusers, sampled by our samplers with any list of guidance methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import sampling
+from ..errors import UserError
+from ..grids import CHAIN
+from ..guidance.self_attention import SelfAttentionGuidance
+from ..late import no_grad
+from ..process import Denoiser
+from ..rng import image_noise
+from ..solvers import SolverOptions
+from ..steps import SamplerOptions
+from ..terms import ContrastGuidance, Guidance, check_number
+from .branches import PromptGuidance, UnconditionalBranch
+from .networks import DiffusersUNet
+from .schedulers import process_of
+
+LATENT_BLUR_SIGMA, LATENT_BLUR_TAPS = 1.0, 9            # of SAG in diffusers' pipeline
+OUTPUT_TYPES = ("pil", "np", "latent")
+Conditions = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Prompts as conditions of the network: with the prompt, and, where they are needed, with none in its place."""
+
+    prompts: Conditions
+    null: Conditions | None = None
+
+    @property
+    def count(self) -> int | None:
+        """How many there are; None where the network takes none."""
+        return len(next(iter(self.prompts.values()))) if self.prompts else None
+
+
+class LatentDiffusion:
+    """A pipeline of diffusers whose images our samplers make: see `from_pipeline` and `sample`.
+
+    unet: the network, to be given to guidance methods. pipe: its scheduler, and where it has them its VAE and text
+    encoders, are used as they are.
+    """
+
+    def __init__(self, unet: DiffusersUNet, pipe: Any) -> None:
+        self.unet = unet
+        self.pipe = pipe
+        channels = unet.unet.config.in_channels
+        if channels != (out := unet.unet.config.out_channels) and 2 * channels != out:
+            raise UserError(f"{type(pipe).__name__}: its network takes {channels} channels and gives {out}; networks "
+                            "that also see an image, as for inpainting, are not supported")
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> LatentDiffusion:
+        """The pipeline's own network, scheduler, VAE and text encoders; it stays usable, and unchanged.
+
+        pipe: a text-to-image pipeline (Stable Diffusion 1, 2, XL) or an unconditional one (`DDIMPipeline`,
+        `DDPMPipeline`) of diffusers. Raises UserError for one without a UNet, and for networks that take more than
+        latents and prompts.
+        """
+        if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
+            raise UserError(f"{type(pipe).__name__}: must be a pipeline of diffusers with a unet and a scheduler")
+        return cls(DiffusersUNet(pipe.unet), pipe)
+
+    @property
+    def vae(self) -> Any:
+        """The pipeline's VAE; None where it samples pixels."""
+        return getattr(self.pipe, "vae", None)
+
+    def self_attention_guidance(self, scale: float, block: str = "middle", blur_sigma: float = LATENT_BLUR_SIGMA,
+                                blur_taps: int = LATENT_BLUR_TAPS, **options: Any) -> SelfAttentionGuidance:
+        """SAG with the blur of diffusers' pipeline; scale is its `sag_scale`, options are the term's."""
+        network: Any = self.unet
+        return SelfAttentionGuidance(network, block, scale, blur_sigma, blur_taps=blur_taps, **options)
+
+    @no_grad
+    def sample(self, prompt: str | Sequence[str] | None = None, *, negative_prompt: str | Sequence[str] | None = None,
+               prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
+               pooled_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
+               labels: Tensor | None = None, latents: Tensor | None = None, steps: int = 50,
+               sampler: str | SamplerOptions = "ddim", cfg_scale: float = 7.5, guidance: Sequence[Guidance] = (),
+               seed: int = 0, numbers: Sequence[int] | None = None, height: int | None = None,
+               width: int | None = None, output_type: str = "pil",
+               on_step: Callable[[], object] = lambda: None) -> Any:
+        """Images of prompts, or of an unconditional network, all in one batch.
+
+        prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
+        labels: (N,) int64 of a network with classes. latents: (N, C, h, w), the first noise, in place of that of the
+        seed. steps: see `process_of`. sampler: a name in `sampling.SAMPLERS`, or its options. cfg_scale: diffusers'
+        guidance scale, 1 is off; networks without prompts have none. guidance: terms that were given `self.unet`; with
+        cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it. numbers: the images'
+        places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone. height, width:
+        pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
+        on_step: called after each step.
+        Raises UserError for what does not fit together, and NonFiniteError for a network that gives no numbers.
+        """
+        self._check(sampler, cfg_scale, output_type)
+        guided = self.unet.takes_prompts and cfg_scale != 1
+        embedded = self._embedded(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
+                                  pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        ids = _image_ids(numbers, embedded.count, latents, labels)
+        shape = self._shape(height, width, latents)
+        embedded = self._with_sizes(_expanded(embedded, len(ids)), shape)
+        options = _sampler_options(sampler, steps)
+        process = options.process(process_of(self.pipe.scheduler, steps))
+        conditions = {**embedded.prompts, **({} if labels is None else {"y": labels.to(self._device)})}
+        denoise = self._denoiser(process, conditions, options)
+
+        def noise(step: int) -> Tensor:
+            return image_noise(seed, ids, step, shape).to(self._device)
+
+        x_T = noise(process.num_timesteps) if latents is None else latents.float().to(self._device)
+        terms = _terms(guidance, cfg_scale, embedded.null)
+        chain = sampling.sample_chain(options.step(), denoise, x_T, noise, terms, torch.tensor(ids))
+        return self._output(sampling.last(chain, on_step)["sample"], output_type)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.unet.unet.device
+
+    def _check(self, sampler: str | SamplerOptions, cfg_scale: float, output_type: str) -> None:
+        check_number("LatentDiffusion cfg_scale", cfg_scale)
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+        if isinstance(sampler, str) and sampler not in sampling.SAMPLERS:
+            raise UserError(f"sampler {sampler!r}: must be one of {', '.join(sampling.SAMPLERS)}, or its options")
+        if output_type != "latent" and self.vae is None and self.unet.unet.config.in_channels not in (1, 3):
+            raise UserError(f"output_type {output_type!r}: the pipeline has no VAE that makes images of latents; take "
+                            "'latent'")
+
+    def _denoiser(self, process: Any, conditions: Conditions, options: SamplerOptions) -> Denoiser:
+        """The network with its prompts; only pixels are clipped, and only where the scheduler clips them."""
+        config = self.pipe.scheduler.config
+        clipped = self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False)
+        limit = float(getattr(config, "clip_sample_range", 1.0))
+        clip = functools.partial(torch.clamp, min=-limit, max=limit)
+        return process.denoiser(self.unet, clip_denoised=False, denoised_fn=clip if clipped else None,
+                                model_kwargs=conditions, dynamic_threshold=options.threshold_quantile)
+
+    def _shape(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        channels = self.unet.unet.config.in_channels
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1] != channels or height is not None or width is not None:
+                raise UserError(f"latents {tuple(latents.shape)}: must be (N, {channels}, h, w), and then neither "
+                                "height nor width is given")
+            return channels, latents.shape[2], latents.shape[3]
+        factor = 1 if self.vae is None else int(self.pipe.vae_scale_factor)
+        size = self.unet.unet.config.sample_size
+        usual = (size, size) if isinstance(size, int) else size
+        sizes = []
+        for name, value, default in (("height", height, usual and usual[0]), ("width", width, usual and usual[1])):
+            if value is None and default is None:
+                raise UserError(f"{name}: must be given, as the network's configuration has no sample_size")
+            if value is not None and (value < factor or value % factor):
+                raise UserError(f"{name} {value}: must be a multiple of {factor}")
+            sizes.append(int(default) if value is None else value // factor)
+        return channels, sizes[0], sizes[1]
+
+    def _embedded(self, guided: bool, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None,
+                  embeds: Tensor | None, negative_embeds: Tensor | None, pooled: Tensor | None,
+                  negative_pooled: Tensor | None) -> Embedded:
+        """What the network is given of the prompts; guided: with classifier-free guidance."""
+        if not self.unet.takes_prompts:
+            if prompt is not None or embeds is not None:
+                raise UserError("prompt: the pipeline's network takes none")
+            return Embedded({})
+        if (prompt is None) == (embeds is None):
+            raise UserError("prompt: one of prompt and prompt_embeds must be given")
+        if embeds is None or (guided and negative_embeds is None):
+            if getattr(self.pipe, "text_encoder", None) is None:
+                raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds, and, unless cfg_scale "
+                                "is 1, negative_prompt_embeds")
+            embeds, negative_embeds, pooled, negative_pooled = self._encoded(
+                prompt, negative, guided, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds,
+                pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled)
+        return Embedded(self._conditions(embeds, pooled),
+                        self._conditions(negative_embeds, negative_pooled) if guided else None)
+
+    def _encoded(self, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, guided: bool,
+                 **embeds: Tensor | None) -> tuple[Any, ...]:
+        """Embeddings with and without the prompt, and the pooled ones, by the pipeline's own `encode_prompt`."""
+        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        count = len(prompts) if prompts is not None else len(embeds["prompt_embeds"])      # type: ignore[arg-type]
+        negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
+        given = {name: value for name, value in embeds.items() if value is not None}
+        found = self.pipe.encode_prompt(
+            prompt=prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
+            negative_prompt=negatives if guided and embeds["negative_prompt_embeds"] is None else None, **given)
+        return (*found, None, None)[:4]
+
+    def _conditions(self, embeds: Tensor | None, pooled: Tensor | None) -> Conditions:
+        if embeds is None:
+            raise UserError("negative_prompt_embeds: must be given with prompt_embeds, unless cfg_scale is 1")
+        added = {} if pooled is None else {"text_embeds": pooled.to(self._device)}
+        return {"encoder_hidden_states": embeds.to(self._device), **added}
+
+    def _with_sizes(self, embedded: Embedded, shape: tuple[int, int, int]) -> Embedded:
+        """SDXL also sees sizes: those of the original image, the corner of its crop, and those of the crop."""
+        if "text_embeds" not in embedded.prompts:
+            return embedded
+        factor = int(getattr(self.pipe, "vae_scale_factor", 1))
+        size = [shape[1] * factor, shape[2] * factor]
+        times = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)
+        times = times.expand(embedded.count or 1, -1)
+        return Embedded({**embedded.prompts, "time_ids": times},
+                        None if embedded.null is None else {**embedded.null, "time_ids": times})
+
+    def _output(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = latents if self.vae is None else self._decoded(latents)
+        arrays = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return arrays
+        from PIL import Image
+
+        pixels = (arrays * 255).round().astype(np.uint8)
+        return [Image.fromarray(pixel[..., 0] if pixel.shape[-1] == 1 else pixel) for pixel in pixels]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The VAE's images, (N, 3, H, W) in [-1, 1]."""
+        vae = self.vae
+        with _float32_where_asked(vae):
+            latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+            return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+
+@contextmanager
+def _float32_where_asked(vae: Any) -> Iterator[None]:
+    """A VAE in float16 that overflows there (`force_upcast`) computes in float32, in the `with` block."""
+    before = vae.dtype
+    upcast = before == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(before)
+
+
+def _image_ids(numbers: Sequence[int] | None, prompts: int | None, *given: Tensor | None) -> list[int]:
+    """The images' numbers; raises UserError where prompts, latents, labels and numbers are not as many."""
+    counts = {len(values) for values in (numbers, *given) if values is not None}
+    if prompts is not None and (prompts > 1 or not counts):
+        counts.add(prompts)
+    if len(counts) > 1 or 0 in counts:
+        raise UserError(f"numbers of images {sorted(counts)}: prompts, latents, labels and numbers must be as many")
+    return list(range(counts.pop() if counts else 1)) if numbers is None else [int(number) for number in numbers]
+
+
+def _expanded(embedded: Embedded, count: int) -> Embedded:
+    """One prompt for all images as one for each."""
+    def each(conditions: Conditions) -> Conditions:
+        if any(len(value) not in (1, count) for value in conditions.values()):
+            raise UserError(f"prompts {sorted({len(value) for value in conditions.values()})}: with and without the "
+                            f"prompt they must be one, or as many as images, {count}")
+        return {name: value.expand(count, *value.shape[1:]) for name, value in conditions.items()}
+
+    return Embedded(each(embedded.prompts), None if embedded.null is None else each(embedded.null))
+
+
+def _sampler_options(sampler: str | SamplerOptions, steps: int) -> SamplerOptions:
+    """The sampler; a solver named by its name goes through the scheduler's own steps."""
+    options = sampling.SAMPLERS[sampler]() if isinstance(sampler, str) else sampler
+    if not isinstance(options, SolverOptions):
+        return options
+    if isinstance(sampler, str):
+        options = replace(options, solver_grid=CHAIN)
+    on_chain = options.solver_grid == CHAIN
+    return replace(options, sampling_steps=None if on_chain else options.sampling_steps or steps)
+
+
+def _terms(guidance: Sequence[Guidance], cfg_scale: float, null: Conditions | None) -> list[Guidance]:
+    """The terms of a chain: with classifier-free guidance, those of the unconditional evaluation come before it."""
+    if null is None:
+        return list(guidance)
+    inner = [term for term in guidance if isinstance(term, ContrastGuidance) and term.unconditional]
+    first: list[Guidance] = [UnconditionalBranch(inner, null)] if inner else []
+    return [*first, PromptGuidance(cfg_scale - 1, null), *[term for term in guidance if term not in inner]]

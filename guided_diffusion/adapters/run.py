@@ -1,0 +1,261 @@
+"""A sampling run of a pipeline of diffusers, in chunks as other sampling runs.
+
+Image i depends on (seed, i), its prompt and the options alone. The chunks stay in the folder, so that a run that was
+stopped, or has more images, goes on from them:
+
+    OUT/latent/000123.npz       a chunk: images (n, H, W, 3) uint8
+    OUT/samples_NxHxWx3.npz     all images, arr_0
+    OUT/grid.png                the first ones
+    OUT/run.json                configuration, what the images depend on, and times, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from .. import dist_util, pictures
+from ..errors import UserError
+from ..fetch import sha256_of
+from ..files import check_folder, reason, write_json
+from ..guidance import ApgOptions, GuidanceOptions, Networks, PagOptions, RescaleOptions, SegOptions, TsgOptions
+from ..late import torch
+from ..npz import BatchFile, prepare_samples
+from ..options import Options, option, seed_option
+from ..runs import shards
+from ..runs.chunk_files import ChunkFiles
+from ..runs.chunks import Indices
+from ..runs.options import LARGEST_BATCH, MOST_IMAGES
+from ..runs.record import made_by
+from ..runs.work import make_chunks
+from ..runs.workers import WorkQueue
+from ..sampling import SAMPLERS
+from ..terms import Guidance
+
+if TYPE_CHECKING:
+    from .latent import LatentDiffusion
+
+METHODS: tuple[type[GuidanceOptions], ...] = (PagOptions, SegOptions, TsgOptions, ApgOptions, RescaleOptions)
+IRRELEVANT = ("out", "overwrite", "log_every", "num_samples", "pipeline", "prompts")
+
+
+@dataclass(frozen=True)
+class LatentOptions(Options):
+    """The pipeline and its images."""
+
+    pipeline: str = option("", "folder of a pipeline that diffusers saved, or its name on the hub")
+    prompt: str = option("", "what the images show")
+    prompts: str = option("", "in place of --prompt, a text file of prompts, a line each: that of image i is in line "
+                          "i; they begin again after the last")
+    negative_prompt: str = option("", "what stands for no prompt in classifier-free guidance")
+    sampler: str = option("ddim", f"the sampler: {', '.join(SAMPLERS)}", choices=tuple(SAMPLERS))
+    steps: int = option(50, "steps, at the places of the pipeline's own scheduler", minimum=1)
+    prompt_scale: float = option(7.5, "classifier-free guidance as diffusers counts it; 1: off")
+    sag_scale: float = option(0.0, "scale s of self-attention guidance; 0: off")
+    sag_block: str = option("middle", "its attention block, like middle or up.1.0")
+    height: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
+    width: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
+    num_samples: int = option(1, "number of images", minimum=1, maximum=MOST_IMAGES)
+    batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+    seed: int = seed_option("seed of the noise")
+    out: str = option("latent", "folder for the images and the record")
+    overwrite: bool = option(False, "begin anew, and replace what is in that folder")
+    log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
+                            minimum=0)
+
+
+@dataclass(frozen=True)
+class LatentChunks(ChunkFiles):
+    """The finished chunks of a run."""
+
+    FOLDER: ClassVar = "latent"
+    CONTENT: ClassVar = "samples"
+
+    def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
+        """All options that an image depends on, and digests of the pipeline and of the prompts."""
+        return {**{name: value for name, value in configuration.items() if name not in IRRELEVANT},
+                "pipeline": sha256["pipeline"], "prompts": sha256["prompts"]}
+
+    def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
+        """Whether these arrays are those of a chunk of `count` images."""
+        images = arrays["images"]
+        return images.dtype == np.uint8 and images.ndim == 4 and images.shape[::3] == (count, 3)
+
+
+class Prepared(NamedTuple):
+    """What makes the images: the pipeline, its guidance, and the prompts, in turn; none where it takes none."""
+
+    latent: LatentDiffusion
+    guidance: list[Guidance]
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class LatentRun:
+    """All options of a run: those of the pipeline, and of `METHODS`. `run()` makes what is missing."""
+
+    options: LatentOptions
+    methods: tuple[GuidanceOptions, ...]
+
+    @classmethod
+    def classes(cls) -> tuple[type[Options], ...]:
+        """The classes of the options, those of the pipeline first."""
+        return (LatentOptions, *METHODS)
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return Path(self.options.out)
+
+    @cached_property
+    def _prompts(self) -> list[str]:
+        """Raises UserError for a file that cannot be read, or is empty, and for two ways to say a prompt."""
+        if not self.options.prompts:
+            return [self.options.prompt] if self.options.prompt else []
+        if self.options.prompt:
+            raise UserError("--prompts and --prompt: give one of the two")
+        try:
+            lines = Path(self.options.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts {self.options.prompts}: cannot be read ({reason(error)})") from None
+        if not lines:
+            raise UserError(f"--prompts {self.options.prompts}: holds no line")
+        return lines
+
+    def run(self) -> Path | None:
+        """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None.
+
+        Raises UserError for options and pipelines that cannot work, before the first image is sampled.
+        """
+        began = time.time()
+        dist_util.setup_dist()
+        with ExitStack() as stack:
+            with dist_util.together():
+                prompts = self._prompts
+                check_folder("--out", self.out)
+                if dist_util.is_main():
+                    stack.enter_context(shards.locked(self.out))
+            with dist_util.together():
+                prepared = self._prepared(prompts)
+            queue = WorkQueue()
+            with dist_util.together():
+                if dist_util.is_main():
+                    queue.put("sha256", {"pipeline": _digest(prepared.latent.pipe),
+                                         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()})
+                    queue.put("todo", self._missing(self._chunks(queue.get("sha256"))).spans)
+            chunks = self._chunks(queue.get("sha256"))
+            todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
+            with queue:
+                self._work(prepared, chunks, todo, queue)
+                return self._finish(chunks, began) if dist_util.is_main() else None
+
+    def _prepared(self, prompts: list[str]) -> Prepared:
+        from .latent import LatentDiffusion
+
+        latent = LatentDiffusion.from_pipeline(load_pipeline(self.options.pipeline).to(dist_util.dev()))
+        if latent.unet.takes_prompts != bool(prompts):
+            raise UserError("--prompt: " + ("is missing, the pipeline takes one" if latent.unet.takes_prompts
+                                            else "the pipeline takes none"))
+        nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
+        guidance = [term for method in self.methods if method.active for term in method.build(nets)]
+        if self.options.sag_scale:
+            guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
+        return Prepared(latent, guidance, prompts)
+
+    def _chunks(self, sha256: Mapping[str, str]) -> LatentChunks:
+        values = asdict(self.options)
+        for method in self.methods:
+            values |= asdict(method) if method.active else {}
+        return LatentChunks(self.out, values, sha256)
+
+    def _missing(self, chunks: LatentChunks) -> Indices:
+        """The chunks that are missing, with the folder ready for them."""
+        if self.options.overwrite:
+            chunks.remove()
+        chunks.check_begun()
+        missing = chunks.missing()
+        chunks.begin()
+        return missing
+
+    def _work(self, prepared: Prepared, chunks: LatentChunks, todo: Indices, queue: WorkQueue) -> None:
+        def make(index: int, on_step: Callable[[float], None]) -> None:
+            began = time.monotonic()
+            images = self._images(prepared, chunks.chunks[index], on_step)
+            chunks.write(index, {"images": images}, dist_util.rank(), time.monotonic() - began)
+
+        make_chunks(make, chunks.chunks, todo, queue, self.options.log_every)
+
+    def _images(self, prepared: Prepared, image_ids: Sequence[int], on_step: Callable[[float], None]) -> np.ndarray:
+        """Images (n, H, W, 3) uint8."""
+        # The fill repeats an image, which is dropped: not a bit depends on how many there are.
+        numbers = [image_ids[min(i, len(image_ids) - 1)] for i in range(self.options.batch_size)]
+        prompts = prepared.prompts
+        given: dict[str, Any] = {} if not prompts else {
+            "prompt": [prompts[number % len(prompts)] for number in numbers],
+            "negative_prompt": self.options.negative_prompt}
+        done, options = iter(range(1, 10**9)), self.options
+        cfg_scale: float = options.prompt_scale
+        images = prepared.latent.sample(
+            **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,
+            guidance=prepared.guidance, seed=options.seed, numbers=numbers, height=options.height or None,
+            width=options.width or None, output_type="np",
+            on_step=lambda: on_step(min(1.0, next(done) / options.steps)))
+        pixels = (images[:len(image_ids)] * 255).round().astype(np.uint8)
+        return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+    def _finish(self, chunks: LatentChunks, began: float) -> Path:
+        """Packs the chunks, draws the picture, and writes the record last."""
+        shape = (chunks.num_samples, *chunks.read(0)["images"].shape[1:])
+        height, width = shape[1:3]
+        samples = self.out / f"samples_{chunks.num_samples}x{height}x{width}x3.npz"
+
+        def packed() -> Iterator[tuple[np.ndarray, None]]:
+            for index in range(len(chunks.chunks)):
+                yield chunks.read(index)["images"], None
+
+        whole = prepare_samples(packed(), (shape[0], height, width, 3), samples, {})
+        (self.out / "run.json").unlink(missing_ok=True)
+        os.replace(whole, samples)
+        pictures.save_grid(BatchFile(samples).first(64), self.out / "grid.png")
+        write_json(self.out / "run.json", {
+            "configuration": chunks.configuration, "fingerprint": chunks.fingerprint, "samples": samples.name,
+            "sha256": {"samples": sha256_of(samples), **chunks.sha256}, **made_by(),
+            "timing": {"seconds": time.time() - began}}, sync=True, ending="the samples are kept")
+        return samples
+
+
+def load_pipeline(name: str) -> Any:
+    """A pipeline of diffusers from a folder or by its name on the hub; only weights in safetensors are read.
+
+    Raises UserError where it cannot be loaded, and where diffusers is not installed.
+    """
+    if not name:
+        raise UserError("--pipeline: is missing, name a folder of a pipeline that diffusers saved, or one on the hub")
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise UserError("--pipeline: needs diffusers, which the extra installs: pip install '.[diffusers]'") from None
+    try:
+        return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pipeline {name}: diffusers cannot load it ({reason(error)})") from None
+
+
+def _digest(pipe: Any) -> str:
+    """SHA-256 of all weights of a pipeline, and of its scheduler's configuration, hexadecimal."""
+    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
+    for name, part in sorted(pipe.components.items()):
+        for key, value in sorted(part.state_dict().items()) if hasattr(part, "state_dict") else ():
+            digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""The diffusion process that a scheduler of diffusers describes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..process import DiffusionProcess, LossType, ModelMeanType, ModelVarType
+
+MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VELOCITY,
+              "sample": ModelMeanType.START_X}
+VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
+                  "learned": ModelVarType.LEARNED, "learned_range": ModelVarType.LEARNED_RANGE}
+LEAST_ABAR = 1e-6               # with less signal at the last step x0 is no function of eps
+
+
+class ScheduledProcess(DiffusionProcess):
+    """Some steps of a process with given abar, the last of which may end before abar is 1.
+
+    alphas_cumprod: (T,) of the original steps. steps: those to use, rising. last_alphas_cumprod: abar where the chain
+    ends. model_mean_type, model_var_type: what the network gives.
+    """
+
+    def __init__(self, alphas_cumprod: np.ndarray, steps: np.ndarray, last_alphas_cumprod: float,
+                 model_mean_type: ModelMeanType, model_var_type: ModelVarType) -> None:
+        abar = alphas_cumprod[steps]
+        super().__init__(betas=1 - abar / np.append(last_alphas_cumprod, abar[:-1]), model_mean_type=model_mean_type,
+                         model_var_type=model_var_type, loss_type=LossType.MSE,
+                         last_alphas_cumprod=last_alphas_cumprod)
+        self.timestep_map = steps
+        self.original_num_steps = len(alphas_cumprod)
+        self.original_alphas_cumprod = alphas_cumprod
+
+
+def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
+    """Our process from a scheduler of diffusers that has betas: epsilon, v or sample prediction.
+
+    steps: how many the scheduler takes of those it was trained with, at its own places (`timestep_spacing`,
+    `steps_offset`); those of a `DDIMScheduler` with its configuration where its own are fractions, as Euler's. None:
+    all. Where the chain ends in abar of its first step, and that step is among them, it is left out, as nothing
+    changes there. The scheduler itself is not changed. Raises UserError for a scheduler without betas, with a zero
+    terminal signal-to-noise ratio, with another prediction, and for a number of steps it cannot take.
+    """
+    name = type(scheduler).__name__
+    betas = getattr(scheduler, "betas", None)
+    if betas is None:
+        raise UserError(f"{name}: has no betas, and this project samples processes that have them; take for example a "
+                        "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
+    config = scheduler.config
+    prediction = getattr(config, "prediction_type", "epsilon")
+    if prediction not in MEAN_TYPES:
+        raise UserError(f"{name} prediction_type {prediction!r}: must be one of {', '.join(MEAN_TYPES)}")
+    abar = np.cumprod(1 - betas.double().cpu().numpy())
+    if getattr(config, "rescale_betas_zero_snr", False) or abar[-1] < LEAST_ABAR:
+        raise UserError(f"{name}: its last step has no signal left (zero terminal signal-to-noise ratio), so that x0 "
+                        "is no function of eps there, which guidance changes; rescale_betas_zero_snr must be off")
+    variance = VARIANCE_TYPES.get(getattr(config, "variance_type", None) or "", ModelVarType.FIXED_SMALL)
+    last = _last_abar(scheduler, abar)
+    used = np.arange(len(abar)) if steps is None else _steps_of(scheduler, steps)
+    used = used[abar[used] < last]
+    if not len(used):
+        raise UserError(f"{name}: of {steps} steps none changes anything, as its chain ends where it begins; take more")
+    return ScheduledProcess(abar, used, last, MEAN_TYPES[prediction], variance)
+
+
+def _last_abar(scheduler: Any, abar: np.ndarray) -> float:
+    """Abar where the scheduler's chain ends: 1, or that of its first original step."""
+    final = getattr(scheduler, "final_alpha_cumprod", None)
+    ends_before = (final is not None and float(final) < 1) or getattr(
+        scheduler.config, "final_sigmas_type", None) == "sigma_min"
+    return float(abar[0]) if ends_before else 1.0
+
+
+def _steps_of(scheduler: Any, steps: int) -> np.ndarray:
+    """The original steps that a scheduler takes, rising."""
+    trained = len(scheduler.betas)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
+        raise UserError(f"steps {steps!r}: must be a whole number from 1 to {trained}, the steps of the scheduler")
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    times = own.timesteps.double().cpu().numpy()
+    if (times != times.round()).any():
+        from diffusers import DDIMScheduler
+
+        own = DDIMScheduler.from_config(scheduler.config)
+        own.set_timesteps(steps)
+        times = own.timesteps.double().cpu().numpy()
+    return np.unique(times.astype(np.int64).clip(0, trained - 1))

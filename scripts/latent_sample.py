@@ -1,0 +1,29 @@
+r"""Sample a text-to-image pipeline of diffusers, with any list of guidance methods.
+
+Examples:
+    python scripts/latent_sample.py --pipeline FOLDER --prompt "a photo of a cat" --sag_scale 0.75 --out samples/cat
+    mpiexec -n 8 python scripts/latent_sample.py --pipeline FOLDER --prompts prompts.txt --num_samples 1000 \
+        --batch_size 4 --sampler dpm-solver++ --steps 20 --pag_scale 2 --out samples/prompts
+"""
+
+from collections.abc import Sequence
+
+from guided_diffusion import dist_util
+from guided_diffusion.adapters.run import LatentRun
+from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.options import parse_options
+from guided_diffusion.runs.command import files_of
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    log_to_stderr(dist_util.is_main())
+    options, *methods = parse_options(argv, *LatentRun.classes(), description=__doc__)
+    path = LatentRun(options, tuple(methods)).run()
+    dist_util.shutdown()
+    if path is not None:
+        print(files_of(path))
+
+
+if __name__ == "__main__":
+    run_script(main)

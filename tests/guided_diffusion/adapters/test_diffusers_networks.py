@@ -1,0 +1,190 @@
+"""UNets of diffusers among our captures, overrides and shared prefixes, which leave nothing behind."""
+
+import pytest
+import torch
+from golden import noise
+from tiny_diffusers import PROMPTS, pixel_unet, prompted_unet
+
+from guided_diffusion.adapters.diffusers import DiffusersUNet
+from guided_diffusion.attention import attention
+from guided_diffusion.capture import (
+    capture_attention,
+    capture_prefix,
+    override_attention,
+    override_grid_attention,
+    perturb_embedding,
+    resume_from,
+)
+from guided_diffusion.errors import UserError
+
+NAMES = ["down.1.0", "middle", "up.0.0", "up.0.1"]
+T = torch.tensor([700, 300])
+NETWORKS = {"prompted": (prompted_unet, 4, {"encoder_hidden_states": PROMPTS}), "pixels": (pixel_unet, 3, {})}
+
+
+def processors(unet):
+    """The attention processor of every attention in a network, by its name."""
+    return {name: module.processor for name, module in unet.named_modules() if hasattr(module, "processor")}
+
+
+@pytest.fixture(params=NETWORKS, scope="module")
+def network(request):
+    build, channels, conditions = NETWORKS[request.param]
+    unet = build()
+    wrapped = DiffusersUNet(unet)
+    x = noise((2, channels, 8, 12), 0)
+
+    @torch.no_grad()
+    def evaluate():
+        return wrapped(x, T, **conditions)
+
+    with torch.no_grad():
+        options = {"encoder_hidden_states": PROMPTS} if conditions else {}
+        plain = unet(x, T, return_dict=False, **options)[0]
+    return wrapped, evaluate, plain
+
+
+def test_blocks_have_the_names_of_their_places(network):
+    wrapped, _, _ = network
+    assert list(wrapped.attention_blocks) == NAMES
+    assert list(wrapped.feature_blocks) == ["down.0.0", "down.1.0", "middle.0", "middle.1", "up.0.0", "up.0.1",
+                                            "up.1.0", "up.1.1"]
+
+
+def test_several_layers_of_a_transformer_are_numbered():
+    wrapped = DiffusersUNet(prompted_unet(transformer_layers_per_block=2))
+    assert list(wrapped.attention_blocks)[:4] == ["down.1.0", "down.1.0/1", "middle", "middle/1"]
+
+
+def test_the_wrapped_network_gives_what_the_network_gives(network):
+    _, evaluate, plain = network
+    assert torch.equal(evaluate(), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_received_attention_is_that_of_the_whole_map(network, name):
+    wrapped, evaluate, plain = network
+    maps = []
+
+    def whole(q, k, v):
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)
+        maps.append(weights.sum(dim=2).mean(dim=1))
+        return weights @ v
+
+    with capture_attention(wrapped, [name]) as captured:
+        observed = evaluate()
+    with override_attention(wrapped, [name], whole):
+        overridden = evaluate()
+
+    assert torch.equal(observed, plain)
+    assert captured[name].grid == (4, 6)
+    torch.testing.assert_close(captured[name].received, maps[0])
+    torch.testing.assert_close(overridden, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_override_is_told_the_grid_and_changes_the_prediction(network):
+    wrapped, evaluate, plain = network
+    grids = []
+
+    def identity(q, k, v, grid):
+        grids.append((grid, q.shape[2]))
+        return v
+
+    with override_grid_attention(wrapped, ["middle", "up.0.1"], identity):
+        changed = evaluate()
+    assert grids == [((4, 6), 24)] * 2
+    assert (changed - plain).abs().max() > 1e-4
+    assert torch.equal(evaluate(), plain)
+
+
+def test_nothing_is_left_behind_after_an_exception(network):
+    wrapped, evaluate, plain = network
+    before = processors(wrapped.unet)
+    hooks = sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in wrapped.unet.modules())
+
+    def fail(q, k, v):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"), capture_attention(wrapped, NAMES), \
+            override_attention(wrapped, ["middle"], fail):
+        evaluate()
+
+    after = processors(wrapped.unet)
+    assert all(after[name] is processor for name, processor in before.items()) and after.keys() == before.keys()
+    assert hooks == sum(len(module._forward_pre_hooks) + len(module._forward_hooks)
+                        for module in wrapped.unet.modules())
+    assert torch.equal(evaluate(), plain)
+
+
+def test_the_users_own_processor_computes_and_comes_back():
+    unet = prompted_unet()
+    unet.set_attention_slice(1)
+    wrapped, x = DiffusersUNet(unet), noise((2, 4, 8, 8), 0)
+    before = processors(unet)
+    with torch.no_grad():
+        plain = unet(x, T, PROMPTS, return_dict=False)[0]
+        with capture_attention(wrapped, ["middle"]) as captured:
+            observed = wrapped(x, T, encoder_hidden_states=PROMPTS)
+        with override_attention(wrapped, ["middle"], attention):
+            overridden = wrapped(x, T, encoder_hidden_states=PROMPTS)
+    assert torch.equal(observed, plain) and captured["middle"].received.shape == (2, 16)
+    torch.testing.assert_close(overridden, plain, rtol=1e-4, atol=1e-5)
+    assert all(processors(unet)[name] is processor for name, processor in before.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_lies_before_an_overridden_block_is_not_evaluated_again(network, name):
+    wrapped, evaluate, _ = network
+    evaluated = []
+    handles = [block.register_forward_pre_hook(lambda *_, place=place: evaluated.append(place))
+               for place, block in wrapped.feature_blocks.items()]
+    try:
+        with override_attention(wrapped, [name], lambda q, k, v: v):
+            expected = evaluate()
+        with capture_prefix(wrapped, name) as prefixes:
+            evaluate()
+        evaluated.clear()
+        with override_attention(wrapped, [name], lambda q, k, v: v), resume_from(wrapped, prefixes):
+            resumed = evaluate()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(resumed, expected)
+    assert evaluated[0].partition(".")[0] == name.partition(".")[0]
+    assert len(evaluated) < 8
+
+
+def test_the_embedding_of_the_step_can_be_perturbed(network):
+    wrapped, evaluate, plain = network
+    with perturb_embedding(wrapped, wrapped.feature_blocks, lambda emb: emb + 0.1) as reached:
+        changed = evaluate()
+    assert reached == list(wrapped.feature_blocks)
+    assert (changed - plain).abs().max() > 1e-4
+
+
+def test_a_network_without_attention_says_so():
+    wrapped = DiffusersUNet(pixel_unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                                       add_attention=False))
+    with pytest.raises(UserError, match=r"there are: none"), capture_attention(wrapped, ["middle"]):
+        pass
+
+
+def test_half_precision_computes_in_its_type():
+    wrapped = DiffusersUNet(prompted_unet().to(torch.bfloat16))
+    with torch.no_grad(), capture_attention(wrapped, ["middle"]) as captured:
+        out = wrapped(noise((2, 4, 8, 8), 0), T, encoder_hidden_states=PROMPTS)
+    assert out.dtype == torch.float32 and captured["middle"].received.dtype == torch.float32
+
+
+def test_what_is_missing_or_not_wanted_is_a_sentence():
+    with pytest.raises(UserError, match="must be a UNet2DModel"):
+        DiffusersUNet(torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="embedded prompts"):
+        DiffusersUNet(prompted_unet())(noise((2, 4, 8, 8), 0), T)
+    with pytest.raises(UserError, match="takes no prompts"):
+        DiffusersUNet(pixel_unet())(noise((2, 3, 8, 8), 0), T, encoder_hidden_states=PROMPTS)
+    with pytest.raises(UserError, match="labels y are needed"):
+        DiffusersUNet(pixel_unet(num_class_embeds=3))(noise((2, 3, 8, 8), 0), T)
+    with pytest.raises(UserError, match="exact heads"), \
+            capture_attention(DiffusersUNet(pixel_unet()), ["middle"], heads="official"):
+        pass

@@ -1,0 +1,244 @@
+"""Pipelines of diffusers, sampled by us: the same images where both can, and what only we can."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from code_blocks import in_language
+from commands import REPOSITORY
+from golden import noise, relative_error
+from tiny_diffusers import (
+    NO_PROMPTS,
+    PROMPTS,
+    diffusers,
+    images,
+    ours,
+    pixel_unet,
+    prompted_pipeline,
+    prompted_unet,
+    scheduler,
+    text_parts,
+    vae,
+)
+
+from guided_diffusion.adapters.diffusers import LatentDiffusion
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import (
+    IndependentConditionGuidance,
+    PerturbedAttentionGuidance,
+    ProjectedGuidance,
+    SmoothedEnergyGuidance,
+    TimestepGuidance,
+)
+from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
+from guided_diffusion.steps import DdimOptions
+
+SAME = 1e-4             # of the largest value, in float32 over six steps
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return prompted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def latent(pipe):
+    return LatentDiffusion.from_pipeline(pipe)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 7.5])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_images_are_those_of_stable_diffusion(cfg_scale, prediction):
+    pipe = prompted_pipeline(steps=scheduler(prediction_type=prediction))
+    expected = images(pipe, guidance_scale=cfg_scale)
+    assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=cfg_scale), expected) < SAME
+
+
+def test_pixels_are_those_of_the_ddim_pipeline():
+    steps = diffusers.DDIMScheduler(clip_sample=True)
+    pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(0),
+                    use_clipped_model_output=True, output_type="np").images
+    start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, output_type="np")
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
+def test_perturbed_attention_is_that_of_the_pag_pipeline(cfg_scale):
+    unet = prompted_unet()
+    theirs = prompted_pipeline("StableDiffusionPAGPipeline", unet, pag_applied_layers=["mid"])
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=unet))
+    guided = ours(latent, cfg_scale=cfg_scale, guidance=[PerturbedAttentionGuidance(latent.unet, ["middle"], 3.0)])
+    assert relative_error(guided, images(theirs, guidance_scale=cfg_scale, pag_scale=3.0)) < SAME
+
+
+@pytest.mark.parametrize("kind, options, own", [
+    ("DPMSolverMultistepScheduler", {"solver_order": 2}, "dpm-solver++"),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3}, DpmSolverOptions(solver_grid="chain", solver_order=3)),
+    ("UniPCMultistepScheduler", {"solver_order": 2}, "unipc"),
+    ("UniPCMultistepScheduler", {"solver_order": 3}, UnipcOptions(solver_grid="chain", solver_order=3)),
+])
+def test_solvers_are_those_of_diffusers_at_the_same_steps(kind, options, own):
+    pipe = prompted_pipeline(steps=scheduler(kind, **options))
+    expected = images(pipe, guidance_scale=2.0)
+    assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=2.0, sampler=own), expected) < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
+def test_every_sampler_takes_any_list_of_guidance(latent, sampler):
+    network = latent.unet
+    terms = [latent.self_attention_guidance(0.75), PerturbedAttentionGuidance(network, ["down.1.0"], 1.0),
+             SmoothedEnergyGuidance(network, ["middle"], 1.0), TimestepGuidance(network, 1.0, 0.5)]
+    plain = ours(latent, sampler=sampler, cfg_scale=3.0)
+    guided = [ours(latent, sampler=sampler, cfg_scale=3.0, guidance=chosen)
+              for chosen in ([term] for term in terms)]
+    together = ours(latent, sampler=sampler, cfg_scale=3.0, guidance=[*terms, ProjectedGuidance(norm_threshold=5.0)])
+    different = [plain, *guided, together]
+    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(different) for other in different[:i])
+
+
+def test_classes_have_independent_conditions_and_pixels_of_learned_variance():
+    unet = pixel_unet(num_class_embeds=3, out_channels=6)
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
+    latent = LatentDiffusion.from_pipeline(pipe)
+    options = {"labels": torch.tensor([0, 2]), "steps": 4, "sampler": "ddpm", "output_type": "latent"}
+    plain = latent.sample(**options)
+    guided = latent.sample(**options, guidance=[IndependentConditionGuidance(1.0, 3)])
+    assert plain.shape == (2, 3, 8, 8) and (plain - guided).abs().max() > 1e-3
+
+
+def test_half_precision_is_near_single_precision(latent):
+    half = LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet().to(torch.bfloat16)))
+    found, expected = (ours(one, guidance=[one.self_attention_guidance(0.75)]) for one in (half, latent))
+    # bfloat16 has 8 bits; guidance of 7.5 multiplies their error, over six steps.
+    assert found.dtype == torch.float32 and relative_error(found, expected) < 0.2
+
+
+def test_sag_and_classifier_free_guidance_make_three_evaluations_a_step(latent):
+    calls = []
+    handle = latent.unet.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        ours(latent, guidance=[latent.self_attention_guidance(0.5), latent.self_attention_guidance(0.5, "up.0.0")])
+        two_terms = len(calls)
+        calls.clear()
+        ours(latent, guidance=[latent.self_attention_guidance(0.5)])
+    finally:
+        handle.remove()
+    assert (len(calls), two_terms) == (6 * 3, 6 * 4)
+
+
+def test_one_network_that_says_v_and_one_that_says_eps_are_guided_alike():
+    class Velocity(torch.nn.Module):
+        """A network's eps, said as v."""
+
+        def __init__(self, unet, abar):
+            super().__init__()
+            self.inner, self.abar = unet, abar
+            self.down_blocks, self.mid_block, self.up_blocks = unet.down_blocks, unet.mid_block, unet.up_blocks
+            self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+
+        def forward(self, x, t, **options):
+            eps, = self.inner(x, t, **options)
+            abar = self.abar[t].reshape(-1, 1, 1, 1)
+            return ((eps - torch.sqrt(1 - abar) * x) / torch.sqrt(abar),)
+
+    velocity = Velocity(prompted_unet(), scheduler().alphas_cumprod)
+    pipes = [prompted_pipeline(),
+             SimpleNamespace(unet=velocity, scheduler=scheduler(prediction_type="v_prediction"))]
+    guided = [ours(latent, guidance=[latent.self_attention_guidance(0.75)])
+              for latent in map(LatentDiffusion.from_pipeline, pipes)]
+    assert relative_error(guided[1], guided[0]) < 1e-3
+
+
+def test_an_image_depends_on_its_number_and_not_on_its_batch(latent):
+    options = {"prompt_embeds": PROMPTS[:1], "negative_prompt_embeds": NO_PROMPTS[:1], "steps": 4, "seed": 7,
+               "output_type": "latent", "sampler": DdimOptions(eta=1.0),
+               "guidance": [latent.self_attention_guidance(0.75)]}
+    together = latent.sample(numbers=[3, 5, 8], **options)
+    alone = latent.sample(numbers=[5], **options)
+    assert relative_error(alone[0], together[1]) < SAME
+    assert relative_error(together[0], together[1]) > 0.1
+
+
+def test_images_have_the_size_that_is_asked_for(latent):
+    options = {"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "steps": 2,
+               "guidance": [latent.self_attention_guidance(0.75)]}
+    pictures = latent.sample(height=16, width=24, **options)
+    assert [picture.size for picture in pictures] == [(24, 16)] * 2
+    arrays = latent.sample(output_type="np", **options)
+    assert arrays.shape == (2, 16, 16, 3) and arrays.min() >= 0 and arrays.max() <= 1
+
+
+def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
+    expected = images(pipe, guidance_scale=2.0, output_type="np")
+    assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("negative", [None, "dog"])
+def test_prompts_are_encoded_by_the_pipeline(negative):
+    pipe = prompted_pipeline(**text_parts())
+    start = noise((2, 4, 8, 8), 3)
+    options = {"prompt": ["a cat", "b"], "latents": start, "output_type": "latent"}
+    negatives = {} if negative is None else {"negative_prompt": negative}
+    with torch.no_grad():
+        expected = pipe(num_inference_steps=3, guidance_scale=5.0, **options,
+                        **({} if negative is None else {"negative_prompt": [negative] * 2})).images
+    latent = LatentDiffusion.from_pipeline(pipe)
+    assert relative_error(latent.sample(steps=3, cfg_scale=5.0, **options, **negatives), expected) < SAME
+    one = latent.sample("a cat", steps=3, cfg_scale=5.0, latents=start[:1], output_type="latent", **negatives)
+    assert relative_error(one, expected[:1]) < SAME
+
+
+def test_sdxl_sees_its_further_conditions():
+    unet = prompted_unet(addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=6 * 8 + 16)
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+        scheduler=scheduler(), add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pooled = {"pooled_prompt_embeds": noise((2, 16), 4), "negative_pooled_prompt_embeds": noise((2, 16), 5)}
+    # Without text encoders the pipeline asks for the width of the pooled embedding.
+    pipe.text_encoder_2 = SimpleNamespace(config=SimpleNamespace(projection_dim=16), dtype=torch.float32)
+    expected = images(pipe, guidance_scale=3.0, height=16, width=16, **pooled)
+    latent = LatentDiffusion.from_pipeline(pipe)
+    assert relative_error(ours(latent, cfg_scale=3.0, **pooled), expected) < SAME
+
+
+def test_the_example_of_the_documentation_runs():
+    block, = (block for block in in_language(REPOSITORY / "docs" / "diffusers.md", "python")
+              if "extra diffusers" in block.why)
+    names = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    assert len(names["images"]) == 2
+
+
+def test_the_notebook_runs_on_a_tiny_pipeline(monkeypatch):
+    monkeypatch.delenv("PIPELINE", raising=False)
+    path = REPOSITORY / "notebooks" / "latent_sag.ipynb"
+    names = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), names)
+    assert names["seen"].received.shape == (1, 16) and names["few"][0].size == (8, 8)
+    assert len(names["images"]) == 3
+
+
+def test_what_does_not_fit_is_a_sentence(latent):
+    for options, words in [
+            ({"prompt_embeds": PROMPTS}, "no text encoder"), ({}, "one of prompt and prompt_embeds"),
+            ({"prompt": "a cat"}, "no text encoder"), ({"sampler": "euler"}, "must be one of ddpm, ddim"),
+            ({"output_type": "jpg"}, "must be one of pil"), ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0,
+                                                             "numbers": [1, 2, 3]}, "must be as many"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 9}, "multiple of 2"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "latents": noise((2, 3, 8, 8), 0)}, r"must be \(N, 4"),
+            ({"cfg_scale": float("nan")}, "finite number")]:
+        with pytest.raises(UserError, match=words):
+            latent.sample(**options)
+    with pytest.raises(UserError, match="with a unet"):
+        LatentDiffusion.from_pipeline(object())
+    with pytest.raises(UserError, match="inpainting"):
+        LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet(in_channels=9)))

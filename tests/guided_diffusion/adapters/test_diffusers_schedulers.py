@@ -1,0 +1,69 @@
+"""Processes from the schedulers of diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from golden import noise
+from tiny_diffusers import diffusers, scheduler
+
+from guided_diffusion.adapters.diffusers import process_of
+from guided_diffusion.errors import UserError
+from guided_diffusion.sampling import ddim_step, last, sample_chain
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_the_whole_process_is_that_of_the_scheduler(kind):
+    process = process_of(scheduler(kind, **({"set_alpha_to_one": True} if kind == "DDIMScheduler" else {})))
+    expected = torch.cumprod(1 - scheduler(kind).betas.double(), 0).numpy()
+    np.testing.assert_allclose(process.alphas_cumprod, expected[-process.num_timesteps:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_steps_are_those_of_the_scheduler(kind, spacing):
+    own = scheduler(kind, timestep_spacing=spacing)
+    before = own.timesteps.clone()
+    process = process_of(own, 7)
+    assert torch.equal(own.timesteps, before)
+    own.set_timesteps(7)
+    kept = [t for t in own.timesteps.tolist()[::-1] if t or kind != "DDIMScheduler"]
+    assert process.timestep_map.tolist() == kept
+
+
+def test_fractions_of_steps_become_those_of_ddim():
+    process = process_of(scheduler("EulerDiscreteScheduler", timestep_spacing="linspace"), 7)
+    assert process.timestep_map.tolist() == [0, 166, 333, 500, 666, 832, 999]
+
+
+def test_the_three_predictions_of_one_function_give_the_same_images():
+    start, x0 = noise((2, 4, 8, 8), 0), noise((2, 4, 8, 8), 1)
+    results = []
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        process = process_of(scheduler(prediction_type=prediction), 6)
+
+        def network(x, t, prediction=prediction, process=process):
+            # An eps of x and t alone, said in three ways.
+            index = torch.from_numpy(np.searchsorted(process.timestep_map, t.numpy()))
+            eps = torch.tanh(x) + 0.1 * x0
+            if prediction == "epsilon":
+                return eps
+            xstart = process.predict_xstart_from_eps(x, index, eps)
+            return xstart if prediction == "sample" else process.velocity(xstart, index, eps)
+
+        denoise = process.denoiser(network, clip_denoised=False)
+        results.append(last(sample_chain(ddim_step, denoise, start, lambda index: start))["sample"])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduler_that_does_not_fit_is_a_sentence():
+    with pytest.raises(UserError, match="has no betas"):
+        process_of(diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(UserError, match="zero terminal"):
+        process_of(scheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(UserError, match="prediction_type 'flow'"):
+        process_of(scheduler(prediction_type="flow"))
+    with pytest.raises(UserError, match="from 1 to 1000"):
+        process_of(scheduler(), 0)
+    with pytest.raises(UserError, match="take more"):
+        process_of(scheduler(steps_offset=0), 1)

@@ -1,0 +1,64 @@
+"""Sampling runs of pipelines of diffusers: resumed, as one run, and refused where they are of another."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import call
+from tiny_diffusers import prompted_pipeline, text_parts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    prompted_pipeline(**text_parts()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    def run(**options):
+        values = {"pipeline": folder, "prompt": "a cat", "num_samples": 3, "batch_size": 2, "steps": 2,
+                  "sag_scale": 0.75, "pag_scale": 1, "out": tmp_path / "out", "log_every": 1, **options}
+        return call("latent_sample", *(word for name, value in values.items() for word in (f"--{name}", str(value))))
+    return run
+
+
+def samples(out):
+    """The images of a finished run, and its record."""
+    record = json.loads((out / "run.json").read_text())
+    with np.load(out / record["samples"]) as file:
+        return file["arr_0"], record
+
+
+def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
+    assert command() == 0
+    first, record = samples(tmp_path / "out")
+    assert first.shape == (3, 16, 16, 3) and (tmp_path / "out" / "grid.png").exists()
+    kept = (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns
+
+    assert command(num_samples=4) == 0
+    longer, again = samples(tmp_path / "out")
+    assert np.array_equal(longer[:3], first) and again["fingerprint"] == record["fingerprint"]
+    assert (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns == kept
+    assert not np.array_equal(longer[0], longer[1])
+
+
+def test_each_image_has_its_prompt(command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\nb\n")
+    assert command(prompt="", prompts=tmp_path / "prompts.txt", num_samples=2) == 0
+    assert command(num_samples=2, out=tmp_path / "one") == 0
+    (both, _), (one, _) = samples(tmp_path / "out"), samples(tmp_path / "one")
+    assert np.array_equal(both[0], one[0]) and not np.array_equal(both[1], one[1])
+
+
+def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
+    assert command(num_samples=1) == 0
+    for options, words in [({"prompt": "a dog"}, "of another configuration"), ({"pag_scale": 2}, "--pag_scale differs"),
+                           ({"pipeline": tmp_path / "none"}, "diffusers cannot load it"),
+                           ({"prompt": ""}, "is missing"),
+                           ({"pipeline": ""}, "--pipeline: is missing"), ({"prompts": "x"}, "give one of the two"),
+                           ({"prompt": "", "prompts": tmp_path / "none"}, "cannot be read"),
+                           ({"sag_block": "middel", "out": tmp_path / "b"}, "no attention block")]:
+        assert command(**options) == 2
+        assert words in capsys.readouterr().err
