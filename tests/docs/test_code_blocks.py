@@ -40,7 +40,7 @@ def smaller(script, arguments):
     """The arguments of a command with the smaller values in SMALLER."""
     arguments, values = list(arguments), dict(SMALLER.get(script, {}))
     if "--sampling_steps" in arguments:         # of a solver's own grid, as many as the highest order needs
-        values["sampling_steps"] = values.pop("timestep_respacing") + 1
+        values["sampling_steps"] = values.pop("timestep_respacing", 2) + 1
     for name, value in values.items():
         if f"--{name}" in arguments:
             arguments[arguments.index(f"--{name}") + 1] = str(value)

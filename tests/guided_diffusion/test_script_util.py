@@ -188,7 +188,7 @@ def test_self_attention_guidance_from_its_options():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_chanels": 32}, r"num_chanels: no such flag \(did you mean num_channels\?\)"),
     ({"classifier_depth": 32}, "classifier_depth: no such flag"),
-    ({"image_size": 48}, "--channel_mult must be given for image size 48.* sizes 64, 128, 256, 512"),
+    ({"image_size": 48}, "--channel_mult must be given for image size 48.* sizes 32, 64, 128, 256, 512"),
     ({"image_size": 50, "channel_mult": "1,2,2"}, "image size 50: must be a multiple of 4"),
     ({"image_size": 0}, "--image_size 0: must be at least 1"),
     ({"channel_mult": "1,two"}, "--channel_mult 1,two: must be positive numbers, comma-separated"),
