@@ -133,16 +133,16 @@ def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Te
     """
     blocks = find_blocks(model.feature_blocks, names, "block")
     reached: list[str] = []
-    changed: dict[int, tuple[Tensor, Tensor]] = {}          # by the embedding, kept so that its id stays its own
+    last: tuple[Tensor, Tensor] | None = None               # the embedding of an evaluation, and the changed one
 
     def hook(name: str) -> Callable[..., tuple[Any, ...]]:
         def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            nonlocal last
             x, emb, *rest = inputs
-            if id(emb) not in changed:
-                changed.clear()
-                changed[id(emb)] = emb, change(emb)
+            if last is None or last[0] is not emb:
+                last = emb, change(emb)
             reached.append(name)
-            return x, changed[id(emb)][1], *rest
+            return x, last[1], *rest
         return replace
 
     handles = [block.register_forward_pre_hook(hook(name)) for name, block in blocks.items()]

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .build import (
     ClassifierOptions,
@@ -27,7 +27,7 @@ from .build import (
 from .checkpoint import locate, read_metadata
 from .errors import UserError
 from .fetch import is_address, without_secrets
-from .options import Options, checked, option_fields
+from .options import Options, checked, option_fields, options_from
 from .shapes import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
 # How a network is run, trained or sampled: options that are no facts about weights.
@@ -39,6 +39,8 @@ PROCESS = ("diffusion_steps", "noise_schedule", "rescale_timesteps")
 NETWORKS: dict[str, type[Options]] = {"diffusion": ModelOptions, "upsampler": UpsamplerOptions,
                                       "classifier": ClassifierOptions}
 
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +51,12 @@ class Statement:
     path: str
     kind: str
     facts: dict[str, Any]
+
+    def options(self, kind: type[AnyOptions]) -> AnyOptions:
+        """The options of a class as the file states them, and defaults for the others."""
+        names = {field.name for field in option_fields(kind)}
+        options, = options_from({name: value for name, value in self.facts.items() if name in names}, kind)
+        return options
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raises UserError where flags that were given contradict it: one sentence with both values of each."""

@@ -251,7 +251,16 @@ class Guidance:
         check_number(f"{type(self).__name__} scale", scale)
         self.scale = scale
         self.steps = Window(start, stop, sigma_min, sigma_max, what=type(self).__name__)
-        self.start, self.stop = start, stop
+
+    @property
+    def start(self) -> float | None:
+        """The respaced step below which it guides; None: no bound."""
+        return self.steps.start
+
+    @property
+    def stop(self) -> float | None:
+        """The respaced step from which up it guides; None: no bound."""
+        return self.steps.stop
 
     def window(self, t: Tensor, process: DiffusionProcess | None = None) -> Tensor:
         """(N,) bool: the images of the batch that this term guides at steps t (N,) of a process.

@@ -33,7 +33,7 @@ from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, entry_option, option, seed_option
+from guided_diffusion.options import Options, comma_separated, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -295,7 +295,7 @@ class AttentionStudy:
         length = self.network.diffusion.num_timesteps
         self.steps = options.chosen_steps("steps", length)
         self.object_steps = options.chosen_steps("object_steps", length) if options.object_steps else self.steps
-        names = [name.strip() for name in options.blocks.split(",") if name.strip()]
+        names = comma_separated(options.blocks)
         blocks = self.network.model.attention_blocks
         self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
 

@@ -19,7 +19,7 @@ from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, option, options_from
+from guided_diffusion.options import Options, comma_separated, option, options_from
 
 from .setting import Setting
 from .speed import CallCost, at_last_block, built_terms, explicit_attention, measure_calls
@@ -72,7 +72,7 @@ class AgainstOptions(Options):
     @property
     def chosen(self) -> dict[str, Shape]:
         """The shapes by name."""
-        numbers = [word.strip() for word in self.shapes.split(",") if word.strip()]
+        numbers = comma_separated(self.shapes)
         names = {str(number): name for number, name in enumerate(SHAPES, 1)}
         for number in numbers:
             if number not in names:

@@ -16,7 +16,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.execution import choose_dtype, timed
 from guided_diffusion.guidance import Guidance, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, entry_option, option
+from guided_diffusion.options import Options, comma_separated, entry_option, option
 from guided_diffusion.progress import progress_bar
 
 from ..memory import peak_memory
@@ -102,7 +102,7 @@ def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: st
             if method.active or any(getattr(method, flag) for flag in method.remedies):
                 raise
             _log.info("%s is not timed: %s", method.short, error)         # it is off, and not for this network
-    for name in [word.strip() for word in together.split(",") if word.strip()]:
+    for name in comma_separated(together):
         parts = name.split(" + ")
         if all(part in built for part in parts):
             built[name] = [term for part in parts for term in built[part]]

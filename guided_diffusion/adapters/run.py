@@ -152,7 +152,7 @@ class LatentRun:
                 if dist_util.is_main():
                     queue.put("sha256", {"pipeline": _digest(prepared.latent.pipe),
                                          "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()})
-                    queue.put("todo", self._missing(self._chunks(queue.get("sha256"))).spans)
+                    queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
             with queue:
@@ -177,15 +177,6 @@ class LatentRun:
         for method in self.methods:
             values |= asdict(method) if method.active else {}
         return LatentChunks(self.out, values, sha256)
-
-    def _missing(self, chunks: LatentChunks) -> Indices:
-        """The chunks that are missing, with the folder ready for them."""
-        if self.options.overwrite:
-            chunks.remove()
-        chunks.check_begun()
-        missing = chunks.missing()
-        chunks.begin()
-        return missing
 
     def _work(self, prepared: Prepared, chunks: LatentChunks, todo: Indices, queue: WorkQueue) -> None:
         def make(index: int, on_step: Callable[[float], None]) -> None:

@@ -21,7 +21,7 @@ from ..options import option, option_fields
 from ..process import Prediction
 from ..stated import CHOICES, statement_of
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, without_labels
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option, without_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,8 +60,7 @@ class AutoguidanceOptions(GuidanceOptions):
     autoguidance_scale: float = option(0.0, "scale s of autoguidance; 0: off")
     weak_model_path: str = option("", "checkpoint of the weaker network of autoguidance; unless it states its options, "
                                   "it is built as the model is")
-    autoguidance_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all",
-                                            minimum=0)
+    autoguidance_start: int | None = start_option()
     autoguidance_sigma_min: float | None = sigma_min_option()
     autoguidance_sigma_max: float | None = sigma_max_option()
 
@@ -81,10 +80,7 @@ class AutoguidanceOptions(GuidanceOptions):
     def _stated(self) -> ModelOptions | None:
         """The options that the file of the weaker network states; None where it states none."""
         stated = statement_of(self.weak_model_path, "diffusion")
-        if stated is None:
-            return None
-        names = {field.name for field in option_fields(ModelOptions)}
-        return ModelOptions(**{name: value for name, value in stated.facts.items() if name in names})
+        return None if stated is None else stated.options(ModelOptions)
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The weaker network, where its file states how it is built."""

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
+def start_option(doing: str = "guided") -> Any:
+    """A field like `pag_start`: the step from which on a method acts. doing: what it does, in a word."""
+    return option(None, f"{doing} only at respaced steps below this one; unset: at all", minimum=0)
+
+
 def sigma_min_option() -> Any:
     """A field like `sag_sigma_min`: the noise level above which a method guides."""
     return option(None, "guided only at noise levels sigma = sqrt((1 - abar) / abar) above this one; unset: at all",

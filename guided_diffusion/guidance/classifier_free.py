@@ -17,7 +17,7 @@ from ..late import torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 
 
 class ClassifierFreeGuidance(ContrastGuidance):
@@ -58,7 +58,7 @@ class CfgOptions(GuidanceOptions):
     can_batch = True
 
     cfg_scale: float = option(0.0, "s of classifier-free guidance, which other programs write as 1 + s; 0: off")
-    cfg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    cfg_start: int | None = start_option()
     cfg_sigma_min: float | None = sigma_min_option()
     cfg_sigma_max: float | None = sigma_max_option()
 

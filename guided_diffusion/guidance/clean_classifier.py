@@ -21,11 +21,11 @@ from ..build import ClassifierOptions, build_classifier
 from ..checkpoint import read_metadata
 from ..errors import UserError
 from ..late import F, Tensor, nn, torch
-from ..options import option, option_fields, options_from
+from ..options import option
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 from .classifier_free import labels_of
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class CleanClassifierOptions(GuidanceOptions):
                                                                "tau_1", later=True)
     clean_classifier_gamma: float = option(0.0, "the gradient is multiplied by 1 + gamma sin(pi t); the reference "
                                            "code has 0.3")
-    clean_classifier_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all",
-                                                minimum=0)
+    clean_classifier_start: int | None = start_option()
     clean_classifier_sigma_min: float | None = sigma_min_option()
     clean_classifier_sigma_max: float | None = sigma_max_option()
 
@@ -156,10 +155,7 @@ class CleanClassifierOptions(GuidanceOptions):
             read_metadata(self.clean_classifier_path)           # which says it where there is no such file
             raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: must be a classifier that states "
                             "its options, as scripts/classifier_train.py --noised False writes it")
-        names = {field.name for field in option_fields(ClassifierOptions)}
-        options, = options_from({name: value for name, value in stated.facts.items() if name in names},
-                                ClassifierOptions)
-        return options
+        return stated.options(ClassifierOptions)
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The classifier, where there is a file."""

@@ -18,7 +18,7 @@ from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 from .classifier_free import labels_of
 
 
@@ -56,7 +56,7 @@ class IcgOptions(GuidanceOptions):
     can_batch = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
-    icg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    icg_start: int | None = start_option()
     icg_sigma_min: float | None = sigma_min_option()
     icg_sigma_max: float | None = sigma_max_option()
 

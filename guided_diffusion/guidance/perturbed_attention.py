@@ -19,7 +19,7 @@ from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -95,7 +95,7 @@ class PagOptions(GuidanceOptions):
     pag_scale: float = option(0.0, "scale of perturbed-attention guidance; 0: off")
     pag_blocks: str = option("middle", "attention blocks that become the identity, comma-separated, like "
                              "input.8,middle")
-    pag_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    pag_start: int | None = start_option()
     pag_sigma_min: float | None = sigma_min_option()
     pag_sigma_max: float | None = sigma_max_option()
 

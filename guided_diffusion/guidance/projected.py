@@ -17,7 +17,7 @@ from ..late import Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import Guidance, Passes, SigmaRange, StepContext, TransformGuidance, check_number
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 
 
 class ProjectedGuidance(TransformGuidance):
@@ -79,7 +79,7 @@ class ApgOptions(GuidanceOptions):
                                               later=True)
     apg_momentum: float = option(0.0, "share of the previous step's change; the paper takes it below 0", above=-1,
                                  maximum=0.99)
-    apg_start: int | None = option(None, "projected only at respaced steps below this one; unset: at all", minimum=0)
+    apg_start: int | None = start_option("projected")
     apg_sigma_min: float | None = sigma_min_option()
     apg_sigma_max: float | None = sigma_max_option()
 

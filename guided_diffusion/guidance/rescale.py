@@ -15,7 +15,7 @@ from ..late import Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import Guidance, Passes, SigmaRange, StepContext, TransformGuidance
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 
 
 class Rescale(TransformGuidance):
@@ -55,8 +55,7 @@ class RescaleOptions(GuidanceOptions):
 
     rescale_phi: float = option(0.0, "share of the guided prediction that is rescaled to the deviation of the unguided "
                                 "one; 0: off", minimum=0, maximum=1)
-    rescale_start: int | None = option(None, "rescaled only at respaced steps below this one; unset: at all",
-                                       minimum=0)
+    rescale_start: int | None = start_option("rescaled")
     rescale_sigma_min: float | None = sigma_min_option()
     rescale_sigma_max: float | None = sigma_max_option()
 

@@ -21,7 +21,7 @@ from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 from .degrade import BLUR_TAPS, MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class SagOptions(GuidanceOptions):
     can_batch = True
 
     guide_scale: float = option(1.0, "1 + s, s the scale of self-attention guidance; 1: off")
-    guide_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    guide_start: int | None = start_option()
     sag_sigma_min: float | None = sigma_min_option()
     sag_sigma_max: float | None = sigma_max_option()
     sel_attn_block: str = option("output", "part of the network whose attention makes the mask",

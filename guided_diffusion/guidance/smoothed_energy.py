@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
 from ..terms import Guidance, Passes, SigmaRange
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import gaussian_blur
 from .perturbed_attention import AttentionContrast
 
@@ -79,7 +79,7 @@ class SegOptions(GuidanceOptions):
     seg_blocks: str = option("middle", "attention blocks whose queries are smoothed, comma-separated")
     seg_blur_sigma: float = option(INFINITE, "standard deviation of the blur in tokens; from 9999 on, infinite: every "
                                    "query becomes their mean", above=0)
-    seg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    seg_start: int | None = start_option()
     seg_sigma_min: float | None = sigma_min_option()
     seg_sigma_max: float | None = sigma_max_option()
 

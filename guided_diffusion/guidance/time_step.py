@@ -22,7 +22,7 @@ from ..options import comma_separated, option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -82,7 +82,7 @@ class TsgOptions(GuidanceOptions):
                                     minimum=0)
     tsg_power: float = option(1.0, "that noise falls with this power of the step", minimum=0)
     tsg_blocks: str = option("", "blocks that see the noise, comma-separated, like middle,output.0; unset: all")
-    tsg_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
+    tsg_start: int | None = start_option()
     tsg_sigma_min: float | None = sigma_min_option()
     tsg_sigma_max: float | None = sigma_max_option()
 

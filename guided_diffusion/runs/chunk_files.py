@@ -152,6 +152,18 @@ class ChunkFiles:
                                "damaged to have it sampled again, or pass --overwrite True to begin anew")
         return Indices.without(len(self.chunks), finished)
 
+    def made_ready(self, overwrite: bool) -> Indices:
+        """The chunks that are missing, with the folder ready for them. overwrite: all are, whatever was there.
+
+        Raises UserError, having changed nothing, where the folder holds chunks of another run or damaged ones.
+        """
+        if overwrite:
+            self.remove()
+        self.check_begun()
+        missing = self.missing()
+        self.begin()
+        return missing
+
     def begin(self) -> None:
         """Makes the folder ready, and says there of which run it is."""
         self.folder.mkdir(exist_ok=True)

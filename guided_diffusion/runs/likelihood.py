@@ -185,7 +185,8 @@ class LikelihoodRun:
             with dist_util.together():
                 if dist_util.is_main():
                     queue.put("sha256", self._sha256())
-                    queue.put("todo", self._prepare(self._chunks(images, queue.get("sha256"))).spans)
+                    chunks = self._chunks(images, queue.get("sha256"))
+                    queue.put("todo", chunks.made_ready(self.options.overwrite).spans)
             chunks = self._chunks(images, queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
             with queue:
@@ -227,15 +228,6 @@ class LikelihoodRun:
         """All options by flag name, without secrets."""
         values = {**asdict(self.diffusion), **asdict(self.model), **asdict(self.options)}
         return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
-
-    def _prepare(self, chunks: LikelihoodChunks) -> Indices:
-        """The chunks that are missing, with the folder ready for them."""
-        if self.options.overwrite:
-            chunks.remove()
-        chunks.check_begun()
-        missing = chunks.missing()
-        chunks.begin()
-        return missing
 
     def _work(self, meter: LikelihoodMeter, images: TrainingImages, chunks: LikelihoodChunks, todo: Indices,
               queue: WorkQueue) -> None:

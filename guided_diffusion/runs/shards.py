@@ -105,7 +105,7 @@ class Shards(ChunkFiles):
         where the folder holds anything of another run or anything damaged.
         """
         if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.remove()
         earlier = None if overwrite else self.check()
         if earlier and earlier.num_samples == self.num_samples:
             return None

@@ -1,9 +1,19 @@
-"""Fixtures of trainings, shared by their tests."""
+"""Fixtures of sampling and of trainings, shared by their tests."""
 
 import struct
 
 import numpy as np
 import pytest
+from networks import with_random_weights
+
+from guided_diffusion.script_util import create_model_and_diffusion
+
+
+@pytest.fixture
+def network(tiny_flags):
+    """The tiny network, which also predicts variances, and its process of ten steps."""
+    model, diffusion = create_model_and_diffusion(**tiny_flags, timestep_respacing="10")
+    return with_random_weights(model).requires_grad_(False), diffusion
 
 
 @pytest.fixture(scope="session")

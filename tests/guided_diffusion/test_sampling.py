@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from networks import with_random_weights
+from networks import TINY_SHAPE as SHAPE
+from networks import normal, with_random_weights
 
 from guided_diffusion import sampling
 from guided_diffusion.errors import NonFiniteError
@@ -11,20 +12,7 @@ from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_labels, image_noise
 from guided_diffusion.sampling import sample_chain
-from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
-
-SHAPE = (1, 16, 16)
-
-
-def normal(seed, count=2):
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def network(tiny_flags):
-    """The tiny network and its process of ten steps."""
-    model, diffusion = create_model_and_diffusion(**tiny_flags, timestep_respacing="10")
-    return with_random_weights(model).requires_grad_(False), diffusion
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
 
 
 def half(x, t, **kwargs):

@@ -9,14 +9,15 @@ import pytest
 import torch
 from golden import cases
 from mixture import Mixture
-from networks import TINY_CLASSIFIER, with_random_weights
+from networks import TINY_CLASSIFIER, normal, with_random_weights
+from networks import TINY_SHAPE as SHAPE
 
 from guided_diffusion import sampling
 from guided_diffusion.errors import UserError
 from guided_diffusion.grids import GridProcess, log_snr
 from guided_diffusion.guidance import ClassifierGuidance, PerturbedAttentionGuidance, SelfAttentionGuidance
 from guided_diffusion.process import DiffusionProcess, dynamically_thresholded
-from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
 from guided_diffusion.solvers import DEFAULT_STEPS, solver_options
 from guided_diffusion.terms import LossGuidance
 
@@ -24,20 +25,6 @@ from guided_diffusion.terms import LossGuidance
 RECORDED = 2e-4
 CASES = [(path, number) for path in cases("solvers_*.npz")
          for number in range(len(json.loads(str(np.load(path)["cases"]))))]
-SHAPE = (1, 16, 16)
-
-
-def normal(seed, count=2):
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def network(tiny_flags):
-    """The tiny network, which also predicts variances, and its process of ten steps."""
-    model, diffusion = create_model_and_diffusion(**tiny_flags, timestep_respacing="10")
-    return with_random_weights(model).requires_grad_(False), diffusion
-
-
 # Recorded runs
 
 

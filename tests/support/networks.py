@@ -13,6 +13,14 @@ TINY_CLASSIFIER = {"image_size": 16, "in_channels": 1, "num_classes": 2, "classi
                    "classifier_num_head_channels": 32}
 
 
+TINY_SHAPE = (1, 16, 16)
+
+
+def normal(seed, count=2):
+    """Standard normal images of the size of TINY."""
+    return torch.randn(count, *TINY_SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
 def with_random_weights(module, seed=0):
     """`module` with no weight left at zero, in eval mode: the untrained output and residual branches are zero."""
     generator = torch.Generator().manual_seed(seed)
