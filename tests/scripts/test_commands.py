@@ -60,7 +60,7 @@ def test_the_version(guided_pixels, capsys):
 @pytest.mark.parametrize("name", ["run_status", "run-status", "status"])
 def test_a_command_by_each_of_its_names(guided_pixels, name, tmp_path, capsys):
     assert guided_pixels(name, tmp_path) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: holds no sampling run\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: holds no sampling run, and no state of another job\n"
     assert guided_pixels(name, "--help") == 0
     assert f"usage: __main__.py {name} " in capsys.readouterr().out
 
