@@ -24,9 +24,12 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
-def save_grid(images: np.ndarray, path: str | Path) -> None:
-    """Writes images (N, H, W, 3) uint8 as a nearly square grid, small ones enlarged, to a PNG file."""
-    columns = max(1, round(len(images) ** 0.5))
+def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
+    """Writes images (N, H, W, 3) uint8 as a grid, small ones enlarged, to a PNG file.
+
+    columns: None for a nearly square grid.
+    """
+    columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 

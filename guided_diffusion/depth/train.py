@@ -240,9 +240,9 @@ class PredictorTraining:
             _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
         with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
-                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
-            with job("training", self.out):
-                return self._train()
+                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")), \
+                job("training", self.out):
+            return self._train()
 
     def _train(self) -> DepthPredictors:
         from .predictor import save_predictors

@@ -1,4 +1,4 @@
-"""What a running or stopped job has done, from its folder alone; of a sampling run, also what is missing and damaged."""
+"""What a running or stopped job has done, from its folder alone; of a sampling run, also what is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ..files import reason
 from ..jobs import JobState, read_state
 from .record import READ_ERRORS, read_record
 from .shards import DamagedError, Shards, holder
-
 
 SAMPLING = "sampling"           # the job whose images are looked at one by one
 

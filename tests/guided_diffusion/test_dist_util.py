@@ -228,7 +228,8 @@ def test_mpiexec_gives_the_same_file(ranks, python, command, expected, tmp_path)
     ended = execute(BIN / "mpiexec", "-n", ranks, interpreter, *command(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert digest(tmp_path) == expected
-    assert {path.name for path in tmp_path.iterdir()} == {"samples_5x16x16x3.npz", "grid.png", "run.json", "status.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "samples_5x16x16x3.npz", "grid.png", "run.json", "status.json"}
     assert json.loads((tmp_path / "run.json").read_text())["ranks"] == ranks
     assert ended.stdout.count("samples:") == 1
 

@@ -30,7 +30,7 @@ def test_a_running_job_says_how_far_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("error", "state", "words"), [
-    (UserError("--lr 9: no; https://me:word@host/x?key=1 neither"), State.STOPPED, "--lr 9: no; https://host/x neither"),
+    (UserError("--lr 9: no, https://me:word@host/x?key=1"), State.STOPPED, "--lr 9: no, https://host/x"),
     (KeyboardInterrupt(), State.INTERRUPTED, "interrupted 0:00:00 ago"),
 ])
 def test_how_a_job_ended(error, state, words, tmp_path):
