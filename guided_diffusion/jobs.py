@@ -7,6 +7,7 @@ another one by the age of the state.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -27,6 +28,9 @@ STATE = "status.json"           # in the folder of a job; beside a FILE that a j
 EVERY = 5.0                     # seconds between two states
 SILENT = 600.0                  # seconds without a word after which a job of another machine is taken to be gone
 LONGEST = 300                   # characters of the reason for which a job stopped
+
+_log = logging.getLogger(__name__)
+_running: list[str] = []        # the jobs of this process, from the outermost
 
 
 class State(StrEnum):
@@ -117,14 +121,17 @@ def read_state(place: Path) -> JobState | None:
 def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
     """Keeps the state of a job up to date, on rank 0, as long as the block lasts, and says how it ended.
 
-    what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". A state that
-    cannot be written, as on a full disk, harms no job.
+    what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". A job that
+    is no part of another one logs its place. A state that cannot be written, as on a full disk, harms no job.
     """
     if not is_main():
         yield
         return
     keeper = _Keeper(what, Path(place), title)
     keeper.write(State.RUNNING)
+    if not _running:
+        _log.info("%s: writes %s", what, place)
+    _running.append(what)
     try:
         with watched(keeper.told):
             yield
@@ -134,6 +141,8 @@ def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
         why = "" if interrupted else _in_a_sentence(error)
         keeper.write(State.INTERRUPTED if interrupted else State.STOPPED, why)
         raise
+    finally:
+        _running.pop()
     keeper.finish()
 
 

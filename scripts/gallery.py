@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from guided_diffusion.cli import run_script
 from guided_diffusion.options import Words, parse_words
+from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
-
     folders, (options,) = parse_words(argv, Words("FOLDER", "output folders of sampling runs", needed=True),
                                       GalleryOptions, description=__doc__)
     words = sys.argv[1:] if argv is None else argv

@@ -31,7 +31,7 @@ def test_a_running_job_says_how_far_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("error", "state", "words"), [
     (UserError("--lr 9: no, https://me:word@host/x?key=1"), State.STOPPED, "--lr 9: no, https://host/x"),
-    (KeyboardInterrupt(), State.INTERRUPTED, "interrupted 0:00:00 ago"),
+    (KeyboardInterrupt(), State.INTERRUPTED, "training, interrupted "),
 ])
 def test_how_a_job_ended(error, state, words, tmp_path):
     with pytest.raises(type(error)), job("training", tmp_path), progress_bar(9, "training", "image") as bar:
@@ -83,7 +83,7 @@ def test_the_command_tells_of_several_jobs_and_of_what_is_none(tmp_path, capsys)
     (tmp_path / "bad" / "status.json").write_text("{}")
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     assert call("run_status", one, two) == 0
-    assert capsys.readouterr().out.count("training, finished 0:00:00 ago") == 2
+    assert capsys.readouterr().out.count("training, finished ") == 2
     assert call("run_status", one, two, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {one, two} and found[two]["job"]["state"] == "finished"

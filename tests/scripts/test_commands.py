@@ -225,4 +225,5 @@ def test_every_configuration_is_a_mapping(path):
 @pytest.mark.slow
 def test_a_script_runs_from_another_folder(tmp_path):
     ended = finish([sys.executable, REPOSITORY / "scripts" / "run_status.py", tmp_path], cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (2, f"error: {tmp_path}: holds no sampling run\n")
+    assert (ended.returncode, ended.stderr) == (
+        2, f"error: {tmp_path}: holds no sampling run, and no state of another job\n")
