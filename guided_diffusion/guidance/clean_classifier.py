@@ -112,7 +112,6 @@ class CleanClassifierOptions(ScaledOptions):
     term = CleanClassifierGuidance
     switched_on: ClassVar = {"clean_classifier_scale": 1.0}
     search: ClassVar = each("clean_classifier_scale", 0.5, 1.0, 2.0, 4.0)
-    kind = GradientGuidance
     remedies: ClassVar = {"clean_classifier_path": "scripts/classifier_train.py --noised False trains one"}
     needs_labels = True
     sigma_flags = "clean_classifier"
