@@ -497,7 +497,7 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"num_head_channels": 48}, ["--num_head_channels 48", "64 channels"]),
     ({"attention_resolutions": "8,x"}, ["--attention_resolutions 8,x"]),
     ({"attention_resolutions": "7"}, ["--attention_resolutions 7", "divide 16"]),
-    ({"in_channels": 2}, ["--in_channels 2", "1, 3"]),
+    ({"in_channels": 9}, ["--in_channels 9", "at most 8"]),
     ({"use_fp16": True, "use_bf16": True}, ["--use_fp16", "--use_bf16"]),
     ({"config": "/nowhere.yaml"}, ["--config /nowhere.yaml", "No such file"]),
     ({"model": "fmnist23"}, ["--model fmnist23", "64x64_diffusion"]),
