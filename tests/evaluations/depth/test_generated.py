@@ -11,7 +11,7 @@ from commands import REPOSITORY, call, flags
 from evaluations.depth.generated import GeneratedOptions, read_study, study_names, train_depth_network
 from evaluations.depth.generated_report import results_of, table_of
 
-TINY = {"num_samples": 4, "num_test": 6, "steps": 2, "batch_size": 2, "num_seeds": 2, "label_draws": 1, "bootstrap": 20}
+TINY = {"num_samples": 2, "num_test": 3, "steps": 2, "batch_size": 2, "num_seeds": 2, "label_draws": 1, "bootstrap": 20}
 
 
 @pytest.fixture
