@@ -73,7 +73,7 @@ def test_improved_diffusion_trains_and_samples_on_two_ranks(photos, job, tmp_pat
 
 
 @needs_mpi
-def test_guided_diffusion_trains_a_classifier_and_samples_by_it_on_two_ranks(photos, job, tmp_path):
+def test_guided_diffusion_trains_a_classifier_and_both_codes_sample_by_it_on_two_ranks(photos, job, tmp_path):
     smaller = {"image_size": 16, "classifier_width": 32, "classifier_depth": 1, "classifier_channel_mult": "1,2",
                "classifier_attention_resolutions": 8, "classifier_num_head_channels": 32}
     classifier = words_of("--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 "
@@ -92,9 +92,19 @@ def test_guided_diffusion_trains_a_classifier_and_samples_by_it_on_two_ranks(pho
     given = {"model_path": tmp_path / "model.pt", **network, **classifier, "num_classes": 2, **sampling,
              "timestep_respacing": "ddim2", "num_samples": 3, "batch_size": 2, "out": tmp_path / "samples"}
     save_networks(given)
-    job("classifier_sample", {"classifier_path": tmp_path / "train" / "model.safetensors", **given})
+    given["classifier_path"] = tmp_path / "train" / "model.safetensors"
+    job("classifier_sample", given)
     images, labels = samples_in(tmp_path / "samples")
     assert images.shape == (3, 16, 16, 3) and set(labels) <= {0, 1}
+
+    # The SAG code's line for the same networks, whose images are those of one process.
+    sag = words_of("--guide_scale 1.1 --guide_start 250 --sel_attn_block output --sel_attn_depth 8 --blur_sigma 3 "
+                   "--classifier_guidance True") | {"sel_attn_depth": 1}
+    given |= {**sag, "classifier_scale": 0.5, "timestep_respacing": 2, "use_ddim": False}
+    job("classifier_sample", {**given, "out": tmp_path / "two"})
+    assert call("classifier_sample", *flags({**given, "out": tmp_path / "one"})) == 0
+    (two, _), (one, _) = samples_in(tmp_path / "two"), samples_in(tmp_path / "one")
+    assert (one == two).all() and (one != images).any()
 
 
 # The scripts of perturbed-attention guidance, run/NAME.sh: what differs between them, and what is the same in all
@@ -164,21 +174,19 @@ def test_scripts_of_the_pag_code_mean_what_they_mean_there(kind):
     assert [blocks[name].grid for name in method.blocks] == [(16, 16), (8, 8), (8, 8), (8, 8)]
 
 
-@pytest.mark.parametrize("name", ["sample_cond_ddim25", pytest.param("sample_uncond_ddim25@multigpu", marks=needs_mpi)])
-def test_scripts_of_the_pag_code_run(name, job, tmp_path):
+@pytest.mark.parametrize("name", ["sample_cond_ddim25", "sample_uncond_ddpm250"])
+def test_scripts_of_the_pag_code_run(name, tmp_path):
     """With blocks of the same names in a network that is narrower, of smaller images."""
     given = translated(name)
     given |= {"image_size": 64, "num_channels": 32, "num_head_channels": 32, "channel_mult": "1,1,1,1,1,1",
-              "attention_resolutions": "8,4,2", "num_classes": 3, "timestep_respacing": "ddim2", "num_samples": 2,
-              "batch_size": 1, "out": tmp_path / "out", "model_path": tmp_path / "model.pt"}
+              "attention_resolutions": "8,4,2", "num_classes": 3, "num_samples": 2, "batch_size": 2,
+              "timestep_respacing": "ddim2" if "ddim25" in name else "2",
+              "out": tmp_path / "out", "model_path": tmp_path / "model.pt"}
     if "classifier_path" in given:
         given |= {"classifier_path": tmp_path / "classifier.pt", "classifier_width": 32, "classifier_depth": 1,
                   "classifier_num_head_channels": 32}
     save_networks(given)
-    if "multigpu" in name:
-        job("classifier_sample", given)
-    else:
-        assert call("classifier_sample", *flags(given)) == 0
+    assert call("classifier_sample", *flags(given)) == 0
     guided, labels = samples_in(tmp_path / "out")
     assert guided.shape == (2, 64, 64, 3) and (labels is None) == ("uncond" in name)
     if name == "sample_cond_ddim25":
