@@ -35,7 +35,7 @@ SAME, ROUNDED = "the result is the same", "the result is the same up to rounding
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
             "snapshot_images": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
-FIXED = ("schedule_sampler", "ema_rate")
+FIXED = ("schedule_sampler", "ema_rate", "ema_power")
 STARTS = ("resume_checkpoint", "init_from")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names

@@ -7,7 +7,7 @@ The output folder holds, each file replaced as a whole:
     progress.csv             a row for each --log_interval steps
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
-    ema_RATE.safetensors     their moving averages
+    ema_RATE.safetensors     their moving averages; ema_power_WIDTH.safetensors: those by power functions
     snapshot_IMAGES_ema_RATE.safetensors     the same, as they were after so many images (--snapshot_images)
 
 A mistake that one rank finds, a damaged image or a rank that was killed ends the training on all ranks, in the same
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checkpoint, dist_util
+from .averages import Profile, RateProfile, update_ema
 from .build import (
     ClassifierOptions,
     DiffusionOptions,
@@ -138,8 +139,9 @@ class TrainLoop:
         self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
         self.optimizer = torch.optim.AdamW(
             self.precision.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
-        self.ema = {rate: [param.detach().clone() for param in self.precision.master_params]
-                    for rate in options.ema_rates}
+        self.averages: dict[Profile, list[Tensor]] = {
+            profile: [param.detach().clone() for param in self.precision.master_params]
+            for profile in options.profiles}
         self.warms_up = True                    # whether the averages forget the random start soon
         self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
         self._between_steps = True              # whether weights, averages and sampler belong to the same step
@@ -208,10 +210,12 @@ class TrainLoop:
             group["lr"] = rate
         logger.add("lr", rate)
         self._between_steps = False
-        norm = self.precision.step(self.optimizer)
+        norm = self.precision.step(self.optimizer, self.options.grad_clip)
+        self._update_ema(math.isfinite(norm))
         if math.isfinite(norm):
             logger.add("grad_norm", norm)
-            self._update_ema()
+            if self.options.grad_clip:
+                logger.add("clipped", float(norm > self.options.grad_clip))
         elif self.precision.lg_loss_scale <= 0:
             with dist_util.together():      # all ranks find the same; one says so
                 raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step "
@@ -262,10 +266,15 @@ class TrainLoop:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
         with dist_util.together():
             if dist_util.is_main():
-                kept: dict[str, Sequence[Tensor]] = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
-                for name, tensors in (kept or {"model": self.precision.master_params}).items():
-                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", self._named(tensors),
-                                          self._metadata())
+                for name, (tensors, metadata) in list(self._weights().items())[1 if self.averages else 0:]:
+                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", tensors, metadata)
+
+    def _weights(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """The weights, and then their averages, by the names of their files, each with its metadata."""
+        metadata = self._metadata()
+        return {"model": (self._named(self.precision.master_params), metadata),
+                **{profile.name: (self._named(average), {**metadata, **profile.facts})
+                   for profile, average in self.averages.items()}}
 
     def _metadata(self) -> dict[str, str]:
         """What the files of the weights state of themselves."""
@@ -274,13 +283,11 @@ class TrainLoop:
         return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
 
     def _write(self) -> None:
-        metadata = self._metadata()
-        weights = {"model": self._named(self.precision.master_params),
-                   **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
-        for name, tensors in weights.items():
+        weights = self._weights()
+        for name, (tensors, metadata) in weights.items():
             checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
-        tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
-        checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
+        state = {f"{kind}/{name}": value for kind, (group, _) in weights.items() for name, value in group.items()}
+        checkpoint.save_state(self.out / "state.safetensors", {**state, **self._other_state()}, self._metadata())
         self.saved = self.step
 
     def _rescue(self, error: BaseException) -> None:
@@ -315,10 +322,11 @@ class TrainLoop:
         return TrainingBatch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
 
     @no_grad
-    def _update_ema(self) -> None:
-        for rate, average in self.ema.items():
-            now = min(rate, (1 + self.step) / (10 + self.step)) if self.warms_up else rate
-            update_ema(average, self.precision.master_params, now)
+    def _update_ema(self, stepped: bool) -> None:
+        """Moves the averages on; stepped: whether the weights changed, else not all of them count the step."""
+        for profile, average in self.averages.items():
+            if stepped or profile.counts_overflow:
+                update_ema(average, self.precision.master_params, profile.decay(self.step, self.warms_up))
 
     def _gather(self, batch: TrainingBatch, losses: dict[str, Tensor]) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The t and weights, and the losses, of the global batch, on the CPU."""
@@ -385,8 +393,9 @@ class TrainLoop:
                             "later")
         self._fill(self.precision.master_params, start.weights)
         self.precision.copy_to_model()
-        for rate, average in self.ema.items():
-            self._fill(average, start.averages.get(rate, self._named(self.precision.master_params)))
+        official = {RateProfile(rate).name: average for rate, average in start.averages.items()}
+        for profile, average in self.averages.items():
+            self._fill(average, official.get(profile.name, self._named(self.precision.master_params)))
         if start.moments:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
@@ -400,8 +409,8 @@ class TrainLoop:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
         self._fill(self.precision.master_params, groups["model"])
         self.precision.copy_to_model()
-        for rate, average in self.ema.items():
-            self._fill(average, groups[f"ema_{rate:g}"])
+        for profile, average in self.averages.items():
+            self._fill(average, groups[profile.name])
         if "optimizer" in groups:           # else every step so far has overflowed
             self._load_moments(groups["optimizer"])
         self.sampler.load_state_dict(groups.get("sampler", {}))
@@ -413,7 +422,7 @@ class TrainLoop:
         """What a state of this training holds: the shapes by kind and name."""
         weights = weight_shapes(self._named(self.precision.master_params))
         moments = {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in weights.items()}
-        averages: dict[str, Shapes] = {f"ema_{rate:g}": weights for rate in self.ema}
+        averages: dict[str, Shapes] = {profile.name: weights for profile in self.averages}
         return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights, **averages,
                 "optimizer": {**moments, **{f"step/{name}": () for name in weights}},
                 "sampler": weight_shapes(self.sampler.state_dict())}
@@ -431,15 +440,6 @@ class TrainLoop:
         for name, tensor in zip(self.precision.names, tensors, strict=True):
             if name in values:
                 tensor.copy_(values[name])
-
-
-@no_grad
-def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> None:
-    """Moves each average a step towards its parameter, in place: average = rate * average + (1 - rate) * param.
-
-    The loop gives min(rate, (1 + step) / (10 + step)), so that the random start is soon forgotten.
-    """
-    torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
 
 
 def passes_multiple(images: int, batch: int, interval: int) -> bool:
@@ -535,7 +535,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
             drop = label_dropout(options.label_dropout, model.null_label, options.seed)
         TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
                   drop_labels=drop).run()
-    averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
+    averages = sorted(profile.name for profile in options.profiles)
     upsamples = isinstance(model_options, UpsamplerOptions)
     command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")

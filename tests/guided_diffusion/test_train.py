@@ -30,11 +30,12 @@ from tiny_training import (
 from torch import nn
 
 from guided_diffusion import checkpoint, train_util
+from guided_diffusion.averages import update_ema
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
-from guided_diffusion.train_util import classification_losses, update_ema
+from guided_diffusion.train_util import classification_losses
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINING = REPOSITORY / "scripts" / "image_train.py"
