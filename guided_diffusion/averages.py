@@ -114,6 +114,15 @@ def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> 
     torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
 
 
+def sampled(profiles: Sequence[Profile]) -> Profile | None:
+    """The profile whose average a training's folder is sampled with, as `trainings.best_weights` chooses its file."""
+    rates = [profile for profile in profiles if isinstance(profile, RateProfile)]
+    widths = [profile for profile in profiles if isinstance(profile, PowerProfile)]
+    if rates:
+        return max(rates, key=lambda profile: profile.rate)
+    return min(widths, key=lambda profile: profile.width, default=None)
+
+
 def parse_widths(flag: str, text: str) -> tuple[PowerProfile, ...]:
     """The profiles of widths that a user gave with commas. Raises UserError, naming the flag, for anything else."""
     try:

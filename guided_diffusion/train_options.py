@@ -9,6 +9,7 @@ from .averages import Profile, RateProfile, parse_widths
 from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
+from .log_sinks import SINKS, parse_sinks
 from .options import Options, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
@@ -36,6 +37,8 @@ class LoopOptions(Options):
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
+    log: str = option("", f"where the log goes beside progress.csv, with commas: {', '.join(SINKS)}")
+    log_online: bool = option(False, "let wandb send the log to its server; False: it stays in --out")
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
     snapshot_images: int = option(0, "keep the moving averages, or the weights where there are none, every so many "
                                   "images, as early networks; 0: none", minimum=0)
@@ -55,6 +58,8 @@ class LoopOptions(Options):
         if self.resume_checkpoint and self.init_from:
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
+        if self.log_online and "wandb" not in parse_sinks(self.log):
+            raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):
             if name not in free:

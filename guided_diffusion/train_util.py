@@ -5,6 +5,7 @@ of all ranks, each rank takes its part; so one rank with batch 2B and two with b
 The output folder holds, each file replaced as a whole:
     config.json              all options of the run, the names of its classes, and what tells its images from others
     progress.csv             a row for each --log_interval steps
+    loss.png                 its losses as a picture
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
     ema_RATE.safetensors     their moving averages; ema_power_WIDTH.safetensors: those by power functions
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checkpoint, dist_util
-from .averages import Profile, RateProfile, update_ema
+from .averages import Profile, RateProfile, sampled, update_ema
 from .build import (
     ClassifierOptions,
     DiffusionOptions,
@@ -52,13 +53,16 @@ from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .late import F, Tensor, dist, no_grad, torch
+from .log_sinks import check_sinks, open_sinks
 from .logger import MetricLogger
+from .loss_curve import draw_loss_curve
 from .progress import progress_bar
 from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
 from .train_folder import Record, data_digest, locked_folder, read_state
 from .train_options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
+from .train_watch import Watched, Watcher
 
 if TYPE_CHECKING:
     from .unet import Encoder
@@ -121,6 +125,7 @@ class TrainLoop:
     config: the options of the network and the process by flag name, stored with the weights.
     class_names: of the labels, stored with the weights; None where there are none.
     drop_labels: the labels of a global batch that a training step is given, from those of the data and the step.
+    watchers: look at the training as it goes on; each must have been prepared before `run`.
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
@@ -128,13 +133,15 @@ class TrainLoop:
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
                  config: dict[str, Any], validation_data: Data | None = None,
-                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None) -> None:
+                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None,
+                 watchers: Sequence[Watcher] = ()) -> None:
+        self.watchers = watchers
         self.class_names = class_names
         self.drop_labels = drop_labels
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self.model = model.to(dist_util.dev()).channels_last().train()
-        with _collective():
+        with dist_util.collective():
             dist_util.sync_params(list(model.parameters()))
         self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
         self.optimizer = torch.optim.AdamW(
@@ -167,7 +174,7 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self.record.write(self.out)
-            logger = MetricLogger(self.out if dist_util.is_main() else None, resume_step=self.step)
+            logger = self._logger()
         try:
             self._train(logger)
         except BaseException as error:
@@ -175,6 +182,16 @@ class TrainLoop:
             if isinstance(error, LostRankError):
                 raise LostRankError(f"{error}; start the same command again to go on from the last save") from None
             raise
+        finally:
+            logger.close()
+
+    def _logger(self) -> MetricLogger:
+        if not dist_util.is_main():
+            return MetricLogger(None)
+        logger = MetricLogger(self.out, self.step)      # so that a log that is none is found before sinks are opened
+        options = self.options
+        logger.sinks = open_sinks(options.log, self.out, self.step, self.record.options, options.log_online)
+        return logger
 
     def _train(self, logger: MetricLogger) -> None:
         global_batch = self.options.batch_size * dist_util.world_size()
@@ -187,6 +204,7 @@ class TrainLoop:
                 if (self.step - 1) % self.options.validation_interval == 0:
                     self.validate(logger)
                 progress.update(global_batch)
+                clock += self._watch(logger)
                 if self.step % self.options.log_interval == 0 or self.finished:
                     images = (self.step - logged) * global_batch
                     with dist_util.together():
@@ -198,11 +216,41 @@ class TrainLoop:
                 if passes_multiple(self.step * global_batch, global_batch, self.options.snapshot_images):
                     self.save_snapshot(self.step * global_batch)
 
+    def _watch(self, logger: MetricLogger) -> float:
+        """Lets those watchers look whose turn it is; returns the seconds that it took."""
+        began = time.monotonic()
+        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self.finished]
+        if due:
+            with self._averaged():
+                for watcher in due:
+                    for name, value in watcher.look(self.step).items():
+                        logger.add(name, value)
+        return time.monotonic() - began
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The network for evaluation, with the weights that its folder is sampled with; put back at the end."""
+        profile = sampled(list(self.averages))
+        own = [param.detach().clone() for param in self.precision.model_params] if profile else []
+        self.model.eval()
+        try:
+            self._assign(self.averages[profile] if profile else [])
+            yield
+        finally:
+            self._assign(own)
+            self.model.train()
+
+    @no_grad
+    def _assign(self, values: Sequence[Tensor]) -> None:
+        """Copies values into the parameters of the network; none: they stay."""
+        for param, value in zip(self.precision.model_params, values, strict=bool(values)):
+            param.copy_(value)
+
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
         with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
             batch, losses = self._descend()
-        with _collective():
+        with dist_util.collective():
             average_over_ranks(self.precision.collect_gradients())
         batch, losses = self._gather(batch, losses)
         rate = self.options.learning_rate(self.step)
@@ -261,6 +309,7 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
+                draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
 
     def save_snapshot(self, images: int) -> None:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
@@ -331,13 +380,7 @@ class TrainLoop:
     def _gather(self, batch: TrainingBatch, losses: dict[str, Tensor]) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
-        if dist_util.world_size() > 1:
-            if dist.get_backend() == "nccl":
-                rows = rows.to(dist_util.dev())
-            pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
-            with _collective():
-                dist.all_gather(pieces, rows)
-            rows = torch.cat(pieces, dim=1).cpu()
+        rows = torch.cat(dist_util.gathered(rows), dim=1)
         return replace(batch, t=rows[0].long(), weights=rows[1]), dict(zip(losses, rows[2:], strict=True))
 
     def _log_losses(self, logger: MetricLogger, prefix: str, batch: TrainingBatch, losses: dict[str, Tensor]) -> None:
@@ -369,7 +412,8 @@ class TrainLoop:
         before = Record.read(self.out) or Record.stated_by(path)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
-                             None if self.class_names is None else self.class_names.to_json())
+                             None if self.class_names is None else self.class_names.to_json(),
+                             {name: value for one in self.watchers for name, value in one.settings.items()})
         if path.exists():
             said = self.record.continues(before, self.out) if before and dist_util.is_main() else []
             self._take_state(path)
@@ -484,29 +528,19 @@ def _is_kept(store: dist.Store) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _collective() -> Iterator[None]:
-    """Turns the failure of a collective operation into LostRankError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if not dist.is_initialized():
-            raise
-        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
-
-
 # What is trained
 
 
 def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_options: DiffusionOptions,
-                    options: TrainOptions) -> None:
+                    options: TrainOptions, watchers: Sequence[Watcher] = ()) -> None:
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do.
 
     An upsampler sees beside each noisy image the same one in small, made by averaging areas, as in the official code.
+    watchers: look at the network while it is trained.
     """
     dist_util.setup_dist()
+    with dist_util.together():
+        check_sinks(options.log)
     if options.label_dropout:
         if not model_options.class_cond:
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
@@ -533,8 +567,17 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         drop = None
         if model.null_label is not None and options.label_dropout:
             drop = label_dropout(options.label_dropout, model.null_label, options.seed)
-        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
-                  drop_labels=drop).run()
+        loop = TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
+                         drop_labels=drop, watchers=watchers)
+        if not loop.finished:
+            profile = sampled(list(loop.averages))
+            low_res = (functools.partial(in_small, size=model_options.small_size)
+                       if isinstance(model_options, UpsamplerOptions) else None)
+            watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,
+                              options.seed, images.count, images.at, low_res)
+            for watcher in watchers:
+                watcher.prepare(watched)
+        loop.run()
     averages = sorted(profile.name for profile in options.profiles)
     upsamples = isinstance(model_options, UpsamplerOptions)
     command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
@@ -550,6 +593,8 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
                      options: ClassifierTrainOptions) -> None:
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
     dist_util.setup_dist()
+    with dist_util.together():
+        check_sinks(options.log)
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:

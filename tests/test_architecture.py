@@ -47,7 +47,8 @@ FLOORS = [
     ["evaluations." + name for name in (
         "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
     ["evaluations.extractors.*"],
-    ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference", "cascade")],
+    ["evaluations." + name for name in (
+        "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],
