@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,24 +31,37 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """Event files in the folder `tensorboard` of a run; what follows the step that a run goes on from is hidden."""
+    """An event file in the folder `tensorboard` of a run, without TensorFlow, which takes seconds to load.
+
+    Another start writes another file; what others hold after the step that it goes on from is hidden.
+    """
 
     package = "tensorboard"
 
     def __init__(self, out: Path, resume_step: int, config: Mapping[str, Any], online: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1)
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        path = out / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = RecordWriter(path.open("xb"))
+        self._add(file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=resume_step + 1, session_log=start)
+
+    def _add(self, **fields: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a scalar for each value."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=self._summary(value=scalars))
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._writer.close()
+        self._file.close()
 
 
 class WandbSink:

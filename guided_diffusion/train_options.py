@@ -58,7 +58,8 @@ class LoopOptions(Options):
         if self.resume_checkpoint and self.init_from:
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
-        if self.log_online and "wandb" not in parse_sinks(self.log):
+        sinks = parse_sinks(self.log)
+        if self.log_online and "wandb" not in sinks:
             raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):

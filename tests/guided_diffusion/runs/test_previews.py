@@ -12,10 +12,10 @@ from evaluations.early_fid import watchers
 from evaluations.extractors import EXTRACTORS
 from evaluations.extractors.base import ExtractorKind
 from evaluations.features import Features
-from guided_diffusion import dist_util, train_util
+from guided_diffusion import train_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.runs.previews import Preview, PreviewOptions
+from guided_diffusion.runs.previews import PreviewOptions
 from guided_diffusion.train_options import TrainOptions
 
 PREVIEWS = {"grid_interval": 2, "grid_images": 3, "preview_steps": 2, "preview_batch_size": 2, "pag_scale": 0.5}
@@ -112,23 +112,6 @@ def test_a_stopped_training_goes_on_with_its_pictures(run, data_dir, reference, 
     for name in ("grids/0000002.png", "grids/0000003.png", "model.safetensors"):
         assert (tmp_path / "b" / name).read_bytes() == (run / name).read_bytes()
     assert log_of(tmp_path / "b", "fid_of_5_images") == log_of(run, "fid_of_5_images")
-
-
-def test_ranks_share_the_images(monkeypatch):
-    class Numbered:
-        def images(self, ids, labels, on_step):
-            return np.array(ids, np.uint8)[:, None, None, None] + np.zeros((1, 1, 1, 3), np.uint8)
-
-    preview, shares = Preview(PreviewOptions(), []), []
-    preview._sampler, preview._labelled = Numbered(), False
-    for turn in ("first", "second"):
-        for rank in range(3):
-            monkeypatch.setattr(dist_util, "world_size", lambda: 3)
-            monkeypatch.setattr(dist_util, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(dist_util, "gathered", lambda own: shares if turn == "second" else
-                                shares.append(own) or [own] * 3)
-            rows = preview.images(5, lambda images: images)
-            assert turn == "first" or rows[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_an_upsampler_is_given_small_training_images(data_dir, tmp_path):
