@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,11 +160,12 @@ class Preview:
         return result
 
 
-@dataclass(frozen=True)
+@dataclass
 class SampleGrids:
-    """Draws the pictures of samples (`train_watch.Watcher`)."""
+    """Draws the pictures of samples (`train_watch.Watcher`). folder: for them, which `prepare` sets."""
 
     preview: Preview
+    folder: Path = Path(GRIDS)
 
     @property
     def interval(self) -> int:
@@ -178,12 +180,12 @@ class SampleGrids:
     def prepare(self, training: Watched) -> None:
         """See `Preview.prepare`."""
         self.preview.prepare(training)
-        object.__setattr__(self, "_folder", training.out / GRIDS)
+        self.folder = training.out / GRIDS
 
     def look(self, step: int) -> Mapping[str, float]:
         """Writes the picture."""
         images = self.preview.images(self.preview.options.grid_images, lambda images: images)
         with dist_util.together():
             if dist_util.is_main():
-                pictures.save_grid(images, self._folder / f"{step:07d}.png")
+                pictures.save_grid(images, self.folder / f"{step:07d}.png")
         return {}
