@@ -16,6 +16,7 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GuidanceOptions
+from guided_diffusion.guidance.base import naming
 from guided_diffusion.runs.previews import Preview, PreviewOptions, SampleGrids
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_watch import Watched, Watcher
@@ -54,6 +55,7 @@ class EarlyFid:
     preview: Preview
     extractor: FeatureExtractor | None = None
     reference: FeatureSet | None = None
+    batch_size: int = 1         # images that the extractor sees at a time
 
     @property
     def interval(self) -> int:
@@ -72,24 +74,27 @@ class EarlyFid:
             EvaluatorOptions,
             ExtractorOptions,
             check_extractor_of,
+            check_outputs,
             check_reference,
             load_extractor_once,
             stored_count,
         )
-        from .metrics import FileFeatures
+        from .metrics import METRICS, FileFeatures
         from .references import open_reference
 
         self.preview.prepare(training)
         options = self.preview.options
         with dist_util.together():
-            reference = open_reference(options.eval_fid_reference)
-            extractor_options = ExtractorOptions(backend=options.eval_fid_backend)
-            check_reference(reference, EvaluatorOptions(metrics=METRIC), extractor_options.kind)
-            if reference.statistics() is None:
-                raise UserError(f"--eval_fid_reference {options.eval_fid_reference}: has no statistics; "
-                                "scripts/make_reference.py makes a file that has")
-        self.extractor = load_extractor_once(extractor_options)
-        with dist_util.together():
+            with naming("eval_fid_reference", options.eval_fid_reference):
+                reference = open_reference(options.eval_fid_reference)
+                if reference.statistics() is None:
+                    raise UserError("has no statistics; scripts/make_reference.py makes a file that has")
+            with naming("eval_fid_backend", options.eval_fid_backend):
+                extractor_options = ExtractorOptions(backend=options.eval_fid_backend)
+                check_outputs([METRICS[METRIC]], extractor_options.kind)
+                check_reference(reference, EvaluatorOptions(metrics=METRIC), extractor_options.kind)
+        self.extractor, self.batch_size = load_extractor_once(extractor_options), extractor_options.batch_size
+        with dist_util.together(), naming("eval_fid_backend", options.eval_fid_backend):
             check_extractor_of(reference, self.extractor)
             self._pooled(np.zeros((1, *[training.model.image_size] * 2, 3), np.uint8))
         self.reference = FileFeatures(reference, len(reference) or stored_count(reference))
@@ -111,6 +116,7 @@ class EarlyFid:
         return values
 
     def _pooled(self, images: np.ndarray) -> np.ndarray:
-        """Features (N, D) of images."""
+        """Features (N, D) of images (N, H, W, 3)."""
         assert self.extractor is not None           # `prepare` loads it
-        return self.extractor.features(images).pooled
+        return np.concatenate([self.extractor.features(images[first:first + self.batch_size]).pooled
+                               for first in range(0, len(images), self.batch_size)])

@@ -21,7 +21,7 @@ from .. import dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..guidance import GUIDANCE, GuidanceOptions, Networks
-from ..guidance.base import without_labels
+from ..guidance.base import naming, without_labels
 from ..late import Tensor, no_grad, torch
 from ..options import Options, option, option_fields
 from ..sampling import SAMPLERS
@@ -111,7 +111,8 @@ class Preview:
             terms = [term for method in run.active for term in method.build(nets)]
             self._labelled, self._classes = run.labelled, training.model_options.num_classes
             network = model if training.model_options.class_cond else without_labels(model)
-            built = BuiltRun(model, network, run.process(), terms)
+            with naming("preview_steps", str(self.options.preview_steps)):
+                built = BuiltRun(model, network, run.process(), terms)
             self._sampler = ImageSampler(run.sample, run.sampler, built, self._low_res(training))
             self._watched = training
         if dist_util.is_main():
@@ -121,7 +122,8 @@ class Preview:
     def _run(self, training: Watched) -> SamplingRun:
         """The run that would sample the network once it is trained."""
         options, name = self.options, self.options.preview_sampler
-        sample = SampleOptions(batch_size=options.preview_batch_size, seed=training.seed, sampler=name)
+        sample = SampleOptions(batch_size=options.preview_batch_size, seed=training.seed, sampler=name,
+                               auto_batch=True)
         model: Any = training.model_options         # of an upsampler, what is read has the same names
         run = SamplingRun(sample, model, training.diffusion_options, tuple(kind() for kind in SAMPLERS.values()),
                           tuple(self.guidance))

@@ -125,12 +125,12 @@ def test_an_upsampler_is_given_small_training_images(data_dir, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"eval_fid_interval": 3}, "--eval_fid_interval 3: needs --eval_fid_reference"),
     ({**FID, "eval_fid_reference": "x", "log_interval": 2}, "--eval_fid_interval 1: must be a multiple of --log_inter"),
-    ({**FID, "eval_fid_reference": "nothing.npz"}, "nothing.npz: "),
-    ({**FID, "eval_fid_reference": "fmnist32"}, "pass another --backend"),
+    ({**FID, "eval_fid_reference": "nothing.npz"}, "--eval_fid_reference nothing.npz: "),
+    ({**FID, "eval_fid_reference": "fmnist32"}, "--eval_fid_backend brightness: "),
     ({"grid_interval": 1, "cfg_scale": 2.0}, "null"),
     ({"grid_interval": 1, "preview_sampler": "euler"}, "--preview_sampler euler: must be one of"),
     ({"grid_interval": 1, "clean_classifier_scale": 1.0}, "--clean_classifier_path is not given"),
-    ({"grid_interval": 1, "preview_steps": 1}, "--solver_order 2: must be at most"),
+    ({"grid_interval": 1, "preview_steps": 1}, "--preview_steps 1: --solver_order 2: must be at most"),
 ])
 def test_what_cannot_work_is_said_before_the_first_step(data_dir, tmp_path, capsys, changes, message):
     assert train(data_dir, tmp_path / "run", **changes) == 2
