@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UserError
-from .files import write_text
+from .files import reason, write_text
 from .options import comma_separated, nearest
 
 PROJECT = "guided-pixels"       # of Weights & Biases
@@ -112,8 +112,18 @@ def check_sinks(text: str) -> None:
 
 
 def open_sinks(text: str, out: Path, resume_step: int, config: Mapping[str, Any], online: bool) -> list[Sink]:
-    """The sinks of `--log`, for a run in the folder `out` that begins or goes on after a step."""
-    return [SINKS[word](out, resume_step, config, online) for word in parse_sinks(text)]
+    """The sinks of `--log`, for a run in the folder `out` that begins or goes on after a step.
+
+    Raises UserError where one cannot be opened: the folder is not writable, or no one is logged in at a server.
+    """
+    sinks: list[Sink] = []
+    for word in parse_sinks(text):
+        try:
+            sinks.append(SINKS[word](out, resume_step, config, online))
+        except Exception as error:          # each package has errors of its own
+            raise UserError(f"--log {word}{' --log_online True' if online else ''}: cannot be opened "
+                            f"({reason(error)})") from None
+    return sinks
 
 
 def _run_id(path: Path) -> str:

@@ -546,6 +546,9 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
                             "--class_cond True")
         model_options = replace(model_options, null_class=True)
+    if options.ema_power and not options.snapshot_images:
+        _say(f"--ema_power {options.ema_power}: no snapshots are kept, as --snapshot_images is 0, so that no other "
+             "widths can be made after the training")
     config = {**asdict(model_options), **asdict(diffusion_options)}
     with dist_util.together():
         with seeded_torch("weights", options.seed):

@@ -9,7 +9,7 @@ from commands import call
 from tiny_training import largest_difference, train, weights
 
 from guided_diffusion import checkpoint, train_util
-from guided_diffusion.averages import Kept, PowerProfile, combine, products, update_ema
+from guided_diffusion.averages import Kept, PowerProfile, combine, products, sampled, update_ema
 from guided_diffusion.errors import UserError
 from guided_diffusion.stated import statement_of
 from guided_diffusion.train_options import TrainOptions
@@ -86,7 +86,15 @@ def test_the_command_makes_what_a_training_tracked(run, tmp_path, capsys):
     assert metadata["step"] == "12" and metadata["sigma_rel"] == "0.2"
     assert json.loads(metadata["reconstruction"])["snapshots"] == 24
     assert statement_of(run / "reconstructed_0.2.safetensors", "diffusion").facts["num_channels"] == 32
-    assert best_weights(run).name == "ema_power_0.05.safetensors"
+
+
+@pytest.mark.parametrize("rates, widths", [("0.9,0.999,0.99", "0.1"), ("", "0.2,0.05,0.1"), ("", "")])
+def test_a_folder_is_sampled_with_the_average_that_is_looked_at_in_training(tmp_path, rates, widths):
+    profiles = TrainOptions(ema_rate=rates, ema_power=widths).profiles
+    for name in ("model", "reconstructed_0.01", *(profile.name for profile in profiles)):
+        (tmp_path / f"{name}.safetensors").touch()
+    profile = sampled(profiles)
+    assert best_weights(tmp_path).stem == (profile.name if profile else "model")
 
 
 def test_an_earlier_step(run, tmp_path):

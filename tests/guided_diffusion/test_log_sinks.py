@@ -49,6 +49,16 @@ def test_wandb_stays_offline_and_goes_on_under_its_id(data_dir, tmp_path, wandb)
     assert [values["loss"] for _, values in rows] == pytest.approx(log_of(tmp_path / "run", "loss"), rel=1e-5)
 
 
+def test_a_server_that_refuses_is_one_sentence(data_dir, tmp_path, wandb, monkeypatch):
+    def refused(**options):
+        raise RuntimeError("no key\nlog in first")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(UserError, match=r"^--log wandb --log_online True: cannot be opened \(no key log in first\)$"):
+        train(data_dir, tmp_path / "run", log="wandb", log_online=True)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 def records(path):
     """The records of an event file: a length, its checksum, the bytes, their checksum."""
     content, place = path.read_bytes(), 0
