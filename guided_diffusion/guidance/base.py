@@ -257,6 +257,40 @@ class GuidanceOptions(Options):
         return f"{self.short} needs it" + (f", {self.remedies[flag]}" if flag in self.remedies else "")
 
 
+@dataclass(frozen=True)
+class ScaledOptions(GuidanceOptions):
+    """Base of the options of a method that is one term with one scale, the flag `NAME_scale` (NAME: `sigma_flags`).
+
+    term: the class of that term, whose cost is the method's.
+    """
+
+    term: ClassVar[type[Guidance]]
+
+    @property
+    def scale(self) -> float:
+        """The scale; 0 is off."""
+        value: float = getattr(self, f"{self.sigma_flags}_scale")
+        return value
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.scale != 0
+
+    @property
+    def passes(self) -> Passes:
+        """What each step in the window costs."""
+        return self.term.passes
+
+    def headline(self) -> str:
+        """Like "PAG s = 1"."""
+        return f"{self.short} s = {self.scale:g}"
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """The one scale and window."""
+        return [(Guidance(self.scale, **self.window), self.passes)]
+
+
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:
     """An unconditional network among terms that have labels."""
     return lambda x, t, y=None, **conditions: model(x, t, **conditions)
