@@ -9,6 +9,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,14 +100,14 @@ class EarlyFid:
             self._pooled(np.zeros((1, *[training.model.image_size] * 2, 3), np.uint8))
         self.reference = FileFeatures(reference, len(reference) or stored_count(reference))
 
-    def look(self, step: int) -> Mapping[str, float]:
+    def look(self, step: int) -> Mapping[str, float | Path]:
         """FID of the samples, as fid_of_N_images, which a line of the log says, too."""
         from .metrics import METRICS, Comparison
         from .metrics.comparison import Feature, FeatureSet
 
         options = self.preview.options
         pooled = self.preview.images(options.eval_fid_images, self._pooled)
-        values: dict[str, float] = {}
+        values: dict[str, float | Path] = {}
         with dist_util.together():
             if dist_util.is_main() and self.reference is not None:
                 value = METRICS[METRIC].value(Comparison(self.reference, FeatureSet({Feature.POOLED: pooled})))

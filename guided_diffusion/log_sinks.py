@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from .errors import UserError
 from .files import reason, write_text
 from .options import comma_separated, nearest
@@ -25,6 +27,9 @@ class Sink(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a row."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Shows a PNG file, whose row follows or does not."""
 
     def close(self) -> None:
         """Ends the log."""
@@ -59,6 +64,14 @@ class TensorBoardSink:
         self._add(step=step, summary=self._summary(value=scalars))
         self._file.flush()
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Writes the picture into the event file."""
+        with Image.open(path) as picture:
+            width, height = picture.size
+        image = self._summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
+        self._add(step=step, summary=self._summary(value=[self._summary.Value(tag=name, image=image)]))
+        self._file.flush()
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -78,6 +91,7 @@ class WandbSink:
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        self._image = wandb.Image
         self._run = wandb.init(
             project=PROJECT, dir=str(out), id=_run_id(out / "wandb" / "id.txt"), name=out.name, resume="allow",
             mode="online" if online else "offline", config=dict(config),
@@ -86,6 +100,10 @@ class WandbSink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of a step."""
         self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Copies the picture into the folder of the run."""
+        self._run.log({name: self._image(str(path))}, step=step)
 
     def close(self) -> None:
         """Ends the run."""

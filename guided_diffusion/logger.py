@@ -66,6 +66,11 @@ class MetricLogger:
         for sink in self.sinks:
             sink.write(step, {**exact, **means})
 
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Shows a PNG file in the sinks."""
+        for sink in self.sinks:
+            sink.picture(step, name, path)
+
     def close(self) -> None:
         """Ends the sinks."""
         for sink in self.sinks:

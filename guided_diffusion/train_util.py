@@ -224,7 +224,10 @@ class TrainLoop:
             with self._averaged():
                 for watcher in due:
                     for name, value in watcher.look(self.step).items():
-                        logger.add(name, value)
+                        if isinstance(value, Path):
+                            logger.picture(self.step, name, value)
+                        else:
+                            logger.add(name, value)
         return time.monotonic() - began
 
     @contextlib.contextmanager

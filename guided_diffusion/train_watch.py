@@ -52,5 +52,5 @@ class Watcher(Protocol):
     def prepare(self, training: Watched) -> None:
         """Called before the first step. Raises UserError for what cannot work."""
 
-    def look(self, step: int) -> Mapping[str, float]:
-        """Looks at the network after so many steps; returns values for the log, by name, on rank 0."""
+    def look(self, step: int) -> Mapping[str, float | Path]:
+        """Looks at the network after so many steps; returns values and pictures for the log, by name, on rank 0."""

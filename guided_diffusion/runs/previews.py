@@ -184,10 +184,11 @@ class SampleGrids:
         self.preview.prepare(training)
         self.folder = training.out / GRIDS
 
-    def look(self, step: int) -> Mapping[str, float]:
+    def look(self, step: int) -> Mapping[str, float | Path]:
         """Writes the picture."""
         images = self.preview.images(self.preview.options.grid_images, lambda images: images)
+        path = self.folder / f"{step:07d}.png"
         with dist_util.together():
             if dist_util.is_main():
-                pictures.save_grid(images, self.folder / f"{step:07d}.png")
-        return {}
+                pictures.save_grid(images, path)
+        return {"samples": path}

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+from PIL import Image
 from tiny_training import log_of, train, train_tiny_classifier
 
 from guided_diffusion import log_sinks
@@ -31,7 +32,7 @@ def wandb(monkeypatch):
         def finish(self):
             self.finished = True
 
-    module.init, module.Settings = Run, dict
+    module.init, module.Settings, module.Image = Run, dict, str
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     return module
@@ -78,6 +79,20 @@ def test_tensorboard_holds_the_rows_of_the_log(data_dir, tmp_path):
     assert [row["loss"] for row in values] == pytest.approx(log_of(tmp_path, "loss"), rel=1e-5)
     assert [row["val_loss"] for row in values if "val_loss" in row] == pytest.approx(log_of(tmp_path, "val_loss"),
                                                                                       rel=1e-5)
+
+
+def test_pictures_go_to_both(tmp_path, wandb):
+    event_pb2 = pytest.importorskip("tensorboard.compat.proto.event_pb2", reason="needs tensorboard")
+    path = tmp_path / "samples.png"
+    Image.new("RGB", (7, 5)).save(path)
+    for sink in log_sinks.open_sinks("wandb,tensorboard", tmp_path, 0, {}, False):
+        sink.picture(4, "samples", path)
+        sink.close()
+    assert wandb.runs[0].rows == [(4, {"samples": str(path)})]
+    events, = (tmp_path / "tensorboard").iterdir()
+    event = event_pb2.Event.FromString(list(records(events))[-1])
+    image = event.summary.value[0].image
+    assert (event.step, image.width, image.height, image.encoded_image_string) == (4, 7, 5, path.read_bytes())
 
 
 @pytest.mark.parametrize("word", ["tensorboard", "wandb"])
