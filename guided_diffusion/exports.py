@@ -27,24 +27,23 @@ from .fetch import sha256_of, without_secrets
 from .files import check_folder, write_json, write_text
 from .late import Tensor
 from .options import Options, entry_option, option, required
-from .presets import Preset, find_preset
+from .presets import MODELS, Preset, find_preset
 from .stated import NETWORKS
 from .trainings import CONFIG, GUIDANCE_KEY
 
 _log = logging.getLogger(__name__)
 
 COMMANDS = {"diffusion": "image_sample", "upsampler": "super_res_sample"}
-OWN_LICENCE = "MIT, that of this project (LICENSE)"
 CARD = """---
 license: {tag}
 library_name: guided_diffusion
-tags: [diffusion, {kind}]
+tags: [{tags}]
 pipeline_tag: {task}
 ---
 
 # {name}
 
-A {kind} network of {parameters:,} parameters, for images of {size} pixels. {images}
+{begin} network of {parameters:,} parameters, for images of {size} pixels. {images}
 
 ```sh
 python scripts/{command}.py --model {folder}{more}
@@ -63,9 +62,15 @@ The metadata of `model.safetensors` state them, so that no command needs them.
 ## Limits
 
 {limits}
+{attribution}"""
+ATTRIBUTION = """
+## Sources of the training images
+
+```text
+{text}```
 """
-LIMITS = ("Nothing is known here of how good its images are beyond what its source says. A network repeats what its "
-          "training images show, with their errors and omissions.")
+UNKNOWN = "Nothing is known here of how good its images are beyond what its source says."
+ALWAYS = "A network repeats what its training images show, with their errors and omissions."
 
 
 @dataclass(frozen=True)
@@ -154,19 +159,28 @@ def _classifier(preset: Preset, options: ExportOptions) -> Source | None:
     return Source.read(found, path) if path else None
 
 
+def _bundled(preset: Preset) -> str:
+    page = preset.about.get("page")
+    return "bundled with this project" + (f"; {page} there says how it was trained and measured" if page else "")
+
+
 def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
     own = preset.path is not None and preset.known
-    licence = preset.licence or (OWN_LICENCE if own else options.licence or "none is stated")
+    licence = preset.licence or options.licence or "none is stated"
+    sources = preset.about.get("attribution")
     sizes = source.options
     size = f"{sizes['small_size']} to {sizes['large_size']}" if source.kind == "upsampler" else sizes["image_size"]
     folder = Path(options.out).name
     return CARD.format(
-        tag="mit" if licence.startswith("MIT") else "other", kind=source.kind, name=Path(preset.name).name,
+        tag="mit" if licence.startswith("MIT") else "other", tags=", ".join(dict.fromkeys(("diffusion", source.kind))),
+        begin="An upsampler" if source.kind == "upsampler" else f"A {source.kind}", name=Path(preset.name).name,
         task="image-to-image" if source.kind == "upsampler" else "unconditional-image-generation",
         parameters=sum(value.numel() for value in source.weights.values()), size=size,
         images=f"It was trained on {preset.data}." if preset.data else "Its training images are not stated.",
         command=COMMANDS[source.kind], folder=folder,
         more=" --base_samples SAMPLES.npz" if source.kind == "upsampler" else "", licence=licence,
-        source=preset.url or ("bundled with this project" if own else "a training with this project"),
-        sha256=sha256_of(Path(options.out) / "model.safetensors"), limits=LIMITS,
+        source=preset.url or (_bundled(preset) if own else "a training with this project"),
+        sha256=sha256_of(Path(options.out) / "model.safetensors"),
+        limits=f"{preset.about.get('limits', UNKNOWN)} {ALWAYS}",
+        attribution=ATTRIBUTION.format(text=(MODELS / sources).read_text(encoding="utf-8")) if sources else "",
         flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))

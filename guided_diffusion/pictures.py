@@ -25,10 +25,12 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
-    """Writes images (N, H, W, 3) uint8 as a grid, small ones enlarged, to a PNG file.
+    """Writes images (N, H, W, C) uint8 as a grid, small ones enlarged, to a PNG file.
 
-    columns: None for a nearly square grid.
+    Of more than three channels the first three are shown as RGB, of two the first as grey. columns: None for a nearly
+    square grid.
     """
+    images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
     columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 

@@ -34,8 +34,9 @@ FLOORS = [
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion.cli", "guided_diffusion.exports", "guided_diffusion.zoo"],
     ["guided_diffusion." + name for name in (
-        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_options", "train_start",
-        "train_util", "prepare", "depth.*", "icons.*")],
+        "averages", "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "loss_curve", "reconstruction",
+        "resample", "train_folder", "train_options", "train_start", "train_util", "train_watch", "prepare", "depth.*",
+        "icons.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion.adapters.*"],
@@ -46,7 +47,8 @@ FLOORS = [
     ["evaluations." + name for name in (
         "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
     ["evaluations.extractors.*"],
-    ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference", "cascade")],
+    ["evaluations." + name for name in (
+        "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],

@@ -160,6 +160,9 @@ class ObservedNetwork:
     """
 
     def __init__(self, run: SamplingRun, heads: str) -> None:
+        if run.model.in_channels not in (1, 3):
+            raise UserError(f"{run.title()}: the network has {run.model.in_channels} channels, and pictures are drawn "
+                            "of 1 or 3")
         self.run, self.heads = run, heads
         self.model, self.network, self.diffusion, self.guidance = run.build()
         self.labels = run.labels()

@@ -228,7 +228,7 @@ class SamplingRun:
     @property
     def samples(self) -> Path:
         """The file that the samples of the finished run are in."""
-        return shards.samples_file(self.out, self.sample.num_samples, self.model.image_size)
+        return shards.samples_file(self.out, self.sample.num_samples, self.model.image_size, self.model.in_channels)
 
     def check_folder(self, sha256: dict[str, str]) -> None:
         """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
@@ -324,7 +324,7 @@ class SamplingRun:
         packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
         os.replace(packed, chunks.samples)
-        pictures.save_grid(BatchFile(chunks.samples).first(64), self.out / "grid.png")
+        pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / "grid.png")
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,
