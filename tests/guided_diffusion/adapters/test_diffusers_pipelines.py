@@ -25,13 +25,7 @@ from tiny_diffusers import (
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import (
-    IndependentConditionGuidance,
-    PerturbedAttentionGuidance,
-    ProjectedGuidance,
-    SmoothedEnergyGuidance,
-    TimestepGuidance,
-)
+from guided_diffusion.guidance import IndependentConditionGuidance, PerturbedAttentionGuidance
 from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
 from guided_diffusion.steps import DdimOptions
 
@@ -86,19 +80,6 @@ def test_solvers_are_those_of_diffusers_at_the_same_steps(kind, options, own):
     pipe = prompted_pipeline(steps=scheduler(kind, **options))
     expected = images(pipe, guidance_scale=2.0)
     assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=2.0, sampler=own), expected) < 1e-3
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
-def test_every_sampler_takes_any_list_of_guidance(latent, sampler):
-    network = latent.unet
-    terms = [latent.self_attention_guidance(0.75), PerturbedAttentionGuidance(network, ["down.1.0"], 1.0),
-             SmoothedEnergyGuidance(network, ["middle"], 1.0), TimestepGuidance(network, 1.0, 0.5)]
-    plain = ours(latent, sampler=sampler, cfg_scale=3.0)
-    guided = [ours(latent, sampler=sampler, cfg_scale=3.0, guidance=chosen)
-              for chosen in ([term] for term in terms)]
-    together = ours(latent, sampler=sampler, cfg_scale=3.0, guidance=[*terms, ProjectedGuidance(norm_threshold=5.0)])
-    different = [plain, *guided, together]
-    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(different) for other in different[:i])
 
 
 def test_classes_have_independent_conditions_and_pixels_of_learned_variance():
