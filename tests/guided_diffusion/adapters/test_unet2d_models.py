@@ -9,9 +9,12 @@ from golden import noise, relative_error
 from networks import with_random_weights
 from tiny_diffusers import diffusers, pixel_unet
 
-from guided_diffusion.adapters.diffusers import process_of
+from guided_diffusion.adapters.diffusers import LatentDiffusion, process_of
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
+from guided_diffusion.guidance import SelfAttentionGuidance
 from guided_diffusion.options import options_from
+from guided_diffusion.rng import image_noise
+from guided_diffusion.sampling import ddim_step, ddpm_step, last, sample_chain
 from guided_diffusion.unet2d.files import read_network, write_pipeline
 
 SMALL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
@@ -63,6 +66,21 @@ def test_our_network_gives_what_diffusers_gives(changes, tmp_path):
         expected = theirs(X, T, class_labels=labels).sample
         found = model(X, T, **({} if labels is None else {"y": labels}))
     assert relative_error(found, expected) < SAME
+
+
+def test_an_exported_pipeline_is_sampled_as_the_model_is(tmp_path):
+    flags = {**SMALL, "num_head_channels": 32, "learn_sigma": True, "timestep_respacing": "ddim4"}
+    model, process = built(flags)
+    write_pipeline(tmp_path, model.state_dict(), flags, {})
+    latent = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline.from_pretrained(tmp_path))
+    for sampler, step in (("ddim", ddim_step), ("ddpm", ddpm_step)):
+        guidance = {"blur_sigma": 3.0, "blur_taps": 31}
+        found = latent.sample(numbers=[4, 6], seed=2, steps=4, sampler=sampler, output_type="latent",
+                              guidance=[latent.self_attention_guidance(0.5, **guidance)])
+        own = SelfAttentionGuidance(model, "middle", 0.5, **guidance)
+        chain = sample_chain(step, process.denoiser(model), image_noise(2, [4, 6], 4, (3, 8, 8)),
+                             lambda index: image_noise(2, [4, 6], index, (3, 8, 8)), [own], torch.tensor([4, 6]))
+        assert relative_error(found, last(chain)["sample"]) < 1e-3
 
 
 def test_a_pipeline_of_diffusers_states_its_process(tmp_path):
