@@ -260,7 +260,8 @@ class LatentDiffusion:
         """Embeddings with and without the prompt, and the pooled ones, by the pipeline's own `encode_prompt`."""
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) if prompts is not None else len(embeds["prompt_embeds"])      # type: ignore[arg-type]
-        negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
+        # None is not "": pipelines of SDXL may take zeros for it (`force_zeros_for_empty_prompt`).
+        negatives = [negative] * count if isinstance(negative, str) else None if negative is None else list(negative)
         given = {name: value for name, value in embeds.items() if value is not None}
         found = self.pipe.encode_prompt(
             prompt=prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
@@ -275,8 +276,17 @@ class LatentDiffusion:
 
     def _with_sizes(self, embedded: Embedded, shape: tuple[int, int, int]) -> Embedded:
         """SDXL also sees sizes: those of the original image, the corner of its crop, and those of the crop."""
-        if "text_embeds" not in embedded.prompts:
+        config = self.unet.unet.config
+        if getattr(config, "addition_embed_type", None) != "text_time":
             return embedded
+        if "text_embeds" not in embedded.prompts or "text_embeds" not in (embedded.null or embedded.prompts):
+            raise UserError("pooled_prompt_embeds: must be given with prompt_embeds, and negative ones with those, as "
+                            "the network is one of SDXL")
+        width, embedding = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        if width != 6 * embedding + embedded.prompts["text_embeds"].shape[-1]:
+            raise UserError(f"pooled_prompt_embeds: their {embedded.prompts['text_embeds'].shape[-1]} values and six "
+                            f"sizes do not make the {width} that the network takes; networks that refine images are "
+                            "not supported")
         factor = int(getattr(self.pipe, "vae_scale_factor", 1))
         size = [shape[1] * factor, shape[2] * factor]
         times = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)

@@ -231,7 +231,7 @@ class LatentRun:
         prompts = prepared.prompts
         given: dict[str, Any] = {} if not prompts else {
             "prompt": [prompts[number % len(prompts)] for number in numbers],
-            "negative_prompt": self.options.negative_prompt}
+            "negative_prompt": self.options.negative_prompt or None}
         done, options = iter(range(1, 10**9)), self.options
         cfg_scale: float = options.prompt_scale
         images = prepared.latent.sample(

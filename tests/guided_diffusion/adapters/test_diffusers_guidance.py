@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from golden import noise, relative_error
-from tiny_diffusers import NO_PROMPTS, PROMPTS, diffusers, ours, pixel_unet, prompted_pipeline, prompted_unet, scheduler
+from tiny_diffusers import NO_PROMPTS, PROMPTS, diffusers, ours, pixel_unet, prompted_pipeline, scheduler, sdxl_unet
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion, process_of
 from guided_diffusion.depth.predictor import DepthPredictors
@@ -85,9 +85,7 @@ def test_what_needs_no_other_evaluation_is_one_batch(latent, terms, names, batch
 
 
 def test_sdxl_and_pixels_in_one_batch():
-    unet = prompted_unet(addition_embed_type="text_time", addition_time_embed_dim=8,
-                         projection_class_embeddings_input_dim=6 * 8 + 16)
-    latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=unet))
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=sdxl_unet()))
     pooled = {"pooled_prompt_embeds": noise((2, 16), 4), "negative_pooled_prompt_embeds": noise((2, 16), 5)}
     every = [latent.self_attention_guidance(0.75), latent.independent_prompt_guidance(
         1.0, prompt_embeds=OTHERS, pooled_prompt_embeds=noise((3, 16), 7))]
