@@ -197,6 +197,10 @@ class LatentRun:
         if latent.unet.takes_prompts != bool(prompts):
             raise UserError("--prompt: " + ("is missing, the pipeline takes one" if latent.unet.takes_prompts
                                             else "the pipeline takes none"))
+        if latent.unet.has_labels:
+            raise UserError(f"--pipeline {self.options.pipeline}: its network takes classes, which this command does "
+                            "not give; LatentDiffusion.sample takes labels, and scripts/convert_checkpoint.py makes a "
+                            "checkpoint of a UNet2DModel for scripts/image_sample.py")
         nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
         guidance = [term for method in self.methods if method.active for term in self._terms(method, latent, nets)]
         if self.options.sag_scale:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import call
-from tiny_diffusers import prompted_pipeline, text_parts
+from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, scheduler, text_parts
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,12 @@ def test_prompts_are_drawn_from_the_run_or_from_a_file(command, tmp_path):
     assert np.array_equal(images[0], drawn[0]) and not np.array_equal(images[1], drawn[1])
     assert len({run["fingerprint"] for run in (record, other, third)}) == 3
     assert "icg_prompts" in record["sha256"]
+
+
+def test_a_pipeline_with_classes_is_refused_in_a_sentence(command, tmp_path, capsys):
+    diffusers.DDPMPipeline(unet=pixel_unet(num_class_embeds=3), scheduler=scheduler()).save_pretrained(tmp_path / "p")
+    assert command(pipeline=tmp_path / "p", prompt="") == 2
+    assert "its network takes classes" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
