@@ -32,7 +32,7 @@ FLOORS = [
     ["guided_diffusion.execution", "guided_diffusion.stated"],
     ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
-    ["guided_diffusion.cli", "guided_diffusion.exports", "guided_diffusion.zoo"],
+    ["guided_diffusion." + name for name in ("cli", "exports", "unet2d.*", "zoo")],
     ["guided_diffusion." + name for name in (
         "averages", "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "loss_curve", "reconstruction",
         "resample", "train_folder", "train_options", "train_start", "train_util", "train_watch", "prepare", "depth.*",
