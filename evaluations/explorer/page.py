@@ -34,6 +34,7 @@ QUALITIES = (None, 90, 80, 65, 50, 35)      # of pictures: None is without loss,
 LETTERS = "AB"
 PSI_STEPS = 100                 # received attention is in hundredths, rounded up, so that r > k / 100 stays exact
 
+OF_EPS = ("contrast", "transform")          # kinds of terms whose changes of eps add up
 COLOUR, SIGNED, MASK = "colour", "signed", "mask"
 
 
@@ -59,9 +60,11 @@ def picture_kinds(recording: Recording) -> list[PictureKind]:
     for number, term in enumerate(recording.terms):
         kinds += [PictureKind(f"term{number}_degraded", f"{term.title}: degraded input", COLOUR, number),
                   PictureKind(f"term{number}_mask", f"{term.title}: mask", MASK, number),
-                  PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number)]
+                  PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number),
+                  PictureKind(f"term{number}_state_change", f"{term.title}: change of x_(t-1)", SIGNED, number)]
     present = [kind for kind in kinds if kind.name in recording.arrays]
-    changes = [kind for kind in present if kind.drawn == SIGNED and kind.term is not None]
+    changes = [kind for kind in present if kind.term is not None and recording.terms[kind.term].kind in OF_EPS
+               and kind.drawn == SIGNED]
     # One contrast alone is the sum of all.
     return [kind for kind in present if kind.name != "eps_change" or len(changes) > 1]
 
@@ -159,9 +162,10 @@ def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
     """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
-    lines = [{"title": term.title, "sum": False, "values": _rounded(recording.arrays[f"term{number}_rms"])}
+    lines = [{"title": term.title + ", x_(t-1)" * (f"term{number}_state_change" in recording.arrays), "sum": False,
+              "values": _rounded(recording.arrays[f"term{number}_rms"])}
              for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
-    if len(lines) > 1 and "eps_change_rms" in recording.arrays:
+    if "eps_change" in [kind.name for kind in picture_kinds(recording)]:
         lines.append({"title": "all contrasts", "sum": True, "values": _rounded(recording.arrays["eps_change_rms"])})
     return lines
 

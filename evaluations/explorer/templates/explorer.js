@@ -251,7 +251,7 @@
     const items = all('#legend li');
     for (const item of items) item.querySelector('.value').value = written(item.values[shown.step]);
     if (items.length) {
-      byId('chart').setAttribute('aria-label', 'Root mean square of the change of eps: ' +
+      byId('chart').setAttribute('aria-label', 'Root mean square of the changes: ' +
                                  items.map(item => item.textContent).join(', '));
     }
   }

@@ -71,6 +71,17 @@ def test_the_sum_is_shown_beside_several_changes_alone():
     assert "eps_change" not in [kind.name for kind in picture_kinds(recorded(guided=False))]
 
 
+def test_every_kind_of_term_has_a_map_of_its_change():
+    both = recorded()
+    terms = (both.terms[0], Term("CG scale 1", "gradient", 1.0, both.terms[1].active),
+             Term("DCG 40", "loss", 40.0, both.terms[1].active))
+    arrays = {**both.arrays, "term2_state_change": both.arrays["term1_change"], "term2_rms": both.arrays["term1_rms"]}
+    found = data_of(page([dataclasses.replace(both, terms=terms, arrays=arrays)], TITLE, COMMAND))["settings"][0]
+    assert [one["title"] for one in found["pictures"].values() if one["drawn"] == "signed"] == [
+        "SAG <s> = 0.5: change of eps", "CG scale 1: change of eps", "DCG 40: change of x_(t-1)"]
+    assert [line["title"] for line in found["rms"]] == ["SAG <s> = 0.5", "CG scale 1", "DCG 40, x_(t-1)"]
+
+
 @pytest.mark.parametrize("steps, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (50, 8), (250, 16)])
 def test_sheets_are_nearly_square(steps, columns):
     assert sheet_columns(steps) == columns
