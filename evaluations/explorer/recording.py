@@ -1,8 +1,8 @@
 """What every step of a sampling run does to chosen images, as arrays.
 
 The chain is sampled as a run samples it; what guidance computes on the way is kept, and nothing is computed twice but
-the masks, and the gradients of losses where there are several. No method is known by name: of every term the change that
-it makes is kept, and of a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one
+the masks, and the gradients of losses where there are several. No method is known by name: of every term its change is
+kept, and of a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one
 (`pixel_mask`).
 """
 
@@ -208,7 +208,7 @@ class Recorder:
             self._keep(f"term{number}_mask", mask(ctx, pred))
 
     def _keep_change(self, owner: str, kind: str, value: Tensor) -> None:
-        """Keeps a change and its root mean square. owner: a term, or eps. kind: of what, a word of the arrays' names."""
+        """Keeps a change and its root mean square. owner: a term, or eps. kind: a word of the arrays' names."""
         self._keep(f"{owner}_{kind}", value)
         self._keep(f"{owner}_rms" if owner.startswith("term") else f"{owner}_{kind}_rms",
                    value.float().square().mean(dim=(1, 2, 3)).sqrt(), np.float32)

@@ -14,9 +14,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_text
 
 LOG = logging.getLogger(__name__)
@@ -29,11 +27,17 @@ class Pages:
     """The pages of a package, by the templates in its folder templates/.
 
     styles, scripts: file names of that folder, in order; those of this package come first. inline_styles: whether
-    elements have styles of their own, which the security policy then allows.
+    elements have styles of their own, which the security policy then allows. Raises UserError where jinja2 is missing.
     """
 
     def __init__(self, package: str, styles: Sequence[str] = (), scripts: Sequence[str] = (), *,
                  inline_styles: bool = False) -> None:
+        try:
+            from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+            from markupsafe import Markup
+        except ImportError:
+            raise UserError("pages need jinja2, which the extra installs: pip install '.[eval]'") from None
+        self._markup = Markup
         self.environment = Environment(loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
                                        autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                        undefined=StrictUndefined)
@@ -45,11 +49,11 @@ class Pages:
             "script": Markup(script), "script_source": _hash(script) if script else "'none'"}
 
     def render(self, template: str, title: str, *, data: Any = None, **content: Any) -> str:
-        """The page. title: of the document. data: what the script reads, as JSON can hold it. content: see the template.
+        """The page. title: of the document. data: what the script reads, as JSON can hold it. content: of the template.
 
         Texts are escaped, and names that nobody has given are refused.
         """
-        return self.environment.get_template(template).render(title=title, data=Markup(_json(data)), **content)
+        return self.environment.get_template(template).render(title=title, data=self._markup(_json(data)), **content)
 
 
 def _joined(names: Sequence[tuple[str, str]]) -> str:

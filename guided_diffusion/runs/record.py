@@ -132,8 +132,13 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 def samples_of(folder: Path) -> Path:
     """The file of samples of a finished run; UserError where there is none."""
+    return finished_run(folder)[0]
+
+
+def finished_run(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of samples of a finished run, and its configuration; UserError where there is none."""
     try:
-        return _finished(folder)[0]
+        return _finished(folder)
     except READ_ERRORS as error:
         raise _unfinished(folder, error) from None
 
@@ -158,10 +163,17 @@ def title(configuration: Mapping[str, Any]) -> str:
     """
     methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
     words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
-    sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
+    sample, = _read(configuration, SampleOptions)
     if sample.sampler_name == DEFAULT_SAMPLER:
         return words
     sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+    return f"{words}, {sampler.headline(num_steps(configuration))}"
+
+
+def num_steps(configuration: Mapping[str, Any]) -> int:
+    """The steps of a recorded run."""
+    sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
+    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
     chain = space_timesteps(diffusion.diffusion_steps, sampler.respacing(diffusion.timestep_respacing)
                             or [diffusion.diffusion_steps])
-    return f"{words}, {sampler.headline(sampler.num_steps(len(chain)))}"
+    return int(sampler.num_steps(len(chain)))
