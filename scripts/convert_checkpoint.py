@@ -8,7 +8,7 @@ Example, which makes a file half as large:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype, weights = getattr(torch, options.dtype), load_state_dict(files[0], entry=options.checkpoint_entry)
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_state(options.out, converted, read_metadata(files[0]))
-    print(f"checkpoint: {options.out}")
+    tell(f"checkpoint: {options.out}")
 
 
 if __name__ == "__main__":

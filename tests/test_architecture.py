@@ -51,6 +51,7 @@ FLOORS = [
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],
     ["evaluations.bench.*", "evaluations.explorer.*"],
+    ["evaluations.reports.*"],
     ["evaluations." + name for name in (        # old names of what has moved
         "benchmark", "depth_fid", "depth_metrics", "depth_pictures", "memory_benchmark", "npz", "recognised",
         "train_embedded", "train_scenes_judge")],

@@ -13,7 +13,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.runs.comparison import Comparison, ComparisonOptions, read_comparison
 
 from .page import LIMIT, Pages, lossy, write_page
-from .pictures import LARGEST, SMALLEST, data_uri
+from .pictures import LARGEST, data_uri, shown_width
 
 ENLARGED = 512                  # CSS pixels of the pair, at most
 
@@ -50,7 +50,7 @@ def comparison_page(comparison: Comparison, command: str, quality: int | None = 
     """The page as text. quality: of its pictures, see `page`. zoom: times that a pixel is enlarged below each other."""
     count, images = comparison.images.shape[:2]
     height, width = comparison.images.shape[2:4]
-    shown = width * zoom if zoom else min(LARGEST, width * max(1, SMALLEST // width))
+    shown = width * zoom if zoom else min(LARGEST, shown_width(width))
     data: dict[str, Any] = {
         "names": comparison.names, "images": comparison.image_ids, "labels": comparison.labels,
         "changes": [[[round(float(value), 1) for value in row] for row in comparison.changes(first)]

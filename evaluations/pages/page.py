@@ -26,11 +26,12 @@ QUALITIES = (None, 90, 80, 65, 50, 35)      # of pictures: None is without loss,
 class Pages:
     """The pages of a package, by the templates in its folder templates/.
 
-    styles, scripts: file names of that folder, in order; those of this package come first. inline_styles: whether
-    elements have styles of their own, which the security policy then allows. Raises UserError where jinja2 is missing.
+    styles, scripts: file names of that folder, or else of the one of this package, in order; without scripts (None) a
+    page has none, with [] it has that of all pages alone. inline_styles: whether elements have styles of their own,
+    which the security policy then allows. Raises UserError where jinja2 is missing.
     """
 
-    def __init__(self, package: str, styles: Sequence[str] = (), scripts: Sequence[str] = (), *,
+    def __init__(self, package: str, styles: Sequence[str] = (), scripts: Sequence[str] | None = None, *,
                  inline_styles: bool = False) -> None:
         try:
             from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -42,8 +43,8 @@ class Pages:
                                        autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                        undefined=StrictUndefined)
         self.environment.filters["minus"] = lambda text: text.replace("-", "\N{MINUS SIGN}")
-        style = _joined([(__package__, "page.css"), *((package, name) for name in styles)])
-        script = _joined([(__package__, "page.js"), *((package, name) for name in scripts)]) if scripts else ""
+        style = _joined(package, ["page.css", *styles])
+        script = "" if scripts is None else _joined(package, ["page.js", *scripts])
         self.environment.globals |= {
             "style": Markup(style), "style_source": "'unsafe-inline'" if inline_styles else _hash(style),
             "script": Markup(script), "script_source": _hash(script) if script else "'none'"}
@@ -56,10 +57,11 @@ class Pages:
         return self.environment.get_template(template).render(title=title, data=self._markup(_json(data)), **content)
 
 
-def _joined(names: Sequence[tuple[str, str]]) -> str:
-    """Files of templates/ of some packages, with the line end before each that stands in the page."""
-    return "".join("\n" + (package_files(package) / "templates" / name).read_text(encoding="utf-8")
-                   for package, name in names)
+def _joined(package: str, names: Sequence[str]) -> str:
+    """Files of templates/ of the package, or else of this one, each after the line end that stands in the page."""
+    folders = [package_files(one) / "templates" for one in (package, __package__)]
+    return "".join("\n" + next(folder / name for folder in folders if (folder / name).is_file())
+                   .read_text(encoding="utf-8") for name in names)
 
 
 def _hash(text: str) -> str:

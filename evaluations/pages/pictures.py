@@ -34,12 +34,12 @@ class Grid:
 
 def shown_grid(rows: Mapping[str, np.ndarray]) -> Grid | None:
     """The grid of images (n, H, W, 3) by the titles of their rows; None where there are no images."""
-    reduced = {name: _reduced(images) for name, images in rows.items() if len(images)}
-    if not reduced:
+    small = {name: reduced(images) for name, images in rows.items() if len(images)}
+    if not small:
         return None
     strips = [ShownPicture(name, data_uri(_strip(images)), len(images) * _cell(images), len(images))
-              for name, images in reduced.items()]
-    return Grid(strips, max(map(_cell, reduced.values())), max(map(len, reduced.values())))
+              for name, images in small.items()]
+    return Grid(strips, max(map(_cell, small.values())), max(map(len, small.values())))
 
 
 def data_uri(picture: np.ndarray, quality: int | None = None) -> str:
@@ -53,7 +53,7 @@ def data_uri(picture: np.ndarray, quality: int | None = None) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _reduced(images: np.ndarray) -> np.ndarray:
+def reduced(images: np.ndarray) -> np.ndarray:
     """(n, H, W, 3), no side of an image longer than LARGEST."""
     height, width = images.shape[1:3]
     factor = LARGEST / max(height, width)
@@ -61,6 +61,11 @@ def _reduced(images: np.ndarray) -> np.ndarray:
         return images
     size = max(1, round(width * factor)), max(1, round(height * factor))
     return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images])
+
+
+def shown_width(width: int) -> int:
+    """The CSS pixels that a picture of so many is shown with: small ones are enlarged by a whole number."""
+    return width * max(1, SMALLEST // width)
 
 
 def _cell(images: np.ndarray) -> int:

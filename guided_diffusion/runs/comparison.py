@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +108,14 @@ class Comparison:
                         zoom=options.zoom, captions=captions if told else None)
 
 
+def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
+    """The labels of images of a recorded run in words: by name where its network is still there and has names."""
+    network, names = Path(str(configuration.get("model_path", ""))), None
+    with suppress(UserError):
+        names = stored_names(network) if network.is_file() else None
+    return tuple(names.names[label] if names and label < len(names) else f"class {label}" for label in labels)
+
+
 def read_comparison(folders: Sequence[str], options: ComparisonOptions) -> Comparison:
     """The runs in these folders, of which some may be folders of tables, as the options say.
 
@@ -125,7 +133,8 @@ def read_comparison(folders: Sequence[str], options: ComparisonOptions) -> Compa
     notes += [*_steps(runs), *resized]
     for note in notes:
         LOG.warning(note)
-    words = _class_words(runs[0], image_ids) if all(part is not None for part in labels) else ()
+    words = () if labels[0] is None or any(part is None for part in labels) else class_words(
+        runs[0].configuration, labels[0][image_ids])
     found = Comparison(_names(runs), tuple(image_ids), words, pictures, tuple(notes))
     return found.sorted_by_change() if options.sort == CHANGE else found
 
@@ -197,15 +206,6 @@ def _labels(runs: Sequence[ComparedRun], labels: Sequence[np.ndarray | None], im
                 yield (f"image {number} is of class {part[number]} in {run.folder} and of class {base[number]} in "
                        f"{first.folder}")
                 return
-
-
-def _class_words(run: ComparedRun, image_ids: Sequence[int]) -> tuple[str, ...]:
-    """The classes of images of a run, by name where its network is still there and has names."""
-    network, names = Path(str(run.configuration.get("model_path", ""))), None
-    with suppress(UserError):
-        names = stored_names(network) if network.is_file() else None
-    labels = [] if run.file.labels is None else [int(run.file.labels[number]) for number in image_ids]
-    return tuple(names.names[label] if names and label < len(names) else f"class {label}" for label in labels)
 
 
 def _steps(runs: Sequence[ComparedRun]) -> Iterator[str]:

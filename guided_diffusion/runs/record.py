@@ -17,7 +17,7 @@ from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
-from ..guidance import GUIDANCE
+from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
@@ -161,13 +161,22 @@ def title(configuration: Mapping[str, Any]) -> str:
 
     Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
     """
-    methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
-    words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    words = " + ".join(method.title() for method in active_guidance(configuration)) or "no guidance"
     sample, = _read(configuration, SampleOptions)
-    if sample.sampler_name == DEFAULT_SAMPLER:
-        return words
+    return words if sample.sampler_name == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"
+
+
+def active_guidance(configuration: Mapping[str, Any]) -> list[GuidanceOptions]:
+    """The options of the guidance methods that were on in a recorded run."""
+    methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
+    return [method for method in methods if method.active]
+
+
+def sampler_title(configuration: Mapping[str, Any]) -> str:
+    """The sampler of a recorded run in words, with its steps, like "DDPM, 250 steps"."""
+    sample, = _read(configuration, SampleOptions)
     sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
-    return f"{words}, {sampler.headline(num_steps(configuration))}"
+    return str(sampler.headline(num_steps(configuration)))
 
 
 def num_steps(configuration: Mapping[str, Any]) -> int:
