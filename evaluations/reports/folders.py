@@ -113,7 +113,8 @@ def _command(record: Mapping[str, Any]) -> str:
 
 def _changed(configuration: Mapping[str, Any]) -> Iterator[ShownTable]:
     """The options of sampling, and of guidance that is on, that are not as they are by default."""
-    classes: list[type[Options]] = [DiffusionOptions, *SAMPLERS.values(), *map(type, active_guidance(configuration)), SampleOptions]
+    guidance = map(type, active_guidance(configuration))
+    classes: list[type[Options]] = [DiffusionOptions, *SAMPLERS.values(), *guidance, SampleOptions]
     defaults = {field.name: field.default for cls in classes for field in option_fields(cls)
                 if cls is not DiffusionOptions or field.name == "timestep_respacing"}
     rows = [[name, shown(value), shown(defaults[name])] for name, value in configuration.items()
