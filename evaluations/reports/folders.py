@@ -24,7 +24,7 @@ from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option_fields
 from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.options import SampleOptions
-from guided_diffusion.runs.record import active_guidance, finished_run, sampler_title, title
+from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, sampler_title
 from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.train_folder import Record
 
@@ -45,14 +45,13 @@ LOSSES = ("loss", "val_loss", "mse", "val_mse", "vb", "val_vb", "acc@1", "val_ac
 
 def of_samples(folder: Path) -> Content:
     """The content of the folder of a finished sampling run."""
-    path, configuration = finished_run(folder)
+    path, configuration, guidance = finished_run(folder)
     record, file = read_json(folder / "run.json"), BatchFile(path)
     images = file.first(MOST_IMAGES)
     numbers = [str(number) for number in range(len(images))]
     if file.labels is not None:
         words = class_words(configuration, map(int, file.labels[:len(images)]))
         numbers = [f"{number}: {word}" for number, word in zip(numbers, words, strict=True)]
-    guidance = str(record.get("title") or title(configuration))
     return Content(
         f"{folder.resolve().name}: {guidance}", [
             ("guidance", guidance), *_sampler(configuration), *_model(configuration, record),
@@ -128,7 +127,7 @@ def _measured(folder: Path, record: Mapping[str, Any]) -> Iterator[ShownTable]:
     """What was measured of these samples, as far as it lies in the folder or in the one around it."""
     digest = record.get("sha256", {}).get("samples")
     for path in sorted([*folder.glob("*.json"), *folder.resolve().parent.glob("*.json")]):
-        with suppress(UserError):
+        with suppress(UserError, *READ_ERRORS):         # of files that are something else
             found = read_json(path)
             if isinstance(found, list):
                 yield from _evaluated(path, found, digest)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable
+from guided_diffusion.files import check_writable, reason
 from guided_diffusion.foreign import read_json
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
+from guided_diffusion.runs.record import READ_ERRORS
 
 from ..bench.bench import BenchOptions
 from ..bench.settings import bench_names
@@ -92,7 +93,10 @@ def _page_of(folder: Path, options: ReportOptions) -> Path:
     kind = _kind(folder)
     if kind is None:
         raise UserError(f"{folder}: holds no finished run, training, table or study that a page can show")
-    content = kind(folder)
+    try:
+        content = kind(folder)
+    except READ_ERRORS as error:
+        raise UserError(f"{folder}: what lies there cannot be read ({reason(error)})") from None
     write_page(path, lambda quality: content_page(content, quality), lambda size, limit: UserError(
         f"{folder}: its page would take {size:,} bytes, and the limit is {limit:,}"))
     return path

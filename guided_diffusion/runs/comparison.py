@@ -17,7 +17,7 @@ from ..foreign import read_json
 from ..npz import BatchFile
 from ..options import Options, image_numbers, option, required
 from ..pictures import save_comparison
-from .record import finished_run, num_steps, title
+from .record import finished_run, num_steps
 
 LOG = logging.getLogger(__name__)
 
@@ -154,8 +154,8 @@ def _runs_in(folder: Path) -> Iterator[Path]:
 
 
 def _read(folder: Path) -> ComparedRun:
-    path, configuration = finished_run(folder)
-    return ComparedRun(folder, title(configuration), BatchFile(path), configuration)
+    run = finished_run(folder)
+    return ComparedRun(folder, run.title, BatchFile(run.samples), run.configuration)
 
 
 def _names(runs: Sequence[ComparedRun]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -132,13 +132,26 @@ def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 def samples_of(folder: Path) -> Path:
     """The file of samples of a finished run; UserError where there is none."""
-    return finished_run(folder)[0]
-
-
-def finished_run(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of samples of a finished run, and its configuration; UserError where there is none."""
     try:
-        return _finished(folder)
+        return _finished(folder)[0]
+    except READ_ERRORS as error:
+        raise _unfinished(folder, error) from None
+
+
+class FinishedRun(NamedTuple):
+    """A finished run. samples: its file of samples. title: its guidance and sampler in words, see `title`."""
+
+    samples: Path
+    configuration: dict[str, Any]
+    title: str
+
+
+def finished_run(folder: Path) -> FinishedRun:
+    """The finished run in a folder; its record may have a title of its own. UserError where there is none."""
+    try:
+        path, configuration = _finished(folder)
+        words = json.loads((folder / "run.json").read_text()).get("title")
+        return FinishedRun(path, configuration, str(words or title(configuration)))
     except READ_ERRORS as error:
         raise _unfinished(folder, error) from None
 

@@ -110,6 +110,9 @@ def test_folders_with_pages_of_their_own_and_with_parts(run, tmp_path, monkeypat
 
 
 def test_what_is_refused(run, tmp_path):
+    damaged = write_run(tmp_path / "damaged", IMAGES, timing={"seconds": "long", "chunks": 3})
+    with pytest.raises(UserError, match="damaged: what lies there cannot be read"):
+        written(damaged)
     for word, said in ((tmp_path / "none", "neither a folder nor a table"), (tmp_path, "holds no finished run")):
         with pytest.raises(UserError, match=said):
             written(word)
