@@ -17,7 +17,7 @@ FLOORS = [
         "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
-        "pictures", "image_files")],
+        "pictures", "image_files", "links")],
     ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
@@ -45,7 +45,7 @@ FLOORS = [
     ["evaluations"],
     ["evaluations.metrics.*"],
     ["evaluations." + name for name in (
-        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
+        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in (
         "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
@@ -53,6 +53,7 @@ FLOORS = [
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],
     ["evaluations.bench.*", "evaluations.explorer.*"],
+    ["evaluations.reports.*"],
     ["evaluations." + name for name in (        # old names of what has moved
         "benchmark", "depth_fid", "depth_metrics", "depth_pictures", "memory_benchmark", "npz", "recognised",
         "train_embedded", "train_scenes_judge")],
