@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,11 @@ import scipy
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, cut, nearest, option, seed_option
+from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
@@ -318,16 +321,22 @@ class Evaluation:
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
-        It writes the files of `--json` and `--plot`. folder: keeps the features.
+        It writes the files of `--json` and `--plot`, and beside the first one its state as long as it runs. folder:
+        keeps the features.
         """
+        with job("evaluation", self.options.json) if self.options.json else nullcontext():
+            return self._run(folder)
+
+    def _run(self, folder: Path) -> list[dict[str, Any]]:
         reference, samples = self.features(folder)
         results = []
         with dist_util.together():
             if dist_util.is_main():
                 self._warn(reference, samples)
                 comparisons = [Comparison(reference, sample, self.options.settings) for sample in samples]
-                results = [self._result(reference, sample, comparison)
-                           for sample, comparison in zip(samples, comparisons, strict=True)]
+                with progress_bar(len(samples) * len(self.options.wanted), "measuring", "metric") as progress:
+                    results = [self._result(reference, sample, comparison, progress)
+                               for sample, comparison in zip(samples, comparisons, strict=True)]
                 if self.options.held_out:
                     results[0]["held_out"] = True
                 if self.options.plot:
@@ -348,7 +357,8 @@ class Evaluation:
         if len(set(sizes)) > 1:
             self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
 
-    def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison) -> dict[str, Any]:
+    def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
+                ) -> dict[str, Any]:
         values: dict[str, float | None] = {}
         intervals: dict[str, Interval] = {}
         kind = self.extractor_options.kind
@@ -365,6 +375,7 @@ class Evaluation:
                     self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
                 else:
                     intervals[metric.word] = bounds
+            progress.update()
         return {
             "reference": reference.description(),
             "sample": sample.description(),

@@ -26,13 +26,14 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
-def save_grid(images: np.ndarray, path: str | Path) -> None:
-    """Writes images (N, H, W, C) uint8 as a nearly square grid, small ones enlarged, to a PNG file.
+def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
+    """Writes images (N, H, W, C) uint8 as a grid, small ones enlarged, to a PNG file.
 
-    Of more than three channels the first three are shown as RGB, of two the first as grey.
+    Of more than three channels the first three are shown as RGB, of two the first as grey. columns: None for a nearly
+    square grid.
     """
     images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
-    columns = max(1, round(len(images) ** 0.5))
+    columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 

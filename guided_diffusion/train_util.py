@@ -52,6 +52,7 @@ from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks, open_sinks
 from .logger import MetricLogger
@@ -176,7 +177,8 @@ class TrainLoop:
                 self.record.write(self.out)
             logger = self._logger()
         try:
-            self._train(logger)
+            with job("training", self.out):
+                self._train(logger)
         except BaseException as error:
             self._rescue(error)
             if isinstance(error, LostRankError):
@@ -197,8 +199,7 @@ class TrainLoop:
         global_batch = self.options.batch_size * dist_util.world_size()
         total = self.options.total_steps
         logged, clock = self.step, time.monotonic()
-        with progress_bar(total and total * global_batch, "training", "img", self.step * global_batch,
-                          smoothing=0.05) as progress:
+        with progress_bar(total and total * global_batch, "training", "image", self.step * global_batch) as progress:
             while not self.finished:
                 self.run_step(logger)
                 if (self.step - 1) % self.options.validation_interval == 0:

@@ -16,8 +16,8 @@ FLOORS = [
     ["guided_diffusion." + name for name in (
         "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
-        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
-        "pictures", "image_files", "links")],
+        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
+        "fetch", "pictures", "image_files", "links")],
     ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],

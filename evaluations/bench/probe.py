@@ -23,8 +23,10 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.options import Options, comma_separated, option, required, seed_option
 from guided_diffusion.process import Denoiser
@@ -159,7 +161,8 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
             named.append((there, block))
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
-    moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
+    with job("probe", check_folder("--out", options.out)):
+        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
     sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
     return ProbeResult(options, steps, sigmas, [
         Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why)
@@ -222,7 +225,7 @@ def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[li
     """Yields the first images with their places and conditions, without augmentation."""
     plan = BatchPlan(images.count, options.batch_size, 0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
     batches = images.batches(plan, 0)
-    with progress_bar(options.num_images, "probing", "img") as progress:
+    with progress_bar(options.num_images, "probing", "image") as progress:
         for start in range(0, options.num_images, options.batch_size):
             count = min(options.batch_size, options.num_images - start)
             x0, conditions = next(batches)

@@ -38,6 +38,7 @@ from ..guidance import (
     SegOptions,
     TsgOptions,
 )
+from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
 from ..options import Options, option, option_fields, seed_option
@@ -194,7 +195,7 @@ class LatentRun:
                     queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
-            with queue:
+            with job("sampling by diffusers", self.out), queue:
                 self._work(prepared, chunks, todo, queue)
                 return self._finish(chunks, began) if dist_util.is_main() else None
 

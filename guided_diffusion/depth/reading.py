@@ -64,7 +64,7 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
                         seed=options.seed)
     count, size, beyond = options.num_images or len(source), options.map_size, 0
     images = np.empty((count, size, size, 3), np.uint8)
-    with progress_bar(count, "depth images", "img") as progress:
+    with progress_bar(count, "depth images", "image") as progress:
         for start in range(0, count, AT_ONCE):
             stop = min(start + AT_ONCE, count)
             maps, t = _noised_features(network, predictor.blocks, source, range(start, stop), options)

@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
+from ..jobs import job
 from ..late import Tensor, no_grad, torch
 from ..options import Options, entry_option, option, seed_option
 from ..presets import find_preset
@@ -171,7 +172,7 @@ class NoisedFeatures:
             return (f"features of {count} noised images are computed in each step, as they take {needed:.2f} GB and "
                     f"--cache_gb is {gigabytes:g}")
         kept = {name: torch.empty((count, *x.shape[2:], x.shape[1]), dtype=torch.float16) for name, x in maps.items()}
-        with progress_bar(count, "features", "img") as progress:
+        with progress_bar(count, "features", "image") as progress:
             for start in range(0, count, EVALUATED_AT_ONCE):
                 rows = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
                 maps, _ = self(*np.divmod(rows, draws))
@@ -246,7 +247,8 @@ class PredictorTraining:
             _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
         with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
-                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")), \
+                job("training", self.out):
             return self._train()
 
     def _train(self) -> DepthPredictors:
@@ -263,7 +265,7 @@ class PredictorTraining:
                 progress.update()
                 if self.step % options.log_interval == 0 or self.step == options.steps:
                     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
-                    progress.set_postfix_str(f"L1: {shown}")
+                    progress.note(f"L1: {shown}")
                 if self.step % options.save_interval == 0 and self.step < options.steps:
                     self._save()
         save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})

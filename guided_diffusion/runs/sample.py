@@ -26,6 +26,7 @@ from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..guidance.base import without_labels
+from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
@@ -294,9 +295,10 @@ class SamplingRun:
         try:
             with queue:
                 if spans is not None:
-                    self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
-                    if dist_util.is_main():
-                        self._finish(chunks, began)
+                    with job("sampling", self.out, self.title()):
+                        self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
+                        if dist_util.is_main():
+                            self._finish(chunks, began)
         finally:
             if dist_util.is_main():
                 chunks.tidy()

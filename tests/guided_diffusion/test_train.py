@@ -54,7 +54,7 @@ def test_files_of_a_run(data_dir, tmp_path):
     train(data_dir, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "ema_0.9.safetensors", "ema_0.99.safetensors", "loss.png", "model.safetensors", "progress.csv",
-        "state.safetensors"]
+        "state.safetensors", "status.json"]
     metadata = checkpoint.read_metadata(tmp_path / "ema_0.9.safetensors")
     config = json.loads(metadata["config"])
     assert metadata["step"] == "3" and config["num_channels"] == 32 and config["diffusion_steps"] == 10
