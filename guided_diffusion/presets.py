@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Preset:
     licence: str | None = None      # of a released checkpoint, and where to read it
     data: str = ""                  # the images that a released checkpoint was trained on
     implied: bool = False           # the name of a released checkpoint's file stands for its flags
+    sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if one was measured
 
     @property
     def known(self) -> bool:
@@ -77,7 +78,8 @@ def find_preset(name: str) -> Preset:
     if path.is_file():
         classifier = f"{name}_classifier"
         options = _config_of(path)
-        return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
+        return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None,
+                      sampling=known.get("sampling", {}).get(name, {}))
     usual = {"classifier": None, "data": known.get("data", ""), "url": known["url"], "licence": known["licence"]}
     released = {**usual, **known["presets"][name]}
     return Preset(name=name, path=None, guidance=guidance, **{**released, "url": f"{released['url']}{name}.pt"})
