@@ -36,7 +36,7 @@ class Preset:
     licence: str | None = None      # of a released checkpoint, and where to read it
     data: str = ""                  # the images that a released checkpoint was trained on
     implied: bool = False           # the name of a released checkpoint's file stands for its flags
-    sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if one was measured
+    sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if any
 
     @property
     def known(self) -> bool:
