@@ -77,8 +77,8 @@ class EvaluatorOptions(Options):
     seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
-    nearest: str = option("", "also draw, to this PNG file, the samples that lie nearest to images of the reference, and "
-                          "those images below them: what a network has memorised shows there")
+    nearest: str = option("", "also draw, to this PNG file, the samples that lie nearest to images of the reference, "
+                          "and those images below them: what a network has memorised shows there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
