@@ -154,8 +154,13 @@ def _unfinished(folder: Path, error: Exception) -> UserError:
 def title(configuration: Mapping[str, Any]) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
-    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". Of a run that upsampled
+    the images of a run which is still there, it is that run's, "SAG s = 0.1, upsampled".
     """
+    try:
+        return f"{title(_finished(Path(configuration['base_samples']))[1])}, upsampled"
+    except READ_ERRORS:
+        pass                            # no such run
     methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
     words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
     sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
