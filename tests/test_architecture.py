@@ -44,7 +44,8 @@ FLOORS = [
     ["evaluations"],
     ["evaluations.metrics.*"],
     ["evaluations." + name for name in (
-        "features", "feature_files", "references", "image_sets", "plots", "nearest", "memory", "depth_errors")],
+        "features", "feature_files", "references", "image_sets", "plots", "nearest", "training_chart", "memory",
+        "depth_errors")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],

@@ -154,8 +154,8 @@ def _unfinished(folder: Path, error: Exception) -> UserError:
 def title(configuration: Mapping[str, Any]) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
-    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". Of a run that upsampled
-    the images of a run which is still there, it is that run's, "SAG s = 0.1, upsampled".
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". A run that upsampled
+    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled".
     """
     try:
         return f"{title(_finished(Path(configuration['base_samples']))[1])}, upsampled"
