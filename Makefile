@@ -26,7 +26,7 @@ sample: .venv/ready
 		.venv/bin/python scripts/image_sample.py --config configs/icons32_$$setting.yaml --num_samples $(NUM_SAMPLES) \
 			--overwrite True --out $(OUT)/32/$$setting || exit $$?; \
 		.venv/bin/python scripts/super_res_sample.py --model icons64_upsampler --base_samples $(OUT)/32/$$setting \
-			--sampling_steps 10 --batch_size 20 --overwrite True --out $(OUT)/$$setting || exit $$?; \
+			--sampling_steps 10 --batch_size 10 --overwrite True --out $(OUT)/$$setting || exit $$?; \
 	done
 	.venv/bin/python scripts/compare.py $(SETTINGS:%=$(OUT)/%) --out $(OUT)/comparison.png
 
