@@ -55,6 +55,7 @@ class CfgOptions(GuidanceOptions):
     switched_on: ClassVar = {"cfg_scale": 1.0}
     search: ClassVar = each("cfg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "cfg"
+    needs_labels = True
     can_batch = True
 
     cfg_scale: float = option(0.0, "s of classifier-free guidance, which other programs write as 1 + s; 0: off")

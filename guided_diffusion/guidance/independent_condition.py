@@ -53,6 +53,7 @@ class IcgOptions(GuidanceOptions):
     switched_on: ClassVar = {"icg_scale": 1.0}
     search: ClassVar = each("icg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "icg"
+    needs_labels = True
     can_batch = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
