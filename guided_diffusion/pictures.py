@@ -46,7 +46,7 @@ def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: i
     """
     font = ImageFont.load_default(size=18)
     blocks = [(title, _block(images, columns, zoom, captions)) for title, images in rows.items()]
-    width = max(max(block.width, math.ceil(font.getlength(title))) for title, block in blocks) + 2 * MARGIN
+    width = max(max(block.width, math.ceil(font.getlength(title)) + 4) for title, block in blocks) + 2 * MARGIN
     height = sum(block.height + 24 + MARGIN for _, block in blocks) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)

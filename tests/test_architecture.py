@@ -45,7 +45,8 @@ FLOORS = [
     ["evaluations"],
     ["evaluations.metrics.*"],
     ["evaluations." + name for name in (
-        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors", "pages.*")],
+        "features", "feature_files", "references", "image_sets", "plots", "nearest", "training_chart", "memory",
+        "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in (
         "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
