@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .entries import check_weights, weights_in
 from .errors import UserError
 from .facts import check_options
-from .fetch import local
+from .fetch import is_address, local
 from .files import write
 from .late import Tensor, nn, torch
 from .places import find_bundled
@@ -39,6 +39,12 @@ def locate(path: str | Path) -> str | Path:
     Raises UserError where it cannot be fetched, or what came is no checkpoint.
     """
     return local(find_bundled(path), check=damage)
+
+
+def check_there(flag: str, path: str) -> None:
+    """Raises UserError, naming the option, where a file that it names does not exist; an address may yet be fetched."""
+    if path and not is_address(path) and not os.path.lexists(find_bundled(path)):
+        raise UserError(f"--{flag} {path}: there is no such file")
 
 
 def damage(path: Path) -> str | None:

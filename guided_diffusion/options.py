@@ -194,17 +194,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
+def read_yaml(path: str | Path, chain: Sequence[Path] = (), flag: str = "--config") -> dict[str, Any]:
     """The mapping in a YAML file. `include` names a file, relative to this one, whose values it starts from.
 
     The section EVALUATION_SECTION of a file changes that of an included one key by key; every other value replaces it.
-    chain: the files that include this one. Raises UserError where a file is missing, holds something else, or
-    includes itself.
+    chain: the files that include this one. flag: the option that named the first of them. Raises UserError where a file
+    is missing, holds something else, or includes itself.
     """
     from .config_files import read_mapping  # here, as help and command lines need no YAML
 
     path = Path(path)
-    content = read_mapping(path, f" (included by {chain[-1]})" if chain else "")
+    content = read_mapping(path, f" (included by {chain[-1]})" if chain else "", flag)
     if not isinstance(content.get(EVALUATION_SECTION, {}), dict):
         raise UserError(f"{EVALUATION_SECTION} in {path}: must hold names and values")
     if "include" not in content:
@@ -219,7 +219,7 @@ def read_yaml(path: str | Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
         raise UserError(f"include {shortened(included)} in {path}: is no name of a file") from None
     if circle:
         raise UserError(f"include {included} in {path}: goes round in a circle")
-    values = read_yaml(path.parent / included, chain)
+    values = read_yaml(path.parent / included, chain, flag)
     section = {**values.get(EVALUATION_SECTION, {}), **content.get(EVALUATION_SECTION, {})}
     return {**values, **content, **({EVALUATION_SECTION: section} if section else {})}
 

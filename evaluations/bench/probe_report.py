@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,8 +67,9 @@ def _measured_table(path: str | Path, metric: str) -> tuple[dict[str, Any], dict
 
 
 def _measured(table: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """Returns the metric of the rows of the first section's number of images, by their names."""
-    images = table["sections"][0]["images"]
+    """Returns the metric of the rows of the number of images that most rows have, by their names."""
+    counts = Counter(section["images"] for section in table["sections"] for _ in section["rows"])
+    images = max(counts, key=counts.__getitem__)
     return {row["row"]: row["metrics"][metric]["value"] for section in table["sections"] if section["images"] == images
             for row in section["rows"] if row["metrics"].get(metric, {}).get("value") is not None}
 

@@ -128,7 +128,7 @@ def load_bench(words: Sequence[str], options: ReproduceOptions, changed: Mapping
     if len(words) != 1:
         raise UserError(f"{len(words)} benches given: name one of {', '.join(bench_names())}, or a file")
     path = _path(words[0])
-    content = read_yaml(path)
+    content = read_yaml(path, flag="BENCH")
     for part in content:
         if part not in PARTS:
             raise UserError(f"{part} in {path}: is none of {', '.join(sorted(PARTS))}{nearest(str(part), PARTS)}")

@@ -38,6 +38,7 @@ from ..metrics import METRICS
 
 CONFIGS = configurations()
 DFID = "dfid"
+FLAG = "TABLE"                  # as the option that names one
 DECIMALS = 2                    # of all published numbers
 PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "chart"}
 COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
@@ -194,7 +195,7 @@ def _read_parts(path: Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
 
     chain: the files that extend this one. Raises UserError for a part that is unknown or of another kind.
     """
-    content = read_yaml(path)
+    content = read_yaml(path, flag=FLAG)
     _known(content, PARTS, str(path))
     shared = _mapping(content.get("shared"), f"shared in {path}")
     rows = {row: _mapping(values, f"row {row} in {path}")
@@ -237,7 +238,8 @@ def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Sec
         if row not in (*inline, *files):
             raise UserError(f"row {row} of {path}: is neither among its rows nor a file {row}.yaml beside it"
                             f"{nearest(row, (*inline, *files))}")
-    return {row: (inline[row], path) if row in inline else (read_yaml(files[row]), files[row]) for row in names}
+    return {row: (inline[row], path) if row in inline else (read_yaml(files[row], flag=FLAG), files[row])
+            for row in names}
 
 
 def _section(part: Any, path: Path) -> Section:

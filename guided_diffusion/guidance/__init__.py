@@ -16,7 +16,7 @@ from ..terms import (
     Window,
 )
 from .autoguidance import AutoGuidance, AutoguidanceOptions
-from .base import GuidanceOptions, Networks
+from .base import GuidanceOptions, Networks, ScaledOptions
 from .classifier import ClassifierGuidance, ClassifierGuidanceOptions
 from .classifier_free import CfgOptions, ClassifierFreeGuidance
 from .clean_classifier import CleanClassifierGuidance, CleanClassifierOptions
@@ -42,7 +42,7 @@ __all__ = [
     "Contrast", "ContrastGuidance", "DagOptions", "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent",
     "FunctionGuidance", "Gradient", "GradientGuidance", "Guidance", "GuidanceOptions", "IcgOptions",
     "IndependentConditionGuidance", "Inputs", "LossGuidance", "Networks", "PagOptions", "Passes",
-    "PerturbedAttentionGuidance", "ProjectedGuidance", "Rescale", "RescaleOptions", "SagOptions", "SegOptions",
-    "SelfAttentionGuidance", "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance", "TransformGuidance",
-    "TsgOptions", "Window",
+    "PerturbedAttentionGuidance", "ProjectedGuidance", "Rescale", "RescaleOptions", "SagOptions", "ScaledOptions",
+    "SegOptions", "SelfAttentionGuidance", "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance",
+    "TransformGuidance", "TsgOptions", "Window",
 ]

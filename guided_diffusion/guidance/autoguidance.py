@@ -21,7 +21,7 @@ from ..options import option, option_fields
 from ..process import Prediction
 from ..stated import CHOICES, statement_of
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option, without_labels
+from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option, without_labels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,10 +47,11 @@ class AutoGuidance(ContrastGuidance):
 
 
 @dataclass(frozen=True)
-class AutoguidanceOptions(GuidanceOptions):
+class AutoguidanceOptions(ScaledOptions):
     """Autoguidance."""
 
     short = "autoguidance"
+    term = AutoGuidance
     switched_on: ClassVar = {"autoguidance_scale": 1.0}
     search: ClassVar = each("autoguidance_scale", 0.25, 0.5, 1.0, 2.0)
     remedies: ClassVar = {"weak_model_path": "an earlier snapshot of the model, or a smaller one that was trained on "
@@ -63,15 +64,6 @@ class AutoguidanceOptions(GuidanceOptions):
     autoguidance_start: int | None = start_option()
     autoguidance_sigma_min: float | None = sigma_min_option()
     autoguidance_sigma_max: float | None = sigma_max_option()
-
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.autoguidance_scale != 0
-
-    def headline(self) -> str:
-        """Like "autoguidance s = 1"."""
-        return f"autoguidance s = {self.autoguidance_scale:g}"
 
     def files(self) -> dict[str, str]:
         """The weaker network."""
@@ -103,10 +95,6 @@ class AutoguidanceOptions(GuidanceOptions):
         nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
         network = weak if weak.num_classes is not None else without_labels(weak)
         return [AutoGuidance(network, self.autoguidance_scale, **self.window)]
-
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One evaluation of the weaker network at each step of the window."""
-        return [(Guidance(self.autoguidance_scale, **self.window), AutoGuidance.passes)]
 
     @classmethod
     def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,7 @@ class GuidanceOptions(Options):
     @property
     def window(self) -> WindowArguments:
         """The window of steps and noise levels, as terms take it, of a method whose flags have the usual names."""
-        return {"start": getattr(self, f"{self.sigma_flags}_start"), **self.sigma_range}
+        return {"start": getattr(self, f"{self.sigma_flags}_start", None), **self.sigma_range}
 
     @property
     def sigma_range(self) -> SigmaRange:
@@ -226,7 +226,8 @@ class GuidanceOptions(Options):
     def _sigma_levels(self) -> tuple[float | None, float | None]:
         if not self.sigma_flags:
             return None, None
-        return getattr(self, f"{self.sigma_flags}_sigma_min"), getattr(self, f"{self.sigma_flags}_sigma_max")
+        low, high = (getattr(self, f"{self.sigma_flags}_sigma_{end}", None) for end in ("min", "max"))
+        return low, high
 
     def title(self, usual: Mapping[str, str] | None = None) -> str:
         """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
@@ -255,6 +256,45 @@ class GuidanceOptions(Options):
     def need(self, flag: str) -> str:
         """Why a file is needed, as the end of a sentence."""
         return f"{self.short} needs it" + (f", {self.remedies[flag]}" if flag in self.remedies else "")
+
+
+@dataclass(frozen=True)
+class ScaledOptions(GuidanceOptions):
+    """Base of the options of a method that is one term with one scale, the flag `NAME_scale` (NAME: `sigma_flags`).
+
+    It may have a window, by the flags `NAME_start`, `NAME_sigma_min` and `NAME_sigma_max`. term: the class of the term,
+    whose cost is the method's.
+    """
+
+    term: ClassVar[type[Guidance]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kind = cls.term
+
+    @property
+    def scale(self) -> float:
+        """The scale; 0 is off."""
+        value: float = getattr(self, f"{self.sigma_flags}_scale")
+        return value
+
+    @property
+    def active(self) -> bool:
+        """Whether the scale is not 0."""
+        return self.scale != 0
+
+    @property
+    def passes(self) -> Passes:
+        """What each step in the window costs."""
+        return self.term.passes
+
+    def headline(self) -> str:
+        """Like "PAG s = 1"."""
+        return f"{self.short} s = {self.scale:g}"
+
+    def schedule(self) -> list[tuple[Guidance, Passes]]:
+        """The one scale and window."""
+        return [(Guidance(self.scale, **self.window), self.passes)]
 
 
 def without_labels(model: nn.Module) -> Callable[..., Tensor]:

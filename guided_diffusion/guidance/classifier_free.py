@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..late import torch
 from ..options import option
 from ..process import Prediction
-from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
+from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
+from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 
 
 class ClassifierFreeGuidance(ContrastGuidance):
@@ -48,13 +48,15 @@ def labels_of(ctx: StepContext, what: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class CfgOptions(GuidanceOptions):
+class CfgOptions(ScaledOptions):
     """Classifier-free guidance."""
 
     short = "CFG"
+    term = ClassifierFreeGuidance
     switched_on: ClassVar = {"cfg_scale": 1.0}
     search: ClassVar = each("cfg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "cfg"
+    needs_labels = True
     can_batch = True
 
     cfg_scale: float = option(0.0, "s of classifier-free guidance, which other programs write as 1 + s; 0: off")
@@ -62,22 +64,9 @@ class CfgOptions(GuidanceOptions):
     cfg_sigma_min: float | None = sigma_min_option()
     cfg_sigma_max: float | None = sigma_max_option()
 
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.cfg_scale != 0
-
-    def headline(self) -> str:
-        """Like "CFG s = 1"."""
-        return f"CFG s = {self.cfg_scale:g}"
-
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term. Raises UserError for a network that was not trained for it."""
         if nets.model.null_label is None:
             raise UserError(f"--cfg_scale {self.cfg_scale:g}: needs a network with labels and a null class, as "
                             "--label_dropout trains it; for others there is --icg_scale")
         return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, **self.window)]
-
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One more evaluation at each step of the window."""
-        return [(Guidance(self.cfg_scale, **self.window), ClassifierFreeGuidance.passes)]

@@ -25,7 +25,7 @@ from ..options import option
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 from .classifier_free import labels_of
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ def _smooth(classifier: object, beta: float | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class CleanClassifierOptions(GuidanceOptions):
+class CleanClassifierOptions(ScaledOptions):
     """Clean-classifier guidance."""
 
     short = "clean CG"
+    term = CleanClassifierGuidance
     switched_on: ClassVar = {"clean_classifier_scale": 1.0}
     search: ClassVar = each("clean_classifier_scale", 0.5, 1.0, 2.0, 4.0)
-    kind = GradientGuidance
     remedies: ClassVar = {"clean_classifier_path": "scripts/classifier_train.py --noised False trains one"}
     needs_labels = True
     sigma_flags = "clean_classifier"
@@ -127,11 +127,6 @@ class CleanClassifierOptions(GuidanceOptions):
     clean_classifier_start: int | None = start_option()
     clean_classifier_sigma_min: float | None = sigma_min_option()
     clean_classifier_sigma_max: float | None = sigma_max_option()
-
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.clean_classifier_scale != 0
 
     def headline(self) -> str:
         """Like "clean CG scale 2"."""
@@ -182,11 +177,6 @@ class CleanClassifierOptions(GuidanceOptions):
             at_step_0(classifier), self.clean_classifier_scale, self.clean_classifier_temperature,
             self.clean_classifier_margin_temperature, gamma=self.clean_classifier_gamma,
             image_size=options.image_size, **self.window)]
-
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """An evaluation and a gradient of the classifier at each step of the window."""
-        return [(Guidance(self.clean_classifier_scale, **self.window),
-                 CleanClassifierGuidance.passes)]
 
 
 def at_step_0(classifier: EncoderUNetModel) -> Callable[[Tensor], Tensor]:

@@ -17,8 +17,8 @@ from ..late import torch
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
-from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
+from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
+from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 from .classifier_free import labels_of
 
 
@@ -46,13 +46,15 @@ class IndependentConditionGuidance(ContrastGuidance):
 
 
 @dataclass(frozen=True)
-class IcgOptions(GuidanceOptions):
+class IcgOptions(ScaledOptions):
     """Independent condition guidance."""
 
     short = "ICG"
+    term = IndependentConditionGuidance
     switched_on: ClassVar = {"icg_scale": 1.0}
     search: ClassVar = each("icg_scale", 0.25, 0.5, 1.0, 2.0)
     sigma_flags = "icg"
+    needs_labels = True
     can_batch = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
@@ -60,21 +62,8 @@ class IcgOptions(GuidanceOptions):
     icg_sigma_min: float | None = sigma_min_option()
     icg_sigma_max: float | None = sigma_max_option()
 
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.icg_scale != 0
-
-    def headline(self) -> str:
-        """Like "ICG s = 1"."""
-        return f"ICG s = {self.icg_scale:g}"
-
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term. Raises UserError for a network without labels."""
         if nets.model.num_classes is None:
             raise UserError(f"--icg_scale {self.icg_scale:g}: needs a network with labels, --class_cond True")
         return [IndependentConditionGuidance(self.icg_scale, nets.model.num_classes, nets.seed, **self.window)]
-
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One more evaluation at each step of the window."""
-        return [(Guidance(self.icg_scale, **self.window), IndependentConditionGuidance.passes)]

@@ -19,7 +19,7 @@ from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -84,10 +84,11 @@ class PerturbedAttentionGuidance(AttentionContrast):
 
 
 @dataclass(frozen=True)
-class PagOptions(GuidanceOptions):
+class PagOptions(ScaledOptions):
     """Perturbed-attention guidance."""
 
     short = "PAG"
+    term = PerturbedAttentionGuidance
     switched_on: ClassVar = {"pag_scale": 1.0}
     search: ClassVar = each("pag_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "pag"
@@ -104,18 +105,9 @@ class PagOptions(GuidanceOptions):
         """The blocks by name."""
         return comma_separated(self.pag_blocks)
 
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.pag_scale != 0
-
     def at_blocks(self, model: Encoder) -> dict[str, Self]:
         """The method at each attention block of a network alone."""
         return {name: replace(self, pag_blocks=name) for name in model.attention_blocks}
-
-    def headline(self) -> str:
-        """Like "PAG s = 1"."""
-        return f"PAG s = {self.pag_scale:g}"
 
     def details(self) -> dict[str, str]:
         """The blocks."""
@@ -126,7 +118,7 @@ class PagOptions(GuidanceOptions):
         with naming("pag_blocks", self.pag_blocks):
             return [PerturbedAttentionGuidance(nets.model, self.blocks, self.pag_scale, **self.window)]
 
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """A part of one more evaluation at each step of the window."""
-        passes = replace(PerturbedAttentionGuidance.passes, begins_at=tuple(self.blocks))
-        return [(Guidance(self.pag_scale, **self.window), passes)]
+    @property
+    def passes(self) -> Passes:
+        """A part of one more evaluation."""
+        return replace(self.term.passes, begins_at=tuple(self.blocks))

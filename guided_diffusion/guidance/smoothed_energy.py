@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
 from ..terms import Guidance, Passes, SigmaRange
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import gaussian_blur
 from .perturbed_attention import AttentionContrast
 
@@ -67,10 +67,11 @@ def smoothed(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SegOptions(GuidanceOptions):
+class SegOptions(ScaledOptions):
     """Smoothed energy guidance."""
 
     short = "SEG"
+    term = SmoothedEnergyGuidance
     switched_on: ClassVar = {"seg_scale": 1.0}
     search: ClassVar = each("seg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "seg"
@@ -83,18 +84,9 @@ class SegOptions(GuidanceOptions):
     seg_sigma_min: float | None = sigma_min_option()
     seg_sigma_max: float | None = sigma_max_option()
 
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.seg_scale != 0
-
     def at_blocks(self, model: Encoder) -> dict[str, Self]:
         """The method at each attention block of a network alone."""
         return {name: replace(self, seg_blocks=name) for name in model.attention_blocks}
-
-    def headline(self) -> str:
-        """Like "SEG s = 1"."""
-        return f"SEG s = {self.seg_scale:g}"
 
     def details(self) -> dict[str, str]:
         """Blocks and blur."""
@@ -108,7 +100,7 @@ class SegOptions(GuidanceOptions):
             return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
                                            self.seg_blur_sigma, **self.window)]
 
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """A part of one more evaluation at each step of the window."""
-        passes = replace(SmoothedEnergyGuidance.passes, begins_at=tuple(comma_separated(self.seg_blocks)))
-        return [(Guidance(self.seg_scale, **self.window), passes)]
+    @property
+    def passes(self) -> Passes:
+        """A part of one more evaluation."""
+        return replace(self.term.passes, begins_at=tuple(comma_separated(self.seg_blocks)))

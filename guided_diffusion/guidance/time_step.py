@@ -21,8 +21,8 @@ from ..late import Tensor, torch
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..rng import image_generator
-from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
-from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
+from ..terms import ContrastGuidance, Guidance, SigmaRange, StepContext, check_number
+from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -69,10 +69,11 @@ class TimestepGuidance(ContrastGuidance):
 
 
 @dataclass(frozen=True)
-class TsgOptions(GuidanceOptions):
+class TsgOptions(ScaledOptions):
     """Time step guidance."""
 
     short = "TSG"
+    term = TimestepGuidance
     switched_on: ClassVar = {"tsg_scale": 1.0}
     search: ClassVar = each("tsg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "tsg"
@@ -86,15 +87,6 @@ class TsgOptions(GuidanceOptions):
     tsg_sigma_min: float | None = sigma_min_option()
     tsg_sigma_max: float | None = sigma_max_option()
 
-    @property
-    def active(self) -> bool:
-        """Whether the scale is not 0."""
-        return self.tsg_scale != 0
-
-    def headline(self) -> str:
-        """Like "TSG s = 1"."""
-        return f"TSG s = {self.tsg_scale:g}"
-
     def details(self) -> dict[str, str]:
         """Noise, its power, and the blocks."""
         return {"noise": f"noise {self.tsg_noise_scale:g}", "power": f"power {self.tsg_power:g}",
@@ -105,7 +97,3 @@ class TsgOptions(GuidanceOptions):
         with naming("tsg_blocks", self.tsg_blocks):
             return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
                                      comma_separated(self.tsg_blocks) or None, **self.window)]
-
-    def schedule(self) -> list[tuple[Guidance, Passes]]:
-        """One more evaluation at each step of the window."""
-        return [(Guidance(self.tsg_scale, **self.window), TimestepGuidance.passes)]

@@ -36,7 +36,7 @@ from . import shards
 from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
-from .labels import Labels, is_name, make_labels
+from .labels import NONE, Labels, is_name, make_labels
 from .options import SampleOptions, option_classes, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
@@ -254,6 +254,10 @@ class SamplingRun:
         text = self.sample.labels
         if base is not None and text == OF_BASE:
             return base.labels(self.model.num_classes)
+        unlabelled = [method for method in self.active if method.needs_labels]
+        if text == NONE and unlabelled:
+            raise UserError(f"--labels {text}: {unlabelled[0].short} guides by classes; choose some, like "
+                            "--labels random")
         if is_name(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
@@ -264,6 +268,8 @@ class SamplingRun:
         self.sample.check_given()
         for method in self.active:
             method.check_files()
+        for flag, path in self.checkpoints().items():
+            checkpoint.check_there(flag, path)
         diffusion = self.process()
         with torch.device("meta"):
             model = build_model(self.model)

@@ -332,7 +332,8 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     (mini(rows="a: {evaluation: {published: {fid: .nan}}}"), "must be a number"),
     (mini(rows="a: {evaluation: {published: {fid: true}}}"), "must be a number"),
     (mini(rows="a: {evaluation: {published: {fdi: 3.0}}}"), "(did you mean fid?)"),
-    (mini(shared="{model: fmnist23}"), "(did you mean fmnist32?)"), ("- a list", "must hold option names")])
+    (mini(shared="{model: fmnist23}"), "(did you mean fmnist32?)"), ("- a list", "must hold option names"),
+    ("a: [", "TABLE ")])
 def test_what_is_no_table_is_refused(write, content, said):
     path = write(content)
     message = refusal()

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.options import fill
 from guided_diffusion.rng import image_labels
 from guided_diffusion.runs.labels import make_labels
+from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
+from guided_diffusion.runs.sample import SamplingRun
 
 
 def labels(text, numbers, seed=3, num_classes=10, num_samples=100):
@@ -61,3 +64,17 @@ def test_file_that_cannot_be_read_is_refused(tmp_path):
         (tmp_path / "broken.npy").write_bytes(content)
         with pytest.raises(UserError, match=r"broken.npy"):
             labels(tmp_path / "broken.npy", [0])
+
+
+@pytest.mark.parametrize("method", ["cfg", "icg"])
+def test_guidance_by_classes_needs_some(method):
+    given = {"class_cond": True, "null_class": True, f"{method}_scale": 1.0, "labels": "none"}
+    with pytest.raises(UserError, match=f"--labels none: {method.upper()} guides by classes"):
+        SamplingRun.of(fill(given, [SampleOptions, *option_classes()], preset_values, "here")).labels()
+
+
+@pytest.mark.parametrize("flag", ["model_path", "weak_model_path"])
+def test_a_missing_file_is_named_with_its_option(flag, tmp_path):
+    given = {"model": "fmnist32", "autoguidance_scale": 1.0, "weak_model_path": __file__, flag: str(tmp_path / "none")}
+    with pytest.raises(UserError, match=f"^--{flag} .*none: there is no such file"):
+        SamplingRun.of(fill(given, [SampleOptions, *option_classes()], preset_values, "here")).build()
