@@ -129,6 +129,27 @@ def comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def image_numbers(text: str, most: int) -> list[int]:
+    """The different numbers, rising, that an option --images names, like 0:8 (0 to 7) or 3,5,12.
+
+    Raises UserError for anything but one to `most` numbers from 0 up.
+    """
+    refusal = UserError(f"--images {cut(text)}: must be a range of numbers from 0 up, like 0:8, or a list of them, "
+                        f"like 3,5,12, of at most {most}")
+    numbers: set[int] = set()
+    for part in comma_separated(text):
+        first, colon, end = part.partition(":")
+        if not first.isdecimal() or (colon and not end.isdecimal()):
+            raise refusal
+        span = range(int(first), int(end) if colon else int(first) + 1)
+        if not 0 < len(span) <= most:
+            raise refusal
+        numbers |= set(span)
+    if not 0 < len(numbers) <= most:
+        raise refusal
+    return sorted(numbers)
+
+
 _TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
 
 

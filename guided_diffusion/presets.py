@@ -37,6 +37,7 @@ class Preset:
     data: str = ""                  # the images that a released or bundled model was trained on
     implied: bool = False           # the name of a released checkpoint's file stands for its flags
     about: dict[str, str] = field(default_factory=dict)     # of a bundled model: page, limits, attribution
+    sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if any
 
     @property
     def known(self) -> bool:
@@ -86,7 +87,8 @@ def find_preset(name: str) -> Preset:
         groups = known.get("bundled", {})
         about = dict(groups.get(max(filter(name.startswith, groups), key=len, default=""), {}))
         return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None,
-                      licence=about.pop("licence", None), data=about.pop("data", ""), about=about)
+                      licence=about.pop("licence", None), data=about.pop("data", ""), about=about,
+                      sampling=known.get("sampling", {}).get(name, {}))
     usual = {"classifier": None, "data": known.get("data", ""), "url": known["url"], "licence": known["licence"]}
     released = {**usual, **known["presets"][name]}
     return Preset(name=name, path=None, guidance=guidance, **{**released, "url": f"{released['url']}{name}.pt"})

@@ -11,6 +11,7 @@ SMALL = {
     "first_samples_and_guidance": {"num_images": 1, "steps": 2},
     "write_your_own_guidance": {"num_images": 10, "steps": 2, "held_out": 2},
     "evaluate_your_own_samples": {"num_images": 48, "resamplings": 2},
+    "latent_sag": {"steps": 2, "own_steps": 1},
 }
 NEEDS = {"latent_sag": "diffusers"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -31,11 +32,11 @@ def execute(monkeypatch):
 def test_a_notebook_runs(name, execute):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    notebook, _ = execute(FOLDER / f"{name}.ipynb", SMALL.get(name))
+    notebook, _ = execute(FOLDER / f"{name}.ipynb", SMALL[name])
     assert any(output["output_type"] != "stream" for cell in notebook["cells"] for output in cell.get("outputs", ()))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - NEEDS.keys()))
 def test_a_notebook_holds_its_outputs_and_pictures(name):
     cells = json.loads((FOLDER / f"{name}.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]

@@ -27,7 +27,7 @@ from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
-from ..reproduction.reproduce import FEATURES, ReproduceOptions, made_here, pictures, prepared, write_all
+from ..reproduction.reproduce import FEATURES, PAGE, ReproduceOptions, made_here, pictures, prepared, write_all
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
@@ -106,6 +106,11 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
         work.sample(found)
         return work.write()
+
+
+def page_of(words: Sequence[str], options: BenchOptions) -> Path:
+    """Returns where the page of the reported table of a bench is. Raises UserError as `load_bench`."""
+    return load_bench(words, options.as_table, {}).folder / "report" / PAGE
 
 
 def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:

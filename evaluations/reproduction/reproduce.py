@@ -41,6 +41,7 @@ from .tables import Row, Table, in_folder, load_table, table_names
 from .titles import sampler, titles
 
 SHOWN_IMAGES = 12               # of each row in the report
+PAGE = "report.html"
 FEATURES = "features"           # folder of what the networks saw, in that of a table
 OVERLAID = 4                    # images whose attention is shown
 
@@ -173,7 +174,7 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
     text = markdown(described)
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
-    write_report(folder / "report.html", described, shown)
+    write_report(folder / PAGE, described, shown)
     write_cost_chart(folder / CHART_FILE, described)
     return text
 

@@ -38,7 +38,7 @@ from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
 from .labels import NONE, Labels, is_name, make_labels
-from .options import SampleOptions, option_classes, preset_values
+from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
@@ -79,8 +79,12 @@ class SamplingRun:
 
     @classmethod
     def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """What `--model` and the checkpoints say of the options; given: by the user. See `options.preset_values`."""
-        return preset_values(given)
+        """What `--model` and the checkpoints say of the options; given: by the user.
+
+        See `options.preset_values` and `options.preset_sampling`.
+        """
+        sampling = preset_sampling(given)
+        return sampling | preset_values(sampling | given)
 
     @property
     def options(self) -> tuple[Options, ...]:
