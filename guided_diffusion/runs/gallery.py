@@ -32,7 +32,7 @@ class GalleryOptions(Options):
 
 
 def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Sequence[str]) -> str:
-    """Writes the page and the pictures; returns where the page is. command: the words of the command line, for the page.
+    """Writes the page and the pictures; returns where the page is. command: the words of the command line, to show.
 
     A run is called after its folder. Raises UserError for a folder without a finished run, for two of one name, and
     where nothing can be written.
