@@ -317,6 +317,10 @@ class LatentDiffusion:
         vae = self.vae
         with _float32_where_asked(vae):
             latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+            mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+            if mean is not None and std is not None:            # of each channel, in some pipelines of SDXL
+                mean, std = (torch.tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
+                latents = latents * std + mean
             return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 

@@ -190,6 +190,9 @@ def test_sdxl_sees_its_further_conditions():
     expected = images(pipe, guidance_scale=3.0, height=16, width=16, **pooled)
     latent = LatentDiffusion.from_pipeline(pipe)
     assert relative_error(ours(latent, cfg_scale=3.0, **pooled), expected) < SAME
+    pipe.vae.register_to_config(latents_mean=[0.1, -0.4, 0.0, 1.0], latents_std=[1.0, 0.5, 2.0, 1.0])
+    decoded = images(pipe, guidance_scale=3.0, height=16, width=16, output_type="np", **pooled)
+    assert np.abs(ours(latent, cfg_scale=3.0, output_type="np", **pooled) - decoded).max() < 1e-3
     with pytest.raises(UserError, match="pooled_prompt_embeds: must be given"):
         ours(latent)
     with pytest.raises(UserError, match="do not make the 64 that the network takes"):
