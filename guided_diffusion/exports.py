@@ -28,7 +28,7 @@ from .fetch import sha256_of, without_secrets
 from .files import check_folder, write_json, write_text
 from .late import Tensor
 from .options import Options, entry_option, option, required
-from .presets import Preset, find_preset
+from .presets import MODELS, Preset, find_preset
 from .stated import NETWORKS
 from .trainings import CONFIG, GUIDANCE_KEY
 from .unet2d.files import WEIGHTS, write_pipeline
@@ -36,17 +36,16 @@ from .unet2d.files import WEIGHTS, write_pipeline
 _log = logging.getLogger(__name__)
 
 COMMANDS = {"diffusion": "image_sample", "upsampler": "super_res_sample"}
-OWN_LICENCE = "MIT, that of this project (LICENSE)"
 CARD = """---
 license: {tag}
 library_name: {library}
-tags: [diffusion, {kind}]
+tags: [{tags}]
 pipeline_tag: {task}
 ---
 
 # {name}
 
-A {kind} network of {parameters:,} parameters, for images of {size} pixels. {images}
+{begin} network of {parameters:,} parameters, for images of {size} pixels. {images}
 
 {usage}
 
@@ -63,7 +62,15 @@ The metadata of `{weights}` state them, so that no command of guided_diffusion n
 ## Limits
 
 {limits}
+{attribution}"""
+ATTRIBUTION = """
+## Sources of the training images
+
+```text
+{text}```
 """
+UNKNOWN = "Nothing is known here of how good its images are beyond what its source says."
+ALWAYS = "A network repeats what its training images show, with their errors and omissions."
 COMMAND = """```sh
 python scripts/{command}.py --model {folder}{more}
 ```"""
@@ -80,8 +87,6 @@ network = UNet2DModel.from_pretrained("{folder}", subfolder="unet")
 prediction = network(torch.randn(1, {channels}, {size}, {size}), 500, class_labels=torch.tensor([0])).sample
 ```"""
 OWN_WEIGHTS = "model.safetensors"
-LIMITS = ("Nothing is known here of how good its images are beyond what its source says. A network repeats what its "
-          "training images show, with their errors and omissions.")
 
 
 @dataclass(frozen=True)
@@ -192,21 +197,30 @@ def _classifier(preset: Preset, options: ExportOptions) -> Source | None:
     return Source.read(found, path) if path else None
 
 
+def _bundled(preset: Preset) -> str:
+    page = preset.about.get("page")
+    return "bundled with this project" + (f"; {page} there says how it was trained and measured" if page else "")
+
+
 def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
     own = preset.path is not None and preset.known
-    licence = preset.licence or (OWN_LICENCE if own else options.licence or "none is stated")
+    licence = preset.licence or options.licence or "none is stated"
+    sources = preset.about.get("attribution")
     sizes = source.options
     size = f"{sizes['small_size']} to {sizes['large_size']}" if source.kind == "upsampler" else sizes["image_size"]
     folder, layered = Path(options.out).name, options.layout == "diffusers"
     weights = f"unet/{WEIGHTS}" if layered else OWN_WEIGHTS
     return CARD.format(
-        tag="mit" if licence.startswith("MIT") else "other", kind=source.kind, name=Path(preset.name).name,
+        tag="mit" if licence.startswith("MIT") else "other", tags=", ".join(dict.fromkeys(("diffusion", source.kind))),
+        begin="An upsampler" if source.kind == "upsampler" else f"A {source.kind}", name=Path(preset.name).name,
         task="image-to-image" if source.kind == "upsampler" else "unconditional-image-generation",
         parameters=sum(value.numel() for value in source.weights.values()), size=size,
         images=f"It was trained on {preset.data}." if preset.data else "Its training images are not stated.",
         library="diffusers" if layered else "guided_diffusion", usage=_usage(source, folder, layered), licence=licence,
-        source=preset.url or ("bundled with this project" if own else "a training with this project"),
-        weights=weights, sha256=sha256_of(Path(options.out) / weights), limits=LIMITS,
+        source=preset.url or (_bundled(preset) if own else "a training with this project"),
+        weights=weights, sha256=sha256_of(Path(options.out) / weights),
+        limits=f"{preset.about.get('limits', UNKNOWN)} {ALWAYS}",
+        attribution=ATTRIBUTION.format(text=(MODELS / sources).read_text(encoding="utf-8")) if sources else "",
         flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))
 
 

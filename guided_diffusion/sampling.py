@@ -34,7 +34,7 @@ from .terms import (
 )
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
-           "last", "sample_chain", "sample_step"]
+           "last", "sample_chain", "sample_step", "scaled_gradient"]
 
 # A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
@@ -51,7 +51,8 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
-    from step to step of a chain. eps is that of the guided prediction.
+    from step to step of a chain. eps is that of the guided prediction. Where a loss guides, "loss_gradient" is what was
+    taken from the sample, (N, C, H, W).
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids,
                       memory={} if memory is None else memory)
@@ -71,10 +72,10 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
     sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
-    if loss_gradient is not None:
-        sample = sample - loss_gradient
-    return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
-            "eps": pred.eps}
+    out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
+    if loss_gradient is None:
+        return {"sample": sample, **out}
+    return {"sample": sample - loss_gradient, **out, "loss_gradient": loss_gradient}
 
 
 def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active) -> Tensor:
@@ -141,10 +142,10 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     guided = torch.stack([window for _, window in losses]).any(dim=0)
     observed = {term: value for term, value in with_graph.observed.items() if not isinstance(term, LossGuidance)}
     ctx = replace(ctx, x_t=ctx.x_t.detach(), observed=observed)
-    return ctx, pred, _scaled_gradient(loss, with_graph.x_t, guided)
+    return ctx, pred, scaled_gradient(loss, with_graph.x_t, guided)
 
 
-def _scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
+def scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
     """The gradient d loss / d x_t where guided (N,), 0 elsewhere.
 
     Each image's is by the first of LOSS_SCALES that makes it finite; NaN or infinity is left where none does.

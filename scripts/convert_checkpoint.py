@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metadata = {"config": json.dumps(flags)}
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     save_state(options.out, converted, metadata)
-    print(f"checkpoint: {options.out}")
+    tell(f"checkpoint: {options.out}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from ..guidance import (
     SegOptions,
     TsgOptions,
 )
+from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
 from ..options import Options, option, option_fields, seed_option
@@ -133,6 +134,14 @@ class LatentRun:
         """The output folder."""
         return Path(self.options.out)
 
+    def title(self) -> str:
+        """The guidance and the sampler in words, like "SAG s = 0.75 + prompt scale 7.5, ddim, 50 steps"."""
+        options = self.options
+        words = [method.title() for method in self.methods if method.active]
+        words += [f"SAG s = {options.sag_scale:g}"] if options.sag_scale else []
+        words += [f"prompt scale {options.prompt_scale:g}"] if self._prompts and options.prompt_scale != 1 else []
+        return f"{' + '.join(words) or 'no guidance'}, {options.sampler}, {options.steps} steps"
+
     @cached_property
     def _prompts(self) -> list[str]:
         """Raises UserError for a file that cannot be read, or is empty, and for two ways to say a prompt."""
@@ -186,7 +195,7 @@ class LatentRun:
                     queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
-            with queue:
+            with job("sampling by diffusers", self.out), queue:
                 self._work(prepared, chunks, todo, queue)
                 return self._finish(chunks, began) if dist_util.is_main() else None
 
@@ -261,7 +270,8 @@ class LatentRun:
         os.replace(whole, samples)
         pictures.save_grid(BatchFile(samples).first(64), self.out / "grid.png")
         write_json(self.out / "run.json", {
-            "configuration": chunks.configuration, "fingerprint": chunks.fingerprint, "samples": samples.name,
+            "configuration": chunks.configuration, "title": self.title(), "fingerprint": chunks.fingerprint,
+            "samples": samples.name,
             "sha256": {"samples": sha256_of(samples), **chunks.sha256}, **made_by(),
             "timing": {"seconds": time.time() - began}}, sync=True, ending="the samples are kept")
         return samples
