@@ -23,7 +23,7 @@ from ..late import no_grad
 from ..process import Denoiser
 from ..rng import image_noise
 from ..solvers import SolverOptions
-from ..steps import SamplerOptions
+from ..steps import SamplerOptions, ddim_step
 from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
 from .branches import IndependentPromptGuidance, PromptGuidance, UnconditionalBranch
 from .networks import DiffusersUNet
@@ -176,7 +176,10 @@ class LatentDiffusion:
 
         x_T = noise(process.num_timesteps) if latents is None else latents.float().to(self._device)
         terms = _terms(guidance, cfg_scale, embedded.null, together)
-        chain = sampling.sample_chain(options.step(), denoise, x_T, noise, terms, torch.tensor(ids))
+        # By its name DDIM is that of diffusers' pipelines, which keeps the network's noise where pixels are clipped.
+        as_pipelines = sampler == "ddim" and denoise.denoised_fn is not None
+        step = functools.partial(ddim_step, clipped_eps=False) if as_pipelines else options.step()
+        chain = sampling.sample_chain(step, denoise, x_T, noise, terms, torch.tensor(ids))
         return self._output(sampling.last(chain, on_step)["sample"], output_type)
 
     @property

@@ -50,14 +50,15 @@ def test_images_are_those_of_stable_diffusion(cfg_scale, prediction):
     assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=cfg_scale), expected) < SAME
 
 
-def test_pixels_are_those_of_the_ddim_pipeline():
+@pytest.mark.parametrize("clipped_noise, sampler", [(False, "ddim"), (True, DdimOptions())])
+def test_pixels_are_those_of_the_ddim_pipeline(clipped_noise, sampler):
     steps = diffusers.DDIMScheduler(clip_sample=True)
     pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(0),
-                    use_clipped_model_output=True, output_type="np").images
+                    use_clipped_model_output=clipped_noise, output_type="np").images
     start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, output_type="np")
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, sampler=sampler, output_type="np")
     assert np.abs(found - expected).max() < 1e-4
 
 
