@@ -22,6 +22,7 @@ from .launchers import launched, world_size
 from .links import linked, open_in_browser, paths_in, takes_links, worth_showing
 from .options import Options, switch
 from .places import command_file
+from .progress import aside
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
 KEPT = "what was finished is kept, and the same command goes on from there"
@@ -43,6 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
     first.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
     try:
         with _signals_raised():
             _watch_torchrun()
@@ -146,14 +148,23 @@ def _disconnect() -> None:
         dist_util.shutdown()
 
 
+class _AsideHandler(logging.StreamHandler):
+    """Writes lines between the bars of the terminal, and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with aside():
+            super().emit(record)
+
+
 def log_to_stdout() -> None:
     """Show what the library logs, as plain lines on stdout."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_AsideHandler(sys.stdout)])
 
 
 def log_to_stderr(shown: bool = True) -> None:
     """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
-    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s",
+                        handlers=[_AsideHandler(sys.stderr)])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .errors import UserError
 from .places import find_configuration
 
 MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
+WATCHED = "watched"                 # of a training's config.json: options that do not change the training
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
 
 _log = logging.getLogger(__name__)
@@ -304,7 +305,7 @@ class OptionParser(argparse.ArgumentParser):
         if not (isinstance(model, dict) and isinstance(training, dict)):
             return values
         if "data_dir" in self.fields:
-            return {**training, **model}
+            return {**training, **model, **values.get(WATCHED, {})}
         return self._read_training(path, model, training, flags)
 
     def _read_training(self, path: Path, model: dict[str, Any], training: dict[str, Any],

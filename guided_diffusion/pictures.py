@@ -26,9 +26,14 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
-def save_grid(images: np.ndarray, path: str | Path) -> None:
-    """Writes images (N, H, W, 3) uint8 as a nearly square grid, small ones enlarged, to a PNG file."""
-    columns = max(1, round(len(images) ** 0.5))
+def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
+    """Writes images (N, H, W, C) uint8 as a grid, small ones enlarged, to a PNG file.
+
+    Of more than three channels the first three are shown as RGB, of two the first as grey. columns: None for a nearly
+    square grid.
+    """
+    images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
+    columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 
@@ -41,7 +46,7 @@ def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: i
     """
     font = ImageFont.load_default(size=18)
     blocks = [(title, _block(images, columns, zoom, captions)) for title, images in rows.items()]
-    width = max(max(block.width, math.ceil(font.getlength(title))) for title, block in blocks) + 2 * MARGIN
+    width = max(max(block.width, math.ceil(font.getlength(title)) + 4) for title, block in blocks) + 2 * MARGIN
     height = sum(block.height + 24 + MARGIN for _, block in blocks) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)

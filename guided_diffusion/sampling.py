@@ -12,16 +12,26 @@ A sampler is a step and its options (`steps`, `solvers`); SAMPLERS lists them by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 
 from .errors import NonFiniteError, UserError
 from .late import Tensor, no_grad, torch
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext, TransformGuidance
+from .terms import (
+    ContrastGuidance,
+    GradientGuidance,
+    Guidance,
+    Inputs,
+    LossGuidance,
+    Shared,
+    StepContext,
+    TransformGuidance,
+)
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
            "last", "sample_chain", "sample_step", "scaled_gradient"]
@@ -51,7 +61,7 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     if any(isinstance(term, LossGuidance) for term, _ in active):
         ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
-        pred = _evaluated(ctx, active)
+        pred = _evaluated(ctx, active, _beforehand(ctx, active))
     unguided = pred
     contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
     if denoise.batch_contrasts:
@@ -80,12 +90,33 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
 
-def _evaluated(ctx: StepContext, active: Active) -> Prediction:
-    """The step's own network evaluation, observed by the active terms."""
+def _evaluated(ctx: StepContext, active: Active, others: Mapping[Guidance, Inputs] = MappingProxyType({}),
+               ) -> Prediction:
+    """The step's own network evaluation, observed by the active terms.
+
+    others: evaluations that are made with it as one batch, by the terms that will ask for them. Such a term sees its
+    own one, all other terms that of the step.
+    """
     with ExitStack() as stack:
         for term, _ in active:
             ctx.observed[term] = stack.enter_context(term.observe())
-        return ctx.denoise(ctx.x_t, ctx.t)
+        if not others:
+            return ctx.denoise(ctx.x_t, ctx.t)
+        own, *places = ctx.evaluate_together([Inputs(ctx.x_t, ctx.t), *others.values()])
+        pred = ctx.evaluate(ctx.x_t, ctx.t)
+    place_of, count = dict(zip(others, places, strict=True)), len(ctx.x_t)
+    for term, _ in active:
+        first = count * place_of.get(term, own)
+        ctx.observed[term] = term.seen(ctx.observed[term], slice(first, first + count))
+    return pred
+
+
+def _beforehand(ctx: StepContext, active: Active) -> dict[Guidance, Inputs]:
+    """The evaluations that can be made together with the step's own, by their terms; none unless that is asked for."""
+    if not ctx.denoise.batch_contrasts:
+        return {}
+    return {term: inputs for term, _ in active
+            if isinstance(term, ContrastGuidance) and (inputs := term.beforehand(ctx)) is not None}
 
 
 def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:

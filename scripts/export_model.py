@@ -4,6 +4,7 @@ Examples:
     python scripts/export_model.py --model fmnist32 --out exports/fmnist32
     python scripts/export_model.py --model runs/photos --licence CC0-1.0 --out exports/photos
     python scripts/image_sample.py --model exports/fmnist32 --num_samples 16
+    python scripts/export_model.py --model icons32 --layout diffusers --out exports/icons32_diffusers
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,9 @@
 """Fixtures of small networks, shared by the tests."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
+
 import forks
 import pytest
 import torch

@@ -15,6 +15,7 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.jobs import job
 from guided_diffusion.options import Options, comma_separated, image_numbers, nearest, option, option_fields
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.command import say_without_effect
@@ -97,7 +98,8 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
         runs["against"] = second
     blocks = comma_separated(options.blocks)
     recorders = [Recorder(one, image_ids, blocks) for one in runs.values()]
-    with progress_bar(sum(one.num_steps for one in runs.values()) * len(image_ids), "recorded", "step") as progress:
+    steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
+    with job("explorer", folder), progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
     lines = []
     for name, recording in zip(runs, recordings, strict=True):

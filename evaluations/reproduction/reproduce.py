@@ -18,10 +18,12 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
+from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.presets import MODELS
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.record import recorded_dtype
 from guided_diffusion.runs.shards import locked
 
@@ -143,6 +145,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             why = check_files(table, settings, options.allow_missing)
             if dist_util.is_main():
                 stack.enter_context(prepared(folder))
+                stack.enter_context(job("table", folder, table.name))
         sample(table, why)
         numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
         with dist_util.together():
@@ -180,11 +183,14 @@ def sample(table: Table, why: Mapping[str, str]) -> None:
     """Samples what is not there yet. why: of rows that are left out, the reason."""
     rows = [row for name, row in table.rows.items() if name not in why]
     named = titles(table)
-    for number, row in enumerate(rows, 1):
-        if dist_util.is_main():
-            _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
-                      sampler(row.run), row.images)
-        row.run.run()
+    with progress_bar(len(rows), "rows", "row") as progress:
+        for number, row in enumerate(rows, 1):
+            if dist_util.is_main():
+                _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
+                          sampler(row.run), row.images)
+            progress.note(row.name)
+            row.run.run()
+            progress.update()
 
 
 def pictures(table: Table, why: Mapping[str, str]) -> Pictures:

@@ -172,8 +172,13 @@ def _unfinished(folder: Path, error: Exception) -> UserError:
 def title(configuration: Mapping[str, Any]) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
-    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". A run that upsampled
+    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled".
     """
+    try:
+        return f"{title(_finished(Path(configuration['base_samples']))[1])}, upsampled"
+    except READ_ERRORS:
+        pass                            # no such run
     words = " + ".join(method.title() for method in active_guidance(configuration)) or "no guidance"
     sample, = _read(configuration, SampleOptions)
     return words if sample.sampler_name == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"

@@ -38,7 +38,7 @@ def excludes(interval, value):
 
 
 @pytest.mark.parametrize("word, replicates, groups, images, common", CASES)
-def test_intervals_and_words_keep_their_promise(word, replicates, groups, images, common, monkeypatch):
+def test_intervals_and_words_keep_their_promise(word, replicates, groups, images, common, monkeypatch, drawn_once):
     """The shares may lie three standard errors of so many sets from 95 % and from 5 %.
 
     1,000 sets with 200 resamplings (FID at infinity: 600 with 100) had shares of 93.9 to 95.3 % and 3.9 to 7.5 %.

@@ -21,7 +21,8 @@ from evaluations.metrics import (
 from evaluations.metrics.bootstrap import bootstrap_replicates
 from guided_diffusion.errors import UserError
 
-REPLICATES, HALVES, GROUPS = 60, 100, 60         # halves: of metrics whose spread itself is estimated
+# 144 sets of images. halves: of metrics whose spread itself is estimated.
+REPLICATES, HALVES, GROUPS = 40, 60, 36
 ELSEWHERE = {"mind", "fid_infinity", "authenticity", "saturation", "contrast"}      # in test_further_promises
 WORDS = [word for word in METRICS if word not in ELSEWHERE]
 
@@ -84,7 +85,7 @@ def excludes(interval, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("reference_images, images, shift, common", [(500, 150, 0.4, 0.0), (250, 300, 0.7, 0.8)],
                          ids=["few samples", "many samples, with noise in common"])
-def test_intervals_and_words_keep_their_promise(reference_images, images, shift, common):
+def test_intervals_and_words_keep_their_promise(reference_images, images, shift, common, drawn_once):
     """Samples are of another distribution than the reference, as those of every network are.
 
     Where they are of the same one, intervals of FID and KID are up to half as wide again as they should be. Intervals
