@@ -8,6 +8,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option_fields
 from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.options import SampleOptions
+from guided_diffusion.runs.previews import GRIDS
 from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, sampler_title
 from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.train_folder import Record
@@ -35,6 +37,7 @@ from ..reproduction.reproduce import PAGE
 from ..reproduction.wording import decimals, written, written_count, written_interval
 from .content import Content, Drawing, ShownChart, ShownTable, ShownText
 
+SNAPSHOTS = 4                   # pictures of samples while a network was trained
 MOST_IMAGES, MOST_DRAWINGS, MOST_LINES, MOST_ROWS = 64, 24, 400, 200
 TEXTS, TABLES, DRAWN = (".md", ".txt"), (".csv",), (".png",)
 LOSSES = ("loss", "val_loss", "mse", "val_mse", "vb", "val_vb", "acc@1", "val_acc@1")       # that a chart shows
@@ -181,9 +184,20 @@ def of_training(folder: Path) -> Content:
                    f"{last.get('images_per_second', '?')} images/s"), *_losses(last)]
     facts += [("classes", f"{len(record.classes)}")] if record.classes else []
     facts += [("ranks", str(record.ranks))] if record.ranks else []
-    return Content(f"{folder.resolve().name}: training", facts, charts=_chart_of(
-        folder / "progress.csv", "step", lambda name: name in LOSSES, "loss"),
+    log = folder / "progress.csv"
+    charts = [*_chart_of(log, "step", lambda name: name in LOSSES, "loss"),
+              *_chart_of(log, "step", lambda name: name in METRICS, "metric")]
+    return Content(f"{folder.resolve().name}: training", facts, charts=charts, drawings=[
+        replace(_drawing(path), caption=f"Samples at step {path.stem}") for path in _snapshots(folder / GRIDS)],
         options=_options(record.options), files=_files(folder))
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """The pictures of samples of a training from the first to the last, SNAPSHOTS of them at most."""
+    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    if len(paths) <= SNAPSHOTS:
+        return paths
+    return [paths[round(place * (len(paths) - 1) / (SNAPSHOTS - 1))] for place in range(SNAPSHOTS)]
 
 
 def _losses(row: Mapping[str, str]) -> Iterator[tuple[str, str]]:

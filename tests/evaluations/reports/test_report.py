@@ -1,6 +1,7 @@
 """The pages of folders: what stands in them, for each kind of folder, and what a reader sees."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -66,9 +67,14 @@ def test_the_page_of_a_training(tmp_path):
     (folder / "config.json").write_text(json.dumps({
         "model": {"num_channels": 32}, "training": {"data_dir": "images"}, "ranks": 2, "class_names": ["a", "b"]}))
     write_csv(folder / "progress.csv", [{"step": step, "samples": 8 * step, "images_per_second": 2.5, "loss": 1 / step,
-                                         "lr": 0.1} for step in (1, 10, 100)])
+                                         "lr": 0.1, "fid": 30 / step} for step in (1, 10, 100)])
+    (folder / "grids").mkdir()
+    for step in range(1, 101, 9):
+        Image.new("RGB", (8, 8)).save(folder / "grids" / f"{step}.png")
     written(folder)
     text = (folder / "report.html").read_text()
+    assert re.findall(r'alt="Samples at step (\d+)"', text) == ["1", "37", "64", "100"]
+    assert "metric by step: fid" in text
     assert "100 steps, 800 images" in text and "loss by step: loss" in text and "<svg" in text
     assert '<th scope="row">num_channels</th>' in text
 
