@@ -13,6 +13,7 @@ from PIL import Image
 from evaluations.reports.report import ReportOptions, write_pages
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_csv
+from guided_diffusion.jobs import job
 
 IMAGES = np.random.default_rng(0).integers(0, 200, (3, 8, 8, 3), dtype=np.uint8)
 DIGEST = "ab" * 32
@@ -44,7 +45,7 @@ def test_the_page_of_a_run(run):
     text = (run / "report.html").read_text()
     assert "<h1>sag: SAG s = 0.5</h1>" in text and "DDPM, 20 steps" in text and "tiny, sha256 cdcdcdcdcdcdcdcd" in text
     assert "python scripts/image_sample.py --out &#39;a &lt;b&gt; &amp; c&#39;" in text
-    assert "1.5 min from the last start to the end, 0.5 images/s of a rank" in text
+    assert "0:01:30 from the last start to the end, 0.5 images/s of a rank" in text
     assert text.count('src="data:image/png') == 3 and 'alt="image 2: class 0"' in text
     assert "3.25" in text and "3.10 to 3.40" in text and "77.7" not in text and "a &lt;network&gt;" in text
     assert '<th scope="row">timestep_respacing</th><td class="words path">20</td>' in text
@@ -71,8 +72,11 @@ def test_the_page_of_a_training(tmp_path):
     (folder / "grids").mkdir()
     for step in range(1, 101, 9):
         Image.new("RGB", (8, 8)).save(folder / "grids" / f"{step}.png")
+    with job("training", folder):
+        pass
     written(folder)
     text = (folder / "report.html").read_text()
+    assert "finished after 0:00:0" in text and '<code id="command">python ' in text
     assert re.findall(r'alt="Samples at step (\d+)"', text) == ["1", "37", "64", "100"]
     assert "metric by step: fid" in text
     assert "100 steps, 800 images" in text and "loss by step: loss" in text and "<svg" in text
