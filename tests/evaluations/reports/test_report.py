@@ -110,6 +110,7 @@ def test_folders_with_pages_of_their_own_and_with_parts(run, tmp_path, monkeypat
     assert written(own) == f"page: {own / 'explore.html'}" and [path.name for path in own.iterdir()] == ["explore.html"]
     run.rename(tmp_path / "runs" / "base")
     (tmp_path / "runs" / "results.json").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "runs" / "plot.png")
     assert written(tmp_path / "runs") == f"page: {tmp_path / 'runs' / 'base' / 'report.html'}"
     table = tmp_path / "runs" / "reproduction" / "fmnist32"
     table.mkdir(parents=True)
