@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = evaluation.run(folder)
     dist_util.shutdown()
     if results:
-        tell(summary(results) + (f"\npicture:   {options.plot}" if options.plot else ""), show)
+        drawn = {"plot": options.plot, "nearest": options.nearest}
+        tell("\n".join([summary(results), *(f"{name}: {path}" for name, path in drawn.items() if path)]), show)
 
 
 def warn(text: str) -> None:
