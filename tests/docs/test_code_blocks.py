@@ -29,6 +29,7 @@ SMALLER = {
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},
     "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
+    "bench": {"methods": "SAG,CG"},
     "reproduce": {"num_samples": 8, "evaluation_seconds": 0.05},
     "explore": {"images": "0:2", "timestep_respacing": 2},
     "probe": {"num_images": 2, "batch_size": 2, "levels": 1},
