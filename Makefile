@@ -1,4 +1,4 @@
-# make sample: images without guidance, with self-attention guidance, with a classifier, and with both
+# make sample: icons without guidance, with self-attention guidance, with a classifier, with both, and with autoguidance
 # make test:   all tests
 # make test-elsewhere: the tests of numbers once more, computed as other processors do
 # make lint:   style and types
@@ -7,11 +7,11 @@
 
 PYTHON ?= python3
 EXTRAS ?= dev
-NUM_SAMPLES ?= 40
+NUM_SAMPLES ?= 20
 OUT ?= samples
 # Tests at a time: each computes on one thread.
 WORKERS ?= 2
-SETTINGS = unguided sag cg sag_cg
+SETTINGS = unguided sag cg sag_cg autoguidance
 
 # What computes with networks or on features: its rounding depends on the processor and on the number of threads.
 NUMERICAL = tests/guided_diffusion/guidance tests/guided_diffusion/depth tests/guided_diffusion/runs/test_sample.py \
@@ -20,10 +20,13 @@ NUMERICAL = tests/guided_diffusion/guidance tests/guided_diffusion/depth tests/g
 
 .PHONY: sample test test-elsewhere lint docs
 
+# The same images under each setting, of 32x32 pixels in $(OUT)/32, upsampled to 64x64.
 sample: .venv/ready
 	for setting in $(SETTINGS); do \
-		.venv/bin/python scripts/classifier_sample.py --config configs/fmnist32_$$setting.yaml \
-			--num_samples $(NUM_SAMPLES) --labels balanced --overwrite True --out $(OUT)/$$setting || exit $$?; \
+		.venv/bin/python scripts/image_sample.py --config configs/icons32_$$setting.yaml --num_samples $(NUM_SAMPLES) \
+			--overwrite True --out $(OUT)/32/$$setting || exit $$?; \
+		.venv/bin/python scripts/super_res_sample.py --model icons64_upsampler --base_samples $(OUT)/32/$$setting \
+			--sampling_steps 10 --batch_size 10 --overwrite True --out $(OUT)/$$setting || exit $$?; \
 	done
 	.venv/bin/python scripts/compare.py $(SETTINGS:%=$(OUT)/%) --out $(OUT)/comparison.png
 

@@ -1,15 +1,15 @@
-"""Class accuracy: the share of sampled clothes that a classifier of clean images sees as the class asked for.
+"""Class accuracy: the share of samples that a classifier of clean images, the judge, sees as the class asked for.
 
-A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for.
+A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for. JUDGES lists the judges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,27 +17,60 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option
 
+from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
 from .image_sets import open_images
 
-if TYPE_CHECKING:
-    from .extractors.fashion_mnist import FashionMnistClassifier
+
+class Judge(Protocol):
+    """A classifier of clean images (N, 32, 32, 3), which took no part in sampling.
+
+    test_accuracy: the share of real test images that it names rightly.
+    """
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The classes, in order."""
+
+    @property
+    def test_accuracy(self) -> float:
+        """See above."""
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The class of each image, (N,) int64."""
+
+
+def _judge_of_clothes() -> Judge:
+    from .extractors.fashion_mnist import load_fashion_mnist
+
+    return load_fashion_mnist()
+
+
+def _judge_of_icons() -> Judge:
+    from .extractors.icons import IconsJudge, load_layer
+
+    layer = load_layer()
+    EXTRACTORS["photo"].check()
+    return IconsJudge(layer, EXTRACTORS["photo"].load(device="cpu"))
+
+
+JUDGES: dict[str, Callable[[], Judge]] = {"fashion_mnist": _judge_of_clothes, "icons": _judge_of_icons}
 
 
 @dataclass(frozen=True)
 class ClassAccuracyOptions(Options):
     """The measurement."""
 
+    judge: str = option("fashion_mnist", "the classifier: fashion_mnist, of clothes; icons, of category and drawing "
+                        "style, which needs the extra `photo`", choices=tuple(JUDGES))
     json: str = option("", "also write the figures to this file")
 
 
-def read_labelled_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads images (N, 32, 32, 3) uint8 and labels (N,) int64 of a sample file.
+def read_labelled_samples(path: str | Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images (N, 32, 32, 3) uint8 and labels (N,) int64, below `classes`, of a sample file.
 
     Raises UserError where it holds anything else.
     """
-    from .extractors.fashion_mnist import CLASS_NAMES
-
     file = open_images(path)
     if len(file) == 0:
         raise UserError(file.without_images)
@@ -48,8 +81,8 @@ def read_labelled_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
-    if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
-        raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to 9")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to {classes - 1}")
     return file.read("arr_0"), labels.astype(np.int64)
 
 
@@ -61,17 +94,15 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure_class_accuracy(classifier: FashionMnistClassifier, images: np.ndarray, labels: np.ndarray,
-                           ) -> dict[str, Any]:
+def measure_class_accuracy(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Measures the class accuracy with its 95 % interval, over all images and for each class that was asked for.
 
     images: (N, 32, 32, 3) uint8. labels: (N,), the classes asked for. `recognised` counts the images that the
-    classifier sees as the class asked for, and `share` is the accuracy.
+    judge sees as the class asked for, and `share` is the accuracy.
     """
-    from .extractors.fashion_mnist import CLASS_NAMES
-
-    right = classifier.predict(images) == labels
-    return {**_accuracy(right), "classes": {CLASS_NAMES[c]: _accuracy(right[labels == c]) for c in np.unique(labels)}}
+    right = judge.predict(images) == labels
+    classes = {judge.class_names[number]: _accuracy(right[labels == number]) for number in np.unique(labels)}
+    return {**_accuracy(right), "classes": classes}
 
 
 def _accuracy(right: np.ndarray) -> dict[str, Any]:
@@ -97,16 +128,15 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
-    """Measures sample files; returns their table, and how good the classifier is on real images.
+    """Measures sample files; returns their table, and how good the judge is on real images.
 
     Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
     """
-    from .extractors.fashion_mnist import load_fashion_mnist
-
     check_writable("--json", options.json)
-    classifier = load_fashion_mnist()
-    results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name)) for name in samples}
+    judge = JUDGES[options.judge]()
+    results = {name: measure_class_accuracy(judge, *read_labelled_samples(name, len(judge.class_names)))
+               for name in samples}
     if options.json:
-        write_json(options.json, {"judge_test_accuracy": classifier.test_accuracy, "files": results})
-    return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {classifier.test_accuracy:.1%} "
+        write_json(options.json, {"judge": options.judge, "judge_test_accuracy": judge.test_accuracy, "files": results})
+    return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {judge.test_accuracy:.1%} "
             "of the real test images; it took no part in sampling.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,11 @@ import scipy
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, cut, nearest, option, seed_option
+from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
@@ -28,6 +31,7 @@ from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
+from .nearest import check_nearest, draw_nearest
 from .references import open_reference
 
 ROWS = 4096                     # of stored features, that are looked at together
@@ -76,6 +80,8 @@ class EvaluatorOptions(Options):
     seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
     json: str = option("", "also write the results to this file")
     plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
+    nearest: str = option("", "also draw, to this PNG file, the samples that lie nearest to images of the reference, "
+                          "and those images below them: what a network has memorised shows there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +92,11 @@ class EvaluatorOptions(Options):
 
     def _words(self) -> list[str]:
         return self.metrics.replace(" ", "").lower().split(",")
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a picture is asked for, which needs the features of every image."""
+        return bool(self.plot or self.nearest)
 
     @property
     def wanted(self) -> list[Metric]:
@@ -142,6 +153,8 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: Extra
     lacking = [metric.word for metric in options.wanted if not _is_stored(reference, metric)]
     if options.plot and Feature.POOLED not in reference.members:
         lacking.append("plot")
+    if options.nearest and not len(reference):
+        raise UserError(f"--nearest {options.nearest}: {reference.path} has no images (arr_0) to draw")
     if lacking and not len(reference):
         raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
                         f"them out of --metrics; its arrays are: {reference.array_names}")
@@ -243,8 +256,10 @@ class Evaluation:
 
     def _check_options(self) -> None:
         options, kind = self.options, self.extractor_options.kind
-        for flag in ("json", "plot"):
+        for flag in ("json", "plot", "nearest"):
             check_writable(f"--{flag}", getattr(options, flag))
+        if options.nearest:
+            check_nearest(options.nearest)
         if options.plot:
             plots.check_plot(options.plot)
         if options.bootstrap == 1:
@@ -294,10 +309,10 @@ class Evaluation:
                 self.depth.is_stored(self.reference)
         wanted = self.options.wanted
         lacking = [metric for metric in wanted if not _is_stored(self.reference, metric)]
-        plots_pooled = bool(self.options.plot)
+        drawn = self.options.is_drawn
         reference = self._extract(self.reference, len(self.reference), folder, lacking,
-                                  plots_pooled and Feature.POOLED not in self.reference.members)
-        samples = [self._extract(file, self._count(file), folder, wanted, plots_pooled) for file in self.samples]
+                                  drawn and Feature.POOLED not in self.reference.members)
+        samples = [self._extract(file, self._count(file), folder, wanted, drawn) for file in self.samples]
         with dist_util.together():
             check_same_widths(reference, samples)
         return reference, samples
@@ -318,20 +333,28 @@ class Evaluation:
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
-        It writes the files of `--json` and `--plot`. folder: keeps the features.
+        It writes the files of `--json` and `--plot`, and beside the first one its state as long as it runs. folder:
+        keeps the features.
         """
+        with job("evaluation", self.options.json) if self.options.json else nullcontext():
+            return self._run(folder)
+
+    def _run(self, folder: Path) -> list[dict[str, Any]]:
         reference, samples = self.features(folder)
         results = []
         with dist_util.together():
             if dist_util.is_main():
                 self._warn(reference, samples)
                 comparisons = [Comparison(reference, sample, self.options.settings) for sample in samples]
-                results = [self._result(reference, sample, comparison)
-                           for sample, comparison in zip(samples, comparisons, strict=True)]
+                with progress_bar(len(samples) * len(self.options.wanted), "measuring", "metric") as progress:
+                    results = [self._result(reference, sample, comparison, progress)
+                               for sample, comparison in zip(samples, comparisons, strict=True)]
                 if self.options.held_out:
                     results[0]["held_out"] = True
                 if self.options.plot:
                     self._plot(samples, comparisons, results)
+                if self.options.nearest:
+                    draw_nearest(self.options.nearest, reference, samples)
                 if self.options.json:
                     write_json(self.options.json, results)
         return results
@@ -348,7 +371,8 @@ class Evaluation:
         if len(set(sizes)) > 1:
             self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
 
-    def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison) -> dict[str, Any]:
+    def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
+                ) -> dict[str, Any]:
         values: dict[str, float | None] = {}
         intervals: dict[str, Interval] = {}
         kind = self.extractor_options.kind
@@ -365,6 +389,7 @@ class Evaluation:
                     self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
                 else:
                     intervals[metric.word] = bounds
+            progress.update()
         return {
             "reference": reference.description(),
             "sample": sample.description(),

@@ -21,6 +21,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
+from guided_diffusion.progress import aside
 
 __all__ = ["Evaluation", "EvaluatorOptions", "NetworkOptions", "main", "warn"]
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def warn(text: str) -> None:
     """Prints a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    with aside():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

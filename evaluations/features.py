@@ -157,7 +157,7 @@ def _publish(partial: Path, done: Path) -> None:
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
-    with progress_bar(total, images.path.name, "img") as progress:
+    with progress_bar(total, images.path.name, "image") as progress:
         for first in range(0, total, ranks * batch_size):
             features: Features | None = None
             with dist_util.together():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UserError
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType
@@ -28,13 +28,20 @@ NUM_CLASSES = 1000
 # Far above any network that was trained, and far below what takes all memory before anything can be compared.
 MOST_CHANNELS, MOST_BLOCKS, MOST_CLASSES, MOST_PIXELS, MOST_STEPS = 2**13, 100, 10**6, 2**14, 10**5
 MOST_WIDTH = 2**16              # channels of a level
+MOST_IMAGE_CHANNELS = 8
+
+
+def in_channels_option() -> Any:
+    """The field `in_channels` of networks and of classifiers."""
+    return option(3, "image channels of the network; grey (1) is read and written as RGB, other numbers as they are in "
+                  ".npz files", minimum=1, maximum=MOST_IMAGE_CHANNELS)
 
 
 @dataclass(frozen=True)
 class NetworkOptions(Options):
     """The diffusion network, without its size of image."""
 
-    in_channels: int = option(3, "image channels of the network (files hold RGB all the same)", choices=(1, 3))
+    in_channels: int = in_channels_option()
     num_channels: int = option(128, "base channels, a multiple of 32", minimum=1, maximum=MOST_CHANNELS)
     num_res_blocks: int = option(2, "residual blocks per resolution", minimum=1, maximum=MOST_BLOCKS)
     num_heads: int = option(4, "attention heads; used where num_head_channels is -1", minimum=1)
@@ -104,7 +111,7 @@ class ClassifierOptions(Options):
     """The noise-aware classifier."""
 
     image_size: int = option(64, "image height and width in pixels", minimum=1, maximum=MOST_PIXELS)
-    in_channels: int = option(3, "image channels of the network (files hold RGB all the same)", choices=(1, 3))
+    in_channels: int = in_channels_option()
     num_classes: int = option(NUM_CLASSES, "number of classes", minimum=1, maximum=MOST_CLASSES)
     classifier_use_fp16: bool = option(False, "compute the torso of the classifier in float16")
     classifier_width: int = option(128, "base channels of the classifier, a multiple of 32", minimum=1,

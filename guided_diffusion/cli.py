@@ -1,4 +1,4 @@
-"""What every command shares: how it ends, how it logs, and how an old name leads to the new one."""
+"""What every command shares: how it ends, logs and tells where its files are, and how an old name leads to the new."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
 from .fetch import without_secrets
 from .files import reason
-from .launchers import world_size
+from .launchers import launched, world_size
+from .links import linked, open_in_browser, paths_in, takes_links, worth_showing
+from .options import Options, switch
 from .places import command_file
+from .progress import aside
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
 KEPT = "what was finished is kept, and the same command goes on from there"
@@ -40,6 +44,7 @@ def run_script(main: Callable[[], None]) -> None:
     first.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
     try:
         with _signals_raised():
             _watch_torchrun()
@@ -143,14 +148,47 @@ def _disconnect() -> None:
         dist_util.shutdown()
 
 
+class _AsideHandler(logging.StreamHandler):
+    """Writes lines between the bars of the terminal, and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with aside():
+            super().emit(record)
+
+
 def log_to_stdout() -> None:
     """Show what the library logs, as plain lines on stdout."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_AsideHandler(sys.stdout)])
 
 
 def log_to_stderr(shown: bool = True) -> None:
     """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
-    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s",
+                        handlers=[_AsideHandler(sys.stderr)])
+
+
+@dataclass(frozen=True)
+class ShowOptions(Options):
+    """What is shown in the end."""
+
+    open: bool = switch("open the page that was written, or else the picture, in the browser")
+
+
+def tell(text: str, show: ShowOptions | None = None) -> None:
+    """Print what a command has to say; paths of files, in lines like `page: path`, are links where the terminal can.
+
+    show: whether the first page that the text names, or else the first picture, is opened in the browser, which the
+    first rank does. Where that is impossible, a sentence on stderr says so, as the work itself is done.
+    """
+    if not text:
+        return
+    print(linked(text) if takes_links(sys.stdout) else text, flush=True)
+    if show is None or not show.open or launched().rank:
+        return
+    path = worth_showing(paths_in(text))
+    sentence = open_in_browser(path) if path else "--open: without effect, as no page and no picture was written"
+    if sentence:
+        _say(sentence)
 
 
 def run_renamed(old: str, new: str, *words: str) -> None:

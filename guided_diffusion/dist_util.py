@@ -26,8 +26,9 @@ from .files import reason
 from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
-__all__ = ["LostRankError", "PeerError", "barrier", "dev", "has_last_word", "is_main", "load_state_dict", "rank",
-           "setup_dist", "shutdown", "store", "sync_params", "together", "told_by_main", "world_size"]
+__all__ = ["LostRankError", "PeerError", "barrier", "collective", "dev", "gathered", "has_last_word", "is_main",
+           "load_state_dict", "rank", "setup_dist", "shutdown", "store", "sync_params", "together", "told_by_main",
+           "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
@@ -279,6 +280,34 @@ def sync_params(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             with torch.no_grad():
                 dist.broadcast(tensor, 0)
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Turns the failure of a collective operation in the block, and of nothing else, into LostRankError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not dist.is_initialized():
+            raise
+        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
+
+
+def gathered(tensor: Tensor) -> list[Tensor]:
+    """The tensors that the ranks give, in their order, on the CPU; all must have one shape and type.
+
+    Raises LostRankError where a rank was killed.
+    """
+    if world_size() == 1:
+        return [tensor.cpu()]
+    if dist.get_backend() == "nccl":
+        tensor = tensor.to(dev())
+    pieces = [torch.empty_like(tensor) for _ in range(world_size())]
+    with collective():
+        dist.all_gather(pieces, tensor.contiguous())
+    return [piece.cpu() for piece in pieces]
 
 
 def told_by_main(value: Any) -> Any:

@@ -5,7 +5,8 @@
     FOLDER/config.json              kind, flags, and flags of guidance that suit the model
     FOLDER/README.md                the model card
 
-The weights state all that the network needs; the other files are for readers, and for guidance.
+The weights state all that the network needs; the other files are for readers, and for guidance. The layout "diffusers"
+is that of a pipeline of diffusers in place of it, see `unet2d.files`.
 """
 
 from __future__ import annotations
@@ -27,45 +28,65 @@ from .fetch import sha256_of, without_secrets
 from .files import check_folder, write_json, write_text
 from .late import Tensor
 from .options import Options, entry_option, option, required
-from .presets import Preset, find_preset
+from .presets import MODELS, Preset, find_preset
 from .stated import NETWORKS
 from .trainings import CONFIG, GUIDANCE_KEY
+from .unet2d.files import WEIGHTS, write_pipeline
 
 _log = logging.getLogger(__name__)
 
 COMMANDS = {"diffusion": "image_sample", "upsampler": "super_res_sample"}
-OWN_LICENCE = "MIT, that of this project (LICENSE)"
 CARD = """---
 license: {tag}
-library_name: guided_diffusion
-tags: [diffusion, {kind}]
+library_name: {library}
+tags: [{tags}]
 pipeline_tag: {task}
 ---
 
 # {name}
 
-A {kind} network of {parameters:,} parameters, for images of {size} pixels. {images}
+{begin} network of {parameters:,} parameters, for images of {size} pixels. {images}
 
-```sh
-python scripts/{command}.py --model {folder}{more}
-```
+{usage}
 
 - licence: {licence}
 - source: {source}
-- SHA-256 of `model.safetensors`: {sha256}
+- SHA-256 of `{weights}`: {sha256}
 
 ## Flags
 
-The metadata of `model.safetensors` state them, so that no command needs them.
+The metadata of `{weights}` state them, so that no command of guided_diffusion needs them.
 
 {flags}
 
 ## Limits
 
 {limits}
+{attribution}"""
+ATTRIBUTION = """
+## Sources of the training images
+
+```text
+{text}```
 """
-LIMITS = ("Nothing is known here of how good its images are beyond what its source says. A network repeats what its "
-          "training images show, with their errors and omissions.")
+UNKNOWN = "Nothing is known here of how good its images are beyond what its source says."
+ALWAYS = "A network repeats what its training images show, with their errors and omissions."
+COMMAND = """```sh
+python scripts/{command}.py --model {folder}{more}
+```"""
+PIPELINE = """```python
+from diffusers import DDPMPipeline
+
+images = DDPMPipeline.from_pretrained("{folder}")(batch_size=4).images
+```"""
+NETWORK = """```python
+import torch
+from diffusers import UNet2DModel
+
+network = UNet2DModel.from_pretrained("{folder}", subfolder="unet")
+prediction = network(torch.randn(1, {channels}, {size}, {size}), 500, class_labels=torch.tensor([0])).sample
+```"""
+OWN_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,8 @@ class ExportOptions(Options):
     model_path: str = option("", "file of a released checkpoint: a path, or an address")
     classifier_path: str = option("", "file of the classifier of a released checkpoint; unset: none is exported")
     checkpoint_entry: str = entry_option()
+    layout: str = option("hub", "hub: as --model FOLDER reads it; diffusers: a DDPMPipeline of diffusers with a "
+                         "UNet2DModel", choices=("hub", "diffusers"), later=True)
     out: str = required("folder to write")
     licence: str = option("", "licence of a model of your own, as the card names it; unset: the card says that none "
                           "is stated")
@@ -122,7 +145,9 @@ def export_model(options: ExportOptions) -> Path:
     out = check_folder("--out", options.out)
     if (out / CONFIG).exists() and not _is_export(out / CONFIG):
         raise UserError(f"--out {out}: is the folder of a training, name another")
-    source.write(out / "model.safetensors")
+    if options.layout == "diffusers":
+        return _export_pipeline(preset, source, options, out)
+    source.write(out / OWN_WEIGHTS)
     if classifier:
         classifier.write(out / "classifier.safetensors")
     guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
@@ -132,6 +157,24 @@ def export_model(options: ExportOptions) -> Path:
     write_text(out / "README.md", _card(preset, source, options))
     write_json(out / CONFIG, {"library_name": "guided_diffusion", "kind": source.kind, "model": dict(source.options),
                               GUIDANCE_KEY: guidance})
+    return out
+
+
+def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out: Path) -> Path:
+    """Writes the model as diffusers lays pipelines out. Raises UserError for what diffusers has no like of."""
+    what = f"--model {preset.name} --layout diffusers"
+    if source.kind != "diffusion":
+        raise UserError(f"{what}: is an upsampler, and pipelines of UNet2DModel see no low-resolution image")
+    try:
+        write_pipeline(out, source.weights, source.options, source.metadata)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    if source.options["class_cond"]:
+        _log.info("%s: the network takes classes, and DDPMPipeline gives none; UNet2DModel takes class_labels",
+                  preset.name)
+    if preset.classifier:
+        _log.info("%s: its classifier is not exported, as diffusers has none", preset.name)
+    write_text(out / "README.md", _card(preset, source, options))
     return out
 
 
@@ -154,19 +197,37 @@ def _classifier(preset: Preset, options: ExportOptions) -> Source | None:
     return Source.read(found, path) if path else None
 
 
+def _bundled(preset: Preset) -> str:
+    page = preset.about.get("page")
+    return "bundled with this project" + (f"; {page} there says how it was trained and measured" if page else "")
+
+
 def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
     own = preset.path is not None and preset.known
-    licence = preset.licence or (OWN_LICENCE if own else options.licence or "none is stated")
+    licence = preset.licence or options.licence or "none is stated"
+    sources = preset.about.get("attribution")
     sizes = source.options
     size = f"{sizes['small_size']} to {sizes['large_size']}" if source.kind == "upsampler" else sizes["image_size"]
-    folder = Path(options.out).name
+    folder, layered = Path(options.out).name, options.layout == "diffusers"
+    weights = f"unet/{WEIGHTS}" if layered else OWN_WEIGHTS
     return CARD.format(
-        tag="mit" if licence.startswith("MIT") else "other", kind=source.kind, name=Path(preset.name).name,
+        tag="mit" if licence.startswith("MIT") else "other", tags=", ".join(dict.fromkeys(("diffusion", source.kind))),
+        begin="An upsampler" if source.kind == "upsampler" else f"A {source.kind}", name=Path(preset.name).name,
         task="image-to-image" if source.kind == "upsampler" else "unconditional-image-generation",
         parameters=sum(value.numel() for value in source.weights.values()), size=size,
         images=f"It was trained on {preset.data}." if preset.data else "Its training images are not stated.",
-        command=COMMANDS[source.kind], folder=folder,
-        more=" --base_samples SAMPLES.npz" if source.kind == "upsampler" else "", licence=licence,
-        source=preset.url or ("bundled with this project" if own else "a training with this project"),
-        sha256=sha256_of(Path(options.out) / "model.safetensors"), limits=LIMITS,
+        library="diffusers" if layered else "guided_diffusion", usage=_usage(source, folder, layered), licence=licence,
+        source=preset.url or (_bundled(preset) if own else "a training with this project"),
+        weights=weights, sha256=sha256_of(Path(options.out) / weights),
+        limits=f"{preset.about.get('limits', UNKNOWN)} {ALWAYS}",
+        attribution=ATTRIBUTION.format(text=(MODELS / sources).read_text(encoding="utf-8")) if sources else "",
         flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))
+
+
+def _usage(source: Source, folder: str, layered: bool) -> str:
+    """How the folder is used, as the card shows it."""
+    if layered:
+        return (NETWORK if source.options["class_cond"] else PIPELINE).format(
+            folder=folder, channels=source.options["in_channels"], size=source.options["image_size"])
+    return COMMAND.format(command=COMMANDS[source.kind], folder=folder,
+                          more=" --base_samples SAMPLES.npz" if source.kind == "upsampler" else "")

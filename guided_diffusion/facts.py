@@ -33,8 +33,11 @@ _CLASSIFIER_FLAGS = {"num_channels": "classifier_width", "num_res_blocks": "clas
     for name in ("channel_mult", "attention_resolutions", "resblock_updown", "use_scale_shift_norm", "pool")}}
 
 
-def infer_options(state: Mapping[str, Any]) -> dict[str, Any]:
+def infer_options(state: Mapping[str, Any], in_channels: int | None = None) -> dict[str, Any]:
     """What the weights of an ADM network show of its options; `state` maps names to tensors or to shapes.
+
+    in_channels: image channels of the diffusion network that is asked for. They decide where the weights may also be
+    those of an upsampler of half as many channels, with learned variance.
 
     kind ("diffusion", "upsampler" or "classifier"), in_channels (of the images: an upsampler takes twice as many),
     num_channels, num_res_blocks, channel_mult (tuple), attention_factors (tuple: the downsampling factors, image size
@@ -47,7 +50,7 @@ def infer_options(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in state.items()}
     try:
-        found = _infer_ends(shapes)
+        found = _infer_ends(shapes, in_channels)
         found["num_channels"] = shapes["time_embed.0.weight"][1]
         found |= _infer_levels(shapes, found["num_channels"], is_unet=found["kind"] != "classifier")
         channels = shapes["middle_block.0.out_layers.0.weight"][0]
@@ -62,13 +65,14 @@ def infer_options(state: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _infer_ends(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _infer_ends(shapes: Mapping[str, tuple[int, ...]], asked: int | None) -> dict[str, Any]:
     """What the first and the last layer show."""
     taken = shapes["input_blocks.0.0.weight"][1]
     if not any(name.startswith("output_blocks.") for name in shapes):
         return {"kind": "classifier", "in_channels": taken, **_infer_pool(shapes)}
     predicted = shapes["out.2.weight"][0]
-    upsampler = taken % 2 == 0          # images have 1 or 3 channels, and an upsampler takes two of them
+    # An upsampler takes two images: predicted / taken is 1/2 or 1, with learned variance, and 1 or 2 of other networks.
+    upsampler = taken % 2 == 0 and (2 * predicted == taken or predicted == taken != asked)
     in_channels = taken // 2 if upsampler else taken
     if predicted not in (in_channels, 2 * in_channels):
         raise ValueError
@@ -152,7 +156,7 @@ def check_options(state: Mapping[str, Any], options: Mapping[str, Any], path: st
     """
     kind = kind_of(options)
     try:
-        found = infer_options(state)
+        found = infer_options(state, None if kind == "upsampler" else options.get("in_channels"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     held = found.pop("kind")

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from .errors import UserError
 from .files import locked, open_own, reason, write_text
-from .progress import progress_bar
+from .progress import BYTES, progress_bar
 
 TIMEOUT = 60          # seconds without a byte
 TRIES = 5             # in a row that bring nothing new
@@ -212,7 +212,7 @@ class Download:
             _check_space(self.target.parent, (total or 0) - answer.start)
             part.begin(answer)
             done = answer.start
-            bar = progress_bar(total, f"downloading {self.target.name}", "B", done, unit_scale=True, unit_divisor=1000)
+            bar = progress_bar(total, f"downloading {self.target.name}", BYTES, done)
             with open(part.path, "ab") as file, bar as progress:
                 for piece in answer.pieces:
                     file.write(piece)

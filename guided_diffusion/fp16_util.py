@@ -43,13 +43,18 @@ class MixedPrecisionTrainer:
             torch._foreach_mul_(gradients, 2**-self.lg_loss_scale)
         return gradients
 
-    def step(self, optimizer: torch.optim.Optimizer) -> float:
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float = 0.0) -> float:
         """Updates the weights from the collected gradients, then drops these.
 
-        Returns the norm of the gradients. Where it is not finite, no weight has changed.
+        max_norm: longer gradients, of all weights as one vector, are shortened to it; 0: none are.
+
+        Returns the norm of the gradients before that. Where it is not finite, no weight has changed.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.master_params if p.grad is not None]).item()
+        gradients = [p.grad for p in self.master_params if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).item()
         if math.isfinite(norm):
+            if 0 < max_norm < norm:
+                torch._foreach_mul_(gradients, max_norm / norm)
             optimizer.step()
             self.copy_to_model()
         if self.scaled:

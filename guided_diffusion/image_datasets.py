@@ -36,7 +36,7 @@ from .image_files import (
 )
 from .late import Tensor, torch
 from .npz import BLOCK, MAX_RATIO, SMALL, read_arrays
-from .pixels import from_uint8
+from .pixels import file_channels, from_uint8
 from .rng import stream_generator
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_data(
     deterministic: images in the order of their names (or of the IDX file), not shuffled anew in every epoch.
     random_crop: cut folder images at random instead of from the centre; others are never cropped.
     random_flip: mirror half of the images left to right.
-    in_channels: 3, or 1 for grey.
+    in_channels: 3, or 1 for grey; others need an .npz file with as many.
     split: "train" or "test" of the IDX files; an image folder has only "train".
     start_batch: index of the first batch, to go on where an interrupted run stopped.
 
@@ -94,9 +94,10 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
     """
     if min(frame[1:]) < 1:
         raise UserError(f"--image_size {min(frame[1:])}: must be at least 1")
-    if frame[0] not in (1, 3):
-        raise UserError(f"--in_channels {frame[0]}: image data has 1 channel (grey) or 3")
     folder = find_data(data_dir)
+    if frame[0] not in (1, 3) and not is_npz(folder):
+        raise UserError(f"--in_channels {frame[0]}: pictures have 1 channel (grey) or 3; for others --data_dir must be "
+                        f"an .npz file whose arr_0 is (N, H, W, {frame[0]}) uint8")
     labels: np.ndarray | None
     if holds_idx(folder):
         images, labels = load_arrays(folder, split)
@@ -171,7 +172,7 @@ class TrainingImages:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayImages(TrainingImages):
-    """Images in memory, (N, H, W), which are padded to the frame, or (N, H, W, 3), which fill it."""
+    """Images in memory, (N, H, W), which are padded to the frame, or (N, H, W, C), which fill it."""
 
     images: np.ndarray
     names: ClassNames | None = None
@@ -202,7 +203,7 @@ class ArrayImages(TrainingImages):
     def _framed(self, images: np.ndarray) -> Tensor:
         if self.images.ndim == 3:
             return pad_to_frame(images, self.frame)
-        pixels = images if self.frame[0] == 3 else grey(images)
+        pixels = grey(images) if self.frame[0] == 1 else images
         return torch.from_numpy(from_uint8(pixels)).movedim(3, 1)
 
 
@@ -446,7 +447,7 @@ def is_npz(path: str | os.PathLike) -> bool:
 
 def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: bool,
              ) -> tuple[np.ndarray, np.ndarray | None]:
-    """All images of an .npz file, (N, H, W, 3) uint8, and, if `labelled`, labels (N,) int64.
+    """All images of an .npz file, (N, H, W, C) uint8, and, if `labelled`, labels (N,) int64; C is 3 for grey.
 
     frame: channels, height and width in training. Raises UserError where the file is damaged, or its
     arrays are missing or of other shapes.
@@ -455,7 +456,7 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     images, *others = read_arrays(Path(path), ["arr_0", "arr_1"] if labelled else ["arr_0"],
                                   f"{where}: is not an .npz file of images, or is damaged")
     labels = others[0] if labelled else None
-    expected = (*frame[1:], 3)
+    expected = (*frame[1:], file_channels(frame[0]))
     if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")

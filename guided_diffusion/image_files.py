@@ -233,7 +233,7 @@ def damaged_pictures(files: Sequence[Path], decoded: int) -> dict[int, str]:
     found: dict[int, str] = {}
     pieces = [range(start, min(start + AT_ONCE, len(files))) for start in range(0, len(files), AT_ONCE)]
     with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-          progress_bar(len(files), "checking images", "img", enabled=len(pieces) > 1) as progress):
+          progress_bar(len(files), "checking images", "image", enabled=len(pieces) > 1) as progress):
         for piece, damages in zip(pieces, pool.map(
                 lambda piece: [damage(files[index], index < decoded) for index in piece], pieces), strict=True):
             found |= {index: words for index, words in zip(piece, damages, strict=True) if words}

@@ -1,4 +1,7 @@
-"""Training logs: the mean of each named value since the last line, as a log line and as a row of progress.csv."""
+"""Training logs: the mean of each named value since the last line, as a log line and as a row of progress.csv.
+
+The same row goes to further sinks, where there are any (`log_sinks`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import csv
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
 from .files import open_own, reason, write_csv
 from .late import Tensor, torch
+from .log_sinks import Sink
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +26,8 @@ class MetricLogger:
     folder: where progress.csv is kept, or None to keep no log (every rank but the first).
     resume_step: rows after this step are dropped from an existing progress.csv: the run repeats them.
 
+    Each row also goes to the attribute `sinks`, of which there are none at first.
+
     Raises UserError where progress.csv is there and is no such log, or cannot be written.
     """
 
@@ -28,6 +35,7 @@ class MetricLogger:
         self._path = Path(folder) / "progress.csv" if folder is not None else None
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._columns: list[str] = []
+        self.sinks: Sequence[Sink] = ()
         if self._path and self._path.exists():
             self._columns, rows = _read(self._path)
             write_csv(self._path, [row for row in rows if _step(self._path, row) <= resume_step], self._columns)
@@ -55,6 +63,29 @@ class MetricLogger:
                 csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({reason(error)})") from None
+        for sink in self.sinks:
+            sink.write(step, {**exact, **means})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Shows a PNG file in the sinks."""
+        for sink in self.sinks:
+            sink.picture(step, name, path)
+
+    def close(self) -> None:
+        """Ends the sinks."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and whole rows of a progress.csv; a last line that a kill cut short is left out.
+
+    Raises UserError where it is no such log, or cannot be read.
+    """
+    columns, rows = _read(path)
+    for row in rows:
+        _step(path, row)
+    return columns, rows
 
 
 def _short(value: float) -> str:

@@ -134,14 +134,16 @@ class BatchFile(ArrayFile):
     """A sample file or a reference batch.
 
     Opening reads headers only, and raises UserError, naming the file, where it is no .npz, where `arr_0` holds
-    anything but (N, H, W, 3) uint8, where an array is pickled, or where the archive would unpack to far more than
-    images can. Damage further in shows when it is read.
+    anything but (N, H, W, channels) uint8, where an array is pickled, or where the archive would unpack to far more
+    than images can. Damage further in shows when it is read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, channels: int = 3) -> None:
         super().__init__(path)
         self._statistics: dict[str, Statistics | None] = {}
-        self.shape = self._image_shape() if "arr_0" in self.members else (0, 0, 0, 3)
+        self.shape = (0, 0, 0, channels)
+        if "arr_0" in self.members:
+            self.shape = checked_image_shape(f"{self.path}: arr_0", *self.header("arr_0"), channels)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -168,9 +170,6 @@ class BatchFile(ArrayFile):
     def without_images(self) -> str:
         """A sentence for a file in which there is no arr_0: it names the arrays that there are."""
         return f"{self.path}: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: {self.array_names}"
-
-    def _image_shape(self) -> tuple[int, int, int, int]:
-        return checked_image_shape(f"{self.path}: arr_0", *self.header("arr_0"))
 
     def batches(self, batch_size: int, ours: slice = slice(None), num_images: int | None = None,
                 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -248,17 +247,18 @@ class BatchFile(ArrayFile):
         return Statistics(*(array.astype(np.float64) for array in arrays))
 
 
-def checked_image_shape(where: str, shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int, int]:
-    """The shape of images (N, H, W, 3), uint8; raises UserError, which begins with `where`, for anything else."""
+def checked_image_shape(where: str, shape: tuple[int, ...], dtype: np.dtype, channels: int = 3,
+                        ) -> tuple[int, int, int, int]:
+    """The shape of images (N, H, W, channels), uint8; UserError, which begins with `where`, for anything else."""
     where = f"{where} is {_shown(shape)} {dtype}"
     if dtype != np.uint8:
         hint = " from 0 to 255, also where they were 0 to 1" if dtype.kind == "f" else ""
         raise UserError(f"{where}: images must be uint8{hint}")
-    if len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise UserError(f"{where}: images must be (N, H, W, 3), RGB, at least one")
+    if len(shape) != 4 or shape[3] != channels or min(shape) < 1:
+        raise UserError(f"{where}: images must be (N, H, W, {channels}),{' RGB,' * (channels == 3)} at least one")
     if max(shape[1:3]) > MAX_SIDE:
         raise UserError(f"{where}: images may have {MAX_SIDE} pixels a side at most")
-    count, height, width, channels = shape
+    count, height, width, _ = shape
     return count, height, width, channels
 
 

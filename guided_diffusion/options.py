@@ -25,6 +25,7 @@ from .errors import UserError
 from .places import find_configuration
 
 MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
+WATCHED = "watched"                 # of a training's config.json: options that do not change the training
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
 
 _log = logging.getLogger(__name__)
@@ -126,6 +127,27 @@ def checked(field: OptionField, value: Any) -> Any:
 def comma_separated(text: str) -> list[str]:
     """The words between the commas, without empty ones."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def image_numbers(text: str, most: int) -> list[int]:
+    """The different numbers, rising, that an option --images names, like 0:8 (0 to 7) or 3,5,12.
+
+    Raises UserError for anything but one to `most` numbers from 0 up.
+    """
+    refusal = UserError(f"--images {cut(text)}: must be a range of numbers from 0 up, like 0:8, or a list of them, "
+                        f"like 3,5,12, of at most {most}")
+    numbers: set[int] = set()
+    for part in comma_separated(text):
+        first, colon, end = part.partition(":")
+        if not first.isdecimal() or (colon and not end.isdecimal()):
+            raise refusal
+        span = range(int(first), int(end) if colon else int(first) + 1)
+        if not 0 < len(span) <= most:
+            raise refusal
+        numbers |= set(span)
+    if not 0 < len(numbers) <= most:
+        raise refusal
+    return sorted(numbers)
 
 
 _TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
@@ -283,7 +305,7 @@ class OptionParser(argparse.ArgumentParser):
         if not (isinstance(model, dict) and isinstance(training, dict)):
             return values
         if "data_dir" in self.fields:
-            return {**training, **model}
+            return {**training, **model, **values.get(WATCHED, {})}
         return self._read_training(path, model, training, flags)
 
     def _read_training(self, path: Path, model: dict[str, Any], training: dict[str, Any],

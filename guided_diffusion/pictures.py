@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .files import write
 
 MARGIN = 12
+CAPTION = 16            # pixels that a line below an image takes
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -24,20 +26,27 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return canvas
 
 
-def save_grid(images: np.ndarray, path: str | Path) -> None:
-    """Writes images (N, H, W, 3) uint8 as a nearly square grid, small ones enlarged, to a PNG file."""
-    columns = max(1, round(len(images) ** 0.5))
+def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
+    """Writes images (N, H, W, C) uint8 as a grid, small ones enlarged, to a PNG file.
+
+    Of more than three channels the first three are shown as RGB, of two the first as grey. columns: None for a nearly
+    square grid.
+    """
+    images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
+    columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
 
 
-def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10) -> None:
+def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10, zoom: int | None = None,
+                    captions: Sequence[str] | None = None) -> None:
     """Writes blocks of images under their titles, one below the other, to a PNG file.
 
-    rows: title -> (N, H, W, 3) uint8, the same N for all; image i has the same place in every block.
+    rows: title -> (N, H, W, 3) uint8, the same N for all; image i has the same place in every block. zoom: times that a
+    pixel is enlarged; None: small images are. captions: N texts, which stand below the images as far as they fit.
     """
     font = ImageFont.load_default(size=18)
-    blocks = [(title, _enlarged(grid(images, columns), images.shape[1])) for title, images in rows.items()]
-    width = max(block.width for _, block in blocks) + 2 * MARGIN
+    blocks = [(title, _block(images, columns, zoom, captions)) for title, images in rows.items()]
+    width = max(max(block.width, math.ceil(font.getlength(title)) + 4) for title, block in blocks) + 2 * MARGIN
     height = sum(block.height + 24 + MARGIN for _, block in blocks) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -49,8 +58,29 @@ def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: i
     save(canvas, Path(path))
 
 
-def _enlarged(canvas: np.ndarray, image_size: int) -> Image.Image:
-    factor = max(1, 64 // image_size)
+def _block(images: np.ndarray, columns: int, zoom: int | None, captions: Sequence[str] | None) -> Image.Image:
+    """A grid of images, with room for the captions below each of its rows where there are any."""
+    size, cell = images.shape[1], images.shape[2] + 2
+    if captions is None:
+        return _enlarged(grid(images, columns), size, zoom)
+    rows = [_enlarged(grid(images[start:start + columns], columns), size, zoom)
+            for start in range(0, len(images), columns)]
+    height = rows[0].height + CAPTION
+    block = Image.new("RGB", (rows[0].width, height * len(rows)), "white")
+    draw, font = ImageDraw.Draw(block), ImageFont.load_default(size=CAPTION - 4)
+    factor = rows[0].width // (columns * cell + 2)
+    for i, row in enumerate(rows):
+        block.paste(row, (0, i * height))
+        for column, caption in enumerate(captions[i * columns:(i + 1) * columns]):
+            while draw.textlength(caption, font=font) > factor * images.shape[2]:
+                caption = caption[:-1]
+            place = factor * (column * cell + 2), i * height + row.height - 2 * factor
+            draw.text(place, caption, fill="black", font=font)
+    return block
+
+
+def _enlarged(canvas: np.ndarray, image_size: int, zoom: int | None = None) -> Image.Image:
+    factor = zoom or max(1, 64 // image_size)
     picture = Image.fromarray(canvas)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 

@@ -18,14 +18,19 @@ def from_uint8(pixels: Pixels) -> Pixels:
     return pixels.astype(np.float32) / 127.5 - 1
 
 
+def file_channels(channels: int) -> int:
+    """How many channels images of a network have in files: as many, but 3 for grey ones."""
+    return 3 if channels == 1 else channels
+
+
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) in [-1, 1], C 1 or 3, as (N, H, W, 3) uint8: truncated, as the official samples are.
+    """Images (N, C, H, W) in [-1, 1] as (N, H, W, C) uint8: truncated, as the official samples are. Grey becomes RGB.
 
     Values beyond [-1, 1] are clamped. The official code, scripts/image_sample.py of guided-diffusion, truncates by its
     conversion to uint8, and comparable FIDs need the same.
     """
     pixels = ((images.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return pixels.expand(*pixels.shape[:3], 3).contiguous().numpy()
+    return pixels.expand(*pixels.shape[:3], file_channels(pixels.shape[3])).contiguous().numpy()
 
 
 def to_rounded_uint8(pixels: np.ndarray) -> np.ndarray:

@@ -236,7 +236,7 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
     waiting: deque[tuple[int, Source, Future[np.ndarray | UserError]]] = deque()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
-        bar = stack.enter_context(progress_bar(None, "preparing", "img"))
+        bar = stack.enter_context(progress_bar(None, "preparing", "image"))
         for number in itertools.count():
             source = next(found, None)
             if source is not None:

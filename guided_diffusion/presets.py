@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class Preset:
     classifier: str | None          # name of the classifier that guides it
     url: str | None = None          # where a released checkpoint lies
     parameters: int | None = None   # numbers in a released checkpoint
-    licence: str | None = None      # of a released checkpoint, and where to read it
-    data: str = ""                  # the images that a released checkpoint was trained on
+    licence: str | None = None      # of a released or bundled model, and where to read it
+    data: str = ""                  # the images that a released or bundled model was trained on
     implied: bool = False           # the name of a released checkpoint's file stands for its flags
+    about: dict[str, str] = field(default_factory=dict)     # of a bundled model: page, limits, attribution
+    sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if any
 
     @property
     def known(self) -> bool:
@@ -45,7 +47,12 @@ class Preset:
 
 def preset_names() -> list[str]:
     """Every name that `find_preset` knows: bundled models first."""
-    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))] + released_names()
+    return bundled_names() + released_names()
+
+
+def bundled_names() -> list[str]:
+    """The names of the bundled models."""
+    return [path.stem for path in sorted(MODELS.glob("*.safetensors"))]
 
 
 def released_names() -> list[str]:
@@ -77,7 +84,11 @@ def find_preset(name: str) -> Preset:
     if path.is_file():
         classifier = f"{name}_classifier"
         options = _config_of(path)
-        return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None)
+        groups = known.get("bundled", {})
+        about = dict(groups.get(max(filter(name.startswith, groups), key=len, default=""), {}))
+        return Preset(name, kind_of(options), options, guidance, path, classifier if classifier in names else None,
+                      licence=about.pop("licence", None), data=about.pop("data", ""), about=about,
+                      sampling=known.get("sampling", {}).get(name, {}))
     usual = {"classifier": None, "data": known.get("data", ""), "url": known["url"], "licence": known["licence"]}
     released = {**usual, **known["presets"][name]}
     return Preset(name=name, path=None, guidance=guidance, **{**released, "url": f"{released['url']}{name}.pt"})

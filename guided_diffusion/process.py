@@ -78,7 +78,7 @@ class Denoiser:
     denoised_fn: applied to x0 before it is clipped to [-1, 1] (where clip_denoised). model_kwargs: labels and the
     like, (N, ...) each. dynamic_threshold: a quantile in (0, 1] by which x0 is thresholded in place of clipping (see
     `dynamically_thresholded`). batch_contrasts: a guided step makes further evaluations that differ in their inputs
-    alone as one batch.
+    alone as one batch, and those that need nothing of the step's own evaluation together with that one.
     """
 
     diffusion: DiffusionProcess

@@ -47,6 +47,7 @@ class Stream(NamedTuple):
 
 IMAGE_TRAINING, DEPTH_TRAINING = "training on images", "training of depth predictors"
 DEPTH_READING = "depth images by a predictor"
+DEPTH_NETWORKS = "training of depth networks on generated images"
 
 STREAMS = {
     "order": Stream(IMAGE_TRAINING, 0, ("epoch",)),                         # permutation of the images
@@ -63,6 +64,9 @@ STREAMS = {
     "depth noise": Stream(DEPTH_TRAINING, 2, ("image", "draw")),            # timestep and noise
     "held-out noise": Stream(DEPTH_TRAINING, 1, ("image", "step")),         # of the images that measure accuracy
     "depth reading": Stream(DEPTH_READING, 0, ("image",)),                  # timestep and noise
+    "depth network weights": Stream(DEPTH_NETWORKS, 0),
+    "depth network batch": Stream(DEPTH_NETWORKS, 1, ("step",)),            # which images, and which are mirrored
+    "depth label noise": Stream(DEPTH_NETWORKS, 2, ("image", "draw")),
 }
 
 

@@ -12,19 +12,29 @@ A sampler is a step and its options (`steps`, `solvers`); SAMPLERS lists them by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 
 from .errors import NonFiniteError, UserError
 from .late import Tensor, no_grad, torch
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
-from .terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, Shared, StepContext, TransformGuidance
+from .terms import (
+    ContrastGuidance,
+    GradientGuidance,
+    Guidance,
+    Inputs,
+    LossGuidance,
+    Shared,
+    StepContext,
+    TransformGuidance,
+)
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
-           "last", "sample_chain", "sample_step"]
+           "last", "sample_chain", "sample_step", "scaled_gradient"]
 
 # A loss is multiplied by the first of these that gives a finite gradient, and the gradient divided: in float16 small
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
@@ -41,7 +51,8 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
-    from step to step of a chain. eps is that of the guided prediction.
+    from step to step of a chain. eps is that of the guided prediction. Where a loss guides, "loss_gradient" is what was
+    taken from the sample, (N, C, H, W).
     """
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids,
                       memory={} if memory is None else memory)
@@ -50,7 +61,7 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     if any(isinstance(term, LossGuidance) for term, _ in active):
         ctx, pred, loss_gradient = _evaluated_with_losses(ctx, active)
     else:
-        pred = _evaluated(ctx, active)
+        pred = _evaluated(ctx, active, _beforehand(ctx, active))
     unguided = pred
     contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
     if denoise.batch_contrasts:
@@ -61,10 +72,10 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
     gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
     sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
-    if loss_gradient is not None:
-        sample = sample - loss_gradient
-    return {"sample": sample, "pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart,
-            "eps": pred.eps}
+    out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
+    if loss_gradient is None:
+        return {"sample": sample, **out}
+    return {"sample": sample - loss_gradient, **out, "loss_gradient": loss_gradient}
 
 
 def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active) -> Tensor:
@@ -79,12 +90,33 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
 
-def _evaluated(ctx: StepContext, active: Active) -> Prediction:
-    """The step's own network evaluation, observed by the active terms."""
+def _evaluated(ctx: StepContext, active: Active, others: Mapping[Guidance, Inputs] = MappingProxyType({}),
+               ) -> Prediction:
+    """The step's own network evaluation, observed by the active terms.
+
+    others: evaluations that are made with it as one batch, by the terms that will ask for them. Such a term sees its
+    own one, all other terms that of the step.
+    """
     with ExitStack() as stack:
         for term, _ in active:
             ctx.observed[term] = stack.enter_context(term.observe())
-        return ctx.denoise(ctx.x_t, ctx.t)
+        if not others:
+            return ctx.denoise(ctx.x_t, ctx.t)
+        own, *places = ctx.evaluate_together([Inputs(ctx.x_t, ctx.t), *others.values()])
+        pred = ctx.evaluate(ctx.x_t, ctx.t)
+    place_of, count = dict(zip(others, places, strict=True)), len(ctx.x_t)
+    for term, _ in active:
+        first = count * place_of.get(term, own)
+        ctx.observed[term] = term.seen(ctx.observed[term], slice(first, first + count))
+    return pred
+
+
+def _beforehand(ctx: StepContext, active: Active) -> dict[Guidance, Inputs]:
+    """The evaluations that can be made together with the step's own, by their terms; none unless that is asked for."""
+    if not ctx.denoise.batch_contrasts:
+        return {}
+    return {term: inputs for term, _ in active
+            if isinstance(term, ContrastGuidance) and (inputs := term.beforehand(ctx)) is not None}
 
 
 def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:
@@ -110,10 +142,10 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
     guided = torch.stack([window for _, window in losses]).any(dim=0)
     observed = {term: value for term, value in with_graph.observed.items() if not isinstance(term, LossGuidance)}
     ctx = replace(ctx, x_t=ctx.x_t.detach(), observed=observed)
-    return ctx, pred, _scaled_gradient(loss, with_graph.x_t, guided)
+    return ctx, pred, scaled_gradient(loss, with_graph.x_t, guided)
 
 
-def _scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
+def scaled_gradient(loss: Tensor, x_t: Tensor, guided: Tensor) -> Tensor:
     """The gradient d loss / d x_t where guided (N,), 0 elsewhere.
 
     Each image's is by the first of LOSS_SCALES that makes it finite; NaN or infinity is left where none does.

@@ -113,14 +113,22 @@ class StepContext:
         self.shared.evaluations.append((inputs, pred))
         return pred
 
-    def evaluate_together(self, wanted: Sequence[Inputs]) -> None:
-        """Makes several evaluations as one batch, from which `evaluate` then takes them: the same to rounding."""
+    def evaluate_together(self, wanted: Sequence[Inputs]) -> list[int]:
+        """Makes several evaluations as one batch, from which `evaluate` then takes them: the same to rounding.
+
+        Those that the step has made already are left out, and a single one is left to `evaluate`. Returns the place of
+        each in the batch.
+        """
         different: list[Inputs] = []
+        places = []
         for inputs in wanted:
-            if not any(inputs.same(other) for other in different):
-                different.append(inputs)
+            if any(inputs.same(known) for known, _ in self.shared.evaluations):
+                continue
+            place = next((i for i, other in enumerate(different) if inputs.same(other)), len(different))
+            different += [inputs] if place == len(different) else []
+            places.append(place)
         if len(different) < 2:
-            return
+            return places
         x, t = (torch.cat(parts) for parts in zip(*[(inputs.x, inputs.t) for inputs in different], strict=True))
         conditions = [{**self.model_kwargs, **inputs.changes} for inputs in different]
         if any(one.keys() != conditions[0].keys() for one in conditions):
@@ -131,6 +139,7 @@ class StepContext:
                  for values in zip(*[value.chunk(len(different)) for value in vars(pred).values()], strict=True)]
         self.shared.evaluations += [(inputs, Prediction(**part)) for inputs, part in
                                     zip(different, parts, strict=True)]
+        return places
 
     def _bound(self, changes: Mapping[str, Any]) -> Denoiser:
         """The network with changed conditions."""
@@ -273,6 +282,13 @@ class Guidance:
         """Entered around the step's own network evaluation; what it gives is `ctx.observed[self]`."""
         return nullcontext()
 
+    def seen(self, observed: Any, rows: slice) -> Any:
+        """What `observe` gave, of the images in some rows of the batch alone; by default all of it.
+
+        The step's own evaluation may be a part of a larger batch, see `ContrastGuidance.beforehand`.
+        """
+        return observed
+
 
 class ContrastGuidance(Guidance):
     """A term that changes eps by comparing with another evaluation.
@@ -293,9 +309,16 @@ class ContrastGuidance(Guidance):
     passes = Passes(forward=1)
     unconditional: ClassVar[bool] = False
 
+    def beforehand(self, ctx: StepContext) -> Inputs | None:
+        """What `weaker` gives, of a term that needs no prediction for it; None for all others.
+
+        With `--batch_contrasts` such an evaluation is a part of the batch that the step's own is in.
+        """
+        return None
+
     def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """The inputs of the evaluation to compare with; None where that differs in more than its inputs."""
-        return None
+        return self.beforehand(ctx)
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The change of eps, (N, C, H, W): by default `scale (eps - eps of the weaker evaluation)`."""

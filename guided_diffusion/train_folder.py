@@ -18,7 +18,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz, list_images
 from .late import Tensor, torch
+from .options import WATCHED
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
-            "snapshot_images": SAME,
+            "snapshot_images": SAME, "log": SAME, "log_online": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
-FIXED = ("schedule_sampler", "ema_rate")
+FIXED = ("schedule_sampler", "ema_rate", "ema_power")
 STARTS = ("resume_checkpoint", "init_from")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
@@ -92,6 +93,7 @@ class Record:
 
     model: the options of the network and the process by flag name. training: those of the training. ranks: processes.
     data: what `data_digest` says of --data_dir. classes: the names of the classes in the order of their numbers.
+    watched: options of what looks at the training and does not change it, which may differ from start to start.
     """
 
     model: Mapping[str, Any]
@@ -99,12 +101,14 @@ class Record:
     ranks: int | None = None
     data: str | None = None
     classes: Sequence[str] | None = None
+    watched: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
         training = {name: without_secrets(value) if isinstance(value, str) else value
                     for name, value in self.training.items()}
         content: dict[str, Any] = {"model": dict(self.model), "training": training, "ranks": self.ranks}
+        content |= {WATCHED: dict(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)

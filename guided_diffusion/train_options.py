@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .averages import Profile, RateProfile, parse_widths
 from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
+from .log_sinks import SINKS, parse_sinks
 from .options import Options, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
@@ -24,6 +26,8 @@ class LoopOptions(Options):
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
+    grad_clip: float = option(0.0, "largest norm of a step's gradient, of all weights as one vector; a longer one is "
+                              "shortened to it; 0: none is", minimum=0)
     batch_size: int = option(1, "images per step and process", minimum=1)
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
     classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
@@ -33,6 +37,8 @@ class LoopOptions(Options):
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
+    log: str = option("", f"where the log goes beside progress.csv, with commas: {', '.join(SINKS)}")
+    log_online: bool = option(False, "let wandb send the log to its server; False: it stays in --out")
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
     snapshot_images: int = option(0, "keep the moving averages, or the weights where there are none, every so many "
                                   "images, as early networks; 0: none", minimum=0)
@@ -52,6 +58,9 @@ class LoopOptions(Options):
         if self.resume_checkpoint and self.init_from:
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
+        sinks = parse_sinks(self.log)
+        if self.log_online and "wandb" not in sinks:
+            raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):
             if name not in free:
@@ -70,8 +79,13 @@ class LoopOptions(Options):
 
     @property
     def ema_rates(self) -> tuple[float, ...]:
-        """Decay per step of each moving average of the weights."""
+        """Decay per step of the moving averages of the weights that go by a rate."""
         return ()
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The profile of each moving average of the weights."""
+        return tuple(map(RateProfile, self.ema_rates))
 
     @property
     def validation_interval(self) -> int:
@@ -94,13 +108,15 @@ class TrainOptions(LoopOptions):
     lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
                                   minimum=0)
     ema_rate: str = option("0.9999", "decay per step of the moving average of the weights; several: 0.99,0.999")
+    ema_power: str = option("", "width sigma_rel of a moving average by a power function of the step; several: "
+                            "0.05,0.10, of which, kept by --snapshot_images, ema_reconstruct.py makes other widths")
     label_dropout: float = option(0.0, "share of the images that lose their label in a step, so that the network also "
                                   "learns to do without (--null_class), for classifier-free guidance", minimum=0,
                                   maximum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.ema_rates
+        _ = self.profiles
 
     @property
     def total_steps(self) -> int | None:
@@ -122,6 +138,11 @@ class TrainOptions(LoopOptions):
         if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
             raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas")
         return rates
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """Those of --ema_rate, then those of --ema_power; raises UserError where one of them has others."""
+        return (*super().profiles, *parse_widths("ema_power", self.ema_power))
 
 
 @dataclass(frozen=True)

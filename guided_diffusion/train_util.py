@@ -5,9 +5,10 @@ of all ranks, each rank takes its part; so one rank with batch 2B and two with b
 The output folder holds, each file replaced as a whole:
     config.json              all options of the run, the names of its classes, and what tells its images from others
     progress.csv             a row for each --log_interval steps
+    loss.png                 its losses as a picture
     state.safetensors        all that a restart needs; the same command goes on from it
     model.safetensors        the latest weights
-    ema_RATE.safetensors     their moving averages
+    ema_RATE.safetensors     their moving averages; ema_power_WIDTH.safetensors: those by power functions
     snapshot_IMAGES_ema_RATE.safetensors     the same, as they were after so many images (--snapshot_images)
 
 A mistake that one rank finds, a damaged image or a rank that was killed ends the training on all ranks, in the same
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import checkpoint, dist_util
+from .averages import Profile, RateProfile, sampled, update_ema
 from .build import (
     ClassifierOptions,
     DiffusionOptions,
@@ -50,14 +52,18 @@ from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
+from .log_sinks import check_sinks, open_sinks
 from .logger import MetricLogger
+from .loss_curve import draw_loss_curve
 from .progress import progress_bar
 from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
 from .train_folder import Record, data_digest, locked_folder, read_state
 from .train_options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
+from .train_watch import Watched, Watcher
 
 if TYPE_CHECKING:
     from .unet import Encoder
@@ -120,6 +126,7 @@ class TrainLoop:
     config: the options of the network and the process by flag name, stored with the weights.
     class_names: of the labels, stored with the weights; None where there are none.
     drop_labels: the labels of a global batch that a training step is given, from those of the data and the step.
+    watchers: look at the training as it goes on; each must have been prepared before `run`.
     Raises UserError where the output folder holds a run that cannot go on with these options, or where a loss is not
     finite. All ranks do the same; where one of them fails, the others raise PeerError, and LostRankError where it is
     gone.
@@ -127,19 +134,22 @@ class TrainLoop:
 
     def __init__(self, model: Encoder, losses: Losses, sampler: ScheduleSampler, data: Data, options: LoopOptions,
                  config: dict[str, Any], validation_data: Data | None = None,
-                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None) -> None:
+                 class_names: ClassNames | None = None, drop_labels: DropLabels | None = None,
+                 watchers: Sequence[Watcher] = ()) -> None:
+        self.watchers = watchers
         self.class_names = class_names
         self.drop_labels = drop_labels
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
         self.model = model.to(dist_util.dev()).channels_last().train()
-        with _collective():
+        with dist_util.collective():
             dist_util.sync_params(list(model.parameters()))
         self.precision = MixedPrecisionTrainer(self.model, options.fp16_scale_growth)
         self.optimizer = torch.optim.AdamW(
             self.precision.master_params, lr=options.lr, weight_decay=options.weight_decay, fused=True)
-        self.ema = {rate: [param.detach().clone() for param in self.precision.master_params]
-                    for rate in options.ema_rates}
+        self.averages: dict[Profile, list[Tensor]] = {
+            profile: [param.detach().clone() for param in self.precision.master_params]
+            for profile in options.profiles}
         self.warms_up = True                    # whether the averages forget the random start soon
         self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
         self._between_steps = True              # whether weights, averages and sampler belong to the same step
@@ -165,26 +175,37 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self.record.write(self.out)
-            logger = MetricLogger(self.out if dist_util.is_main() else None, resume_step=self.step)
+            logger = self._logger()
         try:
-            self._train(logger)
+            with job("training", self.out):
+                self._train(logger)
         except BaseException as error:
             self._rescue(error)
             if isinstance(error, LostRankError):
                 raise LostRankError(f"{error}; start the same command again to go on from the last save") from None
             raise
+        finally:
+            logger.close()
+
+    def _logger(self) -> MetricLogger:
+        if not dist_util.is_main():
+            return MetricLogger(None)
+        logger = MetricLogger(self.out, self.step)      # so that a log that is none is found before sinks are opened
+        options = self.options
+        logger.sinks = open_sinks(options.log, self.out, self.step, self.record.options, options.log_online)
+        return logger
 
     def _train(self, logger: MetricLogger) -> None:
         global_batch = self.options.batch_size * dist_util.world_size()
         total = self.options.total_steps
         logged, clock = self.step, time.monotonic()
-        with progress_bar(total and total * global_batch, "training", "img", self.step * global_batch,
-                          smoothing=0.05) as progress:
+        with progress_bar(total and total * global_batch, "training", "image", self.step * global_batch) as progress:
             while not self.finished:
                 self.run_step(logger)
                 if (self.step - 1) % self.options.validation_interval == 0:
                     self.validate(logger)
                 progress.update(global_batch)
+                clock += self._watch(logger)
                 if self.step % self.options.log_interval == 0 or self.finished:
                     images = (self.step - logged) * global_batch
                     with dist_util.together():
@@ -196,11 +217,44 @@ class TrainLoop:
                 if passes_multiple(self.step * global_batch, global_batch, self.options.snapshot_images):
                     self.save_snapshot(self.step * global_batch)
 
+    def _watch(self, logger: MetricLogger) -> float:
+        """Lets those watchers look whose turn it is; returns the seconds that it took."""
+        began = time.monotonic()
+        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self.finished]
+        if due:
+            with self._averaged():
+                for watcher in due:
+                    for name, value in watcher.look(self.step).items():
+                        if isinstance(value, Path):
+                            logger.picture(self.step, name, value)
+                        else:
+                            logger.add(name, value)
+        return time.monotonic() - began
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The network for evaluation, with the weights that its folder is sampled with; put back at the end."""
+        profile = sampled(list(self.averages))
+        own = [param.detach().clone() for param in self.precision.model_params] if profile else []
+        self.model.eval()
+        try:
+            self._assign(self.averages[profile] if profile else [])
+            yield
+        finally:
+            self._assign(own)
+            self.model.train()
+
+    @no_grad
+    def _assign(self, values: Sequence[Tensor]) -> None:
+        """Copies values into the parameters of the network; none: they stay."""
+        for param, value in zip(self.precision.model_params, values, strict=bool(values)):
+            param.copy_(value)
+
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
         with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
             batch, losses = self._descend()
-        with _collective():
+        with dist_util.collective():
             average_over_ranks(self.precision.collect_gradients())
         batch, losses = self._gather(batch, losses)
         rate = self.options.learning_rate(self.step)
@@ -208,10 +262,12 @@ class TrainLoop:
             group["lr"] = rate
         logger.add("lr", rate)
         self._between_steps = False
-        norm = self.precision.step(self.optimizer)
+        norm = self.precision.step(self.optimizer, self.options.grad_clip)
+        self._update_ema(math.isfinite(norm))
         if math.isfinite(norm):
             logger.add("grad_norm", norm)
-            self._update_ema()
+            if self.options.grad_clip:
+                logger.add("clipped", float(norm > self.options.grad_clip))
         elif self.precision.lg_loss_scale <= 0:
             with dist_util.together():      # all ranks find the same; one says so
                 raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step "
@@ -257,15 +313,21 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
+                draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
 
     def save_snapshot(self, images: int) -> None:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
         with dist_util.together():
             if dist_util.is_main():
-                kept: dict[str, Sequence[Tensor]] = {f"ema_{rate:g}": average for rate, average in self.ema.items()}
-                for name, tensors in (kept or {"model": self.precision.master_params}).items():
-                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", self._named(tensors),
-                                          self._metadata())
+                for name, (tensors, metadata) in list(self._weights().items())[1 if self.averages else 0:]:
+                    checkpoint.save_state(self.out / f"snapshot_{images}_{name}.safetensors", tensors, metadata)
+
+    def _weights(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """The weights, and then their averages, by the names of their files, each with its metadata."""
+        metadata = self._metadata()
+        return {"model": (self._named(self.precision.master_params), metadata),
+                **{profile.name: (self._named(average), {**metadata, **profile.facts})
+                   for profile, average in self.averages.items()}}
 
     def _metadata(self) -> dict[str, str]:
         """What the files of the weights state of themselves."""
@@ -274,13 +336,11 @@ class TrainLoop:
         return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
 
     def _write(self) -> None:
-        metadata = self._metadata()
-        weights = {"model": self._named(self.precision.master_params),
-                   **{f"ema_{rate:g}": self._named(average) for rate, average in self.ema.items()}}
-        for name, tensors in weights.items():
+        weights = self._weights()
+        for name, (tensors, metadata) in weights.items():
             checkpoint.save_state(self.out / f"{name}.safetensors", tensors, metadata)
-        tensors = {f"{kind}/{name}": value for kind, group in weights.items() for name, value in group.items()}
-        checkpoint.save_state(self.out / "state.safetensors", {**tensors, **self._other_state()}, metadata)
+        state = {f"{kind}/{name}": value for kind, (group, _) in weights.items() for name, value in group.items()}
+        checkpoint.save_state(self.out / "state.safetensors", {**state, **self._other_state()}, self._metadata())
         self.saved = self.step
 
     def _rescue(self, error: BaseException) -> None:
@@ -315,21 +375,16 @@ class TrainLoop:
         return TrainingBatch(images, torch.from_numpy(np.stack(noise)), t[part], weights[part], cond)
 
     @no_grad
-    def _update_ema(self) -> None:
-        for rate, average in self.ema.items():
-            now = min(rate, (1 + self.step) / (10 + self.step)) if self.warms_up else rate
-            update_ema(average, self.precision.master_params, now)
+    def _update_ema(self, stepped: bool) -> None:
+        """Moves the averages on; stepped: whether the weights changed, else not all of them count the step."""
+        for profile, average in self.averages.items():
+            if stepped or profile.counts_overflow:
+                update_ema(average, self.precision.master_params, profile.decay(self.step, self.warms_up))
 
     def _gather(self, batch: TrainingBatch, losses: dict[str, Tensor]) -> tuple[TrainingBatch, dict[str, Tensor]]:
         """The t and weights, and the losses, of the global batch, on the CPU."""
         rows = torch.stack([batch.t.double(), batch.weights.double(), *(v.cpu().double() for v in losses.values())])
-        if dist_util.world_size() > 1:
-            if dist.get_backend() == "nccl":
-                rows = rows.to(dist_util.dev())
-            pieces = [torch.empty_like(rows) for _ in range(dist_util.world_size())]
-            with _collective():
-                dist.all_gather(pieces, rows)
-            rows = torch.cat(pieces, dim=1).cpu()
+        rows = torch.cat(dist_util.gathered(rows), dim=1)
         return replace(batch, t=rows[0].long(), weights=rows[1]), dict(zip(losses, rows[2:], strict=True))
 
     def _log_losses(self, logger: MetricLogger, prefix: str, batch: TrainingBatch, losses: dict[str, Tensor]) -> None:
@@ -361,7 +416,8 @@ class TrainLoop:
         before = Record.read(self.out) or Record.stated_by(path)
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
-                             None if self.class_names is None else self.class_names.to_json())
+                             None if self.class_names is None else self.class_names.to_json(),
+                             {name: value for one in self.watchers for name, value in one.settings.items()})
         if path.exists():
             said = self.record.continues(before, self.out) if before and dist_util.is_main() else []
             self._take_state(path)
@@ -385,8 +441,9 @@ class TrainLoop:
                             "later")
         self._fill(self.precision.master_params, start.weights)
         self.precision.copy_to_model()
-        for rate, average in self.ema.items():
-            self._fill(average, start.averages.get(rate, self._named(self.precision.master_params)))
+        official = {RateProfile(rate).name: average for rate, average in start.averages.items()}
+        for profile, average in self.averages.items():
+            self._fill(average, official.get(profile.name, self._named(self.precision.master_params)))
         if start.moments:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
@@ -400,8 +457,8 @@ class TrainLoop:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
         self._fill(self.precision.master_params, groups["model"])
         self.precision.copy_to_model()
-        for rate, average in self.ema.items():
-            self._fill(average, groups[f"ema_{rate:g}"])
+        for profile, average in self.averages.items():
+            self._fill(average, groups[profile.name])
         if "optimizer" in groups:           # else every step so far has overflowed
             self._load_moments(groups["optimizer"])
         self.sampler.load_state_dict(groups.get("sampler", {}))
@@ -413,7 +470,7 @@ class TrainLoop:
         """What a state of this training holds: the shapes by kind and name."""
         weights = weight_shapes(self._named(self.precision.master_params))
         moments = {f"{key}/{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in weights.items()}
-        averages: dict[str, Shapes] = {f"ema_{rate:g}": weights for rate in self.ema}
+        averages: dict[str, Shapes] = {profile.name: weights for profile in self.averages}
         return {"loop": {"step": (), "lg_loss_scale": ()}, "model": weights, **averages,
                 "optimizer": {**moments, **{f"step/{name}": () for name in weights}},
                 "sampler": weight_shapes(self.sampler.state_dict())}
@@ -431,15 +488,6 @@ class TrainLoop:
         for name, tensor in zip(self.precision.names, tensors, strict=True):
             if name in values:
                 tensor.copy_(values[name])
-
-
-@no_grad
-def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> None:
-    """Moves each average a step towards its parameter, in place: average = rate * average + (1 - rate) * param.
-
-    The loop gives min(rate, (1 + step) / (10 + step)), so that the random start is soon forgotten.
-    """
-    torch._foreach_lerp_(average, [param.detach() for param in params], 1 - rate)
 
 
 def passes_multiple(images: int, batch: int, interval: int) -> bool:
@@ -484,34 +532,27 @@ def _is_kept(store: dist.Store) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _collective() -> Iterator[None]:
-    """Turns the failure of a collective operation into LostRankError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if not dist.is_initialized():
-            raise
-        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
-
-
 # What is trained
 
 
 def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_options: DiffusionOptions,
-                    options: TrainOptions) -> None:
+                    options: TrainOptions, watchers: Sequence[Watcher] = ()) -> None:
     """Trains a diffusion model on images; raises UserError as `TrainLoop` and `load_data` do.
 
     An upsampler sees beside each noisy image the same one in small, made by averaging areas, as in the official code.
+    watchers: look at the network while it is trained.
     """
     dist_util.setup_dist()
+    with dist_util.together():
+        check_sinks(options.log)
     if options.label_dropout:
         if not model_options.class_cond:
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
                             "--class_cond True")
         model_options = replace(model_options, null_class=True)
+    if options.ema_power and not options.snapshot_images:
+        _say(f"--ema_power {options.ema_power}: no snapshots are kept, as --snapshot_images is 0, so that no other "
+             "widths can be made after the training")
     config = {**asdict(model_options), **asdict(diffusion_options)}
     with dist_util.together():
         with seeded_torch("weights", options.seed):
@@ -533,9 +574,18 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         drop = None
         if model.null_label is not None and options.label_dropout:
             drop = label_dropout(options.label_dropout, model.null_label, options.seed)
-        TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
-                  drop_labels=drop).run()
-    averages = [f"ema_{rate:g}" for rate in sorted(options.ema_rates)]
+        loop = TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
+                         drop_labels=drop, watchers=watchers)
+        if not loop.finished:
+            profile = sampled(list(loop.averages))
+            low_res = (functools.partial(in_small, size=model_options.small_size)
+                       if isinstance(model_options, UpsamplerOptions) else None)
+            watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,
+                              options.seed, images.count, images.at, low_res)
+            for watcher in watchers:
+                watcher.prepare(watched)
+        loop.run()
+    averages = sorted(profile.name for profile in options.profiles)
     upsamples = isinstance(model_options, UpsamplerOptions)
     command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
@@ -550,6 +600,8 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
                      options: ClassifierTrainOptions) -> None:
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
     dist_util.setup_dist()
+    with dist_util.together():
+        check_sinks(options.log)
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:

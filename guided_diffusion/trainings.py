@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,25 @@ CONFIG, GUIDANCE_KEY = "config.json", "guidance"        # of a folder, and what 
 def best_weights(folder: Path) -> Path:
     """The weights to sample from: the moving average with the largest rate, else the latest weights.
 
-    Raises UserError where the folder holds neither.
+    Without a rate, the narrowest average by a power function comes first. Raises UserError where the folder holds none
+    of these.
     """
-    rates = {rate: path for path in folder.glob(f"ema_*{SUFFIX}") if (rate := _rate(path)) is not None}
-    if rates:
-        return rates[max(rates)]
+    rates, widths = _averages(folder, "ema_"), _averages(folder, "ema_power_")
+    if rates or widths:
+        return rates[max(rates)] if rates else widths[min(widths)]
     latest = folder / f"model{SUFFIX}"
     if latest.is_file():
         return latest
     raise UserError(f"--model {folder}: holds no weights of a training, neither ema_RATE{SUFFIX} nor {latest.name}")
 
 
-def _rate(path: Path) -> float | None:
-    try:
-        return float(path.stem.removeprefix("ema_"))
-    except ValueError:
-        return None
+def _averages(folder: Path, prefix: str) -> dict[float, Path]:
+    """The files of moving averages by the number after the prefix; those with another word there are left out."""
+    found = {}
+    for path in folder.glob(f"{prefix}*{SUFFIX}"):
+        with contextlib.suppress(ValueError):
+            found[float(path.stem.removeprefix(prefix))] = path
+    return found
 
 
 def guidance_in(folder: Path) -> dict[str, Any]:

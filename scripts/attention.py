@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from evaluations.attention.study import AttentionOptions, study_attention
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
@@ -21,9 +21,14 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    options = parse_options(argv, AttentionOptions, ModelOptions, DiffusionOptions, description=__doc__,
-                            preset=preset_values)
-    print(study_attention(*options))
+    show, *options = parse_options(argv, ShowOptions, AttentionOptions, ModelOptions, DiffusionOptions,
+                                   description=__doc__, preset=preset_values)
+    text = study_attention(*options)
+    if show.open:
+        from evaluations.reports.report import with_page  # here, as it takes a second to load
+
+        text = with_page(text, options[0].out)
+    tell(text, show)
 
 
 if __name__ == "__main__":

@@ -10,27 +10,26 @@ Examples (each goes on where it was stopped when started again):
 import sys
 from collections.abc import Sequence
 
-from evaluations.bench.bench import BenchOptions, run_bench
+from evaluations.bench.bench import BenchOptions, page_of, run_bench
 from evaluations.bench.settings import BenchSpec, bench_names
 from evaluations.reproduction.reproduce import launch
 from guided_diffusion import dist_util
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stdout, run_script, tell
 from guided_diffusion.options import Words, option_fields, options_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    parser = options_parser(argv, BenchOptions, BenchSpec, description=__doc__,
+    parser = options_parser(argv, BenchOptions, BenchSpec, ShowOptions, description=__doc__,
                             words=Words("BENCH", f"the bench: {', '.join(bench_names())}, or a file of this kind"))
-    words, (options, spec) = parser.read(argv)
+    words, (options, spec, show) = parser.read(argv)
     code = launch(options.as_table)
     if code is not None:
         sys.exit(code)
     fields = {field.name for field in option_fields(BenchSpec)}
     text = run_bench(words, options, {name: getattr(spec, name) for name in parser.given if name in fields})
-    if text:
-        print(text)
+    tell(text if options.plan or not text else f"{text}\npage: {page_of(words, options)}", show)
     dist_util.shutdown()
 
 

@@ -3,17 +3,19 @@
 Every guidance method is measured; one that needs files, only where the model has them, or they are given.
 
 With --against, this code is compared with a clone of the official one instead: networks of three shapes, the same
-weights, in turn.
+weights, in turn; with --training it is steps of training that are timed.
 
 Examples:
     python scripts/benchmark.py --model fmnist32 --batch_size 64
     python scripts/benchmark.py --against guided-diffusion --rounds 5
+    python scripts/benchmark.py --against guided-diffusion --training True --shapes 1 --rounds 5
 """
 
 from collections.abc import Sequence
 
 from evaluations.benchmarks.against import AgainstOptions, benchmark_against
 from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
+from evaluations.benchmarks.training import benchmark_training
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.guidance import GUIDANCE
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv, BenchmarkOptions, AgainstOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=lambda given: preset_values({"model": "fmnist32", **given}))
     if against.against:
-        print(benchmark_against(against, options.rounds))
+        print((benchmark_training if against.training else benchmark_against)(against, options.rounds))
         return
     print(benchmark(options, model, diffusion, methods))
 

@@ -19,7 +19,7 @@ from evaluations.cascade import Cascade, CascadeOptions, EvaluationPart
 from evaluations.evaluation import EvaluatorOptions, ExtractorOptions
 from evaluations.evaluator import warn
 from guided_diffusion import dist_util
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, options_parser, parse_words
 from guided_diffusion.runs.command import Run, read_run, say_without_effect
@@ -42,10 +42,10 @@ def divided(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return parts
 
 
-def read(argv: Sequence[str]) -> Cascade:
-    """The cascade that a command line describes. Raises UserError, which names the part."""
+def read(argv: Sequence[str]) -> tuple[Cascade, ShowOptions]:
+    """The cascade that a command line describes, and what is shown. Raises UserError, which names the part."""
     (_, own), *parts = divided(argv)
-    _, (options,) = options_parser(own, CascadeOptions, description=__doc__).read(own)
+    _, (options, show) = options_parser(own, CascadeOptions, ShowOptions, description=__doc__).read(own)
     named = [name for name, _ in parts]
     for name in ("base", "evaluation"):
         if named.count(name) > 1:
@@ -55,7 +55,7 @@ def read(argv: Sequence[str]) -> Cascade:
     evaluation = _evaluation(dict(parts).get("evaluation"))
     if not base:
         raise UserError("a cascade needs base images: add the word base and its options, like base --model fmnist32")
-    return Cascade(options, base[0], upsamplers, evaluation, warn)
+    return Cascade(options, base[0], upsamplers, evaluation, warn), show
 
 
 def _run(name: str, words: list[str], kind: type[Run]) -> Run:
@@ -89,10 +89,10 @@ def _evaluation(words: list[str] | None) -> EvaluationPart | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    found = read(sys.argv[1:] if argv is None else argv).run()
+    cascade, show = read(sys.argv[1:] if argv is None else argv)
+    found = cascade.run()
     dist_util.shutdown()
-    if found:
-        print(found)
+    tell(found, show)
 
 
 if __name__ == "__main__":

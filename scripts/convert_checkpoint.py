@@ -1,14 +1,20 @@
 r"""Write a checkpoint in another precision: the same names, and what its metadata say. Networks load any of them.
 
-Example, which makes a file half as large:
+A folder of diffusers with a UNet2DModel, alone or in a pipeline, becomes a checkpoint of this project that states its
+options. scripts/export_model.py --layout diffusers goes the other way.
+
+Examples, of which the first makes a file half as large:
     python scripts/convert_checkpoint.py runs/scenes32/ema_0.999.safetensors --dtype float16 \
         --out guided_diffusion/models/scenes32.safetensors
+    python scripts/convert_checkpoint.py exports/pipeline --dtype float32 --out models/converted.safetensors
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
@@ -28,18 +34,27 @@ class ConvertOptions(Options):
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    files, (options,) = parse_words(argv, Words("CHECKPOINT", "checkpoint to read, .pt or .safetensors", needed=True),
+    files, (options,) = parse_words(argv, Words("CHECKPOINT", "checkpoint to read, .pt or .safetensors, or a folder of "
+                                                "diffusers", needed=True),
                                     ConvertOptions, description=__doc__)
     if len(files) > 1:
         raise UserError(f"{len(files)} checkpoints given: name one")
     import torch  # here, as help needs none of it
 
     from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+    from guided_diffusion.unet2d.files import read_network
 
-    dtype, weights = getattr(torch, options.dtype), load_state_dict(files[0], entry=options.checkpoint_entry)
+    path, dtype = files[0], getattr(torch, options.dtype)
+    if not Path(path).is_dir():
+        weights, metadata = load_state_dict(path, entry=options.checkpoint_entry), read_metadata(path)
+    elif options.checkpoint_entry:
+        raise UserError(f"--checkpoint_entry {options.checkpoint_entry}: is of checkpoints, and {path} is a folder")
+    else:
+        weights, flags = read_network(Path(path))
+        metadata = {"config": json.dumps(flags)}
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    save_state(options.out, converted, read_metadata(files[0]))
-    print(f"checkpoint: {options.out}")
+    save_state(options.out, converted, metadata)
+    tell(f"checkpoint: {options.out}")
 
 
 if __name__ == "__main__":

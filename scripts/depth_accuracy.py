@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from evaluations.depth.accuracy import DepthAccuracyOptions, measure_accuracy
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stdout, run_script, tell
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
@@ -18,9 +18,14 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    options = parse_options(argv, DepthAccuracyOptions, ModelOptions, DiffusionOptions, description=__doc__,
-                            preset=preset_values)
-    print(measure_accuracy(*options))
+    show, *options = parse_options(argv, ShowOptions, DepthAccuracyOptions, ModelOptions, DiffusionOptions,
+                                   description=__doc__, preset=preset_values)
+    text = measure_accuracy(*options)
+    if show.open:
+        from evaluations.reports.report import with_page  # here, as it takes a second to load
+
+        text = with_page(text, options[0].out)
+    tell(text, show)
 
 
 if __name__ == "__main__":

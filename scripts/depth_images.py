@@ -8,7 +8,7 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_script, tell
 from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
 from guided_diffusion.options import parse_options
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, DepthImageOptions, description=__doc__)
     write_depth_images(options)
-    print(f"depth images: {options.out}")
+    tell(f"depth images: {options.out}")
 
 
 if __name__ == "__main__":

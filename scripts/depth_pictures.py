@@ -10,15 +10,15 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.depth.pictures import DepthPicturesOptions, draw_geometry
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    folders, (options,) = parse_words(argv, Words("FOLDER", "the --out of sampling runs", needed=True),
-                                      DepthPicturesOptions, description=__doc__)
-    print(draw_geometry(folders, options))
+    folders, (options, show) = parse_words(argv, Words("FOLDER", "the --out of sampling runs", needed=True),
+                                           DepthPicturesOptions, ShowOptions, description=__doc__)
+    tell(draw_geometry(folders, options), show)
 
 
 if __name__ == "__main__":

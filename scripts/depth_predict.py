@@ -8,7 +8,7 @@ Example:
 from collections.abc import Sequence
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_script, tell
 from guided_diffusion.depth.reading import DepthReadingOptions, write_read_depth
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv, DepthReadingOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     clamped = write_read_depth(*options)
-    print(f"depth images: {options[0].out} ({100 * clamped:.2g} % of the pixels were beyond the range and clamped)")
+    tell(f"depth images: {options[0].out} ({100 * clamped:.2g} % of the pixels were beyond the range and clamped)")
 
 
 if __name__ == "__main__":

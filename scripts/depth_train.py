@@ -9,7 +9,7 @@ Examples (each goes on from its last save when started again):
 from collections.abc import Sequence
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import log_to_stdout, run_script, tell
 from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     train_predictors(*options)
-    print(f"predictors: {options[0].out}")
+    tell(f"predictors: {options[0].out}")
 
 
 if __name__ == "__main__":

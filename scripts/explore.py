@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from evaluations.explorer.explore import ExploreOptions, explore
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.fetch import without_secrets
 from guided_diffusion.options import options_parser
 from guided_diffusion.runs.command import say_without_effect
@@ -23,14 +23,14 @@ from guided_diffusion.runs.sample import SamplingRun
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    parser = options_parser(argv, ExploreOptions, *SamplingRun.classes(), description=__doc__,
+    parser = options_parser(argv, ExploreOptions, ShowOptions, *SamplingRun.classes(), description=__doc__,
                             defaults={"out": "explore"})
-    _, (own, *options) = parser.read(argv, SamplingRun.preset_values)
+    _, (own, show, *options) = parser.read(argv, SamplingRun.preset_values)
     run = SamplingRun.of(options)
-    say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against")])
+    say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against", "open")])
     words = sys.argv[1:] if argv is None else argv
     command = without_secrets(shlex.join(["python", "scripts/explore.py", *words]))
-    print(explore(run, own, command, parser.given))
+    tell(explore(run, own, command, parser.given), show)
 
 
 if __name__ == "__main__":

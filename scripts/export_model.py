@@ -4,11 +4,12 @@ Examples:
     python scripts/export_model.py --model fmnist32 --out exports/fmnist32
     python scripts/export_model.py --model runs/photos --licence CC0-1.0 --out exports/photos
     python scripts/image_sample.py --model exports/fmnist32 --num_samples 16
+    python scripts/export_model.py --model icons32 --layout diffusers --out exports/icons32_diffusers
 """
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.exports import ExportOptions, export_model
 from guided_diffusion.options import parse_options
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, ExportOptions, description=__doc__)
-    print(f"model: {export_model(options)}")
+    tell(f"model: {export_model(options)}")
 
 
 if __name__ == "__main__":

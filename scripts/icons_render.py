@@ -7,16 +7,16 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.icons.files import IconOptions, write_icons
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    options, = parse_options(argv, IconOptions, description=__doc__)
+    options, show = parse_options(argv, IconOptions, ShowOptions, description=__doc__)
     write_icons(options, print)
-    print(f"icons: {options.out}")
+    tell(f"icons: {options.out}\nsheet: {options.out}/sheet.png", show)
 
 
 if __name__ == "__main__":

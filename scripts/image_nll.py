@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.likelihood import LikelihoodOptions, LikelihoodRun
 from guided_diffusion.runs.options import preset_values
@@ -20,12 +20,18 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    run = LikelihoodRun(*parse_options(argv, LikelihoodOptions, ModelOptions, DiffusionOptions, description=__doc__,
-                                       preset=preset_values))
+    show, *options = parse_options(argv, ShowOptions, LikelihoodOptions, ModelOptions, DiffusionOptions,
+                                   description=__doc__, preset=preset_values)
+    run = LikelihoodRun(*options)
     result = run.run()
     dist_util.shutdown()
     if result:
-        print(f"likelihood: {result}\nby image:   {run.out / 'bpd.npz'}\nby step:    {run.out / 'terms.csv'}")
+        text = f"likelihood: {result}\nby image:   {run.out / 'bpd.npz'}\nby step:    {run.out / 'terms.csv'}"
+        if show.open:
+            from evaluations.reports.report import with_page  # here, as it takes a second to load
+
+            text = with_page(text, run.out)
+        tell(text, show)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from guided_diffusion.runs.command import sample_command
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    files = sample_command(argv, __doc__)
-    if files:
-        print(files)
+    sample_command(argv, __doc__)
 
 
 if __name__ == "__main__":

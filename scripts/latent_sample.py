@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from guided_diffusion import dist_util
 from guided_diffusion.adapters.run import LatentRun
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.command import files_of
 
@@ -18,11 +18,11 @@ from guided_diffusion.runs.command import files_of
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    options, *methods = parse_options(argv, *LatentRun.classes(), description=__doc__)
+    show, options, *methods = parse_options(argv, ShowOptions, *LatentRun.classes(), description=__doc__)
     path = LatentRun(options, tuple(methods)).run()
     dist_util.shutdown()
     if path is not None:
-        print(files_of(path))
+        tell(files_of(path), show)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words
 from guided_diffusion.prepare import PrepareOptions, prepare
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{len(words)} names given: the lmdb database and the folder to write are needed")
     prepare(words[0], PrepareOptions(out=words[1], image_size=options.image_size, crop="box", labels="none",
                                      name=options.prefix), print)
-    print(f"images: {words[1]}")
+    tell(f"images: {words[1]}")
 
 
 if __name__ == "__main__":

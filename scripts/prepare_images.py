@@ -8,7 +8,7 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.prepare import PrepareOptions, prepare
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(words) > 1:
         raise UserError(f"{words[1]}: one folder, file or database at a time")
     prepare(words[0], options, print)
-    print(f"images: {options.out}")
+    tell(f"images: {options.out}")
 
 
 if __name__ == "__main__":

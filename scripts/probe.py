@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from evaluations.bench.probe import ProbeOptions, run_probe
 from evaluations.bench.probe_report import check_table, write_probe
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stderr, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
@@ -21,11 +21,17 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    options, model, diffusion, *methods = parse_options(
-        argv, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__, preset=preset_values)
+    show, options, model, diffusion, *methods = parse_options(
+        argv, ShowOptions, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
+        preset=preset_values)
     if options.table:
         check_table(options.table, options.metric)
-    print(write_probe(run_probe(options, model, diffusion, methods)))
+    text = write_probe(run_probe(options, model, diffusion, methods))
+    if show.open:
+        from evaluations.reports.report import with_page  # here, as it takes a second to load
+
+        text = with_page(text, options.out)
+    tell(text, show)
 
 
 if __name__ == "__main__":

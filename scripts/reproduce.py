@@ -8,25 +8,25 @@ Examples (each goes on where it was stopped when started again):
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from evaluations.reproduction.reproduce import ReproduceOptions, launch, reproduce
+from evaluations.reproduction.reproduce import PAGE, ReproduceOptions, launch, reproduce
 from evaluations.reproduction.tables import table_names
 from guided_diffusion import dist_util
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import ShowOptions, log_to_stdout, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    words, (options,) = parse_words(argv, Words("TABLE", f"the table: {', '.join(table_names())}"), ReproduceOptions,
-                                    description=__doc__)
+    words, (options, show) = parse_words(argv, Words("TABLE", f"the table: {', '.join(table_names())}"),
+                                         ReproduceOptions, ShowOptions, description=__doc__)
     code = launch(options)
     if code is not None:
         sys.exit(code)
     text = reproduce(words, options)
-    if text:
-        print(text)
+    tell(text if options.plan or not text else f"{text}\npage: {Path(options.out) / words[0] / PAGE}", show)
     dist_util.shutdown()
 
 

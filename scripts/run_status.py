@@ -1,7 +1,11 @@
-"""Tell what a running or stopped sampling run has done, what is missing, and what is damaged.
+"""Tell from another shell what jobs are doing, or have done: sampling, training, evaluation, tables, the bench.
 
-Example:
+Of a sampling run it also tells which images are missing or damaged. The state of a job is status.json in its folder,
+which the job writes every few seconds; of an evaluation, name the file of its --json.
+
+Examples:
     python scripts/run_status.py samples/sag
+    python scripts/run_status.py runs/*/ results.json
 """
 
 import json
@@ -18,19 +22,29 @@ from guided_diffusion.options import Options, Words, parse_words, switch
 class StatusOptions(Options):
     """The report."""
 
-    json: bool = switch("for programs: the same as JSON")
+    json: bool = switch("for programs: the same as JSON, of several folders by their names")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    folders, (options,) = parse_words(argv, Words("FOLDER", "the --out of the run", needed=True), StatusOptions,
-                                      description=__doc__)
-    if len(folders) > 1:
-        raise UserError(f"{len(folders)} folders given: name one")
-    from guided_diffusion.runs.status import run_status  # here, as help needs none of it
+    places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, or the file that it writes",
+                                                 needed=True), StatusOptions, description=__doc__)
+    from guided_diffusion.runs.status import Status, status_of  # here, as help needs none of it
 
-    status = run_status(Path(folders[0]))
-    print(json.dumps(status.as_dict()) if options.json else status)
+    found: dict[str, Status] = {}
+    wrong = []
+    for place in places:
+        try:
+            found[place] = status_of(Path(place))
+        except UserError as error:
+            wrong.append(str(error))
+    if options.json and found:
+        dicts = {place: status.as_dict() for place, status in found.items()}
+        print(json.dumps(dicts if len(places) > 1 else dicts[places[0]]))
+    elif found:
+        print("\n\n".join(f"{place}\n{status}" if len(places) > 1 else str(status) for place, status in found.items()))
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.depth.scenes.files import SceneOptions, write_scenes
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    options, = parse_options(argv, SceneOptions, description=__doc__)
+    options, show = parse_options(argv, SceneOptions, ShowOptions, description=__doc__)
     write_scenes(options)
-    print(f"scenes: {options.out}")
+    tell(f"scenes: {options.out}" + (f"\nsheet: {options.sheet}" if options.sheet else ""), show)
 
 
 if __name__ == "__main__":

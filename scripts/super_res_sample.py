@@ -16,9 +16,7 @@ from guided_diffusion.runs.upsample import UpsamplingRun
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    files = sample_command(argv, __doc__, kind=UpsamplingRun)
-    if files:
-        print(files)
+    sample_command(argv, __doc__, kind=UpsamplingRun)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ Examples (each goes on from its last save when started again):
 
 from collections.abc import Sequence
 
+from evaluations.early_fid import watchers
 from guided_diffusion.build import DiffusionOptions, UpsamplerOptions
 from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
+from guided_diffusion.runs.previews import PreviewOptions, preview_values
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import train_diffusion
 
@@ -18,7 +21,10 @@ from guided_diffusion.train_util import train_diffusion
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    train_diffusion(*parse_options(argv, UpsamplerOptions, DiffusionOptions, TrainOptions, description=__doc__))
+    model, diffusion, options, previews, *guidance = parse_options(
+        argv, UpsamplerOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, description=__doc__,
+        preset=preview_values)
+    train_diffusion(model, diffusion, options, watchers(options, previews, guidance))
 
 
 if __name__ == "__main__":

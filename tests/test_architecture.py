@@ -16,8 +16,8 @@ FLOORS = [
     ["guided_diffusion." + name for name in (
         "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
-        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "rng", "schedules", "losses", "fetch",
-        "pictures", "image_files")],
+        "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
+        "fetch", "pictures", "image_files", "links")],
     ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "attention", "unet", "capture")],
     ["guided_diffusion.process"],
@@ -32,10 +32,11 @@ FLOORS = [
     ["guided_diffusion.execution", "guided_diffusion.stated"],
     ["guided_diffusion.trainings"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
-    ["guided_diffusion.cli", "guided_diffusion.exports", "guided_diffusion.zoo"],
+    ["guided_diffusion." + name for name in ("cli", "exports", "unet2d.*", "zoo")],
     ["guided_diffusion." + name for name in (
-        "classes", "fp16_util", "image_datasets", "logger", "resample", "train_folder", "train_options", "train_start",
-        "train_util", "prepare", "depth.*", "icons.*")],
+        "averages", "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "loss_curve", "reconstruction",
+        "resample", "train_folder", "train_options", "train_start", "train_util", "train_watch", "prepare", "depth.*",
+        "icons.*")],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion.adapters.*"],
@@ -44,13 +45,16 @@ FLOORS = [
     ["evaluations"],
     ["evaluations.metrics.*"],
     ["evaluations." + name for name in (
-        "features", "feature_files", "references", "image_sets", "plots", "memory", "depth_errors")],
+        "features", "feature_files", "references", "image_sets", "plots", "nearest", "training_chart", "memory",
+        "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
-    ["evaluations." + name for name in ("evaluation", "evaluator", "class_accuracy", "make_reference", "cascade")],
+    ["evaluations." + name for name in (
+        "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],
     ["evaluations.bench.*", "evaluations.explorer.*"],
+    ["evaluations.reports.*"],
     ["evaluations." + name for name in (        # old names of what has moved
         "benchmark", "depth_fid", "depth_metrics", "depth_pictures", "memory_benchmark", "npz", "recognised",
         "train_embedded", "train_scenes_judge")],

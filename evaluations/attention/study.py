@@ -31,6 +31,7 @@ from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
 from guided_diffusion.options import Options, comma_separated, entry_option, option, seed_option
@@ -159,6 +160,9 @@ class ObservedNetwork:
     """
 
     def __init__(self, run: SamplingRun, heads: str) -> None:
+        if run.model.in_channels not in (1, 3):
+            raise UserError(f"{run.title()}: the network has {run.model.in_channels} channels, and pictures are drawn "
+                            "of 1 or 3")
         self.run, self.heads = run, heads
         self.model, self.network, self.diffusion, self.guidance = run.build()
         self.labels = run.labels()
@@ -301,6 +305,10 @@ class AttentionStudy:
 
     def run(self) -> str:
         """Writes all files and returns the summary."""
+        with job("attention study", self.out):
+            return self._run()
+
+    def _run(self) -> str:
         patches = self._sample()
         frequencies = patches.rows()
         if frequencies:
@@ -320,7 +328,7 @@ class AttentionStudy:
         options = self.options
         patches = PatchStatistics(options.threshold)
         image_ids = sorted({*range(options.num_images), *options.image_ids})
-        with progress_bar(len(image_ids) * len(self.steps), "sampled images", "img") as progress:
+        with progress_bar(len(image_ids) * len(self.steps), "sampled images", "image") as progress:
             for piece in _pieces(image_ids, options.batch_size):
                 drawn: dict[int, list[Observation]] = {one: [] for one in piece if one in options.image_ids}
                 counted = sum(image_id < options.num_images for image_id in piece)
@@ -346,7 +354,7 @@ class AttentionStudy:
         others = np.roll(objects.mask, 1, axis=0)
         scores: dict[tuple[str, int], list[np.ndarray]] = {}
         count = len(objects.images)
-        with progress_bar(count * len(self.object_steps), "real images", "img") as progress:
+        with progress_bar(count * len(self.object_steps), "real images", "image") as progress:
             for piece in _pieces(range(count), self.options.batch_size):
                 for observation in self._observe_real(objects, piece):
                     for block in self.blocks:

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from guided_diffusion import dist_util
 from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
+from guided_diffusion.jobs import job
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.pictures import save_comparison
+from guided_diffusion.progress import Progress, progress_bar
 
 from ..evaluation import ExtractorOptions
 from ..metrics import METRICS
@@ -25,7 +27,7 @@ from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
-from ..reproduction.reproduce import FEATURES, ReproduceOptions, made_here, pictures, prepared, write_all
+from ..reproduction.reproduce import FEATURES, PAGE, ReproduceOptions, made_here, pictures, prepared, write_all
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
@@ -97,12 +99,18 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
             found, why = _chosen(bench, options)
             if dist_util.is_main():
                 stack.enter_context(prepared(bench.folder))
+                stack.enter_context(job("bench", bench.folder, bench.title))
         why |= {one.short: "; ".join(map(str, one.missing)) for one in found if one.missing}
         found = [one for one in found if not one.missing]
         seconds = _rank_seconds(bench, options) / dist_util.world_size()
         work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
         work.sample(found)
         return work.write()
+
+
+def page_of(words: Sequence[str], options: BenchOptions) -> Path:
+    """Returns where the page of the reported table of a bench is. Raises UserError as `load_bench`."""
+    return load_bench(words, options.as_table, {}).folder / "report" / PAGE
 
 
 def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:
@@ -167,27 +175,27 @@ class BenchRun:
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
-        spec = self.bench.spec
-        self._do(unguided(self.bench, spec.evaluations))
-        if not self.reports:
-            raise UserError(f"--hours {self.hours.limit:g}: are too few for the row without guidance: "
-                            f"{'; '.join(self.left_out)}")
-        self._time_evaluation()
-        for unit in alone(self.bench, found):
-            self._do(unit)
-        for unit in elsewhere(self.bench, dict(self.best)):
-            self._do(unit)
-        order = self.decisions.same(self._in_order())
-        best = {**{one.short: one.settings[0] for one in found if one.transforms}, **self.best}
-        for unit in in_pairs(self.bench, found, best, order):
-            self._do(unit)
+        with progress_bar(None, "pieces of work", "piece") as progress:
+            self._do(unguided(self.bench, self.bench.spec.evaluations), progress)
+            if not self.reports:
+                raise UserError(f"--hours {self.hours.limit:g}: are too few for the row without guidance: "
+                                f"{'; '.join(self.left_out)}")
+            self._time_evaluation()
+            for unit in alone(self.bench, found):
+                self._do(unit, progress)
+            for unit in elsewhere(self.bench, dict(self.best)):
+                self._do(unit, progress)
+            order = self.decisions.same(self._in_order())
+            best = {**{one.short: one.settings[0] for one in found if one.transforms}, **self.best}
+            for unit in in_pairs(self.bench, found, best, order):
+                self._do(unit, progress)
 
     def _in_order(self) -> list[str]:
         """Returns the methods from the best search to the worst."""
         lower = self.bench.spec.better(0, 1)
         return sorted(self.values, key=lambda short: self.values[short] if lower else -self.values[short])
 
-    def _do(self, unit: Unit) -> None:
+    def _do(self, unit: Unit, progress: Progress) -> None:
         """Searches and samples a piece of work, where there is time for it."""
         key, cost = unit.key(self.bench), unit.cost(self.bench)
         expected = 0.0 if key in self.hours.done else self.hours.expected(cost)
@@ -197,7 +205,8 @@ class BenchRun:
                                  f"of the {max(left, 0) / 3600:.2g} h that are left)")
             return
         flags, rows = unit.settings[-1], unit.rows(self.bench)
-        todo: float = sum(self._sampled(row) for row in rows)
+        progress.note(f"{unit.title} at {unit.evaluations} evaluations")
+        todo = self._searched(rows)
         if rows:
             place, value = self._best_of(rows)
             flags = unit.settings[place]
@@ -210,6 +219,17 @@ class BenchRun:
         self.hours.reserve += self._evaluation_seconds
         if dist_util.is_main():
             self.hours.count(key, todo)
+        progress.update()
+
+    def _searched(self, rows: Sequence[Row]) -> float:
+        """Samples the rows of a search; returns the evaluations that they took."""
+        todo = 0.0
+        with progress_bar(len(rows), "search", "row", enabled=bool(rows)) as progress:
+            for row in rows:
+                progress.note(row.name)
+                todo += self._sampled(row)
+                progress.update()
+        return todo
 
     def _sampled(self, row: Row) -> float:
         """Samples a row; returns the evaluations that it took."""

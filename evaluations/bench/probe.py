@@ -12,7 +12,7 @@ noise, which the network was trained on. Nothing is sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,10 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.options import Options, comma_separated, option, required, seed_option
 from guided_diffusion.process import Denoiser
@@ -51,6 +53,8 @@ class ProbeOptions(Options):
                              "the test images are taken")
     methods: str = option("", "which methods, comma-separated, by their short names, like SAG,PAG; unset: all that "
                           "contrast two predictions and that the model supports")
+    labels: str = option("given", "classes of the images: given, those of --data_dir; none, of a network with a null "
+                         "class", choices=("given", "none"))
     levels: int = option(8, "noise levels, evenly spaced over the steps", minimum=1)
     num_images: int = option(32, "images, the first ones", minimum=2)
     batch_size: int = option(16, "images at a time", minimum=1)
@@ -147,9 +151,13 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
                            seed=options.seed)
     off = [type(method)(**_files_of(method)) for method in methods]
     run = SamplingRun.of([sample, model, diffusion, *(kind() for kind in SAMPLERS.values()), *off])
+    if options.labels == "none" and not model.null_class:
+        raise UserError("--labels none: the network has no null class, as training with --label_dropout makes it")
     images = _held_out(options, model)
     chosen, why = _methods(options, replace(run, guidance=tuple(methods)))
     built = run.build()
+    if options.labels == "none":
+        built = built._replace(network=unlabelled(built.network, model.num_classes))
     nets = Networks(built.model, dist_util.dev(), options.seed)
     terms: list[ContrastGuidance] = []
     named: list[tuple[GuidanceOptions, str]] = []
@@ -159,10 +167,19 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
             named.append((there, block))
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
-    moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
+    with job("probe", check_folder("--out", options.out)):
+        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
     sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
     return ProbeResult(options, steps, sigmas, [
         Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why)
+
+
+def unlabelled(network: Callable[..., Tensor], null_class: int) -> Callable[..., Tensor]:
+    """The network with the null class in place of every class that it is called with."""
+    def evaluate(x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+        return network(x, t, y=torch.full_like(y, null_class), **kwargs)
+
+    return evaluate
 
 
 def _files_of(method: GuidanceOptions) -> dict[str, Any]:
@@ -222,7 +239,7 @@ def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[li
     """Yields the first images with their places and conditions, without augmentation."""
     plan = BatchPlan(images.count, options.batch_size, 0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
     batches = images.batches(plan, 0)
-    with progress_bar(options.num_images, "probing", "img") as progress:
+    with progress_bar(options.num_images, "probing", "image") as progress:
         for start in range(0, options.num_images, options.batch_size):
             count = min(options.batch_size, options.num_images - start)
             x0, conditions = next(batches)

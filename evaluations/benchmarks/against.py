@@ -63,10 +63,13 @@ class AgainstOptions(Options):
 
     against: str = option("", "a clone of the official code, whose network is timed beside this one on three shapes; "
                           "unset: none")
+    training: bool = option(False, "with --against: time steps of training, in place of evaluations")
     shapes: str = option("", f"which shapes, by number from 1 to {len(SHAPES)}, comma-separated; unset: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.training and not self.against:
+            raise UserError("--training True: needs --against, a clone of the official code to compare with")
         _ = self.chosen                 # which raises for what is not allowed
 
     @property

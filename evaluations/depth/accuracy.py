@@ -39,6 +39,7 @@ from guided_diffusion.depth.train import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, reason, write_csv, write_json, write_text
+from guided_diffusion.jobs import job
 from guided_diffusion.late import no_grad, torch
 from guided_diffusion.options import option
 from guided_diffusion.progress import progress_bar
@@ -122,6 +123,10 @@ class AccuracyStudy:
 
     def run(self) -> str:
         """Writes all files and returns the verdict."""
+        with job("depth accuracy", self.out):
+            return self._run()
+
+    def _run(self) -> str:
         tables = [self._read_table(name) for name in ("blocks", "timesteps", "labels")]
         if not all(tables):
             predictors = {}
@@ -158,7 +163,7 @@ class AccuracyStudy:
         blocks = list(dict.fromkeys(name for p in predictors.values() for name in p.blocks))
         count, limits = len(self.held.images), parse_depth_range(self.depth_range)
         errors: dict[tuple[int, str], list[np.ndarray]] = {}
-        with progress_bar(count * len(self.steps), "measuring", "img") as progress:
+        with progress_bar(count * len(self.steps), "measuring", "image") as progress:
             for step, t in enumerate(self.steps):
                 for start in range(0, count, EVALUATED_AT_ONCE):
                     images = np.arange(start, min(start + EVALUATED_AT_ONCE, count))

@@ -15,7 +15,8 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.options import Options, comma_separated, nearest, option, option_fields
+from guided_diffusion.jobs import job
+from guided_diffusion.options import Options, comma_separated, image_numbers, nearest, option, option_fields
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.command import say_without_effect
 from guided_diffusion.runs.sample import SamplingRun
@@ -47,20 +48,7 @@ class ExploreOptions(Options):
     @property
     def image_ids(self) -> list[int]:
         """The numbers of the images, rising. Raises UserError for anything but one to MOST_IMAGES different numbers."""
-        refusal = UserError(f"--images {self.images}: must be a range of numbers from 0 up, like 0:8, or a list of "
-                            f"them, like 3,5,12, of at most {MOST_IMAGES}")
-        numbers: set[int] = set()
-        for part in comma_separated(self.images):
-            first, colon, end = part.partition(":")
-            if not first.isdecimal() or (colon and not end.isdecimal()):
-                raise refusal
-            span = range(int(first), int(end) if colon else int(first) + 1)
-            if not 0 < len(span) <= MOST_IMAGES:
-                raise refusal
-            numbers |= set(span)
-        if not 0 < len(numbers) <= MOST_IMAGES:
-            raise refusal
-        return sorted(numbers)
+        return image_numbers(self.images, MOST_IMAGES)
 
     def second(self, run: SamplingRun) -> SamplingRun | None:
         """The run of --against; None where there is none. Raises UserError for what is not allowed there."""
@@ -110,7 +98,8 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
         runs["against"] = second
     blocks = comma_separated(options.blocks)
     recorders = [Recorder(one, image_ids, blocks) for one in runs.values()]
-    with progress_bar(sum(one.num_steps for one in runs.values()) * len(image_ids), "recorded", "step") as progress:
+    steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
+    with job("explorer", folder), progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
     lines = []
     for name, recording in zip(runs, recordings, strict=True):

@@ -6,34 +6,25 @@ What stands in it is prepared here; how it looks and moves is in templates/.
 from __future__ import annotations
 
 import base64
-import hashlib
-import io
-import json
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write_text
 
+from ..pages import page as pages
+from ..pages.page import LIMIT, Pages, lossy
+from ..pages.pictures import data_uri
 from .recording import Recording
 
-LOG = logging.getLogger(__name__)
-
-LIMIT = 25_000_000              # bytes of a page
-QUALITIES = (None, 90, 80, 65, 50, 35)      # of pictures: None is without loss, else WebP of that quality
 LETTERS = "AB"
 PSI_STEPS = 100                 # received attention is in hundredths, rounded up, so that r > k / 100 stays exact
 
+OF_EPS = ("contrast", "transform")          # kinds of terms whose changes of eps add up
 COLOUR, SIGNED, MASK = "colour", "signed", "mask"
 
 
@@ -59,9 +50,11 @@ def picture_kinds(recording: Recording) -> list[PictureKind]:
     for number, term in enumerate(recording.terms):
         kinds += [PictureKind(f"term{number}_degraded", f"{term.title}: degraded input", COLOUR, number),
                   PictureKind(f"term{number}_mask", f"{term.title}: mask", MASK, number),
-                  PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number)]
+                  PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number),
+                  PictureKind(f"term{number}_state_change", f"{term.title}: change of x_(t-1)", SIGNED, number)]
     present = [kind for kind in kinds if kind.name in recording.arrays]
-    changes = [kind for kind in present if kind.drawn == SIGNED and kind.term is not None]
+    changes = [kind for kind in present if kind.term is not None and recording.terms[kind.term].kind in OF_EPS
+               and kind.drawn == SIGNED]
     # One contrast alone is the sum of all.
     return [kind for kind in present if kind.name != "eps_change" or len(changes) > 1]
 
@@ -73,65 +66,33 @@ def write_page(path: str | Path, recordings: Sequence[Recording], title: str, co
     logged and stands in the page. Raises UserError where even that is too much, and where the file cannot be written.
     """
     lossless: dict[tuple[str, str], Any] = {}
-    for quality in QUALITIES:
-        text = page(recordings, title, command, quality, lossless)
-        size = len(text.encode())
-        if size <= limit:
-            if quality is not None:
-                LOG.info("%s: %s", path, lossy(quality))
-            write_text(path, text)
-            return size
-    raise UserError(f"--images: the page would take {size:,} bytes, and the limit is {limit:,}; record fewer images, "
-                    "or fewer steps with --timestep_respacing")
-
-
-def lossy(quality: int | None) -> str:
-    """What is said of pictures of that quality."""
-    if quality is None:
-        return "pictures are without loss"
-    return f"pictures are compressed with loss (WebP, quality {quality}), to keep the page small; recording.npz is not"
+    return pages.write_page(
+        path, lambda quality: page(recordings, title, command, quality, lossless), lambda size, limit: UserError(
+            f"--images: the page would take {size:,} bytes, and the limit is {limit:,}; record fewer images, or fewer "
+            "steps with --timestep_respacing"), limit)
 
 
 def page(recordings: Sequence[Recording], title: str, command: str, quality: int | None = None,
          lossless: dict[tuple[str, str], Any] | None = None) -> str:
-    """Returns the page; quality: of its pictures, see QUALITIES.
+    """Returns the page; quality: of its pictures, see `pages.page`.
 
     lossless: keeps what is the same at every quality, changes and masks, from one call to the next.
     """
     kept = {} if lossless is None else lossless
     first = recordings[0]
     height, width = first.arrays["x_t"].shape[-2:]
-    environment = Environment(loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                              undefined=StrictUndefined)
-    script, style = _asset("explorer.js"), _asset("explorer.css")
     data = {
         "steps": first.steps, "sigma": first.sigma, "images": first.image_ids, "labels": first.labels,
         "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "psi_steps": PSI_STEPS,
         "settings": [_setting(letter, one, quality, kept) for letter, one in zip(LETTERS, recordings, strict=False)]}
-    return environment.get_template("explorer.html.jinja").render(
-        title=title, command=command, first=first, settings=list(zip(LETTERS, recordings, strict=False)),
+    said = lossy(quality) + ("; recording.npz is not" if quality is not None else "")
+    return Pages(__package__, ["explorer.css"], ["explorer.js"]).render(
+        "explorer.html.jinja", title, data=data, command=command, first=first,
+        settings=list(zip(LETTERS, recordings, strict=False)),
         kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},
         shared=[kind for kind in picture_kinds(first)[:3]] if len(recordings) > 1 else [],
-        width=width, height=height, enlarged=max(1, 256 // width), quality=lossy(quality), blocks=list(first.blocks),
-        script=Markup(script), style=Markup(style), script_hash=_hash(script), style_hash=_hash(style),
-        data=Markup(_json(data)), rms_chart=any(_rms(one) for one in recordings))
-
-
-def _asset(name: str) -> str:
-    """A file of templates/, between the line ends that the template puts around it."""
-    text = (package_files(__package__) / "templates" / name).read_text(encoding="utf-8")
-    return f"\n{text}"
-
-
-def _hash(text: str) -> str:
-    """What a content security policy calls a script or a style sheet."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand in an HTML element: nothing in it can end the element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+        width=width, height=height, enlarged=max(1, 256 // width), quality=said, blocks=list(first.blocks),
+        rms_chart=any(_rms(one) for one in recordings))
 
 
 def _setting(letter: str, recording: Recording, quality: int | None, lossless: dict[tuple[str, str], Any],
@@ -159,9 +120,10 @@ def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
     """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
-    lines = [{"title": term.title, "sum": False, "values": _rounded(recording.arrays[f"term{number}_rms"])}
+    lines = [{"title": term.title + ", x_(t-1)" * (f"term{number}_state_change" in recording.arrays), "sum": False,
+              "values": _rounded(recording.arrays[f"term{number}_rms"])}
              for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
-    if len(lines) > 1 and "eps_change_rms" in recording.arrays:
+    if "eps_change" in [kind.name for kind in picture_kinds(recording)]:
         lines.append({"title": "all contrasts", "sum": True, "values": _rounded(recording.arrays["eps_change_rms"])})
     return lines
 
@@ -214,10 +176,4 @@ def _sheet_uri(levels: np.ndarray, quality: int | None) -> str:
     sheet = np.zeros((rows * columns, *levels.shape[1:]), np.uint8)
     sheet[:steps] = levels
     sheet = sheet.reshape(rows, columns, *levels.shape[1:]).swapaxes(1, 2)
-    picture = Image.fromarray(sheet.reshape(rows * height, columns * width, *levels.shape[3:]))
-    file, kind = io.BytesIO(), "png" if quality is None else "webp"
-    if quality is None:
-        picture.save(file, format="PNG")
-    else:
-        picture.save(file, format="WEBP", quality=quality, method=2)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(sheet.reshape(rows * height, columns * width, *levels.shape[3:]), quality)

@@ -1,8 +1,9 @@
 """What every step of a sampling run does to chosen images, as arrays.
 
 The chain is sampled as a run samples it; what guidance computes on the way is kept, and nothing is computed twice but
-the masks. No method is known by name: of a contrast its change of eps is kept, with its degraded input where it gives
-one (`weaker`) and its mask where it has one (`pixel_mask`).
+the masks, and the gradients of losses where there are several. No method is known by name: of every term its change is
+kept, and of a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one
+(`pixel_mask`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from guided_diffusion.npz import write_batch
 from guided_diffusion.process import Prediction
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.sampler import BuiltRun, ImageSampler
+from guided_diffusion.sampling import scaled_gradient
 from guided_diffusion.schedules import gather
 from guided_diffusion.terms import (
     ContrastGuidance,
@@ -63,7 +65,8 @@ class Recording:
     without and with all contrasts; eps_change: of all contrasts together, after transforms; sample (N, C, H, W): the
     finished images. For term number k, where there is such a thing: termk_change (C, H, W), its change of eps;
     termk_degraded (C, H, W), what it evaluates the network on; termk_mask (1, H, W) from 0 to 1; termk_loss (), its
-    loss. termk_rms, eps_change_rms (): root mean square of the change. attention_BLOCK (h, w): what each token receives
+    loss, and termk_state_change (C, H, W), what that adds to x_(t-1), minus its gradient. termk_rms, eps_change_rms ():
+    root mean square of the change. attention_BLOCK (h, w): what each token receives
     in the step's own evaluation, 1 on average. The change of eps of a gradient g is that of DDIM, -sqrt(1 - abar) g;
     that of a transform is what it adds to the sum. All is 0 where a term does not guide.
     """
@@ -116,6 +119,7 @@ class Recorder:
         self.blocks = list(find_blocks(available, blocks or available, "attention block"))
         self.sampler = ImageSampler(run.sample, run.sampler, BuiltRun(
             self.model, self._first_evaluation, self.diffusion, self.guidance))
+        self.losses = [number for number, term in enumerate(self.guidance) if isinstance(term, LossGuidance)]
         self.method = attention_method(run)
         self.grids: dict[str, tuple[int, int]] = {}
         self.arrays: dict[str, np.ndarray] = {}
@@ -143,7 +147,9 @@ class Recorder:
             self._keep("x0", out["pred_xstart"])
             self._keep("x0_unguided", out["pred_xstart_unguided"])
             if self.unguided_eps is not None:
-                self._keep_change("eps_change", out["eps"] - self.unguided_eps)
+                self._keep_change("eps", "change", out["eps"] - self.unguided_eps)
+            if len(self.losses) == 1 and "loss_gradient" in out:
+                self._keep_change(f"term{self.losses[0]}", "state_change", -out["loss_gradient"])
             if self.place == self.diffusion.num_timesteps - 1:
                 sample = out["sample"].float().cpu().numpy()
                 self.arrays.setdefault("sample", np.zeros((len(self.image_ids), *sample.shape[1:]), np.float32))
@@ -176,8 +182,12 @@ class Recorder:
         term = self.guidance[number]
 
         def seen(ctx: StepContext, pred: Prediction, value: Tensor, before: Tensor | None) -> None:
+            window = term.window(ctx.t, ctx.denoise.diffusion)
             if isinstance(term, LossGuidance):
                 self._keep(f"term{number}_loss", value, np.float32)
+                if len(self.losses) > 1:            # the sampler differentiates their sum alone
+                    gradient = scaled_gradient(torch.where(window, value, 0).sum(), ctx.x_t, window)
+                    self._keep_change(f"term{number}", "state_change", -gradient)
                 return
             if isinstance(term, GradientGuidance):
                 value = -gather(ctx.denoise.diffusion.sqrt_one_minus_alphas_cumprod, ctx.t, value) * value
@@ -186,8 +196,7 @@ class Recorder:
             if isinstance(term, ContrastGuidance):
                 self.unguided_eps = pred.eps
                 self._keep_inputs(number, term, ctx, pred)
-            window = term.window(ctx.t, ctx.denoise.diffusion).reshape(-1, 1, 1, 1)
-            self._keep_change(f"term{number}_change", torch.where(window, value, 0))
+            self._keep_change(f"term{number}", "change", torch.where(window.reshape(-1, 1, 1, 1), value, 0))
 
         return seen
 
@@ -198,9 +207,10 @@ class Recorder:
         if mask is not None:
             self._keep(f"term{number}_mask", mask(ctx, pred))
 
-    def _keep_change(self, name: str, value: Tensor) -> None:
-        self._keep(name, value)
-        self._keep(f"{name.removesuffix('_change')}_rms" if name.startswith("term") else f"{name}_rms",
+    def _keep_change(self, owner: str, kind: str, value: Tensor) -> None:
+        """Keeps a change and its root mean square. owner: a term, or eps. kind: a word of the arrays' names."""
+        self._keep(f"{owner}_{kind}", value)
+        self._keep(f"{owner}_rms" if owner.startswith("term") else f"{owner}_{kind}_rms",
                    value.float().square().mean(dim=(1, 2, 3)).sqrt(), np.float32)
 
     def _keep(self, name: str, value: Tensor, dtype: type = np.float16) -> None:

@@ -72,7 +72,7 @@ class DepthExtractor:
         """
         check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
         count, parts = count or len(file), []
-        with progress_bar(count, file.path.name, "img") as progress:
+        with progress_bar(count, file.path.name, "image") as progress:
             for _, images in file.batches(BATCH, num_images=count):
                 features, depth = self.scenes.features_and_depth(images)
                 parts.append(DepthFeatures(features.pooled, self.classifier.features(depth_images(depth)).pooled,

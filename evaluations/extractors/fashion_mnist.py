@@ -37,6 +37,7 @@ class FashionMnistClassifier(BundledExtractor):
     """
 
     name = "embedded Fashion-MNIST classifier"          # stands in stored statistics and results
+    class_names = CLASS_NAMES
 
     def __init__(self, widths: Sequence[int] = (24, 48, 48, 96, 64), test_accuracy: float = float("nan")) -> None:
         super().__init__()

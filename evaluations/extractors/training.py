@@ -47,7 +47,7 @@ class EpochTraining:
         """Trains for one epoch, and returns the mean loss."""
         self.model.train()
         loss_sum = 0.0
-        with progress_bar(self.steps, title, "batch", leave=False) as progress:
+        with progress_bar(self.steps, title, "batch") as progress:
             for loss in self.losses():
                 self.optimizer.zero_grad()
                 loss.backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,30 @@ def chart(points: Sequence[Point], x_label: str, y_label: str, description: str,
             handles = [_marker(axes, point) for point in points if point.label]
             figure.legend(handles, labels, loc="outside lower left", frameon=False, handlelength=1, borderpad=0,
                           labelspacing=0.5)
+        return inline_svg(figure, description)
+
+
+def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, description: str,
+               ) -> Markup:
+    """Returns lines through points from left to right, by their names, as an SVG element.
+
+    The vertical axis is logarithmic where all values are above 0 and the largest is more than ten times the smallest.
+    """
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    with styled_figure(WIDTH, HEIGHT + LEGEND_LINE * len(lines), description) as figure:
+        axes = figure.add_subplot()
+        for place, (name, points) in enumerate(lines.items()):
+            axes.plot(*zip(*points, strict=True), "-" if len(points) > 1 else "o", color=COLOURS[place % len(COLOURS)],
+                      linewidth=1.5, label=name)
+        values = [y for points in lines.values() for _, y in points]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.locator_params(axis="x", nbins=5)
+        style_axes(axes, x_label, y_label)
+        figure.legend(loc="outside lower left", frameon=False, borderpad=0)
         return inline_svg(figure, description)
 
 

@@ -79,7 +79,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     extractors: dict[str, FeatureExtractor] = {}
     first: tuple[Any, Any] = (None, None)
-    with progress_bar(len(counts), "evaluating", "row", enabled=dist_util.is_main()) as progress:
+    with progress_bar(len(counts), "evaluating", "row") as progress:
         for group, rows in _groups(table, sampled).items():
             options = replace(settings.extractor, backend=group.backend)
             if group.backend not in extractors:

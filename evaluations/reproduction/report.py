@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from guided_diffusion.files import write_text
 
+from ..pages.page import Pages
+from ..pages.pictures import shown_grid
 from .cost_chart import cost_figure
 from .figures import figures
 from .markdown import markdown
-from .pictures import Pictures, shown_grid, shown_overlay
+from .pictures import Pictures, shown_overlay
 from .sections import shown_sections
 from .tables import TIMED
 from .verdicts import NOT_RUN
@@ -71,22 +71,16 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
     published = any(section.published for section in sections)
     chart = cost_figure(results)
     words = reading(published, [verdict for section in sections for verdict in section.verdicts])
-    return _environment().get_template("report.html.jinja").render(
+    pages = Pages(__package__, ["report.css"], inline_styles=True)
+    pages.environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY,
+                                  "reference_title": REFERENCE}
+    return pages.render(
+        "report.html.jinja", results["title"],
         results=results, facts=facts(results), reading=words, counts=_verdict_counts(results) if published else {},
         titles=[*known, *others, *["Attention overlays"] * bool(pictures.overlays), "Timing"], chart=chart,
         sections=sections, figures=[figures(section) for section in sections], grids=grids, other_grids=others,
         overlays=[shown_overlay(*overlay) for overlay in pictures.overlays],
         timing=_timing(results), files=_sample_files(results))
-
-
-def _environment() -> Environment:
-    """Returns what renders the templates: it escapes texts, and refuses names that nobody has given."""
-    environment = Environment(loader=PackageLoader(__package__), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["minus"] = lambda text: text.replace("-", "\N{MINUS SIGN}")
-    environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY,
-                            "reference_title": REFERENCE}
-    return environment
 
 
 def _verdict_counts(results: Mapping[str, Any]) -> dict[str, int]:

@@ -18,10 +18,12 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
+from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.presets import MODELS
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.record import recorded_dtype
 from guided_diffusion.runs.shards import locked
 
@@ -39,6 +41,7 @@ from .tables import Row, Table, in_folder, load_table, table_names
 from .titles import sampler, titles
 
 SHOWN_IMAGES = 12               # of each row in the report
+PAGE = "report.html"
 FEATURES = "features"           # folder of what the networks saw, in that of a table
 OVERLAID = 4                    # images whose attention is shown
 
@@ -142,6 +145,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             why = check_files(table, settings, options.allow_missing)
             if dist_util.is_main():
                 stack.enter_context(prepared(folder))
+                stack.enter_context(job("table", folder, table.name))
         sample(table, why)
         numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
         with dist_util.together():
@@ -170,7 +174,7 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
     text = markdown(described)
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
-    write_report(folder / "report.html", described, shown)
+    write_report(folder / PAGE, described, shown)
     write_cost_chart(folder / CHART_FILE, described)
     return text
 
@@ -179,11 +183,14 @@ def sample(table: Table, why: Mapping[str, str]) -> None:
     """Samples what is not there yet. why: of rows that are left out, the reason."""
     rows = [row for name, row in table.rows.items() if name not in why]
     named = titles(table)
-    for number, row in enumerate(rows, 1):
-        if dist_util.is_main():
-            _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
-                      sampler(row.run), row.images)
-        row.run.run()
+    with progress_bar(len(rows), "rows", "row") as progress:
+        for number, row in enumerate(rows, 1):
+            if dist_util.is_main():
+                _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
+                          sampler(row.run), row.images)
+            progress.note(row.name)
+            row.run.run()
+            progress.update()
 
 
 def pictures(table: Table, why: Mapping[str, str]) -> Pictures:

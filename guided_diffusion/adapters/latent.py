@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,16 +15,23 @@ from torch import Tensor
 from .. import sampling
 from ..errors import UserError
 from ..grids import CHAIN
+from ..guidance.base import without_labels
+from ..guidance.classifier import ClassifierGuidance
+from ..guidance.depth import DepthConsistencyGuidance, DepthPriorGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
 from ..process import Denoiser
 from ..rng import image_noise
 from ..solvers import SolverOptions
 from ..steps import SamplerOptions
-from ..terms import ContrastGuidance, Guidance, check_number
-from .branches import PromptGuidance, UnconditionalBranch
+from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
+from .branches import IndependentPromptGuidance, PromptGuidance, UnconditionalBranch
 from .networks import DiffusersUNet
 from .schedulers import process_of
+
+if TYPE_CHECKING:
+    from ..depth.predictor import DepthPredictors
+    from ..depth.prior import DepthPrior
 
 LATENT_BLUR_SIGMA, LATENT_BLUR_TAPS = 1.0, 9            # of SAG in diffusers' pipeline
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -83,27 +90,73 @@ class LatentDiffusion:
         return SelfAttentionGuidance(network, block, scale, blur_sigma, blur_taps=blur_taps, **options)
 
     @no_grad
+    def independent_prompt_guidance(self, scale: float, prompts: Sequence[str] | None = None, *,
+                                    prompt_embeds: Tensor | None = None, pooled_prompt_embeds: Tensor | None = None,
+                                    seed: int = 0, **window: Any) -> IndependentPromptGuidance:
+        """Independent condition guidance by prompts: at each step another one is drawn for each image.
+
+        prompts: several, of which one that is the image's own is never drawn; prompt_embeds: (L, T, E) in their place,
+        with pooled ones for SDXL. The others: see `IndependentPromptGuidance`. Raises UserError for a network without
+        prompts.
+        """
+        if not self.unet.takes_prompts:
+            raise UserError("independent_prompt_guidance: the pipeline's network takes no prompts; for classes there "
+                            "is IndependentConditionGuidance")
+        embedded = self._embedded(False, prompts, None, prompt_embeds, None, pooled_prompt_embeds, None)
+        return IndependentPromptGuidance(scale, embedded.prompts, seed, **window)
+
+    def classifier_guidance(self, classifier: Any, scale: float, **window: Any) -> ClassifierGuidance:
+        """Classifier guidance by a classifier of noisy latents (of pixels, where the pipeline samples them).
+
+        classifier: (x_t, step of the scheduler) -> logits (N, classes), which was trained on this noise. Its classes
+        are the `labels` of `sample`. Raises UserError for one of our networks that was built for other channels.
+        """
+        taken, channels = getattr(getattr(classifier, "config", None), "in_channels", None), self._channels
+        if taken not in (None, channels):
+            raise UserError(f"classifier_guidance: the classifier takes {taken} channels, and the network samples "
+                            f"{channels}; it must have been trained on noisy latents of this pipeline")
+        return ClassifierGuidance(classifier, scale, **window)
+
+    def depth_guidance(self, predictors: DepthPredictors, scale: float, prior: DepthPrior | None = None,
+                       **options: Any) -> DepthConsistencyGuidance | DepthPriorGuidance:
+        """Depth consistency guidance, or with a prior depth prior guidance; options are those of the term.
+
+        predictors: read blocks of `self.unet.feature_blocks`. Raises UserError where they were made for other sizes or
+        channels.
+        """
+        from ..depth.predictor import check_fits
+
+        network: Any = self.unet
+        check_fits(predictors, network, None)
+        if prior is None:
+            return DepthConsistencyGuidance(network, predictors, scale, **options)
+        return DepthPriorGuidance(network, predictors, prior, scale, **options)
+
+    @no_grad
     def sample(self, prompt: str | Sequence[str] | None = None, *, negative_prompt: str | Sequence[str] | None = None,
                prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
                pooled_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
                labels: Tensor | None = None, latents: Tensor | None = None, steps: int = 50,
                sampler: str | SamplerOptions = "ddim", cfg_scale: float = 7.5, guidance: Sequence[Guidance] = (),
                seed: int = 0, numbers: Sequence[int] | None = None, height: int | None = None,
-               width: int | None = None, output_type: str = "pil",
+               width: int | None = None, output_type: str = "pil", batch_contrasts: bool = False,
                on_step: Callable[[], object] = lambda: None) -> Any:
         """Images of prompts, or of an unconditional network, all in one batch.
 
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
-        labels: (N,) int64 of a network with classes. latents: (N, C, h, w), the first noise, in place of that of the
-        seed. steps: see `process_of`. sampler: a name in `sampling.SAMPLERS`, or its options. cfg_scale: diffusers'
-        guidance scale, 1 is off; networks without prompts have none. guidance: terms that were given `self.unet`; with
-        cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it. numbers: the images'
-        places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone. height, width:
-        pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
-        on_step: called after each step.
+        labels: (N,) int64, of a network or a classifier with classes. latents: (N, C, h, w), the first noise, in place
+        of that of the seed. steps: see `process_of`. sampler: a name in `sampling.SAMPLERS`, or its options. cfg_scale:
+        diffusers' guidance scale, 1 is off; networks without prompts have none. guidance: terms that were given
+        `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it.
+        numbers: the images' places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone.
+        height, width: pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
+        batch_contrasts: evaluations that do not need each other, as those with and without the prompt, are one batch:
+        the same to rounding. A term that differentiates the network's evaluation, as depth guidance, keeps all of them
+        apart. on_step: called after each step.
         Raises UserError for what does not fit together, and NonFiniteError for a network that gives no numbers.
         """
         self._check(sampler, cfg_scale, output_type)
+        model = self._reading(labels, guidance)
         guided = self.unet.takes_prompts and cfg_scale != 1
         embedded = self._embedded(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
                                   pooled_prompt_embeds, negative_pooled_prompt_embeds)
@@ -113,15 +166,30 @@ class LatentDiffusion:
         options = _sampler_options(sampler, steps)
         process = options.process(process_of(self.pipe.scheduler, steps))
         conditions = {**embedded.prompts, **({} if labels is None else {"y": labels.to(self._device)})}
-        denoise = self._denoiser(process, conditions, options)
+        together = batch_contrasts and not any(isinstance(term, LossGuidance) for term in guidance)
+        if together:
+            _check_lengths(embedded, guidance)
+        denoise = replace(self._denoiser(model, process, conditions, options), batch_contrasts=together)
 
         def noise(step: int) -> Tensor:
             return image_noise(seed, ids, step, shape).to(self._device)
 
         x_T = noise(process.num_timesteps) if latents is None else latents.float().to(self._device)
-        terms = _terms(guidance, cfg_scale, embedded.null)
+        terms = _terms(guidance, cfg_scale, embedded.null, together)
         chain = sampling.sample_chain(options.step(), denoise, x_T, noise, terms, torch.tensor(ids))
         return self._output(sampling.last(chain, on_step)["sample"], output_type)
+
+    @property
+    def _channels(self) -> int:
+        return self.unet.unet.config.in_channels
+
+    def _reading(self, labels: Tensor | None, guidance: Sequence[Guidance]) -> Callable[..., Tensor]:
+        """The network; where it has no classes, one that leaves labels to a classifier."""
+        if labels is None or self.unet.has_labels:
+            return self.unet
+        if not any(isinstance(term, GradientGuidance) for term in guidance):
+            raise UserError("labels: the pipeline's network has no classes, and no classifier is among the guidance")
+        return without_labels(self.unet)
 
     @property
     def _device(self) -> torch.device:
@@ -133,22 +201,23 @@ class LatentDiffusion:
             raise UserError(f"output_type {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(sampler, str) and sampler not in sampling.SAMPLERS:
             raise UserError(f"sampler {sampler!r}: must be one of {', '.join(sampling.SAMPLERS)}, or its options")
-        if output_type != "latent" and self.vae is None and self.unet.unet.config.in_channels not in (1, 3):
+        if output_type != "latent" and self.vae is None and self._channels not in (1, 3):
             raise UserError(f"output_type {output_type!r}: the pipeline has no VAE that makes images of latents; take "
                             "'latent'")
 
-    def _denoiser(self, process: Any, conditions: Conditions, options: SamplerOptions) -> Denoiser:
+    def _denoiser(self, model: Callable[..., Tensor], process: Any, conditions: Conditions, options: SamplerOptions,
+                  ) -> Denoiser:
         """The network with its prompts; only pixels are clipped, and only where the scheduler clips them."""
         config = self.pipe.scheduler.config
         clipped = self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False)
         limit = float(getattr(config, "clip_sample_range", 1.0))
         clip = functools.partial(torch.clamp, min=-limit, max=limit)
-        return process.denoiser(self.unet, clip_denoised=False, denoised_fn=clip if clipped else None,
+        return process.denoiser(model, clip_denoised=False, denoised_fn=clip if clipped else None,
                                 model_kwargs=conditions, dynamic_threshold=options.threshold_quantile)
 
     def _shape(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
-        channels = self.unet.unet.config.in_channels
+        channels = self._channels
         if latents is not None:
             if latents.ndim != 4 or latents.shape[1] != channels or height is not None or width is not None:
                 raise UserError(f"latents {tuple(latents.shape)}: must be (N, {channels}, h, w), and then neither "
@@ -191,7 +260,8 @@ class LatentDiffusion:
         """Embeddings with and without the prompt, and the pooled ones, by the pipeline's own `encode_prompt`."""
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) if prompts is not None else len(embeds["prompt_embeds"])      # type: ignore[arg-type]
-        negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
+        # None is not "": pipelines of SDXL may take zeros for it (`force_zeros_for_empty_prompt`).
+        negatives = [negative] * count if isinstance(negative, str) else None if negative is None else list(negative)
         given = {name: value for name, value in embeds.items() if value is not None}
         found = self.pipe.encode_prompt(
             prompt=prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
@@ -206,8 +276,17 @@ class LatentDiffusion:
 
     def _with_sizes(self, embedded: Embedded, shape: tuple[int, int, int]) -> Embedded:
         """SDXL also sees sizes: those of the original image, the corner of its crop, and those of the crop."""
-        if "text_embeds" not in embedded.prompts:
+        config = self.unet.unet.config
+        if getattr(config, "addition_embed_type", None) != "text_time":
             return embedded
+        if "text_embeds" not in embedded.prompts or "text_embeds" not in (embedded.null or embedded.prompts):
+            raise UserError("pooled_prompt_embeds: must be given with prompt_embeds, and negative ones with those, as "
+                            "the network is one of SDXL")
+        width, embedding = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        if width != 6 * embedding + embedded.prompts["text_embeds"].shape[-1]:
+            raise UserError(f"pooled_prompt_embeds: their {embedded.prompts['text_embeds'].shape[-1]} values and six "
+                            f"sizes do not make the {width} that the network takes; networks that refine images are "
+                            "not supported")
         factor = int(getattr(self.pipe, "vae_scale_factor", 1))
         size = [shape[1] * factor, shape[2] * factor]
         times = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)
@@ -218,7 +297,7 @@ class LatentDiffusion:
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        images = latents if self.vae is None else self._decoded(latents)
+        images = self.decoded(latents)
         arrays = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "np":
             return arrays
@@ -227,8 +306,14 @@ class LatentDiffusion:
         pixels = (arrays * 255).round().astype(np.uint8)
         return [Image.fromarray(pixel[..., 0] if pixel.shape[-1] == 1 else pixel) for pixel in pixels]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """The VAE's images, (N, 3, H, W) in [-1, 1]."""
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The images of latents by the VAE, (N, 3, H, W) in [-1, 1]; latents themselves where there is no VAE.
+
+        It is differentiable, so that a classifier of images can guide: `CleanClassifierGuidance` is given
+        `lambda latents: classifier(latent.decoded(latents))`.
+        """
+        if self.vae is None:
+            return latents
         vae = self.vae
         with _float32_where_asked(vae):
             latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
@@ -281,10 +366,20 @@ def _sampler_options(sampler: str | SamplerOptions, steps: int) -> SamplerOption
     return replace(options, sampling_steps=None if on_chain else options.sampling_steps or steps)
 
 
-def _terms(guidance: Sequence[Guidance], cfg_scale: float, null: Conditions | None) -> list[Guidance]:
+def _check_lengths(embedded: Embedded, guidance: Sequence[Guidance]) -> None:
+    """Raises UserError where prompts that shall be one batch have other lengths."""
+    pools = [term.pool for term in guidance if isinstance(term, IndependentPromptGuidance)]
+    shapes = {tuple(conditions["encoder_hidden_states"].shape[1:])
+              for conditions in (embedded.prompts, embedded.null, *pools) if conditions}
+    if len(shapes) > 1:
+        raise UserError(f"batch_contrasts: embedded prompts of {' and '.join(map(str, sorted(shapes)))} make no batch, "
+                        "they must have the same shape")
+
+
+def _terms(guidance: Sequence[Guidance], cfg_scale: float, null: Conditions | None, together: bool) -> list[Guidance]:
     """The terms of a chain: with classifier-free guidance, those of the unconditional evaluation come before it."""
     if null is None:
         return list(guidance)
     inner = [term for term in guidance if isinstance(term, ContrastGuidance) and term.unconditional]
-    first: list[Guidance] = [UnconditionalBranch(inner, null)] if inner else []
+    first: list[Guidance] = [UnconditionalBranch(inner, null, together)] if inner else []
     return [*first, PromptGuidance(cfg_scale - 1, null), *[term for term in guidance if term not in inner]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -133,11 +134,18 @@ class PartialEvaluation:
     outputs: Sequence[tuple[nn.Module, Any]]
     inputs: Mapping[str, Tensor]
 
-    def begins(self, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether an evaluation of these inputs begins so."""
-        return self.inputs.keys() == inputs.keys() and all(
-            value.dtype == inputs[name].dtype and torch.equal(value, inputs[name])
-            for name, value in self.inputs.items())
+    def beginning_of(self, inputs: Mapping[str, Tensor]) -> PartialEvaluation | None:
+        """What an evaluation of these inputs begins with: this, or some rows of it; None where it begins otherwise."""
+        if self.inputs.keys() != inputs.keys():
+            return None
+        all_rows, count = len(self.inputs["x"]), len(inputs["x"])
+        for first in range(0, all_rows - count + 1, count):
+            rows = slice(first, first + count)
+            if all(value.dtype == inputs[name].dtype and torch.equal(value[rows], inputs[name])
+                   for name, value in self.inputs.items()):
+                return self if count == all_rows else PartialEvaluation(
+                    [(part, _mapped(output, itemgetter(rows))) for part, output in self.outputs], inputs)
+        return None
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -175,8 +183,9 @@ class DiffusersUNet(nn.Module):
             **({} if unet.mid_block is None else {"middle": unet.mid_block}),
             **{f"up.{i}": part for i, part in enumerate(unet.up_blocks)}}
         self._sites = dict(_sites(self._places))
-        self.recorders: list[PrefixRecorder] = []           # both are set by `guided_diffusion.capture`
-        self.prefixes: list[Any] = []
+        self.recorders: list[PrefixRecorder] = []           # these are set by `guided_diffusion.capture`
+        self.prefixes: list[PartialEvaluation] = []
+        self.graph_ends: list[str] = []
 
     @property
     def attention_blocks(self) -> dict[str, SelfAttentionSite]:
@@ -188,6 +197,23 @@ class DiffusersUNet(nn.Module):
         """The residual blocks by name, in the order in which an evaluation reaches them."""
         return {f"{name}.{i}": block for name, part in self._places.items()
                 for i, block in enumerate(getattr(part, "resnets", ()))}
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of what it was trained on, where they are the same; None where that is not known."""
+        size = self.unet.config.sample_size
+        return size if isinstance(size, int) else size[0] if size and size[0] == size[1] else None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it is given class labels."""
+        return getattr(self.unet, "class_embedding", None) is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes of its labels; None where it takes none, and where they are not counted."""
+        embedding = getattr(self.unet, "class_embedding", None)
+        return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
     @property
     def num_heads(self) -> int:
@@ -217,7 +243,7 @@ class DiffusersUNet(nn.Module):
             raise UserError(f"{type(self.unet).__name__}: " + (
                 "encoder_hidden_states are needed, the embedded prompts" if self.takes_prompts
                 else "it has no cross-attention, and takes no prompts"))
-        if y is None and getattr(self.unet, "class_embedding", None) is not None:
+        if y is None and self.has_labels:
             raise UserError(f"{type(self.unet).__name__}: is class-conditional, labels y are needed")
         given = {"x": x, "timesteps": timesteps, "y": y, "encoder_hidden_states": encoder_hidden_states, **added}
         inputs = {name: value for name, value in given.items() if value is not None}
@@ -225,13 +251,33 @@ class DiffusersUNet(nn.Module):
             for site in self._sites.values():
                 if site.watched:
                     stack.enter_context(site.active())
-            known = next((prefix for prefix in self.prefixes if prefix.begins(inputs)), None)
+            known = next(filter(None, (prefix.beginning_of(inputs) for prefix in self.prefixes)), None)
             if known is not None:
                 stack.enter_context(known.standing_in())
             else:
                 for recorder in self.recorders:
                     stack.enter_context(self._recorded(recorder, inputs))
+            stack.enter_context(self._graph_ended())
             return self._evaluate(x, timesteps, y, encoder_hidden_states, added)
+
+    @contextmanager
+    def _graph_ended(self) -> Iterator[None]:
+        """Records no graph above the last block in `graph_ends`, in the `with` block, which holds one evaluation."""
+        blocks, before = self.feature_blocks, torch.is_grad_enabled()
+        last = next((block for name, block in reversed(blocks.items()) if name in self.graph_ends), None)
+        if last is None:
+            yield
+            return
+
+        def end(*_: Any) -> None:
+            torch.set_grad_enabled(False)
+
+        handle = last.register_forward_hook(end)
+        try:
+            yield
+        finally:
+            handle.remove()
+            torch.set_grad_enabled(before)
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, y: Tensor | None, prompts: Tensor | None,
                   added: Mapping[str, Tensor]) -> Tensor:
@@ -249,7 +295,7 @@ class DiffusersUNet(nn.Module):
         outputs: list[tuple[nn.Module, Any]] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            outputs.append((module, _detached(output)))
+            outputs.append((module, _mapped(output, torch.Tensor.detach)))
 
         handles = [part.register_forward_hook(keep) for part in parts]
         copies = {name: value.detach().clone() for name, value in inputs.items()}
@@ -279,8 +325,8 @@ def _is_self_attention(attention: Any) -> bool:
             and attention.added_kv_proj_dim is None)
 
 
-def _detached(output: Any) -> Any:
-    """An output, which may be a tensor or tuples of them, without its graph."""
+def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An output, which may be a tensor or tuples of them, with every tensor changed."""
     if isinstance(output, Tensor):
-        return output.detach()
-    return tuple(map(_detached, output)) if isinstance(output, tuple) else output
+        return change(output)
+    return tuple(_mapped(part, change) for part in output) if isinstance(output, tuple) else output

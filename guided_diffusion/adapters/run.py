@@ -28,10 +28,20 @@ from .. import dist_util, pictures
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
-from ..guidance import ApgOptions, GuidanceOptions, Networks, PagOptions, RescaleOptions, SegOptions, TsgOptions
+from ..guidance import (
+    ApgOptions,
+    GuidanceOptions,
+    IcgOptions,
+    Networks,
+    PagOptions,
+    RescaleOptions,
+    SegOptions,
+    TsgOptions,
+)
+from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
-from ..options import Options, option, seed_option
+from ..options import Options, option, option_fields, seed_option
 from ..runs import shards
 from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
@@ -45,8 +55,10 @@ from ..terms import Guidance
 if TYPE_CHECKING:
     from .latent import LatentDiffusion
 
-METHODS: tuple[type[GuidanceOptions], ...] = (PagOptions, SegOptions, TsgOptions, ApgOptions, RescaleOptions)
-IRRELEVANT = ("out", "overwrite", "log_every", "num_samples", "pipeline", "prompts")
+METHODS: tuple[type[GuidanceOptions], ...] = (
+    PagOptions, SegOptions, TsgOptions, IcgOptions, ApgOptions, RescaleOptions)
+IRRELEVANT = ("out", "overwrite", "log_every", "num_samples", "pipeline", "prompts", "icg_prompts")
+MOST_DRAWN = 64                 # prompts of the run itself among which independent condition guidance draws
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,15 @@ class LatentOptions(Options):
     prompt_scale: float = option(7.5, "classifier-free guidance as diffusers counts it; 1: off")
     sag_scale: float = option(0.0, "scale s of self-attention guidance; 0: off")
     sag_block: str = option("middle", "its attention block, like middle or up.1.0")
+    icg_prompts: str = option("", "text file of prompts, a line each, among which --icg_scale draws; unset: the first "
+                              f"{MOST_DRAWN} different ones of --prompts", later=True)
     height: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
     width: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
     num_samples: int = option(1, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
     seed: int = seed_option("seed of the noise")
+    batch_contrasts: bool = option(False, "make evaluations that do not need each other as one batch, as those with "
+                                   "and without the prompt", later=True)
     out: str = option("latent", "folder for the images and the record")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")
     log_every: int = option(0, "a plain line of progress every so many images, in place of the bar; 0: the bar",
@@ -83,8 +99,9 @@ class LatentChunks(ChunkFiles):
 
     def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
         """All options that an image depends on, and digests of the pipeline and of the prompts."""
-        return {**{name: value for name, value in configuration.items() if name not in IRRELEVANT},
-                "pipeline": sha256["pipeline"], "prompts": sha256["prompts"]}
+        later = {field.name: field.default for field in option_fields(LatentOptions) if field.metadata.get("later")}
+        return {**{name: value for name, value in configuration.items()
+                   if name not in IRRELEVANT and (name not in later or value != later[name])}, **sha256}
 
     def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
         """Whether these arrays are those of a chunk of `count` images."""
@@ -117,6 +134,14 @@ class LatentRun:
         """The output folder."""
         return Path(self.options.out)
 
+    def title(self) -> str:
+        """The guidance and the sampler in words, like "SAG s = 0.75 + prompt scale 7.5, ddim, 50 steps"."""
+        options = self.options
+        words = [method.title() for method in self.methods if method.active]
+        words += [f"SAG s = {options.sag_scale:g}"] if options.sag_scale else []
+        words += [f"prompt scale {options.prompt_scale:g}"] if self._prompts and options.prompt_scale != 1 else []
+        return f"{' + '.join(words) or 'no guidance'}, {options.sampler}, {options.steps} steps"
+
     @cached_property
     def _prompts(self) -> list[str]:
         """Raises UserError for a file that cannot be read, or is empty, and for two ways to say a prompt."""
@@ -124,13 +149,27 @@ class LatentRun:
             return [self.options.prompt] if self.options.prompt else []
         if self.options.prompt:
             raise UserError("--prompts and --prompt: give one of the two")
-        try:
-            lines = Path(self.options.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {self.options.prompts}: cannot be read ({reason(error)})") from None
-        if not lines:
-            raise UserError(f"--prompts {self.options.prompts}: holds no line")
-        return lines
+        return _lines("prompts", self.options.prompts)
+
+    @cached_property
+    def _drawn(self) -> list[str]:
+        """The prompts among which independent condition guidance draws; none where that is off.
+
+        Raises UserError for a file that cannot be read, or has no effect, and for fewer than two prompts.
+        """
+        icg, = (method for method in self.methods if isinstance(method, IcgOptions))
+        if self.options.icg_prompts:
+            if not icg.active:
+                raise UserError(f"--icg_prompts {self.options.icg_prompts}: acts with --icg_scale only, give both or "
+                                "none")
+            return list(dict.fromkeys(_lines("icg_prompts", self.options.icg_prompts)))
+        if not icg.active or not self._prompts:
+            return []
+        drawn = list(dict.fromkeys(self._prompts))[:MOST_DRAWN]
+        if len(drawn) < 2:
+            raise UserError(f"--icg_scale {icg.icg_scale:g}: needs other prompts to draw from, name a file of them "
+                            "with --icg_prompts")
+        return drawn
 
     def run(self) -> Path | None:
         """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None.
@@ -141,7 +180,7 @@ class LatentRun:
         dist_util.setup_dist()
         with ExitStack() as stack:
             with dist_util.together():
-                prompts = self._prompts
+                prompts, drawn = self._prompts, self._drawn
                 check_folder("--out", self.out)
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
@@ -150,12 +189,13 @@ class LatentRun:
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
-                    queue.put("sha256", {"pipeline": _digest(prepared.latent.pipe),
-                                         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()})
+                    texts = {"prompts": prompts, **({"icg_prompts": drawn} if drawn else {})}
+                    queue.put("sha256", {"pipeline": _digest(prepared.latent.pipe), **{
+                        name: hashlib.sha256(json.dumps(lines).encode()).hexdigest() for name, lines in texts.items()}})
                     queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
-            with queue:
+            with job("sampling by diffusers", self.out), queue:
                 self._work(prepared, chunks, todo, queue)
                 return self._finish(chunks, began) if dist_util.is_main() else None
 
@@ -166,11 +206,22 @@ class LatentRun:
         if latent.unet.takes_prompts != bool(prompts):
             raise UserError("--prompt: " + ("is missing, the pipeline takes one" if latent.unet.takes_prompts
                                             else "the pipeline takes none"))
+        if latent.unet.has_labels:
+            raise UserError(f"--pipeline {self.options.pipeline}: its network takes classes, which this command does "
+                            "not give; LatentDiffusion.sample takes labels, and scripts/convert_checkpoint.py makes a "
+                            "checkpoint of a UNet2DModel for scripts/image_sample.py")
         nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
-        guidance = [term for method in self.methods if method.active for term in method.build(nets)]
+        guidance = [term for method in self.methods if method.active for term in self._terms(method, latent, nets)]
         if self.options.sag_scale:
             guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
         return Prepared(latent, guidance, prompts)
+
+    def _terms(self, method: GuidanceOptions, latent: LatentDiffusion, nets: Networks) -> list[Guidance]:
+        """The terms of a method; independent conditions are prompts where the network takes them, else labels."""
+        if isinstance(method, IcgOptions) and self._drawn:
+            return [latent.independent_prompt_guidance(method.icg_scale, self._drawn, seed=self.options.seed,
+                                                       **method.window)]
+        return method.build(nets)
 
     def _chunks(self, sha256: Mapping[str, str]) -> LatentChunks:
         values = asdict(self.options)
@@ -193,13 +244,13 @@ class LatentRun:
         prompts = prepared.prompts
         given: dict[str, Any] = {} if not prompts else {
             "prompt": [prompts[number % len(prompts)] for number in numbers],
-            "negative_prompt": self.options.negative_prompt}
+            "negative_prompt": self.options.negative_prompt or None}
         done, options = iter(range(1, 10**9)), self.options
         cfg_scale: float = options.prompt_scale
         images = prepared.latent.sample(
             **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,
             guidance=prepared.guidance, seed=options.seed, numbers=numbers, height=options.height or None,
-            width=options.width or None, output_type="np",
+            width=options.width or None, output_type="np", batch_contrasts=options.batch_contrasts,
             on_step=lambda: on_step(min(1.0, next(done) / options.steps)))
         pixels = (images[:len(image_ids)] * 255).round().astype(np.uint8)
         return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
@@ -219,10 +270,22 @@ class LatentRun:
         os.replace(whole, samples)
         pictures.save_grid(BatchFile(samples).first(64), self.out / "grid.png")
         write_json(self.out / "run.json", {
-            "configuration": chunks.configuration, "fingerprint": chunks.fingerprint, "samples": samples.name,
+            "configuration": chunks.configuration, "title": self.title(), "fingerprint": chunks.fingerprint,
+            "samples": samples.name,
             "sha256": {"samples": sha256_of(samples), **chunks.sha256}, **made_by(),
             "timing": {"seconds": time.time() - began}}, sync=True, ending="the samples are kept")
         return samples
+
+
+def _lines(flag: str, path: str) -> list[str]:
+    """The lines of a text file. Raises UserError where it cannot be read, or is empty."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--{flag} {path}: cannot be read ({reason(error)})") from None
+    if not lines:
+        raise UserError(f"--{flag} {path}: holds no line")
+    return lines
 
 
 def load_pipeline(name: str) -> Any:

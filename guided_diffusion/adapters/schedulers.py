@@ -14,7 +14,7 @@ MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VE
               "sample": ModelMeanType.START_X}
 VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
                   "learned": ModelVarType.LEARNED, "learned_range": ModelVarType.LEARNED_RANGE}
-LEAST_ABAR = 1e-6               # with less signal at the last step x0 is no function of eps
+LEAST_ABAR = 1e-12              # less than in any cosine schedule; without signal x0 is no function of eps
 
 
 class ScheduledProcess(DiffusionProcess):

@@ -35,7 +35,7 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
     source = open_pairs(options.data, size=size, count=options.num_images, flag="num_images", seed=options.seed)
     count = options.num_images or len(source)
     images = np.empty((count, size, size, 3), np.uint8)
-    with progress_bar(count, "depth images", "img") as progress:
+    with progress_bar(count, "depth images", "image") as progress:
         for index in range(count):
             images[index] = depth_images(read_depth(source, index, size, limits))
             progress.update()

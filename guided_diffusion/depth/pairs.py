@@ -81,6 +81,8 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
 
     Raises UserError, before anything is computed, for whatever is wrong with them.
     """
+    if channels not in (1, 3):
+        raise UserError(f"{data}: its images are RGB or grey, and the network has {channels} image channels")
     limits = parse_depth_range(checked_depth_range(data, depth_range))
     source = open_pairs(data, size=size, count=count, flag=flag, seed=seed)
     labels = source.labels(class_names) if class_cond else None

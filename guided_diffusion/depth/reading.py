@@ -59,12 +59,12 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
     depth that is read there is resized as for the prior. Raises UserError for what is wrong with options and files.
     """
     out = checked_npz(options.out)
-    network, predictor = _networks(options, model_options, diffusion_options)
+    network, predictor = reading_networks(options, model_options, diffusion_options)
     source = open_pairs(options.data, size=network.model.image_size, count=options.num_images, flag="num_images",
                         seed=options.seed)
     count, size, beyond = options.num_images or len(source), options.map_size, 0
     images = np.empty((count, size, size, 3), np.uint8)
-    with progress_bar(count, "depth images", "img") as progress:
+    with progress_bar(count, "depth images", "image") as progress:
         for start in range(0, count, AT_ONCE):
             stop = min(start + AT_ONCE, count)
             maps, t = _noised_features(network, predictor.blocks, source, range(start, stop), options)
@@ -77,8 +77,8 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
     return beyond / (count * size * size)
 
 
-def _networks(options: DepthReadingOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
-              ) -> tuple[Network, DepthPredictor]:
+def reading_networks(options: DepthReadingOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
+                     ) -> tuple[Network, DepthPredictor]:
     """The network, and the predictor that reads its features; raises UserError where they do not fit."""
     from .predictor import check_fits, load_predictors
 

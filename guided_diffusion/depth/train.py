@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_writable, locked
 from ..gaussian_diffusion import GaussianDiffusion
+from ..jobs import job
 from ..late import Tensor, no_grad, torch
 from ..options import Options, entry_option, option, seed_option
 from ..presets import find_preset
@@ -45,6 +46,7 @@ EVALUATED_AT_ONCE = 32          # images
 STATISTICS = 256                # noised images whose features tell their mean and variance
 # Options that what is learnt depends on, beside the branches, the data and the network.
 RECIPE = ("steps", "batch_size", "lr", "draws", "seed")
+LATER = {"checkpoint_entry": "", "grad_clip": 0.0}      # those that older files say nothing of, where these are meant
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class DepthTrainOptions(PredictorOptions):
     """Options of a training of predictors, and the file to write them to."""
 
     out: str = option("predictors.safetensors", "file for the predictors")
+    grad_clip: float = option(0.0, "largest norm of a step's gradient, of all weights as one vector; a longer one is "
+                              "shortened to it; 0: none is", minimum=0, later=True)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ class NoisedFeatures:
             return (f"features of {count} noised images are computed in each step, as they take {needed:.2f} GB and "
                     f"--cache_gb is {gigabytes:g}")
         kept = {name: torch.empty((count, *x.shape[2:], x.shape[1]), dtype=torch.float16) for name, x in maps.items()}
-        with progress_bar(count, "features", "img") as progress:
+        with progress_bar(count, "features", "image") as progress:
             for start in range(0, count, EVALUATED_AT_ONCE):
                 rows = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
                 maps, _ = self(*np.divmod(rows, draws))
@@ -207,20 +211,24 @@ def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: n
 class PredictorTraining:
     """Trains branches, name -> blocks, on pairs; `run()` gives the predictors, which are then in the file `out`.
 
+    grad_clip: the largest norm of a step's gradient, of all weights as one vector; 0: none.
+
     Raises UserError where `out` or the state beside it is of another training, before anything is computed.
     """
 
     def __init__(self, branches: Mapping[str, Sequence[str]], network: Network, pairs: Pairs, depth_range: str,
-                 options: PredictorOptions, out: str | Path) -> None:
+                 options: PredictorOptions, out: str | Path, grad_clip: float = 0.0) -> None:
         from .predictor import DepthPredictors
 
         self.network, self.pairs, self.options, self.out = network, pairs, options, Path(out)
+        self.grad_clip = grad_clip
         self.state = self.out.with_name(f"{self.out.stem}.state.safetensors")
         channels = {name: feature_channels(network.model, blocks) for name, blocks in branches.items()}
         self.config = {
             "branches": {name: list(blocks) for name, blocks in branches.items()}, "depth_range": depth_range,
             **{name: value for name, value in asdict(options).items() if name in RECIPE},
             **({"checkpoint_entry": options.checkpoint_entry} if options.checkpoint_entry else {}),
+            **({"grad_clip": grad_clip} if grad_clip else {}),
             "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
             **network.facts}
         self._check_out()
@@ -239,7 +247,8 @@ class PredictorTraining:
             _log.info("%s is finished: there is nothing to do", self.out)
             return load_predictors(self.out, dist_util.dev())
         with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
-                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")), \
+                job("training", self.out):
             return self._train()
 
     def _train(self) -> DepthPredictors:
@@ -256,7 +265,7 @@ class PredictorTraining:
                 progress.update()
                 if self.step % options.log_interval == 0 or self.step == options.steps:
                     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
-                    progress.set_postfix_str(f"L1: {shown}")
+                    progress.note(f"L1: {shown}")
                 if self.step % options.save_interval == 0 and self.step < options.steps:
                     self._save()
         save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
@@ -276,6 +285,8 @@ class PredictorTraining:
                   for name, predicted in self.predictors(*self.features(images, draws)).items()}
         self.optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.predictors.parameters(), self.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * (1 - self.step / options.steps)
         self.optimizer.step()
@@ -310,7 +321,8 @@ class PredictorTraining:
             before = json.loads(checkpoint.read_metadata(path)["training"])
         except (UserError, KeyError, ValueError, RecursionError):
             raise UserError(f"--out {self.out}: {path} is something else, name another --out") from None
-        for name, value in self.config.items():
+        before = {**LATER, **before}
+        for name, value in {**LATER, **self.config}.items():
             if before.get(name) != value:
                 raise UserError(f"--out {self.out}: is of a training with {name} {before.get(name)}, not {value}; give "
                                 "the same or another --out")
@@ -351,7 +363,8 @@ def train_predictors(options: DepthTrainOptions, model_options: ModelOptions, di
                 for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
     pairs = read_labelled(options, network, options.data, options.num_labels, "num_labels")
     depth_range = checked_depth_range(options.data, options.depth_range)
-    return PredictorTraining(branches, network, pairs, depth_range, options, options.out).run()
+    return PredictorTraining(branches, network, pairs, depth_range, options, options.out,
+                             options.grad_clip).run()
 
 
 def digest(pairs: Pairs) -> str:

@@ -75,6 +75,10 @@ class SelfAttentionGuidance(ContrastGuidance):
             return nullcontext()
         return capture_attention(self.model, [self.block], heads=self.heads)
 
+    def seen(self, observed: Any, rows: slice) -> Any:
+        """The received attention of some rows of the batch."""
+        return observed and {name: replace(block, received=block.received[rows]) for name, block in observed.items()}
+
     def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
         """x_bar, for the contrast `s (eps(x_t) - eps(x_bar))`."""
         return Inputs(self.degraded(ctx, pred), ctx.t)

@@ -31,6 +31,8 @@ class BaseImages:
 
     def __init__(self, path: str, size: int, channels: int) -> None:
         where = f"--base_samples {path}"
+        if channels not in (1, 3):
+            raise UserError(f"{where}: its images are RGB, and the network upsamples images of {channels} channels")
         if not path:
             raise UserError("--base_samples is not given: name the file of the images to upsample, or the output "
                             "folder of a sampling run")

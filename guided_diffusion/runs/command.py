@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from .. import dist_util
-from ..cli import log_to_stderr
+from ..cli import ShowOptions, log_to_stderr, tell
 from ..guidance import GuidanceOptions
 from ..options import options_parser
 from .effects import without_effect
@@ -20,25 +20,28 @@ Run = TypeVar("Run", bound=SamplingRun)
 
 
 def sample_command(argv: Sequence[str] | None, description: str, on: type[GuidanceOptions] | None = None,
-                   kind: type[SamplingRun] = SamplingRun) -> str:
-    """Samples as a command line says; returns where the files are, "" on ranks other than the first.
+                   kind: type[SamplingRun] = SamplingRun) -> None:
+    """Samples as a command line says; the first rank tells where the files are.
 
     argv: None for the arguments of this process. on: a guidance method that is on, with its paper's scales, unless the
     command line says otherwise. kind: of the run. Raises UserError for what is wrong with the options, before the first
     image is sampled.
     """
     log_to_stderr(dist_util.is_main())
-    run, given = read_run(argv, kind, description, None if on is None else on.switched_on)
-    say_without_effect(run, given)
+    parser = options_parser(argv, *kind.classes(), ShowOptions, description=description,
+                            defaults=None if on is None else on.switched_on)
+    _, (*options, show) = parser.read(argv, kind.preset_values)
+    run = kind.of(options)
+    say_without_effect(run, [name for name in parser.given if name != "open"])
     path = run.run()
     dist_util.shutdown()
-    return "" if path is None else files_of(path)
+    if path is not None:
+        tell(files_of(path), show)
 
 
-def read_run(argv: Sequence[str] | None, kind: type[Run], description: str = "",
-             defaults: Mapping[str, Any] | None = None) -> tuple[Run, list[str]]:
-    """A run from a command line, and the options that it gave; defaults: those of the command."""
-    parser = options_parser(argv, *kind.classes(), description=description, defaults=defaults)
+def read_run(argv: Sequence[str] | None, kind: type[Run], description: str = "") -> tuple[Run, list[str]]:
+    """A run from a command line, and the options that it gave."""
+    parser = options_parser(argv, *kind.classes(), description=description)
     _, options = parser.read(argv, kind.preset_values)
     return kind.of(options), parser.given
 

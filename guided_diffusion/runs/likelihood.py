@@ -31,6 +31,7 @@ from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_csv, write_json
 from ..guidance import Networks
 from ..image_datasets import TrainingImages, open_images
+from ..jobs import job
 from ..late import Tensor, torch
 from ..npz import write_batch
 from ..options import option, seed_option
@@ -189,7 +190,7 @@ class LikelihoodRun:
                     queue.put("todo", chunks.made_ready(self.options.overwrite).spans)
             chunks = self._chunks(images, queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
-            with queue:
+            with job("likelihood", self.out), queue:
                 self._work(meter, images, chunks, todo, queue)
                 return self._finish(chunks, images, began) if dist_util.is_main() else ""
 

@@ -116,6 +116,22 @@ def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, A
     return values | _stated_values(known, given, kind)
 
 
+def preset_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the sampler that suits `--model`, and says so; none where a sampler or a respacing is given.
+
+    given: what the user gave, by flag name. What is given of these flags goes before. It is for commands alone: tables
+    and benches say how they sample.
+    """
+    if not given.get("model") or any(given.get(name) for name in ("sampler", "use_ddim", "timestep_respacing")):
+        return {}
+    values = find_preset(given["model"]).sampling
+    if values:
+        flags = " ".join(f"--{name} {given.get(name, value)}" for name, value in values.items())
+        _log.info("--model %s: samples with %s, the best for its cost (--sampler ddpm: the full chain)", given["model"],
+                  flags)
+    return values
+
+
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
     """Raises UserError where options that were given belong to other samplers, which refuse them."""
     own = {field.name for field in option_fields(SAMPLERS[name])}

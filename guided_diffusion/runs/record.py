@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
-from ..guidance import GUIDANCE
+from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
@@ -138,6 +138,24 @@ def samples_of(folder: Path) -> Path:
         raise _unfinished(folder, error) from None
 
 
+class FinishedRun(NamedTuple):
+    """A finished run. samples: its file of samples. title: its guidance and sampler in words, see `title`."""
+
+    samples: Path
+    configuration: dict[str, Any]
+    title: str
+
+
+def finished_run(folder: Path) -> FinishedRun:
+    """The finished run in a folder; its record may have a title of its own. UserError where there is none."""
+    try:
+        path, configuration = _finished(folder)
+        words = json.loads((folder / "run.json").read_text()).get("title")
+        return FinishedRun(path, configuration, str(words or title(configuration)))
+    except READ_ERRORS as error:
+        raise _unfinished(folder, error) from None
+
+
 def _finished(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of samples and the configuration in a run.json; raises one of READ_ERRORS where it is none."""
     record = json.loads((folder / "run.json").read_text())
@@ -154,14 +172,35 @@ def _unfinished(folder: Path, error: Exception) -> UserError:
 def title(configuration: Mapping[str, Any]) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
-    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform".
+    Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". A run that upsampled
+    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled".
     """
+    try:
+        return f"{title(_finished(Path(configuration['base_samples']))[1])}, upsampled"
+    except READ_ERRORS:
+        pass                            # no such run
+    words = " + ".join(method.title() for method in active_guidance(configuration)) or "no guidance"
+    sample, = _read(configuration, SampleOptions)
+    return words if sample.sampler_name == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"
+
+
+def active_guidance(configuration: Mapping[str, Any]) -> list[GuidanceOptions]:
+    """The options of the guidance methods that were on in a recorded run."""
     methods: Sequence[Any] = [_read(configuration, kind)[0] for kind in GUIDANCE]
-    words = " + ".join(method.title() for method in methods if method.active) or "no guidance"
+    return [method for method in methods if method.active]
+
+
+def sampler_title(configuration: Mapping[str, Any]) -> str:
+    """The sampler of a recorded run in words, with its steps, like "DDPM, 250 steps"."""
+    sample, = _read(configuration, SampleOptions)
+    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+    return str(sampler.headline(num_steps(configuration)))
+
+
+def num_steps(configuration: Mapping[str, Any]) -> int:
+    """The steps of a recorded run."""
     sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
-    if sample.sampler_name == DEFAULT_SAMPLER:
-        return words
     sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
     chain = space_timesteps(diffusion.diffusion_steps, sampler.respacing(diffusion.timestep_respacing)
                             or [diffusion.diffusion_steps])
-    return f"{words}, {sampler.headline(sampler.num_steps(len(chain)))}"
+    return int(sampler.num_steps(len(chain)))

@@ -26,6 +26,7 @@ from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..guidance.base import without_labels
+from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
@@ -37,7 +38,7 @@ from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
 from .labels import NONE, Labels, is_name, make_labels
-from .options import SampleOptions, option_classes, preset_values
+from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
@@ -78,8 +79,12 @@ class SamplingRun:
 
     @classmethod
     def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """What `--model` and the checkpoints say of the options; given: by the user. See `options.preset_values`."""
-        return preset_values(given)
+        """What `--model` and the checkpoints say of the options; given: by the user.
+
+        See `options.preset_values` and `options.preset_sampling`.
+        """
+        sampling = preset_sampling(given)
+        return sampling | preset_values(sampling | given)
 
     @property
     def options(self) -> tuple[Options, ...]:
@@ -227,7 +232,7 @@ class SamplingRun:
     @property
     def samples(self) -> Path:
         """The file that the samples of the finished run are in."""
-        return shards.samples_file(self.out, self.sample.num_samples, self.model.image_size)
+        return shards.samples_file(self.out, self.sample.num_samples, self.model.image_size, self.model.in_channels)
 
     def check_folder(self, sha256: dict[str, str]) -> None:
         """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
@@ -294,9 +299,10 @@ class SamplingRun:
         try:
             with queue:
                 if spans is not None:
-                    self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
-                    if dist_util.is_main():
-                        self._finish(chunks, began)
+                    with job("sampling", self.out, self.title()):
+                        self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
+                        if dist_util.is_main():
+                            self._finish(chunks, began)
         finally:
             if dist_util.is_main():
                 chunks.tidy()
@@ -322,7 +328,7 @@ class SamplingRun:
         packed, timing = chunks.pack()
         record_path.unlink(missing_ok=True)
         os.replace(packed, chunks.samples)
-        pictures.save_grid(BatchFile(chunks.samples).first(64), self.out / "grid.png")
+        pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / "grid.png")
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,

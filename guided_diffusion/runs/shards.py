@@ -25,6 +25,7 @@ from .. import files
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..npz import BatchFile, Chunk, prepare_samples
+from ..pixels import file_channels
 from .chunk_files import REMEDY, ChunkFiles, DamagedError
 from .chunks import Indices
 from .record import READ_ERRORS, difference, identity, read_record
@@ -35,9 +36,9 @@ LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
 Digests = Callable[[Sequence[int]], np.ndarray]
 
 
-def samples_file(out: Path, num_samples: int, image_size: int) -> Path:
-    """The file of all samples of a run."""
-    return out / f"samples_{num_samples}x{image_size}x{image_size}x3.npz"
+def samples_file(out: Path, num_samples: int, image_size: int, in_channels: int) -> Path:
+    """The file of all samples of a run; in_channels: of the network."""
+    return out / f"samples_{num_samples}x{image_size}x{image_size}x{file_channels(in_channels)}.npz"
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ class Shards(ChunkFiles):
     base: Digests | None = None             # what tells the images that they must be upsampled from; None: any
 
     @property
+    def _in_channels(self) -> int:
+        return int(self.configuration.get("in_channels", 3))
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Shape (N, H, W, 3) of all images together."""
+        """Shape (N, H, W, C) of all images together."""
         size = self.configuration["image_size"]
-        return self.num_samples, size, size, 3
+        return self.num_samples, size, size, file_channels(self._in_channels)
 
     @property
     def samples(self) -> Path:
         """The file of all samples."""
-        return samples_file(self.out, self.num_samples, self.configuration["image_size"])
+        return samples_file(self.out, self.num_samples, self.configuration["image_size"], self._in_channels)
 
     def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
         """What the images of a run depend on, by flag name."""
@@ -75,7 +80,7 @@ class Shards(ChunkFiles):
 
     def save(self, index: int, images: np.ndarray, labels: np.ndarray | None, rank: int = 0,
              seconds: float = 0.0) -> None:
-        """Writes a chunk: images (n, H, W, 3) uint8, labels (n,) int64; rank and seconds tell how it was made."""
+        """Writes a chunk: images (n, H, W, C) uint8, labels (n,) int64; rank and seconds tell how it was made."""
         labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
         if self.base is not None:
             labelled["base"] = self.base(self.chunks[index])
@@ -117,7 +122,7 @@ class Shards(ChunkFiles):
             there = range(earlier.num_samples)
             candidates = itertools.takewhile(lambda index: self.chunks[index].start in there, missing)
             kept = [index for index in candidates if self.chunks[index][-1] in there]
-            samples = BatchFile(earlier.samples)
+            samples = BatchFile(earlier.samples, self.shape[3])
             for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
                 self.save(index, images, _cut(samples.labels, self.chunks[index]))
             missing = self.missing()
@@ -148,7 +153,7 @@ class Shards(ChunkFiles):
 
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))
-        samples = BatchFile(earlier.samples)
+        samples = BatchFile(earlier.samples, self.shape[3])
         if self.base is not None:
             before = samples.read("base") if "base" in samples.members else None
             if not _equal(self.base(both), _cut(before, both)):

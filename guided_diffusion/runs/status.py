@@ -1,4 +1,4 @@
-"""What a running or stopped sampling run has done, from its folder alone."""
+"""What a running or stopped job has done, from its folder alone; of a sampling run, also what is missing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import reason
+from ..jobs import JobState, read_state
 from .record import READ_ERRORS, read_record
 from .shards import DamagedError, Shards, holder
+
+SAMPLING = "sampling"           # the job whose images are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,37 @@ class RunStatus:
         return "\n".join([*lines, *(f"  {file}" for file in self.files)])
 
 
+@dataclass(frozen=True)
+class Status:
+    """All that is known of the job that writes a place: the state that it keeps, and the images of a sampling run."""
+
+    place: Path
+    job: JobState | None
+    run: RunStatus | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it by name, for JSON: what belongs to the run of samples, and `job`."""
+        return {**(self.run.as_dict() if self.run else {}), "job": self.job and self.job.as_dict()}
+
+    def __str__(self) -> str:
+        if self.run is None and self.job is None:
+            return "finished: the file is there, and is written whole"
+        return "\n".join(str(part) for part in (self.run, self.job) if part is not None)
+
+
+def status_of(place: Path) -> Status:
+    """What is known of the job that writes a folder, or a file; changes nothing.
+
+    Raises UserError where no job has written there.
+    """
+    state = read_state(place)
+    begun = any(path.is_file() for path in (place / "run.json", place / "shards" / "run.json"))
+    run = run_status(place) if (begun and state.job == SAMPLING if state else place.is_dir()) else None
+    if state is None and run is None and not place.is_file():
+        raise UserError(f"{place}: there is no such folder or file")
+    return Status(place, state, run)
+
+
 def run_status(out: Path) -> RunStatus:
     """Reads every file of the run in the folder `out`, and changes none; UserError where there is no run."""
     unfinished = _run(out, out / "shards" / "run.json")
@@ -48,7 +82,7 @@ def run_status(out: Path) -> RunStatus:
         return _of_shards(unfinished)
     finished = _run(out, out / "run.json")
     if finished is None:
-        raise UserError(f"{out}: holds no sampling run")
+        raise UserError(f"{out}: holds no sampling run, and no state of another job")
     total, file = finished.num_samples, finished.samples
     if not file.exists():
         return RunStatus(total, 0, 0, (), holder(out), None)

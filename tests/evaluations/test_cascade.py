@@ -8,6 +8,7 @@ from commands import call, flags, samples_in
 from networks import TINY, with_random_weights
 
 from guided_diffusion.checkpoint import save_state
+from guided_diffusion.runs.record import read_record, title
 from guided_diffusion.runs.sampler import ImageSampler
 from guided_diffusion.script_util import sr_create_model_and_diffusion
 
@@ -44,6 +45,8 @@ def test_a_cascade_is_its_commands_one_after_the_other(line, tmp_path, capsys):
     base, labels = samples_in(out / "base")
     images, classes = samples_in(out / "upsampler")
     assert (base.shape, images.shape) == ((6, 16, 16, 3), (6, 32, 32, 3)) and (labels == classes).all()
+    configuration = read_record(out / "upsampler" / "run.json")["configuration"]
+    assert title(configuration) == "SAG s = 0.5, block output.1, upsampled"
     words = line(upsample=["--pag_scale", 2])
     alone = [*words[words.index("upsampler") + 1:], "--base_samples", out / "base", "--out", tmp_path / "alone"]
     assert call("super_res_sample", *alone) == 0

@@ -7,7 +7,7 @@ import pytest
 from commands import call
 
 from evaluations import class_accuracy
-from evaluations.extractors.fashion_mnist import load_fashion_mnist
+from evaluations.extractors.fashion_mnist import CLASS_NAMES, load_fashion_mnist
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def noise():
 
 
 class AlwaysTrousers:
-    test_accuracy = 0.1
+    class_names, test_accuracy = CLASS_NAMES, 0.1
 
     def predict(self, images):
         return np.ones(len(images), np.int64)
@@ -30,7 +30,7 @@ def samples(tmp_path, noise):
 
 
 def test_shares_are_counted_by_class(samples):
-    result = class_accuracy.measure_class_accuracy(AlwaysTrousers(), *class_accuracy.read_labelled_samples(samples))
+    result = class_accuracy.measure_class_accuracy(AlwaysTrousers(), *class_accuracy.read_labelled_samples(samples, 10))
     assert (result["images"], result["recognised"], result["share"]) == (5, 3, 0.6)
     assert {name: (c["images"], c["recognised"]) for name, c in result["classes"].items()} == {
         "T-shirt": (2, 0), "trouser": (3, 3)}
@@ -67,16 +67,16 @@ def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys):
 def test_wrong_sample_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "samples.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        class_accuracy.read_labelled_samples(tmp_path / "samples.npz")
+        class_accuracy.read_labelled_samples(tmp_path / "samples.npz", 10)
 
 
 def test_wrong_sample_files(samples, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        class_accuracy.read_labelled_samples(tmp_path / "missing.npz")
+        class_accuracy.read_labelled_samples(tmp_path / "missing.npz", 10)
     for content in (b"", b"text", samples.read_bytes()[:-300]):
         (tmp_path / "wrong.npz").write_bytes(content)
         with pytest.raises(ValueError, match="is not an"):
-            class_accuracy.read_labelled_samples(tmp_path / "wrong.npz")
+            class_accuracy.read_labelled_samples(tmp_path / "wrong.npz", 10)
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         class_accuracy.class_accuracy(
             [str(samples)], class_accuracy.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))

@@ -15,6 +15,7 @@ from synthetic_inception import write_weights
 
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
+from guided_diffusion.pictures import MARGIN
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
 FASHION_MNIST = ("--backend", "fashion_mnist")
@@ -285,6 +286,19 @@ def test_picture(save, evaluate, tmp_path, suffix):
             assert image.width > 800 and np.asarray(image).std() > 10
     else:
         assert "<svg" in picture.read_text()
+
+
+def test_the_picture_of_nearest_images_shows_copies_first(save, evaluate, refused, tmp_path):
+    reference, samples = clothes(30), clothes(20, 1)
+    samples[13] = reference[7]
+    files, picture = (save("reference", reference), save("sample", samples)), tmp_path / "nearest.png"
+    refused(*files, "--nearest", tmp_path / "nearest.svg")
+    evaluate(*files, "--metrics", "saturation", "--nearest", picture)
+    with Image.open(picture) as image:
+        pixels = np.asarray(image)
+    step = 2 * 34 + 4 + 24 + MARGIN                 # from a block to the next: images of 32 pixels, twice as large
+    blocks = [pixels[MARGIN + 24 + 4 + step * row:][:64, MARGIN + 4:][:, :64] for row in range(2)]
+    assert np.array_equal(*blocks) and np.array_equal(blocks[0][::2, ::2], reference[7])
 
 
 def test_memory_benchmark_says_what_it_measured(capsys):

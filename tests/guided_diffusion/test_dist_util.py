@@ -228,7 +228,8 @@ def test_mpiexec_gives_the_same_file(ranks, python, command, expected, tmp_path)
     ended = execute(BIN / "mpiexec", "-n", ranks, interpreter, *command(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert digest(tmp_path) == expected
-    assert {path.name for path in tmp_path.iterdir()} == {"samples_5x16x16x3.npz", "grid.png", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "samples_5x16x16x3.npz", "grid.png", "run.json", "status.json"}
     assert json.loads((tmp_path / "run.json").read_text())["ranks"] == ranks
     assert ended.stdout.count("samples:") == 1
 
@@ -266,7 +267,7 @@ def test_rank_that_fails_while_sampling_ends_the_job(launcher, command, tmp_path
     assert ended.stderr.count("error: ") == 1
     assert "error: step 2: the network returned NaN or infinity for image 1\n" in ended.stderr
     # The images before are kept; torchrun may end rank 0 before it has let go of the lock.
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"shards", ".lock"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"shards", ".lock", "status.json"}
 
 
 @pytest.mark.slow

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import call, samples_in
+from commands import REPOSITORY, call, samples_in
 from networks import TINY, with_random_weights
 
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import read_metadata
-from guided_diffusion.presets import find_preset
+from guided_diffusion.presets import MODELS, bundled_names, find_preset
 from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.sample import SamplingRun
 
@@ -42,6 +42,21 @@ def test_the_folder_has_the_layout_of_a_hub(exported):
     assert config["model"] == json.loads(read_metadata(exported / "model.safetensors")["config"])
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n") and "--model fmnist32\n" in card and "`--image_size 32`" in card
+    assert "trained on the 60,000 training images of Fashion-MNIST" in card and "docs/fmnist32.md" in card
+
+
+def test_of_every_bundled_model_a_card_can_say_images_licence_page_and_limits():
+    for preset in map(find_preset, bundled_names()):
+        assert preset.data and preset.licence and preset.about["limits"], preset.name
+        assert (REPOSITORY / preset.about["page"]).is_file()
+    assert "depth maps" in find_preset("scenes32_depth").data and "rooms" in find_preset("scenes32").data
+
+
+def test_the_card_of_a_model_of_icons_names_the_artists(tmp_path):
+    assert call("export_model", "--model", "icons64_upsampler", "--out", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (MODELS / "icons_attribution.txt").read_text() in card and "An upsampler network" in card
+    assert "--model out --base_samples" in card and "pipeline_tag: image-to-image" in card
 
 
 def test_a_released_checkpoint_states_its_flags_once_it_is_exported(tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def test_missing_idx_file(idx_folder):
 @pytest.mark.parametrize("options, message", [
     ({"image_size": 16}, "--image_size 16: must be at least 28"),
     ({"batch_size": 0}, "--batch_size 0"),
-    ({"in_channels": 2}, "--in_channels 2"),
+    ({"in_channels": 4}, r"--in_channels 4: pictures have 1 channel .* an .npz file whose arr_0 is \(N, H, W, 4\)"),
     ({"split": "validation"}, "validation: must be one of train, test"),
 ])
 def test_wrong_options_are_refused_before_the_first_batch(idx_folder, options, message):

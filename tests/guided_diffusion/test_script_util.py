@@ -209,7 +209,7 @@ def test_self_attention_guidance_from_its_options():
     ({"num_heads_upsample": 0}, "0: must divide the .* channels of every attention block"),
     ({"num_head_channels": 48}, "--num_head_channels 48: must divide the"),
     ({"num_head_channels": 0}, "--num_head_channels 0: must divide the"),
-    ({"in_channels": 2}, "--in_channels 2: must be one of 1, 3"),
+    ({"in_channels": 9}, "--in_channels 9: must be at most 8"),
     ({"dropout": 1.5}, "--dropout 1.5: must be at most 1"),
     ({"num_res_blocks": 0}, "--num_res_blocks 0: must be at least 1"),
     ({"use_fp16": True, "use_bf16": True}, "--use_fp16 True --use_bf16 True: at most one"),

@@ -30,11 +30,12 @@ from tiny_training import (
 from torch import nn
 
 from guided_diffusion import checkpoint, train_util
+from guided_diffusion.averages import update_ema
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
-from guided_diffusion.train_util import classification_losses, update_ema
+from guided_diffusion.train_util import classification_losses
 
 REPOSITORY = Path(__file__).parents[2]
 TRAINING = REPOSITORY / "scripts" / "image_train.py"
@@ -52,8 +53,8 @@ def test_learns(data_dir, tmp_path):
 def test_files_of_a_run(data_dir, tmp_path):
     train(data_dir, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json", "ema_0.9.safetensors", "ema_0.99.safetensors", "model.safetensors", "progress.csv",
-        "state.safetensors"]
+        "config.json", "ema_0.9.safetensors", "ema_0.99.safetensors", "loss.png", "model.safetensors", "progress.csv",
+        "state.safetensors", "status.json"]
     metadata = checkpoint.read_metadata(tmp_path / "ema_0.9.safetensors")
     config = json.loads(metadata["config"])
     assert metadata["step"] == "3" and config["num_channels"] == 32 and config["diffusion_steps"] == 10
@@ -118,12 +119,18 @@ def test_microbatches_do_what_the_batch_does(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_do_what_one_does(python, data_dir, tmp_path):
-    processes, logs = two_ranks(python, tmp_path, TRAINING, out="two", data_dir=data_dir,
-                                schedule_sampler="loss-second-moment")
+    values = {"schedule_sampler": "loss-second-moment", "grad_clip": 0.5, "ema_power": "0.1", "grid_interval": 3,
+              "grid_images": 3, "preview_steps": 2}
+    processes, logs = two_ranks(python, tmp_path, TRAINING, out="two", data_dir=data_dir, **values)
     assert [process.wait() for process in processes] == [0, 0], [log.read_text() for log in logs]
-    train(data_dir, tmp_path / "one", schedule_sampler="loss-second-moment")
-    assert log_of(tmp_path / "two", "loss") == pytest.approx(log_of(tmp_path / "one", "loss"), rel=1e-4)
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
+    assert call("image_train", *flags(**{**MODEL, **DIFFUSION, **TRAIN, **values}, data_dir=data_dir,
+                                      out=tmp_path / "one")) == 0
+    for name in ("loss", "grad_norm", "clipped"):
+        assert log_of(tmp_path / "two", name) == pytest.approx(log_of(tmp_path / "one", name), rel=1e-4)
+    for name in ("model", "ema_power_0.1"):
+        assert largest_difference(weights(tmp_path / "one", name), weights(tmp_path / "two", name)) < 1e-4
+    one, two = (np.asarray(Image.open(tmp_path / name / "grids" / "0000003.png"), int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 2             # of 255: the weights differ by rounding
 
 
 def test_starts_from_given_weights(data_dir, tmp_path):
@@ -217,6 +224,40 @@ def test_overflow_leaves_the_step_out_and_halves_the_scale():
     assert not math.isfinite(precision.step(optimizer))
     assert precision.lg_loss_scale == 19
     assert [param.item() for param in precision.master_params] == [1, 1] and model.torso.item() == 1
+
+
+def test_long_gradients_are_shortened_and_their_norm_is_logged(data_dir, tmp_path):
+    # AdamW shows it in its first moment, which is a tenth of the first gradient.
+    train(data_dir, tmp_path / "free", lr_anneal_steps=1)
+    for name, microbatch in (("clipped", -1), ("parts", 1)):
+        train(data_dir, tmp_path / name, lr_anneal_steps=1, grad_clip=0.5, microbatch=microbatch)
+
+    def length(name):
+        moments = [value.double().norm() for key, value in weights(tmp_path / name, "state").items()
+                   if key.startswith("optimizer/exp_avg/")]
+        return 10 * torch.stack(moments).norm().item()
+
+    norm = log_of(tmp_path / "free", "grad_norm")[0]
+    assert norm > 1 and length("free") == pytest.approx(norm, rel=1e-4)
+    assert length("clipped") == pytest.approx(0.5, rel=1e-4) == length("parts")
+    assert log_of(tmp_path / "clipped", "grad_norm")[0] == pytest.approx(norm, rel=1e-4)
+    assert log_of(tmp_path / "clipped", "clipped") == [1] and "clipped" not in log_header(tmp_path / "free")
+
+
+@pytest.mark.parametrize("max_norm, part", [(math.sqrt(10) / 4, 0.25), (4.0, 1.0)])
+def test_gradients_are_shortened_without_the_loss_scale(max_norm, part):
+    model = Half()
+    precision = MixedPrecisionTrainer(model)
+    precision.lg_loss_scale = 8.0
+    for _ in range(2):                              # two microbatches add up
+        precision.backward((model.torso.float() + 3 * model.head).sum() / 2)
+    precision.collect_gradients()
+    assert precision.step(torch.optim.SGD(precision.master_params, lr=1.0), max_norm) == pytest.approx(math.sqrt(10))
+    assert [param.item() for param in precision.master_params] == pytest.approx([1 - part, 1 - 3 * part], abs=1e-6)
+
+
+def log_header(out):
+    return (out / "progress.csv").read_text().splitlines()[0].split(",")
 
 
 @pytest.mark.parametrize("flag", ["use_fp16", "use_bf16"])

@@ -3,8 +3,10 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from commands import call
 from tiny_training import largest_difference, log_of, train, train_tiny_classifier, weights
 
 from guided_diffusion import checkpoint
@@ -165,6 +167,24 @@ def test_classes_come_and_go(data_dir, own, tmp_path, caplog):
     assert "not used: label_emb.weight" in caplog.text
     train(data_dir, tmp_path / "named", lr_anneal_steps=1, init_from=plain / "model.safetensors")
     assert "label_emb.weight (2x128, not in the file)" in caplog.text
+
+
+def test_four_channels_from_weights_of_one_and_samples_of_four(data_dir, own, tmp_path, capsys):
+    """RGB and a fourth channel, as depth, from an .npz file; samples of four channels go on and are no pictures."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 4), np.uint8)
+    np.savez(tmp_path / "rgbd.npz", pixels, np.arange(8) % 2)
+    out = train(tmp_path / "rgbd.npz", tmp_path / "out", in_channels=4, lr_anneal_steps=1,
+                init_from=own / "model.safetensors")
+    for count in (2, 3):
+        assert call("image_sample", "--model", out, "--timestep_respacing", 2, "--batch_size", 1, "--num_samples",
+                    count, "--out", tmp_path / "samples") == 0
+    with np.load(tmp_path / "samples" / "samples_3x8x8x4.npz") as file:
+        assert file["arr_0"].shape == (3, 8, 8, 4) and file["arr_1"].shape == (3,)
+    capsys.readouterr()
+    assert call("compare", tmp_path / "samples", "--out", tmp_path / "comparison.png") == 2
+    assert "images must be (N, H, W, 3), RGB" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"arr_0 is \(8, 8, 8, 4\) uint8, must be \(N, 8, 8, 5\) uint8"):
+        train(tmp_path / "rgbd.npz", tmp_path / "other", in_channels=5)
 
 
 @pytest.mark.parametrize("flag", ["init_from", "resume_checkpoint"])

@@ -60,7 +60,7 @@ def test_the_version(guided_pixels, capsys):
 @pytest.mark.parametrize("name", ["run_status", "run-status", "status"])
 def test_a_command_by_each_of_its_names(guided_pixels, name, tmp_path, capsys):
     assert guided_pixels(name, tmp_path) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: holds no sampling run\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: holds no sampling run, and no state of another job\n"
     assert guided_pixels(name, "--help") == 0
     assert f"usage: __main__.py {name} " in capsys.readouterr().out
 
@@ -225,4 +225,5 @@ def test_every_configuration_is_a_mapping(path):
 @pytest.mark.slow
 def test_a_script_runs_from_another_folder(tmp_path):
     ended = finish([sys.executable, REPOSITORY / "scripts" / "run_status.py", tmp_path], cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (2, f"error: {tmp_path}: holds no sampling run\n")
+    assert (ended.returncode, ended.stderr) == (
+        2, f"error: {tmp_path}: holds no sampling run, and no state of another job\n")

@@ -55,6 +55,13 @@ README = {
     "ADM 128, classifier, DDIM": ("classifier_sample", (
         f"{IMAGENET_128} --batch_size 4 --num_samples 100 --timestep_respacing ddim25 --use_ddim True "
         "--classifier_scale 2.5 --classifier_path models/128x128_classifier.pt")),
+    "ADM 256, classifier": ("classifier_sample", (
+        f"{IMAGENET_256_UNCOND} {FEW} --classifier_scale 1.0 --classifier_path models/256x256_classifier.pt"
+        .replace("--class_cond False", "--class_cond True").replace("_uncond.pt", ".pt"))),
+    "ADM 512, classifier": ("classifier_sample", (
+        f"{IMAGENET_256_UNCOND} {FEW} --classifier_scale 4.0 --classifier_path models/512x512_classifier.pt"
+        .replace("--class_cond False", "--class_cond True").replace("--image_size 256", "--image_size 512")
+        .replace("--use_fp16 True", "--use_fp16 False").replace("256x256_diffusion_uncond", "512x512_diffusion"))),
     "ADM 256 unconditional, classifier": ("classifier_sample", (
         f"{IMAGENET_256_UNCOND} {FEW} --classifier_scale 10.0 --classifier_path models/256x256_classifier.pt")),
     "ADM LSUN": ("image_sample", f"{LSUN} {FEW}"),
@@ -186,7 +193,8 @@ def test_readme_command_means_what_it_says(name):
 
     assert diffusion.timestep_respacing == given["--timestep_respacing"]
     assert diffusion.noise_schedule == given["--noise_schedule"]
-    assert model.use_fp16 is True and model.learn_sigma is True and diffusion.learn_sigma is True
+    assert model.use_fp16 is (given["--use_fp16"] == "True")
+    assert model.learn_sigma is True and diffusion.learn_sigma is True
     assert model.class_cond is (given["--class_cond"] == "True")
     assert sag.guide_scale == float(given.get("--guide_scale", 1))
     by_default = script == "classifier_sample"
@@ -489,7 +497,7 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"num_head_channels": 48}, ["--num_head_channels 48", "64 channels"]),
     ({"attention_resolutions": "8,x"}, ["--attention_resolutions 8,x"]),
     ({"attention_resolutions": "7"}, ["--attention_resolutions 7", "divide 16"]),
-    ({"in_channels": 2}, ["--in_channels 2", "1, 3"]),
+    ({"in_channels": 9}, ["--in_channels 9", "at most 8"]),
     ({"use_fp16": True, "use_bf16": True}, ["--use_fp16", "--use_bf16"]),
     ({"config": "/nowhere.yaml"}, ["--config /nowhere.yaml", "No such file"]),
     ({"model": "fmnist23"}, ["--model fmnist23", "64x64_diffusion"]),

@@ -1,5 +1,7 @@
 """What tests of pages ask a browser for."""
 
+import numpy as np
+
 SIZES = {"phone": (390, 844, True), "desk": (1280, 900, False)}
 
 # Every visible text with its size in CSS pixels, its colour and that of the paper behind it.
@@ -34,3 +36,52 @@ def contrast(ink, paper):
 
     dark, light = sorted((luminance(ink), luminance(paper)))
     return (light + 0.05) / (dark + 0.05)
+
+
+def opened(chromium, path, size, scheme="light", ready=True):
+    """Shows a page, and waits until its script says that it is ready, if it says so."""
+    width, height, mobile = SIZES[size]
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    chromium.get(path.as_uri())
+    if ready:
+        chromium.execute_async_script("""
+        const done = arguments[0], look = () => document.documentElement.dataset.ready ? done() : setTimeout(look, 10);
+        look();""")
+    return chromium
+
+
+def moved(chromium, **values):
+    """Moves fields of the page by their ids, and waits until it is drawn."""
+    chromium.execute_async_script("""
+        const [values, done] = arguments;
+        for (const [id, value] of Object.entries(values)) {
+          const field = document.getElementById(id);
+          field.value = value;
+          for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true}));
+        }
+        requestAnimationFrame(() => requestAnimationFrame(done));""", values)
+
+
+def pixels(chromium, selector, width, height):
+    """What a canvas shows, (height, width, 4)."""
+    flat = chromium.execute_script("""
+        const canvas = document.querySelector(arguments[0]);
+        return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];""", selector)
+    return np.array(flat).reshape(height, width, 4)
+
+
+def assert_readable(chromium, size, scheme, title):
+    """Nothing is wider than the screen, texts are large and clear enough, and nothing was loaded or logged."""
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
+    texts = chromium.execute_script(TEXTS)
+    assert len(texts) > 20
+    for text in texts:
+        assert text["size"] >= 11.99, text
+        assert contrast(text["ink"], text["paper"]) >= 4.5, text
+    assert {text["paper"][0] > 128 for text in texts if text["text"] == title} == {scheme == "light"}
+    loaded = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert chromium.get_log("browser") == []

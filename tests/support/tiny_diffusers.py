@@ -42,19 +42,28 @@ def vae():
                                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4))
 
 
-def text_parts():
-    """A text encoder of one layer, and a tokenizer of single letters."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def text_parts(projected=False):
+    """A text encoder of one layer, and a tokenizer of single letters; projected: both kinds of SDXL."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     letters = [chr(code) for code in range(97, 123)]
     words = {word: i for i, word in enumerate([*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>",
                                                "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocab=words, merges=[], model_max_length=8)
     torch.manual_seed(0)
-    encoder = CLIPTextModel(CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=words["<|startoftext|>"], eos_token_id=words["<|endoftext|>"]))
-    return {"tokenizer": tokenizer, "text_encoder": encoder.eval()}
+        projection_dim=16, max_position_embeddings=8, bos_token_id=words["<|startoftext|>"],
+        eos_token_id=words["<|endoftext|>"])
+    parts = {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config).eval()}
+    second = {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(config).eval()}
+    return {**parts, **second} if projected else parts
+
+
+def sdxl_unet(**changes):
+    """A network with the further conditions of SDXL."""
+    return prompted_unet(addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=6 * 8 + 16, **changes)
 
 
 def prompted_pipeline(kind="StableDiffusionPipeline", unet=None, steps=None, **more):

@@ -1,9 +1,6 @@
-'use strict';
 // Draws what stands in #data for the step, the image, the block and the threshold that a reader chooses.
 (async () => {
-  const data = JSON.parse(document.getElementById('data').textContent);
-  const byId = id => document.getElementById(id);
-  const all = selector => [...document.querySelectorAll(selector)];
+  const {data, byId, all, signed, paintDifference} = page;
   const {width, height, columns, settings} = data;
   const count = data.steps.length;
   const setting = letter => settings.find(one => one.letter === letter);
@@ -26,13 +23,6 @@
     }
   }
 
-  // Colours of -127 to 127, from blue by white to red.
-  const signed = new Uint8ClampedArray(256 * 3);
-  for (let level = 0; level < 256; level++) {
-    const part = Math.min(1, Math.abs(level - 128) / 127), end = level < 128 ? [20, 80, 170] : [178, 24, 43];
-    end.forEach((value, channel) => { signed[3 * level + channel] = 255 + (value - 255) * part; });
-  }
-
   function paintSigned(context) {
     const pixels = context.getImageData(0, 0, width, height);
     for (let i = 0; i < pixels.data.length; i += 4) {
@@ -51,19 +41,12 @@
 
   const scratch = ['A', 'B'].map(() => new OffscreenCanvas(width, height).getContext('2d', {willReadFrequently: true}));
 
-  function paintDifference(context, name, image) {
+  function paintOneMinusOther(context, name, image) {
     const [one, other] = settings.map((each, i) => {
       paintSheet(scratch[i], each.pictures[name], image, width, height);
       return scratch[i].getImageData(0, 0, width, height).data;
     });
-    const pixels = context.createImageData(width, height);
-    for (let i = 0; i < one.length; i += 4) {
-      const mean = (one[i] + one[i + 1] + one[i + 2] - other[i] - other[i + 1] - other[i + 2]) / 3 / 127.5;
-      const level = Math.round(128 + 127 * Math.sign(mean) * Math.sqrt(Math.min(1, Math.abs(mean))));
-      for (let channel = 0; channel < 3; channel++) pixels.data[i + channel] = signed[3 * level + channel];
-      pixels.data[i + 3] = 255;
-    }
-    context.putImageData(pixels, 0, 0);
+    paintDifference(context, one, other);
   }
 
   // Draws a picture into a canvas; returns its title, and a note on it.
@@ -71,7 +54,7 @@
     const context = canvas.getContext('2d', {willReadFrequently: true});
     let title, note = '', off = false;
     if (letter === 'A-B') {
-      paintDifference(context, name, image);
+      paintOneMinusOther(context, name, image);
       title = settings[0].pictures[name].title;
       note = 'full colour at \u00b11';
     } else {
@@ -251,7 +234,7 @@
     const items = all('#legend li');
     for (const item of items) item.querySelector('.value').value = written(item.values[shown.step]);
     if (items.length) {
-      byId('chart').setAttribute('aria-label', 'Root mean square of the change of eps: ' +
+      byId('chart').setAttribute('aria-label', 'Root mean square of the changes: ' +
                                  items.map(item => item.textContent).join(', '));
     }
   }
@@ -311,19 +294,6 @@
     byId('play').setAttribute('aria-pressed', String(on));
   }
 
-  async function copy() {
-    const text = byId('command').textContent;
-    let done = true;
-    try {
-      await navigator.clipboard.writeText(text);
-    } catch {
-      getSelection().selectAllChildren(byId('command'));
-      done = document.execCommand('copy');
-    }
-    byId('copy').textContent = done ? 'Copied' : 'Select it';
-    setTimeout(() => { byId('copy').textContent = 'Copy'; }, 2000);
-  }
-
   function listen() {
     byId('step').addEventListener('input', event => go(Number(event.target.value)));
     byId('image').addEventListener('change', event => choose(Number(event.target.value)));
@@ -331,7 +301,6 @@
       if (shown.step === count - 1 && !playing) go(0);
       play(!playing);
     });
-    byId('copy').addEventListener('click', copy);
     byId('kind').addEventListener('change', soon);
     for (const id of ['block', 'psi', 'shown']) byId(id)?.addEventListener('input', soon);
     for (const button of all('.all button')) {

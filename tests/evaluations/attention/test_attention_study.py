@@ -253,7 +253,7 @@ def test_the_command_writes_all_files(tiny, object_file, tmp_path, capsys):
     figures = [f"{name}.{suffix}" for name in ("frequency", "semantic", "overlay_1", "overlay_7")
                for suffix in ("png", "svg")]
     assert sorted(path.name for path in out.iterdir()) == sorted([*figures, "frequency.csv", "semantic.csv",
-                                                                  "summary.md"])
+                                                                  "status.json", "summary.md"])
     text = (out / "summary.md").read_text()
     assert text in capsys.readouterr().out
     assert all(f"| {block} | 8x8 |" in text for block in TINY_BLOCKS)

@@ -9,7 +9,7 @@ from commands import call
 from networks import TINY, in_float64, with_random_weights
 from scipy.stats import spearmanr
 
-from evaluations.bench.probe import Moments, levels, probe_terms, rank_correlation
+from evaluations.bench.probe import Moments, levels, probe_terms, rank_correlation, unlabelled
 from guided_diffusion.capture import override_attention
 from guided_diffusion.guidance import ContrastGuidance, IndependentConditionGuidance, PerturbedAttentionGuidance
 from guided_diffusion.process import Denoiser
@@ -95,6 +95,11 @@ def test_a_contrast_that_changes_nothing_has_no_ratio():
     assert found.scale_interval() == (0, 0)
 
 
+def test_without_labels_the_network_sees_the_null_class():
+    network = unlabelled(lambda x, t, y, scale: scale * y, null_class=7)
+    assert network(None, None, y=torch.tensor([1, 2]), scale=2).tolist() == [14, 14]
+
+
 def test_levels_are_the_middles_of_equal_parts():
     assert levels(1000, 4) == [875, 625, 375, 125] and levels(2, 8) == [1, 0]
 
@@ -156,6 +161,7 @@ def test_the_command(line, tmp_path, capsys):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_images": 6}, "--num_images 6: "),
+    ({"labels": "none"}, "--labels none: the network has no null class"),
     ({"methods": "CG"}, "--methods CG: CG cannot be probed: it does not contrast two predictions"),
     ({"methods": "CGG"}, "--methods CGG: there is no 'cgg', there are SAG"),
     ({"methods": "CFG"}, "--methods CFG: CFG cannot be probed: --cfg_scale"),

@@ -31,7 +31,7 @@ def test_accuracy_study(world, tmp_path, capsys):
     assert call("depth_accuracy", *given) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png", "accuracy.svg", "blocks.csv", "config.json", "labels.csv", "labels_12.safetensors",
-        "labels_20.safetensors", "labels_3.safetensors", "timesteps.csv", "verdict.txt"]
+        "labels_20.safetensors", "labels_3.safetensors", "status.json", "timesteps.csv", "verdict.txt"]
     blocks, steps, labels = (rows(out / f"{name}.csv") for name in ("blocks", "timesteps", "labels"))
     assert [row["branch"] for row in blocks] == [*(f"output.{i}" for i in range(4)), "strong", "weak", MEAN_DEPTH]
     assert [(row["labels"], row["branch"]) for row in labels] == [

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import SIZES, TEXTS, contrast
+from browser import SIZES, assert_readable, moved, opened, pixels
 
 from evaluations.explorer.page import page, picture_kinds, sheet_columns, write_page
 from evaluations.explorer.recording import Recording, Term
@@ -71,6 +71,17 @@ def test_the_sum_is_shown_beside_several_changes_alone():
     assert "eps_change" not in [kind.name for kind in picture_kinds(recorded(guided=False))]
 
 
+def test_every_kind_of_term_has_a_map_of_its_change():
+    both = recorded()
+    terms = (both.terms[0], Term("CG scale 1", "gradient", 1.0, both.terms[1].active),
+             Term("DCG 40", "loss", 40.0, both.terms[1].active))
+    arrays = {**both.arrays, "term2_state_change": both.arrays["term1_change"], "term2_rms": both.arrays["term1_rms"]}
+    found = data_of(page([dataclasses.replace(both, terms=terms, arrays=arrays)], TITLE, COMMAND))["settings"][0]
+    assert [one["title"] for one in found["pictures"].values() if one["drawn"] == "signed"] == [
+        "SAG <s> = 0.5: change of eps", "CG scale 1: change of eps", "DCG 40: change of x_(t-1)"]
+    assert [line["title"] for line in found["rms"]] == ["SAG <s> = 0.5", "CG scale 1", "DCG 40, x_(t-1)"]
+
+
 @pytest.mark.parametrize("steps, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (50, 8), (250, 16)])
 def test_sheets_are_nearly_square(steps, columns):
     assert sheet_columns(steps) == columns
@@ -92,31 +103,6 @@ def test_a_page_that_is_too_large_loses_detail_and_says_so_or_is_refused(tmp_pat
 # What a reader sees
 
 
-def opened(chromium, path, size, scheme="light"):
-    width, height, mobile = SIZES[size]
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
-                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    chromium.get(path.as_uri())
-    chromium.execute_async_script("""
-        const done = arguments[0], look = () => document.documentElement.dataset.ready ? done() : setTimeout(look, 10);
-        look();""")
-    return chromium
-
-
-def moved(chromium, **values):
-    """Moves fields of the page by their ids, and waits until it is drawn."""
-    chromium.execute_async_script("""
-        const [values, done] = arguments;
-        for (const [id, value] of Object.entries(values)) {
-          const field = document.getElementById(id);
-          field.value = value;
-          for (const kind of ['input', 'change']) field.dispatchEvent(new Event(kind, {bubbles: true}));
-        }
-        requestAnimationFrame(() => requestAnimationFrame(done));""", values)
-
-
 def seen(chromium):
     return chromium.execute_script("""
         const box = one => one.getBoundingClientRect();
@@ -128,13 +114,6 @@ def seen(chromium):
                 places: [...document.querySelectorAll('section, h2, h3, canvas, figure, button, select')].map(place),
                 alts: [...document.querySelectorAll('canvas')].map(one => one.ariaLabel),
                 pressed: [...document.querySelectorAll('.all button')].map(one => one.ariaPressed)};""")
-
-
-def pixels(chromium, selector, width, height):
-    flat = chromium.execute_script("""
-        const canvas = document.querySelector(arguments[0]);
-        return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data];""", selector)
-    return np.array(flat).reshape(height, width, 4)
 
 
 def levels(image):
@@ -170,20 +149,7 @@ def test_what_a_reader_sees(chromium, compared, size, scheme):
     assert "not guided at this step" not in after["notes"] and after["pressed"] == ["false", "true", "false"]
     assert before["places"] == after["places"]                  # nothing moves
     assert all(after["alts"]) and "A: x_t, image 11, step 4 of 5" in after["alts"]
-    assert_readable(chromium, size, scheme)
-
-
-def assert_readable(chromium, size, scheme):
-    assert chromium.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
-    texts = chromium.execute_script(TEXTS)
-    assert len(texts) > 40
-    for text in texts:
-        assert text["size"] >= 11.99, text
-        assert contrast(text["ink"], text["paper"]) >= 4.5, text
-    assert {text["paper"][0] > 128 for text in texts if text["text"] == TITLE} == {scheme == "light"}
-    loaded = chromium.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert [name for name in loaded if not name.startswith("data:")] == []
-    assert chromium.get_log("browser") == []
+    assert_readable(chromium, size, scheme, TITLE)
 
 
 def test_pictures_are_those_of_the_recording(chromium, compared):
@@ -259,7 +225,7 @@ def test_one_step_and_one_image(chromium, tmp_path, images, steps, guided, chann
     masked = int((one.arrays["attention_output.1" if guided else "attention_middle"][0, -1] > 1).sum())
     assert now["shares"][0].startswith(f"{masked} of ")
     assert len(now["pressed"]) == images and all(now["alts"])
-    assert_readable(chromium, size, "light")
+    assert_readable(chromium, size, "light", TITLE)
 
 
 def test_there_is_a_sheet_for_each_image():

@@ -12,6 +12,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.sampler import ImageSampler
+from guided_diffusion.terms import LossGuidance
 
 SAG = {"guide_scale": 1.5, "sel_attn_block": "middle", "sel_attn_depth": 0, "blur_sigma": 2.0}
 
@@ -92,6 +93,35 @@ def test_any_sampler_and_a_gradient(run, tiny_checkpoints):
     assert [term.kind for term in recording.terms] == ["gradient"]
     # DDIM takes the gradient as a change of eps, of which guided x0 differs from unguided
     assert recording.arrays["term0_rms"].min() > 0
+
+
+class Darker(LossGuidance):
+    """Lowers the mean of predicted x0."""
+
+    def loss(self, ctx, pred):
+        return self.scale * pred.pred_xstart.mean(dim=(1, 2, 3))
+
+
+def test_what_a_loss_takes_from_the_image(run, monkeypatch):
+    plain = SamplingRun.build
+    recorded = {}
+    for scales in ((), (400.0,), (100.0, 300.0)):
+        terms = [Darker(scale) for scale in scales]
+        monkeypatch.setattr(SamplingRun, "build", lambda run, terms=terms: plain(run)._replace(guidance=terms))
+        recorded[len(terms)] = Recorder(run(), [0, 1], ["middle"]).record()
+    arrays = {count: {name: value.astype(np.float64) for name, value in one.arrays.items()}
+              for count, one in recorded.items()}
+    assert [(term.title, term.kind) for term in recorded[1].terms] == [("Darker", "loss")]
+    change = arrays[1]["term0_state_change"]
+    assert np.abs(change[:, 0]).max() > 0.1 and "term0_change" not in arrays[1]
+    # the second x_t is that of the first step without guidance, and what the loss adds
+    difference = arrays[1]["x_t"][:, 1] - arrays[0]["x_t"][:, 1]
+    assert np.abs(difference - change[:, 0]).max() < 4 * np.finfo(np.float16).eps * np.abs(arrays[1]["x_t"]).max()
+    # two losses share the step, each with its own part
+    both = [arrays[2][f"term{number}_state_change"] for number in (0, 1)]
+    assert np.allclose(both[0] * 3, both[1], rtol=5e-3, atol=1e-4)
+    assert np.allclose(both[0] + both[1], change, rtol=5e-3, atol=1e-4)
+    assert np.allclose(arrays[1]["term0_rms"], np.sqrt((change**2).mean(axis=(2, 3, 4))), rtol=5e-3)
 
 
 @pytest.mark.parametrize("text, expected", [("0:3", [0, 1, 2]), ("7", [7]), ("5,1,1", [1, 5]), ("0:2,9", [0, 1, 9])])

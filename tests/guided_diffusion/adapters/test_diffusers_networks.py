@@ -1,12 +1,13 @@
 """UNets of diffusers among our captures, overrides and shared prefixes, which leave nothing behind."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from golden import noise
 from tiny_diffusers import PROMPTS, pixel_unet, prompted_unet
 
 from guided_diffusion.adapters.diffusers import DiffusersUNet
-from guided_diffusion.attention import attention
 from guided_diffusion.capture import (
     capture_attention,
     capture_prefix,
@@ -116,19 +117,70 @@ def test_nothing_is_left_behind_after_an_exception(network):
     assert torch.equal(evaluate(), plain)
 
 
-def test_the_users_own_processor_computes_and_comes_back():
-    unet = prompted_unet()
+def with_slices(unet, monkeypatch):
+    """Sliced attention."""
     unet.set_attention_slice(1)
-    wrapped, x = DiffusersUNet(unet), noise((2, 4, 8, 8), 0)
+
+
+def with_fused_projections(unet, monkeypatch):
+    """Queries, keys and values by one product."""
+    unet.fuse_qkv_projections()
+
+
+def with_xformers(unet, monkeypatch):
+    """The processor of xformers, whose operation a CPU does not have: PyTorch's stands in for it."""
+    from diffusers.models import attention_processor
+
+    def operation(q, k, v, attn_bias, op, scale):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias, scale=scale)
+
+    monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(
+        ops=SimpleNamespace(memory_efficient_attention=operation)))
+    unet.set_attn_processor(attention_processor.XFormersAttnProcessor())
+
+
+def with_lora(unet, monkeypatch):
+    """Two adapters in all projections of attention, one of which is active at half its weight."""
+    peft = pytest.importorskip("peft", reason="peft, which LoRA in diffusers needs, is not installed")
+    for i, name in enumerate(("one", "two")):
+        torch.manual_seed(i)
+        unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False,
+                                         target_modules=["to_q", "to_k", "to_v", "to_out.0"]), name)
+    unet.set_adapters(["two"], [0.5])
+
+
+@pytest.mark.parametrize("change", [with_slices, with_fused_projections, with_xformers, with_lora])
+def test_what_the_user_did_to_attention_is_seen_and_stays(change, monkeypatch):
+    unet = prompted_unet()
+    x, prompts = noise((2, 4, 8, 12), 0), {"encoder_hidden_states": PROMPTS}
+    wrapped, maps = DiffusersUNet(unet), []
+    with torch.no_grad():
+        untouched = unet(x, T, PROMPTS, return_dict=False)[0]
+    change(unet, monkeypatch)
     before = processors(unet)
+
+    def whole(q, k, v):
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)
+        maps.append(weights.sum(dim=2).mean(dim=1))
+        return weights @ v
+
+    def fail(q, k, v):
+        raise RuntimeError("on purpose")
+
     with torch.no_grad():
         plain = unet(x, T, PROMPTS, return_dict=False)[0]
         with capture_attention(wrapped, ["middle"]) as captured:
-            observed = wrapped(x, T, encoder_hidden_states=PROMPTS)
-        with override_attention(wrapped, ["middle"], attention):
-            overridden = wrapped(x, T, encoder_hidden_states=PROMPTS)
-    assert torch.equal(observed, plain) and captured["middle"].received.shape == (2, 16)
+            observed = wrapped(x, T, **prompts)
+        with override_attention(wrapped, ["middle"], whole):
+            overridden = wrapped(x, T, **prompts)
+        with pytest.raises(RuntimeError, match="on purpose"), override_attention(wrapped, NAMES, fail):
+            wrapped(x, T, **prompts)
+        after = wrapped(x, T, **prompts)
+    assert torch.equal(observed, plain) and torch.equal(after, plain)
+    torch.testing.assert_close(captured["middle"].received, maps[0])
     torch.testing.assert_close(overridden, plain, rtol=1e-4, atol=1e-5)
+    assert ((untouched - plain).abs().max() > 1e-3) == (change is with_lora)
+    assert processors(unet).keys() == before.keys()
     assert all(processors(unet)[name] is processor for name, processor in before.items())
 
 
@@ -169,8 +221,9 @@ def test_a_network_without_attention_says_so():
         pass
 
 
-def test_half_precision_computes_in_its_type():
-    wrapped = DiffusersUNet(prompted_unet().to(torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_in_its_type(dtype):
+    wrapped = DiffusersUNet(prompted_unet().to(dtype))
     with torch.no_grad(), capture_attention(wrapped, ["middle"]) as captured:
         out = wrapped(noise((2, 4, 8, 8), 0), T, encoder_hidden_states=PROMPTS)
     assert out.dtype == torch.float32 and captured["middle"].received.dtype == torch.float32

@@ -1,6 +1,5 @@
 """Pipelines of diffusers, sampled by us: the same images where both can, and what only we can."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,19 +18,14 @@ from tiny_diffusers import (
     prompted_pipeline,
     prompted_unet,
     scheduler,
+    sdxl_unet,
     text_parts,
     vae,
 )
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import (
-    IndependentConditionGuidance,
-    PerturbedAttentionGuidance,
-    ProjectedGuidance,
-    SmoothedEnergyGuidance,
-    TimestepGuidance,
-)
+from guided_diffusion.guidance import IndependentConditionGuidance, PerturbedAttentionGuidance
 from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
 from guided_diffusion.steps import DdimOptions
 
@@ -88,19 +82,6 @@ def test_solvers_are_those_of_diffusers_at_the_same_steps(kind, options, own):
     assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=2.0, sampler=own), expected) < 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
-def test_every_sampler_takes_any_list_of_guidance(latent, sampler):
-    network = latent.unet
-    terms = [latent.self_attention_guidance(0.75), PerturbedAttentionGuidance(network, ["down.1.0"], 1.0),
-             SmoothedEnergyGuidance(network, ["middle"], 1.0), TimestepGuidance(network, 1.0, 0.5)]
-    plain = ours(latent, sampler=sampler, cfg_scale=3.0)
-    guided = [ours(latent, sampler=sampler, cfg_scale=3.0, guidance=chosen)
-              for chosen in ([term] for term in terms)]
-    together = ours(latent, sampler=sampler, cfg_scale=3.0, guidance=[*terms, ProjectedGuidance(norm_threshold=5.0)])
-    different = [plain, *guided, together]
-    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(different) for other in different[:i])
-
-
 def test_classes_have_independent_conditions_and_pixels_of_learned_variance():
     unet = pixel_unet(num_class_embeds=3, out_channels=6)
     pipe = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler(variance_type="learned_range"))
@@ -111,11 +92,15 @@ def test_classes_have_independent_conditions_and_pixels_of_learned_variance():
     assert plain.shape == (2, 3, 8, 8) and (plain - guided).abs().max() > 1e-3
 
 
-def test_half_precision_is_near_single_precision(latent):
-    half = LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet().to(torch.bfloat16)))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.2), (torch.float16, 0.025)])
+def test_half_precision_is_near_single_precision(latent, dtype, tolerance):
+    pipe = prompted_pipeline(unet=prompted_unet().to(dtype))
+    pipe.vae.to(dtype)
+    half = LatentDiffusion.from_pipeline(pipe)
     found, expected = (ours(one, guidance=[one.self_attention_guidance(0.75)]) for one in (half, latent))
-    # bfloat16 has 8 bits; guidance of 7.5 multiplies their error, over six steps.
-    assert found.dtype == torch.float32 and relative_error(found, expected) < 0.2
+    # bfloat16 has 8 bits, float16 11; guidance of 7.5 multiplies their error, over six steps.
+    assert found.dtype == torch.float32 and relative_error(found, expected) < tolerance
+    assert np.isfinite(ours(half, steps=1, output_type="np")).all()
 
 
 def test_sag_and_classifier_free_guidance_make_three_evaluations_a_step(latent):
@@ -194,10 +179,8 @@ def test_prompts_are_encoded_by_the_pipeline(negative):
 
 
 def test_sdxl_sees_its_further_conditions():
-    unet = prompted_unet(addition_embed_type="text_time", addition_time_embed_dim=8,
-                         projection_class_embeddings_input_dim=6 * 8 + 16)
     pipe = diffusers.StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+        vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=sdxl_unet(),
         scheduler=scheduler(), add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     pooled = {"pooled_prompt_embeds": noise((2, 16), 4), "negative_pooled_prompt_embeds": noise((2, 16), 5)}
@@ -206,6 +189,36 @@ def test_sdxl_sees_its_further_conditions():
     expected = images(pipe, guidance_scale=3.0, height=16, width=16, **pooled)
     latent = LatentDiffusion.from_pipeline(pipe)
     assert relative_error(ours(latent, cfg_scale=3.0, **pooled), expected) < SAME
+    with pytest.raises(UserError, match="pooled_prompt_embeds: must be given"):
+        ours(latent)
+    with pytest.raises(UserError, match="do not make the 64 that the network takes"):
+        ours(latent, pooled_prompt_embeds=noise((2, 8), 4), negative_pooled_prompt_embeds=noise((2, 8), 5))
+
+
+@pytest.mark.parametrize("negative, zeros", [(None, True), (None, False), ("dog", True)])
+def test_prompts_of_sdxl_are_encoded_by_both_encoders(negative, zeros):
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae(), unet=sdxl_unet(cross_attention_dim=32), scheduler=scheduler(), add_watermarker=False,
+        force_zeros_for_empty_prompt=zeros, **text_parts(projected=True))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"prompt": ["a cat", "b"], "negative_prompt": negative, "latents": noise((2, 4, 8, 12), 3),
+               "output_type": "latent"}
+    with torch.no_grad():
+        expected = pipe(num_inference_steps=2, guidance_scale=5.0, height=16, width=24, **{
+            **options, "negative_prompt": negative and [negative] * 2}).images
+    found = LatentDiffusion.from_pipeline(pipe).sample(steps=2, cfg_scale=5.0, **options)
+    assert relative_error(found, expected) < SAME
+
+
+@pytest.mark.parametrize("size, cfg_scale", [((8, 12), 7.5), ((12, 8), 1.0)])
+def test_sag_is_that_of_the_sag_pipeline_at_any_size(size, cfg_scale):
+    unet, start = prompted_unet(), noise((2, 4, *size), 3)
+    theirs = prompted_pipeline("StableDiffusionSAGPipeline", unet)
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=unet))
+    found = ours(latent, cfg_scale=cfg_scale, guidance=[latent.self_attention_guidance(0.75)], latents=start)
+    expected = images(theirs, guidance_scale=cfg_scale, sag_scale=0.75, latents=start, height=2 * size[0],
+                      width=2 * size[1])
+    assert relative_error(found, expected) < SAME
 
 
 def test_the_example_of_the_documentation_runs():
@@ -214,17 +227,6 @@ def test_the_example_of_the_documentation_runs():
     names = {}
     exec(compile(block.text, str(block), "exec"), names)
     assert len(names["images"]) == 2
-
-
-def test_the_notebook_runs_on_a_tiny_pipeline(monkeypatch):
-    monkeypatch.delenv("PIPELINE", raising=False)
-    path = REPOSITORY / "notebooks" / "latent_sag.ipynb"
-    names = {}
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), str(path), "exec"), names)
-    assert names["seen"].received.shape == (1, 16) and names["few"][0].size == (8, 8)
-    assert len(names["images"]) == 3
 
 
 def test_what_does_not_fit_is_a_sentence(latent):

@@ -56,6 +56,14 @@ def test_the_three_predictions_of_one_function_give_the_same_images():
     torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
 
 
+def test_cosine_schedules_are_taken_and_only_those_without_any_signal_refused():
+    cosine = scheduler(beta_schedule="squaredcos_cap_v2")
+    assert 0 < process_of(cosine).alphas_cumprod[-1] < 1e-8
+    betas = [*scheduler().betas[:-1].tolist(), 1.0]
+    with pytest.raises(UserError, match="zero terminal"):
+        process_of(scheduler("DPMSolverMultistepScheduler", trained_betas=betas))
+
+
 def test_a_scheduler_that_does_not_fit_is_a_sentence():
     with pytest.raises(UserError, match="has no betas"):
         process_of(diffusers.FlowMatchEulerDiscreteScheduler())

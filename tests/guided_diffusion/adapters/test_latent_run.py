@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import call
-from tiny_diffusers import prompted_pipeline, text_parts
+from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, scheduler, text_parts
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,27 @@ def test_each_image_has_its_prompt(command, tmp_path):
     assert np.array_equal(both[0], one[0]) and not np.array_equal(both[1], one[1])
 
 
+def test_prompts_are_drawn_from_the_run_or_from_a_file(command, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\nb\n")
+    own = {"prompt": "", "prompts": tmp_path / "prompts.txt", "icg_scale": 1, "num_samples": 2, "prompt_scale": 1}
+    assert command(**own) == 0
+    assert command(**own, batch_contrasts=True, out=tmp_path / "batch") == 0
+    (tmp_path / "drawn.txt").write_text("b\na cat\nb\n")
+    assert command(**{**own, "prompt": "a cat", "prompts": ""}, icg_prompts=tmp_path / "drawn.txt",
+                   out=tmp_path / "file") == 0
+    (images, record), (batch, other), (drawn, third) = (samples(tmp_path / name) for name in ("out", "batch", "file"))
+    assert np.abs(images.astype(int) - batch).max() <= 1            # a rounding at most, in the last bit of a pixel
+    assert np.array_equal(images[0], drawn[0]) and not np.array_equal(images[1], drawn[1])
+    assert len({run["fingerprint"] for run in (record, other, third)}) == 3
+    assert "icg_prompts" in record["sha256"]
+
+
+def test_a_pipeline_with_classes_is_refused_in_a_sentence(command, tmp_path, capsys):
+    diffusers.DDPMPipeline(unet=pixel_unet(num_class_embeds=3), scheduler=scheduler()).save_pretrained(tmp_path / "p")
+    assert command(pipeline=tmp_path / "p", prompt="") == 2
+    assert "its network takes classes" in capsys.readouterr().err
+
+
 def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
     assert command(num_samples=1) == 0
     for options, words in [({"prompt": "a dog"}, "of another configuration"), ({"pag_scale": 2}, "--pag_scale differs"),
@@ -59,6 +80,9 @@ def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
                            ({"prompt": ""}, "is missing"),
                            ({"pipeline": ""}, "--pipeline: is missing"), ({"prompts": "x"}, "give one of the two"),
                            ({"prompt": "", "prompts": tmp_path / "none"}, "cannot be read"),
+                           ({"icg_scale": 1}, "needs other prompts to draw from"),
+                           ({"icg_scale": 1, "icg_prompts": tmp_path / "none"}, "none: cannot be read"),
+                           ({"icg_prompts": tmp_path / "none"}, "acts with --icg_scale only"),
                            ({"sag_block": "middel", "out": tmp_path / "b"}, "no attention block")]:
         assert command(**options) == 2
         assert words in capsys.readouterr().err

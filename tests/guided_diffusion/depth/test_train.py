@@ -123,6 +123,7 @@ def test_another_training_in_the_same_file_is_refused(world, tmp_path):
     train(world, out)
     for changes, message in (({"steps": 13}, "of a training with steps 12, not 13"),
                              ({"weak_blocks": "2"}, "of a training with branches"),
+                             ({"grad_clip": 0.1}, "with grad_clip 0.0, not 0.1"),
                              ({"num_labels": 11}, "num_labels 12, not 11"),
                              ({"depth_range": "0,2"}, "depth_range 0,1, not 0,2"),
                              ({"data": str(world / "held.npz")}, "with data_sha256"),

@@ -103,7 +103,7 @@ def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_ch
 
     rows = {}
     monkeypatch.setattr("guided_diffusion.runs.comparison.save_comparison",
-                        lambda images, path: rows.update(images))
+                        lambda images, path, **how: rows.update(images))
     assert call("compare", tmp_path / "plain", tmp_path / "grey", "--out", tmp_path / "comparison.png") == 0
     assert list(rows) == ["plain: no guidance", "grey: grey 3, from step 2"]
 

@@ -260,6 +260,13 @@ class OtherLabel(ContrastGuidance):
         return Inputs(ctx.x_t, ctx.t, {"y": 1 - ctx.model_kwargs["y"]})
 
 
+class OtherLabelBeforehand(ContrastGuidance):
+    """The same, for which nothing of the step's own evaluation is needed."""
+
+    def beforehand(self, ctx):
+        return Inputs(ctx.x_t, ctx.t, {"y": 1 - ctx.model_kwargs["y"]})
+
+
 class Calls:
     """A network that remembers the sizes of its batches."""
 
@@ -301,6 +308,23 @@ def test_further_evaluations_may_be_one_batch(case):
     model.sizes.clear()
     assert_equal(step(case, guidance[3:], model, batch_contrasts=True), step(case, guidance[3:]))
     assert model.sizes == [COUNT, COUNT]
+
+
+def test_evaluations_that_need_nothing_of_the_steps_own_are_in_one_batch_with_it(case):
+    guidance = [OtherLabelBeforehand(0.5), SelfAttentionGuidance(case.model, "middle", 0.4, 2.0),
+                OtherLabelBeforehand(0.2), PerturbedAttentionGuidance(case.model, ["middle"], 0.5)]
+    model = Calls(case.model)
+    together = step(case, guidance, model, batch_contrasts=True)
+    assert model.sizes == [2 * COUNT, COUNT, COUNT]
+    model.sizes.clear()
+    apart = step(case, guidance, model)
+    assert model.sizes == [COUNT] * 4
+    for name, value in apart.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=4e-4)
+    # A loss needs the graph of the step's own evaluation, which then stays alone.
+    model.sizes.clear()
+    step(case, [*guidance[:2], depth_terms(case)[0]], model, batch_contrasts=True)
+    assert model.sizes == [COUNT, 2 * COUNT]
 
 
 # Graphs

@@ -60,7 +60,7 @@ def line(tiny_checkpoints, data, tmp_path):
 def test_results_are_those_of_the_images_one_by_one(line, data, tmp_path, capsys):
     assert call("image_nll", *line()) == 0
     out, said = tmp_path / "out", capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {*RESULTS, "likelihoods", "run.json"}
+    assert {path.name for path in out.iterdir()} == {*RESULTS, "likelihoods", "run.json", "status.json"}
 
     options, process = options_from({**TINY, "timestep_respacing": "3"}, ModelOptions, DiffusionOptions)
     network = build_model(options)

@@ -7,7 +7,7 @@ from fuzzing import damaged, fuzz, survives
 from hypothesis import given
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.runs.record import READ_ERRORS, read_record, run_samples
+from guided_diffusion.runs.record import READ_ERRORS, finished_run, read_record, run_samples
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
 
@@ -49,7 +49,7 @@ def test_samples_outside_the_folder_are_not_read(name, tmp_path):
 def read_everywhere(path):
     """Everything that reads a record, in a folder of its own."""
     folder = path.parent
-    for read in (run_status, lambda folder: run_samples(folder, 2), lambda folder: Shards(
+    for read in (run_status, lambda folder: run_samples(folder, 2), finished_run, lambda folder: Shards(
             folder, CONFIGURATION, RECORD["sha256"], lambda image_ids: None).check()):
         try:
             read(folder)

@@ -12,6 +12,7 @@ from guided_diffusion.options import fill
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.record import identity, title
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.upsample import UpsamplingRun
 
 SOLVER = {"sampler": "dpm-solver++"}
 CHAIN = {**SOLVER, "solver_grid": "chain"}
@@ -75,3 +76,25 @@ def test_a_longer_run_keeps_the_images_of_the_shorter(tiny_checkpoints, tmp_path
             assert call("image_sample", *flags({**line, "num_samples": count, "out": tmp_path / folder})) == 0
     grown, fresh = ((tmp_path / name / "samples_5x16x16x3.npz").read_bytes() for name in ("grown", "fresh"))
     assert grown == fresh
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({}, "UniPC-2 (bh2), 20 steps, time-uniform"),
+    ({"sampling_steps": 9}, "UniPC-2 (bh2), 9 steps, time-uniform"),
+    ({"sampler": "ddpm"}, "DDPM, 1000 steps"),
+    ({"use_ddim": True}, "DDIM, 1000 steps"),
+    ({"timestep_respacing": "50"}, "DDPM, 50 steps")])
+def test_a_bundled_model_brings_a_sampler_where_none_is_named(given, words, caplog):
+    caplog.set_level("INFO")
+    run = SamplingRun.of(fill({"model": "scenes32", **given}, SamplingRun.classes(), SamplingRun.preset_values, "here"))
+    assert sampler(run) == words
+    said = [message for message in caplog.messages if "--sampler unipc" in message]
+    assert len(said) == ("UniPC" in words)
+    table_row = run_of(**{"model": "scenes32"})            # rows of tables say how they are sampled
+    assert sampler(table_row) == "DDPM, 1000 steps"
+
+
+def test_an_upsampler_brings_its_sampler():
+    run = UpsamplingRun.of(fill({"model": "icons64_upsampler"}, UpsamplingRun.classes(), UpsamplingRun.preset_values,
+                                "here"))
+    assert sampler(run).startswith("UniPC-2 (bh2), 20 steps")

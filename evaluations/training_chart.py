@@ -1,0 +1,81 @@
+"""A chart of trainings: values of their logs, such as the loss, against images seen."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable, reason, write
+from guided_diffusion.options import Options, comma_separated, option, required
+
+from .plots import SUFFIXES, new_figure, require_matplotlib
+
+SAMPLES = "samples"         # the column of images seen
+
+
+@dataclass(frozen=True)
+class TrainingChartOptions(Options):
+    """The chart."""
+
+    out: str = required(f"file to write, ending in {', '.join(SUFFIXES)}")
+    values: str = option("loss", "columns of the logs, comma-separated; those that a log lacks are left out of it")
+    log_y: bool = option(False, "a logarithmic axis of the values")
+
+
+class Curve(NamedTuple):
+    """A line of the chart: its name, images seen and values."""
+
+    name: str
+    samples: list[float]
+    values: list[float]
+
+
+def read_curves(path: str, columns: Sequence[str]) -> list[Curve]:
+    """The curves of a log, progress.csv of a training or a copy of it, one for each of the columns that it has.
+
+    Raises UserError for a file that is no such log, or has none of them.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        found = {column: [(float(row[SAMPLES]), float(row[column])) for row in rows if row[column]]
+                 for column in columns if rows and column in rows[0]}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise UserError(f"{path}: is not the log of a training, with the images seen in a column {SAMPLES}") from None
+    if not found:
+        there = ", ".join(rows[0]) if rows else "none"
+        raise UserError(f"--values {','.join(columns)}: {path} has none of these columns; it has {there}")
+    place = Path(path)
+    name = place.parent.name if place.stem == "progress" else place.stem.removesuffix("_train")
+    return [Curve(name if len(columns) == 1 else f"{name}: {column}", *map(list, zip(*points, strict=True)))
+            for column, points in found.items()]
+
+
+def draw_trainings(paths: Sequence[str], options: TrainingChartOptions) -> str:
+    """Draws the logs; returns where the chart is.
+
+    Raises UserError as `read_curves`, and for a file that it cannot write.
+    """
+    check_writable("--out", options.out)
+    if Path(options.out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {options.out}: must end in {', '.join(SUFFIXES)}")
+    require_matplotlib("the chart needs")
+    columns = list(comma_separated(options.values))
+    curves = [curve for path in paths for curve in read_curves(path, columns)]
+    figure = new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    for curve in curves:
+        axes.plot(curve.samples, curve.values, label=curve.name, linewidth=1.3)
+    axes.set(xlabel="images seen", ylabel=", ".join(columns), xscale="log")
+    if options.log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=9)
+    write(options.out, lambda file: figure.savefig(file, dpi=120, format=Path(options.out).suffix[1:].lower()))
+    return f"chart: {options.out}"

@@ -1,0 +1,210 @@
+"""What a job does, for another shell: a small file in the job's folder, written whole every few seconds by rank 0.
+
+A job whose process was killed cannot say so. Whoever reads its state finds out: on the same machine by the process, on
+another one by the age of the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from .errors import PeerError, UserError
+from .fetch import without_secrets
+from .files import reason, remove_leftovers, write_json
+from .foreign import read_json
+from .launchers import is_main, world_size
+from .progress import Progress, Step, clock, watched
+
+STATE = "status.json"           # in the folder of a job; beside a FILE that a job writes it is FILE.status.json
+EVERY = 5.0                     # seconds between two states
+SILENT = 600.0                  # seconds without a word after which a job of another machine is taken to be gone
+LONGEST = 300                   # characters of the reason for which a job stopped
+
+_log = logging.getLogger(__name__)
+_running: list[str] = []        # the jobs of this process, from the outermost
+
+
+class State(StrEnum):
+    """How a job is."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"                 # by a mistake or a fault, which `why` says
+    INTERRUPTED = "interrupted"         # by a signal
+    GONE = "gone"                       # killed, or its machine went down; never in a file, but found by who reads it
+
+
+def state_file(place: Path) -> Path:
+    """Where the state of a job lies that writes the folder `place`, or the file of that name."""
+    return place / STATE if place.is_dir() else place.with_name(f"{place.name}.{STATE}")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A state, as it is in the file: what the job is, and how far it was at that time.
+
+    began, written: seconds since 1970. started: of the process, in clock ticks since its machine started; 0 where the
+    system does not say. steps: from the outermost to the innermost.
+    """
+
+    job: str
+    title: str
+    writes: str
+    state: State
+    host: str
+    process: int
+    started: int
+    ranks: int
+    began: float
+    written: float
+    steps: tuple[Step, ...] = ()
+    why: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it by name, for JSON; the seconds that are left beside each step."""
+        steps = [{**asdict(step), "seconds_left": step.seconds_left} for step in self.steps]
+        return {**asdict(self), "state": str(self.state), "steps": steps}
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> JobState:
+        """The state that a file holds. Raises KeyError, TypeError or ValueError where it is none."""
+        steps = tuple(Step(one["what"], one["unit"], int(one["done"]), one["total"], one["rate"], one["note"])
+                      for one in content["steps"])
+        return cls(**{**content, "state": State(content["state"]), "steps": steps})
+
+    def now(self) -> JobState:
+        """The same as it is now: a job that says it is running, and is not any more, is gone."""
+        gone = self.state is State.RUNNING and self._is_gone()
+        return JobState(**{**vars(self), "state": State.GONE}) if gone else self
+
+    def _is_gone(self) -> bool:
+        if self.host == socket.gethostname():
+            return _started(self.process) != self.started if self.started else not _is_there(self.process)
+        return time.time() - self.written > SILENT
+
+    def __str__(self) -> str:
+        who = f"process {self.process} on {self.host}" + (f" and {self.ranks - 1} more" if self.ranks > 1 else "")
+        age = clock(max(0.0, time.time() - self.written))
+        lasted = clock(self.written - self.began)
+        words = {State.RUNNING: f"running for {clock(time.time() - self.began)}: {who}; last word {age} ago",
+                 State.FINISHED: f"finished {age} ago, after {lasted}",
+                 State.STOPPED: f"stopped {age} ago, after {lasted}: {self.why}",
+                 State.INTERRUPTED: f"interrupted {age} ago, after {lasted}",
+                 State.GONE: f"gone without a word: {who}; last heard of {age} ago"}
+        lines = [f"{self.job}{f' ({self.title})' if self.title else ''}, {words[self.state]}"]
+        if self.state is not State.FINISHED:
+            lines += [f"  {step}" for step in self.steps]
+        return "\n".join([*lines, f"  writes {self.writes}"])
+
+
+def read_state(place: Path) -> JobState | None:
+    """The state of the job that writes a folder or a file, as it is now; None where there is none.
+
+    Raises UserError where the file of the state is damaged.
+    """
+    path = state_file(place)
+    if not path.is_file():
+        return None
+    return JobState.of(read_json(path, lambda content: JobState.of(content) is not None)).now()
+
+
+@contextlib.contextmanager
+def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
+    """Keeps the state of a job up to date, on rank 0, as long as the block lasts, and says how it ended.
+
+    what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". A job that
+    is no part of another one logs its place. A state that cannot be written, as on a full disk, harms no job.
+    """
+    if not is_main():
+        yield
+        return
+    keeper = _Keeper(what, Path(place), title)
+    keeper.write(State.RUNNING)
+    if not _running:
+        _log.info("%s: writes %s", what, place)
+    _running.append(what)
+    try:
+        with watched(keeper.told):
+            yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, PeerError) and isinstance(error.__cause__, KeyboardInterrupt))
+        why = "" if interrupted else _in_a_sentence(error)
+        keeper.write(State.INTERRUPTED if interrupted else State.STOPPED, why)
+        raise
+    finally:
+        _running.pop()
+    keeper.finish()
+
+
+class _Keeper:
+    """Writes the state of a job."""
+
+    def __init__(self, what: str, place: Path, title: str) -> None:
+        self.path, self.is_file = state_file(place), not place.is_dir()
+        self.facts: dict[str, Any] = {
+            "job": what, "title": title, "writes": str(place.absolute()), "host": socket.gethostname(),
+            "process": os.getpid(), "started": _started(os.getpid()), "ranks": world_size(), "began": time.time()}
+        self.under_way: tuple[Progress, ...] = ()
+        self.next = 0.0
+        with contextlib.suppress(OSError):
+            remove_leftovers(self.path.parent, f"{self.path.name}.*")
+
+    def told(self, under_way: Sequence[Progress]) -> None:
+        """Writes what is under way, where the last state is old enough."""
+        self.under_way = tuple(under_way)
+        if time.monotonic() >= self.next:
+            self.write(State.RUNNING)
+
+    def write(self, state: State, why: str = "") -> None:
+        """Writes the state; what a full disk does not take is left out."""
+        self.next = time.monotonic() + EVERY
+        steps = tuple(progress.step() for progress in self.under_way)
+        content = JobState(**self.facts, state=state, written=time.time(), steps=steps, why=why).as_dict()
+        for step in content["steps"]:
+            del step["seconds_left"]
+        with contextlib.suppress(UserError, OSError):
+            write_json(self.path, content)
+
+    def finish(self) -> None:
+        """The end of a job that did all: a folder keeps the state, a file that is there says enough."""
+        if self.is_file:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        else:
+            self.under_way = ()
+            self.write(State.FINISHED)
+
+
+def _in_a_sentence(error: BaseException) -> str:
+    words = without_secrets(reason(error))
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+
+
+def _started(process: int) -> int:
+    """When a process started, in clock ticks since the machine did; 0 where it has ended, or nobody says."""
+    try:
+        facts = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return 0 if facts[0] == "Z" else int(facts[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _is_there(process: int) -> bool:
+    """Whether there is a process, where no system tells when it started."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:             # of another user
+        return True
+    return True

@@ -1,0 +1,76 @@
+"""A gallery of finished runs: a page in Markdown with the first images of each, and the command that made them."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import check_folder, write_text
+from ..foreign import read_json
+from ..options import Options, option, required
+from ..pictures import save_grid
+from .record import run_samples, title
+
+WIDTH = 100                     # characters of a command's line
+PAGE = "index.md"
+
+
+@dataclass(frozen=True)
+class GalleryOptions(Options):
+    """The gallery."""
+
+    out: str = required(f"folder for {PAGE} and a picture of each run")
+    num_images: int = option(16, "images of each run", minimum=1)
+    columns: int = option(8, "images in a row", minimum=1)
+    heading: str = option("Gallery", "heading of the page")
+
+
+def make_gallery(folders: Sequence[str], options: GalleryOptions, command: str) -> str:
+    """Writes the page and the pictures; returns where the page is. command: the command line, which the page shows.
+
+    A run is called after its folder. Raises UserError for a folder without a finished run, for two of one name, and
+    where nothing can be written.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{twice}: is the name of several folders, and a gallery calls a run after its folder")
+    out = check_folder("--out", options.out)
+    lines = [f"# {options.heading}", "", *_shell(command)]
+    for name, folder in zip(names, map(Path, folders), strict=True):
+        images, configuration = run_samples(folder, options.num_images)
+        save_grid(images, out / f"{name}.png", options.columns)
+        words = title(configuration)
+        made = _command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
+        lines += ["", f"## {_model(configuration)}: {words}", "", f"![{len(images)} images: {words}]({name}.png)", "",
+                  *_shell(made)]
+    write_text(out / PAGE, "\n".join(lines) + "\n")
+    return f"gallery: {out / PAGE}"
+
+
+def _model(configuration: Mapping[str, Any]) -> str:
+    """The name of a run's model: that of --model, else of its file."""
+    return str(configuration.get("model") or Path(str(configuration.get("model_path") or "model")).stem)
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    """The command line that a run.json holds, as it is called in a checkout; "" where it holds none."""
+    words = record.get("command") or []
+    if not words:
+        return ""
+    script = Path(str(words[0]))
+    called = f"scripts/{script.name}" if script.suffix == ".py" else script.name
+    return shlex.join(["python", called, *map(str, words[1:])])
+
+
+def _shell(command: str) -> list[str]:
+    """A command as a code block; its own lines where it is long."""
+    if not command:
+        return []
+    lines = textwrap.wrap(command, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return ["<!-- not run: takes minutes -->", "```sh", *(f"{line} \\" for line in lines[:-1]), lines[-1], "```"]

@@ -1,0 +1,156 @@
+"""Folders as diffusers lays them out: a `UNet2DModel`, or a `DDPMPipeline` around one.
+
+    FOLDER/model_index.json                                 the classes of the pipeline
+    FOLDER/unet/config.json                                 the network's configuration, see `configurations`
+    FOLDER/unet/diffusion_pytorch_model.safetensors         its weights, see `weights`
+    FOLDER/scheduler/scheduler_config.json                  the process
+
+Without a pipeline FOLDER is that of the network itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint
+from ..build import DiffusionOptions, ModelOptions, build_model
+from ..errors import UserError
+from ..files import check_folder, write_json
+from ..foreign import read_json
+from ..late import Tensor, torch
+from ..options import option_fields, options_from
+from .configurations import DEFAULTS, config_of, flags_of
+from .weights import from_unet2d, to_unet2d
+
+_log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"predict_xstart": "sample", "predict_v": "v_prediction"}
+EMBEDDED_STEPS = 1000           # to which rescale_timesteps scales any chain
+LINEAR = 0.1, 20.0              # the first and the last of the linear betas, times the number of steps
+
+
+def write_pipeline(out: Path, weights: Mapping[str, Tensor], flags: Mapping[str, Any], metadata: Mapping[str, str],
+                   ) -> None:
+    """Writes the folder of a `DDPMPipeline`, whose network gives what ours gives.
+
+    flags: all options of network and process. metadata: of our own file, which are kept in that of the weights. Raises
+    UserError that says what diffusers has no like of, before anything is written.
+    """
+    scheduler, options = scheduler_of(flags), _model_options(flags)
+    with torch.device("meta"):
+        model = build_model(options)
+    config = config_of(model, options.image_size, options.dropout)
+    for part in ("unet", "scheduler"):
+        check_folder("--out", out / part)
+    checkpoint.save_state(out / "unet" / WEIGHTS, to_unet2d(model, weights), {**metadata, "format": "pt"})
+    write_json(out / "unet" / CONFIG, config)
+    write_json(out / "scheduler" / SCHEDULER, scheduler)
+    write_json(out / "model_index.json", {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
+                                          "unet": ["diffusers", "UNet2DModel"]})
+
+
+def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a `UNet2DModel` in a folder, or in that of a pipeline, by our names, and the options they state.
+
+    Without a scheduler beside the network nothing is known of its process: its options are left out, which is said in
+    one line. Raises UserError for a folder without such a network, and one that says all that ADM networks, or our
+    processes, have no like of.
+    """
+    place = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
+    config = read_json(place / CONFIG, lambda content: isinstance(content, dict))
+    if config.get("_class_name") != "UNet2DModel":
+        raise UserError(f"{place}: is {config.get('_class_name') or 'no network'} of diffusers, and ADM networks are "
+                        "like its UNet2DModel only")
+    try:
+        flags = flags_of(config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
+        raise UserError(f"{place / CONFIG}: describes no UNet2DModel") from None
+    if not (place / WEIGHTS).exists():
+        raise UserError(f"{place}: holds no {WEIGHTS}, and weights in other files are not read")
+    flags |= _process(folder, flags)
+    with torch.device("meta"):
+        model = build_model(_model_options(flags))
+    sines_first = not (DEFAULTS | config)["flip_sin_to_cos"]
+    return from_unet2d(model, checkpoint.load_state_dict(place / WEIGHTS), str(place), sines_first), flags
+
+
+def _model_options(flags: Mapping[str, Any]) -> ModelOptions:
+    names = {field.name for field in option_fields(ModelOptions)}
+    options, = options_from({name: value for name, value in flags.items() if name in names}, ModelOptions)
+    return options
+
+
+def _process(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the process of a pipeline; none where there is no scheduler."""
+    path = folder / "scheduler" / SCHEDULER
+    if not path.exists():
+        _log.info("%s: has no scheduler, so that the options of the process are not stated; the defaults are linear "
+                  "betas of 1000 steps and a network that predicts the noise", folder)
+        return {}
+    scheduler = read_json(path, lambda content: isinstance(content, dict))
+    try:
+        return process_flags_of(scheduler, flags["learn_sigma"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: describes no scheduler") from None
+
+
+def scheduler_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of a `DDPMScheduler` with the process of these options, which may be left out.
+
+    Raises UserError for steps that the network sees as fractions.
+    """
+    defaults = {field.name: field.default for field in option_fields(DiffusionOptions)}
+    values, steps = defaults | dict(flags), flags.get("diffusion_steps", defaults["diffusion_steps"])
+    if values["rescale_timesteps"] and steps != EMBEDDED_STEPS:
+        raise UserError(f"diffusers has no like of this process: rescale_timesteps with diffusion_steps {steps} (the "
+                        f"network sees steps of {EMBEDDED_STEPS}, and schedulers of diffusers give those of the chain)")
+    fixed = "fixed_small" if values["sigma_small"] else "fixed_large"
+    return {
+        "_class_name": "DDPMScheduler", "num_train_timesteps": steps,
+        "beta_start": LINEAR[0] / steps, "beta_end": LINEAR[1] / steps,
+        "beta_schedule": SCHEDULES[values["noise_schedule"]],
+        "prediction_type": next((word for flag, word in PREDICTIONS.items() if values[flag]), "epsilon"),
+        "variance_type": "learned_range" if values["learn_sigma"] else fixed, "clip_sample": True,
+        "clip_sample_range": 1.0, "thresholding": False, "timestep_spacing": "leading", "steps_offset": 0,
+        "trained_betas": None}
+
+
+def process_flags_of(scheduler: Mapping[str, Any], learn_sigma: bool) -> dict[str, Any]:
+    """The options of the process of a scheduler with this scheduler_config.json.
+
+    learn_sigma: whether the network gives twice the channels. Raises UserError that says all that differs.
+    """
+    steps = scheduler.get("num_train_timesteps", EMBEDDED_STEPS)
+    words = {word: name for name, word in SCHEDULES.items()}
+    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
+    variance = scheduler.get("variance_type")
+    betas = [scheduler.get(name, usual / EMBEDDED_STEPS)
+             for name, usual in zip(("beta_start", "beta_end"), LINEAR, strict=True)]
+    found = []
+    if scheduler.get("trained_betas") is not None:
+        found.append("trained_betas (betas follow a noise_schedule)")
+    elif schedule not in words or (schedule == "linear" and not all(
+            math.isclose(beta * steps, usual, rel_tol=1e-6) for beta, usual in zip(betas, LINEAR, strict=True))):
+        found.append(f"betas {schedule} from {betas[0]:g} to {betas[1]:g} (there are the linear ones, "
+                     f"{LINEAR[0] / steps:g} to {LINEAR[1] / steps:g} for {steps} steps, and squaredcos_cap_v2)")
+    if prediction not in (*PREDICTIONS.values(), "epsilon"):
+        found.append(f"prediction_type {prediction} (there are epsilon, sample and v_prediction)")
+    if scheduler.get("rescale_betas_zero_snr"):
+        found.append("rescale_betas_zero_snr (the last step must keep some signal)")
+    if variance == "learned" or (variance is not None and learn_sigma != (variance == "learned_range")):
+        found.append(f"variance_type {variance} (a network with twice the images' channels has learned_range)")
+    if found:
+        raise UserError("our processes have no like of it: " + "; ".join(found))
+    return {"learn_sigma": learn_sigma, "sigma_small": variance in (None, "fixed_small", "fixed_small_log"),
+            "diffusion_steps": steps, "noise_schedule": words[schedule],
+            **{flag: word == prediction for flag, word in PREDICTIONS.items()}}

@@ -1,0 +1,22 @@
+"""Draw the losses of trainings against the images that they have seen, from their logs (progress.csv).
+
+Example:
+    python scripts/training_chart.py runs/first/progress.csv runs/second/progress.csv --out losses.png
+"""
+
+from collections.abc import Sequence
+
+from evaluations.training_chart import TrainingChartOptions, draw_trainings
+from guided_diffusion.cli import run_script
+from guided_diffusion.options import Words, parse_words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    logs, (options,) = parse_words(argv, Words("LOG.csv", "logs of trainings", needed=True), TrainingChartOptions,
+                                   description=__doc__)
+    print(draw_trainings(logs, options))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,40 @@
+"""The chart of trainings: the curves of logs, and what is no log."""
+
+import pytest
+from commands import call
+from PIL import Image
+
+from evaluations.training_chart import read_curves
+from guided_diffusion.errors import UserError
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "mine" / "progress.csv"
+    path.parent.mkdir()
+    path.write_text("step,samples,loss,val_loss\n10,100,2.5,\n20,200,1.5,3\n")
+    return path
+
+
+def test_a_log_is_drawn(log, tmp_path):
+    assert read_curves(str(log), ["loss"]) == [("mine", [100, 200], [2.5, 1.5])]
+    curves = read_curves(str(log), ["val_loss", "loss", "mse"])
+    assert [curve.name for curve in curves] == ["mine: val_loss", "mine: loss"]
+    picture = tmp_path / "chart.png"
+    assert call("training_chart", log, "--values", "loss,val_loss", "--out", picture) == 0
+    with Image.open(picture) as image:
+        assert image.width > 500
+
+
+def test_what_is_no_log_is_refused(log, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    for content, message in (("a,b\n1,2\n", "has none of these columns; it has a, b"), ("", "it has none"),
+                             ("loss\n1\n", "is not the log of a training"),
+                             ("samples,loss\n1,x\n", "is not the log of a training")):
+        other.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_curves(str(other), ["loss"])
+    for arguments, message in (([tmp_path / "no.csv", "--out", "x.png"], "cannot be read"),
+                               ([log, "--out", tmp_path / "x.bmp"], "must end in .png"), ([log], "required: --out")):
+        assert call("training_chart", *arguments) == 2
+        assert message in capsys.readouterr().err

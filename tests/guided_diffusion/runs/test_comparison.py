@@ -1,0 +1,99 @@
+"""Finished runs beside each other: which images, what they have in common, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from finished import write_run
+from PIL import Image
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs.comparison import ComparisonOptions, read_comparison
+
+IMAGES = np.random.default_rng(0).integers(0, 200, (6, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs: in the second, which has an image less, image i is brighter by 4 i."""
+    plain = write_run(tmp_path / "plain", IMAGES, [0, 1, 2, 0, 1, 2])
+    brighter = IMAGES + 4 * np.arange(6, dtype=np.uint8)[:, None, None, None]
+    return plain, write_run(tmp_path / "sag", brighter[:5], [0, 1, 2, 0, 1], guide_scale=1.5)
+
+
+def read(*folders, **options):
+    return read_comparison(list(map(str, folders)), ComparisonOptions(out="x.png", **options))
+
+
+def test_the_same_images_of_all_runs(runs, caplog):
+    caplog.set_level("INFO")
+    found = read(*runs)
+    assert found.names == ("plain: no guidance", "sag: SAG s = 0.5") and found.image_ids == (0, 1, 2, 3, 4)
+    assert caplog.messages == [f"images 0 to 4 are compared, as {runs[1]} has no more"]
+    assert found.labels[:3] == ("class 0", "class 1", "class 2") and found.notes == ()
+    assert np.array_equal(found.images[0], IMAGES[:5]) and found.images.shape == (2, 5, 8, 8, 3)
+    assert np.allclose(found.changes(0), [[0] * 5, [0, 4, 8, 12, 16]])
+    assert np.allclose(found.changes(1)[0], found.changes(0)[1])
+    chosen = read(*runs, images="1,3:5", sort="change")
+    assert chosen.image_ids == (4, 3, 1) and chosen.labels == ("class 1", "class 0", "class 1")
+    assert np.array_equal(chosen.images[0], IMAGES[[4, 3, 1]])
+
+
+def test_a_table_stands_for_its_rows(runs, tmp_path):
+    rows = {"a": {"state": "measured", "samples": "plain/samples.npz"}, "b": {"state": "not run here", "samples": None},
+            "c": {"state": "measured", "samples": "sag/samples.npz"}}
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    assert read(tmp_path).names == read(*runs).names
+    bench = tmp_path / "bench" / "report"
+    bench.mkdir(parents=True)
+    (bench / "table.json").write_text(json.dumps({"rows": {"b": rows["b"]}}))
+    with pytest.raises(UserError, match="no row of this table was run here"):
+        read(tmp_path / "bench")
+
+
+def test_two_folders_of_one_name_and_one_folder_twice(runs, tmp_path):
+    other = write_run(tmp_path / "more" / "plain", IMAGES)
+    names = read(runs[0], other, runs[0]).names
+    assert len(set(names)) == 3 and names[1] == f"{other}: no guidance"
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"seed": 1}, "has seed 1 and .* seed 0"), ({"labels": [0, 1, 1, 0, 1, 2]}, "image 2 is of class 1 in .* class 2")])
+def test_images_of_other_noise_or_classes_are_compared_if_told(change, said, runs, tmp_path, caplog):
+    other = write_run(tmp_path / "other", IMAGES, **change)
+    with pytest.raises(UserError, match=f"{said}.*--allow_different True"):
+        read(runs[0], other)
+    found = read(runs[0], other, allow_different=True)
+    assert len(found.notes) == 1 and caplog.messages == list(found.notes)
+
+
+def test_other_numbers_of_steps_are_said(runs, tmp_path):
+    steps = [write_run(tmp_path / count, IMAGES, diffusion_steps=1000, timestep_respacing=count)
+             for count in ("5", "10")]
+    note, = read(*steps).notes
+    assert "different numbers of steps" in note and f"{steps[1]} 10" in note
+
+
+def test_small_images_are_enlarged_by_whole_numbers_alone(runs, tmp_path):
+    large = write_run(tmp_path / "large", IMAGES.repeat(2, axis=1).repeat(2, axis=2))
+    found = read(runs[0], large)
+    assert np.array_equal(found.images[0], found.images[1]) and "enlarged 2 times to 16x16" in found.notes[0]
+    with pytest.raises(UserError, match="12x12, which cannot be enlarged by a whole number to the 16x16"):
+        read(large, write_run(tmp_path / "odd", np.zeros((6, 12, 12, 3), np.uint8) + 9))
+
+
+def test_images_that_a_run_does_not_have(runs):
+    with pytest.raises(UserError, match="has the images 0 to 4 alone, so that number 5 is no common one"):
+        read(*runs, images="2:6")
+    with pytest.raises(UserError, match="--images 3:1: must be a range"):
+        read(*runs, images="3:1")
+
+
+def test_the_picture_has_captions_and_a_zoom(runs, tmp_path):
+    options = ComparisonOptions(out="x.png", zoom=10, columns=3, labels=True)
+    read(*runs).draw(tmp_path / "x.png", options)
+    pixels = np.asarray(Image.open(tmp_path / "x.png"))
+    left, top = np.argwhere((pixels == IMAGES[0, 0, 0]).all(axis=-1)).min(axis=0)[::-1]
+    assert np.array_equal(pixels[top:top + 80:10, left:left + 80:10], IMAGES[0])
+    caption = pixels[top + 81:top + 95, left:left + 80]         # within the room below the image
+    assert (caption < 100).any()
