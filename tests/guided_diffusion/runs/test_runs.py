@@ -116,8 +116,9 @@ def test_killed_run_goes_on_with_the_same_file(ranks, victims, chunks, start, li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["interrupt", "terminate"])
+@pytest.mark.parametrize("ranks, number, code", [(1, signal.SIGINT, 130), (1, signal.SIGTERM, 143),
+                                                 (2, signal.SIGTERM, 143)],
+                         ids=["interrupt", "terminate", "terminate two ranks"])
 def test_signalled_run_says_so_in_one_line_and_goes_on(ranks, number, code, start, line, expected, tmp_path):
     for _ in range(10):
         processes = start(line(tmp_path, log_every=1000, overwrite=True), ranks)
