@@ -104,7 +104,7 @@ def test_levels_are_the_middles_of_equal_parts():
 
 
 def test_rank_correlation_is_spearmans():
-    from scipy.stats import spearmanr       # takes long, and is needed here alone
+    from scipy.stats import spearmanr  # takes long, and is needed here alone
 
     random = np.random.default_rng(0)
     one, other = random.integers(0, 5, 12), random.normal(size=12)
