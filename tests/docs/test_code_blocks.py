@@ -92,7 +92,7 @@ def test_python_blocks_run(document, python, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [name for name, blocks in SHELL.items() if any(not block.why for block in blocks)])
-def test_shell_blocks_run(document, tmp_path, monkeypatch):
+def test_shell_blocks_run(document, tmp_path, monkeypatch, few_neighbours):
     """All blocks of a document run one after the other, in a folder with nothing but the configurations."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     write_configurations(document, tmp_path)
