@@ -35,22 +35,23 @@ class Curve(NamedTuple):
 
 
 def read_curves(path: str, columns: Sequence[str]) -> list[Curve]:
-    """The curves of a log, progress.csv of a training or a copy of it, one for each of the columns that it has.
+    """The curves of a log, progress.csv of a training or a copy of it, one for each of the columns in which it has values.
 
-    Raises UserError for a file that is no such log, or has none of them.
+    Raises UserError for a file that is no such log, or has no value in any of them.
     """
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        found = {column: [(float(row[SAMPLES]), float(row[column])) for row in rows if row[column]]
-                 for column in columns if rows and column in rows[0]}
+            reader = csv.DictReader(file)
+            rows, there = list(reader), reader.fieldnames or ()
+        found = {column: points for column in columns if column in there
+                 and (points := [(float(row[SAMPLES]), float(row[column])) for row in rows if row[column]])}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except (ValueError, KeyError, TypeError, csv.Error):
         raise UserError(f"{path}: is not the log of a training, with the images seen in a column {SAMPLES}") from None
     if not found:
-        there = ", ".join(rows[0]) if rows else "none"
-        raise UserError(f"--values {','.join(columns)}: {path} has none of these columns; it has {there}")
+        raise UserError(f"--values {','.join(columns)}: {path} has no value in such columns; it has "
+                        f"{', '.join(there) or 'none'}")
     place = Path(path)
     name = place.parent.name if place.stem == "progress" else place.stem.removesuffix("_train")
     return [Curve(name if len(columns) == 1 else f"{name}: {column}", *map(list, zip(*points, strict=True)))

@@ -117,7 +117,13 @@ def read_state(place: Path) -> JobState | None:
     path = state_file(place)
     if not path.is_file():
         return None
-    return JobState.of(read_json(path, lambda content: JobState.of(content) is not None)).now()
+    return JobState.of(read_json(path, _can_be_told)).now()
+
+
+def _can_be_told(content: dict[str, Any]) -> bool:
+    """Whether the values in a file are of such types that they can be shown; else raises what showing them does."""
+    state = JobState.of(content).now()
+    return all(map(str, state.steps)) and bool(str(state)) and bool(state.as_dict())
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ def test_a_log_is_drawn(log, tmp_path):
 
 def test_what_is_no_log_is_refused(log, tmp_path, capsys):
     other = tmp_path / "other.csv"
-    for content, message in (("a,b\n1,2\n", "has none of these columns; it has a, b"), ("", "it has none"),
+    for content, message in (("a,b\n1,2\n", "no value in such columns; it has a, b"), ("", "it has none"),
+                             ("a,b\n1,2,3\n", "it has a, b"), ("samples,loss\n1,\n", "no value in such columns"),
                              ("loss\n1\n", "is not the log of a training"),
                              ("samples,loss\n1,x\n", "is not the log of a training")):
         other.write_text(content)

@@ -57,6 +57,16 @@ def test_a_job_that_was_killed_is_found_out(changes, gone, tmp_path):
     assert (read_state(tmp_path).state is State.GONE) == gone
 
 
+@pytest.mark.parametrize("damage", [{"began": "noon"}, {"written": None}, {"process": "x", "started": 0}, {"steps": [
+    {"what": "a", "unit": "b", "done": 1, "total": "all", "rate": 2, "note": ""}]}])
+def test_a_state_with_values_of_other_types_is_damaged(damage, tmp_path):
+    with job("training", tmp_path):
+        content = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**content, **damage}))
+    with pytest.raises(UserError, match=r"status\.json: is no JSON file that can be used"):
+        read_state(tmp_path)
+
+
 def test_other_ranks_write_no_state(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
