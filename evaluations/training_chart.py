@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 
 def read_curves(path: str, columns: Sequence[str]) -> list[Curve]:
-    """The curves of a log, progress.csv of a training or a copy of it, one for each of the columns in which it has values.
+    """The curves of a log, progress.csv of a training or a copy, one for each of the columns in which it has values.
 
     Raises UserError for a file that is no such log, or has no value in any of them.
     """

@@ -26,7 +26,7 @@ def compare(folders: Sequence[str], options: ComparisonOptions, command: str) ->
     """
     comparison = read_comparison(folders, options)
     if options.pages and len(comparison.names) < 2:
-        raise UserError("--page: a page compares at least two runs, and one is named")
+        raise UserError(f"{options.pages[0]}: a page compares at least two runs, and one is named")
     lines = []
     for path in options.pictures:
         comparison.draw(path, options)

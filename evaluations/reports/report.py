@@ -5,7 +5,6 @@ Tables, benches and explorers write their pages themselves. Those of other folde
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +146,6 @@ def _kind(folder: Path) -> Callable[[Path], Content] | None:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
+    """What such a file says; nothing where there is none. Raises UserError where it is damaged."""
+    found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}

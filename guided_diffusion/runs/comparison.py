@@ -43,11 +43,15 @@ class ComparisonOptions(Options):
     allow_different: bool = option(False, "compare runs of different seeds or labels too, whose images of one number "
                                    "begin with other noise or are of other classes")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page and not self.page.lower().endswith(PAGE_ENDINGS):
+            raise UserError(f"--page {self.page}: must end in {' or '.join(PAGE_ENDINGS)}")
+
     @property
     def pages(self) -> list[Path]:
         """The pages to write."""
-        return [Path(name) for name in dict.fromkeys((self.out, self.page)) if name and (
-            name == self.page or name.lower().endswith(PAGE_ENDINGS))]
+        return [Path(name) for name in dict.fromkeys((self.out, self.page)) if name.lower().endswith(PAGE_ENDINGS)]
 
     @property
     def pictures(self) -> list[Path]:

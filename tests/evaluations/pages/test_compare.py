@@ -107,4 +107,6 @@ def test_the_command(tmp_path, capsys):
     assert call("compare", *runs, "--out", tmp_path / "only.html") == 0
     assert not (tmp_path / "only.png").exists() and capsys.readouterr().out.startswith("page: ")
     assert call("compare", runs[0], "--out", tmp_path / "one.html") == 2
-    assert "a page compares at least two runs" in capsys.readouterr().err
+    assert "one.html: a page compares at least two runs" in capsys.readouterr().err
+    assert call("compare", *runs, "--out", tmp_path / "x.png", "--page", tmp_path / "x.png") == 2
+    assert "x.png: must end in .html or .htm" in capsys.readouterr().err

@@ -127,6 +127,9 @@ def test_what_is_refused(run, tmp_path):
     for word, said in ((tmp_path / "none", "neither a folder nor a table"), (tmp_path, "holds no finished run")):
         with pytest.raises(UserError, match=said):
             written(word)
+    (damaged / "run.json").write_text('{"samples": ')
+    with pytest.raises(UserError, match=r"run\.json: is no JSON file that can be used"):
+        written(damaged)
     with pytest.raises(UserError, match="is one file, and there are 2 pages"):
         written(run, run, out=tmp_path / "x.html")
     (tmp_path / "table.json").write_text(json.dumps({"rows": {"a": {"samples": None}}, "sections": [
