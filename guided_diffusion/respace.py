@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,15 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     list or like "10,20,30": the chain is cut into equal sections, each gets that many evenly spaced steps, its first
     and last among them.
     """
-    shown = f"--timestep_respacing {section_counts}"
+    return set(_spaced(num_timesteps, section_counts if isinstance(section_counts, str) else tuple(section_counts)))
+
+
+@lru_cache
+def _spaced(num_timesteps: int, section_counts: str | tuple[int, ...]) -> frozenset[int]:
+    """What `space_timesteps` returns: plans ask for the same steps thousands of times."""
+    shown = f"--timestep_respacing {section_counts if isinstance(section_counts, str) else list(section_counts)}"
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
-        return _ddim_steps(num_timesteps, section_counts.removeprefix("ddim"), shown)
+        return frozenset(_ddim_steps(num_timesteps, section_counts.removeprefix("ddim"), shown))
     try:
         counts = [int(count) for count in
                   (section_counts.split(",") if isinstance(section_counts, str) else section_counts)]
@@ -42,15 +49,15 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             steps.append(start + round(position))
             position += stride
         start += section
-    return set(steps)
+    return frozenset(steps)
 
 
-def _ddim_steps(num_timesteps: int, text: str, shown: str) -> set[int]:
+def _ddim_steps(num_timesteps: int, text: str, shown: str) -> range:
     wanted = int(text) if text.isdecimal() else 0
     for stride in range(1, num_timesteps + 1):
         steps = range(0, num_timesteps, stride)
         if len(steps) == wanted:
-            return set(steps)
+            return steps
     raise UserError(f"{shown}: no whole stride through {num_timesteps} steps gives that many")
 
 

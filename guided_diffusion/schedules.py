@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,8 +29,13 @@ def get_named_beta_schedule(name: str, num_steps: int) -> np.ndarray:
                             "last beta would reach 1")
         return np.linspace(scale * 1e-4, scale * 2e-2, num_steps, dtype=np.float64)
     if name == "cosine":
-        return betas_for_alpha_bar(num_steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
+        return _cosine_betas(num_steps).copy()
     raise UserError(f"--noise_schedule {name}: must be one of {', '.join(SCHEDULES)}")
+
+
+@lru_cache
+def _cosine_betas(num_steps: int) -> np.ndarray:
+    return betas_for_alpha_bar(num_steps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
 def betas_for_alpha_bar(num_steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:

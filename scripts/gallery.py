@@ -4,11 +4,11 @@ Example:
     python scripts/gallery.py runs/gallery/smileys runs/gallery/rooms_pag --out docs/gallery
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.fetch import without_secrets
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
 
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders, (options, show) = parse_words(argv, Words("FOLDER", "output folders of sampling runs", needed=True),
                                            GalleryOptions, ShowOptions, description=__doc__)
     words = sys.argv[1:] if argv is None else argv
-    tell(make_gallery(folders, options, shlex.join(["python", "scripts/gallery.py", *map(str, words)])), show)
+    command = ["python", "scripts/gallery.py", *(without_secrets(str(word)) for word in words)]
+    tell(make_gallery(folders, options, command), show)
 
 
 if __name__ == "__main__":

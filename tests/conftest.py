@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
 
 import forks
+import numpy as np
 import pytest
 import torch
 from launchers import BIN, needs_mpi
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
+from evaluations import references
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.script_util import create_classifier, create_model
 
@@ -36,6 +38,26 @@ def tiny_checkpoints(tmp_path_factory):
     classifier = with_random_weights(create_classifier(**TINY_CLASSIFIER), seed=1)
     save_state(folder / "classifier.safetensors", classifier.state_dict())
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_references(tmp_path_factory):
+    """A folder of the bundled reference batches; of Fashion-MNIST, the features of 500 of the 10,000 images."""
+    folder = tmp_path_factory.mktemp("references")
+    for path in references.MODELS.glob("*_reference.npz"):
+        if path.name != "fmnist32_reference.npz":
+            (folder / path.name).symlink_to(path)
+            continue
+        with np.load(path, allow_pickle=False) as file:
+            np.savez(folder / path.name, **{name: array[:500] if name == "pooled" else array
+                                            for name, array in file.items()})
+    return folder
+
+
+@pytest.fixture
+def few_neighbours(short_references, monkeypatch):
+    """Takes `short_references` for the bundled ones: precision and recall search among few neighbours."""
+    monkeypatch.setattr(references, "MODELS", short_references)
 
 
 @pytest.fixture(scope="session")

@@ -231,7 +231,7 @@ class GeneratedTraining:
     def _read_depth(self, images: Tensor) -> np.ndarray:
         """What the strong predictor reads of images (N, 3, S, S), the mean over noises: (N, 1, S, S) float32."""
         pairs, parts, draws = Pairs(images, torch.empty(0), None), [], self.options.label_draws
-        with progress_bar(len(images), "labels", "img") as progress:
+        with progress_bar(len(images), "labels", "image") as progress:
             for start in range(0, len(images), AT_ONCE):
                 chosen = np.arange(start, min(start + AT_ONCE, len(images)))
                 depth = [self.predictor(*features_at(

@@ -171,10 +171,14 @@ def _part(options: ModelOptions, begins_at: tuple[str, ...]) -> float:
 
 @lru_cache
 def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
+    from torch.utils.flop_counter import FlopCounterMode
+
     model, inputs = _network_on_meta(options, size)
-    with torch.no_grad():
-        forward = _counted(lambda: model(*inputs))
-    return forward, _counted(lambda: model(*inputs).sum().backward()) - forward
+    with FlopCounterMode(display=False) as counter:
+        out = model(*inputs)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward, counter.get_total_flops() - forward
 
 
 def _network_on_meta(options: ModelOptions, size: int) -> tuple[UNetModel, list[Tensor]]:
@@ -215,6 +219,20 @@ def _counted(function: Callable[[], object]) -> int:
 
 def _weights(run: SamplingRun) -> int:
     """Returns the bytes of the weights of all networks of a run."""
+    return _model_bytes(run.model) + sum(_other_bytes(method, name) for method in run.active
+                                         for name in method.networks())
+
+
+@lru_cache
+def _model_bytes(options: ModelOptions) -> int:
+    return _bytes(lambda: build_model(options))
+
+
+@lru_cache
+def _other_bytes(method: GuidanceOptions, name: str) -> int:
+    return _bytes(method.networks()[name])
+
+
+def _bytes(build: Callable[[], nn.Module]) -> int:
     with torch.device("meta"):
-        networks = [build_model(run.model), *(build() for method in run.active for build in method.networks().values())]
-    return sum(weight.numel() * weight.element_size() for network in networks for weight in network.parameters())
+        return sum(weight.numel() * weight.element_size() for weight in build().parameters())

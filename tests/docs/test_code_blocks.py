@@ -29,6 +29,7 @@ SMALLER = {
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 2},
     "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
+    "bench": {"methods": "SAG,CG"},
     "reproduce": {"num_samples": 8, "evaluation_seconds": 0.05},
     "explore": {"images": "0:2", "timestep_respacing": 2},
     "probe": {"num_images": 2, "batch_size": 2, "levels": 1},
@@ -91,7 +92,7 @@ def test_python_blocks_run(document, python, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [name for name, blocks in SHELL.items() if any(not block.why for block in blocks)])
-def test_shell_blocks_run(document, tmp_path, monkeypatch):
+def test_shell_blocks_run(document, tmp_path, monkeypatch, few_neighbours):
     """All blocks of a document run one after the other, in a folder with nothing but the configurations."""
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     write_configurations(document, tmp_path)

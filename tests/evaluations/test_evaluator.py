@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import zipfile
 
 import numpy as np
@@ -60,7 +59,7 @@ def refused(tmp_path, capsys):
         code = call(script, *words, *backend)
         out, err = capsys.readouterr()
         assert (code, out) == (2, ""), err
-        lines = [line for line in err.splitlines() if line and "img/s" not in line and "img" not in line]
+        lines = [line for line in err.splitlines() if line and ", took " not in line]       # of progress
         assert len(lines) == 1 and lines[0].startswith("error: "), err
         assert sorted(tmp_path.iterdir()) == before
         return lines[0]
@@ -352,9 +351,9 @@ def test_ranks_find_what_one_finds(python, save, evaluate, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "shared.json").read_text())[0]["metrics"] == pytest.approx(alone, rel=1e-6, abs=1e-9)
     assert ended.stdout.count("FID: ") == 2
-    # Not by forks: where these end with a mistake, mpiexec may kill the other rank first, and report that.
-    ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, "evaluations/evaluator.py", files[0], "missing.npz")
-    assert ended.returncode == 2 and ended.stderr == "error: missing.npz: there is no such file\n"
+    ended = execute(BIN / "mpiexec", "-n", 2, python, "evaluations/evaluator.py", files[0], "missing.npz")
+    assert ended.returncode in (2, 9)           # 9: mpiexec killed the other rank before that had ended by itself
+    assert ended.stderr == "error: missing.npz: there is no such file\n"
 
 
 # Making references

@@ -235,25 +235,25 @@ def test_mpiexec_gives_the_same_file(ranks, python, command, expected, tmp_path)
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_same_file(command, expected, tmp_path):
-    ended = execute(BIN / "torchrun", "--nproc-per-node", 2, *command(tmp_path))
+def test_torchrun_gives_the_same_file(python, command, expected, tmp_path):
+    ended = execute(python, BIN / "torchrun", "--nproc-per-node", 2, *command(tmp_path), PYTHON_EXEC=str(python))
     assert ended.returncode == 0, ended.stderr
     assert digest(tmp_path) == expected
 
 
-@pytest.mark.slow
-@needs_mpi
-def test_mistake_ends_all_ranks(command, tmp_path):
-    for changes in ({"num_samples": 0}, {"model_path": "/nowhere.pt"}):
-        ended = execute(BIN / "mpiexec", "-n", 2, sys.executable, *command(tmp_path / "out", **changes))
-        assert ended.returncode == 2
-        assert len(set(filter(None, ended.stderr.splitlines()))) == 1         # mpiexec may add empty lines
-        assert ended.stderr.startswith("error: ")
-        assert not list((tmp_path / "out").glob("*"))
-
-
 # The code of a rank that failed, unless mpiexec kills the other one before that has ended by itself (signal 9).
 ENDED_BY_MPIEXEC = 2, 9
+
+
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("changes", [{"num_samples": 0}, {"model_path": "/nowhere.pt"}], ids=["option", "file"])
+def test_mistake_ends_all_ranks(changes, python, command, tmp_path):
+    ended = execute(BIN / "mpiexec", "-n", 2, python, *command(tmp_path / "out", **changes))
+    assert ended.returncode in ENDED_BY_MPIEXEC
+    assert len(set(filter(None, ended.stderr.splitlines()))) == 1         # mpiexec may add empty lines
+    assert ended.stderr.startswith("error: ")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.slow
@@ -277,5 +277,5 @@ def test_rank_that_cannot_start_ends_the_job(failing, python, command, tmp_path)
     ranks = [command(tmp_path / "out", **({"model_path": "/nowhere.pt"} if rank == failing else {})) for rank in (0, 1)]
     ended = execute(BIN / "mpiexec", "-n", 1, python, *ranks[0], ":", "-n", 1, python, *ranks[1])
     assert ended.returncode in ENDED_BY_MPIEXEC
-    assert ended.stderr == "error: /nowhere.pt: there is no such file\n"
+    assert ended.stderr == "error: --model_path /nowhere.pt: there is no such file\n"
     assert list((tmp_path / "out").iterdir()) == []

@@ -137,7 +137,7 @@ def test_pairs_of_the_best_methods_come_first():
 
 
 def test_names_of_folders_tell_settings_apart():
-    loaded = bench("scenes32")
+    loaded = bench("scenes32", evaluations=12, other_evaluations="8")
     names = [row.name for unit in all_units(loaded, found("scenes32")[0]) for row in unit.rows(loaded)]
     assert len(set(names)) == len(names) and all(name == name.lower() and " " not in name for name in names)
 

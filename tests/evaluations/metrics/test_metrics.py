@@ -222,10 +222,10 @@ def test_precision_recall_golden(case):
     given = inputs(case)
     reference, sample = given["x1"], given["x2"]
     assert precision_recall(reference, sample) == (case["own_f64"]["precision"], case["own_f64"]["recall"])
-    official = precision_recall(reference, sample, distances="official")
-    assert official == pytest.approx((case["ref"]["precision"], case["ref"]["recall"]), abs=0.002)
     outputs = golden_outputs("public_pr")
     of_sample, of_reference = manifold_membership(reference, sample, distances="official")
+    official = of_sample.mean(), of_reference.mean()
+    assert official == pytest.approx((case["ref"]["precision"], case["ref"]["recall"]), abs=0.002)
     for ours, name in ((of_sample, "sample_in_ref_manifold"), (of_reference, "ref_in_sample_manifold")):
         theirs = np.unpackbits(outputs[f"{case['name']}__ref__{name}"], count=len(ours)).astype(bool)
         assert (ours != theirs).sum() <= 2

@@ -1,7 +1,6 @@
 """The list of metrics: what its records say, and that a new metric is one entry."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -32,14 +31,14 @@ for arguments in (["--help"], sys.argv[1:]):
 """
 
 
-def test_a_new_metric_is_one_entry(tmp_path):
+def test_a_new_metric_is_one_entry(python, tmp_path):
     random = np.random.default_rng(0)
     for name in ("reference", "sample"):
         images = random.integers(0, 256, (12, 32, 32, 3), np.uint8)
         write_batch(tmp_path / f"{name}.npz", {}, iter([images]), images.shape)
-    command = (sys.executable, "-c", WITH_BRIGHTNESS)
-    ended = execute(*command, tmp_path / "reference.npz", tmp_path / "sample.npz", "--metrics", "fid,brightness",
-                    "--backend", "fashion_mnist", "--bootstrap", 5, "--json", tmp_path / "result.json")
+    ended = execute(python, "-c", WITH_BRIGHTNESS, tmp_path / "reference.npz", tmp_path / "sample.npz",
+                    "--metrics", "fid,brightness", "--backend", "fashion_mnist", "--bootstrap", 5,
+                    "--json", tmp_path / "result.json")
     assert ended.returncode == 0, ended.stderr
     assert "coverage,dfid,sharpness,gap,mind,fid_infinity,authenticity,saturation,contrast,brightness;" in "".join(
         ended.stdout.split())

@@ -1,6 +1,7 @@
 """The table of depth-aware guidance at small scale: its rows, a short one from sampling to its report, the old name."""
 
 import json
+import shutil
 
 import pytest
 from commands import REPOSITORY, call
@@ -48,7 +49,13 @@ def test_rows_with_one_title_are_told_apart_by_name():
 
 
 @pytest.mark.slow
-def test_a_short_table_and_its_old_name(tmp_path, capsys):
+def test_a_short_table_and_its_old_name(tmp_path, capsys, monkeypatch):
+    configs = tmp_path / "configs"
+    shutil.copytree(tables.CONFIGS / "scenes32_dag", configs / "whole")
+    (configs / "scenes32_dag").mkdir()
+    (configs / "scenes32_dag" / "table.yaml").write_text(
+        "extends: ../whole/table.yaml\nshared: {timestep_respacing: '5'}\n")
+    monkeypatch.setattr(tables, "CONFIGS", configs)
     words = ["--rows", "unguided,dcg", "--num_samples", 4, "--batch_size", 4, "--bootstrap", 20, "--out", tmp_path]
     assert call("reproduce", "scenes32_dag", *words) == 0
     folder = tmp_path / "scenes32_dag"

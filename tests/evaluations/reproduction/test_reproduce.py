@@ -21,7 +21,7 @@ ROWS = {"unguided": {"evaluation": {"images": 6, "source": "a test", "published"
 
 
 @pytest.fixture
-def mini(tmp_path, monkeypatch):
+def mini(tmp_path, monkeypatch, few_neighbours):
     """A function that writes configs/mini/table.yaml (`shared` and `rows` change it) into a folder of its own."""
     monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
 
@@ -98,13 +98,14 @@ def test_a_table_from_nothing_to_its_report_and_once_more(mini, line, tmp_path, 
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_same_numbers(line, python, tmp_path, monkeypatch):
+def test_two_ranks_give_the_same_numbers(line, python, short_references, tmp_path, monkeypatch):
     """A real table, cut short, under a launcher that --ranks starts."""
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("PYTHON_EXEC", str(python))              # what torchrun starts
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        words = line("fmnist32", rows="unguided", num_samples=5, batch_size=3, ranks=ranks, out=out)
+        words = line("fmnist32", rows="unguided", num_samples=5, batch_size=3, ranks=ranks, out=out,
+                     reference=short_references / "fmnist32_reference.npz")
         assert call("reproduce", *words) == 0
     one, two = (json.loads((tmp_path / name / "fmnist32" / "table.json").read_text()) for name in "12")
     assert (one["ranks"], two["ranks"]) == (1, 2)
@@ -178,8 +179,8 @@ def test_plan_samples_nothing(mini, line, tmp_path, capsys):
 @pytest.mark.slow
 def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("sag_cg_imagenet128", "sag_pretrained_256", "dag_dfid"):
-        assert call("reproduce", *line(name, plan=True, evaluation_seconds=0.01)) == 0
+    for name, row in (("sag_cg_imagenet128", "cg"), ("sag_pretrained_256", "lsun_horse"), ("dag_dfid", "church_dcg")):
+        assert call("reproduce", *line(name, rows=row, plan=True, evaluation_seconds=0.01)) == 0
         text = capsys.readouterr().out
         assert "python scripts/fetch_models.py" in text and "python scripts/fetch_references.py" in text
 

@@ -47,13 +47,13 @@ def sample(tiny_checkpoints, tmp_path):
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_images_are_the_same_for_any_batch_size_and_count(setting, sample):
-    images, labels = sample(**setting)
+    images, labels = sample(**setting, num_samples=3)
     assert images.std() > 5
 
-    longer, more_labels = sample(**setting, num_samples=6)
-    assert (longer[:5] == images).all() and (more_labels[:5] == labels).all()
-    for batch_size in (1, 5):
-        other, other_labels = sample(**setting, batch_size=batch_size)
+    longer, more_labels = sample(**setting, num_samples=4)
+    assert (longer[:3] == images).all() and (more_labels[:3] == labels).all()
+    for batch_size in (1, 3):
+        other, other_labels = sample(**setting, num_samples=3, batch_size=batch_size)
         assert (other_labels == labels).all()
         assert np.abs(other.astype(int) - images).max() <= 1
 
