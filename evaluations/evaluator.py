@@ -18,7 +18,7 @@ from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOption
 from evaluations.evaluation import ExtractorOptions as NetworkOptions
 from evaluations.features import feature_folder
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.progress import aside
@@ -28,8 +28,9 @@ __all__ = ["Evaluation", "EvaluatorOptions", "NetworkOptions", "main", "warn"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    words, (extractor, options) = parse_words(argv, Words("FILE", "the reference batch, then the sample files"),
-                                              ExtractorOptions, EvaluatorOptions, description=__doc__)
+    words, (extractor, options, show) = parse_words(argv, Words("FILE", "the reference batch, then the sample files"),
+                                                    ExtractorOptions, EvaluatorOptions, ShowOptions,
+                                                    description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     dist_util.setup_dist()
@@ -37,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation = Evaluation(words[0], words[1:], extractor, options, warn=warn)
     with feature_folder(extractor.cache) as folder:
         results = evaluation.run(folder)
-    if results:
-        print(summary(results))
     dist_util.shutdown()
+    if results:
+        drawn = {"plot": options.plot, "nearest": options.nearest}
+        tell("\n".join([summary(results), *(f"{name}: {path}" for name, path in drawn.items() if path)]), show)
 
 
 def warn(text: str) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -53,7 +55,7 @@ class JobState:
     """A state, as it is in the file: what the job is, and how far it was at that time.
 
     began, written: seconds since 1970. started: of the process, in clock ticks since its machine started; 0 where the
-    system does not say. steps: from the outermost to the innermost.
+    system does not say. steps: from the outermost to the innermost. command: the command line that started it.
     """
 
     job: str
@@ -68,6 +70,7 @@ class JobState:
     written: float
     steps: tuple[Step, ...] = ()
     why: str = ""
+    command: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """All of it by name, for JSON; the seconds that are left beside each step."""
@@ -153,7 +156,8 @@ class _Keeper:
         self.path, self.is_file = state_file(place), not place.is_dir()
         self.facts: dict[str, Any] = {
             "job": what, "title": title, "writes": str(place.absolute()), "host": socket.gethostname(),
-            "process": os.getpid(), "started": _started(os.getpid()), "ranks": world_size(), "began": time.time()}
+            "process": os.getpid(), "started": _started(os.getpid()), "ranks": world_size(), "began": time.time(),
+            "command": without_secrets(shlex.join(["python", *sys.argv]))}
         self.under_way: tuple[Progress, ...] = ()
         self.next = 0.0
         with contextlib.suppress(OSError):

@@ -28,15 +28,16 @@ def ddpm_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
 
 
 def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise, *, eta: float = 0.0,
-              ) -> tuple[Tensor, Tensor]:
+              clipped_eps: bool = True) -> tuple[Tensor, Tensor]:
     """DDIM (Song et al., 2010.02502, eq. 12): x_{t-1} and x0, (N, C, H, W) each.
 
-    eta: 0 is deterministic, 1 has the variance of ancestral sampling. A gradient changes eps by
-    -sqrt(1 - abar) * grad (ADM, algorithm 2).
+    eta: 0 is deterministic, 1 has the variance of ancestral sampling. clipped_eps: where x0 is clipped, eps follows
+    from it, as in ADM; else it stays that of the network. A gradient changes eps by -sqrt(1 - abar) * grad (ADM,
+    algorithm 2).
     """
     diffusion, x_t, t = ctx.denoise.diffusion, ctx.x_t, ctx.t
     pred_xstart = pred.pred_xstart
-    eps = diffusion.predict_eps_from_xstart(x_t, t, pred_xstart)
+    eps = diffusion.predict_eps_from_xstart(x_t, t, pred_xstart) if clipped_eps else pred.eps
     if grad is not None:
         eps = eps - gather(diffusion.sqrt_one_minus_alphas_cumprod, t, x_t) * grad
         pred_xstart = diffusion.predict_xstart_from_eps(x_t, t, eps)

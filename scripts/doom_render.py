@@ -9,16 +9,17 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.depth.doom import DoomOptions, render_doom
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    options, = parse_options(argv, DoomOptions, description=__doc__)
+    options, show = parse_options(argv, DoomOptions, ShowOptions, description=__doc__)
     counts = render_doom(options)
-    print(f"rooms: {options.out} ({', '.join(f'{count} to {split}' for split, count in counts.items())})")
+    parts = ", ".join(f"{count} to {split}" for split, count in counts.items())
+    tell(f"rooms: {options.out} ({parts})\nsheet: {options.out}/sheet.png", show)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,22 @@ Example:
     python scripts/gallery.py runs/gallery/smileys runs/gallery/rooms_pag --out docs/gallery
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.fetch import without_secrets
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    folders, (options,) = parse_words(argv, Words("FOLDER", "output folders of sampling runs", needed=True),
-                                      GalleryOptions, description=__doc__)
+    folders, (options, show) = parse_words(argv, Words("FOLDER", "output folders of sampling runs", needed=True),
+                                           GalleryOptions, ShowOptions, description=__doc__)
     words = sys.argv[1:] if argv is None else argv
-    print(make_gallery(folders, options, shlex.join(["python", "scripts/gallery.py", *map(str, words)])))
+    command = ["python", "scripts/gallery.py", *(without_secrets(str(word)) for word in words)]
+    tell(make_gallery(folders, options, command), show)
 
 
 if __name__ == "__main__":

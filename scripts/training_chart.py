@@ -7,15 +7,15 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.training_chart import TrainingChartOptions, draw_trainings
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import ShowOptions, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    logs, (options,) = parse_words(argv, Words("LOG.csv", "logs of trainings", needed=True), TrainingChartOptions,
-                                   description=__doc__)
-    print(draw_trainings(logs, options))
+    logs, (options, show) = parse_words(argv, Words("LOG.csv", "logs of trainings", needed=True), TrainingChartOptions,
+                                        ShowOptions, description=__doc__)
+    tell(draw_trainings(logs, options), show)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, option_fields, options_from
 from guided_diffusion.places import command_file
 from guided_diffusion.presets import find_preset
+from guided_diffusion.progress import progress_bar
 from guided_diffusion.sampling import ddim_step, last, sample_chain
 from guided_diffusion.terms import StepContext
 
@@ -152,11 +153,15 @@ def verify(options: DeviceOptions) -> Report:
     compiled = device.type == "cuda" if options.compile is None else options.compile
     if not compiled:
         notes.append("compiled networks were not checked: on a CPU that takes minutes, --compile True does it")
-    for case in cases(options.small, device):
-        subject = Subject(case, device)
-        checks += subject.checks(compiled)
-        costs |= subject.costs(options.rounds)
-        notes += subject.notes
+    networks = cases(options.small, device)
+    with progress_bar(len(networks), "checking", "network") as progress:
+        for case in networks:
+            progress.note(case.name)
+            subject = Subject(case, device)
+            checks += subject.checks(compiled)
+            costs |= subject.costs(options.rounds)
+            notes += subject.notes
+            progress.update()
     checks += ranks_checks(options, device, notes)
     return Report(described(device), checks, costs, notes, time.monotonic() - began)
 

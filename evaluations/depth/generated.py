@@ -161,8 +161,7 @@ class GeneratedTraining:
         return run
 
     def _pairs(self, data: str, count: int, flag: str, seed: int) -> Pairs:
-        return read_pairs(data, size=self.size, depth_range="" if data == "scenes" else self.depth_range, count=count,
-                          flag=flag, seed=seed)
+        return read_pairs(data, size=self.size, depth_range=self.depth_range, count=count, flag=flag, seed=seed)
 
     def _check_study(self, predictor: str) -> None:
         """Raises UserError where the folder is of another study; else it is begun."""
@@ -231,7 +230,7 @@ class GeneratedTraining:
     def _read_depth(self, images: Tensor) -> np.ndarray:
         """What the strong predictor reads of images (N, 3, S, S), the mean over noises: (N, 1, S, S) float32."""
         pairs, parts, draws = Pairs(images, torch.empty(0), None), [], self.options.label_draws
-        with progress_bar(len(images), "labels", "img") as progress:
+        with progress_bar(len(images), "labels", "image") as progress:
             for start in range(0, len(images), AT_ONCE):
                 chosen = np.arange(start, min(start + AT_ONCE, len(images)))
                 depth = [self.predictor(*features_at(

@@ -21,6 +21,7 @@ from ..pages.page import LIMIT, Pages, lossy
 from ..pages.pictures import data_uri
 from .recording import Recording
 
+STATE = "x_(t\N{NON-BREAKING HYPHEN}1)"
 LETTERS = "AB"
 PSI_STEPS = 100                 # received attention is in hundredths, rounded up, so that r > k / 100 stays exact
 
@@ -51,7 +52,7 @@ def picture_kinds(recording: Recording) -> list[PictureKind]:
         kinds += [PictureKind(f"term{number}_degraded", f"{term.title}: degraded input", COLOUR, number),
                   PictureKind(f"term{number}_mask", f"{term.title}: mask", MASK, number),
                   PictureKind(f"term{number}_change", f"{term.title}: change of eps", SIGNED, number),
-                  PictureKind(f"term{number}_state_change", f"{term.title}: change of x_(t-1)", SIGNED, number)]
+                  PictureKind(f"term{number}_state_change", f"{term.title}: change of {STATE}", SIGNED, number)]
     present = [kind for kind in kinds if kind.name in recording.arrays]
     changes = [kind for kind in present if kind.term is not None and recording.terms[kind.term].kind in OF_EPS
                and kind.drawn == SIGNED]
@@ -120,7 +121,7 @@ def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
     """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
-    lines = [{"title": term.title + ", x_(t-1)" * (f"term{number}_state_change" in recording.arrays), "sum": False,
+    lines = [{"title": term.title + f", {STATE}" * (f"term{number}_state_change" in recording.arrays), "sum": False,
               "values": _rounded(recording.arrays[f"term{number}_rms"])}
              for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
     if "eps_change" in [kind.name for kind in picture_kinds(recording)]:

@@ -33,21 +33,22 @@ class EpochTraining:
         from .bundled import round_convolutions
 
         started = time.monotonic()
-        with log_file.open("w") as log:
+        with log_file.open("w") as log, progress_bar(self.epochs, "training", "epoch") as progress:
             log.write(head)
             for epoch in range(1, self.epochs + 1):
-                mean_loss = self._epoch(f"epoch {epoch}/{self.epochs}")
+                mean_loss = self._epoch()
                 if epoch == self.epochs:
                     round_convolutions(self.model)
                 log.write(f"epoch {epoch:2d}  train loss {mean_loss:.4f}  {self.measure()}  "
                           f"{time.monotonic() - started:.0f} s\n")
                 log.flush()
+                progress.update()
 
-    def _epoch(self, title: str) -> float:
+    def _epoch(self) -> float:
         """Trains for one epoch, and returns the mean loss."""
         self.model.train()
         loss_sum = 0.0
-        with progress_bar(self.steps, title, "batch") as progress:
+        with progress_bar(self.steps, "one epoch", "batch") as progress:
             for loss in self.losses():
                 self.optimizer.zero_grad()
                 loss.backward()

@@ -8,6 +8,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import without_secrets
 from guided_diffusion.files import reason
 from guided_diffusion.foreign import read_json
+from guided_diffusion.jobs import JobState, read_state
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option_fields
+from guided_diffusion.progress import clock, in_bytes
 from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.options import SampleOptions
+from guided_diffusion.runs.previews import GRIDS
 from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, sampler_title
 from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.train_folder import Record
@@ -35,6 +39,7 @@ from ..reproduction.reproduce import PAGE
 from ..reproduction.wording import decimals, written, written_count, written_interval
 from .content import Content, Drawing, ShownChart, ShownTable, ShownText
 
+SNAPSHOTS = 4                   # pictures of samples while a network was trained
 MOST_IMAGES, MOST_DRAWINGS, MOST_LINES, MOST_ROWS = 64, 24, 400, 200
 TEXTS, TABLES, DRAWN = (".md", ".txt"), (".csv",), (".png",)
 LOSSES = ("loss", "val_loss", "mse", "val_mse", "vb", "val_vb", "acc@1", "val_acc@1")       # that a chart shows
@@ -99,7 +104,7 @@ def _made(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         seconds = sum(chunk["seconds"] for chunk in chunks)
         images = sum(chunk["images"] for chunk in chunks)
         speed = f", {written_count(images / seconds)} images/s of a rank" if seconds else ""
-        yield "time", f"{duration(timing['seconds'])} from the last start to the end{speed}"
+        yield "time", f"{clock(timing['seconds'])} from the last start to the end{speed}"
     ranks = record.get("ranks")
     yield "made by", (f"version {record.get('versions', {}).get('guided_diffusion', 'unknown')} on "
                       f"{record.get('device', 'an unknown device')}, {ranks} rank{'s' * (ranks != 1)}")
@@ -174,16 +179,28 @@ def of_training(folder: Path) -> Content:
     """The content of the folder of a training."""
     record = Record.read(folder) or Record({}, {})
     rows = _read_rows(folder / "progress.csv")
-    facts = [("data", without_secrets(str(record.training.get("data_dir", "unknown"))))]
+    job = _job(folder)
+    facts = [("data", without_secrets(str(record.training.get("data_dir", "unknown")))), *_ended(job)]
     if rows:
         last = rows[-1]
         facts += [("trained", f"{last.get('step', '?')} steps, {last.get('samples', '?')} images of which the last at "
                    f"{last.get('images_per_second', '?')} images/s"), *_losses(last)]
     facts += [("classes", f"{len(record.classes)}")] if record.classes else []
     facts += [("ranks", str(record.ranks))] if record.ranks else []
-    return Content(f"{folder.resolve().name}: training", facts, charts=_chart_of(
-        folder / "progress.csv", "step", lambda name: name in LOSSES, "loss"),
+    log = folder / "progress.csv"
+    charts = [*_chart_of(log, "step", lambda name: name in LOSSES, "loss"),
+              *_chart_of(log, "step", lambda name: name in METRICS, "metric")]
+    return Content(f"{folder.resolve().name}: training", facts, job.command if job else "", charts=charts, drawings=[
+        replace(_drawing(path), caption=f"Samples at step {path.stem}") for path in _snapshots(folder / GRIDS)],
         options=_options(record.options), files=_files(folder))
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    """The pictures of samples of a training from the first to the last, SNAPSHOTS of them at most."""
+    paths = sorted((path for path in folder.glob("*.png") if path.stem.isdecimal()), key=lambda path: int(path.stem))
+    if len(paths) <= SNAPSHOTS:
+        return paths
+    return [paths[round(place * (len(paths) - 1) / (SNAPSHOTS - 1))] for place in range(SNAPSHOTS)]
 
 
 def _losses(row: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -201,10 +218,12 @@ def of_study(folder: Path) -> Content:
     texts = [ShownText(path.name, list(_paragraphs(path))) for path in paths if path.suffix in TEXTS]
     tables = [_table(path, rows) for path in paths if path.suffix in TABLES and (rows := _read_rows(path))]
     drawn = [path for path in paths if path.suffix in DRAWN]
-    facts = [("folder", str(folder))]
+    job = _job(folder)
+    facts = [("folder", str(folder)), *_ended(job)]
     if len(drawn) > MOST_DRAWINGS:
         facts.append(("pictures", f"the first {MOST_DRAWINGS} of {len(drawn)}"))
-    return Content(folder.resolve().name, facts, data=tables, texts=texts,
+    name = folder.resolve().name
+    return Content(f"{name}: {job.job}" if job else name, facts, job.command if job else "", data=tables, texts=texts,
                    drawings=[_drawing(path) for path in drawn[:MOST_DRAWINGS]], options=_config(folder),
                    files=_files(folder))
 
@@ -244,6 +263,19 @@ def _config(folder: Path) -> list[tuple[str, str]]:
 # Parts of several
 
 
+def _job(folder: Path) -> JobState | None:
+    """What the last job of a folder said of itself, if there is such a word."""
+    with suppress(UserError):
+        return read_state(folder)
+    return None
+
+
+def _ended(job: JobState | None) -> Iterator[tuple[str, str]]:
+    """How and when the last start ended, or that it has not."""
+    if job is not None:
+        yield "last start", f"{job.state} after {clock(job.written - job.began)}" + (f": {job.why}" if job.why else "")
+
+
 def _options(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, shown(value)) for name, value in values.items()]
 
@@ -256,16 +288,8 @@ def shown(value: Any) -> str:
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:
-    return [(path.name, f"{path.stat().st_size:,} bytes") for path in sorted(folder.iterdir())
+    return [(path.name, in_bytes(path.stat().st_size)) for path in sorted(folder.iterdir())
             if path.is_file() and not path.name.startswith(".") and path.name != PAGE]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, like "5 s", "12.3 min" or "4.5 h"."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _number(value: Any) -> str:

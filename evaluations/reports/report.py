@@ -74,7 +74,7 @@ def _folder(word: str) -> Path:
 def _parts(folder: Path) -> Iterator[Path]:
     """The folder itself, or those in it where it is that of a cascade or of a bench."""
     parts = [part for pattern in PARTS for part in sorted(folder.glob(pattern)) if part.is_dir() and _is_known(part)]
-    if parts and not _is_known(folder):
+    if parts and not _has_page(folder) and _kind(folder) in (None, of_study):
         yield from parts
     else:
         yield folder
@@ -125,7 +125,12 @@ def _write_table(folder: Path, path: Path) -> None:
 
 def _is_known(folder: Path) -> bool:
     """Whether a folder has a page, or can have one."""
-    return any((folder / name).is_file() for name in (TABLE, *OWN_PAGES)) or _kind(folder) is not None
+    return _has_page(folder) or _kind(folder) is not None
+
+
+def _has_page(folder: Path) -> bool:
+    """Whether a command writes a page into this folder."""
+    return any((folder / name).is_file() for name in (TABLE, *OWN_PAGES))
 
 
 def _kind(folder: Path) -> Callable[[Path], Content] | None:

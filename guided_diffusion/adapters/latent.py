@@ -23,7 +23,7 @@ from ..late import no_grad
 from ..process import Denoiser
 from ..rng import image_noise
 from ..solvers import SolverOptions
-from ..steps import SamplerOptions
+from ..steps import SamplerOptions, ddim_step
 from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
 from .branches import IndependentPromptGuidance, PromptGuidance, UnconditionalBranch
 from .networks import DiffusersUNet
@@ -176,7 +176,10 @@ class LatentDiffusion:
 
         x_T = noise(process.num_timesteps) if latents is None else latents.float().to(self._device)
         terms = _terms(guidance, cfg_scale, embedded.null, together)
-        chain = sampling.sample_chain(options.step(), denoise, x_T, noise, terms, torch.tensor(ids))
+        # By its name DDIM is that of diffusers' pipelines, which keeps the network's noise where pixels are clipped.
+        as_pipelines = sampler == "ddim" and denoise.denoised_fn is not None
+        step = functools.partial(ddim_step, clipped_eps=False) if as_pipelines else options.step()
+        chain = sampling.sample_chain(step, denoise, x_T, noise, terms, torch.tensor(ids))
         return self._output(sampling.last(chain, on_step)["sample"], output_type)
 
     @property
@@ -317,6 +320,10 @@ class LatentDiffusion:
         vae = self.vae
         with _float32_where_asked(vae):
             latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+            mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+            if mean is not None and std is not None:            # of each channel, in some pipelines of SDXL
+                mean, std = (torch.tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
+                latents = latents * std + mean
             return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 

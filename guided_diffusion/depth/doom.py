@@ -135,16 +135,16 @@ def render_doom(options: DoomOptions) -> dict[str, int]:
 
 def _rendered(engine: Any, names: Sequence[str], count: int, options: DoomOptions, tick: Any,
               ) -> tuple[np.ndarray, np.ndarray, list[Mapping[str, Any]]]:
-    """Images, depth and poses of `count` views, as many of each map as of the others, in their order."""
+    """Images, depth and poses of `count` views: the first of each map, then the second of each, and so on."""
     images = np.empty((count, options.image_size, options.image_size, 3), np.uint8)
     depth = np.empty(images.shape[:3], np.float32)
-    poses: list[Mapping[str, Any]] = []
+    poses: list[Mapping[str, Any]] = [{}] * count
     for index, name in enumerate(names):
-        wanted = count // len(names) + (index < count % len(names))
+        places = range(index, count, len(names))
         with game(engine, name, options.seed) as running:
-            for view in views(engine, running, name, wanted, options.seed):
-                images[len(poses)], depth[len(poses)] = as_pair(view, options.image_size, options.gamma)
-                poses.append(view.pose)
+            for place, view in zip(places, views(engine, running, name, len(places), options.seed), strict=True):
+                images[place], depth[place] = as_pair(view, options.image_size, options.gamma)
+                poses[place] = view.pose
                 tick()
     return images, depth, poses
 
@@ -164,7 +164,8 @@ def _engine() -> Any:
 @contextmanager
 def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
     """A map of the engine, ready for views, without monsters, weapon and texts."""
-    running = engine.DoomGame()
+    running, litter = engine.DoomGame(), Path("_vizdoom")       # the engine makes that folder, which stays empty
+    had_litter = litter.exists()
     with tempfile.TemporaryDirectory() as folder:
         running.set_doom_config_path(str(Path(folder) / "vizdoom.ini"))
         running.set_doom_game_path(str(Path(engine.__file__).parent / f"{MAPS[name]}.wad"))
@@ -188,6 +189,8 @@ def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
             yield running
         finally:
             running.close()
+            if not had_litter and litter.is_dir():
+                litter.rmdir()
 
 
 def views(engine: Any, running: Any, name: str, count: int, seed: int) -> Iterator[View]:

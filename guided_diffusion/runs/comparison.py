@@ -90,8 +90,8 @@ class Comparison:
 
         It is the root mean square of the differences of all pixels and channels.
         """
-        base = self.images[first].astype(np.float32)
-        return np.stack([np.sqrt(((images - base)**2).mean(axis=(1, 2, 3))) for images in self.images])
+        return np.array([[np.sqrt(((image - base.astype(np.float32))**2).mean())
+                          for image, base in zip(images, self.images[first], strict=True)] for images in self.images])
 
     def sorted_by_change(self) -> Comparison:
         """With those images first of which one run differs most from the first one."""

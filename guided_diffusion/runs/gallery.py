@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from .record import run_samples, title
 
 WIDTH = 100                     # characters of a command's line
 PAGE = "index.md"
+INTRODUCTION = ("The first images of runs, none of them chosen, each with the command that made them. The page is made "
+                "by")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class GalleryOptions(Options):
     heading: str = option("Gallery", "heading of the page")
 
 
-def make_gallery(folders: Sequence[str], options: GalleryOptions, command: str) -> str:
-    """Writes the page and the pictures; returns where the page is. command: the command line, which the page shows.
+def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Sequence[str]) -> str:
+    """Writes the page and the pictures; returns where the page is. command: the words of the command line, to show.
 
     A run is called after its folder. Raises UserError for a folder without a finished run, for two of one name, and
     where nothing can be written.
@@ -41,7 +42,7 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: str) 
     if twice:
         raise UserError(f"{twice}: is the name of several folders, and a gallery calls a run after its folder")
     out = check_folder("--out", options.out)
-    lines = [f"# {options.heading}", "", *_shell(command)]
+    lines = [f"# {options.heading}", "", INTRODUCTION, "", *_shell(command)]
     for name, folder in zip(names, map(Path, folders), strict=True):
         images, configuration = run_samples(folder, options.num_images)
         save_grid(images, out / f"{name}.png", options.columns)
@@ -58,19 +59,27 @@ def _model(configuration: Mapping[str, Any]) -> str:
     return str(configuration.get("model") or Path(str(configuration.get("model_path") or "model")).stem)
 
 
-def _command(record: Mapping[str, Any]) -> str:
-    """The command line that a run.json holds, as it is called in a checkout; "" where it holds none."""
-    words = record.get("command") or []
+def _command(record: Mapping[str, Any]) -> list[str]:
+    """The words of the command line that a run.json holds, as it is called in a checkout; none where it holds none."""
+    words = [str(word) for word in record.get("command") or []]
     if not words:
-        return ""
-    script = Path(str(words[0]))
-    called = f"scripts/{script.name}" if script.suffix == ".py" else script.name
-    return shlex.join(["python", called, *map(str, words[1:])])
-
-
-def _shell(command: str) -> list[str]:
-    """A command as a code block; its own lines where it is long."""
-    if not command:
         return []
-    lines = textwrap.wrap(command, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    script = Path(words[0])
+    return ["python", f"scripts/{script.name}" if script.suffix == ".py" else script.name, *words[1:]]
+
+
+def _shell(words: Sequence[str]) -> list[str]:
+    """A command as a code block, in several lines where it is long; an option and its value stay together."""
+    lines: list[str] = []
+    before = ""
+    for word in words:
+        quoted = shlex.quote(word)
+        together = before.startswith("--") and not word.startswith("--")
+        if lines and (together or len(lines[-1]) + len(quoted) < WIDTH):
+            lines[-1] += f" {quoted}"
+        else:
+            lines.append(f"{'    ' if lines else ''}{quoted}")
+        before = word
+    if not lines:
+        return []
     return ["<!-- not run: takes minutes -->", "```sh", *(f"{line} \\" for line in lines[:-1]), lines[-1], "```"]

@@ -106,6 +106,7 @@
   }
 
   await Promise.all(pictures.flat().map(picture => picture.decode()));
+  byId('order').value = 'given';          // where a browser keeps fields of pages from before
   label();
   divide(50);
   draw();

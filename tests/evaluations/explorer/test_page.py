@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from browser import SIZES, assert_readable, moved, opened, pixels
 
-from evaluations.explorer.page import page, picture_kinds, sheet_columns, write_page
+from evaluations.explorer.page import STATE, page, picture_kinds, sheet_columns, write_page
 from evaluations.explorer.recording import Recording, Term
 from guided_diffusion.errors import UserError
 
@@ -78,8 +78,8 @@ def test_every_kind_of_term_has_a_map_of_its_change():
     arrays = {**both.arrays, "term2_state_change": both.arrays["term1_change"], "term2_rms": both.arrays["term1_rms"]}
     found = data_of(page([dataclasses.replace(both, terms=terms, arrays=arrays)], TITLE, COMMAND))["settings"][0]
     assert [one["title"] for one in found["pictures"].values() if one["drawn"] == "signed"] == [
-        "SAG <s> = 0.5: change of eps", "CG scale 1: change of eps", "DCG 40: change of x_(t-1)"]
-    assert [line["title"] for line in found["rms"]] == ["SAG <s> = 0.5", "CG scale 1", "DCG 40, x_(t-1)"]
+        "SAG <s> = 0.5: change of eps", "CG scale 1: change of eps", f"DCG 40: change of {STATE}"]
+    assert [line["title"] for line in found["rms"]] == ["SAG <s> = 0.5", "CG scale 1", f"DCG 40, {STATE}"]
 
 
 @pytest.mark.parametrize("steps, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (50, 8), (250, 16)])

@@ -1,6 +1,7 @@
 """The pages of folders: what stands in them, for each kind of folder, and what a reader sees."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from evaluations.reports.report import ReportOptions, write_pages
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_csv
+from guided_diffusion.jobs import job
 
 IMAGES = np.random.default_rng(0).integers(0, 200, (3, 8, 8, 3), dtype=np.uint8)
 DIGEST = "ab" * 32
@@ -43,7 +45,7 @@ def test_the_page_of_a_run(run):
     text = (run / "report.html").read_text()
     assert "<h1>sag: SAG s = 0.5</h1>" in text and "DDPM, 20 steps" in text and "tiny, sha256 cdcdcdcdcdcdcdcd" in text
     assert "python scripts/image_sample.py --out &#39;a &lt;b&gt; &amp; c&#39;" in text
-    assert "1.5 min from the last start to the end, 0.5 images/s of a rank" in text
+    assert "0:01:30 from the last start to the end, 0.5 images/s of a rank" in text
     assert text.count('src="data:image/png') == 3 and 'alt="image 2: class 0"' in text
     assert "3.25" in text and "3.10 to 3.40" in text and "77.7" not in text and "a &lt;network&gt;" in text
     assert '<th scope="row">timestep_respacing</th><td class="words path">20</td>' in text
@@ -66,9 +68,17 @@ def test_the_page_of_a_training(tmp_path):
     (folder / "config.json").write_text(json.dumps({
         "model": {"num_channels": 32}, "training": {"data_dir": "images"}, "ranks": 2, "class_names": ["a", "b"]}))
     write_csv(folder / "progress.csv", [{"step": step, "samples": 8 * step, "images_per_second": 2.5, "loss": 1 / step,
-                                         "lr": 0.1} for step in (1, 10, 100)])
+                                         "lr": 0.1, "fid": 30 / step} for step in (1, 10, 100)])
+    (folder / "grids").mkdir()
+    for step in range(1, 101, 9):
+        Image.new("RGB", (8, 8)).save(folder / "grids" / f"{step}.png")
+    with job("training", folder):
+        pass
     written(folder)
     text = (folder / "report.html").read_text()
+    assert "finished after 0:00:0" in text and '<code id="command">python ' in text
+    assert re.findall(r'alt="Samples at step (\d+)"', text) == ["1", "37", "64", "100"]
+    assert "metric by step: fid" in text
     assert "100 steps, 800 images" in text and "loss by step: loss" in text and "<svg" in text
     assert '<th scope="row">num_channels</th>' in text
 
@@ -100,6 +110,7 @@ def test_folders_with_pages_of_their_own_and_with_parts(run, tmp_path, monkeypat
     assert written(own) == f"page: {own / 'explore.html'}" and [path.name for path in own.iterdir()] == ["explore.html"]
     run.rename(tmp_path / "runs" / "base")
     (tmp_path / "runs" / "results.json").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "runs" / "plot.png")
     assert written(tmp_path / "runs") == f"page: {tmp_path / 'runs' / 'base' / 'report.html'}"
     table = tmp_path / "runs" / "reproduction" / "fmnist32"
     table.mkdir(parents=True)

@@ -6,12 +6,23 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from golden import noise, relative_error
-from tiny_diffusers import NO_PROMPTS, PROMPTS, diffusers, ours, pixel_unet, prompted_pipeline, scheduler, sdxl_unet
+from tiny_diffusers import (
+    NO_PROMPTS,
+    PROMPTS,
+    diffusers,
+    ours,
+    pixel_unet,
+    prompted_pipeline,
+    prompted_unet,
+    scheduler,
+    sdxl_unet,
+)
 
-from guided_diffusion.adapters.diffusers import LatentDiffusion, process_of
+from guided_diffusion.adapters.diffusers import DiffusersUNet, LatentDiffusion, process_of
 from guided_diffusion.depth.predictor import DepthPredictors
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import (
+    AutoGuidance,
     CleanClassifierGuidance,
     ContrastGuidance,
     Inputs,
@@ -41,7 +52,8 @@ def terms(latent):
     return {"SAG": latent.self_attention_guidance(0.75), "SAG again": latent.self_attention_guidance(0.5, "up.0.0"),
             "PAG": PerturbedAttentionGuidance(network, ["down.1.0"], 1.0),
             "SEG": SmoothedEnergyGuidance(network, ["middle"], 1.0), "TSG": TimestepGuidance(network, 1.0, 0.5),
-            "ICG": latent.independent_prompt_guidance(1.0, prompt_embeds=OTHERS)}
+            "ICG": latent.independent_prompt_guidance(1.0, prompt_embeds=OTHERS),
+            "autoguidance": AutoGuidance(DiffusersUNet(prompted_unet(norm_eps=0.1)), 1.0)}
 
 
 def changed(latent, guidance, **options):
@@ -55,7 +67,8 @@ def test_contrasts_in_any_list_add_up(latent, terms, together):
     alone = {name: changed(latent, [term]) - changed(latent, []) for name, term in terms.items()}
     free = changed(latent, []) - plain
     assert all(change.abs().max() > 1e-3 for change in [*alone.values(), free])
-    for names in [("SAG", "ICG"), ("SAG again", "PAG"), ("SEG", "TSG"), tuple(terms), tuple(reversed(terms))]:
+    for names in [("SAG", "ICG"), ("SAG again", "PAG"), ("SEG", "TSG"), ("autoguidance", "SAG"), tuple(terms),
+                  tuple(reversed(terms))]:
         found = changed(latent, [terms[name] for name in names], batch_contrasts=together) - plain
         assert relative_error(found, free + sum(alone[name] for name in names)) < 1e-3, names
 

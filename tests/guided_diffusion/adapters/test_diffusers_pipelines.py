@@ -50,14 +50,15 @@ def test_images_are_those_of_stable_diffusion(cfg_scale, prediction):
     assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=cfg_scale), expected) < SAME
 
 
-def test_pixels_are_those_of_the_ddim_pipeline():
+@pytest.mark.parametrize("clipped_noise, sampler", [(False, "ddim"), (True, DdimOptions())])
+def test_pixels_are_those_of_the_ddim_pipeline(clipped_noise, sampler):
     steps = diffusers.DDIMScheduler(clip_sample=True)
     pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(0),
-                    use_clipped_model_output=True, output_type="np").images
+                    use_clipped_model_output=clipped_noise, output_type="np").images
     start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
-    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, output_type="np")
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, sampler=sampler, output_type="np")
     assert np.abs(found - expected).max() < 1e-4
 
 
@@ -189,6 +190,9 @@ def test_sdxl_sees_its_further_conditions():
     expected = images(pipe, guidance_scale=3.0, height=16, width=16, **pooled)
     latent = LatentDiffusion.from_pipeline(pipe)
     assert relative_error(ours(latent, cfg_scale=3.0, **pooled), expected) < SAME
+    pipe.vae.register_to_config(latents_mean=[0.1, -0.4, 0.0, 1.0], latents_std=[1.0, 0.5, 2.0, 1.0])
+    decoded = images(pipe, guidance_scale=3.0, height=16, width=16, output_type="np", **pooled)
+    assert np.abs(ours(latent, cfg_scale=3.0, output_type="np", **pooled) - decoded).max() < 1e-3
     with pytest.raises(UserError, match="pooled_prompt_embeds: must be given"):
         ours(latent)
     with pytest.raises(UserError, match="do not make the 64 that the network takes"):

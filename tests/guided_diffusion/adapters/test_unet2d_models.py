@@ -14,7 +14,7 @@ from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusi
 from guided_diffusion.guidance import SelfAttentionGuidance
 from guided_diffusion.options import options_from
 from guided_diffusion.rng import image_noise
-from guided_diffusion.sampling import ddim_step, ddpm_step, last, sample_chain
+from guided_diffusion.sampling import DdimOptions, ddim_step, ddpm_step, last, sample_chain
 from guided_diffusion.unet2d.files import read_network, write_pipeline
 
 SMALL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
@@ -73,7 +73,7 @@ def test_an_exported_pipeline_is_sampled_as_the_model_is(tmp_path):
     model, process = built(flags)
     write_pipeline(tmp_path, model.state_dict(), flags, {})
     latent = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline.from_pretrained(tmp_path))
-    for sampler, step in (("ddim", ddim_step), ("ddpm", ddpm_step)):
+    for sampler, step in ((DdimOptions(), ddim_step), ("ddpm", ddpm_step)):
         guidance = {"blur_sigma": 3.0, "blur_taps": 31}
         found = latent.sample(numbers=[4, 6], seed=2, steps=4, sampler=sampler, output_type="latent",
                               guidance=[latent.self_attention_guidance(0.5, **guidance)])
