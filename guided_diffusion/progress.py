@@ -183,7 +183,7 @@ class _Lines(_Shown):
 
     def __init__(self, stream: IO[str], initial: int, every: int = 0, quick: bool = False) -> None:
         self.stream, self.every, self.quick = stream, every, quick
-        self.next, self.shown, self.spoke = time.monotonic() + FIRST_LINE, initial, False
+        self.initial, self.shown, self.next, self.spoke = initial, initial, time.monotonic() + FIRST_LINE, False
 
     def draw(self, progress: Progress) -> None:
         """A line, where it is time for one."""
@@ -194,8 +194,8 @@ class _Lines(_Shown):
         self._print(f"{progress._outside()}{progress.step()}")
 
     def end(self, within: str, step: Step, seconds: float) -> None:
-        """The last line."""
-        if self.spoke or not self.quick:
+        """The last line; none where nothing was done."""
+        if self.spoke or (step.done > self.initial and not self.quick):
             self._print(f"{within}{step.ended(seconds)}")
 
     def _print(self, line: str) -> None:

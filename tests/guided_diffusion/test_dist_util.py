@@ -277,5 +277,5 @@ def test_rank_that_cannot_start_ends_the_job(failing, python, command, tmp_path)
     ranks = [command(tmp_path / "out", **({"model_path": "/nowhere.pt"} if rank == failing else {})) for rank in (0, 1)]
     ended = execute(BIN / "mpiexec", "-n", 1, python, *ranks[0], ":", "-n", 1, python, *ranks[1])
     assert ended.returncode in ENDED_BY_MPIEXEC
-    assert ended.stderr == "error: /nowhere.pt: there is no such file\n"
+    assert ended.stderr == "error: --model_path /nowhere.pt: there is no such file\n"
     assert list((tmp_path / "out").iterdir()) == []
