@@ -54,7 +54,7 @@ def test_a_short_table_and_its_old_name(tmp_path, capsys, monkeypatch):
     shutil.copytree(tables.CONFIGS / "scenes32_dag", configs / "whole")
     (configs / "scenes32_dag").mkdir()
     (configs / "scenes32_dag" / "table.yaml").write_text(
-        "extends: ../whole/table.yaml\nshared: {timestep_respacing: '5'}\n")
+        "extends: ../whole/table.yaml\nshared: {timestep_respacing: '5'}\nsections: []\n")
     monkeypatch.setattr(tables, "CONFIGS", configs)
     words = ["--rows", "unguided,dcg", "--num_samples", 4, "--batch_size", 4, "--bootstrap", 20, "--out", tmp_path]
     assert call("reproduce", "scenes32_dag", *words) == 0
