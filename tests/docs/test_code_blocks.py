@@ -19,13 +19,13 @@ SHELL = {path.name: blocks for path in DOCUMENTS if (blocks := in_language(path,
 
 # Smaller than in the documents, so that all of them together take less than a minute: what is given to a command in
 # place of its own values, or beside them.
-SAMPLING = {"num_samples": 4, "batch_size": 4, "timestep_respacing": 2}
+SAMPLING = {"num_samples": 6, "batch_size": 6, "timestep_respacing": 2}
 SMALLER = {
     "image_sample": SAMPLING,
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
     "image_nll": SAMPLING,
-    "evaluate": {"num_images": 4, "bootstrap": 2},
+    "evaluate": {"num_images": 6, "bootstrap": 2},
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
     "benchmark": {"rounds": 1, "batch_size": 1},
     "depth_train": {"steps": 2, "num_labels": 4, "draws": 2},
