@@ -161,8 +161,7 @@ class GeneratedTraining:
         return run
 
     def _pairs(self, data: str, count: int, flag: str, seed: int) -> Pairs:
-        return read_pairs(data, size=self.size, depth_range="" if data == "scenes" else self.depth_range, count=count,
-                          flag=flag, seed=seed)
+        return read_pairs(data, size=self.size, depth_range=self.depth_range, count=count, flag=flag, seed=seed)
 
     def _check_study(self, predictor: str) -> None:
         """Raises UserError where the folder is of another study; else it is begun."""

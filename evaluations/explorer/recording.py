@@ -1,9 +1,8 @@
 """What every step of a sampling run does to chosen images, as arrays.
 
 The chain is sampled as a run samples it; what guidance computes on the way is kept, and nothing is computed twice but
-the masks, and the gradients of losses where there are several. No method is known by name: of every term its change is
-kept, and of a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one
-(`pixel_mask`).
+the masks, and the gradients of all losses but one. No method is known by name: of every term its change is kept, and of
+a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one (`pixel_mask`).
 """
 
 from __future__ import annotations
@@ -125,6 +124,7 @@ class Recorder:
         self.arrays: dict[str, np.ndarray] = {}
         self.rows, self.place, self.begun = slice(0), 0, False          # where what is seen belongs
         self.unguided_eps: Tensor | None = None
+        self.gradients: dict[int, Tensor | None] = {}       # of the losses that guide at this step
 
     def record(self, on_step: Callable[[int], object] = lambda count: None) -> Recording:
         """Samples all images, in batches as large as those of the run.
@@ -140,22 +140,26 @@ class Recorder:
         return self._recording()
 
     def _sample(self, rows: slice, on_step: Callable[[int], object]) -> None:
-        self.rows, self.place = rows, 0
+        self.rows = rows
         chain = self.sampler.chain(self.image_ids[rows], None if self.labels is None else self.labels[rows])
-        self.begun, self.unguided_eps = False, None
+        self._begin_step(0)
         for out in chain:
             self._keep("x0", out["pred_xstart"])
             self._keep("x0_unguided", out["pred_xstart_unguided"])
             if self.unguided_eps is not None:
                 self._keep_change("eps", "change", out["eps"] - self.unguided_eps)
-            if len(self.losses) == 1 and "loss_gradient" in out:
-                self._keep_change(f"term{self.losses[0]}", "state_change", -out["loss_gradient"])
+            for number, gradient in self.gradients.items():
+                rest = out["loss_gradient"] - sum(one for one in self.gradients.values() if one is not None)
+                self._keep_change(f"term{number}", "state_change", -(rest if gradient is None else gradient))
             if self.place == self.diffusion.num_timesteps - 1:
                 sample = out["sample"].float().cpu().numpy()
                 self.arrays.setdefault("sample", np.zeros((len(self.image_ids), *sample.shape[1:]), np.float32))
                 self.arrays["sample"][rows] = sample
             on_step(len(out["sample"]))
-            self.place, self.begun, self.unguided_eps = self.place + 1, False, None
+            self._begin_step(self.place + 1)
+
+    def _begin_step(self, place: int) -> None:
+        self.place, self.begun, self.unguided_eps, self.gradients = place, False, None, {}
 
     def _first_evaluation(self, x: Tensor, *inputs: Any, **conditions: Any) -> Tensor:
         """The network; of the first evaluation of each step, x_t and the received attention are kept."""
@@ -185,9 +189,9 @@ class Recorder:
             window = term.window(ctx.t, ctx.denoise.diffusion)
             if isinstance(term, LossGuidance):
                 self._keep(f"term{number}_loss", value, np.float32)
-                if len(self.losses) > 1:            # the sampler differentiates their sum alone
-                    gradient = scaled_gradient(torch.where(window, value, 0).sum(), ctx.x_t, window)
-                    self._keep_change(f"term{number}", "state_change", -gradient)
+                # The sampler differentiates the sum of all, from which that of the last one follows.
+                self.gradients[number] = None if number == self.losses[-1] else scaled_gradient(
+                    torch.where(window, value, 0).sum(), ctx.x_t, window)
                 return
             if isinstance(term, GradientGuidance):
                 value = -gather(ctx.denoise.diffusion.sqrt_one_minus_alphas_cumprod, ctx.t, value) * value

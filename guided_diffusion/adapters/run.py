@@ -167,7 +167,7 @@ class LatentRun:
             return []
         drawn = list(dict.fromkeys(self._prompts))[:MOST_DRAWN]
         if len(drawn) < 2:
-            raise UserError(f"--icg_scale {icg.icg_scale:g}: needs other prompts to draw from, name a file of them "
+            raise UserError(f"--icg_scale {icg.scale:g}: needs other prompts to draw from, name a file of them "
                             "with --icg_prompts")
         return drawn
 
@@ -219,7 +219,7 @@ class LatentRun:
     def _terms(self, method: GuidanceOptions, latent: LatentDiffusion, nets: Networks) -> list[Guidance]:
         """The terms of a method; independent conditions are prompts where the network takes them, else labels."""
         if isinstance(method, IcgOptions) and self._drawn:
-            return [latent.independent_prompt_guidance(method.icg_scale, self._drawn, seed=self.options.seed,
+            return [latent.independent_prompt_guidance(method.scale, self._drawn, seed=self.options.seed,
                                                        **method.window)]
         return method.build(nets)
 

@@ -164,7 +164,8 @@ def _engine() -> Any:
 @contextmanager
 def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
     """A map of the engine, ready for views, without monsters, weapon and texts."""
-    running = engine.DoomGame()
+    running, litter = engine.DoomGame(), Path("_vizdoom")       # the engine makes that folder, which stays empty
+    had_litter = litter.exists()
     with tempfile.TemporaryDirectory() as folder:
         running.set_doom_config_path(str(Path(folder) / "vizdoom.ini"))
         running.set_doom_game_path(str(Path(engine.__file__).parent / f"{MAPS[name]}.wad"))
@@ -188,6 +189,8 @@ def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
             yield running
         finally:
             running.close()
+            if not had_litter and litter.is_dir():
+                litter.rmdir()
 
 
 def views(engine: Any, running: Any, name: str, count: int, seed: int) -> Iterator[View]:

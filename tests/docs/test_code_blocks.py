@@ -19,18 +19,18 @@ SHELL = {path.name: blocks for path in DOCUMENTS if (blocks := in_language(path,
 
 # Smaller than in the documents, so that all of them together take less than a minute: what is given to a command in
 # place of its own values, or beside them.
-SAMPLING = {"num_samples": 8, "batch_size": 8, "timestep_respacing": 2}
+SAMPLING = {"num_samples": 6, "batch_size": 6, "timestep_respacing": 2}
 SMALLER = {
     "image_sample": SAMPLING,
     "classifier_sample": SAMPLING,
     "dag_sample": SAMPLING,
     "image_nll": SAMPLING,
-    "evaluate": {"num_images": 8, "bootstrap": 2},
+    "evaluate": {"num_images": 6, "bootstrap": 2},
     "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
-    "benchmark": {"rounds": 1, "batch_size": 2},
-    "depth_train": {"steps": 2, "num_labels": 8, "draws": 2},
+    "benchmark": {"rounds": 1, "batch_size": 1},
+    "depth_train": {"steps": 2, "num_labels": 4, "draws": 2},
     "bench": {"methods": "SAG,CG"},
-    "reproduce": {"num_samples": 8, "evaluation_seconds": 0.05},
+    "reproduce": {"num_samples": 4, "evaluation_seconds": 0.05},
     "explore": {"images": "0:2", "timestep_respacing": 2},
     "probe": {"num_images": 2, "batch_size": 2, "levels": 1},
 }

@@ -302,7 +302,7 @@ def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path):
         np.savez(tmp_path / "unlabelled.npz", arr_0=file["arr_0"], mask=file["mask"])
     for out, objects in zip(outs, (object_file, tmp_path / "unlabelled.npz"), strict=True):
         assert call("attention", *flags({**tiny, "objects": objects, "labels": 0, "thresholds": "1", "out": out,
-                                         "images": "0", "steps": "0", "num_images": 2, "blocks": "middle"})) == 0
+                                         "images": "0", "num_images": 4})) == 0
     assert rows_of(outs[0] / "semantic.csv") != rows_of(outs[1] / "semantic.csv")
 
 

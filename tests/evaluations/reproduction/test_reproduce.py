@@ -179,7 +179,7 @@ def test_plan_samples_nothing(mini, line, tmp_path, capsys):
 @pytest.mark.slow
 def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, row in (("sag_cg_imagenet128", "cg"), ("sag_pretrained_256", "lsun_horse"), ("dag_dfid", "church_dcg")):
+    for name, row in (("sag_cg_imagenet128", "cg"), ("sag_pretrained_256", "lsun_horse"), ("dag_dfid", "bedroom_dcg")):
         assert call("reproduce", *line(name, rows=row, plan=True, evaluation_seconds=0.01)) == 0
         text = capsys.readouterr().out
         assert "python scripts/fetch_models.py" in text and "python scripts/fetch_references.py" in text

@@ -90,12 +90,14 @@ def test_what_is_refused(tmp_path, capsys, monkeypatch):
     assert "pip install 'guided-pixels[doom]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_engine_shows_the_same_rooms_again(tmp_path):
+def test_the_engine_shows_the_same_rooms_again(tmp_path, monkeypatch):
     pytest.importorskip("vizdoom", reason="vizdoom is not installed: the extra `doom`")
     depth = []
+    monkeypatch.chdir(tmp_path)
     for out in (tmp_path / "one", tmp_path / "two"):
         render_doom(DoomOptions(maps="MAP01", num_train=3, image_size=16, out=str(out)))
         with np.load(out / "train.npz") as file:
             depth.append(file["depth"])
             assert file["arr_0"].std() > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
     assert (depth[0] == depth[1]).all() and NEAR <= depth[0].min() < depth[0].max() <= FAR + 1e-3
