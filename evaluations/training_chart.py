@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, reason, write
+from guided_diffusion.files import check_writable, write
+from guided_diffusion.logger import read_log
 from guided_diffusion.options import Options, comma_separated, option, required
 
 from .plots import SUFFIXES, new_figure, require_matplotlib
@@ -39,18 +39,15 @@ def read_curves(path: str, columns: Sequence[str]) -> list[Curve]:
 
     Raises UserError for a file that is no such log, or has none of them.
     """
+    there, rows = read_log(Path(path))
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
         found = {column: [(float(row[SAMPLES]), float(row[column])) for row in rows if row[column]]
-                 for column in columns if rows and column in rows[0]}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    except (ValueError, KeyError, TypeError, csv.Error):
-        raise UserError(f"{path}: is not the log of a training, with the images seen in a column {SAMPLES}") from None
+                 for column in columns if rows and column in there}
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: is not the log of a training with the images seen, in a column {SAMPLES}") from None
     if not found:
-        there = ", ".join(rows[0]) if rows else "none"
-        raise UserError(f"--values {','.join(columns)}: {path} has none of these columns; it has {there}")
+        raise UserError(f"--values {','.join(columns)}: {path} has none of these columns; it has "
+                        f"{', '.join(there) if rows else 'no row'}")
     place = Path(path)
     name = place.parent.name if place.stem == "progress" else place.stem.removesuffix("_train")
     return [Curve(name if len(columns) == 1 else f"{name}: {column}", *map(list, zip(*points, strict=True)))

@@ -28,9 +28,10 @@ def test_a_log_is_drawn(log, tmp_path):
 
 def test_what_is_no_log_is_refused(log, tmp_path, capsys):
     other = tmp_path / "other.csv"
-    for content, message in (("a,b\n1,2\n", "has none of these columns; it has a, b"), ("", "it has none"),
+    for content, message in (("step,b\n1,2\n", "has none of these columns; it has step, b"),
                              ("loss\n1\n", "is not the log of a training"),
-                             ("samples,loss\n1,x\n", "is not the log of a training")):
+                             ("step,loss\n1,2\n", "the images seen, in a column samples"),
+                             ("step,samples,loss\n1,1,x\n", "is not the log of a training")):
         other.write_text(content)
         with pytest.raises(UserError, match=message):
             read_curves(str(other), ["loss"])
