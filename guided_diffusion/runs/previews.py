@@ -48,8 +48,8 @@ class PreviewOptions(Options):
     preview_batch_size: int = option(16, "images at a time on each rank, while training", minimum=1)
     eval_fid_interval: int = option(0, "steps between two evaluations of samples by FID, a column of the log; a "
                                     "multiple of --log_interval; 0: none", minimum=0)
-    eval_fid_reference: str = option("", "reference batch of that evaluation: a bundled one by name (fmnist32), or a "
-                                     "file with statistics")
+    eval_fid_reference: str = option("", "reference batch of that evaluation: a file with statistics, or a bundled one "
+                                     "by name, like fmnist32 with --eval_fid_backend fashion_mnist")
     eval_fid_backend: str = option("torch", "network of that evaluation, as --backend of the evaluator")
     eval_fid_images: int = option(500, "samples of that evaluation; FID of few images is larger than that of many",
                                   minimum=2)
@@ -57,7 +57,8 @@ class PreviewOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_fid_interval and not self.eval_fid_reference:
-            raise UserError(f"--eval_fid_interval {self.eval_fid_interval}: needs --eval_fid_reference, like fmnist32")
+            raise UserError(f"--eval_fid_interval {self.eval_fid_interval}: needs --eval_fid_reference, like "
+                            "fmnist32 with --eval_fid_backend fashion_mnist")
 
     def check_beside(self, log_interval: int) -> None:
         """Raises UserError where values of the log would fall between its rows."""
