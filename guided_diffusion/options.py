@@ -17,7 +17,7 @@ import os
 import reprlib
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,10 +33,11 @@ _log = logging.getLogger(__name__)
 Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gave to values that a name stands for
 
 
-def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, minimum: float | None = None,
+def option(default: Any, help: str, *, choices: Collection[Any] | None = None, minimum: float | None = None,
            above: float | None = None, maximum: float | None = None, later: bool = False) -> Any:
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive).
 
+    choices: what is allowed beside the default; one that grows, such as that of samplers, counts as it is then.
     later: the option came after the first records of runs: at its default it is no part of what a run is.
     """
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
@@ -113,7 +114,7 @@ def checked(field: OptionField, value: Any) -> Any:
     value = _converted(field, value)
     limits = field.metadata
     shown = f"--{field.name} {value if not isinstance(value, str) else cut(value)}"
-    if limits.get("choices") is not None and value not in limits["choices"]:
+    if limits.get("choices") is not None and value != field.default and value not in limits["choices"]:
         raise UserError(f"{shown}: must be one of {', '.join(filter(None, map(str, limits['choices'])))}")
     if limits.get("minimum") is not None and value < limits["minimum"]:
         raise UserError(f"{shown}: must be at least {limits['minimum']}")

@@ -70,7 +70,7 @@ class LatentOptions(Options):
     prompts: str = option("", "in place of --prompt, a text file of prompts, a line each: that of image i is in line "
                           "i; they begin again after the last")
     negative_prompt: str = option("", "what stands for no prompt in classifier-free guidance")
-    sampler: str = option("ddim", f"the sampler: {', '.join(SAMPLERS)}", choices=tuple(SAMPLERS))
+    sampler: str = option("ddim", f"the sampler: {', '.join(SAMPLERS)}", choices=SAMPLERS)
     steps: int = option(50, "steps, at the places of the pipeline's own scheduler", minimum=1)
     prompt_scale: float = option(7.5, "classifier-free guidance as diffusers counts it; 1: off")
     sag_scale: float = option(0.0, "scale s of self-attention guidance; 0: off")

@@ -50,7 +50,7 @@ class SampleOptions(CheckpointOptions):
 
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
-    sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=("", *SAMPLERS))
+    sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=SAMPLERS)
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     batch_contrasts: bool = option(False, "make further evaluations of guidance that differ in their inputs alone as "

@@ -43,7 +43,7 @@ class PreviewOptions(Options):
 
     grid_interval: int = option(0, "steps between two pictures of samples, grids/STEP.png; 0: none", minimum=0)
     grid_images: int = option(16, "images of such a picture", minimum=1, maximum=1024)
-    preview_sampler: str = option("dpm-solver++", "sampler of images while training", choices=tuple(SAMPLERS))
+    preview_sampler: str = option("dpm-solver++", "sampler of images while training", choices=SAMPLERS)
     preview_steps: int = option(10, "steps of that sampler", minimum=1)
     preview_batch_size: int = option(16, "images at a time on each rank, while training", minimum=1)
     eval_fid_interval: int = option(0, "steps between two evaluations of samples by FID, a column of the log; a "

@@ -71,13 +71,11 @@ def test_the_trained_network_samples_with_and_without_labels(run, tmp_path):
               "--timestep_respacing", 3)
     arrays = {}
     for name, words in {"none": ["--labels", "none"], "balanced": ["--labels", "balanced"],
-                        "cfg": ["--labels", "balanced", "--cfg_scale", 2.0],
-                        "cfg of none": ["--labels", "none", "--cfg_scale", 2.0]}.items():
+                        "cfg": ["--labels", "balanced", "--cfg_scale", 2.0]}.items():
         assert call("image_sample", *common, *words, "--out", tmp_path / name) == 0
         arrays[name] = samples_in(tmp_path / name)
     assert arrays["none"][1].tolist() == [2] * 4
     assert (arrays["cfg"][0] != arrays["balanced"][0]).any()
-    assert (arrays["cfg of none"][0] == arrays["none"][0]).all()          # there is nothing to tell apart
 
 
 def test_what_does_not_fit_is_a_sentence(data_dir, tmp_path, run, capsys):

@@ -123,7 +123,7 @@ def test_loops_are_their_steps_in_turn(network, sampler, capfd):
     torch.manual_seed(1)
     last = getattr(diffusion, f"{sampler}_loop")(model, x_T.shape, noise=x_T, device="cpu", progress=True, **options)
     assert torch.equal(last, steps[-1]) and not last.requires_grad
-    assert "10/10" in capfd.readouterr().err
+    assert "10 of 10 steps" in capfd.readouterr().err
 
 
 def test_loop_draws_its_start_and_says_nothing_unless_asked(network, capfd):

@@ -13,7 +13,7 @@ def test_a_page_shows_the_images_of_runs_and_their_commands(tmp_path, capsys):
     text = (tmp_path / "gallery" / "index.md").read_text()
     assert text.startswith("# Gallery\n") and text.count("## fmnist32: ") == 2
     assert "![2 images: PAG s = 0.5" in text and "](guided.png)" in text
-    assert f"python scripts/gallery.py {runs[0]}" in text
+    assert "python scripts/gallery.py" in text and all(run in text for run in runs)
     with Image.open(tmp_path / "gallery" / "guided.png") as picture:
         assert picture.size == (2 * (2 * 34 + 2), 2 * (34 + 2))
     capsys.readouterr()
