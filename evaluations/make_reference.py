@@ -49,7 +49,7 @@ class ReferenceOptions(ExtractorOptions):
     statistics: bool = option(True, "also mean and covariance of the features; False: the images alone, which do for "
                               "every network")
     classes: str = option("", "also keep the classes of a folder's pictures as labels, by folders or by the prefix of "
-                          "their names, as for training; unset: no labels", choices=("", *CLASS_RULES))
+                          "their names, as for training; unset: no labels", choices=CLASS_RULES)
     num_images: int | None = option(None, "only the first so many images; unset: all", minimum=2)
     image_size: int | None = option(None, "crop pictures of a folder to squares of this many pixels, as for training; "
                                     "unset: they must have one size", minimum=1)

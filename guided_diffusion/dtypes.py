@@ -19,7 +19,7 @@ def dtype_option() -> Any:
     """A dataclass field of the type in which a network computes; "" leaves it to --use_fp16 and --use_bf16."""
     return option("", "type in which the torso of the network computes, in place of --use_fp16 and --use_bf16: "
                   f"{', '.join(DTYPES)}, or {AUTO}, the fastest one here; unset: as those say",
-                  choices=("", AUTO, *DTYPES))
+                  choices=(AUTO, *DTYPES))
 
 
 def dtype_flags(dtype: str) -> dict[str, bool]:

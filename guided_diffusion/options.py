@@ -115,7 +115,7 @@ def checked(field: OptionField, value: Any) -> Any:
     limits = field.metadata
     shown = f"--{field.name} {value if not isinstance(value, str) else cut(value)}"
     if limits.get("choices") is not None and value != field.default and value not in limits["choices"]:
-        raise UserError(f"{shown}: must be one of {', '.join(filter(None, map(str, limits['choices'])))}")
+        raise UserError(f"{shown}: must be one of {', '.join(map(str, limits['choices']))}")
     if limits.get("minimum") is not None and value < limits["minimum"]:
         raise UserError(f"{shown}: must be at least {limits['minimum']}")
     if limits.get("above") is not None and value <= limits["above"]:

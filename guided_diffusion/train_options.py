@@ -32,7 +32,7 @@ class LoopOptions(Options):
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
     classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
                           "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
-                          choices=("", *CLASS_RULES))
+                          choices=CLASS_RULES)
     skip_damaged: bool = option(False, "leave damaged images out, instead of ending with an error")
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")

@@ -62,7 +62,7 @@ class BenchOptions(Options):
     references: str = option("references", "folder of the reference batches")
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the bench has it", minimum=1)
     dtype: str = option("", f"type in which the networks compute: {', '.join(DTYPES)}, or {AUTO}, the fastest one "
-                        "here; unset: as the bench has it", choices=("", *DTYPES, AUTO))
+                        "here; unset: as the bench has it", choices=(*DTYPES, AUTO))
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
 

@@ -65,11 +65,11 @@ class ReproduceOptions(Options):
     references: str = option("references", "folder of the reference batches")
     reference: str = option("", "another reference batch for all rows (which makes the numbers not comparable)")
     heads: str = option("", "attention heads for all rows: exact or official; unset: as the rows have it",
-                        choices=("", "exact", "official"))
+                        choices=("exact", "official"))
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the rows have it", minimum=1)
     dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
                         "fastest one here, found once for the table; unset: as the rows have it",
-                        choices=("", AUTO, *DTYPES))
+                        choices=(AUTO, *DTYPES))
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
     allow_missing: bool = option(False, "leave out rows whose checkpoint or reference is missing: they are `not run "

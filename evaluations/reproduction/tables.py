@@ -58,7 +58,7 @@ class EvaluationSpec(Options):
     metrics: str = option("fid,sfid,is,precision,recall", f"which numbers, of {','.join(METRICS)}; shown in this order")
     images: int | None = option(None, "number of images of the published numbers; unset: unknown", minimum=2)
     heads: str = option("", "attention heads that the published numbers were made with; unset: either",
-                        choices=("", "exact", "official"))
+                        choices=("exact", "official"))
     evaluator: str = option("", "what the published numbers were measured with, where that is not the official "
                             "evaluator")
     source: str = option("", "where the numbers were published")

@@ -84,7 +84,7 @@ class LikelihoodOptions(CheckpointOptions):
     split: str = option("train", "of IDX files: train or test", choices=("train", "test"))
     classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
                           "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
-                          choices=("", *CLASS_RULES))
+                          choices=CLASS_RULES)
     num_samples: int = option(1000, "number of images, the first ones in the order of their names; all where there are "
                               "fewer", minimum=1, maximum=MOST_IMAGES)
     batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
