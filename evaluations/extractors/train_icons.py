@@ -87,19 +87,19 @@ def fit(splits: Mapping[str, Split], class_names: list[str], features_sha256: st
     """
     from .icons import Layer
 
-    best: Layer | None = None
     mean, deviation = splits["train"].features.mean(axis=0), splits["train"].features.std(axis=0) + 1e-6
     inputs = torch.from_numpy((splits["train"].features - mean) / deviation)
-    for strength in sorted(strengths, reverse=True):
+
+    def of(strength: float) -> Layer:
         weight, bias = regression(inputs, torch.from_numpy(splits["train"].labels), len(class_names), strength)
         weight = weight / deviation[:, None]
         bias = bias - mean @ weight
         accuracy = {name: float(((split.features @ weight + bias).argmax(axis=1) == split.labels).mean())
                     for name, split in splits.items()}
-        if best is None or accuracy["validation"] > best.accuracy["validation"]:
-            best = Layer(weight, bias, class_names, {**accuracy, "weight_decay": strength}, features_sha256)
-    assert best is not None             # there is a strength
-    return best
+        return Layer(weight, bias, class_names, {**accuracy, "weight_decay": strength}, features_sha256)
+
+    # Of equals `max` takes the first.
+    return max(map(of, sorted(strengths, reverse=True)), key=lambda layer: layer.accuracy["validation"])
 
 
 def regression(inputs: torch.Tensor, labels: torch.Tensor, classes: int, weight_decay: float,

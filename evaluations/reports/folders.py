@@ -76,8 +76,8 @@ def of_likelihood(folder: Path) -> Content:
         f"{folder.resolve().name}: bits per dimension", [*_model(configuration, record), *_made(record)],
         _command(record), tables=[ShownTable("Bits per dimension", [
             ("term", ""), ("mean", ""), ("from", "95 % interval"), ("to", "")], rows)] if rows else [],
-        charts=_chart_of(folder / "terms.csv", "step", lambda name: not name.endswith(("_low", "_high", "_step")),
-                         "bits per dimension"),
+        charts=_chart_of("terms.csv", _read_rows(folder / "terms.csv"), "step",
+                         lambda name: not name.endswith(("_low", "_high", "_step")), "bits per dimension"),
         options=_options(configuration), files=_files(folder))
 
 
@@ -178,7 +178,8 @@ def _metric_row(label: str, value: float | None, bounds: Sequence[float] | None)
 def of_training(folder: Path) -> Content:
     """The content of the folder of a training."""
     record = Record.read(folder) or Record({}, {})
-    rows = _read_rows(folder / "progress.csv")
+    log = "progress.csv"
+    rows = _read_rows(folder / log)
     job = _job(folder)
     facts = [("data", without_secrets(str(record.training.get("data_dir", "unknown")))), *_ended(job)]
     if rows:
@@ -187,9 +188,8 @@ def of_training(folder: Path) -> Content:
                    f"{last.get('images_per_second', '?')} images/s"), *_losses(last)]
     facts += [("classes", f"{len(record.classes)}")] if record.classes else []
     facts += [("ranks", str(record.ranks))] if record.ranks else []
-    log = folder / "progress.csv"
-    charts = [*_chart_of(log, "step", lambda name: name in LOSSES, "loss"),
-              *_chart_of(log, "step", lambda name: name in METRICS, "metric")]
+    charts = [*_chart_of(log, rows, "step", lambda name: name in LOSSES, "loss"),
+              *_chart_of(log, rows, "step", lambda name: name in METRICS, "metric")]
     return Content(f"{folder.resolve().name}: training", facts, job.command if job else "", charts=charts, drawings=[
         replace(_drawing(path), caption=f"Samples at step {path.stem}") for path in _snapshots(folder / GRIDS)],
         options=_options(record.options), files=_files(folder))
@@ -307,16 +307,16 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
 
 
-def _chart_of(path: Path, x: str, wanted: Callable[[str], bool], y: str) -> list[ShownChart]:
-    """The chart of the wanted columns of a CSV file against column x; none where there is nothing to draw."""
-    rows = _read_rows(path)
-    lines = {name: points for name in (rows[0] if rows else ()) if name != x and wanted(name)
-             and (points := list(_points(rows, x, name)))}
+def _chart_of(name: str, rows: Sequence[Mapping[str, str]], x: str, wanted: Callable[[str], bool], y: str,
+              ) -> list[ShownChart]:
+    """The chart of the wanted columns of the rows of a file against column x; none where there is nothing to draw."""
+    lines = {column: points for column in (rows[0] if rows else ()) if column != x and wanted(column)
+             and (points := list(_points(rows, x, column)))}
     if not lines:
         return []
     require_matplotlib("the charts need")
     told = f"{y} by {x}: {', '.join(lines)}"
-    return [ShownChart(f"{path.name}: {y} by {x}", line_chart(lines, x, y, told))]
+    return [ShownChart(f"{name}: {y} by {x}", line_chart(lines, x, y, told))]
 
 
 def _points(rows: Iterable[Mapping[str, str]], x: str, y: str) -> Iterator[tuple[float, float]]:
