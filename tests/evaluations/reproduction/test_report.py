@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import SIZES, TEXTS, contrast
+from browser import SIZES, TEXTS, contrast, opened
 
 from evaluations.metrics import METRICS
 from evaluations.reproduction.charts import Point, chart
@@ -316,12 +316,8 @@ def assert_shown(value, text):
 @pytest.mark.parametrize("size", list(SIZES))
 def test_what_a_reader_sees(chromium, report, size, scheme):
     results, path = report
-    width, height, mobile = SIZES[size]
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
-                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    chromium.get(path.as_uri())
+    width = SIZES[size][0]
+    opened(chromium, path, size, scheme, ready=False)
     assert chromium.title == results["title"] and chromium.execute_script("return innerWidth") == width
     chromium.execute_script("document.querySelector('details').open = true")
     assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
