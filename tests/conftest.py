@@ -1,8 +1,10 @@
 """Fixtures of small networks, shared by the tests."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
+gc.disable()        # nothing of what is loaded and collected is ever garbage: see pytest_collection_finish
 
 import forks
 import numpy as np
@@ -16,6 +18,12 @@ from guided_diffusion.checkpoint import save_state
 from guided_diffusion.script_util import create_classifier, create_model
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Keeps the modules and the thousands of tests out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
