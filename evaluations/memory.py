@@ -15,12 +15,14 @@ MIB = 2**20                     # bytes
 PAUSE = 0.005                   # seconds between two looks at the resident memory
 
 
-def peak_memory(function: Callable[[], object]) -> float:
+def peak_memory(function: Callable[[], object], warm: bool = False) -> float:
     """The most memory in MiB that PyTorch holds during a call, above what it held before.
 
-    On a CPU this follows from the events of the allocator, and tensors that were there before do not count.
+    On a CPU this follows from the events of the allocator, and tensors that were there before do not count. A first
+    call, which may set up what later ones keep, is not measured, and not made where `warm` says that there was one.
     """
-    function()
+    if not warm:
+        function()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

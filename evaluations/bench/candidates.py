@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import build_model
@@ -16,6 +17,9 @@ from guided_diffusion.late import torch
 
 from ..reproduction.missing import MissingFile, missing_files
 from ..reproduction.tables import Row
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 Flags = Mapping[str, Any]
 
@@ -40,17 +44,26 @@ def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict
 
     base: without guidance. references: folder of reference batches.
     """
+    @functools.cache
+    def network() -> UNetModel:
+        with torch.device("meta"):
+            return build_model(base.run.model)
+
     found, why = [], {}
     for method in base.run.guidance:
         try:
-            found.append(_candidate(base, method, references))
+            found.append(_candidate(base, method, references, network))
         except UserError as error:
             why[method.short] = str(error)
     return found, why
 
 
-def _candidate(base: Row, method: GuidanceOptions, references: str | Path) -> Candidate:
-    """Returns a method as a candidate. Raises UserError where the model does not support it."""
+def _candidate(base: Row, method: GuidanceOptions, references: str | Path,
+               network: Callable[[], UNetModel]) -> Candidate:
+    """Returns a method as a candidate. Raises UserError where the model does not support it.
+
+    network: gives that of the model, without weights.
+    """
     if not method.search:
         raise UserError("it says no settings to try")
     row = base.changed(**method.search[0])
@@ -60,9 +73,7 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path) -> Ca
     needed = set(on.files().values())
     missing = [file for file in missing_files(row, references) if file.file in needed]
     if not missing:
-        with torch.device("meta"):
-            model = build_model(base.run.model)
-        on.build(Networks(model, dist_util.dev(), base.run.sample.seed))
+        on.build(Networks(network(), dist_util.dev(), base.run.sample.seed))
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
                      issubclass(method.kind, ContrastGuidance), missing)
 

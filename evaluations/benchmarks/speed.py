@@ -141,8 +141,8 @@ def measure_calls(functions: Mapping[str, Callable[[], object]], rounds: int, ne
 
     networks: those whose passes are counted.
     """
-    memory = {name: peak_memory(function) for name, function in functions.items()}
     passes = {name: count_passes(function, networks) for name, function in functions.items()}
+    memory = {name: peak_memory(function, warm=True) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     with progress_bar(rounds, "timing", "round") as progress:
         for _ in range(rounds):

@@ -114,7 +114,9 @@ def flops(run: SamplingRun) -> Flops:
     """Returns the operations of each pass; a multiplication and an addition count as two."""
     forward, backward = network_flops(run.model, run.model.image_size)
     plain = {name for method in run.active for _, step in method.schedule() for name in step.plain}
-    others = {name: _other_flops(method, name, run.model.in_channels, run.model.image_size, name not in plain)
+    # How strong a method is changes no network of it: each is counted once for all its scales.
+    others = {name: _other_flops(replace(method, **method.switched_on), name, run.model.in_channels,
+                                 run.model.image_size, name not in plain)
               for method in run.active for name in method.networks()}
     return Flops(forward, backward, others)
 
