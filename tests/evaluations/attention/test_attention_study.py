@@ -247,7 +247,13 @@ def object_file(tmp_path):
     return path
 
 
-def test_the_command_writes_all_files(tiny, object_file, tmp_path, capsys):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A function after which figures are not drawn: that takes most of the time of a small study."""
+    return lambda: monkeypatch.setattr("evaluations.attention.pictures._save", lambda *_, **__: None)
+
+
+def test_the_command_writes_all_files(tiny, object_file, tmp_path, capsys, no_figures):
     out = tmp_path / "out"
     assert call("attention", *flags({**tiny, "objects": object_file, "batch_size": 4, "out": out})) == 0
     figures = [f"{name}.{suffix}" for name in ("frequency", "semantic", "overlay_1", "overlay_7")
@@ -269,6 +275,7 @@ def test_the_command_writes_all_files(tiny, object_file, tmp_path, capsys):
     assert all(0 <= float(row["iou"]) <= 1 and float(row["low"]) <= float(row["high"]) for row in semantic)
 
     # The same again, with other batches and no figures of other images: the same numbers.
+    no_figures()
     again = tmp_path / "again"
     assert call("attention", *flags({**tiny, "objects": object_file, "batch_size": 2, "out": again,
                                      "images": "1"})) == 0
@@ -279,7 +286,8 @@ def test_the_command_writes_all_files(tiny, object_file, tmp_path, capsys):
                 assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=2e-3)
 
 
-def test_without_objects_the_semantic_analysis_is_skipped(tiny, tmp_path, capsys):
+def test_without_objects_the_semantic_analysis_is_skipped(tiny, tmp_path, capsys, no_figures):
+    no_figures()
     options = {**tiny, "out": tmp_path, "blocks": "middle", "use_ddim": True, "images": "0"}
     assert call("attention", *flags(options)) == 0
     assert "Semantic analysis: skipped, as --objects names no images" in capsys.readouterr().out
@@ -287,7 +295,8 @@ def test_without_objects_the_semantic_analysis_is_skipped(tiny, tmp_path, capsys
     assert {row["block"] for row in rows_of(tmp_path / "frequency.csv")} == {"middle"}
 
 
-def test_the_bundled_scenes_have_their_objects(tmp_path):
+def test_the_bundled_scenes_have_their_objects(tmp_path, no_figures):
+    no_figures()
     assert call("attention", "--model", "scenes32", "--timestep_respacing", "2", "--num_images", "4", "--images", "0",
                 "--steps", "0", "--object_steps", "1,0", "--bootstrap", "20", "--out", tmp_path) == 0
     rows = rows_of(tmp_path / "semantic.csv")
@@ -296,7 +305,8 @@ def test_the_bundled_scenes_have_their_objects(tmp_path):
     assert {row["t"] for row in rows} == {"1", "0", "all"}
 
 
-def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path):
+def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path, no_figures):
+    no_figures()
     outs = [tmp_path / name for name in ("file", "zero")]
     with np.load(object_file) as file:
         np.savez(tmp_path / "unlabelled.npz", arr_0=file["arr_0"], mask=file["mask"])
