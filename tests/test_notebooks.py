@@ -9,8 +9,8 @@ from commands import REPOSITORY
 FOLDER = REPOSITORY / "notebooks"
 SMALL = {
     "first_samples_and_guidance": {"num_images": 1, "steps": 2},
-    "write_your_own_guidance": {"num_images": 4, "steps": 2, "held_out": 2},
-    "evaluate_your_own_samples": {"num_images": 24, "resamplings": 2, "words": ["fid", "sfid"]},
+    "write_your_own_guidance": {"num_images": 4, "steps": 2, "held_out": 2, "resamplings": 2},
+    "evaluate_your_own_samples": {"num_images": 20, "resamplings": 2, "steps": 3, "words": ["fid", "sfid"]},
     "latent_sag": {"steps": 2, "own_steps": 1},
 }
 NEEDS = {"latent_sag": "diffusers"}
