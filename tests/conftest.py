@@ -4,24 +4,21 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
-gc.disable()        # nothing of what is loaded and collected is ever garbage: see pytest_collection_finish
 
 import forks
 import numpy as np
 import pytest
-import torch
 from launchers import BIN, needs_mpi
-from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
-from evaluations import references
-from guided_diffusion.checkpoint import save_state
-from guided_diffusion.script_util import create_classifier, create_model
-
-torch.set_num_threads(1)
+# What loads PyTorch is imported in the functions: the process that only hands out the tests does without.
+gc.disable()        # nothing of what is loaded and collected is ever garbage: see pytest_collection_finish
 
 
 def pytest_collection_finish():
     """Keeps the modules and the thousands of tests out of every later collection of garbage."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
 
@@ -29,18 +26,27 @@ def pytest_collection_finish():
 @pytest.fixture
 def tiny_flags():
     """Flags of a class-conditional UNet for 16x16 images of one channel, with attention at 8x8."""
+    from networks import TINY
+
     return dict(TINY)
 
 
 @pytest.fixture
 def tiny_classifier_flags():
     """Flags of a classifier for the images of `tiny_flags`."""
+    from networks import TINY_CLASSIFIER
+
     return dict(TINY_CLASSIFIER)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory):
     """A folder with model.safetensors and classifier.safetensors, the networks of TINY and TINY_CLASSIFIER."""
+    from networks import TINY, TINY_CLASSIFIER, with_random_weights
+
+    from guided_diffusion.checkpoint import save_state
+    from guided_diffusion.script_util import create_classifier, create_model
+
     folder = tmp_path_factory.mktemp("checkpoints")
     save_state(folder / "model.safetensors", with_random_weights(create_model(**TINY)).state_dict())
     classifier = with_random_weights(create_classifier(**TINY_CLASSIFIER), seed=1)
@@ -51,6 +57,8 @@ def tiny_checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def short_references(tmp_path_factory):
     """A folder of the bundled reference batches; of Fashion-MNIST, the features of 500 of the 10,000 images."""
+    from evaluations import references
+
     folder = tmp_path_factory.mktemp("references")
     for path in references.MODELS.glob("*_reference.npz"):
         if path.name != "fmnist32_reference.npz":
@@ -65,7 +73,7 @@ def short_references(tmp_path_factory):
 @pytest.fixture
 def few_neighbours(short_references, monkeypatch):
     """Takes `short_references` for the bundled ones: precision and recall search among few neighbours."""
-    monkeypatch.setattr(references, "MODELS", short_references)
+    monkeypatch.setattr("evaluations.references.MODELS", short_references)
 
 
 @pytest.fixture(scope="session")
