@@ -25,7 +25,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_accuracy_study(world, tmp_path, capsys):
+def test_accuracy_study(world, tmp_path, capsys, monkeypatch):
     out = tmp_path / "study"
     given = flags(world_flags(world, out, held_out=world / "held.npz", **ACCURACY, depth_range="0,2"))
     assert call("depth_accuracy", *given) == 0
@@ -48,6 +48,7 @@ def test_accuracy_study(world, tmp_path, capsys):
     constant = (pairs[:12].mean(dim=0) - held[:10]).abs().mean().item()
     assert float(blocks[-1]["l1"]) == pytest.approx(constant, rel=1e-4)
 
+    monkeypatch.setattr("evaluations.depth.accuracy.draw_accuracy", lambda *_: None)
     before = (out / "labels.csv").stat().st_mtime_ns
     for path in out.glob("labels_*.safetensors"):
         path.unlink()
@@ -58,7 +59,8 @@ def test_accuracy_study(world, tmp_path, capsys):
     assert "holds a study with steps 12, not 13" in capsys.readouterr().err
 
 
-def test_accuracy_study_goes_on_with_what_is_trained(world, tmp_path):
+def test_accuracy_study_goes_on_with_what_is_trained(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluations.depth.accuracy.draw_accuracy", lambda *_: None)
     out = tmp_path / "study"
     given = flags(world_flags(world, out, held_out=world / "held.npz", **ACCURACY))
     assert call("depth_accuracy", *given) == 0

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from commands import REPOSITORY, call, samples_in
 
+from evaluations.reproduction import costs, tables
 from evaluations.reproduction import reproduce as reproduction
-from evaluations.reproduction import tables
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.shards import locked
 
@@ -179,6 +179,8 @@ def test_plan_samples_nothing(mini, line, tmp_path, capsys):
 @pytest.mark.slow
 def test_published_tables_say_what_is_missing_and_how_to_get_it(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for count, flops in (("_network_flops", (1, 1)), ("_other_flops", 1)):         # which other tests count
+        monkeypatch.setattr(costs, count, lambda *_, flops=flops: flops)
     for name, row in (("sag_cg_imagenet128", "cg"), ("sag_pretrained_256", "lsun_horse"), ("dag_dfid", "bedroom_dcg")):
         assert call("reproduce", *line(name, rows=row, plan=True, evaluation_seconds=0.01)) == 0
         text = capsys.readouterr().out

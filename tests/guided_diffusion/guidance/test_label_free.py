@@ -258,8 +258,8 @@ def every_term(model, scale=1.0, **window):
 
 
 def samples(case, guidance, sampler, ids=(4, 9)):
-    """Images of a chain of three steps, by number."""
-    diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="3")
+    """Images of a chain of two steps, by number."""
+    diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="2")
     x = torch.stack([torch.from_numpy(image_generator(0, i, 10).standard_normal((1, 16, 16))) for i in ids])
     labels = torch.tensor([i % 2 for i in ids])
     denoise = Denoiser(diffusion, case.model, model_kwargs={"y": labels})
