@@ -30,13 +30,13 @@ from guided_diffusion.runs.shards import locked
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
 from .checks import check_files, check_rows
-from .cost_chart import CHART_FILE, write_cost_chart
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
 from .plan import plan
 from .report import write_report
 from .results import results
+from .table_chart import CHART_FILE, write_chart
 from .tables import Row, Table, in_folder, load_table, table_names
 from .titles import sampler, titles
 
@@ -178,7 +178,7 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
     write_report(folder / PAGE, described, shown)
-    write_cost_chart(folder / CHART_FILE, described)
+    write_chart(folder / CHART_FILE, described)
     return text
 
 
