@@ -7,7 +7,7 @@ the rendering) and, beside it, a log with one line per epoch.
 Examples:
     OMP_NUM_THREADS=1 python scripts/train_scenes.py --out scenes.safetensors
     OMP_NUM_THREADS=1 python scripts/train_scenes.py --data data/doom32_seed2/train.npz \
-        --held_out data/doom32_seed2/test.npz --depth_range 0.28,28.6 --num_held_out 1950 \
+        --held_out data/doom32_seed2/test.npz --depth_range 0.28,28.6 --num_images 20020 --num_held_out 1950 \
         --out models/freedoom32_judge.safetensors
 """
 
