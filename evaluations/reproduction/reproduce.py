@@ -70,6 +70,7 @@ class ReproduceOptions(Options):
     dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
                         "fastest one here, found once for the table; unset: as the rows have it",
                         choices=(AUTO, *DTYPES))
+    compile: bool = option(False, "compile the networks of all rows with torch.compile, for GPUs")
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
     allow_missing: bool = option(False, "leave out rows whose checkpoint or reference is missing: they are `not run "
@@ -104,6 +105,8 @@ def as_asked(row: Row, options: ReproduceOptions) -> Row:
         values["batch_size"] = options.batch_size
     if options.dtype:
         values["dtype"] = options.dtype
+    if options.compile:
+        values["compile"] = True
     row = row.changed(**values)
     if options.heads:
         guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
