@@ -10,7 +10,7 @@ from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
 from .log_sinks import SINKS, parse_sinks
-from .options import Options, option, option_fields, seed_option
+from .options import Options, cut, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
 
@@ -40,8 +40,9 @@ class LoopOptions(Options):
     log: str = option("", f"where the log goes beside progress.csv, with commas: {', '.join(SINKS)}")
     log_online: bool = option(False, "let wandb send the log to its server; False: it stays in --out")
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
-    snapshot_images: int = option(0, "keep the moving averages, or the weights where there are none, every so many "
-                                  "images, as early networks; 0: none", minimum=0)
+    snapshot_images: str = option("0", "keep the moving averages, or the weights where there are none, as early "
+                                  "networks: every so many images, or once after each of several numbers of images, "
+                                  "like 1000,5000; 0: none")
     resume_checkpoint: str = option("", "modelNNNNNN.pt of an official run, which goes on from step NNNNNN with the "
                                     "ema and opt files beside it; any other file: its weights, from step 0")
     init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
@@ -58,6 +59,7 @@ class LoopOptions(Options):
         if self.resume_checkpoint and self.init_from:
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
+        _ = self.snapshots
         sinks = parse_sinks(self.log)
         if self.log_online and "wandb" not in sinks:
             raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
@@ -91,6 +93,23 @@ class LoopOptions(Options):
     def validation_interval(self) -> int:
         """Steps between two validation batches."""
         return 1
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The numbers of --snapshot_images; none where it keeps nothing. Raises UserError for anything else."""
+        words = self.snapshot_images.replace(" ", "").split(",")
+        if not all(word.isascii() and word.isdigit() for word in words) \
+                or (len(words) > 1 and (len(set(words)) < len(words) or min(map(int, words)) < 1)):
+            raise UserError(f"--snapshot_images {cut(self.snapshot_images)}: must be a whole number from 0 up, or "
+                            "different ones from 1 up with commas")
+        return tuple(number for word in words if (number := int(word)))
+
+    def keeps_snapshot(self, images: int, batch: int) -> bool:
+        """Whether the last `batch` of so many images reached or passed one of those after which a snapshot is kept."""
+        numbers = self.snapshots
+        if len(numbers) == 1:
+            return images // numbers[0] > (images - batch) // numbers[0]
+        return any(images - batch < number <= images for number in numbers)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step (from 0): rises over lr_warmup_steps, and falls to 0 at total_steps if decays."""

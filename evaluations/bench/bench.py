@@ -63,6 +63,7 @@ class BenchOptions(Options):
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the bench has it", minimum=1)
     dtype: str = option("", f"type in which the networks compute: {', '.join(DTYPES)}, or {AUTO}, the fastest one "
                         "here; unset: as the bench has it", choices=(*DTYPES, AUTO))
+    compile: bool = option(False, "compile the networks with torch.compile, for GPUs")
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
 
@@ -71,7 +72,7 @@ class BenchOptions(Options):
         """The same for what tables do."""
         return ReproduceOptions(plan=self.plan, ranks=self.ranks, out=self.out, models=self.models,
                                 references=self.references, batch_size=self.batch_size, dtype=self.dtype,
-                                inception=self.inception, bootstrap=self.bootstrap)
+                                compile=self.compile, inception=self.inception, bootstrap=self.bootstrap)
 
 
 def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> str:
