@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,11 @@ class EvaluatorOptions(Options):
         """What the values of the metrics depend on besides the features."""
         dense = any(metric.neighbours > MANIFOLD_K for metric in self.wanted)
         return ComparisonSettings(self.precision_recall, self.seed, bool(self.plot) or dense)
+
+
+def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
+    """The job of an evaluation: its state lies beside the file of its results, or else of the samples that it reads."""
+    return job("evaluation", json or sample, reads=not json)
 
 
 def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
@@ -333,13 +338,8 @@ class Evaluation:
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
-        It writes the files of `--json` and `--plot`, and beside the first one its state as long as it runs. folder:
-        keeps the features.
+        It writes the files of `--json`, `--plot` and `--nearest`. folder: keeps the features.
         """
-        with job("evaluation", self.options.json) if self.options.json else nullcontext():
-            return self._run(folder)
-
-    def _run(self, folder: Path) -> list[dict[str, Any]]:
         reference, samples = self.features(folder)
         results = []
         with dist_util.together():
