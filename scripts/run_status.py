@@ -27,8 +27,9 @@ class StatusOptions(Options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, the file that it writes, or the samples that "
-                                                 "it evaluates", needed=True), StatusOptions, description=__doc__)
+    places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, the file that it writes, or the "
+                                                 "samples that it evaluates", needed=True), StatusOptions,
+                                     description=__doc__)
     from guided_diffusion.runs.status import Status, status_of  # here, as help needs none of it
 
     found: dict[str, Status] = {}
