@@ -9,13 +9,14 @@ import csv
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import open_own, reason, write_csv
 from .late import Tensor, torch
-from .log_sinks import Sink
+from .log_sinks import Sink, open_sinks
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,12 @@ class MetricLogger:
         for sink in self.sinks:
             sink.write(step, {**exact, **means})
 
+    def add_gradient(self, norm: float, max_norm: float) -> None:
+        """Adds the norm of a step's gradient, and whether it was shortened to `max_norm`; 0: none is."""
+        self.add("grad_norm", norm)
+        if max_norm:
+            self.add("clipped", float(norm > max_norm))
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Shows a PNG file in the sinks."""
         for sink in self.sinks:
@@ -75,6 +82,13 @@ class MetricLogger:
         """Ends the sinks."""
         for sink in self.sinks:
             sink.close()
+
+
+def open_log(folder: Path, resume_step: int, sinks: str, config: Mapping[str, Any], online: bool) -> MetricLogger:
+    """The log of a training in a folder, with the sinks of `--log`; arguments and errors are those of `open_sinks`."""
+    logger = MetricLogger(folder, resume_step)      # so that a log that is none is found before sinks are opened
+    logger.sinks = open_sinks(sinks, folder, resume_step, config, online)
+    return logger
 
 
 def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
