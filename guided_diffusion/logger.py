@@ -20,6 +20,8 @@ from .log_sinks import Sink, open_sinks
 
 _log = logging.getLogger(__name__)
 
+IN_THE_WAY = "; move it away, or name another --out"       # of a training that would write there
+
 
 class MetricLogger:
     """Collects values and writes their means, one row per call of `write`.
@@ -96,9 +98,9 @@ def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
     Raises UserError where it is no such log, or cannot be read.
     """
-    columns, rows = _read(path)
+    columns, rows = _read(path, "")
     for row in rows:
-        _step(path, row)
+        _step(path, row, "")
     return columns, rows
 
 
@@ -106,21 +108,21 @@ def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
-def _step(path: Path, row: dict[str, str]) -> int:
-    """The step of a row; raises UserError where it is not one of a training's log."""
+def _step(path: Path, row: dict[str, str], remedy: str = IN_THE_WAY) -> int:
+    """The step of a row; raises UserError, which ends in the remedy, where it is not one of a training's log."""
     try:
         if None in row or None in row.values():         # more or fewer values than columns
             raise ValueError
         return int(row["step"])
     except (KeyError, ValueError):
-        raise _foreign(path) from None
+        raise _foreign(path, remedy) from None
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path}: is not the log of a training, or is damaged; move it away, or name another --out")
+def _foreign(path: Path, remedy: str) -> UserError:
+    return UserError(f"{path}: is not the log of a training, or is damaged{remedy}")
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read(path: Path, remedy: str = IN_THE_WAY) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and whole rows of a CSV file; a last line that a kill cut short is left out."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -129,4 +131,4 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except (ValueError, csv.Error):
-        raise _foreign(path) from None
+        raise _foreign(path, remedy) from None
