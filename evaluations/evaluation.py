@@ -16,7 +16,7 @@ import scipy
 
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
@@ -31,7 +31,7 @@ from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
-from .nearest import check_nearest, draw_nearest
+from .nearest import draw_nearest
 from .references import open_reference
 
 ROWS = 4096                     # of stored features, that are looked at together
@@ -264,7 +264,7 @@ class Evaluation:
         for flag in ("json", "plot", "nearest"):
             check_writable(f"--{flag}", getattr(options, flag))
         if options.nearest:
-            check_nearest(options.nearest)
+            check_ending("--nearest", options.nearest, ".png")
         if options.plot:
             plots.check_plot(options.plot)
         if options.bootstrap == 1:
