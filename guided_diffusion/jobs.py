@@ -35,6 +35,16 @@ _log = logging.getLogger(__name__)
 _running: list[str] = []        # the jobs of this process, from the outermost
 
 
+def command_line(words: Sequence[str] | None = None) -> str:
+    """A command as a shell takes it, without what is secret in addresses; words: a script and what follows, or None.
+
+    None: the command of this process.
+    """
+    words = sys.argv if words is None else words
+    python = ["python"] if words[0].endswith(".py") else []         # else it is the installed command
+    return without_secrets(shlex.join([*python, *words]))
+
+
 class State(StrEnum):
     """How a job is."""
 
@@ -173,7 +183,7 @@ class _Keeper:
         self.facts: dict[str, Any] = {
             "job": what, "title": title, "writes": "" if reads else str(place.absolute()), "host": socket.gethostname(),
             "process": os.getpid(), "started": _started(os.getpid()), "ranks": world_size(), "began": time.time(),
-            "command": without_secrets(shlex.join(["python", *sys.argv]))}
+            "command": command_line()}
         self.under_way: tuple[Progress, ...] = ()
         self.next = 0.0
         with contextlib.suppress(OSError):

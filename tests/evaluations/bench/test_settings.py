@@ -11,12 +11,12 @@ from evaluations.bench.candidates import pair_settings, pairs
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import all_units, in_pairs
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
-from evaluations.reproduction.reproduce import ReproduceOptions
+from evaluations.reproduction.reproduce import WorkOptions
 from guided_diffusion.build import build_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, Networks
 
-OPTIONS = ReproduceOptions()
+OPTIONS = WorkOptions()
 
 
 @cache
