@@ -46,9 +46,9 @@ class ComparisonOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ending("--out", self.out, ".png", *PAGE_ENDINGS)
-        if self.page:
-            check_ending("--page", self.page, *PAGE_ENDINGS)
+        for flag, path, endings in (("--out", self.out, (".png", *PAGE_ENDINGS)), ("--page", self.page, PAGE_ENDINGS)):
+            if path:
+                check_ending(flag, path, *endings)
 
     @property
     def pages(self) -> list[Path]:
