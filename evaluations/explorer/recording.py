@@ -19,6 +19,7 @@ import numpy as np
 
 from guided_diffusion.capture import capture_attention, find_blocks
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance.base import naming
 from guided_diffusion.late import Tensor, torch
 from guided_diffusion.npz import write_batch
 from guided_diffusion.process import Prediction
@@ -122,7 +123,8 @@ class Recorder:
                             "drawn of 1 or 3")
         self.model, self.network, self.diffusion, self.guidance = built
         available = self.model.attention_blocks
-        self.blocks = list(find_blocks(available, blocks or available, "attention block"))
+        with naming("blocks", ",".join(blocks)):
+            self.blocks = list(find_blocks(available, blocks or available, "attention block"))
         self.sampler = ImageSampler(run.sample, run.sampler, BuiltRun(
             self.model, self._first_evaluation, self.diffusion, self.guidance))
         t = torch.arange(self.diffusion.num_timesteps).flip(0)
