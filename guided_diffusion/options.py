@@ -328,7 +328,8 @@ class OptionParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
-            raise UserError(f"{cut(name)}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
+            fault = "no such option" if name.startswith("-") else "stands where an option is expected"
+            raise UserError(f"{cut(name)}: {fault}{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
         given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
