@@ -199,7 +199,9 @@ class SolverOptions(SamplerOptions):
             raise UserError(f"--sampling_steps {self.sampling_steps}: with --solver_grid {CHAIN} it must be the number "
                             f"of steps that --timestep_respacing gives, {steps}, or be left out")
         if steps < self.fewest_steps:
-            raise UserError(f"--solver_order {self.solver_order}: must be at most the number of steps, {steps}")
+            raise UserError(f"--sampling_steps {steps}: must be at least {self.solver_order}, the --solver_order"
+                            if self.sampling_steps else
+                            f"--solver_order {self.solver_order}: must be at most the number of steps, {steps}")
         return steps
 
     def in_steps(self, steps: int) -> dict[str, Any]:
