@@ -496,6 +496,7 @@ def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
 @pytest.mark.parametrize("words, message", [
     ([], "0 files given"),
     (["good.npz"], "1 files given"),
+    (["fmnist", "good.npz"], "no bundled reference of that name (did you mean fmnist32?)"),
     (["good.npz", "good.npz", "--metrics", "fit"], "'fit' is none of is, fid, sfid"),
     (["good.npz", "good.npz", "--metrics", ""], "is none of"),
     (["good.npz", "good.npz", "--backend", "keras"], "--backend keras: must be one of torch, tensorflow, embedded"),
