@@ -15,7 +15,7 @@ import numpy as np
 from guided_diffusion.depth.ranges import to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
-from guided_diffusion.files import check_writable
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pixels import from_uint8
@@ -56,7 +56,8 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
     from .scenes import ScenesExtractor, save_scenes
 
     out = Path(options.out)
-    check_writable("--out", options.out)
+    check_ending("--out", out, ".safetensors")
+    check_writable("--out", out)
     scenes, held_out = (render_scenes(seed, range(count), IMAGE_SIZE) for seed, count in
                         ((SEED, options.num_images), (HELD_OUT_SEED, options.num_held_out)))
     torch.manual_seed(options.seed)

@@ -157,7 +157,8 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys, mo
 
 def test_training_command_refuses_what_cannot_work(tmp_path, capsys):
     for arguments, message in ((["--epochs", "0"], "--epochs 0"),
-                               (["--out", tmp_path / "no" / "x"], "--out .*: cannot be written")):
+                               (["--out", tmp_path / "no" / "x.safetensors"], "--out .*: cannot be written"),
+                               (["--out", "x.txt"], "--out x.txt: must end in .safetensors")):
         assert call("train_scenes", *arguments) == 2
         assert re.search(message, capsys.readouterr().err)
 
