@@ -15,6 +15,7 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 
 from .extractors import EXTRACTORS
@@ -74,16 +75,23 @@ def read_labelled_samples(path: str | Path, classes: int) -> tuple[np.ndarray, n
     file = open_images(path)
     if len(file) == 0:
         raise UserError(file.without_images)
-    if "arr_1" not in file.members:
-        raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
+    labels = read_labels(file, classes)
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
+    return file.read("arr_0"), labels
+
+
+def read_labels(file: BatchFile, classes: int) -> np.ndarray:
+    """Reads the labels (N,) int64, below `classes`, of a sample file. Raises UserError where it holds none."""
+    path = file.path
+    if "arr_1" not in file.members:
+        raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to {classes - 1}")
-    return file.read("arr_0"), labels.astype(np.int64)
+    return labels.astype(np.int64)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

@@ -24,9 +24,10 @@ from guided_diffusion.options import Options, cut, nearest, option, seed_option
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
+from .class_accuracy import read_labels
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
 from .extractors.depth import DepthExtractor, depth_extractor
-from .features import FeatureExtractor, extract
+from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
@@ -279,6 +280,8 @@ class Evaluation:
                 raise UserError(file.without_images)
             if self.options.num_images and self.options.num_images > len(file):
                 raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
+            if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
+                read_labels(file, self.extractor_options.kind.classes)
 
     def _check_counts(self) -> None:
         needed = max(metric.smallest_count for metric in self.options.wanted)
@@ -327,13 +330,25 @@ class Evaluation:
         """Extracts the features that `metrics` read, and those of a picture, of the first `count` images."""
         features: dict[str, np.ndarray] = {}
         if plotted or any(metric.needs_network for metric in metrics):
-            features |= extract(file, self.extractor, folder, self.extractor_options.batch_size, count)._asdict()
+            found = extract(file, self.extractor, folder, self.extractor_options.batch_size, count)
+            features |= found._asdict()
+            if any(metric.feature is Feature.RECOGNISED for metric in metrics):
+                features[Feature.RECOGNISED] = self._recognised(found, file)
         if any(metric.needs_depth for metric in metrics):
             with dist_util.together():
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
-                    found = self.depth.features(file, count)
-                    features |= {Feature.DEPTH: found.depth, Feature.SHARPNESS: found.sharpness}
+                    depth = self.depth.features(file, count)
+                    features |= {Feature.DEPTH: depth.depth, Feature.SHARPNESS: depth.sharpness}
         return FileFeatures(file, count or stored_count(file), features)
+
+    def _recognised(self, features: Features, file: BatchFile) -> np.ndarray:
+        """Returns for each image 1.0 where its class is named as its label says, else 0.0."""
+        kind = self.extractor_options.kind
+        assert kind.classify is not None            # `check_outputs` has seen to it
+        named = kind.classify(features)
+        with dist_util.together():
+            labels = read_labels(file, kind.classes)[:len(named)]
+        return (named == labels).astype(np.float64)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.

@@ -158,7 +158,7 @@ class Record:
         lines = []
         for name, now in self.options.items():
             then = before.options.get(name, now)
-            if now == then and name not in ("batch_size", "data_dir"):
+            if (now == then or str(now) == str(then)) and name not in ("batch_size", "data_dir"):   # 0 became "0"
                 continue
             why = self._reason(name, before)
             if why is None and name in allowed:

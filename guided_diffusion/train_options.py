@@ -10,7 +10,7 @@ from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
 from .log_sinks import SINKS, parse_sinks
-from .options import Options, option, option_fields, seed_option
+from .options import Options, cut, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
 
@@ -52,8 +52,9 @@ class LoopOptions(DescentOptions):
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
-    snapshot_images: int = option(0, "keep the moving averages, or the weights where there are none, every so many "
-                                  "images, as early networks; 0: none", minimum=0)
+    snapshot_images: str = option("0", "keep the moving averages, or the weights where there are none, as early "
+                                  "networks: every so many images, or once after each of several numbers of images, "
+                                  "like 1000,5000; 0: none")
     resume_checkpoint: str = option("", "modelNNNNNN.pt of an official run, which goes on from step NNNNNN with the "
                                     "ema and opt files beside it; any other file: its weights, from step 0")
     init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
@@ -70,6 +71,7 @@ class LoopOptions(DescentOptions):
         if self.resume_checkpoint and self.init_from:
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
+        _ = self.snapshots
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):
             if name not in free:
@@ -100,6 +102,23 @@ class LoopOptions(DescentOptions):
     def validation_interval(self) -> int:
         """Steps between two validation batches."""
         return 1
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The numbers of --snapshot_images; none where it keeps nothing. Raises UserError for anything else."""
+        words = self.snapshot_images.replace(" ", "").split(",")
+        if not all(word.isascii() and word.isdigit() for word in words) \
+                or (len(words) > 1 and (len(set(words)) < len(words) or min(map(int, words)) < 1)):
+            raise UserError(f"--snapshot_images {cut(self.snapshot_images)}: must be a whole number from 0 up, or "
+                            "different ones from 1 up with commas")
+        return tuple(number for word in words if (number := int(word)))
+
+    def keeps_snapshot(self, images: int, batch: int) -> bool:
+        """Whether the last `batch` of so many images reached or passed one of those after which a snapshot is kept."""
+        numbers = self.snapshots
+        if len(numbers) == 1:
+            return images // numbers[0] > (images - batch) // numbers[0]
+        return any(images - batch < number <= images for number in numbers)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step (from 0): rises over lr_warmup_steps, and falls to 0 at total_steps if decays."""

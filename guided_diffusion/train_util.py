@@ -211,7 +211,7 @@ class TrainLoop:
                     logged, clock = self.step, time.monotonic()
                 if self.step % self.options.save_interval == 0 or self.finished:
                     self.save()
-                if passes_multiple(self.step * global_batch, global_batch, self.options.snapshot_images):
+                if self.options.keeps_snapshot(self.step * global_batch, global_batch):
                     self.save_snapshot(self.step * global_batch)
 
     def _watch(self, logger: MetricLogger) -> float:
@@ -485,11 +485,6 @@ class TrainLoop:
                 tensor.copy_(values[name])
 
 
-def passes_multiple(images: int, batch: int, interval: int) -> bool:
-    """Whether the last `batch` of so many images reached or passed a multiple of the interval; 0: never."""
-    return bool(interval) and images // interval > (images - batch) // interval
-
-
 def label_dropout(share: float, null_label: int, seed: int) -> DropLabels:
     """Replaces the labels of a share of the images by the null label (Ho & Salimans, 2207.12598, algorithm 1)."""
     def drop(labels: Tensor, step: int, rank: int) -> Tensor:
@@ -545,7 +540,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
                             "--class_cond True")
         model_options = replace(model_options, null_class=True)
-    if options.ema_power and not options.snapshot_images:
+    if options.ema_power and not options.snapshots:
         _say(f"--ema_power {options.ema_power}: no snapshots are kept, as --snapshot_images is 0, so that no other "
              "widths can be made after the training")
     config = {**asdict(model_options), **asdict(diffusion_options)}

@@ -1,10 +1,14 @@
-"""Train the network that measures samples of rendered rooms, on rooms of a seed that no other network sees.
+r"""Train the network that measures samples of rendered rooms, on rooms of a seed that no other network sees.
 
+With --data it learns the depth of other images, and `--backend FILE` of the evaluator and of tables takes its file.
 Without options it makes the bundled evaluations/models/scenes.safetensors (seven minutes on one CPU core, after
 the rendering) and, beside it, a log with one line per epoch.
 
-Example:
+Examples:
     OMP_NUM_THREADS=1 python scripts/train_scenes.py --out scenes.safetensors
+    OMP_NUM_THREADS=1 python scripts/train_scenes.py --data data/doom32_seed2/train.npz \
+        --held_out data/doom32_seed2/test.npz --depth_range 0.28,28.6 --num_images 20020 --num_held_out 1950 \
+        --out models/freedoom32_judge.safetensors
 """
 
 import sys

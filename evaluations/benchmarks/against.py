@@ -17,6 +17,7 @@ from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
 from guided_diffusion.errors import UserError
+from guided_diffusion.execution import exact_convolutions
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, comma_separated, option, options_from
@@ -188,7 +189,7 @@ def compare(module: ModuleType, shape: Shape, rounds: int, device: torch.device)
     functions: dict[str, Callable[[], Any]] = {
         "evaluation": here.evaluation, "official evaluation": lambda: _first(other(here.x, times)),
         f"{_METHOD} step": here.step(_step_terms(methods, model, device)), "matrix product": _product(device)}
-    with torch.no_grad():
+    with torch.no_grad(), exact_convolutions(device):
         one, two = functions["evaluation"](), functions["official evaluation"]()
     deviation = float((one - two).abs().max() / two.abs().max())
     if not deviation < AGREEMENT:

@@ -15,7 +15,6 @@ twice the layers, and its loss is the difference of two predictions: also 4 at m
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -24,8 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ import numpy as np
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.dtypes import with_dtype
-from guided_diffusion.execution import compile_blocks, explained_compilation
+from guided_diffusion.execution import compile_blocks, exact_convolutions, explained_compilation
 from guided_diffusion.guidance import (
     GUIDANCE,
     DepthConsistencyGuidance,
@@ -74,7 +73,8 @@ class DeviceOptions(Options):
     """The check of a device."""
 
     small: bool = option(False, "small networks and batches, which any CPU computes in seconds")
-    compile: bool | None = option(None, "check compiled networks, too; unset: on GPUs, as it takes minutes on a CPU")
+    compile: bool | None = option(None, "check compiled networks, too; unset: the first network on GPUs, as it takes "
+                                  "minutes")
     ranks: int = option(2, "ranks whose images are compared with those of one; 1: none", minimum=1)
     rounds: int = option(5, "times that everything is timed, in turn", minimum=1)
     out: str = option("device_report", "folder for report.md and report.json")
@@ -108,13 +108,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found. costs: by network, type and call; notes: what was left out, and why."""
+    """All that was found.
+
+    costs: by network, type and call; notes: what was left out, and why; parts: the seconds of each part of the work.
+    """
 
     device: Mapping[str, str]
     checks: Sequence[Check]
     costs: Mapping[str, Mapping[str, CallCost]]
     notes: Sequence[str]
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Check]:
@@ -145,25 +149,54 @@ def _released(name: str, batch: int, timed: int) -> Case:
 
 
 def verify(options: DeviceOptions) -> Report:
-    """Checks and times everything on the device of this process."""
+    """Checks everything on the device of this process, and then times everything."""
     began, device = time.monotonic(), dist_util.dev()
+    networks = cases(options.small, device)
+    compiled = _compiled(networks, options.compile, device)
+    parts = Parts()
+    subjects = [Subject(case, device, parts) for case in networks]
     notes: list[str] = []
+    if skipped := [case.name for case in networks if case not in compiled]:
+        notes.append(f"compiled networks were not checked ({', '.join(skipped)}): that takes minutes, --compile True "
+                     "does it")
     checks: list[Check] = []
     costs: dict[str, Mapping[str, CallCost]] = {}
-    compiled = device.type == "cuda" if options.compile is None else options.compile
-    if not compiled:
-        notes.append("compiled networks were not checked: on a CPU that takes minutes, --compile True does it")
-    networks = cases(options.small, device)
-    with progress_bar(len(networks), "checking", "network") as progress:
-        for case in networks:
-            progress.note(case.name)
-            subject = Subject(case, device)
-            checks += subject.checks(compiled)
+    with progress_bar(2 * len(networks), "checking and timing", "network") as progress:
+        for subject in subjects:
+            progress.note(subject.case.name)
+            checks += subject.checks(subject.case in compiled)
+            progress.update()
+        for subject in subjects:
+            progress.note(f"{subject.case.name}, timing")
             costs |= subject.costs(options.rounds)
             notes += subject.notes
             progress.update()
-    checks += ranks_checks(options, device, notes)
-    return Report(described(device), checks, costs, notes, time.monotonic() - began)
+    with parts.part("ranks"):
+        checks += ranks_checks(options, device, notes)
+    return Report(described(device), checks, costs, notes, time.monotonic() - began, parts.seconds)
+
+
+def _compiled(networks: Sequence[Case], asked: bool | None, device: torch.device) -> Sequence[Case]:
+    """The networks that are also checked compiled."""
+    if asked is None:
+        return networks[:1] if device.type == "cuda" else []
+    return networks if asked else []
+
+
+class Parts:
+    """The seconds of each part of the work, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context that counts as a part."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 def described(device: torch.device) -> dict[str, str]:
@@ -183,8 +216,8 @@ def described(device: torch.device) -> dict[str, str]:
 class Subject:
     """A network of a case on the device, and the same one on the CPU, with what guides them."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+    def __init__(self, case: Case, device: torch.device, parts: Parts) -> None:
+        self.case, self.device, self.parts = case, device, parts
         self.notes: list[str] = []
         self.options, self.process = self._options(ModelOptions, DiffusionOptions)
         self.source = seeded_weights(build_model(self.options))
@@ -237,30 +270,30 @@ class Subject:
 
     def checks(self, compiled: bool) -> Iterator[Check]:
         """Every comparison of this network."""
-        expected = self._outputs(self.reference())
+        expected = self._outputs(self.reference(), "the CPU")
         with exact_convolutions(self.device):
-            here = self._outputs(self.network())
+            here = self._outputs(self.network(), "float32")
         yield from self._compared("float32 with the CPU", "float32", here, expected)
         if self.device.type == "cuda" and torch.backends.cudnn.allow_tf32:
             yield from self._compared("float32 with TF32, as it runs, with the CPU", "TF32",
-                                      self._outputs(self.network()), expected)
+                                      self._outputs(self.network(), "TF32"), expected)
         for dtype in ("float16", "bfloat16"):
-            found = self._outputs(self.network(dtype))
-            yield from self._compared(f"{dtype} with float32", dtype, found, here)
+            yield from self._compared(f"{dtype} with float32", dtype, self._outputs(self.network(dtype), dtype), here)
         if compiled:
             with explained_compilation(), exact_convolutions(self.device):
-                found = self._outputs(self.network(compiled=True))
+                found = self._outputs(self.network(compiled=True), "compiled")
             yield from self._compared("compiled with float32", "float32", found, here)
 
-    def _outputs(self, model: UNetModel) -> dict[str, Tensor]:
-        """What is compared, by name, on the CPU."""
-        here, terms = self.setting(model, self.case.batch), self.terms(model)
-        with torch.no_grad():
-            found = {"evaluation": here.evaluation(), f"guided chain of {STEPS} steps": _chain(here, terms)}
-        for name, guidance in terms.items():
-            if isinstance(guidance[0], LossGuidance):
-                found[f"gradient of {name}"] = _gradient(here, guidance[0])
-        return {name: tensor.float().cpu() for name, tensor in found.items()}
+    def _outputs(self, model: UNetModel, part: str) -> dict[str, Tensor]:
+        """What is compared, by name, on the CPU; it counts as that part of the work."""
+        with self.parts.part(f"{self.case.name}, {part}"):
+            here, terms = self.setting(model, self.case.batch), self.terms(model)
+            with torch.no_grad():
+                found = {"evaluation": here.evaluation(), f"guided chain of {STEPS} steps": _chain(here, terms)}
+            for name, guidance in terms.items():
+                if isinstance(guidance[0], LossGuidance):
+                    found[f"gradient of {name}"] = _gradient(here, guidance[0])
+            return {name: tensor.float().cpu() for name, tensor in found.items()}
 
     def _compared(self, compared: str, unit: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor],
                   ) -> Iterator[Check]:
@@ -282,8 +315,10 @@ class Subject:
             calls: dict[str, Callable[[], Any]] = {"evaluation": here.evaluation}
             if dtype == "float32" or (dtype == "float16" and self.device.type == "cuda"):
                 calls |= here.steps(self.terms(model))
+            name = f"{self.case.name}, {self.case.timed} images, {dtype}"
             try:
-                found[f"{self.case.name}, {self.case.timed} images, {dtype}"] = measure_calls(calls, rounds, [model])
+                with self.parts.part(f"{self.case.name}, timing"):
+                    found[name] = measure_calls(calls, rounds, [model])
             except torch.OutOfMemoryError:
                 self.notes.append(f"{self.case.name} in {dtype} was not timed: memory does not hold it")
         return found
@@ -319,15 +354,6 @@ def _gradient(here: Setting, term: LossGuidance) -> Tensor:
 def relative(found: Tensor, expected: Tensor) -> float:
     """The deviation |found - expected| / |expected|, of all elements together."""
     return float((found - expected).norm() / expected.norm())
-
-
-def exact_convolutions(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which float32 convolutions on a GPU are not rounded to TF32."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
-                       allow_tf32=False)
 
 
 # Ranks

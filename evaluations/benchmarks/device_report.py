@@ -39,6 +39,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """The report as JSON holds it."""
     return {
         "version": __version__, "device": dict(report.device), "seconds": report.seconds,
+        "parts": dict(report.parts),
         "checks": [{**asdict(check), "holds": check.holds} for check in report.checks],
         "costs": {name: {call: {"milliseconds": cost.median, "peak_mib": cost.memory}
                          for call, cost in costs.items()} for name, costs in report.costs.items()},
@@ -63,6 +64,8 @@ def as_markdown(report: Report) -> str:
         for call, cost in costs.items():
             ratio = cost.ratio(costs["evaluation"])
             lines.append(f"| {name} | {call} | {cost.median:.1f} | {cost.memory:.0f} | {ratio:.2f} |")
+    lines += ["", "## Where the time went", ""]
+    lines += [f"- {part}: {seconds:.1f} s" for part, seconds in report.parts.items()]
     if report.notes:
         lines += ["", "## Left out", "", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines)

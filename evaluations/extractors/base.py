@@ -20,15 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.late import torch
 
-from ..features import FeatureExtractor
+from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
 
 FLOAT32_BYTES = 4
 IMAGE_SIZE = 32                 # pixels of what the bundled extractors see
+Classify = Callable[[Features], np.ndarray]         # features of N images -> the class that is named of each, (N,)
 PARTS = frozenset({Feature.POOLED, Feature.SPATIAL, Feature.PROBABILITIES})
 
 
@@ -54,6 +57,14 @@ def load_from(file: str) -> Loader:
 def check_from(file: str) -> Callable[[], None]:
     """The function `check` of a file of this package, which is imported when the function is called."""
     return lambda: importlib.import_module(f"{__package__}.{file}").check()
+
+
+def classify_from(file: str) -> Classify:
+    """The function `classify` of a file of this package, which is imported when the function is called."""
+    def classify(features: Features) -> np.ndarray:
+        named: np.ndarray = importlib.import_module(f"{__package__}.{file}").classify(features)
+        return named
+    return classify
 
 
 def nothing_needed() -> None:
@@ -88,6 +99,8 @@ class ExtractorKind:
     network: str = ""                   # stands in the names of metrics that would say Inception's; "" leaves them
     check: Callable[[], None] = nothing_needed          # raises UserError where what `load` needs is not installed
     is_own: bool = False                # is the user's, so that results and references say its settings
+    classes: int = 0                    # that `classify` tells apart, as the labels of samples have them
+    classify: Classify | None = None    # names the class of images by their features, for class accuracy
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 
     @property

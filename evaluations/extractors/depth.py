@@ -38,7 +38,8 @@ class DepthFeatures(NamedTuple):
 class DepthEstimator(FeatureExtractor, Protocol):
     """An extractor that also estimates depth. accuracy: on held-out images, by name.
 
-    It sees images of 32x32, unless an attribute `any_size` is True.
+    It sees images of 32x32, unless an attribute `any_size` is True. NEAR and FAR are those of scenes, unless an
+    attribute `limits` has them.
     """
 
     accuracy: Mapping[str, float]
@@ -72,11 +73,12 @@ class DepthExtractor:
         """
         check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
         count, parts = count or len(file), []
+        limits = getattr(self.scenes, "limits", (NEAR, FAR))
         with progress_bar(count, file.path.name, "image") as progress:
             for _, images in file.batches(BATCH, num_images=count):
                 features, depth = self.scenes.features_and_depth(images)
                 parts.append(DepthFeatures(features.pooled, self.classifier.features(depth_images(depth)).pooled,
-                                           edge_sharpness(metres(depth))))
+                                           edge_sharpness(from_unit_range(depth, *limits))))
                 progress.update(len(images))
         return DepthFeatures(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 

@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import ready
 from guided_diffusion.pixels import from_uint8
 
-from ..features import FeatureExtractor
+from ..features import FeatureExtractor, Features
 from .base import bundled_file, chosen_device
 from .bundled import BundledExtractor, Images, channels_first, conv_block, load_bundled, save_bundled
 
@@ -97,3 +98,9 @@ def save_fashion_mnist(model: FashionMnistClassifier, path: str | Path, notes: d
 def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
     """The bundled extractor, for evaluation; see `evaluations.extractors.base.Loader`."""
     return ready(load_fashion_mnist(), chosen_device(device))
+
+
+def classify(features: Features) -> np.ndarray:
+    """The most probable class of each image, (N,) int64."""
+    named: np.ndarray = features.probabilities.argmax(axis=1)
+    return named

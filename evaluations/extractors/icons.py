@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write
 
-from ..features import FeatureExtractor
+from ..features import FeatureExtractor, Features
 from .base import bundled_file
 from .efficientnet import POOLED
 
@@ -58,7 +58,17 @@ class IconsJudge:
         """The most probable class of each image, (N,) int64; images: (N, H, W, 3) uint8."""
         parts = [self.extractor.features(images[start:start + batch_size]).pooled
                  for start in range(0, len(images), batch_size)]
-        return (np.concatenate(parts) @ self.layer.weight + self.layer.bias).argmax(axis=1)
+        return _named(np.concatenate(parts), self.layer)
+
+
+def classify(features: Features) -> np.ndarray:
+    """The most probable class of each image by the bundled layer, (N,) int64."""
+    return _named(features.pooled, load_layer())
+
+
+def _named(pooled: np.ndarray, layer: Layer) -> np.ndarray:
+    named: np.ndarray = (pooled @ layer.weight + layer.bias).argmax(axis=1)
+    return named
 
 
 def load_layer(path: str | Path = WEIGHTS) -> Layer:

@@ -19,6 +19,7 @@ from ..metrics.comparison import Feature
 from .base import ExtractorKind
 
 SUFFIXES = {"torchscript": (".pt", ".ts", ".pth", ".torchscript"), "onnx": (".onnx",)}      # by the file that loads
+DEPTH_NETWORK = ".safetensors"
 FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -41,6 +42,24 @@ def _file_record(word: str, loader: str) -> ExtractorKind:
 
     return ExtractorKind(word, f"a network of yours ({loader})", load, 0, 0, 0, outputs=preparation.kinds,
                          estimates_depth=Feature.DEPTH in preparation.kinds, is_own=True)
+
+
+def _depth_record(word: str) -> ExtractorKind:
+    """Returns what is known of a depth network that scripts/train_scenes.py wrote; UserError where there is none."""
+    path = Path(word)
+    if not path.is_file():
+        raise UserError(f"--backend {word}: no such file")
+
+    def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
+        extractor: FeatureExtractor = importlib.import_module(f"{__package__}.scenes").load_own(path, device)
+        return extractor
+
+    return ExtractorKind(word, "a depth network of yours", load, 0, 0, 0, estimates_depth=True, is_own=True,
+                         outputs=frozenset({Feature.POOLED, Feature.SPATIAL, Feature.DEPTH}))
+
+
+def _finder_of_depth_networks(word: str) -> Callable[[], ExtractorKind] | None:
+    return partial(_depth_record, word) if Path(word).suffix.lower() == DEPTH_NETWORK else None
 
 
 def _function_record(word: str) -> ExtractorKind:
@@ -67,6 +86,8 @@ KINDS = (
                   plugin=partial(_finder_of_files, "torchscript")),
     ExtractorKind("FILE.onnx", "your own network in ONNX, with FILE.yaml beside it", _not_named, 0, 0, 0,
                   plugin=partial(_finder_of_files, "onnx")),
+    ExtractorKind("FILE.safetensors", "your own depth network, as scripts/train_scenes.py writes it", _not_named,
+                  0, 0, 0, plugin=_finder_of_depth_networks),
     ExtractorKind("MODULE:FUNCTION", "what your own function returns", _not_named, 0, 0, 0,
                   plugin=_finder_of_functions),
 )

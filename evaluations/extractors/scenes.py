@@ -2,7 +2,8 @@
 
 It estimates their depth map and the kind of their main object, and its features serve FID, sFID, precision, recall and
 the Inception Score of scenes. These numbers can be compared with those of no other extractor. It is trained on scenes
-of a seed that no other network sees, and never guides sampling. `evaluations.extractors.train_scenes` trains it.
+of a seed that no other network sees, and never guides sampling. `evaluations.extractors.train_scenes` trains it, and
+others of its kind on other images with depth, which know nothing of kinds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from guided_diffusion.checkpoint import ready
-from guided_diffusion.depth.scenes import KINDS
+from guided_diffusion.depth.ranges import parse_depth_range
+from guided_diffusion.depth.scenes import DEPTH_RANGE, FAR, KINDS, NEAR
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor, Features
@@ -31,7 +33,7 @@ class ScenesExtractor(BundledExtractor):
     """A U-shaped network of 3x3 convolutions with batch norm and ReLU: 32 -> 16 -> 8 -> 4 pixels and back, with skips.
 
     widths: channels at 32, 16, 8 and 4 pixels. accuracy: on held-out scenes, by the words of
-    `evaluations.extractors.train_scenes.accuracy` (empty before training).
+    `evaluations.extractors.train_scenes.accuracy` (empty before training). limits: its NEAR and FAR.
 
     Its features (`evaluations.features.Features`): pooled (N, 64), the averages over the map at 4 x 4; spatial
     (N, 4, 8, 8), the first 4 channels of the map at 8 x 8 on the way down; probabilities (N, 4) of the kinds. Depth is
@@ -40,8 +42,11 @@ class ScenesExtractor(BundledExtractor):
 
     name = "judge of scenes"            # stands in stored statistics and results
 
-    def __init__(self, widths: Sequence[int] = (12, 32, 64, 64), accuracy: Mapping[str, float] | None = None) -> None:
+    def __init__(self, widths: Sequence[int] = (12, 32, 64, 64), accuracy: Mapping[str, float] | None = None,
+                 limits: tuple[float, float] = (NEAR, FAR)) -> None:
         super().__init__()
+        self.limits = limits
+        self.settings: dict[str, str] = {}              # what results say of a user's network
         at_32, at_16, at_8, at_4 = self.widths = tuple(widths)
         self.accuracy = dict(accuracy or {})
         self.down_32 = conv_block(3, at_32)
@@ -98,7 +103,8 @@ def load_scenes(path: str | Path | None = None) -> ScenesExtractor:
     Raises UserError where the file is missing, damaged, or of another kind.
     """
     def build(metadata: Mapping[str, str]) -> ScenesExtractor:
-        return ScenesExtractor(json.loads(metadata["widths"]), json.loads(metadata["accuracy"]))
+        limits = parse_depth_range(metadata.get("depth_range", DEPTH_RANGE)) or (NEAR, FAR)
+        return ScenesExtractor(json.loads(metadata["widths"]), json.loads(metadata["accuracy"]), limits)
 
     return load_bundled(path or WEIGHTS, "an extractor of scenes", build)
 
@@ -108,9 +114,22 @@ def save_scenes(model: ScenesExtractor, path: str | Path, notes: dict[str, str])
 
     notes: further metadata, such as the training command.
     """
-    save_bundled(model, path, {**notes, "widths": json.dumps(model.widths), "accuracy": json.dumps(model.accuracy)})
+    save_bundled(model, path, {**notes, "widths": json.dumps(model.widths), "accuracy": json.dumps(model.accuracy),
+                               "depth_range": _range_text(model)})
+
+
+def _range_text(model: ScenesExtractor) -> str:
+    near, far = model.limits
+    return f"{near:g},{far:g}"
 
 
 def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
     """The bundled extractor, for evaluation; see `evaluations.extractors.base.Loader`."""
     return ready(load_scenes(), chosen_device(device))
+
+
+def load_own(path: Path, device: str) -> FeatureExtractor:
+    """The extractor in a file that `save_scenes` wrote, as `load_scenes` and `load` have it."""
+    extractor = load_scenes(path)
+    extractor.name, extractor.settings = path.name, {"depth_range": _range_text(extractor)}
+    return ready(extractor, chosen_device(device))

@@ -237,6 +237,15 @@ def _resampled_authenticity(comparison: Comparison) -> Resampled:
     return Resampled(resampled_mean(100 * comparison.authentic), len(comparison.authentic), share_replicates)
 
 
+def _class_accuracy(comparison: Comparison) -> float:
+    return 100 * float(comparison.sample[Feature.RECOGNISED].mean())
+
+
+def _resampled_class_accuracy(comparison: Comparison) -> Resampled:
+    recognised = comparison.sample[Feature.RECOGNISED]
+    return Resampled(resampled_mean(100 * recognised), len(recognised), share_replicates)
+
+
 def _of_images(word: str, title: str, direction: Direction, feature: Feature) -> Metric:
     """The record of the mean of features that are one number an image."""
     def value(comparison: Comparison) -> float:
@@ -290,6 +299,8 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
            by_network="Frechet distance at infinity by {} features"),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
            FromReference.FEATURES, is_share=True),
+    Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.RECOGNISED, _class_accuracy,
+           _resampled_class_accuracy, is_share=True),
     # Of the pixels themselves.
     _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION),
     _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST),

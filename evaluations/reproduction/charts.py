@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,21 @@ class Point:
     y_interval: Sequence[float] | None = None
     hollow: bool = False
     label: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart that is not drawn yet. draw: draws it on an empty figure of so many px. described: to those who see none.
+
+    title: what it shows. caption: the same, and how to read it.
+    """
+
+    title: str
+    caption: str
+    described: str
+    width: float
+    height: float
+    draw: Callable[[Any], None]
 
 
 def chart(points: Sequence[Point], x_label: str, y_label: str, description: str, joined: bool = False) -> Markup:

@@ -13,12 +13,14 @@ from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import Networks
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
+from guided_diffusion.runs.labels import NONE
 from guided_diffusion.runs.sample import SamplingRun
 
 from ..evaluation import EvaluatorOptions, check_outputs, check_reference
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
 from ..metrics import METRICS
+from ..metrics.comparison import Feature
 from ..plots import require_matplotlib
 from ..references import find_reference
 from .measurements import EvaluationSettings
@@ -37,6 +39,10 @@ def check_rows(table: Table, flag: str = "num_samples") -> None:
                             f"{' and '.join(needing)}")
         check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
                       f" of row {name} in {row.file}")
+        recognised = [word for word in row.evaluation.words if METRICS[word].feature is Feature.RECOGNISED]
+        if recognised and (not row.run.labelled or row.run.sample.labels == NONE):
+            raise UserError(f"metrics {row.evaluation.metrics} of row {name} in {row.file}: the row has no labels, "
+                            f"which {', '.join(recognised)} would need, leave that out")
     features_of(table)
     used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
     if len(set(used.values())) > 1:

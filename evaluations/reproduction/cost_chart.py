@@ -1,26 +1,25 @@
-"""The chart of a whole table: a metric of every row against what an image costs, a line for each sampler."""
+"""The chart of a whole table: metrics of every row against what an image costs, a line for each sampler.
+
+Where sections say how many images their networks had seen in training, it may also be drawn against these.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import write
+from guided_diffusion.options import comma_separated
 
 from ..metrics import METRICS
-from .charts import COLOURS, LEGEND_LINE, PT, SHAPES, inline_svg, style_axes, styled_figure
-from .figures import Figure
-from .tables import COSTS
+from .charts import COLOURS, LEGEND_LINE, SHAPES, Drawing, style_axes
+from .tables import COSTS, FURTHER_AXES, IMAGES_SEEN
 
-CHART_FILE = "chart.png"            # beside table.md
 WIDTH, HEIGHT = 720, 400            # px, without the legend
 LONGEST_COLUMN = 6                  # samplers in a column of the legend
 MORE_COLOURS = ("#5b3a9e", "#7f4f24", "#00838f", "#ad1457", "#4f6d00")      # of further samplers
 LOGARITHMIC = 3                     # axes are so where the largest number is so many times the smallest
-PNG_SCALE = 2                       # px of the file for each px of the page
 
 
 @dataclass(frozen=True)
@@ -42,80 +41,58 @@ class CostLine:
     points: tuple[CostPoint, ...]
 
 
-def cost_lines(results: Mapping[str, Any]) -> list[CostLine]:
-    """Returns the lines of the chart that results ask for; none where they ask for none, or hold no such number.
+def cost_lines(results: Mapping[str, Any], word: str) -> list[CostLine]:
+    """Returns the lines of a metric in the chart that results ask for; none where they hold no such number.
 
-    Rows of sections with another number of images than the first section are left out, as their numbers do not compare.
+    Rows of sections with another number of images than the first one that is shown are left out, as their numbers do
+    not compare.
     """
     lines: dict[tuple[str, str], list[CostPoint]] = {}
-    for name, point in _points(results):
+    for name, point in _points(results, word):
         row = results["rows"][name]
         lines.setdefault((row["sampler"], row["guidance"]), []).append(point)
     return [CostLine(*key, tuple(sorted(points, key=lambda point: point.x))) for key, points in lines.items()]
 
 
-def _points(results: Mapping[str, Any]) -> Iterator[tuple[str, CostPoint]]:
+def _points(results: Mapping[str, Any], word: str) -> Iterator[tuple[str, CostPoint]]:
     """Yields the point of every row that has one, with the row's name, once."""
-    chart, seen = results.get("chart"), set()
-    if not chart:
-        return
-    shown = chart.get("sections") or [section["title"] for section in results["sections"]]
-    for section in results["sections"]:
-        for row in section["rows"] if section["title"] in shown else ():
-            number = row["metrics"].get(chart["y"])
-            if section["images"] != results["sections"][0]["images"] or number is None or row["row"] in seen:
+    axis, seen, sections = results["chart"]["x"], set(), _shown(results)
+    for section in sections:
+        for row in section["rows"]:
+            number = row["metrics"].get(word)
+            if section["images"] != sections[0]["images"] or number is None or row["row"] in seen:
                 continue
             seen.add(row["row"])
             published = number["value"] is None
             value = number["published"] if published else number["value"]
-            yield row["row"], CostPoint(results["rows"][row["row"]][chart["x"]], value, number["interval95"], published)
+            x = section[IMAGES_SEEN] if axis == IMAGES_SEEN else results["rows"][row["row"]][axis]
+            yield row["row"], CostPoint(x, value, number["interval95"], published)
 
 
-def cost_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Returns the chart with its caption; None where there is none."""
-    lines = cost_lines(results)
-    if not lines:
+def _shown(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the sections that the chart shows: those that it names, of which its axis tells something."""
+    axis, named = results["chart"]["x"], results["chart"].get("sections")
+    return [section for section in results["sections"]
+            if (not named or section["title"] in named) and (axis != IMAGES_SEEN or axis in section)]
+
+
+def cost_drawing(results: Mapping[str, Any]) -> Drawing | None:
+    """Returns the chart that results ask for, a panel for each metric; None where they hold no such number."""
+    axis = {**COSTS, **FURTHER_AXES}[results["chart"]["x"]]
+    panels = {METRICS[word].by(results.get("features_of", "")).label: lines
+              for word in comma_separated(results["chart"]["y"]) if (lines := cost_lines(results, word))}
+    if not panels:
         return None
-    description = _description(results, lines)
-    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), description) as figure:
-        _draw(figure, lines, results)
-        return Figure(chart_caption(results), inline_svg(figure, description))
-
-
-def write_cost_chart(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Writes the chart as a PNG file, where there is one. Raises UserError where it cannot be written."""
-    if not (lines := cost_lines(results)):
-        return
-    with styled_figure(WIDTH, HEIGHT + _legend_height(lines), chart_title(results)) as figure:
-        _draw(figure, lines, results)
-        write(path, lambda file: figure.savefig(file, format="png", dpi=PNG_SCALE * PT, facecolor="#ffffff",
-                                                metadata={"Software": None}))
-
-
-def chart_title(results: Mapping[str, Any]) -> str:
-    """Returns what the chart shows, like "FID against network evaluations per image"."""
-    return f"{_metric_label(results)} against {COSTS[results['chart']['x']]}"
-
-
-def _metric_label(results: Mapping[str, Any]) -> str:
-    return METRICS[results["chart"]["y"]].by(results.get("features_of", "")).label
-
-
-def chart_caption(results: Mapping[str, Any]) -> str:
-    """Returns what the chart shows, and how to read it; "" where there is none."""
-    points = [point for line in cost_lines(results) for point in line.points]
-    if not points:
-        return ""
-    caption = f"{chart_title(results)}, {results['sections'][0]['images']:,} images of each row"
+    every = [line for lines in panels.values() for line in lines]
+    points = [point for line in every for point in line.points]
+    title = f"{' and '.join(panels)} against {axis}"
+    caption = f"{title}, {_shown(results)[0]['images']:,} images of each row"
     caption += "; bars: 95 % intervals" * any(point.interval for point in points)
-    return caption + "; hollow: published" * any(point.published for point in points)
-
-
-def _description(results: Mapping[str, Any], lines: Sequence[CostLine]) -> str:
-    """Returns what those read who do not see the chart."""
+    caption += "; hollow: published" * any(point.published for point in points)
     said = [f"{line.sampler}, {line.guidance}: " + ", ".join(f"{point.y:.2f} at {point.x:g}" for point in line.points)
-            for line in lines]
-    return f"{chart_title(results)}. {'; '.join(said)}"
+            for line in every]
+    return Drawing(title, caption, f"{title}. {'; '.join(said)}", WIDTH, HEIGHT + _legend_height(every),
+                   lambda figure: _draw(figure, panels, axis))
 
 
 def _entries(lines: Sequence[CostLine]) -> tuple[list[str], list[str]]:
@@ -133,29 +110,35 @@ def _columns(samplers: Sequence[str]) -> int:
     return 1 + (len(samplers) > LONGEST_COLUMN)
 
 
-def _draw(figure: Any, lines: Sequence[CostLine], results: Mapping[str, Any]) -> None:
-    """Draws the lines with their legends: colours are samplers, shapes are guidance."""
-    axes = figure.add_subplot()
-    samplers, guidance = _entries(lines)
-    for line in lines:
-        colour = _colour(samplers.index(line.sampler) if len(samplers) > 1 else guidance.index(line.guidance))
-        shape = SHAPES[guidance.index(line.guidance) % len(SHAPES)]
-        axes.plot([point.x for point in line.points], [point.y for point in line.points],
-                  linestyle="-" if line.guidance == guidance[0] else "--", color=colour, alpha=0.6, linewidth=1)
-        for point in line.points:
-            if point.interval:
-                axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.4, linewidth=1)
-            axes.plot([point.x], [point.y], shape, color=colour, markersize=7, markeredgewidth=1.5, zorder=3,
-                      markerfacecolor="#ffffff" if point.published else colour)
-    points = [point for line in lines for point in line.points]
-    if _wide([point.x for point in points]):
-        axes.set_xscale("log")
-        _plain_numbers(axes.xaxis)
-    if _wide([point.y for point in points]):
-        axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
-    style_axes(axes, COSTS[results["chart"]["x"]], _metric_label(results))
+def _draw(figure: Any, panels: Mapping[str, Sequence[CostLine]], axis: str) -> None:
+    """Draws the lines of each metric, with their legends: colours are samplers, shapes are guidance."""
+    samplers, guidance = _entries([line for lines in panels.values() for line in lines])
+    for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for line in lines:
+            colour = _colour(samplers.index(line.sampler) if len(samplers) > 1 else guidance.index(line.guidance))
+            _draw_line(axes, line, colour, guidance.index(line.guidance))
+        points = [point for line in lines for point in line.points]
+        if _wide([point.x for point in points]):
+            axes.set_xscale("log")
+            _plain_numbers(axes.xaxis, (1, 2, 5) if len(panels) > 1 else (1, 1.5, 2, 3, 5, 7))
+        elif len(panels) > 1:
+            axes.locator_params(axis="x", nbins=4)
+        if _wide([point.y for point in points]):
+            axes.set_yscale("log")
+            _plain_numbers(axes.yaxis)
+        style_axes(axes, axis, label)
     _legends(figure, samplers, guidance)
+
+
+def _draw_line(axes: Any, line: CostLine, colour: str, place: int) -> None:
+    """Draws a line with its points and their intervals. place: of its guidance in the legend."""
+    axes.plot([point.x for point in line.points], [point.y for point in line.points], linestyle="--" if place else "-",
+              color=colour, alpha=0.6, linewidth=1)
+    for point in line.points:
+        if point.interval:
+            axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.4, linewidth=1)
+        axes.plot([point.x], [point.y], SHAPES[place % len(SHAPES)], color=colour, markersize=7, markeredgewidth=1.5,
+                  zorder=3, markerfacecolor="#ffffff" if point.published else colour)
 
 
 def _colour(place: int) -> str:
@@ -168,12 +151,12 @@ def _wide(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) >= LOGARITHMIC * min(values)
 
 
-def _plain_numbers(axis: Any) -> None:
-    """Writes plain numbers beside a logarithmic axis."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+def _plain_numbers(axis: Any, digits: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> None:
+    """Writes plain numbers beside a logarithmic axis, at these digits of each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.6g}"))
     axis.set_minor_locator(NullLocator())
 
 

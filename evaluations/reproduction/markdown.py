@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .cost_chart import CHART_FILE, chart_caption, chart_title
 from .sections import SectionRow, ShownSection, shown_sections
+from .table_chart import CHART_FILE, chart_drawing
 from .tables import COSTS, TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, REFERENCE, facts, reading, written_count
@@ -20,8 +20,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"# {results['title']}", "", *(f"- {term}: {text}" for term, text in facts(results)), "",
              f"    {results['command']}", "", "How to read the tables:", "",
              *(f"- *{word}*: {meaning}" for word, meaning in words), ""]
-    if caption := chart_caption(results):
-        lines += [f"![{chart_title(results)}]({CHART_FILE})", "", f"{caption}.", ""]
+    if drawing := chart_drawing(results):
+        lines += [f"![{drawing.title}]({CHART_FILE})", "", f"{drawing.caption}.", ""]
     for shown in sections:
         lines += [f"## {shown.title}", "", shown.sentence, ""]
         lines += _published_lines(shown) if shown.published else _compared_lines(shown)

@@ -15,11 +15,11 @@ from guided_diffusion.files import write_text
 
 from ..pages.page import Pages
 from ..pages.pictures import shown_grid
-from .cost_chart import cost_figure
 from .figures import figures
 from .markdown import markdown
 from .pictures import Pictures, shown_overlay
 from .sections import shown_sections
+from .table_chart import chart_figure
 from .tables import TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, REFERENCE, VERDICTS, facts, reading, written_count
@@ -69,7 +69,7 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
     known = [section.title for section in sections]
     others = {title: grid for title, grid in grids.items() if title not in known}
     published = any(section.published for section in sections)
-    chart = cost_figure(results)
+    chart = chart_figure(results)
     words = reading(published, [verdict for section in sections for verdict in section.verdicts])
     pages = Pages(__package__, ["report.css"], inline_styles=True)
     pages.environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY,

@@ -30,13 +30,13 @@ from guided_diffusion.runs.shards import locked
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
 from .checks import check_files, check_rows
-from .cost_chart import CHART_FILE, write_cost_chart
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
 from .plan import plan
 from .report import write_report
 from .results import results
+from .table_chart import CHART_FILE, write_chart
 from .tables import Row, Table, in_folder, load_table, table_names
 from .titles import sampler, titles
 
@@ -64,6 +64,7 @@ class WorkOptions(Options):
     dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
                         "fastest one here, found once for the table; unset: as the rows have it",
                         choices=(AUTO, *DTYPES))
+    compile: bool = option(False, "compile the networks of all rows with torch.compile, for GPUs")
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
 
@@ -111,6 +112,8 @@ def as_asked(row: Row, options: WorkOptions) -> Row:
         values["batch_size"] = options.batch_size
     if options.dtype:
         values["dtype"] = options.dtype
+    if options.compile:
+        values["compile"] = True
     return row.changed(**values)
 
 
@@ -186,7 +189,7 @@ def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
     write_report(folder / PAGE, described, shown)
-    write_cost_chart(folder / CHART_FILE, described)
+    write_chart(folder / CHART_FILE, described)
     return text
 
 

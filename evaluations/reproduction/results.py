@@ -102,11 +102,21 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
         for number, word in zip(metrics.values(), jointly([number["verdict"] for number in metrics.values()]),
                                 strict=True):
             number["verdict"] = word
-        rows.append({"row": name, "against": row.run.configuration()[section.against] if section.against else None,
+        rows.append({"row": name, "against": _set_apart(row, section.against) if section.against else None,
                      "verdict": overall([number["verdict"] for number in metrics.values()]), "reasons": reasons,
                      "metrics": metrics})
     return {"title": section.title, "images": count, "against": section.against, "against_row": section.base,
-            "rows": rows}
+            **({"images_seen": section.images_seen} if section.images_seen else {}), "rows": rows}
+
+
+def _set_apart(row: Row, flag: str) -> Any:
+    """Returns the value of an option of a row; None where it belongs to a method that is off, like the blur of SAG.
+
+    Where the option itself switches the method on, its value says that it is off.
+    """
+    off = [method for method in row.run.guidance if method not in row.run.active]
+    idle = any(flag in asdict(method) and flag not in method.switched_on for method in off)
+    return None if idle else row.run.configuration()[flag]
 
 
 def _metrics(row: Row, measured: Mapping[str, Replicates], base: Mapping[str, Replicates], reasons: Sequence[str],

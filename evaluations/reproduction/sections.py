@@ -70,7 +70,8 @@ class ShownSection:
         self.data, self._rows = section, results["rows"]
         self._reference = (results["reference"] or {}).get("metrics", {})
         self._network: str = results.get("features_of", "")
-        self._cost = (results.get("chart") or {}).get("x", "")
+        axis = (results.get("chart") or {}).get("x", "")
+        self._cost = axis if axis in COSTS else ""
         self.title: str = section["title"]
         self._metrics = [item for row in section["rows"] for item in row["metrics"].items()]
 

@@ -9,8 +9,10 @@
       NAME: {option: value, ...}            # a row that needs no file; any other row NAME is the file NAME.yaml
     sections:                               # what is shown together; a row may stand in several
       - {title: ..., rows: [NAME, ...], against: an option that sets the rows apart and is drawn against,
-         against_row: the row that the others are compared with; unset: the first one}
-    chart: {x: a cost of a row, y: a metric}        # of all rows together, a line for each sampler
+         against_row: the row that the others are compared with; unset: the first one,
+         images_seen: of the section's networks in training, for a chart}
+    chart: {x: a cost of a row, y: a metric}        # of all rows together, a line for each sampler; further values of
+                                                    # x: images_seen; sections, a panel for each. y: also several
 
 Where a table extends another file, its options and rows change those of that file one by one, and a section takes the
 place of the one with the same title. A row's values are options of a sampling run, so that the sampling scripts take
@@ -28,7 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import EVALUATION_SECTION, Options, fill, nearest, option, option_fields, read_yaml
+from guided_diffusion.options import (
+    EVALUATION_SECTION,
+    Options,
+    comma_separated,
+    fill,
+    nearest,
+    option,
+    option_fields,
+    read_yaml,
+)
 from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
@@ -45,6 +56,11 @@ COSTS = {                       # of an image of a row: what a chart may be draw
     "evaluations": "network evaluations per image",
     "gradients": "backward passes per image",
     "work": "evaluations per image, all networks counted",
+}
+IMAGES_SEEN, SECTIONS = "images_seen", "sections"
+FURTHER_AXES = {                # what else it may be drawn against
+    IMAGES_SEEN: "images seen in training",
+    SECTIONS: "the settings",
 }
 TIMED = ("evaluations", "gradients")    # of the costs: those that stand in the table of timing
 
@@ -112,13 +128,14 @@ class Section:
     """Rows that are shown together, and compared with one row.
 
     against: a numeric option that sets the rows apart, or "". against_row: the row that they are compared with, which
-    may stand in other sections alone; "" is the first one.
+    may stand in other sections alone; "" is the first one. images_seen: by its networks in training, None: not said.
     """
 
     title: str
     rows: tuple[str, ...]
     against: str = ""
     against_row: str = ""
+    images_seen: int | None = None
 
     @property
     def base(self) -> str:
@@ -128,7 +145,10 @@ class Section:
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A chart of the rows of a table. x: one of COSTS. y: the word of a metric. sections: by title; none: all."""
+    """A chart of the rows of a table.
+
+    x: one of COSTS or of FURTHER_AXES. y: words of metrics, with commas. sections: by title; none: all.
+    """
 
     x: str
     y: str
@@ -245,7 +265,7 @@ def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Sec
 def _section(part: Any, path: Path) -> Section:
     """Returns a section of a table file; raises UserError where it is none."""
     part = _mapping(part, f"a section in {path}")
-    _known(part, {"title", "rows", "against", "against_row"}, f"a section of {path}")
+    _known(part, {"title", "rows", "against", "against_row", IMAGES_SEEN}, f"a section of {path}")
     rows, against = part.get("rows"), part.get("against", "")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, str) for row in rows) \
             or len(set(rows)) < len(rows):
@@ -254,7 +274,10 @@ def _section(part: Any, path: Path) -> Section:
     numeric = [field.name for cls in classes for field in option_fields(cls) if field.type in (int, float)]
     if against and against not in numeric:
         raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
-    return Section(str(part.get("title", "")), tuple(rows), against, str(part.get("against_row", "")))
+    seen = part.get(IMAGES_SEEN)
+    if seen is not None and (isinstance(seen, bool) or not isinstance(seen, int) or seen < 1):
+        raise UserError(f"{IMAGES_SEEN} {seen} in {path}: must be a whole number from 1 up")
+    return Section(str(part.get("title", "")), tuple(rows), against, str(part.get("against_row", "")), seen)
 
 
 def _check_base_rows(sections: Iterable[Section], rows: Iterable[str], path: Path) -> None:
@@ -271,11 +294,13 @@ def _chart(values: Any, path: Path) -> ChartSpec | None:
         return None
     values = _mapping(values, f"chart in {path}")
     _known(values, {"x", "y"}, f"chart in {path}")
-    for axis, allowed in (("x", COSTS), ("y", METRICS)):
-        if values.get(axis) not in allowed:
-            raise UserError(f"{axis} {values.get(axis)} of chart in {path}: must be one of {', '.join(allowed)}"
-                            f"{nearest(str(values.get(axis)), allowed)}")
-    return ChartSpec(values["x"], values["y"])
+    words = {"x": [str(values.get("x"))], "y": comma_separated(str(values.get("y"))) or ["unset"]}
+    for axis, allowed in (("x", {**COSTS, **FURTHER_AXES}), ("y", METRICS)):
+        for word in words[axis]:
+            if word not in allowed:
+                raise UserError(f"{axis} {word} of chart in {path}: must be one of {', '.join(allowed)}"
+                                f"{nearest(word, allowed)}")
+    return ChartSpec(values["x"], ",".join(words["y"]))
 
 
 def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,8 +189,9 @@ def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
             yield running
         finally:
             running.close()
-            if not had_litter and litter.is_dir():
-                litter.rmdir()
+            if not had_litter:
+                with suppress(OSError):             # gone, or in use by another rendering in the same folder
+                    litter.rmdir()
 
 
 def views(engine: Any, running: Any, name: str, count: int, seed: int) -> Iterator[View]:

@@ -80,3 +80,15 @@ def test_wrong_sample_files(samples, tmp_path):
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         class_accuracy.class_accuracy(
             [str(samples)], class_accuracy.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))
+
+
+def test_the_evaluator_measures_it_too(samples, tmp_path):
+    images, labels = class_accuracy.read_labelled_samples(samples, 10)
+    labels = np.where(np.arange(5) < 3, load_fashion_mnist().predict(images), (labels + 1) % 10)
+    np.savez(tmp_path / "named.npz", images, labels)
+    expected = 100 * np.mean(load_fashion_mnist().predict(images) == labels)
+    words = ["--backend", "fashion_mnist", "--metrics", "class_accuracy", "--json", tmp_path / "result.json"]
+    assert call("evaluate", "fmnist32", tmp_path / "named.npz", *words) == 0
+    assert json.loads((tmp_path / "result.json").read_text())[0]["metrics"] == {"class_accuracy": expected}
+    np.savez(tmp_path / "unlabelled.npz", images)
+    assert call("evaluate", "fmnist32", tmp_path / "unlabelled.npz", *words) == 2

@@ -180,9 +180,11 @@ def test_what_compilation_gains_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(execution, "compile_blocks", lambda network: None)
     model = with_random_weights(create_model(**TINY))
     for gain, verdict in ((1.5, r"1\.50 times as fast"), (1.0, "which gains nothing here: leave it off")):
+        monkeypatch.setattr(execution, "_timed", set())
         monkeypatch.setattr(execution, "time_calls", lambda _, gain=gain: {"plain": 0.03 * gain, "compiled": 0.03})
         assert re.fullmatch(rf"--compile True: compiled in \d+ s; an evaluation of 2 images takes 30 ms instead of "
                             rf"\d+ ms, {verdict}", compile_for(model, 2))
+    assert re.fullmatch(r"--compile True: compiled as before, in [\d.]+ s", compile_for(model, 2))
 
 
 def test_a_network_that_cannot_be_compiled_is_refused(monkeypatch):

@@ -11,7 +11,8 @@ from guided_diffusion import checkpoint
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.facts import check_options
-from guided_diffusion.train_util import label_dropout, passes_multiple
+from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.train_util import label_dropout
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,17 @@ def test_snapshots_are_the_averages_at_multiples_of_so_many_images(run, data_dir
     assert checkpoint.read_metadata(run / "snapshot_8_ema_0.9.safetensors")["step"] == "2"
 
 
-@pytest.mark.parametrize(("images", "batch", "interval", "expected"), [
-    (8, 4, 8, True), (12, 4, 8, False), (15, 5, 8, False), (20, 6, 8, True), (8, 4, 0, False), (30, 16, 8, True)])
-def test_a_multiple_is_reached_or_passed(images, batch, interval, expected):
-    assert passes_multiple(images, batch, interval) is expected
+@pytest.mark.parametrize(("images", "batch", "snapshots", "expected"), [
+    (8, 4, "8", True), (12, 4, "8", False), (15, 5, "8", False), (20, 6, "8", True), (8, 4, "0", False),
+    (30, 16, "8", True), (8, 4, "8,12", True), (16, 4, "8, 10", False), (12, 4, "8,10", True), (24, 4, "8,12", False)])
+def test_a_snapshot_is_kept_at_multiples_or_after_each_of_several_numbers(images, batch, snapshots, expected):
+    assert TrainOptions(snapshot_images=snapshots).keeps_snapshot(images, batch) is expected
+
+
+@pytest.mark.parametrize("word", ["-1", "8,8", "0,8", "8;12", ""])
+def test_other_snapshots_are_refused(word):
+    with pytest.raises(UserError, match="--snapshot_images"):
+        TrainOptions(snapshot_images=word)
 
 
 def test_the_trained_network_samples_with_and_without_labels(run, tmp_path):

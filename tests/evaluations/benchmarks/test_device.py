@@ -9,7 +9,7 @@ import torch
 from commands import call
 
 from evaluations.benchmarks import device
-from evaluations.benchmarks.device import Check, DeviceOptions, Report, Subject, cases, ranks_checks, relative
+from evaluations.benchmarks.device import Check, DeviceOptions, Parts, Report, Subject, cases, ranks_checks, relative
 from evaluations.benchmarks.device_report import as_markdown
 
 CPU = torch.device("cpu")
@@ -27,14 +27,15 @@ def test_the_report_of_small_networks(tmp_path, capsys):
     assert {"evaluation", "SAG step", "PAG step", "CG step", "DCG step", "DCG step, checkpointed"} <= {
         *names["float32"]}
     assert names["float16"] == names["bfloat16"] == ["evaluation"]
-    assert [note.split(":")[0] for note in found["notes"]] == ["compiled networks were not checked",
-                                                               "ranks were not compared"]
+    assert [note.split(":")[0] for note in found["notes"]] == [
+        "compiled networks were not checked (16x16, 32 channels)", "ranks were not compared"]
     text = (tmp_path / "report.md").read_text()
+    assert sum(found["parts"].values()) < found["seconds"] and "16x16, 32 channels, bfloat16: " in text
     assert "9 of 9 checks hold." in text and text.count("| holds |") == 9
 
 
 def test_a_network_that_computes_something_else_fails():
-    subject = Subject(cases(True, CPU)[0], CPU)
+    subject = Subject(cases(True, CPU)[0], CPU, Parts())
     expected = {"evaluation": torch.ones(4)}
     for size, holds in ((1e-6, True), (1e-3, False), (float("nan"), False)):
         check, = subject._compared("float32 with the CPU", "float32", {"evaluation": torch.ones(4) + size}, expected)

@@ -341,5 +341,5 @@ def test_words_are_told_apart_before_any_file_is_looked_at():
     for word in ("torch", "embedded", "absent.pt", "absent.onnx", "a.b:c"):
         assert check_backend(word) == word
     for word in ("FILE.png", "a:", "https://host/x", ""):
-        with pytest.raises(UserError, match=r"must be one of torch, .*, FILE\.pt, FILE\.onnx, MODULE:FUNCTION"):
+        with pytest.raises(UserError, match=r"must be one of torch, .*, FILE\.onnx, FILE\.safetensors, MODULE:FUNC"):
             check_backend(word)

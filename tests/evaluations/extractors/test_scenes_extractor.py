@@ -12,6 +12,7 @@ from safetensors import safe_open
 from evaluations.extractors.depth import edge_sharpness, metres
 from evaluations.extractors.scenes import SPATIAL_SHAPE, WEIGHTS, ScenesExtractor, load_scenes, save_scenes
 from evaluations.extractors.train_scenes import scenes_accuracy, training_batch
+from guided_diffusion.depth.ranges import from_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, render
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile, write_batch
@@ -46,6 +47,8 @@ def test_accuracy_is_what_the_file_says(extractor, scenes):
 
 def test_accuracy_against_direct_formulas(scenes):
     class Guess:
+        limits = NEAR, FAR
+
         def eval(self):
             return self
 
@@ -155,8 +158,35 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys, mo
     assert len(lines) == 10 and "--epochs 8" in lines[0] and f"l1 {extractor.accuracy['l1']:.4f}" in lines[-1]
 
 
+def test_a_network_that_learnt_from_pairs_measures_by_its_file(tmp_path, scenes, capsys):
+    pairs = tmp_path / "pairs.npz"          # of other units and another range
+    write_batch(pairs, {"depth": 2 * scenes.depth[:48]}, iter([scenes.rgb[:48]]), (48, 32, 32, 3))
+    out, limits = tmp_path / "own.safetensors", (2.0, 25.0)
+    assert call("train_scenes", "--data", pairs, "--held_out", pairs, "--depth_range", "2,25", "--num_images", 48,
+                "--num_held_out", 32, "--epochs", 2, "--batch_size", 16, "--out", out) == 0
+    network = load_scenes(out)
+    assert network.limits == limits and network.accuracy.keys() == {"l1", "abs_rel", "delta"}
+    depth = from_unit_range(network.depth(scenes.rgb[:32]), *limits)
+    assert network.accuracy["abs_rel"] == pytest.approx((abs(depth / scenes.depth[:32] / 2 - 1)).mean(), rel=0.01)
+
+    reference = tmp_path / "reference.npz"
+    assert call("make_reference", pairs, reference, "--backend", out, "--keep", "features") == 0
+    np.testing.assert_allclose(BatchFile(reference).read("sharpness")[:32], edge_sharpness(depth), rtol=1e-4)
+    capsys.readouterr()
+    assert call("evaluations/evaluator", reference, pairs, "--backend", out, "--metrics", "dfid,fid",
+                "--json", tmp_path / "result.json") == 0, capsys.readouterr().err
+    result, = json.loads((tmp_path / "result.json").read_text())
+    assert abs(result["metrics"]["dfid"]) < 1e-3
+    assert result["backend"]["settings"] == {"depth_range": "2,25"}
+    assert call("evaluations/evaluator", reference, pairs, "--backend", out, "--metrics", "is") == 2
+    assert "no probabilities" in capsys.readouterr().err
+
+
 def test_training_command_refuses_what_cannot_work(tmp_path, capsys):
     for arguments, message in ((["--epochs", "0"], "--epochs 0"),
+                               (["--data", "x.npz"], "--depth_range image: must be NEAR,FAR"),
+                               (["--data", "x.npz", "--depth_range", "1,9"], "--held_out is not given"),
+                               (["--held_out", "x.npz"], "--held_out x.npz: must be left out"),
                                (["--out", tmp_path / "no" / "x.safetensors"], "--out .*: cannot be written"),
                                (["--out", "x.txt"], "--out x.txt: must end in .safetensors")):
         assert call("train_scenes", *arguments) == 2

@@ -40,8 +40,8 @@ def test_a_new_metric_is_one_entry(python, tmp_path):
                     "--metrics", "fid,brightness", "--backend", "fashion_mnist", "--bootstrap", 5,
                     "--json", tmp_path / "result.json")
     assert ended.returncode == 0, ended.stderr
-    assert "coverage,dfid,sharpness,gap,mind,fid_infinity,authenticity,saturation,contrast,brightness;" in "".join(
-        ended.stdout.split())
+    assert ("coverage,dfid,sharpness,gap,mind,fid_infinity,authenticity,class_accuracy,saturation,contrast,brightness;"
+            in "".join(ended.stdout.split()))
     (result,) = json.loads((tmp_path / "result.json").read_text())
     value, (low, high) = result["metrics"]["brightness"], result["intervals95"]["brightness"]
     assert low < value < high
@@ -57,7 +57,7 @@ def comparison():
             Feature.POOLED: random.normal(size=(80, 4)), Feature.SPATIAL: random.normal(size=(80, 6)),
             Feature.PROBABILITIES: random.dirichlet(np.ones(3), 80), Feature.DEPTH: random.normal(size=(80, 5)),
             Feature.SHARPNESS: random.random(80), Feature.SATURATION: random.random(80),
-            Feature.CONTRAST: random.random(80)})
+            Feature.CONTRAST: random.random(80), Feature.RECOGNISED: random.integers(0, 2, 80).astype(float)})
 
     reference, sample = features(), features()
     sample.features[Feature.POOLED] += 1            # so that some reference images are far from all samples

@@ -9,9 +9,11 @@ from PIL import Image
 from evaluations.metrics import Replicates
 from evaluations.reproduction.cost_chart import CostLine, CostPoint, cost_lines
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements, section_images
+from evaluations.reproduction.panels import panels
 from evaluations.reproduction.report import Pictures, markdown
 from evaluations.reproduction.reproduce import write_all
 from evaluations.reproduction.results import results
+from evaluations.reproduction.table_chart import chart_drawing
 from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, read_row
 
 SHARED = {"model": "fmnist32", "num_samples": 4, "batch_size": 4, "evaluation": {"metrics": "fid"}}
@@ -54,21 +56,51 @@ def test_sections_compare_with_a_row_of_another_one(table, described):
 
 
 def test_a_line_for_each_sampler_and_guidance(described):
-    lines = cost_lines(described)
+    lines = cost_lines(described, "fid")
     assert [(line.sampler, line.guidance, [(point.x, point.y) for point in line.points]) for line in lines] == [
         ("DDPM", "no guidance", [(10, 6.0), (250, 1.5)]), ("DDIM", "no guidance", [(20, 1.5)]),
         ("DDPM", "SAG", [(20, 3.0)])]
     assert lines[0].points[0].interval == pytest.approx([5.90025, 6.09975]) and not lines[0].points[0].published
-    assert cost_lines({**described, "chart": None}) == []
+    assert chart_drawing({**described, "chart": None}) is None
     other = json.loads(json.dumps(described))
     other["sections"][1]["images"] = 3              # does not compare
-    assert [line.sampler for line in cost_lines(other)] == ["DDPM"]
+    assert [line.sampler for line in cost_lines(other, "fid")] == ["DDPM"]
+
+
+def test_lines_against_the_images_seen_in_training(described):
+    chart = {"x": "images_seen", "y": "fid,is", "sections": ()}
+    assert chart_drawing({**described, "chart": chart}) is None         # no section says how many
+    first, second = described["sections"]
+    seen = {**described, "chart": chart, "sections": [
+        first, *({**second, "title": f"after {count}", "images_seen": count, "images": 3,
+                  "rows": [row]} for count, row in zip((500, 2000), second["rows"], strict=True))]}
+    assert [[(point.x, point.y) for point in line.points] for line in cost_lines(seen, "fid")] == [
+        [(500, 1.5)], [(2000, 3.0)]]
+    assert chart_drawing(seen).caption == ("FID against images seen in training, 3 images of each row; "
+                                           "bars: 95 % intervals")
+
+
+def test_a_panel_for_each_section(described, tmp_path):
+    first, second = described["sections"]
+    values = {"ddim": 1.0, "sag": None, "base": None}
+    study = {**described, "chart": {"x": "sections", "y": "fid", "sections": ()}, "sections": [
+        first, {**second, "against": "blur_sigma", "rows": [{**row, "against": values[row["row"]]}
+                                                            for row in second["rows"]]}]}
+    alone, numeric = panels(study)
+    assert [(mark.label, mark.x, mark.difference) for mark in alone.marks] == [
+        ("no guidance", None, pytest.approx(FID["few"] - FID["base"]))]         # not the row that it compares with
+    assert [(mark.x, mark.difference) for mark in numeric.marks] == [(1.0, 0.0)]        # sag has no such value
+    assert numeric.marks[0].interval == pytest.approx([0, 0]) and numeric.base == "no guidance, DDPM, 250 steps"
+    write_all(tmp_path, study, Pictures())
+    with Image.open(tmp_path / "chart.png") as image:
+        assert image.width == 1440
+    assert "FID: differences from no guidance, DDPM, 250 steps" in (tmp_path / "table.md").read_text()
 
 
 def test_published_numbers_stand_where_none_was_measured(described):
     number = described["sections"][1]["rows"][0]["metrics"]["fid"]
     number.update(value=None, interval95=None, published=7.25)
-    assert CostLine("DDIM", "no guidance", (CostPoint(20, 7.25, None, True),)) in cost_lines(described)
+    assert CostLine("DDIM", "no guidance", (CostPoint(20, 7.25, None, True),)) in cost_lines(described, "fid")
 
 
 def test_the_cost_stands_beside_the_numbers(described):

@@ -8,7 +8,6 @@ import pytest
 from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import Replicates
 from evaluations.reproduction.checks import check_rows
-from evaluations.reproduction.cost_chart import chart_title
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements
 from evaluations.reproduction.report import markdown
 from evaluations.reproduction.results import (
@@ -20,6 +19,7 @@ from evaluations.reproduction.results import (
     verdict,
     versus,
 )
+from evaluations.reproduction.table_chart import chart_drawing
 from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, load_table, read_row
 from guided_diffusion.errors import UserError
 
@@ -103,7 +103,8 @@ def test_numbers_by_another_network_have_its_name(tmp_path):
     text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
     assert "| Frechet distance by EfficientNet-Lite0 features | precision |" in text
     assert "of the Frechet distance by EfficientNet-Lite0 features of N images" in text
-    assert chart_title(said).startswith("Frechet distance by EfficientNet-Lite0 features against network evaluations")
+    title = chart_drawing(said).title
+    assert title.startswith("Frechet distance by EfficientNet-Lite0 features against network evaluations")
     assert "FID" not in text and features_of(by_photo({}, "photo")) == "EfficientNet-Lite0"
     assert features_of(Table("mini", "Mini", "", "", {"c": by_photo({}, "scenes").rows["b"]}, ())) == ""
 
@@ -190,3 +191,21 @@ def test_rows_say_in_words_what_sets_them_apart():
     assert len(set(titles.values())) == len(titles)
     assert said["settings"] == ("DDPM, 20 steps; seed 1; SAG: block output.2, mask self-attention, psi = 1, sigma = 1, "
                                 "exact heads; PAG: block middle")
+
+
+def test_what_a_method_that_is_off_would_do_sets_no_row_apart(tmp_path):
+    shared = {"model": "fmnist32", "num_samples": 4, "evaluation": {"metrics": "fid"}}
+    rows = {name: read_row(name, {**shared, **values}, Path("t.yaml"))
+            for name, values in {"off": {"blur_sigma": 1.0}, "on": {"guide_scale": 1.5, "blur_sigma": 2.0}}.items()}
+    sections = tuple(Section(option, ("off", "on"), option) for option in ("blur_sigma", "guide_scale", "seed"))
+    table = in_folder(Table("mini", "Mini", "", "", rows, sections), tmp_path)
+    written(table)
+    said = results(table, Measurements({}, {}, None, None), {}, how())["sections"]
+    assert [[row["against"] for row in section["rows"]] for section in said] == [[None, 2.0], [1.0, 1.5], [0, 0]]
+
+
+def test_class_accuracy_needs_labels():
+    values = {"model": "scenes32", "evaluation": {"backend": "fashion_mnist", "metrics": "class_accuracy"}}
+    row = read_row("a", values, Path("t.yaml"))
+    with pytest.raises(UserError, match=r"row a in t\.yaml: the row has no labels, which class_accuracy would need"):
+        check_rows(Table("mini", "Mini", "", "", {"a": row}, (Section("All", ("a",)),)))

@@ -292,6 +292,10 @@ def test_what_is_chosen_of_a_table(write):
     assert [section.base for section in compared.sections] == ["a", "a"]
     assert [section.base for section in compared.chosen("b,c").sections] == ["b", "b"]      # and their sentence says it
     assert compared.chosen("b").chart == tables.ChartSpec("evaluations", "fid") and table.chart is None
+    write(mini(sections="[{title: X, rows: [a], images_seen: 500}]", more="chart: {x: images_seen, y: 'fid, is'}"))
+    seen = load_table("mini")
+    assert seen.chart == tables.ChartSpec("images_seen", "fid,is")
+    assert [section.images_seen for section in seen.sections] == [500]
     placed = tables.in_folder(table, "runs", 5)
     assert placed.rows["b"].run.sample.out == "runs/b" and tables.smallest(list(placed.rows.values())) == 5
 
@@ -314,7 +318,9 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     (mini(sections="[{title: All, rows: [a], against: sed}]"), "(did you mean seed?)"),
     (mini(sections="[{title: All, rows: [a], against: mask}]"), "must be an option that is a number"),
     (mini(sections="[{title: All, rows: [a], against_row: b}]"), "against_row b in "),
+    (mini(sections="[{title: All, rows: [a], images_seen: 0.5}]"), "images_seen 0.5 in "),
     (mini(more="chart: {x: evaluatoins, y: fid}"), "(did you mean evaluations?)"),
+    (mini(more="chart: {x: sections, y: 'fid,presicion'}"), "(did you mean precision?)"),
     (mini(more="chart: {x: evaluations, y: fdi}"), "(did you mean fid?)"),
     (mini(more="chart: {x: evaluations}"), "y None of chart in "),
     (mini(more="chart: {x: evaluations, y: fid, z: is}"), "z in chart in "), (mini(more="chart: fid"), "chart in "),
