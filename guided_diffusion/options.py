@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import re
 import reprlib
 import sys
 import typing
@@ -297,7 +298,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would end the process."""
-        raise UserError(message)
+        raise UserError(re.sub(r"^argument (--\w+): expected one argument$", r"\1: a value is missing", message))
 
     def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The values in a configuration, or in the config.json of a training, as this command knows them."""
