@@ -156,9 +156,10 @@ def job(what: str, place: str | Path, title: str = "", *, reads: bool = False) -
         return
     keeper = _Keeper(what, Path(place), title, reads)
     keeper.write(State.RUNNING)
-    if not _running:
-        said = f"its state is in {keeper.path} until it ends" if reads else f"writes {place}"
-        _log.info("%s: %s", what, said)
+    if not _running and not reads:
+        _log.info("%s: writes %s", what, place)
+    elif not _running and keeper.path.is_file():
+        _log.info("%s: its state is in %s until it ends", what, keeper.path)
     _running.append(what)
     try:
         with watched(keeper.told):
