@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
@@ -44,6 +44,9 @@ from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
 from .work import make_chunks
 from .workers import WorkQueue
+
+if TYPE_CHECKING:
+    from ..unet import UNetModel
 
 LOG = logging.getLogger(__name__)
 
@@ -206,8 +209,7 @@ class SamplingRun:
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                sampler = ImageSampler(self.sample, self.sampler, self._compiled(self.build()),
-                                       None if base is None else base.low_res)
+                sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
@@ -285,17 +287,19 @@ class SamplingRun:
         check_same_names(self.checkpoints())
         return BuiltRun(model, model if self.model.class_cond else without_labels(model), diffusion, guidance)
 
-    def _compiled(self, built: BuiltRun) -> BuiltRun:
-        """What was built, compiled where --compile asks for it; rank 0 says what that gains."""
+    def _compile(self, model: UNetModel) -> None:
+        """Compiles the network where --compile asks for it; rank 0 says what that gains."""
         if self.sample.compile:
-            line = compile_for(built.model, self.sample.batch_size)
+            with dist_util.together():
+                line = compile_for(model, self.sample.batch_size)
             if dist_util.is_main():
                 LOG.info(line)
-        return built
 
     def _sample(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, began: float) -> Path | None:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
         spans = queue.get("todo")
+        if spans is not None:
+            self._compile(sampler.model)
         try:
             with queue:
                 if spans is not None:
