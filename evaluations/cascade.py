@@ -22,6 +22,7 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
+from guided_diffusion.jobs import job
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.runs.base_images import OF_BASE
 from guided_diffusion.runs.options import MOST_IMAGES
@@ -152,6 +153,6 @@ class Cascade:
         cached = replace(part.extractor, cache=part.extractor.cache or str(out / "features"))
         with dist_util.together():
             evaluation = Evaluation(part.reference, [str(self._last.samples)], cached, options, self.warn, extractor)
-        with feature_folder(cached.cache) as folder:
+        with job("evaluation", options.json), feature_folder(cached.cache) as folder:
             results = evaluation.run(folder)
         return f"results: {options.json}\n{summary(results)}" if results else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import scipy
 
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
@@ -32,7 +32,7 @@ from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
-from .nearest import check_nearest, draw_nearest
+from .nearest import draw_nearest
 from .references import open_reference
 
 ROWS = 4096                     # of stored features, that are looked at together
@@ -110,6 +110,11 @@ class EvaluatorOptions(Options):
         """What the values of the metrics depend on besides the features."""
         dense = any(metric.neighbours > MANIFOLD_K for metric in self.wanted)
         return ComparisonSettings(self.precision_recall, self.seed, bool(self.plot) or dense)
+
+
+def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
+    """The job of an evaluation: its state lies beside the file of its results, or else of the samples that it reads."""
+    return job("evaluation", json or sample, reads=not json)
 
 
 def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
@@ -260,7 +265,7 @@ class Evaluation:
         for flag in ("json", "plot", "nearest"):
             check_writable(f"--{flag}", getattr(options, flag))
         if options.nearest:
-            check_nearest(options.nearest)
+            check_ending("--nearest", options.nearest, ".png")
         if options.plot:
             plots.check_plot(options.plot)
         if options.bootstrap == 1:
@@ -348,13 +353,8 @@ class Evaluation:
     def run(self, folder: Path) -> list[dict[str, Any]]:
         """Returns the results, one for each sample file, after that of `--held_out`; none on ranks but the first.
 
-        It writes the files of `--json` and `--plot`, and beside the first one its state as long as it runs. folder:
-        keeps the features.
+        It writes the files of `--json`, `--plot` and `--nearest`. folder: keeps the features.
         """
-        with job("evaluation", self.options.json) if self.options.json else nullcontext():
-            return self._run(folder)
-
-    def _run(self, folder: Path) -> list[dict[str, Any]]:
         reference, samples = self.features(folder)
         results = []
         with dist_util.together():

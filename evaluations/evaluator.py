@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, summary
+from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job, summary
 from evaluations.evaluation import ExtractorOptions as NetworkOptions
 from evaluations.features import feature_folder
 from guided_diffusion import dist_util
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.progress import aside
@@ -33,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                                                     description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
+    log_to_stderr(dist_util.is_main())
     dist_util.setup_dist()
     with dist_util.together():
         evaluation = Evaluation(words[0], words[1:], extractor, options, warn=warn)
-    with feature_folder(extractor.cache) as folder:
+    with evaluation_job(options.json, evaluation.samples[bool(options.held_out)].path), \
+            feature_folder(extractor.cache) as folder:
         results = evaluation.run(folder)
     dist_util.shutdown()
     if results:

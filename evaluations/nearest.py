@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from guided_diffusion.errors import UserError
 from guided_diffusion.pictures import save_comparison
 
 from .metrics import FileFeatures
@@ -37,12 +36,6 @@ def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray, shown: int 
         found[rows], least[rows] = order[:, :found.shape[1]], squared.min(axis=1)
     chosen = np.argsort(least, kind="stable")[:shown]
     return Neighbours(chosen, found[chosen])
-
-
-def check_nearest(path: str) -> None:
-    """Raises UserError where the file of `--nearest` is no PNG file."""
-    if not path.lower().endswith(".png"):
-        raise UserError(f"--nearest {path}: must end in .png")
 
 
 def draw_nearest(path: str, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:

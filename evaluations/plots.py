@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write
+from guided_diffusion.files import check_ending, write
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -49,8 +49,7 @@ def new_figure(width: float, height: float, dpi: float | None = None,
 
 def check_plot(path: str) -> None:
     """Raises UserError where the file format of `--plot` is unknown, or where matplotlib is missing."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError(f"--plot {path}: must end in {', '.join(SUFFIXES)}")
+    check_ending("--plot", path, *SUFFIXES)
     require_matplotlib("--plot needs")
 
 

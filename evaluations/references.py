@@ -74,8 +74,14 @@ def open_reference(word: str) -> BatchFile:
     """
     bundled = bundled_reference(word)
     with reading(word, "cannot be read"):
-        use_bundled = bundled.is_file() and not Path(word).exists()
-    return BatchFile(bundled) if use_bundled else open_images(word)
+        is_there = Path(word).exists()
+    if not is_there and bundled.is_file():
+        return BatchFile(bundled)
+    if not is_there and not Path(word).suffix:
+        known = sorted(path.name.removesuffix("_reference.npz") for path in MODELS.glob("*_reference.npz"))
+        raise UserError(f"{word}: there is no such file, and no bundled reference of that name{nearest(word, known)}, "
+                        f"there are {', '.join(known)}")
+    return open_images(word)
 
 
 def find_reference(word: str, folder: str | Path) -> Path | None:

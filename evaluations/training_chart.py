@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, write
+from guided_diffusion.files import check_ending, check_writable, write
 from guided_diffusion.logger import read_log
 from guided_diffusion.options import Options, comma_separated, option, required
 
@@ -60,8 +60,7 @@ def draw_trainings(paths: Sequence[str], options: TrainingChartOptions) -> str:
     Raises UserError as `read_curves`, and for a file that it cannot write.
     """
     check_writable("--out", options.out)
-    if Path(options.out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {options.out}: must end in {', '.join(SUFFIXES)}")
+    check_ending("--out", options.out, *SUFFIXES)
     require_matplotlib("the chart needs")
     columns = list(comma_separated(options.values))
     curves = [curve for path in paths for curve in read_curves(path, columns)]

@@ -92,7 +92,8 @@ def read_mapping(path: str | Path, within: str = "", flag: str = "--config") -> 
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise UserError(f"{flag} {path}: is not YAML ({' '.join(str(error).split())[:500]})") from None
+        said = " ".join(str(error).split()).replace(' in "<unicode string>",', " at")
+        raise UserError(f"{flag} {path}: is not YAML ({said[:500]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path}: must hold option names and values, one a line")
     return content

@@ -26,6 +26,7 @@ from .errors import UserError
 from .facts import check_options
 from .fetch import sha256_of, without_secrets
 from .files import check_folder, write_json, write_text
+from .jobs import STATE
 from .late import Tensor
 from .options import Options, entry_option, option, required
 from .presets import MODELS, Preset, find_preset
@@ -145,6 +146,8 @@ def export_model(options: ExportOptions) -> Path:
     out = check_folder("--out", options.out)
     if (out / CONFIG).exists() and not _is_export(out / CONFIG):
         raise UserError(f"--out {out}: is the folder of a training, name another")
+    if any((out / name).exists() for name in (STATE, "run.json")):
+        raise UserError(f"--out {out}: is the folder of a run, whose files a model would stand among; name another")
     if options.layout == "diffusers":
         return _export_pipeline(preset, source, options, out)
     source.write(out / OWN_WEIGHTS)

@@ -56,6 +56,12 @@ def check_writable(flag: str, path: str | Path, parents: bool = False) -> None:
         raise UserError(f"{flag} {path}: cannot be written ({reason(error)})") from None
 
 
+def check_ending(flag: str, path: str | Path, *endings: str) -> None:
+    """Raises UserError, naming the flag (with its dashes), where a name ends in none of these, like ".png"."""
+    if not str(path).lower().endswith(endings):
+        raise UserError(f"{flag} {path}: must end in {', '.join(endings)}")
+
+
 def check_folder(flag: str, path: str | Path) -> Path:
     """Makes the folder `path`, writes a file in it as a test, and returns it.
 

@@ -348,10 +348,15 @@ def find_data(data_dir: str | os.PathLike) -> Path:
         raise UserError(f"--data_dir {FASHION_MNIST}: not found in {DEBIAN_FASHION_MNIST}; run `apt-get install "
                         "dataset-fashion-mnist`, or name a folder with its four files (train-images-idx3-ubyte.gz, "
                         "train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz)")
-    if not (Path(data_dir).is_dir() or (is_npz(data_dir) and Path(data_dir).is_file())):
-        raise UserError(f"--data_dir {data_dir}: no such folder (a folder of images or IDX files, an .npz file, or "
+    place = Path(data_dir)
+    if not (place.is_dir() or (is_npz(data_dir) and place.is_file())):
+        fault = "is neither a folder nor an .npz file" if place.exists() else "no such folder"
+        raise UserError(f"--data_dir {data_dir}: {fault} (a folder of images or IDX files, an .npz file, or "
                         f"{FASHION_MNIST})")
-    return Path(data_dir)
+    samples = next(place.glob("samples_*.npz"), None) if (place / "run.json").is_file() else None
+    if samples:
+        raise UserError(f"--data_dir {data_dir}: is the folder of a sampling run; name its file of samples, {samples}")
+    return place
 
 
 def holds_idx(folder: Path) -> bool:

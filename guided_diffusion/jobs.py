@@ -26,13 +26,23 @@ from .foreign import read_json
 from .launchers import is_main, world_size
 from .progress import Progress, Step, clock, watched
 
-STATE = "status.json"           # in the folder of a job; beside a FILE that a job writes it is FILE.status.json
+STATE = "status.json"           # in the folder of a job; beside a FILE that a job writes or reads: FILE.status.json
 EVERY = 5.0                     # seconds between two states
 SILENT = 600.0                  # seconds without a word after which a job of another machine is taken to be gone
 LONGEST = 300                   # characters of the reason for which a job stopped
 
 _log = logging.getLogger(__name__)
 _running: list[str] = []        # the jobs of this process, from the outermost
+
+
+def command_line(words: Sequence[str] | None = None) -> str:
+    """A command as a shell takes it, without what is secret in addresses; words: a script and what follows, or None.
+
+    None: the command of this process.
+    """
+    words = sys.argv if words is None else words
+    python = ["python"] if words[0].endswith(".py") else []         # else it is the installed command
+    return without_secrets(shlex.join([*python, *words]))
 
 
 class State(StrEnum):
@@ -47,15 +57,22 @@ class State(StrEnum):
 
 def state_file(place: Path) -> Path:
     """Where the state of a job lies that writes the folder `place`, or the file of that name."""
-    return place / STATE if place.is_dir() else place.with_name(f"{place.name}.{STATE}")
+    return place / STATE if place.is_dir() else state_beside(place)
+
+
+def state_beside(place: Path) -> Path:
+    """Where the state of a job lies that writes the file `place`, or that reads this folder or file."""
+    place = Path(os.path.abspath(place))
+    return place.with_name(f"{place.name or 'root'}.{STATE}")
 
 
 @dataclass(frozen=True)
 class JobState:
     """A state, as it is in the file: what the job is, and how far it was at that time.
 
-    began, written: seconds since 1970. started: of the process, in clock ticks since its machine started; 0 where the
-    system does not say. steps: from the outermost to the innermost. command: the command line that started it.
+    writes: "" where it writes nothing. began, written: seconds since 1970. started: of the process, in clock ticks
+    since its machine started; 0 where the system does not say. steps: from the outermost to the innermost. command: the
+    command line that started it.
     """
 
     job: str
@@ -106,18 +123,18 @@ class JobState:
         lines = [f"{self.job}{f' ({self.title})' if self.title else ''}, {words[self.state]}"]
         if self.state is not State.FINISHED:
             lines += [f"  {step}" for step in self.steps]
-        return "\n".join([*lines, f"  writes {self.writes}"])
+        return "\n".join([*lines, *([f"  writes {self.writes}"] if self.writes else [])])
 
 
 def read_state(place: Path) -> JobState | None:
-    """The state of the job that writes a folder or a file, as it is now; None where there is none.
+    """The state of the job that writes a folder or a file, or else of one that reads it; None where there is none.
 
-    Raises UserError where the file of the state is damaged.
+    It is the state as it is now. Raises UserError where the file of the state is damaged.
     """
-    path = state_file(place)
-    if not path.is_file():
-        return None
-    return JobState.of(read_json(path, _can_be_told)).now()
+    for path in (state_file(place), state_beside(place)):
+        if path.is_file():
+            return JobState.of(read_json(path, _can_be_told)).now()
+    return None
 
 
 def _can_be_told(content: dict[str, Any]) -> bool:
@@ -127,19 +144,22 @@ def _can_be_told(content: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
+def job(what: str, place: str | Path, title: str = "", *, reads: bool = False) -> Iterator[None]:
     """Keeps the state of a job up to date, on rank 0, as long as the block lasts, and says how it ended.
 
-    what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". A job that
-    is no part of another one logs its place. A state that cannot be written, as on a full disk, harms no job.
+    what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". reads: it
+    writes no file, and `place` is what it reads: its state lies beside that, and is removed at the end. A job that is
+    no part of another one logs its place. A state that cannot be written, as on a full disk, harms no job.
     """
     if not is_main():
         yield
         return
-    keeper = _Keeper(what, Path(place), title)
+    keeper = _Keeper(what, Path(place), title, reads)
     keeper.write(State.RUNNING)
-    if not _running:
+    if not _running and not reads:
         _log.info("%s: writes %s", what, place)
+    elif not _running and keeper.path.is_file():
+        _log.info("%s: its state is in %s until it ends", what, keeper.path)
     _running.append(what)
     try:
         with watched(keeper.told):
@@ -148,7 +168,7 @@ def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
         interrupted = isinstance(error, KeyboardInterrupt) or (
             isinstance(error, PeerError) and isinstance(error.__cause__, KeyboardInterrupt))
         why = "" if interrupted else _in_a_sentence(error)
-        keeper.write(State.INTERRUPTED if interrupted else State.STOPPED, why)
+        keeper.stop(State.INTERRUPTED if interrupted else State.STOPPED, why)
         raise
     finally:
         _running.pop()
@@ -158,12 +178,13 @@ def job(what: str, place: str | Path, title: str = "") -> Iterator[None]:
 class _Keeper:
     """Writes the state of a job."""
 
-    def __init__(self, what: str, place: Path, title: str) -> None:
-        self.path, self.is_file = state_file(place), not place.is_dir()
+    def __init__(self, what: str, place: Path, title: str, reads: bool) -> None:
+        self.reads, self.path = reads, state_beside(place) if reads else state_file(place)
+        self.is_file = reads or not place.is_dir()
         self.facts: dict[str, Any] = {
-            "job": what, "title": title, "writes": str(place.absolute()), "host": socket.gethostname(),
+            "job": what, "title": title, "writes": "" if reads else str(place.absolute()), "host": socket.gethostname(),
             "process": os.getpid(), "started": _started(os.getpid()), "ranks": world_size(), "began": time.time(),
-            "command": without_secrets(shlex.join(["python", *sys.argv]))}
+            "command": command_line()}
         self.under_way: tuple[Progress, ...] = ()
         self.next = 0.0
         with contextlib.suppress(OSError):
@@ -185,11 +206,21 @@ class _Keeper:
         with contextlib.suppress(UserError, OSError):
             write_json(self.path, content)
 
+    def stop(self, state: State, why: str) -> None:
+        """The end of a job that did not do all, which its state says from then on, unless it only reads."""
+        if self.reads:
+            self._remove()
+        else:
+            self.write(state, why)
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
     def finish(self) -> None:
         """The end of a job that did all: a folder keeps the state, a file that is there says enough."""
         if self.is_file:
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
+            self._remove()
         else:
             self.under_way = ()
             self.write(State.FINISHED)

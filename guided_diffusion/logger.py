@@ -9,15 +9,18 @@ import csv
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import open_own, reason, write_csv
 from .late import Tensor, torch
-from .log_sinks import Sink
+from .log_sinks import Sink, open_sinks
 
 _log = logging.getLogger(__name__)
+
+IN_THE_WAY = "; move it away, or name another --out"       # of a training that would write there
 
 
 class MetricLogger:
@@ -66,6 +69,12 @@ class MetricLogger:
         for sink in self.sinks:
             sink.write(step, {**exact, **means})
 
+    def add_gradient(self, norm: float, max_norm: float) -> None:
+        """Adds the norm of a step's gradient, and whether it was shortened to `max_norm`; 0: none is."""
+        self.add("grad_norm", norm)
+        if max_norm:
+            self.add("clipped", float(norm > max_norm))
+
     def picture(self, step: int, name: str, path: Path) -> None:
         """Shows a PNG file in the sinks."""
         for sink in self.sinks:
@@ -77,14 +86,21 @@ class MetricLogger:
             sink.close()
 
 
+def open_log(folder: Path, resume_step: int, sinks: str, config: Mapping[str, Any], online: bool) -> MetricLogger:
+    """The log of a training in a folder, with the sinks of `--log`; arguments and errors are those of `open_sinks`."""
+    logger = MetricLogger(folder, resume_step)      # so that a log that is none is found before sinks are opened
+    logger.sinks = open_sinks(sinks, folder, resume_step, config, online)
+    return logger
+
+
 def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and whole rows of a progress.csv; a last line that a kill cut short is left out.
 
     Raises UserError where it is no such log, or cannot be read.
     """
-    columns, rows = _read(path)
+    columns, rows = _read(path, "")
     for row in rows:
-        _step(path, row)
+        _step(path, row, "")
     return columns, rows
 
 
@@ -92,21 +108,21 @@ def _short(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
-def _step(path: Path, row: dict[str, str]) -> int:
-    """The step of a row; raises UserError where it is not one of a training's log."""
+def _step(path: Path, row: dict[str, str], remedy: str = IN_THE_WAY) -> int:
+    """The step of a row; raises UserError, which ends in the remedy, where it is not one of a training's log."""
     try:
         if None in row or None in row.values():         # more or fewer values than columns
             raise ValueError
         return int(row["step"])
     except (KeyError, ValueError):
-        raise _foreign(path) from None
+        raise _foreign(path, remedy) from None
 
 
-def _foreign(path: Path) -> UserError:
-    return UserError(f"{path}: is not the log of a training, or is damaged; move it away, or name another --out")
+def _foreign(path: Path, remedy: str) -> UserError:
+    return UserError(f"{path}: is not the log of a training, or is damaged{remedy}")
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read(path: Path, remedy: str = IN_THE_WAY) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and whole rows of a CSV file; a last line that a kill cut short is left out."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -115,4 +131,4 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from None
     except (ValueError, csv.Error):
-        raise _foreign(path) from None
+        raise _foreign(path, remedy) from None

@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+import re
 import reprlib
 import sys
 import typing
@@ -297,7 +298,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would end the process."""
-        raise UserError(message)
+        raise UserError(re.sub(r"^argument (--\w+): expected one argument$", r"\1: a value is missing", message))
 
     def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The values in a configuration, or in the config.json of a training, as this command knows them."""
@@ -328,7 +329,8 @@ class OptionParser(argparse.ArgumentParser):
         known, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
-            raise UserError(f"{cut(name)}: no such option{nearest(name, [f'--{n}' for n in self.fields])}")
+            fault = "no such option" if name.startswith("-") else "stands where an option is expected"
+            raise UserError(f"{cut(name)}: {fault}{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
         given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}

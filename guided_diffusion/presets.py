@@ -16,6 +16,7 @@ from .checkpoint import read_metadata
 from .errors import UserError
 from .fetch import Download, sha256_of, size_of
 from .options import nearest
+from .progress import in_bytes
 from .stated import statement_of
 from .trainings import best_weights, classifier_beside, guidance_in
 
@@ -153,12 +154,12 @@ def find_released(names: Sequence[str], every: bool = False) -> list[Preset]:
 def description(preset: Preset, ask: bool = True) -> str:
     """What is to know of a released checkpoint before it is fetched, in lines; `ask` the server for its size."""
     size = size_of(_url(preset)) if ask else None
-    about = f"about {readable(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
+    about = f"about {in_bytes(4 * (preset.parameters or 0))}"          # of float32, and next to nothing else
     guide = f", guided by {preset.classifier}" if preset.classifier else ""
     return (f"{preset.name}: {preset.kind}, {preset.parameters:,} parameters{guide}\n"
             f"    address: {preset.url}\n"
             f"    licence: {preset.licence}\n"
-            f"    size:    {f'{size:,} bytes ({readable(size)})' if size else about}")
+            f"    size:    {f'{size:,} bytes ({in_bytes(size)})' if size else about}")
 
 
 def fetch_released(preset: Preset, folder: Path, sha256: str | None = None) -> str:
@@ -184,10 +185,3 @@ def _url(preset: Preset) -> str:
     if preset.url is None:
         raise UserError(f"{preset.name}: is bundled, there is nothing to fetch")
     return preset.url
-
-
-def readable(size: int) -> str:
-    """A number of bytes in decimal units, like 1.18GB."""
-    from tqdm import tqdm
-
-    return tqdm.format_sizeof(size, "B", 1000)

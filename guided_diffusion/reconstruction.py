@@ -73,7 +73,9 @@ def reconstruct(folder: str | Path, options: ReconstructionOptions) -> list[Path
 
 
 def find_snapshots(folder: Path) -> dict[Kept, Path]:
-    """The averages by power functions that a training keeps in a folder; raises UserError where there are none."""
+    """The averages by power functions that a training keeps in a folder; raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
     found: dict[Kept, Path] = {}
     for path in sorted(path for pattern in PATTERNS for path in folder.glob(pattern)):
         metadata = checkpoint.read_metadata(path)

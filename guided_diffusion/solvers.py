@@ -187,14 +187,21 @@ class SolverOptions(SamplerOptions):
                             f"{self.solver_grid}, which has --sampling_steps; only {CHAIN} is respaced")
         return timestep_respacing
 
+    @property
+    def fewest_steps(self) -> int:
+        """The order, as so many evaluations are taken together."""
+        return self.solver_order
+
     def num_steps(self, chain: int) -> int:
         """The steps of the grid. Raises UserError where there are fewer than the order, or it says otherwise."""
         steps = chain if self.solver_grid == CHAIN else self.sampling_steps or DEFAULT_STEPS
         if self.sampling_steps not in (None, steps):
             raise UserError(f"--sampling_steps {self.sampling_steps}: with --solver_grid {CHAIN} it must be the number "
                             f"of steps that --timestep_respacing gives, {steps}, or be left out")
-        if self.solver_order > steps:
-            raise UserError(f"--solver_order {self.solver_order}: must be at most the number of steps, {steps}")
+        if steps < self.fewest_steps:
+            raise UserError(f"--sampling_steps {steps}: must be at least {self.solver_order}, the --solver_order"
+                            if self.sampling_steps else
+                            f"--solver_order {self.solver_order}: must be at most the number of steps, {steps}")
         return steps
 
     def in_steps(self, steps: int) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class SamplerOptions(Options):
         """The steps of a run, where the respaced chain has `chain`. Raises UserError for too few or contradictions."""
         return chain
 
+    @property
+    def fewest_steps(self) -> int:
+        """The fewest steps that a run may have."""
+        return 1
+
     def process(self, diffusion: DiffusionProcess) -> DiffusionProcess:
         """The process whose steps are walked through, from the respaced one."""
         return diffusion

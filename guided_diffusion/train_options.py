@@ -1,4 +1,4 @@
-"""The options of trainings: those that all have, and those of diffusion models and of classifiers."""
+"""The options of trainings: those that all have, those of a loop, and of diffusion models and of classifiers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,24 @@ from .train_folder import FIXED
 
 
 @dataclass(frozen=True)
-class LoopOptions(Options):
-    """Options that every training has."""
+class DescentOptions(Options):
+    """Options that every training has: how long a gradient may be, and where its log goes."""
+
+    grad_clip: float = option(0.0, "largest norm of a step's gradient, of all weights as one vector; a longer one is "
+                              "shortened to it; 0: none is", minimum=0)
+    log: str = option("", f"where the log goes beside progress.csv, with commas: {', '.join(SINKS)}")
+    log_online: bool = option(False, "let wandb send the log to its server; False: it stays on this machine")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sinks = parse_sinks(self.log)
+        if self.log_online and "wandb" not in sinks:
+            raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
+
+
+@dataclass(frozen=True)
+class LoopOptions(DescentOptions):
+    """Options that every training in a folder has."""
 
     data_dir: str = option("", "folder of images or IDX files, or an .npz file of images, to train on; "
                            "fashion-mnist: where Debian installs it")
@@ -26,8 +42,6 @@ class LoopOptions(Options):
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
-    grad_clip: float = option(0.0, "largest norm of a step's gradient, of all weights as one vector; a longer one is "
-                              "shortened to it; 0: none is", minimum=0)
     batch_size: int = option(1, "images per step and process", minimum=1)
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
     classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
@@ -37,8 +51,6 @@ class LoopOptions(Options):
     random_flip: bool = option(True, "mirror half of the images left to right")
     random_crop: bool = option(False, "cut images at random instead of from the centre")
     log_interval: int = option(10, "steps between two lines of the log", minimum=1)
-    log: str = option("", f"where the log goes beside progress.csv, with commas: {', '.join(SINKS)}")
-    log_online: bool = option(False, "let wandb send the log to its server; False: it stays in --out")
     save_interval: int = option(10000, "steps between two saves; a kill loses at most these", minimum=1)
     snapshot_images: str = option("0", "keep the moving averages, or the weights where there are none, as early "
                                   "networks: every so many images, or once after each of several numbers of images, "
@@ -60,9 +72,6 @@ class LoopOptions(Options):
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
         _ = self.snapshots
-        sinks = parse_sinks(self.log)
-        if self.log_online and "wandb" not in sinks:
-            raise UserError(f"--log_online True --log {self.log or 'unset'}: only --log wandb goes online")
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):
             if name not in free:

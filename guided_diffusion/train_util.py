@@ -54,8 +54,8 @@ from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
-from .log_sinks import check_sinks, open_sinks
-from .logger import MetricLogger
+from .log_sinks import check_sinks
+from .logger import MetricLogger, open_log
 from .loss_curve import draw_loss_curve
 from .progress import progress_bar
 from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
@@ -190,10 +190,7 @@ class TrainLoop:
     def _logger(self) -> MetricLogger:
         if not dist_util.is_main():
             return MetricLogger(None)
-        logger = MetricLogger(self.out, self.step)      # so that a log that is none is found before sinks are opened
-        options = self.options
-        logger.sinks = open_sinks(options.log, self.out, self.step, self.record.options, options.log_online)
-        return logger
+        return open_log(self.out, self.step, self.options.log, self.record.options, self.options.log_online)
 
     def _train(self, logger: MetricLogger) -> None:
         global_batch = self.options.batch_size * dist_util.world_size()
@@ -265,9 +262,7 @@ class TrainLoop:
         norm = self.precision.step(self.optimizer, self.options.grad_clip)
         self._update_ema(math.isfinite(norm))
         if math.isfinite(norm):
-            logger.add("grad_norm", norm)
-            if self.options.grad_clip:
-                logger.add("clipped", float(norm > self.options.grad_clip))
+            logger.add_gradient(norm, self.options.grad_clip)
         elif self.precision.lg_loss_scale <= 0:
             with dist_util.together():      # all ranks find the same; one says so
                 raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .presets import Preset, find_preset, readable, released_names
+from .presets import Preset, find_preset, released_names
+from .progress import in_bytes
 
 COMMANDS = {"diffusion": ("image_sample", "image_nll"), "upsampler": ("super_res_sample",),
             "classifier": ("classifier_sample",)}
@@ -49,7 +50,7 @@ def _row(preset: Preset) -> tuple[str, ...]:
     size = options.get("image_size", options.get("large_size"))
     shown = f"{options['small_size']} to {size}" if preset.kind == "upsampler" else f"{size}"
     classes = "yes" if options.get("class_cond") or preset.kind == "classifier" else "no"
-    return (f"`{preset.name}`", preset.kind, preset.data, shown, classes, f"{count:,}", readable(4 * count),
+    return (f"`{preset.name}`", preset.kind, preset.data, shown, classes, f"{count:,}", in_bytes(4 * count),
             ", ".join(f"`{command}`" for command in commands_of(preset)))
 
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options_parser(argv, BenchOptions, BenchSpec, ShowOptions, description=__doc__,
                             words=Words("BENCH", f"the bench: {', '.join(bench_names())}, or a file of this kind"))
     words, (options, spec, show) = parser.read(argv)
-    code = launch(options.as_table)
+    code = launch(options)
     if code is not None:
         sys.exit(code)
     fields = {field.name for field in option_fields(BenchSpec)}

@@ -21,24 +21,33 @@ from evaluations.evaluator import warn
 from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Words, options_parser, parse_words
+from guided_diffusion.options import Words, cut, nearest, option_fields, options_parser, parse_words
 from guided_diffusion.runs.command import Run, read_run, say_without_effect
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
 PARTS = ("base", "upsampler", "evaluation")
+OTHERS = (CascadeOptions, ShowOptions, ExtractorOptions, EvaluatorOptions)
 SHARED = ("num_samples", "seed", "out", "overwrite", "base_samples")
 
 
 def divided(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """The command line by parts, each with its name; the first, which has none, is that of the cascade itself."""
+    """The command line by parts, each with its name; the first, which has none, is that of the cascade itself.
+
+    Raises UserError for a word that is neither the name of a part nor a value of an option.
+    """
     parts: list[tuple[str, list[str]]] = [("", [])]
+    kinds = {field.name: field.type for classes in (SamplingRun.classes(), UpsamplingRun.classes(), OTHERS)
+             for kind in classes for field in option_fields(kind)}
     for before, word in pairwise(["", *argv]):
-        is_value = before.startswith("--") and "=" not in before
-        if word in PARTS and not is_value:
+        option = before.removeprefix("--") if before.startswith("--") and "=" not in before else ""
+        if word in PARTS and not (option and kinds.get(option, str) is str):
             parts.append((word, []))
-        else:
-            parts[-1][1].append(word)
+            continue
+        if not option and not word.startswith("-") and parts[-1][0] != "evaluation":
+            raise UserError(f"{cut(word)}: is none of the words {', '.join(PARTS)}, which begin the options of a part"
+                            f"{nearest(word, PARTS)}")
+        parts[-1][1].append(word)
     return parts
 
 

@@ -10,13 +10,12 @@ Examples:
         --page rows.html
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from evaluations.pages.compare import compare
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
-from guided_diffusion.fetch import without_secrets
+from guided_diffusion.jobs import command_line
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.runs.comparison import ComparisonOptions
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv, Words("FOLDER", "output folders of sampling runs, or of tables", needed=True), ComparisonOptions,
         ShowOptions, description=__doc__)
     words = sys.argv[1:] if argv is None else argv
-    command = without_secrets(shlex.join(["python", "scripts/compare.py", *words]))
+    command = command_line(["scripts/compare.py", *words])
     tell(compare(folders, options, command), show)
 
 

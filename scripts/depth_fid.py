@@ -16,7 +16,7 @@ from evaluations.depth.fid import DepthFidOptions, depth_fid, in_words
 from evaluations.evaluation import ExtractorOptions
 from evaluations.evaluator import warn
 from guided_diffusion import dist_util
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
+    log_to_stderr(dist_util.is_main())
     results = depth_fid(words[0], words[1:], extractor, options, warn)
     if results:
         print(in_words(results))

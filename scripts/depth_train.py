@@ -7,10 +7,11 @@ Examples (each goes on from its last save when started again):
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stdout, run_script, tell
-from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
+from guided_diffusion.depth.train import DepthTrainOptions, log_folder, train_predictors
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     train_predictors(*options)
-    tell(f"predictors: {options[0].out}")
+    curve = log_folder(Path(options[0].out)) / "loss.png"
+    tell(f"predictors: {options[0].out}" + (f"\nlosses: {curve}" if curve.exists() else ""))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ Examples:
         --against "guide_scale=1.5 threshold=1.25" --out explore/stronger
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from evaluations.explorer.explore import ExploreOptions, explore
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
-from guided_diffusion.fetch import without_secrets
-from guided_diffusion.options import options_parser
+from guided_diffusion.jobs import command_line
+from guided_diffusion.options import option_fields, options_parser
 from guided_diffusion.runs.command import say_without_effect
 from guided_diffusion.runs.sample import SamplingRun
 
@@ -27,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                             defaults={"out": "explore"})
     _, (own, show, *options) = parser.read(argv, SamplingRun.preset_values)
     run = SamplingRun.of(options)
-    say_without_effect(run, [name for name in parser.given if name not in ("images", "blocks", "against", "open")])
+    others = {field.name for kind in (ExploreOptions, ShowOptions) for field in option_fields(kind)}
+    say_without_effect(run, [name for name in parser.given if name not in others])
     words = sys.argv[1:] if argv is None else argv
-    command = without_secrets(shlex.join(["python", "scripts/explore.py", *words]))
+    command = command_line(["scripts/explore.py", *words])
     tell(explore(run, own, command, parser.given), show)
 
 

@@ -1,7 +1,7 @@
 """Tell from another shell what jobs are doing, or have done: sampling, training, evaluation, tables, the bench.
 
 Of a sampling run it also tells which images are missing or damaged. The state of a job is status.json in its folder,
-which the job writes every few seconds; of an evaluation, name the file of its --json.
+which the job writes every few seconds; of an evaluation, name the file of its --json, or else its samples.
 
 Examples:
     python scripts/run_status.py samples/sag
@@ -27,8 +27,9 @@ class StatusOptions(Options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, or the file that it writes",
-                                                 needed=True), StatusOptions, description=__doc__)
+    places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, the file that it writes, or the "
+                                                 "samples that it evaluates", needed=True), StatusOptions,
+                                     description=__doc__)
     from guided_diffusion.runs.status import Status, status_of  # here, as help needs none of it
 
     found: dict[str, Status] = {}

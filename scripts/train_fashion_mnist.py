@@ -7,12 +7,12 @@ Example:
     OMP_NUM_THREADS=1 python scripts/train_fashion_mnist.py --out classifier.safetensors
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from evaluations.extractors.train_fashion_mnist import FashionMnistTrainingOptions, train
 from guided_diffusion.cli import run_script
+from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
-    model = train(options, shlex.join(["python", "scripts/train_fashion_mnist.py", *arguments]))
+    model = train(options, command_line(["scripts/train_fashion_mnist.py", *arguments]))
     print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
 
 

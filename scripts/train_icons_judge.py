@@ -7,13 +7,13 @@ Example:
     OMP_NUM_THREADS=1 python scripts/train_icons_judge.py --data_dir data/icons32 --out judge.safetensors
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from evaluations.extractors import EXTRACTORS
 from evaluations.extractors.train_icons import IconsTrainingOptions, train
 from guided_diffusion.cli import run_script
+from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, IconsTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "scripts/train_icons_judge.py", *arguments])
+    command = command_line(["scripts/train_icons_judge.py", *arguments])
     layer = train(options, command, EXTRACTORS["photo"].load(device="cpu"))
     print(f"{options.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in layer.accuracy.items()))
 

@@ -11,12 +11,12 @@ Examples:
         --out models/freedoom32_judge.safetensors
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
 from evaluations.extractors.train_scenes import ScenesTrainingOptions, accuracy_in_words, train
 from guided_diffusion.cli import run_script
+from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, ScenesTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
-    extractor = train(options, shlex.join(["python", "scripts/train_scenes.py", *arguments]))
+    extractor = train(options, command_line(["scripts/train_scenes.py", *arguments]))
     print(f"{options.out}: held out, {accuracy_in_words(extractor.accuracy)}")
 
 

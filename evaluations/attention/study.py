@@ -31,6 +31,7 @@ from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
+from guided_diffusion.guidance.base import naming
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
@@ -301,7 +302,8 @@ class AttentionStudy:
         self.object_steps = options.chosen_steps("object_steps", length) if options.object_steps else self.steps
         names = comma_separated(options.blocks)
         blocks = self.network.model.attention_blocks
-        self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
+        with naming("blocks", options.blocks):
+            self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
 
     def run(self) -> str:
         """Writes all files and returns the summary."""

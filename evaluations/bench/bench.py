@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from guided_diffusion import dist_util
-from guided_diffusion.dtypes import AUTO, DTYPES
+from guided_diffusion.dtypes import AUTO
 from guided_diffusion.errors import UserError
 from guided_diffusion.jobs import job
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import option
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.progress import Progress, progress_bar
 
@@ -27,7 +27,7 @@ from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
-from ..reproduction.reproduce import FEATURES, PAGE, ReproduceOptions, made_here, pictures, prepared, write_all
+from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pictures, prepared, write_all
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
@@ -45,7 +45,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class BenchOptions(Options):
+class BenchOptions(WorkOptions):
     """The bench."""
 
     methods: str = option("", "which methods, comma-separated, by their short names, like SAG,PAG; unset: all that the "
@@ -53,26 +53,9 @@ class BenchOptions(Options):
     hours: float | None = option(None, "hours that all starts of this command together may take: what does not fit is "
                                  "left out and said", above=0)
     plan: bool = option(False, "say what the bench does, in which order, and what fits into the hours; stop there")
-    ranks: int | None = option(None, "number of ranks, which are started by mpiexec or torchrun unless a launcher has "
-                               "done so; unset: those of the launcher", minimum=1)
     evaluation_seconds: float | None = option(None, "seconds that your device takes for one evaluation of one image; "
                                               "unset: measured on this one", above=0)
     out: str = option("runs/bench", "folder for a folder of each bench, with its samples, tables and pictures")
-    models: str = option("models", "folder of the checkpoints")
-    references: str = option("references", "folder of the reference batches")
-    batch_size: int | None = option(None, "images at a time on each rank; unset: as the bench has it", minimum=1)
-    dtype: str = option("", f"type in which the networks compute: {', '.join(DTYPES)}, or {AUTO}, the fastest one "
-                        "here; unset: as the bench has it", choices=(*DTYPES, AUTO))
-    compile: bool = option(False, "compile the networks with torch.compile, for GPUs")
-    inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
-    bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
-
-    @property
-    def as_table(self) -> ReproduceOptions:
-        """The same for what tables do."""
-        return ReproduceOptions(plan=self.plan, ranks=self.ranks, out=self.out, models=self.models,
-                                references=self.references, batch_size=self.batch_size, dtype=self.dtype,
-                                compile=self.compile, inception=self.inception, bootstrap=self.bootstrap)
 
 
 def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> str:
@@ -82,7 +65,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     where the same command goes on. Raises UserError for what is wrong with names, options and files, before the first
     image is sampled.
     """
-    bench = load_bench(words, options.as_table, changed)
+    bench = load_bench(words, options, changed)
     if options.plan:
         return _plan(bench, options) if dist_util.is_main() else ""
     dist_util.setup_dist()
@@ -93,9 +76,10 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
                                   options.bootstrap, {})
     with ExitStack() as stack:
         with dist_util.together():
-            for row in (bench.reported({}, bench.spec.evaluations), bench.searched({})):
+            for flag, row in (("images", bench.reported({}, bench.spec.evaluations)),
+                              ("search_images", bench.searched({}))):
                 table = Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
-                check_rows(table)
+                check_rows(table, flag)
                 check_files(table, settings, allow_missing=False)
             found, why = _chosen(bench, options)
             if dist_util.is_main():
@@ -111,7 +95,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
 
 def page_of(words: Sequence[str], options: BenchOptions) -> Path:
     """Returns where the page of the reported table of a bench is. Raises UserError as `load_bench`."""
-    return load_bench(words, options.as_table, {}).folder / "report" / PAGE
+    return load_bench(words, options, {}).folder / "report" / PAGE
 
 
 def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:

@@ -32,7 +32,7 @@ from guided_diffusion.options import (
 from ..metrics import METRICS
 from ..reproduction import tables
 from ..reproduction.costs import steps_within
-from ..reproduction.reproduce import ReproduceOptions, as_asked, located
+from ..reproduction.reproduce import WorkOptions, as_asked, located
 from ..reproduction.tables import Row, read_row
 
 METRIC_WORDS = "fid,sfid,mind,precision,recall,density,coverage,saturation"
@@ -119,7 +119,7 @@ def bench_names() -> list[str]:
     return sorted(path.stem for path in (tables.CONFIGS / "bench").glob("*.yaml"))
 
 
-def load_bench(words: Sequence[str], options: ReproduceOptions, changed: Mapping[str, Any]) -> Bench:
+def load_bench(words: Sequence[str], options: WorkOptions, changed: Mapping[str, Any]) -> Bench:
     """Returns the one bench that the words name.
 
     options: where models and references are, and what all rows change, as for tables. changed: fields of its
@@ -147,7 +147,7 @@ def load_bench(words: Sequence[str], options: ReproduceOptions, changed: Mapping
     return Bench(path.stem, texts[0] or path.stem, texts[1], texts[2], spec, base, Path(options.out) / path.stem)
 
 
-def _with_files(base: Row, options: ReproduceOptions) -> Row:
+def _with_files(base: Row, options: WorkOptions) -> Row:
     """Returns the row with the files of all methods where the options say that they are."""
     files: dict[str, str] = {}
     for method in base.run.guidance:

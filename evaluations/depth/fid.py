@@ -25,7 +25,7 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option, seed_option
 
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
+from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job
 from ..features import feature_folder
 
 PIECE = 64
@@ -116,7 +116,7 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
         limits = parse_depth_range(options.depth_range)
         check_writable("--json", options.json)
         files = _checked_files(reference, samples, options)
-    with feature_folder(extractor.cache) as folder:
+    with evaluation_job(options.json, Path(samples[0])), feature_folder(extractor.cache) as folder:
         pictures = [folder / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
         try:
             with dist_util.together():

@@ -105,7 +105,7 @@ def read_study(name: str) -> Study:
     path = Path(name) if name.endswith(".yaml") else configurations() / FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"STUDY {name}: there is no such study, there are {', '.join(study_names())}")
-    content = read_yaml(path)
+    content = read_yaml(path, flag="STUDY")
     parts = {part: content.get(part) or {} for part in ("study", "shared", "rows", "published")}
     unknown = [part for part in content if part not in PARTS]
     if unknown:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.depth.scenes import intrinsics
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.options import Options, option, required
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.runs.record import run_samples
@@ -110,6 +111,9 @@ def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """Draws the runs in these folders; returns which files there are. Raises UserError where there is no run."""
     from ..extractors.scenes import load_scenes
 
+    for flag, path in (("--out", options.out), *([("--cloud", options.cloud)] if options.cloud else [])):
+        check_ending(flag, path, ".png")
+        check_writable(flag, path, parents=True)
     extractor = load_scenes()
     runs = {Path(folder).resolve().name: run_samples(Path(folder), options.num_images)[0] for folder in folders}
     rows: dict[str, np.ndarray] = {}

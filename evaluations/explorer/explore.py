@@ -23,7 +23,7 @@ from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
 
 from .page import write_page
-from .recording import Recorder
+from .recording import APART_INTERVAL, Recorder
 
 LOG = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class ExploreOptions(Options):
     blocks: str = option("", "attention blocks to record, like middle,output.2; unset: all")
     against: str = option("", "a second setting of the same seeds: other values of options of guidance and samplers, "
                          f"like \"guide_scale=1.5 blur_sigma=9\", or {PLAIN} for no guidance")
+    apart_interval: int = option(APART_INTERVAL, "where several losses guide, as in DAG, steps between two at which "
+                                 "it is recorded what each of them changes; 1: each step, which takes longer",
+                                 minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,14 +100,19 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
                             ", which must be the same")
         runs["against"] = second
     blocks = comma_separated(options.blocks)
-    recorders = [Recorder(one, image_ids, blocks) for one in runs.values()]
+    recorders = [Recorder(one, image_ids, blocks, options.apart_interval) for one in runs.values()]
+    if "apart_interval" in given and not any(recorder.shared for recorder in recorders):
+        LOG.warning("without effect: --apart_interval (no step is guided by several losses)")
     steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
     with job("explorer", folder), progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
     lines = []
-    for name, recording in zip(runs, recordings, strict=True):
+    for name, recorder, recording in zip(runs, recorders, recordings, strict=True):
         recording.write(folder / f"{name}.npz")
         lines.append(f"arrays: {folder / f'{name}.npz'} ({recording.bytes:,} bytes, and as much memory)")
+        if not recorder.shared <= recorder.apart:
+            lines.append(f"        what each loss changes is in {len(recorder.shared & recorder.apart)} of the "
+                         f"{len(recorder.shared)} steps at which several guide (--apart_interval 1: in all)")
     model = run.sample.model or Path(run.sample.model_path).name
     title = f"{model}: {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
     size = write_page(folder / "explore.html", recordings, title, command)

@@ -47,7 +47,8 @@ def picture_kinds(recording: Recording) -> list[PictureKind]:
     """The kinds of pictures that there are, in the order in which they are shown."""
     kinds = [PictureKind("x_t", "x_t", COLOUR), PictureKind("x0_unguided", "predicted x0, unguided", COLOUR),
              PictureKind("x0", "predicted x0, guided", COLOUR),
-             PictureKind("eps_change", "change of eps, all contrasts", SIGNED)]
+             PictureKind("eps_change", "change of eps, all contrasts", SIGNED),
+             PictureKind("state_change", f"change of {STATE}, all losses", SIGNED)]
     for number, term in enumerate(recording.terms):
         kinds += [PictureKind(f"term{number}_degraded", f"{term.title}: degraded input", COLOUR, number),
                   PictureKind(f"term{number}_mask", f"{term.title}: mask", MASK, number),
@@ -93,7 +94,8 @@ def page(recordings: Sequence[Recording], title: str, command: str, quality: int
         kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},
         shared=[kind for kind in picture_kinds(first)[:3]] if len(recordings) > 1 else [],
         width=width, height=height, enlarged=max(1, 256 // width), quality=said, blocks=list(first.blocks),
-        rms_chart=any(_rms(one) for one in recordings))
+        rms_chart=any(_rms(one) for one in recordings),
+        told_apart=any("state_change" in one.arrays for one in recordings))
 
 
 def _setting(letter: str, recording: Recording, quality: int | None, lossless: dict[tuple[str, str], Any],
@@ -116,17 +118,19 @@ def _setting(letter: str, recording: Recording, quality: int | None, lossless: d
 def _picture(kind: PictureKind, values: np.ndarray, quality: int | None) -> dict[str, Any]:
     scale, levels = _levels(values, kind.drawn)
     return {"title": kind.title, "drawn": kind.drawn, "term": kind.term, "scale": scale,
+            "known": (~np.isnan(values[0]).any(axis=(1, 2, 3))).tolist(),
             "sheets": [_sheet_uri(one, quality) for one in levels]}
 
 
 def _rms(recording: Recording) -> list[dict[str, Any]]:
-    """The lines of the chart: of each term and of all contrasts, (N, S) numbers."""
+    """The lines of the chart: of each term, of all contrasts and of all losses, (N, S) numbers."""
     lines = [{"title": term.title + f", {STATE}" * (f"term{number}_state_change" in recording.arrays), "sum": False,
               "values": _rounded(recording.arrays[f"term{number}_rms"])}
              for number, term in enumerate(recording.terms) if f"term{number}_rms" in recording.arrays]
-    if "eps_change" in [kind.name for kind in picture_kinds(recording)]:
-        lines.append({"title": "all contrasts", "sum": True, "values": _rounded(recording.arrays["eps_change_rms"])})
-    return lines
+    shown = [kind.name for kind in picture_kinds(recording)]
+    sums = {"eps_change": "all contrasts", "state_change": f"all losses, {STATE}"}
+    return lines + [{"title": title, "sum": True, "values": _rounded(recording.arrays[f"{name}_rms"])}
+                    for name, title in sums.items() if name in shown]
 
 
 def _losses(recording: Recording) -> Iterator[dict[str, Any]]:
@@ -135,8 +139,9 @@ def _losses(recording: Recording) -> Iterator[dict[str, Any]]:
             yield {"title": term.title, "values": _rounded(recording.arrays[f"term{number}_loss"])}
 
 
-def _rounded(values: np.ndarray) -> list[list[float]]:
-    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
+def _rounded(values: np.ndarray) -> list[list[float | None]]:
+    """The numbers with four digits; None for NaN."""
+    return [[None if math.isnan(value) else float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
 def _attention(received: np.ndarray) -> str:
@@ -149,9 +154,9 @@ def _levels(values: np.ndarray, drawn: str) -> tuple[float, np.ndarray]:
     """The scale and pixels (N, S, H, W) or (N, S, H, W, 3) uint8 of pictures (N, S, C, H, W).
 
     SIGNED: the mean v over the channels as 128 + 127 sign(v) sqrt(|v| / scale), the scale being the 0.999 quantile of
-    |v|. Others: clamped to [-1, 1], or to [0, 1], scale 1.
+    |v|, and NaN as 0. Others: clamped to [-1, 1], or to [0, 1], scale 1.
     """
-    values = values.astype(np.float32)
+    values = np.nan_to_num(values.astype(np.float32))
     if drawn == COLOUR:
         pixels = ((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
         return 1.0, pixels[:, :, 0] if pixels.shape[2] == 1 else np.moveaxis(pixels, 2, -1)

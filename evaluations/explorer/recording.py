@@ -1,7 +1,8 @@
 """What every step of a sampling run does to chosen images, as arrays.
 
 The chain is sampled as a run samples it; what guidance computes on the way is kept, and nothing is computed twice but
-the masks, and the gradients of all losses but one. No method is known by name: of every term its change is kept, and of
+the masks. Where several losses guide, the sampler differentiates their sum; that of all but one is then differentiated
+once more, at some of the steps (`apart_interval`). No method is known by name: of every term its change is kept, and of
 a contrast also its degraded input where it gives one (`weaker`) and its mask where it has one (`pixel_mask`).
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from guided_diffusion.capture import capture_attention, find_blocks
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance.base import naming
 from guided_diffusion.late import Tensor, torch
 from guided_diffusion.npz import write_batch
 from guided_diffusion.process import Prediction
@@ -41,6 +43,8 @@ KINDS: dict[type[Guidance], tuple[str, str]] = {
     ContrastGuidance: ("contrast", "delta"), TransformGuidance: ("transform", "transform"),
     GradientGuidance: ("gradient", "gradient"), LossGuidance: ("loss", "loss")}
 
+APART_INTERVAL = 5          # steps
+
 
 @dataclass(frozen=True)
 class Term:
@@ -61,13 +65,15 @@ class Recording:
     recorded. block, psi: of the method that reads attention, "" and 1 without one.
 
     arrays: (N, S, ...) each but for `sample`. x_t (C, H, W), the image before the step; x0_unguided, x0: as predicted
-    without and with all contrasts; eps_change: of all contrasts together, after transforms; sample (N, C, H, W): the
-    finished images. For term number k, where there is such a thing: termk_change (C, H, W), its change of eps;
-    termk_degraded (C, H, W), what it evaluates the network on; termk_mask (1, H, W) from 0 to 1; termk_loss (), its
-    loss, and termk_state_change (C, H, W), what that adds to x_(t-1), minus its gradient. termk_rms, eps_change_rms ():
-    root mean square of the change. attention_BLOCK (h, w): what each token receives
-    in the step's own evaluation, 1 on average. The change of eps of a gradient g is that of DDIM, -sqrt(1 - abar) g;
-    that of a transform is what it adds to the sum. All is 0 where a term does not guide.
+    without and with all contrasts; eps_change: of all contrasts together, after transforms; state_change: what all
+    losses together add to x_(t-1), where there are several; sample (N, C, H, W): the finished images. For term number
+    k, where there is such a thing: termk_change (C, H, W), its change of eps; termk_degraded (C, H, W), what it
+    evaluates the network on; termk_mask (1, H, W) from 0 to 1; termk_loss (), its loss, and termk_state_change
+    (C, H, W), what that adds to x_(t-1), minus its gradient. termk_rms, eps_change_rms, state_change_rms (): root
+    mean square of the change. attention_BLOCK (h, w): what each token receives in the step's own evaluation, 1 on
+    average. The change of eps of a gradient g is that of DDIM, -sqrt(1 - abar) g; that of a transform is what it adds
+    to the sum. All is 0 where a term does not guide, and the change of one of several losses is NaN at the steps where
+    they were not told apart.
     """
 
     title: str
@@ -101,11 +107,13 @@ class Recording:
 class Recorder:
     """Samples chosen images of a run and keeps every step of them.
 
-    blocks: attention blocks to record; all where none are given. Raises UserError for an unknown block, and for
-    whatever is wrong with the run, before the first image is sampled.
+    blocks: attention blocks to record; all where none are given. apart_interval: of the steps at which several losses
+    guide, the first and every so many-th tell what each of them changes, which costs a backward pass for each but one.
+    Raises UserError for an unknown block, and for whatever is wrong with the run, before the first image is sampled.
     """
 
-    def __init__(self, run: SamplingRun, image_ids: list[int], blocks: Sequence[str]) -> None:
+    def __init__(self, run: SamplingRun, image_ids: list[int], blocks: Sequence[str],
+                 apart_interval: int = APART_INTERVAL) -> None:
         self.run, self.image_ids = run, image_ids
         labels = run.labels()
         self.labels = None if labels is None else labels(image_ids)
@@ -115,10 +123,18 @@ class Recorder:
                             "drawn of 1 or 3")
         self.model, self.network, self.diffusion, self.guidance = built
         available = self.model.attention_blocks
-        self.blocks = list(find_blocks(available, blocks or available, "attention block"))
+        with naming("blocks", ",".join(blocks)):
+            self.blocks = list(find_blocks(available, blocks or available, "attention block"))
         self.sampler = ImageSampler(run.sample, run.sampler, BuiltRun(
             self.model, self._first_evaluation, self.diffusion, self.guidance))
-        self.losses = [number for number, term in enumerate(self.guidance) if isinstance(term, LossGuidance)]
+        t = torch.arange(self.diffusion.num_timesteps).flip(0)
+        self.active = [term.window(t, self.diffusion).tolist() for term in self.guidance]
+        losses = [number for number, term in enumerate(self.guidance) if isinstance(term, LossGuidance)]
+        # Of each step, the losses that guide, and the steps at which there are several.
+        self.losses = [[number for number in losses if self.active[number][place]] for place in range(len(t))]
+        shared = [place for place, guiding in enumerate(self.losses) if len(guiding) > 1]
+        self.shared = set(shared)
+        self.apart = set(range(len(t))) - self.shared | set(shared[::apart_interval])
         self.method = attention_method(run)
         self.grids: dict[str, tuple[int, int]] = {}
         self.arrays: dict[str, np.ndarray] = {}
@@ -148,6 +164,8 @@ class Recorder:
             self._keep("x0_unguided", out["pred_xstart_unguided"])
             if self.unguided_eps is not None:
                 self._keep_change("eps", "change", out["eps"] - self.unguided_eps)
+            if self.shared and "loss_gradient" in out:
+                self._keep_change("state", "change", -out["loss_gradient"])
             for number, gradient in self.gradients.items():
                 rest = out["loss_gradient"] - sum(one for one in self.gradients.values() if one is not None)
                 self._keep_change(f"term{number}", "state_change", -(rest if gradient is None else gradient))
@@ -189,9 +207,10 @@ class Recorder:
             window = term.window(ctx.t, ctx.denoise.diffusion)
             if isinstance(term, LossGuidance):
                 self._keep(f"term{number}_loss", value, np.float32)
-                # The sampler differentiates the sum of all, from which that of the last one follows.
-                self.gradients[number] = None if number == self.losses[-1] else scaled_gradient(
-                    torch.where(window, value, 0).sum(), ctx.x_t, window)
+                if self.place in self.apart:
+                    # The sampler differentiates the sum of all, from which that of the last one follows.
+                    self.gradients[number] = None if number == self.losses[self.place][-1] else scaled_gradient(
+                        torch.where(window, value, 0).sum(), ctx.x_t, window)
                 return
             if isinstance(term, GradientGuidance):
                 value = -gather(ctx.denoise.diffusion.sqrt_one_minus_alphas_cumprod, ctx.t, value) * value
@@ -212,7 +231,7 @@ class Recorder:
             self._keep(f"term{number}_mask", mask(ctx, pred))
 
     def _keep_change(self, owner: str, kind: str, value: Tensor) -> None:
-        """Keeps a change and its root mean square. owner: a term, or eps. kind: a word of the arrays' names."""
+        """Keeps a change and its root mean square. owner: a term, eps or state. kind: a word of the arrays' names."""
         self._keep(f"{owner}_{kind}", value)
         self._keep(f"{owner}_rms" if owner.startswith("term") else f"{owner}_{kind}_rms",
                    value.float().square().mean(dim=(1, 2, 3)).sqrt(), np.float32)
@@ -229,9 +248,12 @@ class Recorder:
         """What was kept, with the facts of the run."""
         steps = tuple(reversed(range(self.diffusion.num_timesteps)))
         abar = self.diffusion.alphas_cumprod[list(steps)]
-        t = torch.tensor(steps)
-        terms = tuple(Term(title, kind_of(term), float(term.scale), tuple(term.window(t, self.diffusion).tolist()))
-                      for title, term in zip(self._titles(), self.guidance, strict=True))
+        terms = tuple(Term(title, kind_of(term), float(term.scale), tuple(active))
+                      for title, term, active in zip(self._titles(), self.guidance, self.active, strict=True))
+        for place in self.shared - self.apart:
+            for number in self.losses[place]:
+                for name in ("state_change", "rms"):
+                    self.arrays[f"term{number}_{name}"][:, place] = np.nan
         labels = () if self.labels is None else tuple(self.labels.tolist())
         block = (self.method.attention_block if self.method else "") or ""
         return Recording(

@@ -6,12 +6,11 @@ The test images serve only to measure: the weights of the last epoch are kept.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, seed_option
@@ -47,8 +46,8 @@ def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistCla
     from .fashion_mnist import FashionMnistClassifier, save_fashion_mnist
 
     out = Path(options.out)
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written")
+    check_ending("--out", out, ".safetensors")
+    check_writable("--out", out)
     test_images, test_labels = load_arrays(options.data_dir, "test")
     test = pad_to_frame(test_images, (1, IMAGE_SIZE, IMAGE_SIZE)), torch.from_numpy(test_labels)
     num_images = len(load_arrays(options.data_dir, "train")[0])

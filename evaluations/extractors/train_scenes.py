@@ -18,7 +18,7 @@ from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range, to
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.pixels import from_uint8
@@ -65,7 +65,8 @@ def train(options: ScenesTrainingOptions, command: str) -> ScenesExtractor:
     from .scenes import ScenesExtractor, save_scenes
 
     out = Path(options.out)
-    check_writable("--out", options.out)
+    check_ending("--out", out, ".safetensors")
+    check_writable("--out", out)
     scenes, held_out, limits = training_scenes(options)
     if options.data != SCENES:
         options = dataclasses.replace(options, class_weight=0.0)

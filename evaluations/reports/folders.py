@@ -28,7 +28,7 @@ from guided_diffusion.progress import clock, in_bytes
 from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.previews import GRIDS
-from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, sampler_title
+from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, recorded_command, sampler_title
 from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.train_folder import Record
 
@@ -111,8 +111,7 @@ def _made(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _command(record: Mapping[str, Any]) -> str:
-    words = record.get("command")
-    return without_secrets(shlex.join(["python", *map(str, words)])) if isinstance(words, list) and words else ""
+    return shlex.join(recorded_command(record))
 
 
 def _changed(configuration: Mapping[str, Any]) -> Iterator[ShownTable]:

@@ -29,13 +29,13 @@ from .results import features_of
 from .tables import Row, Table
 
 
-def check_rows(table: Table) -> None:
-    """Raises UserError for what is wrong with the rows themselves."""
+def check_rows(table: Table, flag: str = "num_samples") -> None:
+    """Raises UserError for what is wrong with the rows themselves. flag: the option that says how many images."""
     for name, row in table.rows.items():
         fewest = row.evaluation.smallest_count
         if row.images < fewest:
             needing = [METRICS[word].label for word in row.evaluation.words if METRICS[word].smallest_count == fewest]
-            raise UserError(f"--num_samples {row.images}: row {name} needs at least {fewest} images, for "
+            raise UserError(f"--{flag} {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
         check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
                       f" of row {name} in {row.file}")

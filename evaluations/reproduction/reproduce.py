@@ -18,7 +18,7 @@ from guided_diffusion import __version__, dist_util
 from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_json, write_text
-from guided_diffusion.jobs import job
+from guided_diffusion.jobs import command_line, job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
@@ -49,13 +49,10 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ReproduceOptions(Options):
-    """The table."""
+class WorkOptions(Options):
+    """What tables and benches have in common: their files, and how the work is done."""
 
-    rows: str = option("", "which rows, comma-separated; unset: all")
     plan: bool = option(False, "say what the table costs and what is missing, and stop there")
-    num_samples: int | None = option(None, "images of every row, in place of the published number (which makes the "
-                                     "numbers not comparable)", minimum=1)
     ranks: int | None = option(None, "number of ranks, which are started by mpiexec (or torchrun, where mpi4py is "
                                "missing) unless a launcher has done so; unset: those of the launcher", minimum=1)
     evaluation_seconds: float | None = option(None, "for the plan: seconds that your device takes for one evaluation "
@@ -63,9 +60,6 @@ class ReproduceOptions(Options):
     out: str = option("runs/reproduction", "folder for a folder of each table, with its samples, numbers and report")
     models: str = option("models", "folder of the checkpoints")
     references: str = option("references", "folder of the reference batches")
-    reference: str = option("", "another reference batch for all rows (which makes the numbers not comparable)")
-    heads: str = option("", "attention heads for all rows: exact or official; unset: as the rows have it",
-                        choices=("exact", "official"))
     batch_size: int | None = option(None, "images at a time on each rank; unset: as the rows have it", minimum=1)
     dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
                         "fastest one here, found once for the table; unset: as the rows have it",
@@ -73,6 +67,18 @@ class ReproduceOptions(Options):
     compile: bool = option(False, "compile the networks of all rows with torch.compile, for GPUs")
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
     bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
+
+
+@dataclass(frozen=True)
+class ReproduceOptions(WorkOptions):
+    """The table."""
+
+    rows: str = option("", "which rows, comma-separated; unset: all")
+    num_samples: int | None = option(None, "images of every row, in place of the published number (which makes the "
+                                     "numbers not comparable)", minimum=1)
+    reference: str = option("", "another reference batch for all rows (which makes the numbers not comparable)")
+    heads: str = option("", "attention heads for all rows: exact or official; unset: as the rows have it",
+                        choices=("exact", "official"))
     allow_missing: bool = option(False, "leave out rows whose checkpoint or reference is missing: they are `not run "
                                  "here` in the table")
 
@@ -87,7 +93,8 @@ def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict
     table = load_table(words[0]).chosen(options.rows)
     table = in_folder(table, Path(options.out) / table.name, options.num_samples)
     changed = {name: _other_reference(row, options) for name, row in table.rows.items()}
-    return replace(table, rows={name: as_asked(row, options) for name, row in table.rows.items()}), changed
+    return replace(table, rows={name: _compared(as_asked(row, options), options)
+                                for name, row in table.rows.items()}), changed
 
 
 def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
@@ -98,8 +105,8 @@ def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
     return [f"reference {name}, published with {row.evaluation.reference or 'an unknown one'}"]
 
 
-def as_asked(row: Row, options: ReproduceOptions) -> Row:
-    """Returns a row as the options change it: its files, batch, heads and reference."""
+def as_asked(row: Row, options: WorkOptions) -> Row:
+    """Returns a row as the options change it: its files, batch and type."""
     values: dict[str, Any] = {flag: located(file, options) for flag, file in row.run.checkpoints().items()}
     if options.batch_size is not None:
         values["batch_size"] = options.batch_size
@@ -107,7 +114,11 @@ def as_asked(row: Row, options: ReproduceOptions) -> Row:
         values["dtype"] = options.dtype
     if options.compile:
         values["compile"] = True
-    row = row.changed(**values)
+    return row.changed(**values)
+
+
+def _compared(row: Row, options: ReproduceOptions) -> Row:
+    """Returns a row with the heads and the reference that the options name."""
     if options.heads:
         guidance = tuple(method.with_heads(options.heads) for method in row.run.guidance)
         row = replace(row, run=replace(row.run, guidance=guidance))
@@ -116,7 +127,7 @@ def as_asked(row: Row, options: ReproduceOptions) -> Row:
     return row
 
 
-def located(file: str, options: ReproduceOptions) -> str:
+def located(file: str, options: WorkOptions) -> str:
     """Returns where a checkpoint is that a row names: in `--models`, or among the bundled ones of an installation."""
     path = Path(file)
     if path.parts[:1] == ("models",):
@@ -228,12 +239,7 @@ def prepared(folder: Path) -> Iterator[None]:
 
 def made_here() -> dict[str, Any]:
     """Returns what results say of this job: its command, version, device and number of ranks."""
-    return {"command": _command(), "version": __version__, "device": _device(), "ranks": dist_util.world_size()}
-
-
-def _command() -> str:
-    """Returns the command line of this process."""
-    return " ".join(["python", *sys.argv])
+    return {"command": command_line(), "version": __version__, "device": _device(), "ranks": dist_util.world_size()}
 
 
 def _device() -> str:
@@ -245,7 +251,7 @@ def _device() -> str:
     return f"{os.cpu_count()} CPU cores, {threads} thread{'s' * (threads > 1)} a rank"
 
 
-def launch(options: ReproduceOptions) -> int | None:
+def launch(options: WorkOptions) -> int | None:
     """Starts this very command on `--ranks` ranks and returns its exit code; None where that is not asked for.
 
     Raises UserError where a launcher has started another number of ranks.

@@ -112,7 +112,8 @@ class ShownSection:
     @property
     def base(self) -> str:
         """The title of the row that the others are compared with."""
-        return str(self._rows[self.data["against_row"]]["title"])
+        # Tables of before that name was there compared with the first row.
+        return str(self._rows[self.data.get("against_row") or self.data["rows"][0]["row"]]["title"])
 
     def row_title(self, row: Mapping[str, Any]) -> str:
         """Returns the title of a row of the section's data."""

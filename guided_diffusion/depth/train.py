@@ -3,7 +3,7 @@
 All branches are trained together by L1 on noised versions of the labelled images, at steps t uniform over the network's
 chain. Training step s is a function of (seed, s) and of the weights before it. While a training goes on, all that a
 restart needs lies beside its output, in NAME.state.safetensors; the same command goes on from it and ends with the same
-weights, and the state is removed at the end.
+weights, and the state is removed at the end. Its log lies beside it, too, in the folder NAME_log.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,14 +25,19 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
 from ..errors import UserError
 from ..fetch import sha256_of
-from ..files import check_writable, locked
+from ..files import check_folder, check_writable, locked
+from ..fp16_util import MixedPrecisionTrainer
 from ..gaussian_diffusion import GaussianDiffusion
 from ..jobs import job
 from ..late import Tensor, no_grad, torch
+from ..log_sinks import check_sinks
+from ..logger import MetricLogger, open_log
+from ..loss_curve import draw_loss_curve
 from ..options import Options, entry_option, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
+from ..train_options import DescentOptions
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import SCENES, Pairs, checked_depth_range, class_names_of, read_pairs
 
@@ -74,12 +80,11 @@ class PredictorOptions(Options):
 
 
 @dataclass(frozen=True)
-class DepthTrainOptions(PredictorOptions):
+class DepthTrainOptions(PredictorOptions, DescentOptions):
     """Options of a training of predictors, and the file to write them to."""
 
-    out: str = option("predictors.safetensors", "file for the predictors")
-    grad_clip: float = option(0.0, "largest norm of a step's gradient, of all weights as one vector; a longer one is "
-                              "shortened to it; 0: none is", minimum=0, later=True)
+    out: str = option("predictors.safetensors", "file for the predictors; the log lies beside it, in the folder "
+                      "NAME_log")
 
 
 @dataclass(frozen=True)
@@ -211,24 +216,26 @@ def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: n
 class PredictorTraining:
     """Trains branches, name -> blocks, on pairs; `run()` gives the predictors, which are then in the file `out`.
 
-    grad_clip: the largest norm of a step's gradient, of all weights as one vector; 0: none.
+    descent: the largest norm of a step's gradient, and the sinks of the log; where it is given, there is a log, in the
+    folder NAME_log beside the file.
 
     Raises UserError where `out` or the state beside it is of another training, before anything is computed.
     """
 
     def __init__(self, branches: Mapping[str, Sequence[str]], network: Network, pairs: Pairs, depth_range: str,
-                 options: PredictorOptions, out: str | Path, grad_clip: float = 0.0) -> None:
+                 options: PredictorOptions, out: str | Path, descent: DescentOptions | None = None) -> None:
         from .predictor import DepthPredictors
 
         self.network, self.pairs, self.options, self.out = network, pairs, options, Path(out)
-        self.grad_clip = grad_clip
+        self.grad_clip = descent.grad_clip if descent else 0.0
         self.state = self.out.with_name(f"{self.out.stem}.state.safetensors")
+        self.descent, self.log = descent, log_folder(self.out)
         channels = {name: feature_channels(network.model, blocks) for name, blocks in branches.items()}
         self.config = {
             "branches": {name: list(blocks) for name, blocks in branches.items()}, "depth_range": depth_range,
             **{name: value for name, value in asdict(options).items() if name in RECIPE},
             **({"checkpoint_entry": options.checkpoint_entry} if options.checkpoint_entry else {}),
-            **({"grad_clip": grad_clip} if grad_clip else {}),
+            **({"grad_clip": self.grad_clip} if self.grad_clip else {}),
             "num_labels": len(pairs.images), "data_sha256": digest(pairs), "network_sha256": network.sha256,
             **network.facts}
         self._check_out()
@@ -236,6 +243,7 @@ class PredictorTraining:
             self.predictors = DepthPredictors(channels, network.model.image_size, depth_range, network.sha256)
         self.predictors.to(dist_util.dev())
         self.optimizer = torch.optim.AdamW(self.predictors.parameters(), lr=options.lr)
+        self.precision = MixedPrecisionTrainer(self.predictors)
         self.features = NoisedFeatures(network, pairs, self.predictors.blocks, options.seed)
         self.step = 0
 
@@ -254,26 +262,49 @@ class PredictorTraining:
     def _train(self) -> DepthPredictors:
         from .predictor import save_predictors
 
-        options = self.options
         resumed = self._load()
-        _log.info("%s", self.features.keep(options.draws, options.cache_gb))
-        if not resumed:
-            self._standardise()
-        with progress_bar(options.steps, "training", "step", self.step) as progress:
-            while self.step < options.steps:
-                losses = self.run_step()
-                progress.update()
-                if self.step % options.log_interval == 0 or self.step == options.steps:
-                    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
-                    progress.note(f"L1: {shown}")
-                if self.step % options.save_interval == 0 and self.step < options.steps:
-                    self._save()
+        logger = self._logger()
+        try:
+            _log.info("%s", self.features.keep(self.options.draws, self.options.cache_gb))
+            if not resumed:
+                self._standardise()
+            self._descend(logger)
+        finally:
+            logger.close()
         save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
         self.state.unlink(missing_ok=True)
         checkpoint.ready(self.predictors, dist_util.dev())
         return self.predictors
 
-    def run_step(self) -> dict[str, float]:
+    def _logger(self) -> MetricLogger:
+        if self.descent is None:
+            return MetricLogger(None)
+        folder = check_folder("--out", self.log)
+        return open_log(folder, self.step, self.descent.log, self.config, self.descent.log_online)
+
+    def _descend(self, logger: MetricLogger) -> None:
+        """All steps that are left, and what is saved and logged on the way."""
+        options = self.options
+        logged, began = self.step, time.monotonic()
+        with progress_bar(options.steps, "training", "step", self.step) as progress:
+            while self.step < options.steps:
+                losses = self.run_step(logger)
+                progress.update()
+                ends = self.step == options.steps
+                if self.step % options.log_interval == 0 or ends:
+                    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
+                    progress.note(f"L1: {shown}")
+                    now = time.monotonic()
+                    logger.write(self.step, samples=self.step * options.batch_size,
+                                 images_per_second=(self.step - logged) * options.batch_size / (now - began))
+                    logged, began = self.step, now
+                if self.step % options.save_interval == 0 or ends:
+                    if not ends:
+                        self._save()
+                    if self.descent is not None:
+                        draw_loss_curve(self.log / "progress.csv", self.log / "loss.png")
+
+    def run_step(self, logger: MetricLogger) -> dict[str, float]:
         """One update of the weights; the L1 loss of each branch before it."""
         options, count = self.options, len(self.pairs.images)
         rng = stream_generator("depth batch", options.seed, self.step)
@@ -283,17 +314,19 @@ class PredictorTraining:
         depth = self.pairs.depth[images].to(dist_util.dev())
         losses = {name: (predicted - depth).abs().mean()
                   for name, predicted in self.predictors(*self.features(images, draws)).items()}
-        self.optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.predictors.parameters(), self.grad_clip)
+        rate = options.lr * (1 - self.step / options.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * (1 - self.step / options.steps)
-        self.optimizer.step()
+            group["lr"] = rate
+        norm = self.precision.step(self.optimizer, self.grad_clip)
         values = {name: loss.item() for name, loss in losses.items()}
-        if not all(map(math.isfinite, values.values())):
+        if not all(map(math.isfinite, [norm, *values.values()])):
             raise UserError(f"--lr {options.lr:g}: the loss is not finite at step {self.step}, give a smaller one and "
                             "another --out")
+        for name, value in {"lr": rate, "loss": sum(values.values()),
+                            **{f"loss_{branch}": value for branch, value in values.items()}}.items():
+            logger.add(name, value)
+        logger.add_gradient(norm, self.grad_clip)
         self.step += 1
         return values
 
@@ -358,13 +391,18 @@ class PredictorTraining:
 def train_predictors(options: DepthTrainOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
                      ) -> DepthPredictors:
     """Trains a strong and a weak branch and writes their file."""
+    check_sinks(options.log)
     network = load_network(options, model_options, diffusion_options)
     branches = {name: parse_blocks(text, network.model, f"{name}_blocks")
                 for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
     pairs = read_labelled(options, network, options.data, options.num_labels, "num_labels")
     depth_range = checked_depth_range(options.data, options.depth_range)
-    return PredictorTraining(branches, network, pairs, depth_range, options, options.out,
-                             options.grad_clip).run()
+    return PredictorTraining(branches, network, pairs, depth_range, options, options.out, options).run()
+
+
+def log_folder(out: Path) -> Path:
+    """Where the log of a training lies that writes the file `out`: progress.csv, loss.png, and those of --log."""
+    return out.with_name(f"{out.stem}_log")
 
 
 def digest(pairs: Pairs) -> str:

@@ -21,7 +21,7 @@ from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
+from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import BLUR_TAPS, MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
 if TYPE_CHECKING:
@@ -187,10 +187,11 @@ class SagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
-        return [SelfAttentionGuidance(
-            nets.model, block=self.attention_block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
-            threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start,
-            **self.sigma_range)]
+        with naming("sel_attn_block", f"{self.sel_attn_block} --sel_attn_depth {self.sel_attn_depth}"):
+            return [SelfAttentionGuidance(
+                nets.model, block=self.attention_block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
+                threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start,
+                **self.sigma_range)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One more evaluation at each step of the window."""

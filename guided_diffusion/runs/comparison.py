@@ -13,6 +13,7 @@ import numpy as np
 
 from ..classes import stored_names
 from ..errors import UserError
+from ..files import check_ending
 from ..foreign import read_json
 from ..npz import BatchFile
 from ..options import Options, image_numbers, option, required
@@ -45,8 +46,9 @@ class ComparisonOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.page and not self.page.lower().endswith(PAGE_ENDINGS):
-            raise UserError(f"--page {self.page}: must end in {' or '.join(PAGE_ENDINGS)}")
+        for flag, path, endings in (("--out", self.out, (".png", *PAGE_ENDINGS)), ("--page", self.page, PAGE_ENDINGS)):
+            if path:
+                check_ending(flag, path, *endings)
 
     @property
     def pages(self) -> list[Path]:
@@ -147,7 +149,7 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     """The folder of a run, or those of the rows of the table, or of a bench's reported table, that is there."""
     for table in (folder / "table.json", folder / "report" / "table.json"):
         if table.is_file() and not (folder / "run.json").exists():
-            rows = read_json(table, lambda found: all(isinstance(row["state"], str) for row in found["rows"].values()))
+            rows = read_json(table, lambda found: all(isinstance(row, dict) for row in found["rows"].values()))
             found = [table.parent / Path(str(row["samples"])).parent for row in rows["rows"].values()
                      if row.get("samples")]
             if not found:

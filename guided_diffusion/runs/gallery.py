@@ -13,7 +13,7 @@ from ..files import check_folder, write_text
 from ..foreign import read_json
 from ..options import Options, option, required
 from ..pictures import save_grid
-from .record import run_samples, title
+from .record import recorded_command, run_samples, title
 
 WIDTH = 100                     # characters of a command's line
 PAGE = "index.md"
@@ -47,7 +47,7 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
         images, configuration = run_samples(folder, options.num_images)
         save_grid(images, out / f"{name}.png", options.columns)
         words = title(configuration)
-        made = _command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
+        made = recorded_command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
         lines += ["", f"## {_model(configuration)}: {words}", "", f"![{len(images)} images: {words}]({name}.png)", "",
                   *_shell(made)]
     write_text(out / PAGE, "\n".join(lines) + "\n")
@@ -57,15 +57,6 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
 def _model(configuration: Mapping[str, Any]) -> str:
     """The name of a run's model: that of --model, else of its file."""
     return str(configuration.get("model") or Path(str(configuration.get("model_path") or "model")).stem)
-
-
-def _command(record: Mapping[str, Any]) -> list[str]:
-    """The words of the command line that a run.json holds, as it is called in a checkout; none where it holds none."""
-    words = [str(word) for word in record.get("command") or []]
-    if not words:
-        return []
-    script = Path(words[0])
-    return ["python", f"scripts/{script.name}" if script.suffix == ".py" else script.name, *words[1:]]
 
 
 def _shell(words: Sequence[str]) -> list[str]:

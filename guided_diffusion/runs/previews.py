@@ -128,6 +128,10 @@ class Preview:
         model: Any = training.model_options         # of an upsampler, what is read has the same names
         run = SamplingRun(sample, model, training.diffusion_options, tuple(kind() for kind in SAMPLERS.values()),
                           tuple(self.guidance))
+        fewest = run.sampler.fewest_steps
+        if options.preview_steps < fewest:
+            raise UserError(f"--preview_steps {options.preview_steps}: must be at least {fewest} with "
+                            f"--preview_sampler {name}")
         return run.changed(**run.sampler.in_steps(options.preview_steps), image_size=model.image_size)
 
     def _low_res(self, training: Watched) -> Callable[[Sequence[int]], Tensor] | None:

@@ -100,6 +100,16 @@ def made_by() -> dict[str, Any]:
     }
 
 
+def recorded_command(record: Mapping[str, Any]) -> list[str]:
+    """The words of the command line in a run.json, as it is called in a checkout; none where it holds none."""
+    words = record.get("command")
+    if not isinstance(words, list) or not words:
+        return []
+    script, *arguments = [without_secrets(str(word)) for word in words]
+    name = Path(script).name
+    return [*(["python", f"scripts/{name}"] if name.endswith(".py") else [name]), *arguments]
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a run.json; raises one of READ_ERRORS where it is none."""
     content = json.loads(path.read_text())

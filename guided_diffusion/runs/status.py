@@ -46,20 +46,25 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """All that is known of the job that writes a place: the state that it keeps, and the images of a sampling run."""
+    """All that is known of the job that writes a place: the state that it keeps, and the images of a sampling run.
+
+    reader: the job that reads the file of samples, an evaluation that writes no file.
+    """
 
     place: Path
     job: JobState | None
     run: RunStatus | None
+    reader: JobState | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it by name, for JSON: what belongs to the run of samples, and `job`."""
-        return {**(self.run.as_dict() if self.run else {}), "job": self.job and self.job.as_dict()}
+        """All of it by name, for JSON: what belongs to the run of samples, `job`, and `reader` where there is one."""
+        return {**(self.run.as_dict() if self.run else {}), "job": self.job and self.job.as_dict(),
+                **({"reader": self.reader.as_dict()} if self.reader else {})}
 
     def __str__(self) -> str:
         if self.run is None and self.job is None:
             return "finished: the file is there, and is written whole"
-        return "\n".join(str(part) for part in (self.run, self.job) if part is not None)
+        return "\n".join(str(part) for part in (self.run, self.job, self.reader) if part is not None)
 
 
 def status_of(place: Path) -> Status:
@@ -72,7 +77,7 @@ def status_of(place: Path) -> Status:
     run = run_status(place) if (begun and state.job == SAMPLING if state else place.is_dir()) else None
     if state is None and run is None and not place.is_file():
         raise UserError(f"{place}: there is no such folder or file")
-    return Status(place, state, run)
+    return Status(place, state, run, read_state(run.samples) if run and run.samples else None)
 
 
 def run_status(out: Path) -> RunStatus:

@@ -97,6 +97,8 @@ def test_what_cannot_work_is_refused_before_the_first_image(line, upsampler, tmp
             (line(evaluation=["evaluation", "nowhere.npz"]), "nowhere.npz"),
             (line(evaluation=["evaluation", "fmnist32"]), "fmnist32"),
             (line(evaluation=["evaluation", "scenes32", "--backend", "fashion_mnist"]), "--backend"),
+            (["fmnist32"], "fmnist32: is none of the words base, upsampler, evaluation"),
+            (["--open", "base", "upsampler", "evalution"], "(did you mean evaluation?)"),
             (line(nm_samples=3), "--nm_samples: no such option (did you mean --num_samples?)")):
         capsys.readouterr()
         assert call("cascade", *arguments) == 2, message

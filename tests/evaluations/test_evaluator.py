@@ -12,9 +12,11 @@ from launchers import BIN, needs_mpi
 from PIL import Image
 from synthetic_inception import write_weights
 
+from evaluations.evaluation import Evaluation
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.pictures import MARGIN
+from guided_diffusion.runs.status import status_of
 
 needs_fashion_mnist = pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist is missing")
 FASHION_MNIST = ("--backend", "fashion_mnist")
@@ -99,6 +101,14 @@ def test_the_official_command_end_to_end(save, evaluate, tmp_path):
     exact, _ = evaluate(*files, backend=torch_backend)
     precision, recall = golden["own_f64_precision_recall"]
     assert (exact[0]["metrics"]["precision"], exact[0]["metrics"]["recall"]) == pytest.approx((precision, recall))
+
+
+def test_the_state_lies_beside_the_samples_as_long_as_it_runs(save, monkeypatch):
+    found = []
+    reference, sample = save("reference", clothes(2)), save("sample", clothes(2))
+    monkeypatch.setattr(Evaluation, "run", lambda evaluation, folder: found.append(str(status_of(sample))) or [])
+    assert call("evaluations/evaluator", reference, sample, *FASHION_MNIST, "--metrics", "kid") == 0
+    assert "evaluation, running" in found[0] and not list(sample.parent.glob("*status*"))
 
 
 def test_identical_sets(save, evaluate):
@@ -486,6 +496,7 @@ def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
 @pytest.mark.parametrize("words, message", [
     ([], "0 files given"),
     (["good.npz"], "1 files given"),
+    (["fmnist", "good.npz"], "no bundled reference of that name (did you mean fmnist32?)"),
     (["good.npz", "good.npz", "--metrics", "fit"], "'fit' is none of is, fid, sfid"),
     (["good.npz", "good.npz", "--metrics", ""], "is none of"),
     (["good.npz", "good.npz", "--backend", "keras"], "--backend keras: must be one of torch, tensorflow, embedded"),

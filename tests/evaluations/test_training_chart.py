@@ -30,7 +30,7 @@ def test_what_is_no_log_is_refused(log, tmp_path, capsys):
     other = tmp_path / "other.csv"
     for content, message in (("step,b\n1,2\n", "no value in such columns; it has step, b"),
                              ("step,samples,loss\n1,1,\n", "no value in such columns"),
-                             ("loss\n1\n", "is not the log of a training"),
+                             ("loss\n1\n", r"other\.csv: is not the log of a training, or is damaged$"),
                              ("step,loss\n1,2\n", "the images seen, in a column samples"),
                              ("step,samples,loss\n1,1,x\n", "is not the log of a training")):
         other.write_text(content)

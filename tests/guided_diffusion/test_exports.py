@@ -92,6 +92,10 @@ def test_the_folder_of_a_training_is_not_overwritten_and_other_weights_are_refus
     (tmp_path / "config.json").write_text(json.dumps({"model": TINY, "training": {}}))
     assert call("export_model", "--model", "fmnist32", "--out", tmp_path) == 2
     assert "is the folder of a training" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert call("export_model", "--model", "fmnist32", "--out", tmp_path / "run") == 2
+    assert "is the folder of a run" in capsys.readouterr().err
     assert call("export_model", "--model", "lsun_cat", "--model_path", tiny_checkpoints / "model.safetensors", "--out",
                 tmp_path / "out") == 2
     assert "--num_channels" in capsys.readouterr().err and not (tmp_path / "out").exists()

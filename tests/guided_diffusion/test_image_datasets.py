@@ -246,6 +246,12 @@ def test_wrong_folders_are_refused_before_the_first_batch(tmp_path, image_folder
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither image files"):
         load(tmp_path / "empty")
+    for name in ("run.json", "samples_2x8x8x3.npz"):
+        (tmp_path / "empty" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"is the folder of a sampling run; name its file of samples, .*2x8x8x3\.npz"):
+        load(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"is neither a folder nor an \.npz file"):
+        load(tmp_path / "empty" / "run.json")
     with pytest.raises(UserError, match="an image folder has no test split"):
         load(image_folder, split="test")
     Image.new("RGB", (32, 32)).save(image_folder / "nameless.png")

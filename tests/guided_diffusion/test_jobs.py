@@ -11,6 +11,7 @@ from guided_diffusion import jobs
 from guided_diffusion.errors import UserError
 from guided_diffusion.jobs import State, job, read_state
 from guided_diffusion.progress import progress_bar
+from guided_diffusion.runs.status import status_of
 
 
 def test_a_running_job_says_how_far_it_is(tmp_path, monkeypatch):
@@ -82,6 +83,19 @@ def test_a_job_that_writes_a_file_has_its_state_beside_it_as_long_as_it_runs(tmp
     with pytest.raises(UserError), job("evaluation", tmp_path / "result.json"):
         raise UserError("no")
     assert read_state(tmp_path / "result.json").why == "no"
+
+
+def test_a_job_that_only_reads_has_its_state_beside_that_as_long_as_it_runs(tmp_path, caplog):
+    caplog.set_level("INFO")
+    pictures, file = tmp_path / "pictures", tmp_path / "samples.npz"
+    pictures.mkdir()
+    file.write_bytes(b"")
+    for place in (pictures, file):
+        with pytest.raises(UserError), job("evaluation", place, reads=True):
+            assert "evaluation, running" in str(status_of(place)) and "writes" not in str(status_of(place))
+            raise UserError("no")
+    assert f"evaluation: its state is in {tmp_path / 'pictures.status.json'} until it ends" in caplog.messages
+    assert sorted(tmp_path.rglob("*")) == [pictures, file]
 
 
 def test_the_command_tells_of_several_jobs_and_of_what_is_none(tmp_path, capsys):

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+from depth_world import train_world, write_world
 from PIL import Image
 from tiny_training import log_of, train, train_tiny_classifier
 
@@ -48,6 +49,14 @@ def test_wandb_stays_offline_and_goes_on_under_its_id(data_dir, tmp_path, wandb)
     rows = [*first.rows, *second.rows]
     assert [step for step, _ in rows] == [1, 2, 3, 4]
     assert [values["loss"] for _, values in rows] == pytest.approx(log_of(tmp_path / "run", "loss"), rel=1e-5)
+
+
+def test_predictors_of_depth_have_these_logs(tmp_path, wandb):
+    write_world(tmp_path)
+    train_world(tmp_path, tmp_path / "p.safetensors", log="wandb", log_interval=6)
+    run, = wandb.runs
+    assert run.options["dir"] == str(tmp_path / "p_log") and run.options["mode"] == "offline" and run.finished
+    assert [(step, values["loss"] > 0) for step, values in run.rows] == [(6, True), (12, True)]
 
 
 def test_a_server_that_refuses_is_one_sentence(data_dir, tmp_path, wandb, monkeypatch):
@@ -98,7 +107,7 @@ def test_pictures_go_to_both(tmp_path, wandb):
 @pytest.mark.parametrize("word", ["tensorboard", "wandb"])
 def test_a_missing_package_is_said_before_any_work(data_dir, tmp_path, monkeypatch, word):
     monkeypatch.setattr(log_sinks.importlib.util, "find_spec", lambda name: None)
-    for trainer in (train, train_tiny_classifier):
+    for trainer in (train, train_tiny_classifier, train_world):
         with pytest.raises(UserError, match=f"--log {word}: needs the package {word}: install the extra `log`"):
             trainer(data_dir, tmp_path / "run", log=word)
     assert not (tmp_path / "run").exists()

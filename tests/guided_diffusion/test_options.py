@@ -159,7 +159,8 @@ def test_an_unknown_flag_is_told_the_nearest_name():
     assert refusal("--widht", "3") == "--widht: no such option (did you mean --width?)"
     assert refusal("--widht=3") == "--widht: no such option (did you mean --width?)"
     assert refusal("--zzzzz", "3") == "--zzzzz: no such option"
-    assert refusal("stray") == "stray: no such option"
+    assert refusal("--width") == "--width: a value is missing"
+    assert refusal("stray") == "stray: stands where an option is expected"
 
 
 def test_a_prefix_of_a_flag_is_not_that_flag():

@@ -13,6 +13,7 @@ from networks import TINY
 
 from guided_diffusion import checkpoint, fetch, presets
 from guided_diffusion.presets import find_preset, released_names
+from guided_diffusion.progress import in_bytes
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_fetched_after_saying_licence_and_size(server, tmp_path, content, parame
     assert call("fetch_models", "tiny") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"tiny: diffusion, {parameters:,} parameters, guided by other", f"    address: {server.url}/tiny.pt",
-        "    licence: MIT (LICENSE)", f"    size:    {len(content):,} bytes ({len(content) / 1e6:.2f}MB)",
+        "    licence: MIT (LICENSE)", f"    size:    {len(content):,} bytes ({in_bytes(len(content))})",
         "    runs in: image_sample, image_nll, classifier_sample",
         f"models/tiny.pt: fetched, {len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}"]
     assert [method for method, *_ in server.requests] == ["HEAD", "GET"]
@@ -102,7 +103,7 @@ def test_the_page_of_the_model_zoo_is_what_the_command_prints(capsys, tmp_path):
     assert page == (REPOSITORY / "docs" / "model_zoo.md").read_text()
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
     assert list(rows) == released_names()
-    assert "| upsampler | ImageNet | 64 to 256 | yes | 279,792,390 | 1.12GB | `super_res_sample` |" in (
+    assert "| upsampler | ImageNet | 64 to 256 | yes | 279,792,390 | 1.12 GB | `super_res_sample` |" in (
         rows["upsample_cond_500K"])
     assert "no NAME can be given with --table" in refused(capsys, "tiny", "--table")
 

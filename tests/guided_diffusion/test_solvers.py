@@ -245,7 +245,7 @@ def test_a_step_used_again_forgets_the_chain_before(network):
 @pytest.mark.parametrize(("options", "message"), [
     ({"solver": "heun"}, "solver 'heun': must be one of dpm-solver++, unipc"),
     ({"order": 4}, "--solver_order 4: must be one of 1, 2, 3"),
-    ({"order": 3, "steps": 2}, "--solver_order 3: must be at most the number of steps, 2"),
+    ({"order": 3, "steps": 2}, "--sampling_steps 2: must be at least 3, the --solver_order"),
     ({"grid": "karras"}, "--solver_grid karras: must be one of chain, time-uniform, logsnr, time-quadratic"),
     ({"solver": "unipc", "eta": 1.0}, "eta 1.0: is an option of DPM-Solver++, and the solver is unipc"),
     ({"variant": "bh1"}, "variant bh1: is an option of UniPC, and the solver is dpm-solver++"),

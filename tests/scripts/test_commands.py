@@ -161,7 +161,7 @@ def test_words_and_options_in_any_order():
 @pytest.mark.parametrize(("line", "message"), [
     ("a", "the following arguments are required: --out"), ("--out x", "the following arguments are required: FILE"),
     ("a --out x --siez 4", r"--siez: no such option \(did you mean --size\?\)"),
-    ("a --out x --size 0", "--size 0: must be at least 1"), ("a --out", "argument --out: expected one argument")])
+    ("a --out x --size 0", "--size 0: must be at least 1"), ("a --out", "--out: a value is missing")])
 def test_a_wrong_line_is_refused(line, message):
     with pytest.raises(UserError, match=message):
         parse_words(line.split(), FILES, Drawing)

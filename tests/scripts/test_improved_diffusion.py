@@ -11,7 +11,6 @@ import torch
 from commands import REPOSITORY, call, flags, samples_in
 from golden import GOLDEN
 from networks import with_random_weights
-from PIL import Image
 
 from guided_diffusion.build import build_diffusion, build_model
 from guided_diffusion.checkpoint import save_state
@@ -60,16 +59,6 @@ def stand_in(name, folder, **changes):
     run, _ = read_run(flags(given), kind_of_run(name))
     save_state(given["model_path"], with_random_weights(build_model(run.model)).state_dict())
     return given
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{'cat' if i else 'dog'}_{i}.png")
-    return folder
 
 
 @pytest.mark.parametrize("name", README)

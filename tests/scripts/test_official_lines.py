@@ -2,13 +2,11 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY, call, execute, flags, samples_in
 from launchers import BIN, needs_mpi
 from networks import with_random_weights
-from PIL import Image
 
 from guided_diffusion.build import build_classifier, build_model
 from guided_diffusion.checkpoint import save_state
@@ -37,16 +35,6 @@ def save_networks(given):
 
 
 # Under mpiexec: the READMEs' lines, with smaller networks and few steps
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(2):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{'cat' if i else 'dog'}_{i}.png")
-    return folder
 
 
 @pytest.fixture

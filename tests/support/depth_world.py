@@ -3,7 +3,9 @@
 import numpy as np
 from networks import with_random_weights
 
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import save_state
+from guided_diffusion.depth.train import DepthTrainOptions, train_predictors
 from guided_diffusion.script_util import create_model
 
 MODEL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "attention_resolutions": "",
@@ -29,3 +31,14 @@ def world_flags(world, out, **changes):
     """Flags of a training on the pairs of `write_world`."""
     return {**MODEL, **CHAIN, **TRAIN, "model_path": str(world / "model.safetensors"),
             "data": str(world / "pairs.npz"), "out": str(out), **changes}
+
+
+def parts(given):
+    """The options that flags give, as `train_predictors` takes them."""
+    return [cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
+            for cls in (DepthTrainOptions, ModelOptions, DiffusionOptions)]
+
+
+def train_world(world, out, **changes):
+    """Trains predictors on the pairs of `write_world`."""
+    return train_predictors(*parts(world_flags(world, out, **changes)))

@@ -60,10 +60,11 @@
     } else {
       const one = setting(letter), picture = one.pictures[name];
       title = picture.title;
-      if (picture.term !== null && !one.terms[picture.term].active[shown.step]) {
+      const active = picture.term === null || one.terms[picture.term].active[shown.step];
+      if (!active || !picture.known[shown.step]) {
         context.clearRect(0, 0, width, height);
         off = true;
-        note = 'not guided at this step';
+        note = active ? `known at step ${picture.known.lastIndexOf(true, shown.step) + 1}, not here` : 'not guided at this step';
       } else {
         paintSheet(context, picture, image, width, height);
         if (picture.drawn === 'signed') {
@@ -155,6 +156,7 @@
       points = [];
     };
     values.forEach((value, step) => {
+      if (value === undefined) return;
       if (value !== null) points.push([at(box, step), y(value)]);
       else if (points.length) end();
     });
@@ -199,7 +201,8 @@
     if (!box) return;
     const lines = settings.flatMap((one, place) => one.rms.map((rms, number) => (
       {title: (settings.length > 1 ? `${one.letter}: ` : '') + rms.title, values: rms.values[shown.image],
-       drawn: rms.values[shown.image].map(value => value || null),      // of 0 there is no logarithm
+       // Of 0 there is no logarithm; a line goes on over a step of which nothing is known.
+       drawn: rms.values[shown.image].map(value => value === null ? undefined : value || null),
        stroke: colour(number), dash: DASHES[2 * rms.sum + place]})));
     const svg = frame(box), bottom = box.clientHeight - MARGIN.bottom;
     const positive = lines.flatMap(one => one.values).filter(value => value > 0).map(Math.log10);
@@ -232,7 +235,10 @@
     const sigma = written(data.sigma[shown.step]);
     byId('timeline').setAttribute('aria-label', `Noise level over the steps: sigma ${sigma} at ${place()}`);
     const items = all('#legend li');
-    for (const item of items) item.querySelector('.value').value = written(item.values[shown.step]);
+    for (const item of items) {
+      const value = item.values[shown.step];
+      item.querySelector('.value').value = value === null ? 'unknown' : written(value);
+    }
     if (items.length) {
       byId('chart').setAttribute('aria-label', 'Root mean square of the changes: ' +
                                  items.map(item => item.textContent).join(', '));

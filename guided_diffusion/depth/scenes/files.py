@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError
-from ...files import check_writable
+from ...files import check_ending, check_writable
 from ...npz import write_batch
 from ...options import Options, option, seed_option
 from ...pictures import grid, save
@@ -53,6 +53,9 @@ def write_scenes(options: SceneOptions) -> None:
     Raises UserError, before anything is rendered, where the file cannot be written.
     """
     out = checked_npz(options.out)
+    if options.sheet:
+        check_ending("--sheet", options.sheet, ".png")
+        check_writable("--sheet", options.sheet, parents=True)
     scenes = render_scenes(options.seed, range(options.start, options.start + options.num_images), options.image_size)
     write_batch(out, {"arr_0": scenes.rgb, "arr_1": scenes.label, "depth": scenes.depth, "mask": scenes.mask})
     if options.sheet:

@@ -103,3 +103,9 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
 def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
     assert call("bench", *line(**changes)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["images", "search_images"])
+def test_too_few_images_are_named_by_their_option(flag, tmp_path, capsys):
+    assert call("bench", "fmnist32", f"--{flag}", 2, "--metric", "density", "--out", tmp_path) == 2
+    assert f"--{flag} 2: row no_guidance_" in capsys.readouterr().err and not list(tmp_path.iterdir())

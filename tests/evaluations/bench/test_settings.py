@@ -11,12 +11,12 @@ from evaluations.bench.candidates import pair_settings, pairs
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import all_units, in_pairs
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
-from evaluations.reproduction.reproduce import ReproduceOptions
+from evaluations.reproduction.reproduce import WorkOptions
 from guided_diffusion.build import build_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, Networks
 
-OPTIONS = ReproduceOptions()
+OPTIONS = WorkOptions()
 
 
 @cache
@@ -103,7 +103,7 @@ def test_steps_of_every_sampler(sampler):
 
 def test_too_few_evaluations_are_a_sentence():
     run = bench("fmnist32").base.run.changed(guide_scale=1.5)
-    with pytest.raises(UserError, match=r"3 evaluations: SAG s = 0\.5.* cannot have 1 steps: --solver_order 2"):
+    with pytest.raises(UserError, match=r"3 evaluations: SAG s = 0\.5.* cannot have 1 steps: --sampling_steps 1: "):
         steps_within(run, 3)
     with pytest.raises(UserError, match="1 evaluations: are too few for a step of SAG"):
         steps_within(run.changed(solver_order=1), 1)

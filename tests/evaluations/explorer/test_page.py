@@ -152,6 +152,23 @@ def test_what_a_reader_sees(chromium, compared, size, scheme):
     assert_readable(chromium, size, scheme, TITLE)
 
 
+def test_steps_at_which_losses_were_not_told_apart(chromium, tmp_path):
+    one = recorded(images=1)
+    arrays = {**one.arrays, "state_change": one.arrays["eps_change"], "state_change_rms": one.arrays["eps_change_rms"]}
+    for number in (0, 1):
+        change, rms = arrays.pop(f"term{number}_change"), arrays[f"term{number}_rms"].copy()
+        change[:, 3], rms[:, 3] = np.nan, np.nan
+        arrays |= {f"term{number}_state_change": change, f"term{number}_rms": rms}
+    terms = tuple(dataclasses.replace(term, kind="loss") for term in one.terms)
+    path = tmp_path / "explore.html"
+    write_page(path, [dataclasses.replace(one, terms=terms, arrays=arrays)], TITLE, COMMAND)
+    opened(chromium, path, "phone")
+    moved(chromium, step=3)
+    now = seen(chromium)
+    assert now["notes"].count("known at step 3, not here") == 2
+    assert [line.rpartition(" ")[2] == "unknown" for line in now["legend"]] == [True, True, False]
+
+
 def test_pictures_are_those_of_the_recording(chromium, compared):
     (first, second), path = compared
     opened(chromium, path, "desk")

@@ -108,7 +108,10 @@ def test_what_a_loss_takes_from_the_image(run, monkeypatch):
     for scales in ((), (400.0,), (100.0, 300.0)):
         terms = [Darker(scale) for scale in scales]
         monkeypatch.setattr(SamplingRun, "build", lambda run, terms=terms: plain(run)._replace(guidance=terms))
-        recorded[len(terms)] = Recorder(run(), [0, 1], ["middle"]).record()
+        recorded[len(terms)] = Recorder(run(), [0, 1], ["middle"], apart_interval=2).record()
+    guided = run()      # by two losses
+    chain = ImageSampler(guided.sample, guided.sampler, guided.build()).chain([0, 1], guided.labels()([0, 1]))
+    assert np.array_equal(recorded[2].arrays["sample"], [*chain][-1]["sample"].numpy())
     arrays = {count: {name: value.astype(np.float64) for name, value in one.arrays.items()}
               for count, one in recorded.items()}
     assert [(term.title, term.kind) for term in recorded[1].terms] == [("Darker", "loss")]
@@ -117,10 +120,13 @@ def test_what_a_loss_takes_from_the_image(run, monkeypatch):
     # the second x_t is that of the first step without guidance, and what the loss adds
     difference = arrays[1]["x_t"][:, 1] - arrays[0]["x_t"][:, 1]
     assert np.abs(difference - change[:, 0]).max() < 4 * np.finfo(np.float16).eps * np.abs(arrays[1]["x_t"]).max()
-    # two losses share the step, each with its own part
+    # two losses share the step, each with its own part, which is known at every second step
+    assert "state_change" not in arrays[1] and np.allclose(arrays[2]["state_change"], change, rtol=5e-3, atol=1e-4)
     both = [arrays[2][f"term{number}_state_change"] for number in (0, 1)]
+    assert all(np.isnan(one[:, 1]).all() for one in (*both, arrays[2]["term0_rms"]))
+    both = [one[:, ::2] for one in both]
     assert np.allclose(both[0] * 3, both[1], rtol=5e-3, atol=1e-4)
-    assert np.allclose(both[0] + both[1], change, rtol=5e-3, atol=1e-4)
+    assert np.allclose(both[0] + both[1], change[:, ::2], rtol=5e-3, atol=1e-4)
     assert np.allclose(arrays[1]["term0_rms"], np.sqrt((change**2).mean(axis=(2, 3, 4))), rtol=5e-3)
 
 

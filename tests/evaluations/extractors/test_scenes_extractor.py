@@ -187,7 +187,8 @@ def test_training_command_refuses_what_cannot_work(tmp_path, capsys):
                                (["--data", "x.npz"], "--depth_range image: must be NEAR,FAR"),
                                (["--data", "x.npz", "--depth_range", "1,9"], "--held_out is not given"),
                                (["--held_out", "x.npz"], "--held_out x.npz: must be left out"),
-                               (["--out", tmp_path / "no" / "x"], "--out .*: cannot be written")):
+                               (["--out", tmp_path / "no" / "x.safetensors"], "--out .*: cannot be written"),
+                               (["--out", "x.txt"], "--out x.txt: must end in .safetensors")):
         assert call("train_scenes", *arguments) == 2
         assert re.search(message, capsys.readouterr().err)
 

@@ -109,4 +109,6 @@ def test_the_command(tmp_path, capsys):
     assert call("compare", runs[0], "--out", tmp_path / "one.html") == 2
     assert "one.html: a page compares at least two runs" in capsys.readouterr().err
     assert call("compare", *runs, "--out", tmp_path / "x.png", "--page", tmp_path / "x.png") == 2
-    assert "x.png: must end in .html or .htm" in capsys.readouterr().err
+    assert "x.png: must end in .html, .htm" in capsys.readouterr().err
+    assert call("compare", *runs, "--out", tmp_path / "x.jpg") == 2
+    assert "x.jpg: must end in .png, .html, .htm" in capsys.readouterr().err

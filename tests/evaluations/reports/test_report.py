@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from browser import assert_readable, opened
-from commands import call
+from commands import REPOSITORY, call
 from finished import write_run
 from PIL import Image
 
@@ -136,6 +136,15 @@ def test_what_is_refused(run, tmp_path):
         {"title": "A", "rows": [{"row": "a"}]}]}))
     with pytest.raises(UserError, match="was written by another version"):
         written(tmp_path)
+
+
+def test_a_table_of_before_sections_named_the_row_that_they_compare_with(tmp_path):
+    content = json.loads((REPOSITORY / "docs" / "reproduction" / "fmnist32" / "table.json").read_text())
+    for section in content["sections"]:
+        section.pop("against_row", None)
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    written(tmp_path)
+    assert "compared with no guidance" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("size, scheme", [("desk", "dark"), ("phone", "light")])

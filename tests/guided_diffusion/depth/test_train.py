@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 from commands import call, flags
-from depth_world import MODEL, world_flags, write_world
+from depth_world import MODEL, parts, world_flags, write_world
+from depth_world import train_world as train
 from networks import with_random_weights
 
 from guided_diffusion import checkpoint, files
-from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.checkpoint import read_metadata, save_state
 from guided_diffusion.depth import train as depth_train
 from guided_diffusion.depth.features import decoder_features
 from guided_diffusion.depth.pairs import read_pairs
 from guided_diffusion.depth.predictor import check_fits, load_predictors
-from guided_diffusion.depth.train import DepthTrainOptions, load_network, train_predictors
+from guided_diffusion.depth.train import load_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
+from guided_diffusion.logger import read_log
 from guided_diffusion.script_util import create_model
 
 
@@ -26,15 +27,6 @@ from guided_diffusion.script_util import create_model
 def world(tmp_path_factory):
     """A network of random weights, and pairs in which depth is the brightness of the image."""
     return write_world(tmp_path_factory.mktemp("depth"))
-
-
-def parts(given):
-    return [cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
-            for cls in (DepthTrainOptions, ModelOptions, DiffusionOptions)]
-
-
-def train(world, out, **changes):
-    return train_predictors(*parts(world_flags(world, out, **changes)))
 
 
 def weights(path):
@@ -60,8 +52,8 @@ def test_learns_what_is_in_the_features(world, tmp_path):
 
 def test_the_file(world, tmp_path):
     out = tmp_path / "p.safetensors"
-    assert call("depth_train", *flags(world_flags(world, out))) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
+    assert call("depth_train", *flags(world_flags(world, out, log_interval=5, grad_clip=0.1))) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.safetensors", "p_log"]
     predictors = load_predictors(out)
     assert {name: branch.blocks for name, branch in predictors.branches.items()} == {
         "strong": ("output.1", "output.3"), "weak": ("output.0",)}
@@ -71,6 +63,12 @@ def test_the_file(world, tmp_path):
     assert recipe["steps"] == 12 and recipe["num_labels"] == 12 and recipe["diffusion_steps"] == 100
     assert all(branch.std.std() > 0 for branch in predictors.branches.values())          # set from the features
 
+    _, rows = read_log(tmp_path / "p_log" / "progress.csv")
+    assert [(row["step"], row["samples"]) for row in rows] == [("5", "20"), ("10", "40"), ("12", "48")]
+    assert all(float(row["loss"]) == pytest.approx(float(row["loss_strong"]) + float(row["loss_weak"]), rel=1e-4)
+               and float(row["grad_norm"]) > 0.1 and row["clipped"] == "1" for row in rows)
+    assert (tmp_path / "p_log" / "loss.png").is_file()
+
 
 @pytest.mark.parametrize("changes", [{}, {"cache_gb": 0}, {"draws": 0}])
 def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypatch, changes):
@@ -78,17 +76,18 @@ def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypat
     train(world, whole, **changes)
     step = depth_train.PredictorTraining.run_step
 
-    def dies(self):
+    def dies(self, logger):
         if self.step == 8:
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, logger)
 
     monkeypatch.setattr(depth_train.PredictorTraining, "run_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train(world, killed, **changes)
     assert not killed.exists() and read_metadata(tmp_path / "killed.state.safetensors")["step"] == "5"
     monkeypatch.undo()
-    train(world, killed, **changes, save_interval=100)
+    train(world, killed, **changes, save_interval=100, log_interval=4)
+    assert [row["step"] for row in read_log(tmp_path / "killed_log" / "progress.csv")[1]] == ["8", "12"]
     assert equal(weights(whole), weights(killed)) and not (tmp_path / "killed.state.safetensors").exists()
 
     before = killed.stat().st_mtime_ns
@@ -154,7 +153,7 @@ def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
     with files.locked(tmp_path / ".p.safetensors.lock"), pytest.raises(UserError, match="another job is working there"):
         train(world, out, steps=2)
     train(world, out, steps=2)
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, "p_log"]
 
 
 def test_what_is_wrong_shows_before_the_work(world, tmp_path, capsys):

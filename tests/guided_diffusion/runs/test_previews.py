@@ -130,7 +130,7 @@ def test_an_upsampler_is_given_small_training_images(data_dir, tmp_path):
     ({"grid_interval": 1, "cfg_scale": 2.0}, "null"),
     ({"grid_interval": 1, "preview_sampler": "euler"}, "--preview_sampler euler: must be one of"),
     ({"grid_interval": 1, "clean_classifier_scale": 1.0}, "--clean_classifier_path is not given"),
-    ({"grid_interval": 1, "preview_steps": 1}, "--preview_steps 1: --solver_order 2: must be at most"),
+    ({"grid_interval": 1, "preview_steps": 1}, "--preview_steps 1: must be at least 2 with --preview_sampler"),
 ])
 def test_what_cannot_work_is_said_before_the_first_step(data_dir, tmp_path, capsys, changes, message):
     assert train(data_dir, tmp_path / "run", **changes) == 2

@@ -29,7 +29,7 @@ def run_of(**given):
     ({"sampler": "unipc", "solver_eta": 1}, "--solver_eta 1.0: is an option of --sampler dpm-solver++, and the sampl"),
     ({**SOLVER, "solver_variant": "bh1"}, "--solver_variant bh1: is an option of --sampler unipc, and the sampler is"),
     ({**SOLVER, "solver_grid": "karras"}, "--solver_grid karras: must be one of chain, time-uniform"),
-    ({**SOLVER, "solver_order": 3, "sampling_steps": 2}, "--solver_order 3: must be at most the number of steps, 2"),
+    ({**SOLVER, "solver_order": 3, "sampling_steps": 2}, "--sampling_steps 2: must be at least 3, the --solver_order"),
     ({**SOLVER, "solver_order": 3, "solver_eta": 1}, "has the orders 1 and 2"),
     ({**SOLVER, "timestep_respacing": "20"}, "--timestep_respacing 20: must be unset with --solver_grid time-"),
     ({**CHAIN, "timestep_respacing": "10", "sampling_steps": 9}, "--timestep_respacing gives, 10"),
