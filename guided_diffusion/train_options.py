@@ -14,6 +14,8 @@ from .options import Options, cut, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
 
+LONGEST_NUMBER = 18         # digits of a number of images
+
 
 @dataclass(frozen=True)
 class DescentOptions(Options):
@@ -107,11 +109,12 @@ class LoopOptions(DescentOptions):
     def snapshots(self) -> tuple[int, ...]:
         """The numbers of --snapshot_images; none where it keeps nothing. Raises UserError for anything else."""
         words = self.snapshot_images.replace(" ", "").split(",")
-        if not all(word.isascii() and word.isdigit() for word in words) \
-                or (len(words) > 1 and (len(set(words)) < len(words) or min(map(int, words)) < 1)):
+        whole = all(word.isascii() and word.isdigit() and len(word) <= LONGEST_NUMBER for word in words)
+        numbers = tuple(map(int, words)) if whole else ()
+        if not whole or (len(numbers) > 1 and (len(set(numbers)) < len(numbers) or min(numbers) < 1)):
             raise UserError(f"--snapshot_images {cut(self.snapshot_images)}: must be a whole number from 0 up, or "
                             "different ones from 1 up with commas")
-        return tuple(number for word in words if (number := int(word)))
+        return tuple(filter(None, numbers))
 
     def keeps_snapshot(self, images: int, batch: int) -> bool:
         """Whether the last `batch` of so many images reached or passed one of those after which a snapshot is kept."""
