@@ -129,7 +129,13 @@ def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> Fe
 
 
 def load_own(path: Path, device: str) -> FeatureExtractor:
-    """The extractor in a file that `save_scenes` wrote, as `load_scenes` and `load` have it."""
-    extractor = load_scenes(path)
+    """The extractor in a file that `save_scenes` wrote, as `load_scenes` and `load` have it.
+
+    Raises UserError where the file holds anything else.
+    """
+    try:
+        extractor = load_scenes(path)
+    except UserError as error:
+        raise UserError(f"--backend {path}: is no depth network that scripts/train_scenes.py wrote ({error})") from None
     extractor.name, extractor.settings = path.name, {"depth_range": _range_text(extractor)}
     return ready(extractor, chosen_device(device))
