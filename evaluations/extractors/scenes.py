@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from guided_diffusion.checkpoint import ready
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, FAR, KINDS, NEAR
+from guided_diffusion.errors import UserError
 from guided_diffusion.pixels import from_uint8
 
 from ..features import FeatureExtractor, Features
