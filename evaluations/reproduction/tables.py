@@ -142,6 +142,10 @@ class Section:
         """The name of the row that the others are compared with."""
         return self.against_row or self.rows[0]
 
+    def says_less_than(self, other: Section) -> bool:
+        """Whether another section has all of its rows, compared with the same row or with nothing to compare."""
+        return set(self.rows) <= set(other.rows) and (self.base == other.base or len(self.rows) == 1)
+
 
 @dataclass(frozen=True)
 class ChartSpec:
@@ -181,10 +185,11 @@ class Table:
             return self
         sections: list[Section] = []
         for section in self.sections:
-            rows = tuple(row for row in section.rows if row in words)
-            if not any(set(rows) <= set(other.rows) for other in sections) and rows:
+            if rows := tuple(row for row in section.rows if row in words):
                 base = section.against_row if section.against_row in words else ""
-                sections.append(dataclasses.replace(section, rows=rows, against_row=base))
+                left = dataclasses.replace(section, rows=rows, against_row=base)
+                if not any(left.says_less_than(other) for other in sections):
+                    sections.append(left)
         return dataclasses.replace(self, rows={name: row for name, row in self.rows.items() if name in words},
                                    sections=tuple(sections))
 

@@ -292,6 +292,9 @@ def test_what_is_chosen_of_a_table(write):
     assert [section.base for section in compared.sections] == ["a", "a"]
     assert [section.base for section in compared.chosen("b,c").sections] == ["b", "b"]      # and their sentence says it
     assert compared.chosen("b").chart == tables.ChartSpec("evaluations", "fid") and table.chart is None
+    write(mini(rows="a: {}, b: {seed: 2}, c: {seed: 3}",
+               sections="[{title: X, rows: [a, b, c]}, {title: Y, rows: [b, c]}, {title: Z, rows: [a, b]}]"))
+    assert [section.title for section in load_table("mini").chosen("a,b,c").sections] == ["X", "Y"]     # own base
     write(mini(sections="[{title: X, rows: [a], images_seen: 500}]", more="chart: {x: images_seen, y: 'fid, is'}"))
     seen = load_table("mini")
     assert seen.chart == tables.ChartSpec("images_seen", "fid,is")
