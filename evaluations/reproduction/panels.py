@@ -17,7 +17,7 @@ from ..metrics import METRICS, Metric
 from .charts import COLOURS, LEGEND_LINE, Drawing, style_axes
 
 WIDTH, PANEL_HEIGHT, COLUMNS = 720, 260, 3      # px
-LABEL_LETTERS = 16
+LABEL_LETTERS = 24
 BASE_COLOUR = "#444444"
 
 
@@ -52,7 +52,10 @@ class Panel:
 
 
 def panels(results: Mapping[str, Any]) -> list[Panel]:
-    """Returns the panels of the chart that results ask for: sections with rows that are compared with another one."""
+    """Returns the panels of the chart that results ask for: sections with rows that are compared with another one.
+
+    A section that compares with another row than the first panel's says so in its title.
+    """
     named = results["chart"].get("sections")
     found = []
     for word in comma_separated(results["chart"]["y"]):
@@ -61,7 +64,8 @@ def panels(results: Mapping[str, Any]) -> list[Panel]:
             if sum(mark.interval is not None for mark in marks):
                 metric = METRICS[word].by(results.get("features_of", ""))
                 base = results["rows"][section["against_row"]]["title"]
-                found.append(Panel(section["title"], metric, base, section["against"], marks))
+                other = f", against {base}" if found and base != found[0].base else ""
+                found.append(Panel(section["title"] + other, metric, base, section["against"], marks))
     return found
 
 
@@ -112,7 +116,7 @@ def _draw(figure: Any, found: Sequence[Panel], rows: int) -> None:
         _draw_panel(axes, panel)
         style_axes(axes, panel.option, "\n".join(textwrap.wrap(panel.title, 28)))
         if (place - 1) % columns == 0:
-            axes.set_ylabel("\n".join(textwrap.wrap(f"{panel.metric.label}, difference", 28)))
+            axes.set_ylabel("\n".join(textwrap.wrap(f"{panel.metric.label}, difference", 28)), fontsize=10)
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
@@ -125,7 +129,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.plot([x for x, _ in line], [mark.difference for _, mark in line], color=COLOURS[0], alpha=0.5, linewidth=1)
     else:
         axes.set_xticks(places, ["\n".join(textwrap.wrap(mark.label, LABEL_LETTERS)) for mark in panel.marks],
-                        rotation=90, fontsize=10)
+                        rotation=90, fontsize=9)
         axes.set_xlim(-0.6, len(places) - 0.4)
     for x, mark in zip(places, panel.marks, strict=True):
         if mark.interval:
