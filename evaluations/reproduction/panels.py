@@ -57,7 +57,7 @@ def panels(results: Mapping[str, Any]) -> list[Panel]:
     A section that compares with another row than the first panel's says so in its title.
     """
     named = results["chart"].get("sections")
-    found = []
+    found: list[Panel] = []
     for word in comma_separated(results["chart"]["y"]):
         for section in results["sections"]:
             marks = tuple(_marks(section, word, results)) if not named or section["title"] in named else ()
