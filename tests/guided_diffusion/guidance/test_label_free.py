@@ -258,8 +258,8 @@ def every_term(model, scale=1.0, **window):
 
 
 def samples(case, guidance, sampler, ids=(4, 9)):
-    """Images of a chain of two steps, by number."""
-    diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="2")
+    """Images of a chain of three steps, by number."""
+    diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="3")
     x = torch.stack([torch.from_numpy(image_generator(0, i, 10).standard_normal((1, 16, 16))) for i in ids])
     labels = torch.tensor([i % 2 for i in ids])
     denoise = Denoiser(diffusion, case.model, model_kwargs={"y": labels})
@@ -277,7 +277,7 @@ def test_any_list_composes_and_images_do_not_depend_on_the_batch(case, sampler):
     together = samples(case, guidance, sampler)
     assert not torch.allclose(together, samples(case, guidance[:-2], sampler), atol=1e-3)
     alone = torch.cat([samples(case, guidance, sampler, ids=(i,)) for i in (4, 9)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=0, atol=5e-5)
 
 
 def test_scale_0_and_closed_windows_are_unguided_bit_for_bit(case):
@@ -303,8 +303,8 @@ def test_transforms_apply_where_their_window_is_open_only(case):
         return samples(case, [Nothing(0.1), *transforms], "ddim")
 
     assert torch.equal(guided(), guided(ProjectedGuidance(start=0), Rescale(1.0, start=0)))
-    assert not torch.equal(guided(), guided(ProjectedGuidance(start=1)))
-    assert not torch.equal(guided(ProjectedGuidance(start=1)), guided(ProjectedGuidance()))
+    assert not torch.equal(guided(), guided(ProjectedGuidance(start=2)))
+    assert not torch.equal(guided(ProjectedGuidance(start=2)), guided(ProjectedGuidance()))
 
 
 @pytest.mark.parametrize("make", [
