@@ -344,7 +344,6 @@ class Evaluation:
     def _recognised(self, features: Features, file: BatchFile) -> np.ndarray:
         """Returns for each image 1.0 where its class is named as its label says, else 0.0."""
         kind = self.extractor_options.kind
-        assert kind.classify is not None            # `check_outputs` has seen to it
         named = kind.classify(features)
         with dist_util.together():
             labels = read_labels(file, kind.classes)[:len(named)]

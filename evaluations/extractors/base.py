@@ -67,6 +67,11 @@ def classify_from(file: str) -> Classify:
     return classify
 
 
+def names_no_class(features: Features) -> np.ndarray:
+    """Says that an extractor names no classes: its outputs are without `Feature.RECOGNISED`."""
+    raise UserError("this network names no classes of images")
+
+
 def nothing_needed() -> None:
     """Says that an extractor needs nothing but what is always installed."""
 
@@ -100,7 +105,7 @@ class ExtractorKind:
     check: Callable[[], None] = nothing_needed          # raises UserError where what `load` needs is not installed
     is_own: bool = False                # is the user's, so that results and references say its settings
     classes: int = 0                    # that `classify` tells apart, as the labels of samples have them
-    classify: Classify | None = None    # names the class of images by their features, for class accuracy
+    classify: Classify = names_no_class         # names the class of images by their features, for class accuracy
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 
     @property
