@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from .late import torch
 from .options import Options, option
 
 DTYPES = ("float32", "float16", "bfloat16")     # from the most exact one down
@@ -35,3 +37,12 @@ def dtype_name(flags: Mapping[str, Any]) -> str:
 def with_dtype(options: AnyOptions, dtype: str) -> AnyOptions:
     """The options of a network, computing in the type of that name; as they are where the name is "" or auto."""
     return replace(options, **dtype_flags(dtype)) if dtype in DTYPES else options
+
+
+def exact_convolutions(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which float32 convolutions on a GPU are not rounded to TF32."""
+    if device.type != "cuda":
+        return nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
+                       allow_tf32=False)

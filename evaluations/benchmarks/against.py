@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.capture import override_attention
+from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
-from guided_diffusion.execution import exact_convolutions
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
 from guided_diffusion.options import Options, comma_separated, option, options_from

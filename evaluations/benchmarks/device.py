@@ -32,8 +32,8 @@ import numpy as np
 
 from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from guided_diffusion.dtypes import with_dtype
-from guided_diffusion.execution import compile_blocks, exact_convolutions, explained_compilation
+from guided_diffusion.dtypes import exact_convolutions, with_dtype
+from guided_diffusion.execution import compile_blocks, explained_compilation
 from guided_diffusion.guidance import (
     GUIDANCE,
     DepthConsistencyGuidance,

@@ -6,7 +6,6 @@ guided-diffusion evaluator reads it) up to rounding, with the graph's own names 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import threading
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
 
 from ..features import FeatureExtractor, Features
@@ -288,7 +288,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def _read(self, images: np.ndarray) -> Features:
-        with full_precision(self.device):
+        with exact_convolutions(self.device):
             prepared = resize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device))
             prepared = prepared.to(self.dtype).contiguous(memory_format=self.memory_format)
             pooled, spatial, logits = self.model(prepared)
@@ -307,15 +307,6 @@ def check_finite(features: Features) -> None:
     if not finite.all():
         raise UserError(f"image {finite.argmin()} of a batch of {len(finite)}: its features are not finite, "
                         "the weights are damaged")
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which float32 convolutions on a GPU are not rounded to TF32."""
-    cudnn = torch.backends.cudnn
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic,
-                       allow_tf32=False)
 
 
 def _workers(count: int) -> ThreadPoolExecutor:

