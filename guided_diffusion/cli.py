@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from .allocator import keep_freed_memory
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
 from .fetch import without_secrets
 from .files import reason
@@ -45,6 +46,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
+    keep_freed_memory()
     try:
         with _signals_raised():
             _watch_torchrun()

@@ -14,7 +14,7 @@ PACKAGES = ("guided_diffusion", "evaluations", "scripts")
 FLOORS = [
     # guided_diffusion: what one imports
     ["guided_diffusion." + name for name in (
-        "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
+        "allocator", "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
         "fetch", "pictures", "image_files", "links")],

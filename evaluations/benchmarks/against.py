@@ -1,6 +1,8 @@
 """The network here beside that of a clone of the official code: the same weights, in turn, compared as ratios.
 
-The clone's own network is built by its own class, whose arguments and names of weights are those of this project.
+The clone's own network is built by its own class, whose arguments and names of weights are those of this project. It
+is evaluated in a process of its own, which handles memory as a process of the clone does: a command of this project
+keeps the memory that it frees.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,9 +22,10 @@ from guided_diffusion.capture import override_attention
 from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions, Networks
-from guided_diffusion.late import Tensor, nn, no_grad, torch
+from guided_diffusion.late import nn, no_grad, torch
 from guided_diffusion.options import Options, comma_separated, option, options_from
 
+from .elsewhere import Elsewhere
 from .setting import Setting
 from .speed import CallCost, at_last_block, built_terms, explicit_attention, measure_calls
 
@@ -168,41 +172,61 @@ class Against:
 
 def benchmark_against(options: AgainstOptions, rounds: int) -> str:
     """Measures every chosen shape, and returns the table as Markdown. Raises UserError where the clone is none."""
-    module, device = official_networks(options.against), dist_util.dev()
-    found = {name: compare(module, shape, rounds, device) for name, shape in options.chosen.items()}
+    official_networks(options.against)
+    device = dist_util.dev()
+    found = {name: compare(options.against, shape, rounds, device) for name, shape in options.chosen.items()}
     return against_table(found, str(device))
 
 
-def compare(module: ModuleType, shape: Shape, rounds: int, device: torch.device) -> Against:
+def compare(clone: str, shape: Shape, rounds: int, device: torch.device) -> Against:
     """Both networks of a shape in turn, `rounds` times, and matrix products between them.
 
     Raises UserError where their outputs differ by more than AGREEMENT.
     """
-    model_options, diffusion_options, *methods = options_from(dict(shape.flags), ModelOptions, DiffusionOptions,
-                                                              *GUIDANCE)
-    model = build_model(model_options)
-    seeded_weights(model)
-    other = official_copy(module, model, device)
-    checkpoint.ready(model, device)
-    here = Setting.of(model, build_diffusion(diffusion_options), shape.batch, 1)
-    times = here.diffusion.model_timesteps(here.t)
-    functions: dict[str, Callable[[], Any]] = {
-        "evaluation": here.evaluation, "official evaluation": lambda: _first(other(here.x, times)),
-        f"{_METHOD} step": here.step(_step_terms(methods, model, device)), "matrix product": _product(device)}
-    with torch.no_grad(), exact_convolutions(device):
-        one, two = functions["evaluation"](), functions["official evaluation"]()
-    deviation = float((one - two).abs().max() / two.abs().max())
-    if not deviation < AGREEMENT:
-        raise UserError(f"--against: the clone's network differs by {deviation:.1e} of the largest value, at most "
-                        f"{AGREEMENT:.0e} is rounding")
-    costs = measure_calls(functions, rounds, [model])
+    here, methods = _setting(shape)
+    checkpoint.ready(here.model, device)
+    here = here.with_model(here.model)
+    with Elsewhere(_official_evaluation, clone, shape, torch.get_num_threads()) as there:
+        functions: dict[str, Callable[[], Any]] = {
+            "evaluation": here.evaluation, "official evaluation": there.call,
+            f"{_METHOD} step": here.step(_step_terms(methods, here.model, device)), "matrix product": _product(device)}
+        with torch.no_grad(), exact_convolutions(device):
+            one, two = here.evaluation().cpu(), torch.from_numpy(there.result(True))
+        deviation = float((one - two).abs().max() / two.abs().max())
+        if not deviation < AGREEMENT:
+            raise UserError(f"--against: the clone's network differs by {deviation:.1e} of the largest value, at most "
+                            f"{AGREEMENT:.0e} is rounding")
+        costs = measure_calls(functions, rounds, [here.model])
+        costs["official evaluation"] = replace(costs["official evaluation"], memory=there.peak_memory(), forward=1)
     side = MATRIX[device.type]
     rate = 2 * side**3 / (1e-3 * costs["matrix product"].median)
     return Against(shape.batch, costs, _operations(here), rate, deviation)
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output       # some clones also return attention
+def _setting(shape: Shape) -> tuple[Setting, list[GuidanceOptions]]:
+    """The network of a shape with its seeded weights on the CPU, what it is given, and an instance of each method."""
+    model_options, diffusion_options, *methods = options_from(dict(shape.flags), ModelOptions, DiffusionOptions,
+                                                              *GUIDANCE)
+    model = seeded_weights(build_model(model_options))
+    return Setting.of(model, build_diffusion(diffusion_options), shape.batch, 1), methods
+
+
+def _official_evaluation(clone: str, shape: Shape, threads: int) -> Callable[[], Any]:
+    """An evaluation of the clone's network on the device of this process, which returns an array.
+
+    It takes whether convolutions are exact, as `exact_convolutions` makes them.
+    """
+    torch.set_num_threads(threads)
+    here, device = _setting(shape)[0], dist_util.dev()
+    network = official_copy(official_networks(clone), here.model, device)
+    x, times = here.x.to(device), here.diffusion.model_timesteps(here.t.to(device))
+
+    def evaluation(exact: bool = False) -> Any:
+        with torch.no_grad(), exact_convolutions(device) if exact else nullcontext():
+            output = network(x, times)
+        return (output[0] if isinstance(output, tuple) else output).cpu().numpy()   # some clones also return attention
+
+    return evaluation
 
 
 def _step_terms(methods: list[GuidanceOptions], model: UNetModel, device: torch.device) -> list[Any]:

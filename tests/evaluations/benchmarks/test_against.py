@@ -3,7 +3,7 @@
 import pytest
 from commands import call
 
-from evaluations.benchmarks import against
+from evaluations.benchmarks import against, elsewhere
 from evaluations.benchmarks.against import Against, AgainstOptions, Shape, against_table
 from evaluations.benchmarks.speed import CallCost
 from guided_diffusion.errors import UserError
@@ -25,6 +25,7 @@ def clone(tmp_path, monkeypatch):
     """A function that makes a clone whose network multiplies what it predicts."""
     monkeypatch.setattr(against, "SHAPES", {"tiny": Shape(TINY, 2)})
     monkeypatch.setattr(against, "MATRIX", {"cpu": 64})
+    monkeypatch.setattr(elsewhere, "START", "fork")         # which need not load PyTorch
 
     def make(bias):
         folder = tmp_path / "guided_diffusion"
