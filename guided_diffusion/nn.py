@@ -34,10 +34,13 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape and type."""
-        if x.device.type == "cpu" and is_channels_last(x) and x.shape[2:].numel() < 1024:
-            # The kernel for small channels_last maps walks through them by single groups: copying twice is faster.
-            normed = super().forward(x.float().contiguous())
-            return normed.to(x.dtype, memory_format=torch.channels_last)
+        if x.device.type == "cpu" and is_channels_last(x):
+            if x.shape[2:].numel() < 1024:
+                # The kernel for small channels_last maps walks through them by single groups: copying twice is faster.
+                normed = super().forward(x.float().contiguous())
+                return normed.to(x.dtype, memory_format=torch.channels_last)
+            if not torch.is_grad_enabled():
+                return super().forward(x)       # to the bit: the kernel for large ones computes in float32 by itself
         return super().forward(x.float()).to(x.dtype)
 
 

@@ -38,6 +38,14 @@ def test_norms_compute_in_float32(dtype, memory_format):
     torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_norms_of_large_maps_are_to_the_bit_those_of_float32_rounded(dtype):
+    x = (30 + 3 * torch.randn(2, 64, 32, 32, generator=torch.Generator().manual_seed(0))).to(dtype)
+    x, norm = x.to(memory_format=torch.channels_last), normalization(64)
+    with torch.no_grad():
+        assert torch.equal(norm(x), nn.functional.group_norm(x.float(), 32, eps=norm.eps).to(dtype))
+
+
 def test_zero_module_and_mean_flat():
     assert all(not parameter.any() for parameter in zero_module(nn.Conv2d(2, 3, 3)).parameters())
     x = torch.arange(12.0).view(2, 3, 2, 1)
