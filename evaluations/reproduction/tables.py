@@ -44,7 +44,8 @@ from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..extractors import check_backend
+from ..extractors import ExtractorKind, check_backend, find_extractor
+from ..extractors.own import NoSuchNetwork
 from ..metrics import METRICS
 
 CONFIGS = configurations()
@@ -87,6 +88,14 @@ class EvaluationSpec(Options):
             if word not in METRICS:
                 raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
                                 f"{nearest(word, METRICS)}")
+
+    @property
+    def kind(self) -> ExtractorKind | None:
+        """What is known of the network; None where it is a file that is missing."""
+        try:
+            return find_extractor(self.backend)
+        except NoSuchNetwork:
+            return None
 
     @property
     def words(self) -> list[str]:
