@@ -318,9 +318,14 @@ class Evaluation:
         wanted = self.options.wanted
         lacking = [metric for metric in wanted if not _is_stored(self.reference, metric)]
         drawn = self.options.is_drawn
-        reference = self._extract(self.reference, len(self.reference), folder, lacking,
-                                  drawn and Feature.POOLED not in self.reference.members)
-        samples = [self._extract(file, self._count(file), folder, wanted, drawn) for file in self.samples]
+        samples = []
+        with progress_bar(1 + len(self.samples), "features", "file") as progress:
+            reference = self._extract(self.reference, len(self.reference), folder, lacking,
+                                      drawn and Feature.POOLED not in self.reference.members)
+            progress.update()
+            for file in self.samples:
+                samples.append(self._extract(file, self._count(file), folder, wanted, drawn))
+                progress.update()
         with dist_util.together():
             check_same_widths(reference, samples)
         return reference, samples
