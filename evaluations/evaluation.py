@@ -318,9 +318,14 @@ class Evaluation:
         wanted = self.options.wanted
         lacking = [metric for metric in wanted if not _is_stored(self.reference, metric)]
         drawn = self.options.is_drawn
-        reference = self._extract(self.reference, len(self.reference), folder, lacking,
-                                  drawn and Feature.POOLED not in self.reference.members)
-        samples = [self._extract(file, self._count(file), folder, wanted, drawn) for file in self.samples]
+        samples = []
+        with progress_bar(1 + len(self.samples), "features", "file") as progress:
+            reference = self._extract(self.reference, len(self.reference), folder, lacking,
+                                      drawn and Feature.POOLED not in self.reference.members)
+            progress.update()
+            for file in self.samples:
+                samples.append(self._extract(file, self._count(file), folder, wanted, drawn))
+                progress.update()
         with dist_util.together():
             check_same_widths(reference, samples)
         return reference, samples
@@ -376,6 +381,7 @@ class Evaluation:
     def _warn(self, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
         if self.extractor.caveat:
             self.warn(self.extractor.caveat)
+        self._warn_of_labels(samples)
         files = (reference, *samples)
         counts = [features.count for features in files if features.count]
         if len(set(counts)) > 1:
@@ -384,6 +390,17 @@ class Evaluation:
         sizes = [features.file.resolution for features in files if len(features.file)]
         if len(set(sizes)) > 1:
             self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
+
+    def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
+        """Warns where labels are probably not those of the classes that the network tells apart."""
+        kind = self.extractor_options.kind
+        if not kind.classes_of or all(metric.feature is not Feature.RECOGNISED for metric in self.options.wanted):
+            return
+        for sample in samples:
+            greatest = int(read_labels(sample.file, kind.classes).max())
+            if 2 * (greatest + 1) <= kind.classes:
+                self.warn(f"{sample.file.path}: its labels go up to {greatest}, class_accuracy reads them as "
+                          f"those of the {kind.classes} classes of {kind.classes_of}")
 
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
                 ) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Draw the geometry of samples: images, the depth seen in them, surface normals, and point clouds.
+r"""Draw the geometry of samples: images, the depth seen in them, surface normals, and point clouds.
 
-Each folder holds a finished run of 32x32 scenes. Column i of every block is image number i, so that runs with the same
-seed show what guidance changes.
+Each folder holds a finished run of 32x32 images. Column i of every block is image number i, so that runs with the same
+seed show what guidance changes. With a depth network of your own, normals and point clouds are left out.
 
-Example:
+Examples:
     python scripts/depth_pictures.py samples/dag/unguided samples/dag/both --out geometry.png --cloud cloud.png
+    python scripts/depth_pictures.py samples/doom --frames data/doom32/train.npz \
+        --backend models/freedoom32_judge.safetensors --far 16 --titles "frames of Freedoom,samples" --out rooms.png
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@ r"""Render rooms of Freedoom with their depth, to train depth predictors on, by 
 
 Examples:
     python scripts/doom_render.py --out data/doom32
-    python scripts/doom_render.py --maps MAP01,MAP05 --num_train 100 --num_test 100 --image_size 64 --out data/doom64
+    python scripts/doom_render.py --maps MAP01,MAP04 --num_train 100 --num_test 100 --image_size 64 --out data/doom64
     python scripts/depth_train.py --model scenes32 --data data/doom32/train.npz --depth_range 0.28,28.6 \
         --out doom.safetensors
 """
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, show = parse_options(argv, DoomOptions, ShowOptions, description=__doc__)
     counts = render_doom(options)
-    parts = ", ".join(f"{count} to {split}" for split, count in counts.items())
+    parts = ", ".join(f"{count or 'no map'} to {split}" for split, count in counts.items())
     tell(f"rooms: {options.out} ({parts})\nsheet: {options.out}/sheet.png", show)
 
 

@@ -173,7 +173,7 @@ def verify(options: DeviceOptions) -> Report:
             progress.update()
     with parts.part("ranks"):
         checks += ranks_checks(options, device, notes)
-    return Report(described(device), checks, costs, notes, time.monotonic() - began, parts.seconds)
+    return Report(described(device), checks, costs, list(dict.fromkeys(notes)), time.monotonic() - began, parts.seconds)
 
 
 def _compiled(networks: Sequence[Case], asked: bool | None, device: torch.device) -> Sequence[Case]:
@@ -266,7 +266,8 @@ class Subject:
             methods = [at_last_block(method, model) for method in methods]
         device = next(model.parameters()).device
         depth = DepthConsistencyGuidance(model, self._predictors(device), 1.0)
-        return {**built_terms(methods, _SeededNetworks(model, device, random_weights=True), ""), "DCG": [depth]}
+        terms = built_terms(methods, _SeededNetworks(model, device, random_weights=True), "", self.notes.append)
+        return {**terms, "DCG": [depth]}
 
     def checks(self, compiled: bool) -> Iterator[Check]:
         """Every comparison of this network."""

@@ -88,10 +88,12 @@ def benchmark(options: BenchmarkOptions, model_options: ModelOptions, diffusion_
     return cost_table(measured, options.batch_size, str(device), dtype_name(asdict(model_options)))
 
 
-def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: str) -> dict[str, list[Guidance]]:
+def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: str,
+                say: Callable[[str], object] = _log.info) -> dict[str, list[Guidance]]:
     """The terms that are timed, by name: those of each method's variants, and of `together` as --together says.
 
-    methods: an instance of each class of GUIDANCE; those that lack a file are left out.
+    methods: an instance of each class of GUIDANCE; those that lack a file are left out. say: is told of methods that
+    are off and not for this network.
     """
     built: dict[str, list[Guidance]] = {}
     for method in methods:
@@ -101,7 +103,7 @@ def built_terms(methods: Sequence[GuidanceOptions], nets: Networks, together: st
         except UserError as error:
             if method.active or any(getattr(method, flag) for flag in method.remedies):
                 raise
-            _log.info("%s is not timed: %s", method.short, error)         # it is off, and not for this network
+            say(f"{method.short} is not timed: {error}")
     for name in comma_separated(together):
         parts = name.split(" + ")
         if all(part in built for part in parts):

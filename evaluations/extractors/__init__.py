@@ -26,7 +26,8 @@ EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
                   pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True),
     ExtractorKind("photo", "EfficientNet-Lite0, trained on the photographs of ImageNet", load_from("photo"),
                   pooled=1280, spatial=14 * 14 * 7, probabilities=1000, network="EfficientNet-Lite0",
-                  check=check_from("photo"), outputs=RECOGNISING, classes=43, classify=classify_from("icons")),
+                  check=check_from("photo"), outputs=RECOGNISING, classes=43, classes_of="icons",
+                  classify=classify_from("icons")),
     *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin

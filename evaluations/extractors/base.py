@@ -105,6 +105,7 @@ class ExtractorKind:
     check: Callable[[], None] = nothing_needed          # raises UserError where what `load` needs is not installed
     is_own: bool = False                # is the user's, so that results and references say its settings
     classes: int = 0                    # that `classify` tells apart, as the labels of samples have them
+    classes_of: str = ""            # what these classes are of, where the extractor's own name does not say it
     classify: Classify = names_no_class         # names the class of images by their features, for class accuracy
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 

@@ -23,6 +23,14 @@ DEPTH_NETWORK = ".safetensors"
 FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
+class NoSuchNetwork(UserError):
+    """The file that --backend names is not there. remedy: what brings it."""
+
+    def __init__(self, word: str, remedy: str) -> None:
+        super().__init__(f"--backend {word}: no such file")
+        self.remedy = remedy
+
+
 def _file_record(word: str, loader: str) -> ExtractorKind:
     """Returns what is known of a network's file; UserError where it or its YAML file cannot be used."""
     from .preparation import read_preparation
@@ -30,7 +38,7 @@ def _file_record(word: str, loader: str) -> ExtractorKind:
     path, settings = Path(word), Path(word).with_suffix(".yaml")
     with reading(path, "cannot be read", flag="--backend"):
         if not path.is_file():
-            raise UserError(f"--backend {word}: no such file")
+            raise NoSuchNetwork(word, f"export one ({loader}), or name yours as backend in the row's file")
         if not settings.is_file():
             raise UserError(f"--backend {word}: needs {settings} beside it, which says how images become its input: "
                             "input_size, resize, range, mean, std and outputs")
@@ -48,7 +56,7 @@ def _depth_record(word: str) -> ExtractorKind:
     """Returns what is known of a depth network that scripts/train_scenes.py wrote; UserError where there is none."""
     path = Path(word)
     if not path.is_file():
-        raise UserError(f"--backend {word}: no such file")
+        raise NoSuchNetwork(word, "scripts/train_scenes.py trains one (docs/dag.md)")
 
     def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
         extractor: FeatureExtractor = importlib.import_module(f"{__package__}.scenes").load_own(path, device)

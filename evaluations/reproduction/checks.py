@@ -37,8 +37,8 @@ def check_rows(table: Table, flag: str = "num_samples") -> None:
             needing = [METRICS[word].label for word in row.evaluation.words if METRICS[word].smallest_count == fewest]
             raise UserError(f"--{flag} {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
-        check_outputs([METRICS[word] for word in row.evaluation.words], find_extractor(row.evaluation.backend),
-                      f" of row {name} in {row.file}")
+        if network := row.evaluation.kind:
+            check_outputs([METRICS[word] for word in row.evaluation.words], network, f" of row {name} in {row.file}")
         recognised = [word for word in row.evaluation.words if METRICS[word].feature is Feature.RECOGNISED]
         if recognised and (not row.run.labelled or row.run.sample.labels == NONE):
             raise UserError(f"metrics {row.evaluation.metrics} of row {name} in {row.file}: the row has no labels, "

@@ -22,7 +22,6 @@ from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..extractors import find_extractor
 from .missing import MissingFile, missing_files
 from .tables import Row
 
@@ -88,7 +87,8 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
     each = count.forward * one.forward + count.backward * one.backward
     each += sum(number * one.others.get(name, 0) for name, number in {**count.others, **count.plain}.items())
-    disk = row.images * (2 * 3 * run.model.image_size**2 + find_extractor(row.evaluation.backend).feature_bytes)
+    network = row.evaluation.kind
+    disk = row.images * (2 * 3 * run.model.image_size**2 + (network.feature_bytes if network else 0))
     missing = tuple(missing_files(row, references, inception))
     return RowCost(count, images, round(images * each), disk, _weights(run), missing)
 

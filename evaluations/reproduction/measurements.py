@@ -79,24 +79,26 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     extractors: dict[str, FeatureExtractor] = {}
     first: tuple[Any, Any] = (None, None)
-    with progress_bar(len(counts), "evaluating", "row") as progress:
-        for group, rows in _groups(table, sampled).items():
-            options = replace(settings.extractor, backend=group.backend)
-            if group.backend not in extractors:
-                extractors[group.backend] = load_extractor_once(options)
-            extractor = extractors[group.backend]
-            chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap)
-            with dist_util.together():
-                evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
-                                        [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)
-            reference, samples = evaluation.features(folder)
-            measure = functools.partial(_row_replicates, reference, chosen.settings, settings.bootstrap)
-            with dist_util.together():
+    evaluated = 0
+    for group, rows in _groups(table, sampled).items():
+        options = replace(settings.extractor, backend=group.backend)
+        if group.backend not in extractors:
+            extractors[group.backend] = load_extractor_once(options)
+        extractor = extractors[group.backend]
+        chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap)
+        with dist_util.together():
+            evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
+                                    [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)
+        reference, samples = evaluation.features(folder)
+        measure = functools.partial(_row_replicates, reference, chosen.settings, settings.bootstrap)
+        with dist_util.together():
+            with progress_bar(len(counts), "evaluating", "row", evaluated) as progress:
                 replicates |= _shared_out(rows, samples, counts, progress.update, measure)
-            if dist_util.is_main() and first[0] is None:
-                first = (_described(reference, rows[0].evaluation, settings.bootstrap),
-                         {"name": extractor.name, "sha256": extractor.fingerprint,
-                          **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
+            evaluated += len(rows)
+        if dist_util.is_main() and first[0] is None:
+            first = (_described(reference, rows[0].evaluation, settings.bootstrap),
+                     {"name": extractor.name, "sha256": extractor.fingerprint,
+                      **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
     depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
     return Measurements(replicates, depth, *first) if dist_util.is_main() else None
 

@@ -13,6 +13,7 @@ from guided_diffusion.runs.sample import SamplingRun
 
 from ..extractors import find_extractor
 from ..extractors.inception_graph import FILE_NAME, is_here
+from ..extractors.own import NoSuchNetwork
 from ..references import find_reference, reference_names
 from .tables import DFID, Row
 
@@ -34,8 +35,8 @@ def missing_files(row: Row, references: str | Path, inception: str = "") -> list
 
     references: folder of reference batches; inception: as `--inception`.
     """
-    return [*_missing_checkpoints(row.run), *_missing_reference(row, references), *_missing_inception(row, inception),
-            *_missing_depth(row, references)]
+    return [*_missing_checkpoints(row.run), *_missing_reference(row, references), *_missing_network(row),
+            *_missing_inception(row, inception), *_missing_depth(row, references)]
 
 
 def depth_reference(row: Row, references: str | Path) -> Path:
@@ -77,9 +78,16 @@ def _missing_reference(row: Row, references: str | Path) -> Iterator[MissingFile
                           "name the folder that holds it with --references")
 
 
+def _missing_network(row: Row) -> Iterator[MissingFile]:
+    try:
+        find_extractor(row.evaluation.backend)
+    except NoSuchNetwork as error:
+        yield MissingFile(row.evaluation.backend, error.remedy)
+
+
 def _missing_inception(row: Row, inception: str) -> Iterator[MissingFile]:
-    needed = row.evaluation.reference or needs_depth_maps(row)
-    if needed and find_extractor(row.evaluation.backend).is_inception and not is_here(inception or None):
+    needed, network = row.evaluation.reference or needs_depth_maps(row), row.evaluation.kind
+    if needed and network and network.is_inception and not is_here(inception or None):
         yield MissingFile(inception or FILE_NAME, "downloaded when the table is begun, or name it with --inception",
                           blocks=bool(inception))
 

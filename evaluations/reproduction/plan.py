@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guided_diffusion import dist_util
@@ -96,7 +96,7 @@ def plan(table: Table, references: str | Path, inception: str, ranks: int, secon
     ranks_word = f"{ranks} ranks that each have such a device" if ranks > 1 else "one rank"
     return "\n".join([
         f"{table.title}: what it costs", "", *_cost_lines(table, costs, rates, ranks), "",
-        *(rate.said for rate in rates.values()),
+        *(rate.said for rate in rates.values()), *_unknown_lines(table),
         f"Hours are those of sampling on {ranks_word}. Memory is that of a rank; the graph that depth-aware "
         "guidance differentiates comes on top, and so do the evaluations of its prior.",
         "", *_missing_lines(costs)])
@@ -117,6 +117,15 @@ def _cost_lines(table: Table, costs: Mapping[str, RowCost], rates: Mapping[_Netw
                      f"{_short(one.disk / 1e9)} | {memory} | {_short(hours)} |")
     flops, disk = sum(one.flops for one in costs.values()), sum(one.disk for one in costs.values())
     return [*lines, f"| together | | | | {_short(flops / 1e15)} | {_short(disk / 1e9)} | | {_short(total_hours)} |"]
+
+
+def _unknown_lines(table: Table) -> list[str]:
+    """Returns a line for each missing checkpoint whose network nothing describes."""
+    unknown = dict.fromkeys(row.run.sample.model_path for row in table.rows.values()
+                            if replace(row.run.model, use_fp16=False, use_bf16=False) == ModelOptions()
+                            and not Path(row.run.sample.model_path).is_file())
+    return [f"{path} is missing, and no option says what network it holds: its rows are counted with the default one, "
+            f"of {ModelOptions().image_size}x{ModelOptions().image_size} images." for path in unknown]
 
 
 def _missing_lines(costs: Mapping[str, RowCost]) -> list[str]:

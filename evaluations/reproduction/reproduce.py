@@ -106,7 +106,7 @@ def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
 
 
 def as_asked(row: Row, options: WorkOptions) -> Row:
-    """Returns a row as the options change it: its files, batch and type."""
+    """Returns a row as the options change it: its files, the evaluation's network among them, batch and type."""
     values: dict[str, Any] = {flag: located(file, options) for flag, file in row.run.checkpoints().items()}
     if options.batch_size is not None:
         values["batch_size"] = options.batch_size
@@ -114,7 +114,8 @@ def as_asked(row: Row, options: WorkOptions) -> Row:
         values["dtype"] = options.dtype
     if options.compile:
         values["compile"] = True
-    return row.changed(**values)
+    evaluation = replace(row.evaluation, backend=located(row.evaluation.backend, options))
+    return replace(row.changed(**values), evaluation=evaluation)
 
 
 def _compared(row: Row, options: ReproduceOptions) -> Row:

@@ -9,7 +9,6 @@ from typing import Any
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import read_json
 
-from ..extractors import find_extractor
 from ..metrics import Replicates
 from .costs import equivalent_evaluations, passes
 from .measurements import EvaluationSettings, Measurements, section_images
@@ -50,7 +49,7 @@ def features_of(table: Table) -> str:
 
     Raises UserError where rows differ in it, and where such a row has published numbers, which are Inception's.
     """
-    networks = {name: find_extractor(row.evaluation.backend).network for name, row in table.rows.items()}
+    networks = {name: kind.network if (kind := row.evaluation.kind) else "" for name, row in table.rows.items()}
     if len(set(networks.values())) > 1:
         said = ", ".join(f"{name} {table.rows[name].evaluation.backend}" for name in networks)
         raise UserError(f"{table.name}: mixes networks whose numbers have different names ({said}): evaluate all rows "

@@ -44,7 +44,8 @@ from guided_diffusion.places import configurations
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
 
-from ..extractors import check_backend
+from ..extractors import ExtractorKind, check_backend, find_extractor
+from ..extractors.own import NoSuchNetwork
 from ..metrics import METRICS
 
 CONFIGS = configurations()
@@ -87,6 +88,14 @@ class EvaluationSpec(Options):
             if word not in METRICS:
                 raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
                                 f"{nearest(word, METRICS)}")
+
+    @property
+    def kind(self) -> ExtractorKind | None:
+        """What is known of the network; None where it is a file that is missing."""
+        try:
+            return find_extractor(self.backend)
+        except NoSuchNetwork:
+            return None
 
     @property
     def words(self) -> list[str]:
@@ -202,8 +211,11 @@ def table_names() -> list[str]:
 def load_table(name: str) -> Table:
     """Returns the table of that name. Raises UserError for an unknown one, and for a file that is no table."""
     if name not in table_names():
-        raise UserError(f"TABLE {name}: there is no such table{nearest(name, table_names())}, there are "
-                        f"{', '.join(table_names())}")
+        known = f"there are {', '.join(table_names())}"
+        if Path(name).suffix or len(Path(name).parts) > 1:
+            raise UserError(f"TABLE {name}: is no name of a table; a table is a folder of {CONFIGS} with a file "
+                            f"table.yaml, and is called by the name of the folder, {known}")
+        raise UserError(f"TABLE {name}: there is no such table{nearest(name, table_names())}, {known}")
     path = CONFIGS / name / "table.yaml"
     content = _read_parts(path)
     sections = tuple(content["sections"].values())

@@ -101,7 +101,7 @@ def as_pair(view: View, size: int, gamma: float) -> tuple[np.ndarray, np.ndarray
 
 
 def render_doom(options: DoomOptions) -> dict[str, int]:
-    """Writes all files; returns the number of views of each split that has any.
+    """Writes all files; returns the number of views of each split, 0 where no map is of it.
 
     Raises UserError where the engine is missing, a map is unknown, or shows too few rooms, and where nothing can be
     written.
@@ -130,7 +130,7 @@ def render_doom(options: DoomOptions) -> dict[str, int]:
         "settings": asdict(options), "licences": LICENCES, "engine": f"ViZDoom {engine.__version__}",
         "content": {f"{wad}.wad": sha256_of(folder / f"{wad}.wad") for wad in WADS},
         "depth": {"unit": "m", "near": NEAR, "far": FAR}, "views": poses})
-    return {split: len(rows) for split, rows in poses.items()}
+    return {split: len(poses.get(split, ())) for split in counts}
 
 
 def _rendered(engine: Any, names: Sequence[str], count: int, options: DoomOptions, tick: Any,

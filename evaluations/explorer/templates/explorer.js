@@ -171,7 +171,6 @@
   function drawTimeline() {
     const box = byId('timeline');
     const bars = settings.flatMap((one, place) => one.terms.map((term, number) => ({term, number, place, one})));
-    box.style.height = `${190 + 26 * bars.length}px`;
     const svg = frame(box), bottom = box.clientHeight - MARGIN.bottom - 26 * bars.length;
     const logs = data.sigma.map(value => Math.log10(Math.max(value, 1e-6)));
     const low = Math.min(...logs), high = Math.max(...logs, low + 1e-6);

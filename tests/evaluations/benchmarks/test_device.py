@@ -28,7 +28,7 @@ def test_the_report_of_small_networks(tmp_path, capsys):
         *names["float32"]}
     assert names["float16"] == names["bfloat16"] == ["evaluation"]
     assert [note.split(":")[0] for note in found["notes"]] == [
-        "compiled networks were not checked (16x16, 32 channels)", "ranks were not compared"]
+        "compiled networks were not checked (16x16, 32 channels)", "CFG is not timed", "ranks were not compared"]
     text = (tmp_path / "report.md").read_text()
     assert sum(found["parts"].values()) < found["seconds"] and "16x16, 32 channels, bfloat16: " in text
     assert "9 of 9 checks hold." in text and text.count("| holds |") == 9

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from commands import call
 from PIL import Image
 
@@ -15,6 +16,7 @@ from evaluations.depth.pictures import (
     point_cloud,
     points,
 )
+from evaluations.extractors.scenes import ScenesExtractor, save_scenes
 from guided_diffusion.depth.scenes import FAR, FOV, KINDS, NEAR, render
 from guided_diffusion.npz import prepare_samples
 
@@ -100,6 +102,31 @@ def test_the_command_draws_both_pictures(folders, tmp_path, capsys):
             assert len(picture.getcolors(2**20)) > 200
     with Image.open(tmp_path / "geometry.png") as picture:
         assert picture.height > 6 * 64          # images, depth and normals of both
+
+
+def test_frames_and_a_depth_network_of_the_users(folders, rendered, tmp_path, capsys):
+    """Each block has its images above their depth, which is black from --far on."""
+    network, frames = tmp_path / "own.safetensors", tmp_path / "frames.npz"
+    torch.manual_seed(0)
+    save_scenes(ScenesExtractor((4, 6, 8, 10), limits=(1.0, 21.0)).eval(), network, {})
+    np.savez(frames, arr_0=rendered.rgb[:8])
+    words = [*folders, "--frames", frames, "--backend", network, "--far", 0.5, "--out", tmp_path / "rooms.png"]
+    assert call("depth_pictures", *words, "--titles", "true,plain,guided") == 0
+    with Image.open(tmp_path / "rooms.png") as picture:
+        seen = np.asarray(picture)
+    step, block = 2 * 34, 24 + 12 + 2 * (2 * 34 + 2)         # of a row of images, and of a block of two such rows
+    assert seen.shape[0] == 12 + 3 * block
+    for place, images in enumerate((rendered.rgb[:8], rendered.rgb[:6], rendered.rgb[6:12])):
+        top = 12 + place * block + 24 + 4
+        for column, image in enumerate(images):
+            left = 12 + 4 + column * step
+            assert (seen[top:top + 64:2, left:left + 64:2] == image).all()
+            assert seen[top + step:top + step + 64, left:left + 64].max() <= 4         # black: all is beyond 0.5 m
+    for words_, message in ((["--titles", "a,b"], "--titles a,b: 2 for 3 blocks of images"),
+                            (["--cloud", tmp_path / "c.png"], "needs the camera of scenes"),
+                            (["--backend", "fashion_mnist"], "does not estimate depth")):
+        assert call("depth_pictures", *words, *words_) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_the_command_refuses(folders, tmp_path, capsys):

@@ -134,6 +134,10 @@ def compared(tmp_path_factory):
 def test_what_a_reader_sees(chromium, compared, size, scheme):
     (first, second), path = compared
     opened(chromium, path, size, scheme)
+    assert chromium.execute_async_script("""
+        const done = arguments[0], heard = list => done(list.getEntries().reduce((sum, one) => sum + one.value, 0));
+        new PerformanceObserver(heard).observe({type: 'layout-shift', buffered: true});
+        setTimeout(() => done(0), 30);""") == 0             # while the page is filled
     before = seen(chromium)
     assert chromium.title == TITLE and before["where"].startswith("step 1 of 5 · t = 4 · sigma 100")
     assert "not guided at this step" in before["notes"]
@@ -147,7 +151,9 @@ def test_what_a_reader_sees(chromium, compared, size, scheme):
     shown = float(after["legend"][0].rpartition(" ")[2])
     assert after["legend"][0].startswith("A: SAG <s> = 0.5") and abs(shown - rms) <= 5e-3 * rms
     assert "not guided at this step" not in after["notes"] and after["pressed"] == ["false", "true", "false"]
-    assert before["places"] == after["places"]                  # nothing moves
+    assert before["places"] == after["places"]                  # nothing moves, nor where more is said
+    chromium.execute_script("document.getElementById('where').value = 'step 250 of 250 · t = 249 · sigma 0.00123'")
+    assert seen(chromium)["places"] == after["places"]
     assert all(after["alts"]) and "A: x_t, image 11, step 4 of 5" in after["alts"]
     assert_readable(chromium, size, scheme, TITLE)
 

@@ -170,13 +170,16 @@ def test_numbers_are_named_for_the_network(file, cache, monkeypatch, tmp_path, c
     monkeypatch.setattr(photo, "default_cache", lambda: cache)
     files = [tmp_path / "real.npz", tmp_path / "made.npz"]
     for seed, path in enumerate(files):
-        write_batch(path, {}, iter([pictures(6 + seed, seed=seed)]), (6 + seed, 32, 32, 3))
-    assert call("evaluate", *files, "--backend", "photo", "--metrics", "is,fid,kid,precision,mind",
+        write_batch(path, {"arr_1": np.arange(6 + seed)}, iter([pictures(6 + seed, seed=seed)]), (6 + seed, 32, 32, 3))
+    assert call("evaluate", *files, "--backend", "photo", "--metrics", "is,fid,kid,precision,mind,class_accuracy",
                 "--json", tmp_path / "result.json") == 0
     said = capsys.readouterr()
     names = re.findall(r"^([A-Z][^:]*): [\d.e-]+$", said.out, re.MULTILINE)
     assert names == ["Score of classes by EfficientNet-Lite0", "Frechet distance by EfficientNet-Lite0 features",
-                     "Precision", "Kernel distance by EfficientNet-Lite0 features", "MIND"]
+                     "Precision", "Kernel distance by EfficientNet-Lite0 features", "MIND",
+                     "Class accuracy in %"]
+    assert (f"{files[1]}: its labels go up to 6, class_accuracy reads them as those of the 43 classes of icons"
+            in said.err)
     assert "on which Frechet distance by EfficientNet-Lite0 features and the others depend" in said.err
     assert not re.search(r"\bs?FID\b|Inception", said.out + said.err)
     (result,) = json.loads((tmp_path / "result.json").read_text())

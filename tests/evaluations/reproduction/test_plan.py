@@ -137,6 +137,11 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
     assert "scripts/fetch_references.py VIRTUAL_imagenet128_labeled" in commands[
         "references/VIRTUAL_imagenet128_labeled.npz"]
     assert "--inception" in commands["classify_image_graph_def.pb"]
+    text = plan(load_table("freedoom32_dag").chosen("unguided"), "references", "", 1, 0.02)
+    assert "models/freedoom32.safetensors is missing, and no option says what network it holds: its rows are" in text
+    judge = missing_files(load_table("freedoom32_dag").rows["unguided"], "references")[2]
+    assert judge.blocks and str(judge) == "models/freedoom32_judge.safetensors: scripts/train_scenes.py trains one " \
+        "(docs/dag.md)"
     unguided = [thing.file for thing in missing_files(rows["unguided"], "references") if thing.blocks]
     assert unguided and not any("classifier" in file for file in unguided)
     church = {thing.file: thing for thing in missing_files(load_table("dag_dfid").rows["church_dpg"], "references")}

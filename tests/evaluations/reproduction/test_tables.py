@@ -306,6 +306,7 @@ def test_what_is_chosen_of_a_table(write):
 def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     write(mini(rows="sag_cg: {}", sections="[{title: All, rows: [sag_cg]}]"))
     assert refusal("minni") == "TABLE minni: there is no such table (did you mean mini?), there are mini"
+    assert refusal("configs/mini.yaml").startswith("TABLE configs/mini.yaml: is no name of a table; a table is a")
     with pytest.raises(UserError, match=r"--rows sag_gc: mini has no row 'sag_gc' \(did you mean sag_cg\?\), there"):
         load_table("mini").chosen("sag_gc")
 
