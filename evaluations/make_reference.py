@@ -153,11 +153,12 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
         images = np.repeat(to_rounded_uint8(grey.numpy()).transpose(0, 2, 3, 1), 3, axis=3)
         write_batch(path, {}, iter([images]), images.shape)
         return
-    files = list_images(folder)[:options.num_images]
+    every = list_images(folder)
+    files = every[:options.num_images]
     first = _pixels(files[0], options.image_size)
     labels: dict[str, np.ndarray] = {}
     if options.classes:
-        names = ClassNames.from_images(folder, files, options.classes)
+        names = ClassNames.from_images(folder, every, options.classes)      # the first files may be of one class only
         labels = {LABELS: names.numbers(folder, files), CLASS_NAMES: np.array(names.to_json())}
     write_batch(path, labels, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
 

@@ -28,7 +28,8 @@ from .errors import UserError
 from .fetch import without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
-from .image_datasets import find_data, holds_idx, is_npz, list_images
+from .image_datasets import find_data, holds_idx, is_npz
+from .image_files import find_pictures
 from .late import Tensor, torch
 from .options import WATCHED
 
@@ -80,7 +81,7 @@ def data_digest(data_dir: str) -> str:
         except (OSError, zipfile.BadZipFile, NotImplementedError):
             raise UserError(f"--data_dir {data_dir}: is not an .npz file of images, or is damaged") from None
     else:
-        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else list_images(place)
+        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else find_pictures(place).files
         every = -(-len(files) // MEASURED)
         lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
                  for i, path in enumerate(files)]

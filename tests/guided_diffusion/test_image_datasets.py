@@ -445,8 +445,14 @@ def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
     with pytest.raises(UserError, match="--num_classes 5"):
         images.check_classes(5)
     assert open_images(tmp_path / "named.npz", (3, 4, 4)).class_names is None
-    with pytest.raises(UserError, match="have been decided before"):
-        open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "ant")))
+    known = ClassNames(("bee", "cow", "ant"))
+    images = open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=known)
+    assert images.labels.tolist() == [2, 0, 0] and images.class_names == known
+    with pytest.raises(UserError, match="class ant, which is none of the 2 classes: 0 bee, 1 cow of a run"):
+        open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "cow"), "", "a run"))
+    np.savez(tmp_path / "few.npz", **arrays, class_names=np.array(["ant"]))
+    with pytest.raises(UserError, match="arr_1 has the class 1, and its class_names are 1 class: 0 ant"):
+        open_images(tmp_path / "few.npz", (3, 4, 4), class_cond=True)
     np.savez(tmp_path / "odd.npz", **arrays, class_names=np.array([1, 2]))
     with pytest.raises(UserError, match="class_names must be a list of different names"):
         open_images(tmp_path / "odd.npz", (3, 4, 4), class_cond=True)

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 from networks import TINY, TINY_CLASSIFIER
 
 from guided_diffusion import load
@@ -156,6 +157,15 @@ def test_the_classifier_beside_it_is_the_one_that_fits(save, tmp_path, classifie
         save(f"{name}/model.safetensors", {**CLASSIFIER, **change})
     found = preset_values({"model": str(tmp_path / "x")}).get("classifier_path")
     assert found == (None if expected is None else str(tmp_path / expected / "model.safetensors"))
+
+
+def test_the_classifier_of_other_classes_does_not_fit(save, tmp_path):
+    for name, config, classes in (("x", CONFIG, ["ant", "bee"]), ("one", CLASSIFIER, ["bee", "ant"]),
+                                  ("two", CLASSIFIER, ["ant", "bee"])):
+        save_state(save(f"{name}/model.safetensors"), {"x": torch.zeros(1)},
+                   {"config": json.dumps(config), "class_names": json.dumps(classes)})
+    found = preset_values({"model": str(tmp_path / "x")})["classifier_path"]
+    assert found == str(tmp_path / "two" / "model.safetensors")
 
 
 def test_folders_that_are_no_training_are_refused(save, tmp_path):
