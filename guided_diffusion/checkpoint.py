@@ -31,6 +31,7 @@ from .places import find_bundled
 if TYPE_CHECKING:
     from .unet import Encoder
 
+SUFFIXES = (".safetensors", ".pt", ".pth")          # of the files that `save_state` writes
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
 
 
@@ -86,7 +87,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     suffix, for metadata in a .pt file, and where the file can't be written.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: the name of a checkpoint must end in .safetensors, .pt or .pth")
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
@@ -150,7 +151,8 @@ def _format(path: str | Path) -> str:
     except ValueError:          # a NUL among its characters
         raise UserError(f"{str(path)!r}: is no name of a file") from None
     if not stat.S_ISREG(mode):          # a pipe would be waited on for ever
-        raise UserError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a checkpoint file")
+        kind = "folder" if stat.S_ISDIR(mode) else "device"
+        raise UserError(f"{path}: is a {kind}, not a checkpoint file{_held(Path(path))}")
     if not head:
         raise UserError(f"{path}: is empty")
     if head.startswith(b"PK\x03\x04"):
@@ -160,6 +162,15 @@ def _format(path: str | Path) -> str:
     if head.startswith(b"\x80"):
         return "pickle"
     raise UserError(f"{path}: is no checkpoint, neither of safetensors nor of torch.save")
+
+
+def _held(folder: Path) -> str:
+    """What of a folder may have been meant, as the end of a sentence."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
+    except OSError:
+        return ""
+    return f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ class ClassNames:
 
     @property
     def _of_source(self) -> str:
-        return f" of {self.source}" if self.source else ""
+        return f" (of {self.source})" if self.source else ""
 
     def renumbered(self, labels: np.ndarray, others: ClassNames, data_dir: object) -> np.ndarray:
         """Labels (N,) that number the classes of `others`, in the numbers that the same names have here.

@@ -1,7 +1,7 @@
 """The folder of a training: its record in config.json, what may differ when it goes on, its lock, and its state.
 
 Whether a training may go on with another value of an option is decided here, option by option:
-    counts no more      --resume_checkpoint and --init_from, once the folder has a state: they may be left out
+    counts no more      STARTS, --init_from and its like, once the folder has a state: they may be left out
     does not matter     HARMLESS; the training goes on, and a line says what is new
     moves the end       --lr_anneal_steps, --iterations: to a later step, or to or from no end at all; a line says so
     stays               FIXED, and all options of the network and the process: the state depends on them
@@ -38,7 +38,7 @@ HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME
             "snapshot_images": SAME, "log": SAME, "log_online": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
 FIXED = ("schedule_sampler", "ema_rate", "ema_power")
-STARTS = ("resume_checkpoint", "init_from")
+STARTS = ("resume_checkpoint", "init_from", "checkpoint_entry")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
 

@@ -425,9 +425,10 @@ class TrainLoop:
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
         if options.init_from:
-            start = from_weights(options.init_from, shapes)
+            start = from_weights(options.init_from, shapes, options.checkpoint_entry)
+            start = replace(start, said=[*start.said, *self._other_classes()])
         elif options.resume_checkpoint:
-            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates)
+            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates, options.checkpoint_entry)
         else:
             return Start({})
         if options.total_steps is not None and start.step >= options.total_steps:
@@ -447,6 +448,13 @@ class TrainLoop:
         differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
                      for name, value in counted.items() if start.recipe.get(name, value) != value]
         return replace(start, said=[*start.said, *differing])
+
+    def _other_classes(self) -> list[str]:
+        """What to tell of classes that the weights of --init_from call otherwise."""
+        names, path = stored_names(self.options.init_from), without_secrets(self.options.init_from)
+        if names is None or self.class_names is None or names.names == self.class_names.names:
+            return []
+        return [f"--init_from {path}: was trained on {names}; here the numbers mean other classes"]
 
     def _take_state(self, path: Path) -> None:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")

@@ -14,7 +14,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.script_util import create_classifier, create_model
-from guided_diffusion.stated import statement_of
+from guided_diffusion.stated import starting_values, statement_of
 from guided_diffusion.train_util import TrainOptions
 
 PROCESS = {"diffusion_steps": 100, "noise_schedule": "cosine", "predict_v": True, "rescale_timesteps": False}
@@ -103,6 +103,24 @@ def test_what_is_taken_from_a_file_is_said_in_one_line(save, caplog):
         preset_values({"model_path": save("x.safetensors"), "noise_schedule": "cosine"})
     message, = caplog.messages
     assert "trained with" in message and "diffusion_steps 100" in message and "noise_schedule" not in message
+
+
+# Where a training starts
+
+
+def test_a_training_starts_with_what_its_file_states(save, tmp_path, caplog):
+    path = save("x.safetensors")
+    assert starting_values({"init_from": path}, "diffusion") == preset_values({"model_path": path})
+    assert starting_values({"init_from": path}, "classifier") == starting_values({}, "diffusion") == {}
+    assert starting_values({"resume_checkpoint": str(tmp_path / "model000001.pt")}, "diffusion") == {}
+    caplog.set_level("INFO")
+    starting_values({"init_from": path, "num_classes": 7, "noise_schedule": "linear"}, "diffusion")
+    assert caplog.messages[-1] == (f"--init_from {path}: was trained with noise_schedule cosine; this training has "
+                                   "noise_schedule linear")
+    for flag, changes in (("init_from", {"num_heads": 4}), ("resume_checkpoint", {"noise_schedule": "linear"})):
+        (name, value), = changes.items()
+        with pytest.raises(UserError, match=f"^--{name} {value}: .* states {name} .* of itself"):
+            starting_values({flag: path, **changes}, "diffusion")
 
 
 # Classifiers
