@@ -239,7 +239,7 @@ class _Number:
 
 
 # By the names that files call them by: torch compares nothing else.
-_NUMPY_NUMBERS = [type("dtype", (_NumberType,), {"__module__": "numpy"}),
+_NUMPY_NUMBERS: list[Any] = [type("dtype", (_NumberType,), {"__module__": "numpy"}),
                   type("scalar", (_Number,), {"__module__": "numpy.core.multiarray"}),
                   type("scalar", (_Number,), {"__module__": "numpy._core.multiarray"})]
 

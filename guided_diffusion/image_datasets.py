@@ -6,6 +6,7 @@ uninterrupted one would have seen, and two ranks with batch B see together what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -334,6 +335,18 @@ class BatchPlan:
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return stream_generator("order", seed, epoch).permutation(num_images)
+
+
+@contextlib.contextmanager
+def given_as(flag: str) -> Iterator[None]:
+    """Within, errors that begin with --data_dir begin with the option that the data were given by, "" for none."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if not text.startswith("--data_dir "):
+            raise
+        raise UserError(f"{flag} {text.removeprefix('--data_dir ')}".lstrip()) from None
 
 
 # IDX files

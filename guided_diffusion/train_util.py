@@ -51,7 +51,7 @@ from .execution import explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from .image_datasets import BatchPlan, TrainingImages, find_data, given_as, holds_idx, open_images
 from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks
@@ -667,7 +667,7 @@ def _images(options: LoopOptions, network: ModelOptions | UpsamplerOptions | Cla
     held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
     """
     damaged: list[tuple[int, str]] = []
-    with dist_util.together():
+    with dist_util.together(), given_as("--val_data_dir" if held_out else "--data_dir"):
         if not data_dir:
             raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
                             "fashion-mnist")
