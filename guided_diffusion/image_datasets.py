@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from . import dist_util
-from .classes import ClassNames
+from .classes import SHOWN, ClassNames
 from .errors import UserError
 from .files import reason
 from .image_files import (
@@ -149,9 +149,18 @@ class TrainingImages:
         if greatest >= num_classes:
             raise UserError(f"--num_classes {num_classes}: {self.data_dir} has more classes, the greatest is "
                             f"{greatest}; pass --num_classes {greatest + 1}")
-        if greatest + 1 < num_classes:
+        if greatest + 1 < num_classes and self.class_names is None:
             _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
                  f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+
+    def without_images(self) -> str:
+        """The classes with names that have no image, as a line of a log; "" where all have some."""
+        if self.class_names is None or self.labels is None:
+            return ""
+        there = set(np.unique(self.labels).tolist())
+        names = [f"{number} {name}" for number, name in enumerate(self.class_names.names) if number not in there]
+        shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        return f"{self.data_dir}: has no image of {len(names)} of its classes: {shown}" if names else ""
 
     def damaged(self) -> dict[int, str]:
         """The images whose damage shows quickly: what is wrong, by index."""
@@ -241,8 +250,11 @@ class FolderImages(TrainingImages):
         """Without these pictures; raises UserError unless they may be skipped."""
         if not damaged:
             return self
-        if not self.skip_damaged or len(damaged) == self.count:
+        if not self.skip_damaged:
             raise damaged_error(damaged.values())
+        if len(damaged) == self.count:
+            raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged, the first is "
+                            f"{damaged[0]}")
         _say(f"{self.data_dir}: left out {len(damaged)} damaged image(s), the first is {next(iter(damaged.values()))}")
         kept = [index for index in range(self.count) if index not in damaged]
         labels = None if self.labels is None else self.labels[kept]

@@ -560,6 +560,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
         images.check_classes(model_options.num_classes)
+        _say(images.without_images())
     data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -615,6 +616,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
         images.check_classes(classifier_options.num_classes)
+        _say(images.without_images())
     names = images.class_names
     if options.val_data_dir:
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=names, held_out=True)
@@ -636,8 +638,8 @@ def _say_files(out: str, names: Sequence[str], command: str) -> None:
 
 
 def _say(line: str) -> None:
-    """Logs a line on the first rank."""
-    if dist_util.is_main():
+    """Logs a line, unless it is empty, on the first rank."""
+    if line and dist_util.is_main():
         _log.info("%s", line)
 
 

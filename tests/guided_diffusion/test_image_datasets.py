@@ -303,7 +303,7 @@ def test_damaged_images_are_left_out_and_counted(image_folder, caplog):
     assert "left out 2 damaged image(s), the first is" in caplog.text and "cat_07.png" in caplog.text
     for path in image_folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="and 11 more are damaged"):
+    with pytest.raises(UserError, match=r"all 12 images are damaged, the first is .*\.png: cannot be read"):
         opened(image_folder, skip_damaged=True)
 
 
@@ -341,8 +341,10 @@ def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
     with caplog.at_level("INFO"):
         opened(image_folder, class_cond=True).check_classes(2)
     assert "2 classes: 0 cat, 1 dog (--classes prefix)" in caplog.messages
-    assert opened(image_folder, class_cond=True, known=ClassNames(("bat", "cat", "dog"))).labels.tolist() == (
-        [1] * 6 + [2] * 6)
+    images = opened(image_folder, class_cond=True, known=ClassNames(("bat", "cat", "dog")))
+    assert images.labels.tolist() == [1] * 6 + [2] * 6
+    assert images.without_images().endswith("has no image of 1 of its classes: 0 bat")
+    assert opened(image_folder, class_cond=True).without_images() == opened(image_folder).without_images() == ""
     opened(image_folder).check_classes(7)                           # without classes, their number says nothing
 
 
