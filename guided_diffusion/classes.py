@@ -193,16 +193,22 @@ def _without_class(root: Path, files: Iterable[Path], rule: str) -> UserError:
 def names_of_run(folder: Path) -> ClassNames | None:
     """The classes that the training in a folder has; None where there is none, or it stored no names.
 
-    Where its config.json is gone, its state says them. Raises UserError where that is damaged.
+    Its config.json and its state say them, and either may be gone. Raises UserError where they contradict each other,
+    or the state is damaged.
     """
     path, state = folder / "config.json", folder / "state.safetensors"
-    if not path.exists() and state.exists():
-        return stored_names(state)
+    saved = stored_names(state) if state.exists() else None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return ClassNames.from_json(record[KEY], str(path)) if isinstance(record, dict) and KEY in record else None
+        return saved
+    if not isinstance(record, dict) or KEY not in record:
+        return saved
+    names = ClassNames.from_json(record[KEY], str(path))
+    if saved is not None and saved.names != names.names:
+        raise UserError(f"{path}: has {names}, and {state.name} beside it was trained on {saved}; put the right file "
+                        "back")
+    return names
 
 
 def stored_names(path: str | Path) -> ClassNames | None:

@@ -97,6 +97,11 @@ def test_names_that_are_stored(tmp_path):
     checkpoint.save_state(tmp_path / "gone" / "state.safetensors", {"x": torch.zeros(1)},
                           {"class_names": json.dumps(names.to_json())})
     assert names_of_run(tmp_path / "gone") == names
+    (tmp_path / "gone" / "config.json").write_text("{}")
+    assert names_of_run(tmp_path / "gone") == names
+    (tmp_path / "gone" / "config.json").write_text('{"class_names": ["bee", "ant"]}')
+    with pytest.raises(UserError, match=r"config.json: has 2 classes: 0 bee, .* was trained on 2 classes: 0 ant"):
+        names_of_run(tmp_path / "gone")
     with pytest.raises(UserError, match=r"--labels bea: .* 2 classes: 0 ant, 1 bee \(did you mean bee\?\)"):
         label_number("bea", [str(path)])
     with pytest.raises(UserError, match=r"--labels bee: must be random, .* the checkpoint states none"):
