@@ -129,16 +129,15 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
 def starting_values(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What the file that a training starts from states of itself, as defaults of the training's options.
 
-    given: what the user gave, by flag name. kind: of the network, a key of NETWORKS. With --init_from other values may
-    be given, as training makes another network of these weights; those that the shapes of weights do not show are said.
-    Raises UserError for those in which the weights would be read otherwise than they were trained, and with
-    --resume_checkpoint for any.
+    given: what the user gave, by flag name. kind: of the network, a key of NETWORKS. Other values may be given, as
+    training makes another network of these weights; another process is said. Raises UserError for those in which the
+    weights would be read otherwise than they were trained.
     """
     flag = "init_from" if given.get("init_from") else "resume_checkpoint"
     stated = statement_of(given.get(flag, ""), kind)
     if stated is None:
         return {}
-    stated.check({name: value for name, value in given.items() if name in UNSEEN or flag == "resume_checkpoint"})
+    stated.check({name: value for name, value in given.items() if name in UNSEEN})
     if not is_main():
         return stated.facts
     stated.say(given)

@@ -117,10 +117,9 @@ def test_a_training_starts_with_what_its_file_states(save, tmp_path, caplog):
     starting_values({"init_from": path, "num_classes": 7, "noise_schedule": "linear"}, "diffusion")
     assert caplog.messages[-1] == (f"--init_from {path}: was trained with noise_schedule cosine; this training has "
                                    "noise_schedule linear")
-    for flag, changes in (("init_from", {"num_heads": 4}), ("resume_checkpoint", {"noise_schedule": "linear"})):
-        (name, value), = changes.items()
-        with pytest.raises(UserError, match=f"^--{name} {value}: .* states {name} .* of itself"):
-            starting_values({flag: path, **changes}, "diffusion")
+    for flag in ("init_from", "resume_checkpoint"):
+        with pytest.raises(UserError, match="^--num_heads 4: .* states num_heads 2 of itself"):
+            starting_values({flag: path, "num_heads": 4}, "diffusion")
 
 
 # Classifiers
