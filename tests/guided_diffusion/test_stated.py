@@ -118,7 +118,7 @@ def test_a_training_starts_with_what_its_file_states(save, tmp_path, caplog):
     assert caplog.messages[-1] == (f"--init_from {path}: was trained with noise_schedule cosine; this training has "
                                    "noise_schedule linear")
     for flag in ("init_from", "resume_checkpoint"):
-        with pytest.raises(UserError, match="^--num_heads 4: .* states num_heads 2 of itself"):
+        with pytest.raises(UserError, match=r"^--num_heads 4: .* states num_heads 2 of itself"):
             starting_values({flag: path, "num_heads": 4}, "diffusion")
 
 
