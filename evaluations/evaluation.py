@@ -24,7 +24,7 @@ from guided_diffusion.options import Options, cut, nearest, option, seed_option
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
-from .class_accuracy import read_labels
+from .class_accuracy import read_labels_by_name
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
@@ -281,7 +281,7 @@ class Evaluation:
             if self.options.num_images and self.options.num_images > len(file):
                 raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
             if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
-                read_labels(file, self.extractor_options.kind.classes)
+                read_labels_by_name(file, self.extractor_options.kind.class_names())
 
     def _check_counts(self) -> None:
         needed = max(metric.smallest_count for metric in self.options.wanted)
@@ -346,7 +346,7 @@ class Evaluation:
         kind = self.extractor_options.kind
         named = kind.classify(features)
         with dist_util.together():
-            labels = read_labels(file, kind.classes)[:len(named)]
+            labels = read_labels_by_name(file, kind.class_names())[:len(named)]
         return (named == labels).astype(np.float64)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
