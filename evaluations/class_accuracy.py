@@ -13,10 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from guided_diffusion.classes import ClassNames
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.foreign import read_json
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
+from guided_diffusion.runs.comparison import class_names_of
 
 from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
@@ -67,18 +70,40 @@ class ClassAccuracyOptions(Options):
     json: str = option("", "also write the figures to this file")
 
 
-def read_labelled_samples(path: str | Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads images (N, 32, 32, 3) uint8 and labels (N,) int64, below `classes`, of a sample file.
+def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images (N, 32, 32, 3) uint8 and labels (N,) int64, in the numbers of `class_names`, of a sample file.
 
-    Raises UserError where it holds anything else.
+    Raises UserError where it holds anything else, and as `read_labels_by_name`.
     """
     file = open_images(path)
     if len(file) == 0:
         raise UserError(file.without_images)
-    labels = read_labels(file, classes)
+    labels = read_labels_by_name(file, class_names)
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
     return file.read("arr_0"), labels
+
+
+def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarray:
+    """Reads the labels (N,) int64 of a sample file, in the numbers of `class_names`.
+
+    Where the network of the sampling run names its classes, those of the same names are meant; else the numbers are.
+    Raises UserError where it holds no labels, and for a class that is none of them.
+    """
+    stated = _names_of_samples(file.path)
+    if stated is None or not set(stated.names) & set(class_names):
+        return read_labels(file, len(class_names))
+    known = ClassNames(tuple(class_names), source="the classifier")
+    return known.renumbered(read_labels(file, len(stated)), stated, file.path)
+
+
+def _names_of_samples(path: Path) -> ClassNames | None:
+    """The classes of the network that made a file of samples, None where nothing beside it says them."""
+    record = path.parent / "run.json"
+    if not record.is_file():
+        return None
+    content = read_json(record, lambda content: isinstance(content["configuration"], dict))
+    return class_names_of(content["configuration"])
 
 
 def read_labels(file: BatchFile, classes: int) -> np.ndarray:
@@ -142,8 +167,7 @@ def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str
     """
     check_writable("--json", options.json)
     judge = JUDGES[options.judge]()
-    results = {name: measure_class_accuracy(judge, *read_labelled_samples(name, len(judge.class_names)))
-               for name in samples}
+    results = {name: measure_class_accuracy(judge, *read_labelled_samples(name, judge.class_names)) for name in samples}
     if options.json:
         write_json(options.json, {"judge": options.judge, "judge_test_accuracy": judge.test_accuracy, "files": results})
     return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {judge.test_accuracy:.1%} "

@@ -24,7 +24,7 @@ from guided_diffusion.options import Options, cut, nearest, option, seed_option
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
-from .class_accuracy import read_labels
+from .class_accuracy import read_labels_by_name
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
@@ -281,7 +281,7 @@ class Evaluation:
             if self.options.num_images and self.options.num_images > len(file):
                 raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
             if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
-                read_labels(file, self.extractor_options.kind.classes)
+                read_labels_by_name(file, self.extractor_options.kind.class_names())
 
     def _check_counts(self) -> None:
         needed = max(metric.smallest_count for metric in self.options.wanted)
@@ -351,7 +351,7 @@ class Evaluation:
         kind = self.extractor_options.kind
         named = kind.classify(features)
         with dist_util.together():
-            labels = read_labels(file, kind.classes)[:len(named)]
+            labels = read_labels_by_name(file, kind.class_names())[:len(named)]
         return (named == labels).astype(np.float64)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:
@@ -396,11 +396,12 @@ class Evaluation:
         kind = self.extractor_options.kind
         if not kind.classes_of or all(metric.feature is not Feature.RECOGNISED for metric in self.options.wanted):
             return
+        classes = len(kind.class_names())
         for sample in samples:
-            greatest = int(read_labels(sample.file, kind.classes).max())
-            if 2 * (greatest + 1) <= kind.classes:
+            greatest = int(read_labels_by_name(sample.file, kind.class_names()).max())
+            if 2 * (greatest + 1) <= classes:
                 self.warn(f"{sample.file.path}: its labels go up to {greatest}, class_accuracy reads them as "
-                          f"those of the {kind.classes} classes of {kind.classes_of}")
+                          f"those of the {classes} classes of {kind.classes_of}")
 
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
                 ) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
     crop_square,
     find_data,
+    given_as,
     holds_idx,
     list_images,
     load_arrays,
@@ -66,7 +67,9 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     given = Path(source).suffix in READ_AS_THEY_ARE
     if not options.statistics and options.keep != "images":
         raise UserError(f"--keep {options.keep}: must be images with --statistics False")
-    if options.classes and (given or holds_idx(find_data(source))):
+    with given_as(""):
+        numbered = given or holds_idx(find_data(source))
+    if options.classes and numbered:
         raise UserError(f"--classes {options.classes}: must be left out, {source} is no folder of pictures")
     made = ""
     dist_util.setup_dist()
@@ -74,7 +77,7 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
         if dist_util.is_main():
             check_writable("OUT", out)
     with feature_folder(options.cache) as folder, _removed(folder / f"images-{Path(out).name}") as written:
-        with dist_util.together():
+        with dist_util.together(), given_as(""):
             if not given and dist_util.is_main():
                 write_images(source, written, options)
         with dist_util.together():
@@ -153,11 +156,12 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
         images = np.repeat(to_rounded_uint8(grey.numpy()).transpose(0, 2, 3, 1), 3, axis=3)
         write_batch(path, {}, iter([images]), images.shape)
         return
-    files = list_images(folder)[:options.num_images]
+    every = list_images(folder)
+    files = every[:options.num_images]
     first = _pixels(files[0], options.image_size)
     labels: dict[str, np.ndarray] = {}
     if options.classes:
-        names = ClassNames.from_images(folder, files, options.classes)
+        names = ClassNames.from_images(folder, every, options.classes)      # the first files may be of one class only
         labels = {LABELS: names.numbers(folder, files), CLASS_NAMES: np.array(names.to_json())}
     write_batch(path, labels, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
 

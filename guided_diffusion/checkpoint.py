@@ -6,6 +6,7 @@ machine or at an address, which is fetched once.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -13,9 +14,11 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from .entries import check_weights, weights_in
 from .errors import UserError
@@ -28,6 +31,7 @@ from .places import find_bundled
 if TYPE_CHECKING:
     from .unet import Encoder
 
+SUFFIXES = (".safetensors", ".pt", ".pth")          # of the files that `save_state` writes
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
 
 
@@ -58,15 +62,16 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load_state_dict(path: str | Path, device: str | torch.device = "cpu", entry: str = "") -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu", entry: str | None = None,
+                    ) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on `device`; the format is told by the content, not by the suffix.
 
     path: a file, or an address as `locate` takes it. entry: of a file that holds several, as `entries.weights_in`
     takes it.
 
-    Nothing but plain tensors is ever unpickled, and where the format allows it, the file is mapped, not read: on a
-    CPU its tensors take memory when they are touched. Raises UserError, one sentence that names the file, where it
-    can't be read, is truncated, is no checkpoint, or holds something else than plain tensors by name.
+    Nothing but plain tensors and numbers is ever unpickled, and where the format allows it, the file is mapped, not
+    read: on a CPU its tensors take memory when they are touched. Raises UserError, one sentence that names the file,
+    where it can't be read, is truncated, is no checkpoint, or holds something else than plain tensors by name.
     """
     path = locate(path)
     format = _format(path)
@@ -82,7 +87,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     suffix, for metadata in a .pt file, and where the file can't be written.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: the name of a checkpoint must end in .safetensors, .pt or .pth")
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
@@ -146,7 +151,8 @@ def _format(path: str | Path) -> str:
     except ValueError:          # a NUL among its characters
         raise UserError(f"{str(path)!r}: is no name of a file") from None
     if not stat.S_ISREG(mode):          # a pipe would be waited on for ever
-        raise UserError(f"{path}: is a {'folder' if stat.S_ISDIR(mode) else 'device'}, not a checkpoint file")
+        kind = "folder" if stat.S_ISDIR(mode) else "device"
+        raise UserError(f"{path}: is a {kind}, not a checkpoint file{_held(Path(path))}")
     if not head:
         raise UserError(f"{path}: is empty")
     if head.startswith(b"PK\x03\x04"):
@@ -156,6 +162,15 @@ def _format(path: str | Path) -> str:
     if head.startswith(b"\x80"):
         return "pickle"
     raise UserError(f"{path}: is no checkpoint, neither of safetensors nor of torch.save")
+
+
+def _held(folder: Path) -> str:
+    """What of a folder may have been meant, as the end of a sentence."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
+    except OSError:
+        return ""
+    return f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -170,7 +185,8 @@ def _load_safetensors(path: str | Path) -> dict[str, Tensor]:
 def load_pickled(path: str | Path) -> Any:
     """What `torch.save` wrote: plain tensors, numbers and text in lists and dicts, such as the state of an optimiser.
 
-    Nothing else is unpickled. Raises UserError where the file cannot be read, is damaged or holds something else.
+    Numbers of NumPy become those of Python. Nothing else is unpickled. Raises UserError where the file cannot be read,
+    is damaged or holds something else.
     """
     format = _format(path)
     if format == "safetensors":
@@ -191,7 +207,7 @@ def _load_pickled(path: str | Path, mappable: bool) -> Any:
     # torch.load maps only a file that it is given by name, and believes a name that ends in .safetensors.
     mapped = mappable and Path(path).suffix != ".safetensors"
     try:
-        with _BoundedReader(io.FileIO(path)) as file, warnings.catch_warnings():
+        with _BoundedReader(io.FileIO(path)) as file, warnings.catch_warnings(), _numpy_numbers():
             warnings.simplefilter("ignore")          # what torch warns of here ends in one of the sentences below
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:          # a damaged pickle makes the unpickler fail in any way there is
@@ -200,6 +216,39 @@ def _load_pickled(path: str | Path, mappable: bool) -> Any:
             raise UserError(f"{path}: holds foreign objects ({foreign[1] or foreign[2]}), and only plain tensors are "
                             "loaded") from None
         raise UserError(f"{path}: is truncated, damaged or no checkpoint of plain tensors") from None
+
+
+class _NumberType:
+    """Stands for numpy.dtype in what is unpickled, and takes no more than the types of plain numbers."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not re.fullmatch("b1|[iuf][1248]", code):
+            raise ValueError(f"{code} is no type of plain numbers")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+
+class _Number:
+    """Stands for NumPy's function that makes a number, in what is unpickled; gives one of Python."""
+
+    def __new__(cls, kind: _NumberType, content: bytes) -> Any:
+        """The number in some bytes."""
+        return np.frombuffer(content, kind.order + kind.code, 1)[0].item()
+
+
+# By the names that files call them by: torch compares nothing else.
+_NUMPY_NUMBERS: list[Any] = [type("dtype", (_NumberType,), {"__module__": "numpy"}),
+                  type("scalar", (_Number,), {"__module__": "numpy.core.multiarray"}),
+                  type("scalar", (_Number,), {"__module__": "numpy._core.multiarray"})]
+
+
+def _numpy_numbers() -> contextlib.AbstractContextManager[Any]:
+    """Within, torch also reads NumPy's numbers, such as a loss or a step beside weights, and runs no code of NumPy."""
+    if not hasattr(torch.serialization, "safe_globals"):            # before PyTorch 2.5, which refuses them
+        return contextlib.nullcontext()
+    return torch.serialization.safe_globals(_NUMPY_NUMBERS)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,7 +264,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any], entry: str = "") -> None:
+def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any], entry: str | None = None) -> None:
     """Load the checkpoint `path` into `model`, built from `options`, in the types it has.
 
     path, entry: as `load_state_dict` takes them. A model that was built on the device "meta", without weights, gets

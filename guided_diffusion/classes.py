@@ -15,9 +15,10 @@ A training stores its names in config.json and in the metadata of its weights, a
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,8 @@ CLASS_RULES = ("folders", "prefix")
 KEY = "class_names"             # in config.json and in metadata
 SHOWN = 8                       # names that messages show; of more, the first ones and the last
 
+_log = logging.getLogger(__name__)
+
 
 def natural_order(name: str) -> tuple[list[Any], str]:
     """The key that sorts names as text, but the digits in them as numbers."""
@@ -47,11 +50,13 @@ def natural_order(name: str) -> tuple[list[Any], str]:
 class ClassNames:
     """The names of classes; the place of a name is its number.
 
-    rule: how they were found, one of CLASS_RULES; "" where that is not known.
+    rule: how they were found, one of CLASS_RULES; "" where that is not known. source: the file or folder that has
+    decided them, for messages; "" for the data at hand.
     """
 
     names: tuple[str, ...]
     rule: str = ""
+    source: str = field(default="", compare=False)
 
     @classmethod
     def from_images(cls, root: Path, files: Sequence[Path], rule: str = "") -> Self:
@@ -71,7 +76,7 @@ class ClassNames:
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value) \
                 or len(set(value)) < len(value):
             raise UserError(f"{source}: its {KEY} must be a list of different names")
-        return cls(tuple(value))
+        return cls(tuple(value), source=source)
 
     def to_json(self) -> list[str]:
         """The names in the order of their numbers."""
@@ -94,8 +99,26 @@ class ClassNames:
     def number(self, name: str) -> int:
         """The number of a class; raises UserError where there is none of that name."""
         if name not in self._number_of:
-            raise UserError(f"{name}: is none of the {self}{nearest(name, self.names)}")
+            raise UserError(f"{name}: is none of the {self}{self._of_source}{nearest(name, self.names)}")
         return self._number_of[name]
+
+    @property
+    def _of_source(self) -> str:
+        return f" (of {self.source})" if self.source else ""
+
+    def renumbered(self, labels: np.ndarray, others: ClassNames, data_dir: object) -> np.ndarray:
+        """Labels (N,) that number the classes of `others`, in the numbers that the same names have here.
+
+        data_dir: where they are from. Raises UserError for a class that is none of these.
+        """
+        there = np.unique(labels).tolist()
+        for number in there:
+            if others.names[number] not in self._number_of:
+                raise UserError(f"{data_dir}: has images of the class {others.names[number]}, which is none of the "
+                                f"{self}{self._of_source}")
+        numbers = np.zeros(len(others), np.int64)
+        numbers[there] = [self._number_of[others.names[number]] for number in there]
+        return numbers[labels]
 
     def numbers(self, root: Path, files: Sequence[Path]) -> np.ndarray:
         """The class of each image file below the folder `root`: (N,) int64.
@@ -111,7 +134,7 @@ class ClassNames:
             raise _without_class(root, files, self.rule)
         path, name = next((path, name) for path, name in zip(files, readings[0], strict=True)
                           if name not in self._number_of)
-        raise UserError(f"{path}: is of the class {name}, which is none of the {self}")
+        raise UserError(f"{path}: is of the class {name}, which is none of the {self}{self._of_source}")
 
     def check(self, num_classes: int, data_dir: object) -> None:
         """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from."""
@@ -160,21 +183,32 @@ def _without_class(root: Path, files: Iterable[Path], rule: str) -> UserError:
         return UserError(f"{path}: has no class, with --classes folders it must lie in a folder of its class below "
                          f"{root}")
     path = next(path for path in files if "_" not in path.name[1:])
-    return UserError(f"{path}: has no class, with --class_cond True a name must be CLASS_anything{path.suffix}, or all "
-                     "images must lie in folders of their classes (--classes folders)")
+    return UserError(f"{path}: has no class, its name must be CLASS_anything{path.suffix}, or all images must lie in "
+                     "folders of their classes (--classes folders)")
 
 
 # Names that are stored
 
 
 def names_of_run(folder: Path) -> ClassNames | None:
-    """The classes that the training in a folder has; None where there is none, or it stored no names."""
-    path = folder / "config.json"
+    """The classes that the training in a folder has; None where there is none, or it stored no names.
+
+    Its config.json and its state say them, and either may be gone. Raises UserError where they contradict each other,
+    or the state is damaged.
+    """
+    path, state = folder / "config.json", folder / "state.safetensors"
+    saved = stored_names(state) if state.exists() else None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return ClassNames.from_json(record[KEY], str(path)) if isinstance(record, dict) and KEY in record else None
+        return saved
+    if not isinstance(record, dict) or KEY not in record:
+        return saved
+    names = ClassNames.from_json(record[KEY], str(path))
+    if saved is not None and saved.names != names.names:
+        raise UserError(f"{path}: has {names}, and {state.name} beside it was trained on {saved}; put the right file "
+                        "back")
+    return names
 
 
 def stored_names(path: str | Path) -> ClassNames | None:
@@ -192,10 +226,15 @@ def stored_names(path: str | Path) -> ClassNames | None:
 def label_number(text: str, files: Iterable[str]) -> str:
     """`--labels` with the number of a class in place of its name.
 
-    text: a name. files: the checkpoints, of which the first that states names counts. Raises UserError where none
-    does, and for another name.
+    text: a name, or a number: of the class that has it, unless there is none and a class is called so. files: the
+    checkpoints, of which the first that states names counts. Raises UserError for a name where none does, and for
+    another name.
     """
-    names = next((names for path in files if path and (names := stored_names(path)) is not None), None)
+    is_number = text.isascii() and text.isdigit()
+    read = _names_in if is_number else stored_names
+    names = next((names for path in files if path and (names := read(path)) is not None), None)
+    if is_number:
+        return text if names is None or text not in names.names else _meant(text, names)
     if names is None:
         raise UserError(f"--labels {text}: must be random, balanced, none, a class or a .npy file; the names of "
                         "classes are not known, as the checkpoint states none")
@@ -205,12 +244,27 @@ def label_number(text: str, files: Iterable[str]) -> str:
     return str(names.number(text))
 
 
+def _meant(text: str, names: ClassNames) -> str:
+    """The number that a word means that is the name of a class, and may be the number of another one; says which."""
+    called = names.number(text)
+    if len(text) > len(str(len(names))) or int(text) >= len(names):
+        return str(called)
+    if int(text) != called:
+        _log.info("--labels %s: is the number of the class %s; the class called %s has the number %d", text,
+                  names.names[int(text)], text, called)
+    return text
+
+
+def _names_in(path: str) -> ClassNames | None:
+    """The classes that a file states, where it is a checkpoint at all; guidance methods may have other files."""
+    return stored_names(path) if checkpoint.damage(Path(checkpoint.locate(path))) is None else None
+
+
 def check_same_names(files: Mapping[str, str]) -> None:
     """Raises UserError where two checkpoints, given by flag, call the same numbers by other names."""
     first: tuple[str, ClassNames] | None = None
     for flag, path in files.items():
-        is_checkpoint = checkpoint.damage(Path(checkpoint.locate(path))) is None          # methods may have other files
-        names = stored_names(path) if is_checkpoint else None
+        names = _names_in(path)
         if names is None:
             continue
         if first is not None and names.names != first[1].names:

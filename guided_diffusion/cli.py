@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import runpy
@@ -44,6 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
     Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
     first.
     """
+    _print_any_name()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
     keep_freed_memory()
@@ -68,6 +70,12 @@ def run_script(main: Callable[[], None]) -> None:
     except LostRankError as error:
         _say(f"error: {error}")
         os._exit(2)                 # the usual way out waits for the rank that is gone
+
+
+def _print_any_name() -> None:
+    """Makes stdout escape what its encoding cannot show, as stderr does: a name of a file may hold anything."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _say(line: str) -> None:

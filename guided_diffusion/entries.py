@@ -17,23 +17,28 @@ ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict", "mod
            "network", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.")          # of DistributedDataParallel and of torch.compile
 AVERAGED = "n_averaged"                       # the counter that torch's AveragedModel keeps beside its module
+FIRST = "input_blocks.0.0.weight"             # of every network here, so that what stands before it is a prefix
+OPTIMISER = {"state", "param_groups"}         # what its state holds
+LAYERS = 3                                    # of mappings in which weights may lie
+CONVERT = "scripts/convert_checkpoint.py --checkpoint_entry"
 
 
-def weights_in(content: Any, path: str | Path, entry: str = "") -> dict[str, Tensor]:
+def weights_in(content: Any, path: str | Path, entry: str | None = None) -> dict[str, Tensor]:
     """The tensors by name in what the file `path` holds.
 
-    content: tensors by name, or a mapping that has such a mapping as an entry, beside what else it holds. entry: the
-    one to take; "": the first of ENTRIES that is there, or the only one. Which one was taken is logged. The prefixes
-    of DistributedDataParallel and torch.compile, which all names have or none, are left out.
+    content: tensors by name, or a mapping that has such a mapping as an entry, or as an entry of an entry, beside what
+    else it holds. entry: the one to take; "": the first of ENTRIES that is there, or the only one; None: the same,
+    where the user has no option that chooses. Which one was taken is logged. The prefixes of DistributedDataParallel
+    and torch.compile, which all names have or none, are left out, and so is any other before a network of this project.
 
     Raises UserError, one sentence that names the file, where there are no tensors by name, where the entry is not
     there or could be one of several, and for tensors that are no plain ones.
     """
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold tensors by name, not one {type(content).__name__}")
-    if {"state", "param_groups"} <= content.keys():
+    if content.keys() >= OPTIMISER:
         raise UserError(f"{path}: is the state of an optimiser, and holds no weights")
-    wrapped = {name: value for name, value in content.items() if isinstance(name, str) and _holds_tensors(value)}
+    wrapped = _entries(content)
     if entry or wrapped:
         content = wrapped[_chosen(wrapped, path, entry)]
     for name, value in content.items():
@@ -44,7 +49,21 @@ def weights_in(content: Any, path: str | Path, entry: str = "") -> dict[str, Ten
             raise UserError(f"{path}: its tensor {name} is {kind}, and only plain tensors are loaded")
     if not content:
         raise UserError(f"{path}: holds no tensors")
-    return _without_prefixes(content)
+    return _without_prefixes(content, path)
+
+
+def _entries(content: Mapping[Any, Any], layers: int = LAYERS) -> dict[str, Mapping[str, Tensor]]:
+    """The mappings of tensors in a mapping, by their places in it, like "ema" and "state/ema".
+
+    What lies deeper counts below the names of ENTRIES, and everywhere where there is nothing else.
+    """
+    direct = {name: value for name, value in content.items() if isinstance(name, str) and _holds_tensors(value)}
+    deeper: dict[str, Mapping[str, Tensor]] = {}
+    for name, value in content.items():
+        opens = layers > 1 and name not in direct and (name in ENTRIES or not direct)
+        if opens and isinstance(name, str) and isinstance(value, Mapping) and not value.keys() >= OPTIMISER:
+            deeper |= {f"{name}/{place}": found for place, found in _entries(value, layers - 1).items()}
+    return direct | deeper
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -52,19 +71,25 @@ def _holds_tensors(value: Any) -> bool:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
-def _chosen(wrapped: Mapping[str, Any], path: str | Path, entry: str) -> str:
+def _chosen(wrapped: Mapping[str, Any], path: str | Path, entry: str | None) -> str:
     """The name of the entry to take, which is logged."""
     there = ", ".join(wrapped)
-    if entry and entry not in wrapped:
+    named = [name for name in wrapped if not entry or entry in (name, *name.split("/"))]
+    if not named:
         has = f"has {there}" if wrapped else "has no entries of weights"
         raise UserError(f"--checkpoint_entry {entry}: {path} {has}")
-    known = [name for name in ENTRIES if name in wrapped]
-    if not (entry or known) and len(wrapped) > 1:
-        raise UserError(f"{path}: holds several entries of weights, {there}: choose one with --checkpoint_entry")
-    chosen = entry or (known or list(wrapped))[0]
-    _log.info("%s: its entry %s is taken%s", path, chosen,
-              f" of {there} (--checkpoint_entry chooses)" if len(wrapped) > 1 else "")
-    return chosen
+    best = [name for name in named if _rank(name) == min(map(_rank, named))]
+    if len(best) > 1:
+        chooses = CONVERT if entry is None else "--checkpoint_entry"
+        raise UserError(f"{path}: holds several entries of weights, {there}: choose one with {chooses}")
+    chooses = f"{CONVERT} makes a file of another" if entry is None else "--checkpoint_entry chooses"
+    _log.info("%s: its entry %s is taken%s", path, best[0], f" of {there} ({chooses})" if len(wrapped) > 1 else "")
+    return best[0]
+
+
+def _rank(name: str) -> int:
+    """The place in ENTRIES of an entry, or of one that it lies in; behind them where it is none."""
+    return min(ENTRIES.index(part) if part in ENTRIES else len(ENTRIES) for part in name.split("/"))
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
@@ -82,12 +107,17 @@ def _unusual_kind(tensor: Tensor) -> str | None:
     return None
 
 
-def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     names = {name: name for name in state}
     if len(names) > 1 and all(name.startswith("module.") for name in names if name != AVERAGED):
         names.pop(AVERAGED, None)
     while prefix := next((prefix for prefix in PREFIXES if all(new.startswith(prefix) for new in names.values())), ""):
         names = {name: new.removeprefix(prefix) for name, new in names.items()}
+    first = next((new for new in names.values() if new.endswith(f".{FIRST}")), FIRST)
+    prefix = first.removesuffix(FIRST)
+    if prefix and all(new.startswith(prefix) for new in names.values()):
+        names = {name: new.removeprefix(prefix) for name, new in names.items()}
+        _log.info("%s: the prefix %s of its names is left out", path, prefix)
     return {new: state[name] for name, new in names.items()}
 
 

@@ -6,6 +6,7 @@ uninterrupted one would have seen, and two ranks with batch B see together what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from . import dist_util
-from .classes import ClassNames
+from .classes import SHOWN, ClassNames
 from .errors import UserError
 from .files import reason
 from .image_files import (
@@ -108,13 +109,12 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
         raise UserError(f"--data_dir {folder}: {kind} has no {split} split, name one of its own for it")
     if is_npz(folder):
         images, labels = load_npz(folder, frame, class_cond)
-        return ArrayImages(data_dir, frame, labels, images, npz_class_names(folder, known) if class_cond else None)
-    found = _pictures(folder)
-    if found.left_out:
-        _say(f"{folder}: {len(found.files)} images; left out: {found}")
-    names = (known or ClassNames.from_images(folder, found.files, classes)) if class_cond else None
-    labels = None if names is None else names.numbers(folder, found.files)
-    return FolderImages(data_dir, frame, labels, found.files, names, skip_damaged, count_decoded(found.files))
+        labels, names = (labels, None) if labels is None else named_labels(folder, labels, known)
+        return ArrayImages(data_dir, frame, labels, images, names)
+    files = list_images(folder)
+    names = (known or ClassNames.from_images(folder, files, classes)) if class_cond else None
+    labels = None if names is None else names.numbers(folder, files)
+    return FolderImages(data_dir, frame, labels, files, names, skip_damaged, count_decoded(files))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,18 @@ class TrainingImages:
         if greatest >= num_classes:
             raise UserError(f"--num_classes {num_classes}: {self.data_dir} has more classes, the greatest is "
                             f"{greatest}; pass --num_classes {greatest + 1}")
-        if greatest + 1 < num_classes:
+        if greatest + 1 < num_classes and self.class_names is None:
             _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
                  f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+
+    def without_images(self) -> str:
+        """The classes with names that have no image, as a line of a log; "" where all have some."""
+        if self.class_names is None or self.labels is None:
+            return ""
+        there = set(np.unique(self.labels).tolist())
+        names = [f"{number} {name}" for number, name in enumerate(self.class_names.names) if number not in there]
+        shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        return f"{self.data_dir}: has no image of {len(names)} of its classes: {shown}" if names else ""
 
     def damaged(self) -> dict[int, str]:
         """The images whose damage shows quickly: what is wrong, by index."""
@@ -241,8 +250,11 @@ class FolderImages(TrainingImages):
         """Without these pictures; raises UserError unless they may be skipped."""
         if not damaged:
             return self
-        if not self.skip_damaged or len(damaged) == self.count:
+        if not self.skip_damaged:
             raise damaged_error(damaged.values())
+        if len(damaged) == self.count:
+            raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged, the first is "
+                            f"{damaged[0]}")
         _say(f"{self.data_dir}: left out {len(damaged)} damaged image(s), the first is {next(iter(damaged.values()))}")
         kept = [index for index in range(self.count) if index not in damaged]
         labels = None if self.labels is None else self.labels[kept]
@@ -289,8 +301,8 @@ class FolderImages(TrainingImages):
 
 
 def _say(line: str) -> None:
-    """Logs a line on the first rank."""
-    if dist_util.is_main():
+    """Logs a line, unless it is empty, on the first rank."""
+    if line and dist_util.is_main():
         _log.info("%s", line)
 
 
@@ -335,6 +347,18 @@ class BatchPlan:
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return stream_generator("order", seed, epoch).permutation(num_images)
+
+
+@contextlib.contextmanager
+def given_as(flag: str) -> Iterator[None]:
+    """Within, errors that begin with --data_dir begin with the option that the data were given by, "" for none."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if not text.startswith("--data_dir "):
+            raise
+        raise UserError(f"{flag} {text.removeprefix('--data_dir ')}".lstrip()) from None
 
 
 # IDX files
@@ -474,19 +498,24 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     return images, labels.astype(np.int64)
 
 
-def npz_class_names(path: str | os.PathLike, known: ClassNames | None) -> ClassNames | None:
-    """The names of the classes in an .npz file, None where it has none.
+def named_labels(path: str | os.PathLike, labels: np.ndarray, known: ClassNames | None = None, where: str = "",
+                 ) -> tuple[np.ndarray, ClassNames | None]:
+    """The labels (N,) int64 in an .npz file and the names of their classes, None where it has none.
 
-    known: the names that have been decided before. Raises UserError where the file has others, or no list of names.
+    known: the names and their numbers that have been decided before, in which the labels then are. where: how messages
+    begin. Raises UserError where `class_names` is no list of names, or has too few, and for a class that is none of
+    the known ones.
     """
-    where = f"--data_dir {path}"
+    where = where or f"--data_dir {path}"
     stored, = read_arrays(Path(path), ["class_names"], f"{where}: is not an .npz file of images, or is damaged")
     if stored is None:
-        return None
+        return labels, None
     names = ClassNames.from_json(stored.tolist() if stored.dtype.kind == "U" and stored.ndim == 1 else None, where)
-    if known is not None and known.names != names.names:
-        raise UserError(f"{where}: has the classes {names}, and {known} have been decided before")
-    return names
+    names = dataclasses.replace(names, source="")
+    wrong = labels[(labels < 0) | (labels >= len(names))]
+    if len(wrong):
+        raise UserError(f"{where}: arr_1 has the class {wrong[0]}, and its class_names are {names}")
+    return (labels, names) if known is None else (known.renumbered(labels, names, where), known)
 
 
 def grey(images: np.ndarray) -> np.ndarray:
@@ -500,9 +529,11 @@ def grey(images: np.ndarray) -> np.ndarray:
 def list_images(folder: Path) -> list[Path]:
     """The image files at any depth below the folder, in sorted order; raises UserError where there is none.
 
-    Links to folders are followed, hidden and other files are left out.
+    Links to folders are followed, hidden and other files are left out, which is said.
     """
-    return _pictures(folder).files
+    found = _pictures(folder)
+    _say(found.line(folder))
+    return found.files
 
 
 def _pictures(folder: Path) -> FoundPictures:

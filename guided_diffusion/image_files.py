@@ -69,19 +69,23 @@ class FoundPictures:
         return ", ".join(f"{count} {kind} ({'first ' if count > 1 else ''}{self.examples[kind]})"
                          for kind, count in sorted(self.left_out.items()))
 
+    def line(self, folder: Path) -> str:
+        """What was left out of the folder, as a line of a log; "" where nothing was."""
+        return f"{folder}: {len(self.files)} images; left out: {self}" if self.left_out else ""
 
-def find_pictures(folder: Path) -> FoundPictures:
+
+def find_pictures(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> FoundPictures:
     """The pictures at any depth below a folder, also behind links; a link that leads back is left out.
 
-    Raises UserError where a folder cannot be read.
+    suffixes: of what counts as a picture, in lower case. Raises UserError where a folder cannot be read.
     """
     found = FoundPictures()
-    _search(folder, (), found)
+    _search(folder, (), suffixes, found)
     found.files.sort()
     return found
 
 
-def _search(folder: Path, above: tuple[tuple[int, int], ...], found: FoundPictures) -> None:
+def _search(folder: Path, above: tuple[tuple[int, int], ...], suffixes: frozenset[str], found: FoundPictures) -> None:
     """Looks into one folder; above: device and inode of the folders that it lies in."""
     try:
         status = folder.stat()
@@ -97,8 +101,8 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...], found: FoundPictur
         if entry.name.startswith(".") or entry.name.lower() in LITTER:
             found.leave_out("hidden or system file(s)", path)
         elif entry.is_dir():
-            _search(path, (*above, here), found)
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            _search(path, (*above, here), suffixes, found)
+        elif path.suffix.lower() not in suffixes:
             found.leave_out("file(s) that are no pictures", path)
         elif entry.is_file():
             found.files.append(path)
@@ -179,10 +183,17 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _opaque(image: Image.Image, mode: str) -> Image.Image:
-    """The picture in 8 bits, RGB or L, on the background."""
+def _check_mode(image: Image.Image) -> None:
+    """Raises ValueError for pixels that are no colours, as far as the header tells."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of which none is known to be white")
+    if image.mode == "LAB":
+        raise ValueError("its colours are of the mode LAB, save it as RGB")
+
+
+def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    """The picture in 8 bits, RGB or L, on the background."""
+    _check_mode(image)
     if image.mode.startswith("I"):
         image = _scaled(image)
     if image.has_transparency_data:
@@ -214,9 +225,12 @@ def damage(path: Path, decode: bool = True) -> str:
     """
     try:
         with opened(path) as image:
+            _check_mode(image)
             if decode:
                 image.draft("L", (1, 1))
                 image.load()
+                if image.mode.startswith("I"):
+                    _scaled(image)
     except UserError as error:
         return str(error)
     return ""

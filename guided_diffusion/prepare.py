@@ -30,7 +30,7 @@ from .errors import UserError
 from .files import check_folder, check_writable, reason, write_json
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
-from .image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
+from .image_files import IMAGE_SUFFIXES, LITTER, FoundPictures, find_pictures, read_image
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -83,28 +83,30 @@ class NamedBytes(io.BytesIO):
 # What there is
 
 
-def sources(path: Path) -> Iterator[Source]:
+def sources(path: Path, found: FoundPictures) -> Iterator[Source]:
     """The pictures of a folder, a .zip or .tar file, or an lmdb database, in their order there; folders by name.
 
-    Raises UserError where there is no such thing, or where it cannot be read.
+    found: counts what is left out. Raises UserError where there is no such thing, or where it cannot be read.
     """
     if (path / "data.mdb").is_file():
         yield from _lmdb(path)
     elif path.is_dir():
-        for file in find_pictures(path).files:
+        there = find_pictures(path)
+        found.left_out, found.examples = there.left_out, there.examples
+        for file in there.files:
             yield Source(file.relative_to(path).as_posix(), partial(_read_file, file))
     elif not path.is_file():
         raise UserError(f"{path}: there is no such folder or file")
     else:
         with path.open("rb") as stream:
-            yield from _archive(str(path), "", stream, 1)
+            yield from _archive(str(path), "", stream, 1, found)
 
 
 def _read_file(file: Path) -> NamedBytes:
     return NamedBytes(str(file), file.read_bytes())
 
 
-def _archive(where: str, inside: str, stream: IO[bytes], depth: int) -> Iterator[Source]:
+def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: FoundPictures) -> Iterator[Source]:
     """The pictures of an archive; inside: the folder that its name stands for, "" for the outermost."""
     if depth > DEEPEST:
         raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
@@ -113,11 +115,11 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int) -> Iterator
             members: Iterable[tuple[str, Callable[[], bytes]]] = [
                 (info.filename, partial(archive.read, info)) for info in archive.infolist()
                 if not info.is_dir()]
-            yield from _members(where, inside, members, depth)
+            yield from _members(where, inside, members, depth, found)
     elif where.lower().endswith(TARS):
         with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
             yield from _members(where, inside, (
-                (info.name, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth)
+                (info.name, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth, found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
 
@@ -128,17 +130,20 @@ def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 
 def _members(where: str, inside: str, members: Iterable[tuple[str, Callable[[], bytes]]], depth: int,
-             ) -> Iterator[Source]:
+             found: FoundPictures) -> Iterator[Source]:
     for name, read in members:
         path = PurePosixPath(name)
         if any(part.startswith(".") or part.lower() in LITTER for part in path.parts if part != "."):
+            found.leave_out("hidden or system file(s)", Path(name))
             continue
         shown, place = f"{where}/{name}", str(PurePosixPath(inside) / path)
         if path.suffix.lower() in IMAGE_SUFFIXES:
             yield Source(place, partial(NamedBytes, shown, read()))         # now: a .tar is read from front to back
         elif name.lower().endswith((".zip", *TARS)):
             folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
-            yield from _archive(shown, folder, io.BytesIO(read()), depth + 1)
+            yield from _archive(shown, folder, io.BytesIO(read()), depth + 1, found)
+        else:
+            found.leave_out("file(s) that are no pictures", Path(name))
 
 
 def _lmdb(path: Path) -> Iterator[Source]:
@@ -193,14 +198,17 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if not as_npz:
         _begin(out, settings)
     damaged: list[str] = []
-    images = _prepared(path, options, label_of, damaged)
+    found = FoundPictures()
+    images = _prepared(path, options, label_of, damaged, found)
     rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name)
     if not rows:
         raise UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
-                                                        ""))
+                                                        f" (left out: {found})" if found.left_out else ""))
     classes = sorted({row["class"] for row in rows if row["class"] is not None}, key=natural_order)
     manifest = out.with_suffix(".json") if as_npz else out / MANIFEST
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
+    if found.left_out:
+        say(f"left out: {found}")
     if damaged:
         say(f"left out {len(damaged)} damaged image(s), the first is {damaged[0]}")
     say(f"{len(rows)} images of {options.image_size}x{options.image_size}"
@@ -224,7 +232,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str], str | None],
-              damaged: list[str]) -> Iterator[Prepared]:
+              damaged: list[str], left_out: FoundPictures) -> Iterator[Prepared]:
     """The images, decoded by several threads, in the order of their sources."""
     def decode(source: Source) -> np.ndarray | UserError:
         try:
@@ -232,7 +240,7 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
         except UserError as error:
             return error
 
-    found = itertools.islice(sources(Path(path)), options.num_images or None)
+    found = itertools.islice(sources(Path(path), left_out), options.num_images or None)
     waiting: deque[tuple[int, Source, Future[np.ndarray | UserError]]] = deque()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))

@@ -117,6 +117,9 @@ def _config_of(path: Path) -> dict[str, Any]:
 def _trained(place: Path) -> Preset:
     """The model of a training or an export: its folder, or a file of weights from it."""
     path = best_weights(place) if place.is_dir() else place
+    if "config" not in read_metadata(path):
+        raise UserError(f"--model {place}: {path.name} has no config in its metadata, the options of its network; pass "
+                        "the file as --model_path, and its options as flags")
     kind = kind_of(_config_of(path))
     stated = statement_of(path, kind)
     beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None

@@ -27,6 +27,7 @@ from .build import (
 from .checkpoint import locate, read_metadata
 from .errors import UserError
 from .fetch import is_address, without_secrets
+from .launchers import is_main
 from .options import Options, checked, option_fields, options_from
 from .shapes import CHANNEL_MULT, UPSAMPLER_CHANNEL_MULT
 
@@ -36,6 +37,10 @@ FREE = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16", "dropou
 CHOICES = ("sigma_small",)          # stated ones are defaults, others do no harm
 # The noise that a network knows images to have.
 PROCESS = ("diffusion_steps", "noise_schedule", "rescale_timesteps")
+PREDICTIONS = ("predict_xstart", "predict_v")
+# How weights are read; their shapes do not show it.
+UNSEEN = ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order",
+          "classifier_num_head_channels")
 NETWORKS: dict[str, type[Options]] = {"diffusion": ModelOptions, "upsampler": UpsamplerOptions,
                                       "classifier": ClassifierOptions}
 
@@ -62,7 +67,8 @@ class Statement:
         """Raises UserError where flags that were given contradict it: one sentence with both values of each."""
         before, after = _comparable(self.facts), _comparable({**self.facts, **given})
         wrong = [name for name in self.facts
-                 if name in given and name not in CHOICES and before.get(name) != after.get(name)]
+                 if name in given and name not in CHOICES and before.get(name) != after.get(name)
+                 and given[name] != self.facts[name]]
         if not wrong:
             return
         flags = " ".join(f"--{name} {_shown(given[name])}" for name in wrong)
@@ -118,6 +124,29 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
     except UserError as error:
         raise UserError(f"{shown}: states options that are not allowed ({error})") from None
     return Statement(shown, kind, _effective(facts)) if facts else None
+
+
+def starting_values(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What the file that a training starts from states of itself, as defaults of the training's options.
+
+    given: what the user gave, by flag name. kind: of the network, a key of NETWORKS. Other values may be given, as
+    training makes another network of these weights; another process is said. Raises UserError for those in which the
+    weights would be read otherwise than they were trained.
+    """
+    flag = "init_from" if given.get("init_from") else "resume_checkpoint"
+    stated = statement_of(given.get(flag, ""), kind)
+    if stated is None:
+        return {}
+    stated.check({name: value for name, value in given.items() if name in UNSEEN})
+    if not is_main():
+        return stated.facts
+    stated.say(given)
+    new = [name for name in (*PROCESS, *PREDICTIONS) if name in given and given[name] != stated.facts.get(name)]
+    if new:
+        _log.info("--%s %s: was trained with %s; this training has %s", flag, stated.path,
+                  ", ".join(f"{name} {stated.facts.get(name)}" for name in new),
+                  ", ".join(f"{name} {given[name]}" for name in new))
+    return stated.facts
 
 
 def _classifier_facts() -> set[str]:

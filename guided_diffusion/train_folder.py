@@ -1,7 +1,7 @@
 """The folder of a training: its record in config.json, what may differ when it goes on, its lock, and its state.
 
 Whether a training may go on with another value of an option is decided here, option by option:
-    counts no more      --resume_checkpoint and --init_from, once the folder has a state: they may be left out
+    counts no more      STARTS, --init_from and its like, once the folder has a state: they may be left out
     does not matter     HARMLESS; the training goes on, and a line says what is new
     moves the end       --lr_anneal_steps, --iterations: to a later step, or to or from no end at all; a line says so
     stays               FIXED, and all options of the network and the process: the state depends on them
@@ -28,7 +28,8 @@ from .errors import UserError
 from .fetch import without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
-from .image_datasets import find_data, holds_idx, is_npz, list_images
+from .image_datasets import find_data, holds_idx, is_npz
+from .image_files import find_pictures
 from .late import Tensor, torch
 from .options import WATCHED
 
@@ -37,7 +38,7 @@ HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME
             "snapshot_images": SAME, "log": SAME, "log_online": SAME,
             "val_data_dir": SAME, "use_checkpoint": SAME, "microbatch": ROUNDED, "compile": ROUNDED}
 FIXED = ("schedule_sampler", "ema_rate", "ema_power")
-STARTS = ("resume_checkpoint", "init_from")
+STARTS = ("resume_checkpoint", "init_from", "checkpoint_entry")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
 
@@ -80,7 +81,7 @@ def data_digest(data_dir: str) -> str:
         except (OSError, zipfile.BadZipFile, NotImplementedError):
             raise UserError(f"--data_dir {data_dir}: is not an .npz file of images, or is damaged") from None
     else:
-        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else list_images(place)
+        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else find_pictures(place).files
         every = -(-len(files) // MEASURED)
         lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
                  for i, path in enumerate(files)]

@@ -61,6 +61,8 @@ class LoopOptions(DescentOptions):
                                     "ema and opt files beside it; any other file: its weights, from step 0")
     init_from: str = option("", "file of weights to start from at step 0; label embedding, first and last layer start "
                             "anew where they do not fit")
+    checkpoint_entry: str = option("", "entry of --init_from or --resume_checkpoint, of a file that wraps several, "
+                                   "like ema or model; unset: the moving average, if it has one")
     change: str = option("", "options that may differ from those with which the run in --out began, although they "
                          "change its result, with commas: lr,batch_size")
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the loss scale per step, in float16", above=0)

@@ -56,14 +56,14 @@ def official_step(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def from_weights(path: str, shapes: Shapes) -> Start:
+def from_weights(path: str, shapes: Shapes, entry: str = "") -> Start:
     """`--init_from`: the weights of a file that fit a network of these shapes; training starts at step 0.
 
-    Raises UserError where the file cannot be read, or where a weight does not fit that another number of classes or
-    channels would not change.
+    entry: of a file that holds several networks. Raises UserError where the file cannot be read, or where a weight does
+    not fit that another number of classes or channels would not change.
     """
     where = f"--init_from {without_secrets(path)}"
-    state = _read(where, path)
+    state = _read(where, path, entry)
     taken = {name: state[name] for name in shapes if name in state and tuple(state[name].shape) == tuple(shapes[name])}
     anew = [name for name in shapes if name not in taken]
     unused = [name for name in state if name not in shapes]
@@ -89,14 +89,14 @@ def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
-def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float]) -> Start:
+def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float], entry: str = "") -> Start:
     """`--resume_checkpoint`: an official run where the file has the name of one, else the weights of a file alone.
 
-    shapes: of the network's weights by name. rates: of the moving averages. Raises UserError where a file cannot be
-    read or does not fit the network.
+    shapes: of the network's weights by name. rates: of the moving averages. entry: of a file that holds several
+    networks. Raises UserError where a file cannot be read or does not fit the network.
     """
     where = f"--resume_checkpoint {without_secrets(path)}"
-    weights = _fitting(where, path, shapes)
+    weights = _fitting(where, path, shapes, entry)
     step = official_step(path)
     if step is None:
         return Start(weights, said=[f"{where}: only the weights are used, training starts at step 0, since this is not "
@@ -118,7 +118,10 @@ def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float]) -> Start:
     moments: dict[str, dict[str, Tensor]] = {}
     recipe: dict[str, float] = {}
     if optimizer.exists():
-        moments, recipe = read_optimizer(optimizer, {name: shapes[name] for name in weights})
+        try:
+            moments, recipe = read_optimizer(optimizer, {name: shapes[name] for name in weights})
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         taken.append(optimizer.name)
     else:
         missing.append(f"{optimizer.name} is missing, so that AdamW starts anew")
@@ -126,9 +129,9 @@ def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float]) -> Start:
     return Start(weights, step, averages, moments, True, recipe, ["; ".join([said, *missing])])
 
 
-def _read(where: str, path: str) -> dict[str, Tensor]:
+def _read(where: str, path: str, entry: str) -> dict[str, Tensor]:
     try:
-        state = checkpoint.load_state_dict(path)
+        state = checkpoint.load_state_dict(path, entry=entry)
         check_weights(state, path)
         return state
     except UserError as error:
@@ -136,15 +139,16 @@ def _read(where: str, path: str) -> dict[str, Tensor]:
         raise UserError(f"{where}: {without_secrets(str(error)).removeprefix(given)}") from None
 
 
-def _fitting(where: str, path: str, shapes: Shapes) -> dict[str, Tensor]:
-    state = _read(where, path)
+def _fitting(where: str, path: str, shapes: Shapes, entry: str = "") -> dict[str, Tensor]:
+    state = _read(where, path, entry)
     wrong = [name for name in {**shapes, **state}
              if name not in state or name not in shapes or tuple(state[name].shape) != tuple(shapes[name])]
     if wrong:
         name = Path(path).name
         subject = "" if name in where else f"{name} "
+        remedy = "; --init_from takes the others" if all(map(ENDS.fullmatch, wrong)) else ""
         raise UserError(f"{where}: {subject}does not fit the network, {len(wrong)} of its weights differ in name or "
-                        f"shape ({wrong[0]} first)")
+                        f"shape ({wrong[0]} first){remedy}")
     return state
 
 

@@ -51,7 +51,7 @@ from .execution import explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
+from .image_datasets import BatchPlan, TrainingImages, find_data, given_as, holds_idx, open_images
 from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks
@@ -425,9 +425,10 @@ class TrainLoop:
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
         if options.init_from:
-            start = from_weights(options.init_from, shapes)
+            start = from_weights(options.init_from, shapes, options.checkpoint_entry)
+            start = replace(start, said=[*start.said, *self._other_classes()])
         elif options.resume_checkpoint:
-            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates)
+            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates, options.checkpoint_entry)
         else:
             return Start({})
         if options.total_steps is not None and start.step >= options.total_steps:
@@ -447,6 +448,13 @@ class TrainLoop:
         differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
                      for name, value in counted.items() if start.recipe.get(name, value) != value]
         return replace(start, said=[*start.said, *differing])
+
+    def _other_classes(self) -> list[str]:
+        """What to tell of classes that the weights of --init_from call otherwise."""
+        names, path = stored_names(self.options.init_from), without_secrets(self.options.init_from)
+        if names is None or self.class_names is None or names.names == self.class_names.names:
+            return []
+        return [f"--init_from {path}: was trained on {names}; here the numbers mean other classes"]
 
     def _take_state(self, path: Path) -> None:
         groups, self.step = read_state(path, self._state_shapes(), optional="optimizer")
@@ -552,6 +560,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
         images.check_classes(model_options.num_classes)
+        _say(images.without_images())
     data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -607,6 +616,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
         images.check_classes(classifier_options.num_classes)
+        _say(images.without_images())
     names = images.class_names
     if options.val_data_dir:
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=names, held_out=True)
@@ -628,8 +638,8 @@ def _say_files(out: str, names: Sequence[str], command: str) -> None:
 
 
 def _say(line: str) -> None:
-    """Logs a line on the first rank."""
-    if dist_util.is_main():
+    """Logs a line, unless it is empty, on the first rank."""
+    if line and dist_util.is_main():
         _log.info("%s", line)
 
 
@@ -659,7 +669,7 @@ def _images(options: LoopOptions, network: ModelOptions | UpsamplerOptions | Cla
     held_out: the part for validation, where there is one. Rank 0 looks for damaged pictures and tells the others.
     """
     damaged: list[tuple[int, str]] = []
-    with dist_util.together():
+    with dist_util.together(), given_as("--val_data_dir" if held_out else "--data_dir"):
         if not data_dir:
             raise UserError("--data_dir: is missing, name a folder of images or IDX files, an .npz file, or "
                             "fashion-mnist")

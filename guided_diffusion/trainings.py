@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import read_metadata
 from .errors import UserError
 from .stated import PROCESS, Statement, statement_of
 
 SUFFIX = ".safetensors"
+NAMES = "class_names"           # of classes, in metadata
 CONFIG, GUIDANCE_KEY = "config.json", "guidance"        # of a folder, and what it says of guidance that suits the model
 
 
@@ -58,8 +60,8 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
     """The weights of the classifier that belongs to the model of a training's folder.
 
     It lies in that folder, in a folder in it, or in one beside it, and was trained for images of the same size and
-    noise. Where several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies
-    within, and None where that leaves it open.
+    noise, and for classes of the same names as far as both state these. Where several fit, the one named like the
+    folder (runs/x, runs/x_classifier) is meant, or the one that lies within, and None where that leaves it open.
     """
     folder = folder if folder.name not in ("", "..") else folder.absolute()
     inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
@@ -93,4 +95,6 @@ def _fits(model: Statement, path: Path) -> bool:
     if classifier is None:
         return False
     shared = ["image_size", "in_channels", *PROCESS, *(["num_classes"] if model.facts.get("class_cond") else [])]
-    return all(model.facts.get(name) == classifier.facts.get(name) for name in shared)
+    names = [read_metadata(one).get(NAMES) for one in (model.path, path)]
+    return (all(model.facts.get(name) == classifier.facts.get(name) for name in shared)
+            and (None in names or names[0] == names[1]))

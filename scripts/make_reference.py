@@ -18,13 +18,15 @@ with) and icons32 (images with labels, for any --backend of the evaluator):
 from collections.abc import Sequence
 
 from evaluations.make_reference import ReferenceOptions, make_reference
-from guided_diffusion.cli import run_script
+from guided_diffusion import dist_util
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr(dist_util.is_main())
     words, (options,) = parse_words(argv, Words("FILE", "the images, then the file to write"), ReferenceOptions,
                                     description=__doc__)
     if len(words) != 2:

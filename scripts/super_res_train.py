@@ -7,6 +7,7 @@ Examples (each goes on from its last save when started again):
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from evaluations.early_fid import watchers
 from guided_diffusion.build import DiffusionOptions, UpsamplerOptions
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stdout()
     model, diffusion, options, previews, *guidance = parse_options(
         argv, UpsamplerOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, description=__doc__,
-        preset=preview_values)
+        preset=partial(preview_values, kind="upsampler"))
     train_diffusion(model, diffusion, options, watchers(options, previews, guidance))
 
 

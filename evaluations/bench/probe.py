@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion import dist_util
+from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.classes import stored_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
@@ -153,7 +154,7 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     run = SamplingRun.of([sample, model, diffusion, *(kind() for kind in SAMPLERS.values()), *off])
     if options.labels == "none" and not model.null_class:
         raise UserError("--labels none: the network has no null class, as training with --label_dropout makes it")
-    images = _held_out(options, model)
+    images = _held_out(options, run.sample.model_path, model)
     chosen, why = _methods(options, replace(run, guidance=tuple(methods)))
     built = run.build()
     if options.labels == "none":
@@ -223,11 +224,12 @@ def _switched_off(method: GuidanceOptions) -> dict[str, Any]:
     return {flag: getattr(default, flag) for flag in method.switched_on}
 
 
-def _held_out(options: ProbeOptions, model: ModelOptions) -> TrainingImages:
-    """Returns the images. Raises UserError where there are too few, or they do not fit."""
+def _held_out(options: ProbeOptions, model_path: str, model: ModelOptions) -> TrainingImages:
+    """Returns the images in the classes of the network; raises UserError for too few, and such as do not fit."""
     split = "test" if holds_idx(find_data(options.data_dir)) else "train"
     frame = (model.in_channels, model.image_size, model.image_size)
-    images = open_images(options.data_dir, frame, split=split, class_cond=model.class_cond)
+    known = stored_names(checkpoint.locate(model_path)) if model.class_cond and model_path else None
+    images = open_images(options.data_dir, frame, split=split, class_cond=model.class_cond, known=known)
     if images.count < options.num_images:
         raise UserError(f"--num_images {options.num_images}: {options.data_dir} has {images.count}")
     if model.class_cond:

@@ -182,6 +182,8 @@ def _write_chart(path: Path, result: ProbeResult) -> None:
                       color=COLOURS[place % len(COLOURS)], label=one.title)
         axes.axhline(0, color="#444444", linewidth=1)
         axes.set_xscale("log")
+        if all(ratio is None for one in result.best for ratio in one.moments.ratios):
+            axes.set_xlim(0.9 * min(result.sigmas), 1.1 * max(result.sigmas))       # a scale without points has no end
         axes.set_yscale("symlog", linthresh=1)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))

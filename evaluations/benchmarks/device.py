@@ -328,7 +328,7 @@ class Subject:
 class _SeededNetworks(Networks):
     """Networks whose files are not given have seeded weights, the same on every device."""
 
-    def load(self, network: Any, path: str, flags: Mapping[str, Any], entry: str = "") -> Any:
+    def load(self, network: Any, path: str, flags: Mapping[str, Any], entry: str | None = None) -> Any:
         """As `Networks.load`."""
         if not path:
             seeded_weights(network, 2)

@@ -28,7 +28,7 @@ class Elsewhere:
         self._make, self._arguments = make, arguments
 
     def __enter__(self) -> Elsewhere:
-        context = multiprocessing.get_context(START)
+        context: Any = multiprocessing.get_context(START)
         self._pipe, end = context.Pipe()
         self._process = context.Process(target=_serve, args=(end, self._make, self._arguments), daemon=True)
         self._process.start()

@@ -15,7 +15,7 @@ and list its record in `EXTRACTORS`, with the name of the file, which is importe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +67,14 @@ def classify_from(file: str) -> Classify:
     return classify
 
 
+def class_names_from(file: str) -> Callable[[], Sequence[str]]:
+    """The function `class_names` of a file of this package, which is imported when the function is called."""
+    def class_names() -> Sequence[str]:
+        names: Sequence[str] = importlib.import_module(f"{__package__}.{file}").class_names()
+        return names
+    return class_names
+
+
 def names_no_class(features: Features) -> np.ndarray:
     """Says that an extractor names no classes: its outputs are without `Feature.RECOGNISED`."""
     raise UserError("this network names no classes of images")
@@ -104,7 +112,7 @@ class ExtractorKind:
     network: str = ""                   # stands in the names of metrics that would say Inception's; "" leaves them
     check: Callable[[], None] = nothing_needed          # raises UserError where what `load` needs is not installed
     is_own: bool = False                # is the user's, so that results and references say its settings
-    classes: int = 0                    # that `classify` tells apart, as the labels of samples have them
+    class_names: Callable[[], Sequence[str]] = tuple    # of what `classify` tells apart, in the order of the numbers
     classes_of: str = ""            # what these classes are of, where the extractor's own name does not say it
     classify: Classify = names_no_class         # names the class of images by their features, for class accuracy
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None

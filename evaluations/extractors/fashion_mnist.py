@@ -100,6 +100,11 @@ def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> Fe
     return ready(load_fashion_mnist(), chosen_device(device))
 
 
+def class_names() -> Sequence[str]:
+    """The classes in the order of their numbers."""
+    return CLASS_NAMES
+
+
 def classify(features: Features) -> np.ndarray:
     """The most probable class of each image, (N,) int64."""
     named: np.ndarray = features.probabilities.argmax(axis=1)

@@ -61,6 +61,11 @@ class IconsJudge:
         return _named(np.concatenate(parts), self.layer)
 
 
+def class_names() -> Sequence[str]:
+    """The classes in the order of their numbers."""
+    return load_layer().class_names
+
+
 def classify(features: Features) -> np.ndarray:
     """The most probable class of each image by the bundled layer, (N,) int64."""
     return _named(features.pooled, load_layer())

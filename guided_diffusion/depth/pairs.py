@@ -2,10 +2,11 @@
 
 `data` is one of
     an .npz file        arr_0 (N, H, W, 3) uint8, depth (N, H, W) or (N, H, W, 1), whole numbers or floats; for networks
-                        with classes arr_1 (N,), whole numbers. As scripts/scenes_render.py writes it.
+                        with classes arr_1 (N,), whole numbers, and class_names where these have names. As
+                        scripts/scenes_render.py writes it.
     a folder            images/NAME.png, .jpg or another picture (`image_files`), and depth/NAME.npy (H, W) or 8- or
-                        16-bit grey NAME.png. The class is the name before the first underscore; its number is the one
-                        that the network was trained with, where its checkpoint states names.
+                        16-bit grey NAME.png; NAME may have folders in it. Classes are told as `classes` says; their
+                        numbers are those that the network was trained with, where its checkpoint states names.
     the word "scenes"   rendered scenes (depth.scenes).
 Images of another size are resized and cut as `image_datasets` does it without random crops. Depth maps go the same
 way, except that the last step is bilinear, since bicubic resizing overshoots at edges.
@@ -16,22 +17,26 @@ the units of the files, beyond which is clamped.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from .. import dist_util
 from ..classes import ClassNames
 from ..errors import UserError
-from ..image_datasets import crop_square, resize_smaller_side
-from ..image_files import IMAGE_SUFFIXES, image_extent, read_depth_image, read_image
+from ..image_datasets import crop_square, named_labels, resize_smaller_side
+from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
 from ..late import Tensor, torch
 from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
 from .scenes.files import render_scenes
+
+_log = logging.getLogger(__name__)
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
@@ -98,7 +103,7 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
 def class_names_of(data: str) -> ClassNames | None:
     """The classes of a folder of pairs; None for other data, whose classes have numbers only."""
     folder = Path(data) / "images"
-    return ClassNames.from_images(folder, list(_by_stem(folder, IMAGE_SUFFIXES).values())) if folder.is_dir() else None
+    return ClassNames.from_images(folder, find_pictures(folder).files) if folder.is_dir() else None
 
 
 def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int = 0) -> Source:
@@ -204,7 +209,14 @@ def _read_npz(path: Path) -> _Arrays:
                         f"of {images.shape[1]}x{images.shape[2]} pixels")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise UserError(f"{path}: arr_1 {_shown(labels)}, must be a class (a whole number) for each image")
-    return _Arrays(str(path), images, depth, labels)
+    return _NpzArrays(str(path), images, depth, labels)
+
+
+class _NpzArrays(_Arrays):
+    """Those of an .npz file, whose classes may have names."""
+
+    def labels(self, known: ClassNames | None) -> np.ndarray | None:
+        return self._labels if self._labels is None else named_labels(self._data, self._labels, known, self._data)[0]
 
 
 def _shown(array: np.ndarray | None) -> str:
@@ -215,13 +227,13 @@ class _Folder:
     """Pairs in the folders images/ and depth/, in the order of their names."""
 
     def __init__(self, path: Path) -> None:
-        images, depth = _by_stem(path / "images", IMAGE_SUFFIXES), _by_stem(path / "depth", DEPTH_SUFFIXES)
-        for stem in sorted(images.keys() ^ depth.keys()):
-            there, missing = (images[stem], "depth") if stem in images else (depth[stem], "images")
-            raise UserError(f"{there}: has no counterpart {path / missing / stem}")
+        images, depth = _by_name(path / "images", IMAGE_SUFFIXES), _by_name(path / "depth", DEPTH_SUFFIXES)
+        for name in sorted(images.keys() ^ depth.keys()):
+            there, missing = (images[name], "depth") if name in images else (depth[name], "images")
+            raise UserError(f"{there}: has no counterpart {path / missing / name}")
         self._root = path / "images"
-        self._images = [images[stem] for stem in sorted(images)]
-        self._depth = [depth[stem] for stem in sorted(images)]
+        self._images = [images[name] for name in sorted(images)]
+        self._depth = [depth[name] for name in sorted(images)]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -244,15 +256,19 @@ class _Folder:
         return (known or ClassNames.from_images(self._root, self._images)).numbers(self._root, self._images)
 
 
-def _by_stem(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
+def _by_name(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
+    """The pictures below a folder by their places in it, without their suffixes; says what else lies there."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; pairs lie in images/ and depth/, under the same names")
+    pictures = find_pictures(folder, suffixes)
+    if (line := pictures.line(folder)) and dist_util.is_main():
+        _log.info("%s", line)
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise UserError(f"{path}: has the same name as {found[path.stem].name}, one of them must go")
-            found[path.stem] = path
+    for path in pictures.files:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(f"{path}: has the same name as {found[name].name}, one of them must go")
+        found[name] = path
     return found
 
 

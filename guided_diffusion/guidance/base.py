@@ -90,7 +90,8 @@ class Networks:
     seed: int = 0
     random_weights: bool = False
 
-    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str = "") -> AnyEncoder:
+    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str | None = None,
+             ) -> AnyEncoder:
         """A further network, ready for evaluation: the weights in `path` (see `checkpoint.load_into`), or random ones.
 
         flags: the options that it was built from. entry: of a file that holds several networks.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..classes import stored_names
+from ..classes import ClassNames, stored_names
 from ..errors import UserError
 from ..files import check_ending
 from ..foreign import read_json
@@ -114,11 +114,17 @@ class Comparison:
                         zoom=options.zoom, captions=captions if told else None)
 
 
+def class_names_of(configuration: Mapping[str, Any]) -> ClassNames | None:
+    """The classes of a recorded run's network; None where that is gone, or has no names."""
+    network = Path(str(configuration.get("model_path", "")))
+    with suppress(UserError):
+        return stored_names(network) if network.is_file() else None
+    return None
+
+
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
     """The labels of images of a recorded run in words: by name where its network is still there and has names."""
-    network, names = Path(str(configuration.get("model_path", ""))), None
-    with suppress(UserError):
-        names = stored_names(network) if network.is_file() else None
+    names = class_names_of(configuration)
     return tuple(names.names[label] if names and label < len(names) else f"class {label}" for label in labels)
 
 

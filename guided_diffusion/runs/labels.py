@@ -46,9 +46,9 @@ def is_file(text: str) -> bool:
     return text.endswith(".npy")
 
 
-def is_name(text: str) -> bool:
-    """Whether `--labels` is the name of a class: none of the words, no number, no file."""
-    return text not in ("random", "balanced", NONE) and not is_file(text) and not (text.isascii() and text.isdigit())
+def is_class(text: str) -> bool:
+    """Whether `--labels` is the name or the number of a class: none of the words, no file."""
+    return text not in ("random", "balanced", NONE) and not is_file(text)
 
 
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:

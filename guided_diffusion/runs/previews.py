@@ -25,6 +25,7 @@ from ..guidance.base import naming, without_labels
 from ..late import Tensor, no_grad, torch
 from ..options import Options, option, option_fields
 from ..sampling import SAMPLERS
+from ..stated import starting_values
 from ..train_watch import Watched
 from .options import SampleOptions
 from .sample import SamplingRun
@@ -67,12 +68,16 @@ class PreviewOptions(Options):
                             f"{log_interval}")
 
 
-def preview_values(given: dict[str, Any]) -> dict[str, Any]:
-    """What the files of guidance state of themselves, as defaults of a training command's options; given: by the user.
+def preview_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
+    """What files state of themselves, as defaults of a training command's options.
 
-    Raises UserError where the options given contradict it, and for an `--image_size` that is not an upsampler's.
+    These are the weights that it starts from, and those of guidance. given: by the user. kind: of the network,
+    "diffusion" or "upsampler". Raises UserError where the options given contradict a file (see `starting_values`), and
+    for an `--image_size` that is not an upsampler's.
     """
-    stated: dict[str, Any] = {}
+    stated = starting_values(given, kind)
+    if "large_size" in stated:
+        given = {"large_size": stated["large_size"], **given}
     if "large_size" in given:
         if given.get("image_size", given["large_size"]) != given["large_size"]:
             raise UserError(f"--image_size {given['image_size']}: an upsampler makes images of --large_size, which is "

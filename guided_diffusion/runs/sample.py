@@ -37,7 +37,7 @@ from . import shards
 from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
-from .labels import NONE, Labels, is_name, make_labels
+from .labels import NONE, Labels, is_class, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
@@ -265,7 +265,7 @@ class SamplingRun:
         if text == NONE and unlabelled:
             raise UserError(f"--labels {text}: {unlabelled[0].short} guides by classes; choose some, like "
                             "--labels random")
-        if is_name(text):
+        if is_class(text):
             text = label_number(text, self.checkpoints().values())
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples, null_class=self.model.null_class)

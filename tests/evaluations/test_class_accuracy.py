@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from commands import call
 
 from evaluations import class_accuracy
 from evaluations.extractors.fashion_mnist import CLASS_NAMES, load_fashion_mnist
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.errors import UserError
 
 
 @pytest.fixture
@@ -30,10 +33,22 @@ def samples(tmp_path, noise):
 
 
 def test_shares_are_counted_by_class(samples):
-    result = class_accuracy.measure_class_accuracy(AlwaysTrousers(), *class_accuracy.read_labelled_samples(samples, 10))
+    read = class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
+    result = class_accuracy.measure_class_accuracy(AlwaysTrousers(), *read)
     assert (result["images"], result["recognised"], result["share"]) == (5, 3, 0.6)
     assert {name: (c["images"], c["recognised"]) for name, c in result["classes"].items()} == {
         "T-shirt": (2, 0), "trouser": (3, 3)}
+
+
+def test_classes_go_by_their_names_where_the_network_has_some(samples, tmp_path):
+    path = tmp_path / "x.safetensors"
+    (tmp_path / "run.json").write_text(json.dumps({"configuration": {"model_path": str(path)}}))
+    for names, expected in ((["dress", "trouser"], [1, 1, 3, 1, 3]), (["a", "b"], [1, 1, 0, 1, 0])):
+        save_state(path, {"x": torch.zeros(1)}, {"class_names": json.dumps(names)})
+        assert class_accuracy.read_labelled_samples(samples, CLASS_NAMES)[1].tolist() == expected
+    save_state(path, {"x": torch.zeros(1)}, {"class_names": '["hat", "trouser"]'})
+    with pytest.raises(UserError, match=r"samples.npz: has images of the class hat, which is none of the 10 classes"):
+        class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
 
 
 def test_wilson_interval_known_values():
@@ -67,27 +82,32 @@ def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys):
 def test_wrong_sample_arrays(tmp_path, arrays, message):
     np.savez(tmp_path / "samples.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        class_accuracy.read_labelled_samples(tmp_path / "samples.npz", 10)
+        class_accuracy.read_labelled_samples(tmp_path / "samples.npz", CLASS_NAMES)
 
 
 def test_wrong_sample_files(samples, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        class_accuracy.read_labelled_samples(tmp_path / "missing.npz", 10)
+        class_accuracy.read_labelled_samples(tmp_path / "missing.npz", CLASS_NAMES)
     for content in (b"", b"text", samples.read_bytes()[:-300]):
         (tmp_path / "wrong.npz").write_bytes(content)
         with pytest.raises(ValueError, match="is not an"):
-            class_accuracy.read_labelled_samples(tmp_path / "wrong.npz", 10)
+            class_accuracy.read_labelled_samples(tmp_path / "wrong.npz", CLASS_NAMES)
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         class_accuracy.class_accuracy(
             [str(samples)], class_accuracy.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))
 
 
 def test_the_evaluator_measures_it_too(samples, tmp_path):
-    images, labels = class_accuracy.read_labelled_samples(samples, 10)
+    images, labels = class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
     labels = np.where(np.arange(5) < 3, load_fashion_mnist().predict(images), (labels + 1) % 10)
     np.savez(tmp_path / "named.npz", images, labels)
     expected = 100 * np.mean(load_fashion_mnist().predict(images) == labels)
     words = ["--backend", "fashion_mnist", "--metrics", "class_accuracy", "--json", tmp_path / "result.json"]
+    assert call("evaluate", "fmnist32", tmp_path / "named.npz", *words) == 0
+    assert json.loads((tmp_path / "result.json").read_text())[0]["metrics"] == {"class_accuracy": expected}
+    save_state(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, {"class_names": json.dumps(list(CLASS_NAMES[::-1]))})
+    (tmp_path / "run.json").write_text(json.dumps({"configuration": {"model_path": str(tmp_path / "x.safetensors")}}))
+    np.savez(tmp_path / "named.npz", images, 9 - labels)
     assert call("evaluate", "fmnist32", tmp_path / "named.npz", *words) == 0
     assert json.loads((tmp_path / "result.json").read_text())[0]["metrics"] == {"class_accuracy": expected}
     np.savez(tmp_path / "unlabelled.npz", images)

@@ -71,6 +71,11 @@ def test_names_that_no_file_can_have_are_refused(name):
 
 
 def test_numbers_of_numpy_beside_tensors_load_nothing_foreign(tmp_path):
-    torch.save({"model": TENSORS, "loss": np.float64(0.5)}, tmp_path / "model.pt")
+    numbers = [np.float64(0.5), np.float32(-2), np.int64(2**40), np.bool_(True)]
+    torch.save({"model": TENSORS, "numbers": numbers}, tmp_path / "model.pt")
+    assert checkpoint.load_state_dict(tmp_path / "model.pt").keys() == TENSORS.keys()
+    found = checkpoint.load_pickled(tmp_path / "model.pt")["numbers"]
+    assert found == numbers and [type(number) for number in found] == [float, float, int, bool]
+    torch.save({"model": TENSORS, "loss": np.zeros(3)}, tmp_path / "model.pt")
     with pytest.raises(checkpoint.UserError, match="only plain tensors are loaded"):
         load_state_dict(tmp_path / "model.pt")

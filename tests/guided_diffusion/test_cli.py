@@ -1,7 +1,9 @@
 """How commands end: mistakes, signals, missing files, and a launcher that is gone."""
 
+import io
 import os
 import signal
+import sys
 
 import pytest
 from launchers import usual_signals
@@ -70,6 +72,13 @@ def test_a_signal_ends_with_one_line_after_what_is_to_be_removed(number, code, w
             path.unlink()
     assert ended(main, capsys) == (code, f"{word}: {cli.KEPT}\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    cli.run_script(lambda: print("a 😀 \udce9"))
+    assert written.getvalue() == b"a \\U0001f600 \\udce9\n"
 
 
 def test_a_signal_that_is_ignored_stays_so(capsys):

@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from networks import TINY
@@ -37,7 +38,10 @@ def prefixed(prefix):
     prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."), prefixed("_orig_mod.module."),
     {"n_averaged": torch.tensor(3), **prefixed("module.")}, {"state_dict": prefixed("_orig_mod."), "epoch": 1},
     {"ema": STATE, "model": OTHER, "opt": {}}, {"model": OTHER, "ema": STATE, "step": 7}, {"mine": STATE, "lr": 0.1},
-    {"model_state_dict": STATE, "optimizer": {"state": {}, "param_groups": []}, "extra": torch.ones(1)}])
+    {"model_state_dict": STATE, "optimizer": {"state": {}, "param_groups": []}, "extra": torch.ones(1)},
+    {"ema": {"module": STATE, "decay": 0.99}, "model": OTHER}, {"state": {"model": OTHER, "ema": STATE}, "epoch": 3},
+    {"checkpoint": {"state_dict": prefixed("module.")}}, {"mine": STATE, "moments": {"first": OTHER, "second": OTHER}},
+    {"model": STATE, "step": np.int64(3), "loss": np.float32(0.5), "best": (np.bool_(True), np.float64(1))}])
 def test_prefixed_and_wrapped_files_load(saved, content):
     assert_same(load_state_dict(saved(content)), STATE)
 
@@ -50,15 +54,36 @@ def test_a_prefix_that_only_some_names_have_stays(saved):
 def test_the_entry_is_chosen_and_said(saved, caplog):
     path = saved({"model": OTHER, "ema": STATE})
     with caplog.at_level(logging.INFO, "guided_diffusion"):
-        assert_same(load_state_dict(path), STATE)
+        assert_same(load_state_dict(path, entry=""), STATE)
         assert_same(load_state_dict(path, entry="model"), OTHER)
+        assert_same(load_state_dict(path), STATE)
     assert caplog.messages == [f"{path}: its entry ema is taken of model, ema (--checkpoint_entry chooses)",
-                               f"{path}: its entry model is taken of model, ema (--checkpoint_entry chooses)"]
+                               f"{path}: its entry model is taken of model, ema (--checkpoint_entry chooses)",
+                               f"{path}: its entry ema is taken of model, ema (scripts/convert_checkpoint.py "
+                               "--checkpoint_entry makes a file of another)"]
+
+
+def test_an_entry_of_an_entry_is_chosen(saved):
+    path = saved({"state": {"model": OTHER, "ema": STATE}})
+    for entry, expected in (("model", OTHER), ("ema", STATE), ("state/model", OTHER), ("state", STATE)):
+        assert_same(load_state_dict(path, entry=entry), expected)
+
+
+def test_any_prefix_of_a_network_is_left_out_and_said(saved, caplog):
+    state = create_model(**TINY).state_dict()
+    with caplog.at_level(logging.INFO, "guided_diffusion"):
+        path = saved({"state_dict": {f"model.net.{name}": value for name, value in state.items()}})
+        assert_same(load_state_dict(path), state)
+    assert caplog.messages[-1] == f"{path}: the prefix model.net. of its names is left out"
+    path = saved({**{f"model.{name}": value for name, value in state.items()}, "loss.weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"no input_blocks.0.0.weight, but model.input_blocks.0.0.weight: leave what"):
+        load_into(create_model(**TINY), path, TINY)
 
 
 @pytest.mark.parametrize(("content", "entry", "said"), [
     ({"model": STATE, "ema": STATE}, "emma", "--checkpoint_entry emma: .* has model, ema"),
     (STATE, "ema", "--checkpoint_entry ema: .* has no entries of weights"),
+    ({"one": STATE, "two": STATE}, None, "several entries of weights, one, two: choose one with scripts/convert"),
     ({"one": STATE, "two": STATE}, "", "several entries of weights, one, two: choose one with --checkpoint_entry"),
     ({"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 0.1}]}, "", "is the state of an optimiser")])
 def test_what_cannot_be_chosen_is_refused(saved, content, entry, said):

@@ -303,7 +303,7 @@ def test_damaged_images_are_left_out_and_counted(image_folder, caplog):
     assert "left out 2 damaged image(s), the first is" in caplog.text and "cat_07.png" in caplog.text
     for path in image_folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="and 11 more are damaged"):
+    with pytest.raises(UserError, match=r"all 12 images are damaged, the first is .*\.png: cannot be read"):
         opened(image_folder, skip_damaged=True)
 
 
@@ -341,8 +341,10 @@ def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
     with caplog.at_level("INFO"):
         opened(image_folder, class_cond=True).check_classes(2)
     assert "2 classes: 0 cat, 1 dog (--classes prefix)" in caplog.messages
-    assert opened(image_folder, class_cond=True, known=ClassNames(("bat", "cat", "dog"))).labels.tolist() == (
-        [1] * 6 + [2] * 6)
+    images = opened(image_folder, class_cond=True, known=ClassNames(("bat", "cat", "dog")))
+    assert images.labels.tolist() == [1] * 6 + [2] * 6
+    assert images.without_images().endswith("has no image of 1 of its classes: 0 bat")
+    assert opened(image_folder, class_cond=True).without_images() == opened(image_folder).without_images() == ""
     opened(image_folder).check_classes(7)                           # without classes, their number says nothing
 
 
@@ -445,8 +447,14 @@ def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
     with pytest.raises(UserError, match="--num_classes 5"):
         images.check_classes(5)
     assert open_images(tmp_path / "named.npz", (3, 4, 4)).class_names is None
-    with pytest.raises(UserError, match="have been decided before"):
-        open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "ant")))
+    known = ClassNames(("bee", "cow", "ant"))
+    images = open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=known)
+    assert images.labels.tolist() == [2, 0, 0] and images.class_names == known
+    with pytest.raises(UserError, match=r"class ant, which is none of the 2 classes: 0 bee, 1 cow \(of a run\)"):
+        open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "cow"), "", "a run"))
+    np.savez(tmp_path / "few.npz", **arrays, class_names=np.array(["ant"]))
+    with pytest.raises(UserError, match="arr_1 has the class 1, and its class_names are 1 class: 0 ant"):
+        open_images(tmp_path / "few.npz", (3, 4, 4), class_cond=True)
     np.savez(tmp_path / "odd.npz", **arrays, class_names=np.array([1, 2]))
     with pytest.raises(UserError, match="class_names must be a list of different names"):
         open_images(tmp_path / "odd.npz", (3, 4, 4), class_cond=True)

@@ -128,8 +128,11 @@ def encoded(pixels, format, **options):
 def test_files_that_are_refused(tmp_path, content, message):
     path = tmp_path / "x.png"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.png: cannot be read as an image \(.*" + message):
+    with pytest.raises(UserError, match=r"x\.png: cannot be read as an image \(.*" + message) as caught:
         read_image(path, 3)
+    assert damaged_pictures([path], 1).keys() == {0}, "a training would only notice when its turn comes"
+    if message == "floating-point":
+        assert damaged_pictures([path], 0) == {0: str(caught.value)}, "the header tells"
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

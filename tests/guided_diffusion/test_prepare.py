@@ -57,7 +57,10 @@ def data(tmp_path):
 def test_every_source_gives_the_same_images_and_classes(source, data, capsys):
     out = data / "out.npz"
     assert call("prepare_images", data / source, "--labels", "folders", "--image_size", 8, "--out", out) == 0
-    assert "3 images of 8x8 in 2 classes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 images of 8x8 in 2 classes" in said
+    assert ("left out: 1 file(s) that are no pictures (readme.txt), 1 hidden or system file(s) (._a.png)" in said) \
+        == (source == "data.zip")
     with np.load(out) as file:
         assert file["arr_1"].tolist() == [0, 0, 1] and file["class_names"].tolist() == ["cat", "dog"]
         for i in range(3):

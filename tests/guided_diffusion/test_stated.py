@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 from networks import TINY, TINY_CLASSIFIER
 
 from guided_diffusion import load
@@ -13,7 +14,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.script_util import create_classifier, create_model
-from guided_diffusion.stated import statement_of
+from guided_diffusion.stated import starting_values, statement_of
 from guided_diffusion.train_util import TrainOptions
 
 PROCESS = {"diffusion_steps": 100, "noise_schedule": "cosine", "predict_v": True, "rescale_timesteps": False}
@@ -104,6 +105,23 @@ def test_what_is_taken_from_a_file_is_said_in_one_line(save, caplog):
     assert "trained with" in message and "diffusion_steps 100" in message and "noise_schedule" not in message
 
 
+# Where a training starts
+
+
+def test_a_training_starts_with_what_its_file_states(save, tmp_path, caplog):
+    path = save("x.safetensors")
+    assert starting_values({"init_from": path}, "diffusion") == preset_values({"model_path": path})
+    assert starting_values({"init_from": path}, "classifier") == starting_values({}, "diffusion") == {}
+    assert starting_values({"resume_checkpoint": str(tmp_path / "model000001.pt")}, "diffusion") == {}
+    caplog.set_level("INFO")
+    starting_values({"init_from": path, "num_classes": 7, "noise_schedule": "linear"}, "diffusion")
+    assert caplog.messages[-1] == (f"--init_from {path}: was trained with noise_schedule cosine; this training has "
+                                   "noise_schedule linear")
+    for flag in ("init_from", "resume_checkpoint"):
+        with pytest.raises(UserError, match=r"^--num_heads 4: .* states num_heads 2 of itself"):
+            starting_values({flag: path, "num_heads": 4}, "diffusion")
+
+
 # Classifiers
 
 
@@ -158,12 +176,21 @@ def test_the_classifier_beside_it_is_the_one_that_fits(save, tmp_path, classifie
     assert found == (None if expected is None else str(tmp_path / expected / "model.safetensors"))
 
 
+def test_the_classifier_of_other_classes_does_not_fit(save, tmp_path):
+    for name, config, classes in (("x", CONFIG, ["ant", "bee"]), ("one", CLASSIFIER, ["bee", "ant"]),
+                                  ("two", CLASSIFIER, ["ant", "bee"])):
+        save_state(save(f"{name}/model.safetensors"), {"x": torch.zeros(1)},
+                   {"config": json.dumps(config), "class_names": json.dumps(classes)})
+    found = preset_values({"model": str(tmp_path / "x")})["classifier_path"]
+    assert found == str(tmp_path / "two" / "model.safetensors")
+
+
 def test_folders_that_are_no_training_are_refused(save, tmp_path):
     assert "holds no weights of a training" in refusal(model=str(tmp_path))
     save("c/model.safetensors", CLASSIFIER)
     assert "is a model of kind classifier" in refusal(model=str(tmp_path / "c"))
     save("bare/model.safetensors", None)
-    assert "has no config" in refusal(model=str(tmp_path / "bare"))
+    assert refusal(model=str(tmp_path / "bare")).endswith("pass the file as --model_path, and its options as flags")
 
 
 def test_a_training_loads_in_python(save, tmp_path):

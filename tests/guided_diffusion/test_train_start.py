@@ -116,7 +116,7 @@ def test_an_official_classifier_goes_on(data_dir, tmp_path, caplog):
 def test_an_optimiser_that_is_something_else(data_dir, own, tmp_path, content, message):
     path = official_files(own, tmp_path / "official", flat=False)
     torch.save(content, path.with_name("opt000003.pt"))
-    with pytest.raises(UserError, match=f"opt000003.pt: {message}"):
+    with pytest.raises(UserError, match=f"^--resume_checkpoint {path}: .*opt000003.pt: {message}"):
         train(data_dir, tmp_path / "out", lr_anneal_steps=4, ema_rate="0.9", resume_checkpoint=path)
 
 
@@ -160,6 +160,29 @@ def test_weights_that_fit_are_loaded_and_others_start_anew(data_dir, own, tmp_pa
     assert largest_difference(now, weights(tmp_path / "out", "ema_0.9")) < 1e-9        # averages start from them
 
 
+def test_classes_that_are_called_otherwise_are_said(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    arrays = {"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.arange(4) % 2}
+    np.savez(tmp_path / "ants.npz", **arrays, class_names=np.array(["ant", "bee"]))
+    np.savez(tmp_path / "cows.npz", **arrays, class_names=np.array(["bee", "cow"]))
+    start = train(tmp_path / "ants.npz", tmp_path / "ants", in_channels=3, lr_anneal_steps=1) / "model.safetensors"
+    train(tmp_path / "ants.npz", tmp_path / "same", in_channels=3, lr_anneal_steps=1, init_from=start)
+    assert "was trained on" not in caplog.text
+    train(tmp_path / "cows.npz", tmp_path / "cows", in_channels=3, lr_anneal_steps=1, init_from=start)
+    assert f"--init_from {start}: was trained on 2 classes: 0 ant, 1 bee; here the numbers mean other" in caplog.text
+
+
+def test_an_entry_of_the_file_is_chosen(data_dir, own, tmp_path, caplog):
+    caplog.set_level("INFO")
+    torch.save({"model": weights(own), "ema": weights(own, "ema_0.9")}, tmp_path / "x.pt")
+    values = {"lr_anneal_steps": 1, "init_from": tmp_path / "x.pt", "lr": 1e-12}
+    out = train(data_dir, tmp_path / "out", **values, checkpoint_entry="model")
+    assert "its entry model is taken of model, ema" in caplog.text
+    assert largest_difference(weights(out), weights(own)) < 1e-9
+    train(data_dir, out, lr_anneal_steps=1, lr=1e-12)            # and counts no more
+    assert "there is nothing to do" in caplog.text
+
+
 def test_classes_come_and_go(data_dir, own, tmp_path, caplog):
     caplog.set_level("INFO")
     plain = train(data_dir, tmp_path / "plain", lr_anneal_steps=1, class_cond=False,
@@ -185,6 +208,11 @@ def test_four_channels_from_weights_of_one_and_samples_of_four(data_dir, own, tm
     assert "images must be (N, H, W, 3), RGB" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"arr_0 is \(8, 8, 8, 4\) uint8, must be \(N, 8, 8, 5\) uint8"):
         train(tmp_path / "rgbd.npz", tmp_path / "other", in_channels=5)
+
+
+def test_another_number_of_classes_is_no_run_that_goes_on(data_dir, own, tmp_path):
+    with pytest.raises(UserError, match=r"label_emb.weight first\); --init_from takes the others$"):
+        train(data_dir, tmp_path / "out", num_classes=3, resume_checkpoint=own / "model.safetensors")
 
 
 @pytest.mark.parametrize("flag", ["init_from", "resume_checkpoint"])

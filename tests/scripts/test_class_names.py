@@ -87,3 +87,13 @@ def test_validation_has_the_numbers_of_the_training(trained, tmp_path, capsys):
     folder(held_out, "kind7")
     assert call("classifier_train", *flags, "--val_data_dir", held_out, "--out", tmp_path / "other") == 2
     assert "is of the class kind7, which is none of the 3 classes" in capsys.readouterr().err
+    assert call("classifier_train", *flags, "--val_data_dir", tmp_path / "none", "--out", tmp_path / "other") == 2
+    assert f"error: --val_data_dir {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
+
+
+def test_a_probe_asks_for_the_classes_of_the_network(trained, tmp_path, capsys):
+    _, run = trained
+    flags = ("probe", "--model", run, "--num_images", 2, "--levels", 1, "--methods", "PAG", "--out", tmp_path / "out")
+    assert call(*flags, "--data_dir", folder(tmp_path / "some", "kind10", "kind2")) == 0
+    assert call(*flags, "--data_dir", folder(tmp_path / "other", "kind7", "kind2")) == 2
+    assert "is of the class kind7, which is none of the 3 classes" in capsys.readouterr().err

@@ -100,6 +100,27 @@ def test_classes_of_a_folder_have_the_numbers_of_the_network(tmp_path):
         read_pairs(data, size=16, class_cond=True, class_names=ClassNames(("ant", "cow")))
 
 
+def test_pairs_in_folders_of_their_classes(tmp_path, caplog):
+    caplog.set_level("INFO")
+    values = arrays(2)
+    for i, name in enumerate(("bee", "cow")):
+        folder_of(tmp_path / name, {"1.png": values["arr_0"][i]}, {"1.npy": values["depth"][i]})
+        for kind in ("images", "depth"):
+            (tmp_path / "pairs" / kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "pairs" / kind / name).symlink_to(tmp_path / name / kind)
+    (tmp_path / "pairs" / "images" / "._1.png").write_bytes(b"x")
+    known = ClassNames(("ant", "bee", "cow"))
+    pairs = read_pairs(str(tmp_path / "pairs"), size=16, class_cond=True, class_names=known)
+    assert pairs.labels.tolist() == [1, 2]
+    assert "2 images; left out: 1 hidden or system file(s) (._1.png)" in caplog.text
+
+
+def test_classes_of_an_npz_go_by_their_names(tmp_path):
+    data = npz(tmp_path, class_names=np.array(["cow", "ant"]))
+    known = ClassNames(("ant", "bee", "cow"))
+    assert read_pairs(data, size=16, class_cond=True, class_names=known).labels.tolist() == [2, 0, 2, 0]
+
+
 def test_classes_of_a_network_that_does_not_state_them(tmp_path):
     values = arrays(2)
     data = folder_of(tmp_path / "pairs", {"bee_1.png": values["arr_0"][0], "cow_1.png": values["arr_0"][1]},
