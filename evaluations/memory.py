@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from guided_diffusion.allocator import give_freed_memory_back
 from guided_diffusion.late import torch
 
 MIB = 2**20                     # bytes
@@ -45,6 +46,7 @@ class ResidentMemoryPeak:
     """
 
     def __enter__(self) -> ResidentMemoryPeak:
+        give_freed_memory_back()        # else what the process kept would serve the block, and count for nothing
         self._start = self._highest = _resident_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
