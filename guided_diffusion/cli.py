@@ -76,10 +76,17 @@ def _end(message: str = "") -> None:
     if message:
         _say(f"error: {message}")
     _disconnect()
-    if world_size() > 1:            # else torch's threads may abort a rank on the usual way out
+    if _is_one_of_several():        # else torch's threads may abort a rank on the usual way out
         sys.stdout.flush()
         os._exit(2)
     sys.exit(2)
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return world_size() > 1
+    except UserError:               # the mistake that ends this process may be the launcher's
+        return False
 
 
 def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:

@@ -8,6 +8,7 @@ from launchers import usual_signals
 
 from guided_diffusion import cli
 from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+from guided_diffusion.launchers import launched
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,14 @@ def raising(error):
     (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n")])
 def test_an_error_is_one_line(error, code, said, capsys):
     assert ended(raising(error), capsys) == (code, said)
+
+
+def test_a_mistake_of_the_launcher_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = ended(launched, capsys)
+    assert code == 2
+    assert said == "error: RANK 'x': must be a whole number of at least 0, as a launcher sets it\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug")])
