@@ -152,7 +152,7 @@ def image_numbers(text: str, most: int) -> list[int]:
     return sorted(numbers)
 
 
-_TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
+_TRUE, _FALSE = {"true", "t", "yes", "y", "on", "1"}, {"false", "f", "no", "n", "off", "0"}
 
 
 def parse_bool(text: Any) -> bool:
@@ -170,8 +170,8 @@ def _converted(field: OptionField, value: Any) -> Any:
         if field.type is bool:
             return parse_bool(value)
         if field.type is str:
-            if value is None or isinstance(value, (dict, list)):
-                raise refusal
+            if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)):
+                raise refusal           # such as `out: true` of a YAML file, which may be no name of a folder
             return _checked_text(field, str(value))
         if isinstance(value, bool):
             raise refusal
@@ -333,6 +333,8 @@ class OptionParser(argparse.ArgumentParser):
             raise UserError(f"{cut(name)}: {fault}{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
+        if config == "":
+            raise UserError("--config: is empty, name a file or leave it out")
         given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
         self.given = list(given)

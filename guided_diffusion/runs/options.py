@@ -40,7 +40,8 @@ class CheckpointOptions(Options):
         hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
         if self.model:
             preset = find_preset(self.model)
-            hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
+            hint = (f"--model {preset.name} has its own file, leave --model_path out" if preset.url is None else
+                    f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt")
         raise UserError(f"--model_path is not given: {hint}")
 
 

@@ -224,7 +224,7 @@ def test_an_unknown_key_is_told_the_nearest_name_and_the_file(config):
 
 def test_a_wrong_value_in_a_file_is_refused_as_on_the_command_line(config):
     assert refusal("--config", config("width: 0\n")) == "--width 0: must be at least 1"
-    assert refusal("--config", config("width: yes\n")) == "--width True: must be a whole number"
+    assert refusal("--config", config("width: true\n")) == "--width True: must be a whole number"
     assert refusal("--config", config("levels: [1, 2]\n")) == "--levels [1, 2]: must be text"
     assert refusal("--config", config("levels:\n")) == "--levels None: must be text"
     assert refusal("--config", config("dropout: .nan\n")) == "--dropout nan: must be a number"
