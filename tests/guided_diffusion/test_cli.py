@@ -44,6 +44,7 @@ def raising(error):
     (NonFiniteError("step 3"), 2, "error: step 3\n"),
     (UserError("--model_path https://me:secret@host/a.pt?token=secret is no file"), 2,
      "error: --model_path https://host/a.pt is no file\n"),
+    (UserError("https:/me:secret@host/a.npz is no file"), 2, "error: https:/host/a.npz is no file\n"),     # of a Path
     (PeerError("rank 1 failed"), 2, ""), (KeyboardInterrupt(), 130, f"interrupted: {cli.KEPT}\n"),
     (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n")])
 def test_an_error_is_one_line(error, code, said, capsys):
