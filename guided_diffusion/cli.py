@@ -66,6 +66,12 @@ def run_script(main: Callable[[], None]) -> None:
     except LostRankError as error:
         _say(f"error: {error}")
         os._exit(2)                 # the usual way out waits for the rank that is gone
+    except (MemoryError, RuntimeError) as error:
+        from .execution import is_out_of_memory  # here, as it takes long to load
+
+        if not is_out_of_memory(error):
+            raise
+        _end(f"memory is not enough ({reason(error)[:200]}): ask for less at a time, such as a smaller --batch_size")
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 
+MOST_RESAMPLINGS = 10**5            # of 50,000 images they take 10 GB
+
 # A metric of resampled images: from counts (B, N) of how often each image occurs to its B values.
 Statistic = Callable[[np.ndarray], np.ndarray]
 

@@ -141,6 +141,7 @@ def test_whole_numbers_may_be_written_as_floats_and_text_as_numbers():
     ("rate", 0.0, "greater than 0"),
     ("pool", "median", "one of mean, max"),
     ("stop", -1, "at least 0"),
+    ("stop", 10**11, "at most 10000000000"),
 ])
 def test_a_value_out_of_range_is_refused(name, value, allowed):
     message = refusal(f"--{name}", str(value))
