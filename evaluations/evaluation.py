@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -392,13 +392,15 @@ class Evaluation:
         intervals: dict[str, Interval] = {}
         kind = self.extractor_options.kind
         for metric in self.options.wanted:
-            value = metric.value(comparison)
+            with _about(reference.file, sample.file):
+                value = metric.value(comparison)
             values[metric.word] = value
             if np.isnan(value):
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                bounds = metric.interval(comparison, self.options.bootstrap)
+                with _about(reference.file, sample.file):
+                    bounds = metric.interval(comparison, self.options.bootstrap)
                 if bounds is None:
                     named = metric.by(kind.network)
                     self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
@@ -439,6 +441,15 @@ class Evaluation:
                 comparison.neighbourhoods.sample_distance, best, worst))
         plots.plot_evaluation(self.options.plot, plotted, comparisons[0].neighbourhoods.reference_distance,
                               f"{self.extractor.name}, reference {self.reference.path.name}")
+
+
+@contextmanager
+def _about(reference: BatchFile, sample: BatchFile) -> Iterator[None]:
+    """Adds to a UserError of a metric, which knows numbers alone, the files that they are of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{sample.path} against {reference.path}: {error}") from None
 
 
 def _listed(values: Sequence[Any]) -> str:

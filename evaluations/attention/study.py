@@ -61,7 +61,7 @@ from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, 
 
 SCENES = "scenes"
 BUNDLED_SCENES = "scenes32"     # the bundled model whose real images are rendered, with their masks
-NUM_STEPS = 6
+NUM_STEPS, MOST_IMAGES = 6, 10**5          # all numbers of the images are in memory
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class AttentionOptions(Options):
     images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
     steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
     blocks: str = option("", "attention blocks to look at, like middle,output.2; unset: all")
-    num_images: int = option(200, "images that the numbers are of: sampled ones, and real ones with objects", minimum=2)
+    num_images: int = option(200, "images that the numbers are of: sampled ones, and real ones with objects", minimum=2,
+                             maximum=MOST_IMAGES)
     batch_size: int = batch_option(16, "images at a time")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
                                    "class, or a .npy file of one for each image")

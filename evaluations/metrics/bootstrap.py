@@ -91,6 +91,17 @@ def bootstrap_replicates(statistic: Statistic, sizes: int | Sequence[int], estim
     return Replicates(estimate, statistic(resamplings(sizes, replicates, seed)))
 
 
+def unknown_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
+                       seed: int) -> Replicates:
+    """Returns a number of which resamplings do not say how far it moves: their values are NaN, which has no interval.
+
+    All images that are alike would otherwise promise an interval of no width. Raises UserError for replicates below 2.
+    """
+    if replicates < 2:
+        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+    return Replicates(estimate, np.full(replicates, np.nan))
+
+
 def resampled_mean(values: np.ndarray) -> Statistic:
     """Returns the statistic of the mean of (N,) values, one for each image.
 
