@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, cut, nearest, option, seed_option
+from guided_diffusion.options import Options, batch_option, cut, nearest, option, seed_option
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
@@ -30,6 +30,7 @@ from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
 from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
+from .metrics.bootstrap import MOST_RESAMPLINGS
 from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .nearest import draw_nearest
@@ -49,7 +50,7 @@ class ExtractorOptions(Options):
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
     dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first "
                        "decimal and is for quick looks", choices=("float32", "bfloat16"))
-    batch_size: int = option(64, "images at a time on each rank", minimum=1)
+    batch_size: int = batch_option(64, "images at a time on each rank")
     cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ class EvaluatorOptions(Options):
     num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
     precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
                                    choices=("exact", "official"))
-    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
+    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0, maximum=MOST_RESAMPLINGS)
     held_out: str = option("", "real images that the reference does not hold, of which the same numbers are shown "
                            "first; unset: none")
     seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
@@ -409,13 +410,15 @@ class Evaluation:
         intervals: dict[str, Interval] = {}
         kind = self.extractor_options.kind
         for metric in self.options.wanted:
-            value = metric.value(comparison)
+            with _about(reference.file, sample.file):
+                value = metric.value(comparison)
             values[metric.word] = value
             if np.isnan(value):
                 self.warn(f"{sample.file.path}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
-                bounds = metric.interval(comparison, self.options.bootstrap)
+                with _about(reference.file, sample.file):
+                    bounds = metric.interval(comparison, self.options.bootstrap)
                 if bounds is None:
                     named = metric.by(kind.network)
                     self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
@@ -456,6 +459,15 @@ class Evaluation:
                 comparison.neighbourhoods.sample_distance, best, worst))
         plots.plot_evaluation(self.options.plot, plotted, comparisons[0].neighbourhoods.reference_distance,
                               f"{self.extractor.name}, reference {self.reference.path.name}")
+
+
+@contextmanager
+def _about(reference: BatchFile, sample: BatchFile) -> Iterator[None]:
+    """Adds to a UserError of a metric, which knows numbers alone, the files that they are of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{sample.path} against {reference.path}: {error}") from None
 
 
 def _listed(values: Sequence[Any]) -> str:

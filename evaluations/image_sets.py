@@ -20,7 +20,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.fetch import sha256_of
+from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
 from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
@@ -40,12 +40,19 @@ def open_images(word: str | Path) -> BatchFile:
     a .zip of pictures, or the output folder of a sampling run, whose file of samples is taken. Raises UserError for
     anything else, and as `BatchFile`.
     """
+    if not str(word):
+        raise UserError("the name of a file or folder of images is empty")
+    if is_address(word):
+        raise UserError(f"{word}: is an address; fetch the file first, and name it where it then lies")
     path = Path(word)
     with reading(path, "cannot be read"):
         if path.is_dir():
             return _open_folder(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is neither a file nor a folder")
         start = _beginning(path) if path.is_file() else b""
-    if start.startswith(NUMPY) and path.suffix != ".npz":
+    named_array = path.suffix == ".npy" and path.exists() and not start.startswith(ZIP)
+    if named_array or (start.startswith(NUMPY) and path.suffix != ".npz"):
         return SingleArray(path)
     if start.startswith(ZIP) and path.suffix != ".npz":
         with reading(path, "is not a .zip of pictures"), zipfile.ZipFile(path) as archive:
@@ -152,7 +159,7 @@ def _packed_pictures(path: Path) -> list[Picture]:
     """The pictures in a .zip, in the order of their names; UserError where there is none."""
     with reading(path, "is not a .zip of pictures"):
         archive = zipfile.ZipFile(path)
-        pictures = [info for info in archive.infolist() if _is_picture(Path(info.filename))]
+        pictures = [info for info in archive.infolist() if not info.is_dir() and _is_picture(Path(info.filename))]
     if not pictures:
         held = ", ".join(printable(info.filename) for info in archive.infolist()[:10]) or "nothing"
         raise UserError(f"{path}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), but {held}")

@@ -70,6 +70,12 @@ def run_script(main: Callable[[], None]) -> None:
     except LostRankError as error:
         _say(f"error: {error}")
         os._exit(2)                 # the usual way out waits for the rank that is gone
+    except (MemoryError, RuntimeError) as error:
+        from .execution import is_out_of_memory  # here, as it takes long to load
+
+        if not is_out_of_memory(error):
+            raise
+        _end(f"memory is not enough ({reason(error)[:200]}): ask for less at a time, such as a smaller --batch_size")
 
 
 def _print_any_name() -> None:
@@ -86,10 +92,17 @@ def _end(message: str = "") -> None:
     if message:
         _say(f"error: {message}")
     _disconnect()
-    if world_size() > 1:            # else torch's threads may abort a rank on the usual way out
+    if _is_one_of_several():        # else torch's threads may abort a rank on the usual way out
         sys.stdout.flush()
         os._exit(2)
     sys.exit(2)
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return world_size() > 1
+    except UserError:               # the mistake that ends this process may be the launcher's
+        return False
 
 
 def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:

@@ -13,12 +13,39 @@ from .errors import UserError
 LARGEST_FILE = 1_000_000        # bytes
 LARGEST_CONTENT = 100_000       # values, those that an alias stands for counted each time
 
-_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_INT, _FLOAT, _TIME, _BOOL = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "bool"))
+
+
+class _Whole(int):
+    """A whole number whose text is as it was written, like 010: an option of text takes that."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class _Real(float):
+    """A number whose text is as it was written, like 1.10."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+def _as_written(number: float, text: str) -> float:
+    if str(number) == text:
+        return number
+    kept = _Whole(number) if isinstance(number, int) else _Real(number)
+    kept.written = text
+    return kept
 
 
 class _Loader(yaml.SafeLoader):
-    """Whole numbers are those of the core schema of YAML 1.2: 010 is 10, 0o10 is 8, and 1:10 is text, as dates are.
+    """Scalars are those of the core schema of YAML 1.2: 010 is 10, 0o10 is 8, and 1:10 is text, as dates and `no` are.
 
+    A number that is taken as text, such as a folder's name, is as it is written: 010, 1.10.
     A key that stands twice in a mapping is an error, and so is content that aliases make huge or endless.
     """
 
@@ -39,13 +66,17 @@ class _Loader(yaml.SafeLoader):
                 written.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
-    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+    def construct_whole_number(self, node: yaml.ScalarNode) -> float:
         """A whole number of the core schema."""
         text = str(self.construct_scalar(node))
         try:
-            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            return _as_written(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), text)
         except ValueError:
             raise yaml.YAMLError(f"{text[:20]}... has too many digits") from None
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """A number that need not be whole."""
+        return _as_written(float(self.construct_yaml_float(node)), str(self.construct_scalar(node)))
 
 
 def _count(node: yaml.Node, known: dict[int, float]) -> float:
@@ -59,16 +90,18 @@ def _count(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def _resolve_as_core_schema() -> None:
-    """Takes PyYAML's rules for numbers and dates away from the loader, and adds those of the core schema."""
+    """Takes PyYAML's rules for numbers, dates and yes or no from the loader, and adds those of the core schema."""
     _Loader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if tag not in (_INT, _FLOAT, _TIME)]
+        first: [(tag, rule) for tag, rule in rules if tag not in (_INT, _FLOAT, _TIME, _BOOL)]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     digits = list("-+0123456789")
     _Loader.add_implicit_resolver(_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), digits)
     _Loader.add_implicit_resolver(
         _FLOAT, re.compile(r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
                            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"), [*digits, "."])
+    _Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
     _Loader.add_constructor(_INT, _Loader.construct_whole_number)
+    _Loader.add_constructor(_FLOAT, _Loader.construct_number)
 
 
 _resolve_as_core_schema()

@@ -135,7 +135,7 @@ def _address_to_listen_on(host: str) -> str:
     """
     try:
         address = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
+    except (OSError, ValueError) as error:          # ValueError: a name that no host can have
         raise UserError(f"MASTER_ADDR {host[:100]}: is no address of this host ({reason(error)})") from None
     return "" if _is_loopback(address) and host not in (address, "localhost") else address
 
@@ -177,14 +177,23 @@ def _listener(address: str, port: int) -> socket.socket:
 
 
 def _connected(host: str, port: int, size: int, patience: timedelta) -> dist.TCPStore:
-    """The store that another process keeps; LostRankError where nobody listens there within that time."""
-    until = time.monotonic() + patience.total_seconds()
+    """The store that another process keeps; LostRankError where nobody listens there within that time.
+
+    Every REMINDER it says what it waits for: rank 0, which would say who is missing, is not there.
+    """
+    began, reminders = time.monotonic(), 0
     while True:
         try:
             socket.create_connection((host, port), timeout=10).close()          # torch would fill pages with its tries
             break
+        except ValueError as error:
+            raise UserError(f"MASTER_ADDR {host[:100]}: is no address of a host ({reason(error)})") from None
         except OSError as error:
-            if time.monotonic() > until:
+            waited = timedelta(seconds=time.monotonic() - began)
+            if waited // REMINDER > reminders:
+                reminders += 1
+                LOG.warning("waiting for rank 0 at %s, port %d, since %s s", host[:100], port, waited.seconds)
+            if waited > patience:
                 raise LostRankError(f"nobody answers at {host[:100]}, port {port}, where the ranks are to meet "
                                     f"({reason(error)}): rank 0 or its launcher is gone") from None
             time.sleep(0.2)
@@ -201,7 +210,7 @@ def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
     comm = MPI.COMM_WORLD
     if comm.Get_size() != size:
         raise UserError(f"the launcher started {size} ranks but mpi4py sees {comm.Get_size()}: mpi4py and mpiexec "
-                        "must come from the same MPI")
+                        "must come from the same MPI; without MPI, set MASTER_ADDR and MASTER_PORT")
     one_node = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == size
     if this == 0:
         host = "127.0.0.1" if one_node else _own_address()

@@ -6,6 +6,7 @@ for it, and many times slower where there are none. So both are timed.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,43 @@ LEAST_GAIN = 1.02           # how many times as fast compiled blocks must be, to
 
 _codes: dict[str, CodeType] = {}
 _timed: set[tuple[str, int]] = set()        # networks and batches whose gain was said in this process
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ended, of a device or of the host, in the words of whichever library noticed."""
+    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def enough_memory(option: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Turns the end of memory in the block into a UserError: the option with its value, the device, and the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{option}: {device} is out of memory; {remedy}") from None
+
+
+def check_memory(option: str, needed: int, device: torch.device) -> None:
+    """Raises UserError where so many bytes, of a first map of features of a batch, are more than a device has.
+
+    option: that says how large the batch is, with its value.
+    """
+    there = _memory_of(device)
+    if there and needed > there:
+        raise UserError(f"{option}: a first map of features alone takes {needed:,} bytes, and {device} has {there:,}")
+
+
+def _memory_of(device: torch.device) -> int:
+    """The bytes of memory that a device has; 0 where that is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):          # no such system
+        return 0
 
 
 @dataclass(frozen=True)

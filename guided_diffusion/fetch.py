@@ -55,7 +55,7 @@ def is_address(path: str | Path) -> bool:
 
 def without_secrets(text: str) -> str:
     """`text` without what may be secret in the addresses in it: user, password and query."""
-    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)(?:\?[^\s#]*)?", r"\1\2", text)
+    return re.sub(r"(\w+:/+)(?:[^/\s]*@)?([^\s?#]*)(?:\?[^\s#]*)?", r"\1\2", text)
 
 
 def _is_blob(url: str) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .errors import UserError
 from .files import reason
@@ -152,6 +152,9 @@ def opened(path: Source) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError:
+        formats = ", ".join(_formats())
+        raise UserError(f"{path}: cannot be read as an image (its content is none of the formats {formats})") from None
     except Exception as error:
         raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from None
 

@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 from .errors import UserError
 from .places import find_configuration
 
+LARGEST_BATCH = 10**6
+MOST = 10**10                       # of whatever is counted, where an option states no other limit
 MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 WATCHED = "watched"                 # of a training's config.json: options that do not change the training
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
@@ -54,6 +56,11 @@ def entry_option() -> Any:
 def seed_option(help: str, default: int = 0) -> Any:
     """A dataclass field of a seed, from 0 to `MAX_SEED`: random numbers differ between any two of these."""
     return option(default, help, minimum=0, maximum=MAX_SEED)
+
+
+def batch_option(default: Any, help: str, minimum: int = 1) -> Any:
+    """A dataclass field of a number of images at a time."""
+    return option(default, help, minimum=minimum, maximum=LARGEST_BATCH)
 
 
 def switch(help: str) -> Any:
@@ -121,8 +128,9 @@ def checked(field: OptionField, value: Any) -> Any:
         raise UserError(f"{shown}: must be at least {limits['minimum']}")
     if limits.get("above") is not None and value <= limits["above"]:
         raise UserError(f"{shown}: must be greater than {limits['above']}")
-    if limits.get("maximum") is not None and value > limits["maximum"]:
-        raise UserError(f"{shown}: must be at most {limits['maximum']}")
+    most = MOST if field.type is int and limits.get("maximum") is None else limits.get("maximum")
+    if most is not None and value > most:
+        raise UserError(f"{shown}: must be at most {most}")
     return value
 
 
@@ -152,7 +160,7 @@ def image_numbers(text: str, most: int) -> list[int]:
     return sorted(numbers)
 
 
-_TRUE, _FALSE = {"true", "t", "yes", "y", "1"}, {"false", "f", "no", "n", "0"}
+_TRUE, _FALSE = {"true", "t", "yes", "y", "on", "1"}, {"false", "f", "no", "n", "off", "0"}
 
 
 def parse_bool(text: Any) -> bool:
@@ -170,8 +178,8 @@ def _converted(field: OptionField, value: Any) -> Any:
         if field.type is bool:
             return parse_bool(value)
         if field.type is str:
-            if value is None or isinstance(value, (dict, list)):
-                raise refusal
+            if isinstance(value, bool) or not isinstance(value, (str, int, float, os.PathLike)):
+                raise refusal           # such as `out: true` of a YAML file, which may be no name of a folder
             return _checked_text(field, str(value))
         if isinstance(value, bool):
             raise refusal
@@ -333,6 +341,8 @@ class OptionParser(argparse.ArgumentParser):
             raise UserError(f"{cut(name)}: {fault}{nearest(name, [f'--{n}' for n in self.fields])}")
         flags = vars(known)
         config, words = flags.pop("config"), flags.pop("words", [])
+        if config == "":
+            raise UserError("--config: is empty, name a file or leave it out")
         given = {**(self._read_configuration(find_configuration(config), flags) if config else {}), **flags}
         given.pop(EVALUATION_SECTION, None)
         self.given = list(given)

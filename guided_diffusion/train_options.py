@@ -10,7 +10,7 @@ from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
 from .log_sinks import SINKS, parse_sinks
-from .options import Options, cut, option, option_fields, seed_option
+from .options import Options, batch_option, cut, option, option_fields, seed_option
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
 
@@ -44,7 +44,7 @@ class LoopOptions(DescentOptions):
     lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_warmup_steps: int = option(0, "steps in which the learning rate rises linearly to --lr", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW, per step and unit of learning rate", minimum=0)
-    batch_size: int = option(1, "images per step and process", minimum=1)
+    batch_size: int = batch_option(1, "images per step and process")
     microbatch: int = option(-1, "images per forward and backward pass, saves memory; -1: the whole batch", minimum=-1)
     classes: str = option("", "how the classes of an image folder are told: prefix (of the file name, before the first "
                           "_) or folders (below --data_dir); unset: prefix, and folders where prefixes tell none apart",
@@ -185,7 +185,7 @@ class ClassifierTrainOptions(LoopOptions):
     iterations: int = option(150000, "steps of the training", minimum=1)
     lr: float = option(3e-4, "learning rate of AdamW", above=0)
     anneal_lr: bool = option(False, "let --lr decay linearly to 0 at --iterations")
-    batch_size: int = option(4, "images per step and process", minimum=1)
+    batch_size: int = batch_option(4, "images per step and process")
     random_crop: bool = option(True, "cut images at random instead of from the centre")
     noised: bool = option(True, "train on noised images, at uniformly drawn timesteps; False: on clean ones, at step 0")
     val_data_dir: str = option("", "data to validate on: a folder of images, or IDX files, of which the test split")

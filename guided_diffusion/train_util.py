@@ -47,7 +47,7 @@ from .build import (
 )
 from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
-from .execution import explained_compilation
+from .execution import check_memory, enough_memory, explained_compilation
 from .fetch import without_secrets
 from .files import reason
 from .fp16_util import MixedPrecisionTrainer
@@ -113,6 +113,8 @@ class TrainingBatch:
                              weights=function(self.weights), cond=cond)
 
 
+FIT = "a smaller --microbatch, or --use_checkpoint True, needs less and trains alike; or a smaller --batch_size"
+
 Network = Callable[..., Tensor]          # of the training, compiled or not
 Losses = Callable[[Network, TrainingBatch], dict[str, Tensor]]
 
@@ -141,6 +143,8 @@ class TrainLoop:
         self.drop_labels = drop_labels
         self.options, self.config, self.losses, self.sampler = options, config, losses, sampler
         self.out = Path(options.out)
+        with dist_util.together():
+            self._check_memory(model)
         self.model = model.to(dist_util.dev()).channels_last().train()
         with dist_util.collective():
             dist_util.sync_params(list(model.parameters()))
@@ -247,9 +251,20 @@ class TrainLoop:
         for param, value in zip(self.precision.model_params, values, strict=bool(values)):
             param.copy_(value)
 
+    def _check_memory(self, model: Encoder) -> None:
+        """Raises UserError where not even one map of the features of a batch fits into memory."""
+        size, at_once = self.options.batch_size, self.options.microbatch
+        at_once = size if at_once == -1 else min(size, at_once)
+        pixels = model.image_size**2
+        check_memory(f"--batch_size {size}", 4 * size * pixels, torch.device("cpu"))
+        check_memory(f"--batch_size {size}", model.dtype.itemsize * at_once * pixels * model.model_channels,
+                     dist_util.dev())
+
     def run_step(self, logger: MetricLogger) -> None:
         """One update of the weights."""
-        with dist_util.together(), explained_compilation(self.options.compile and self.step == self._first):
+        size = self.options.batch_size
+        with (dist_util.together(), explained_compilation(self.options.compile and self.step == self._first),
+              enough_memory(f"--batch_size {size}", dist_util.dev(), FIT)):
             batch, losses = self._descend()
         with dist_util.collective():
             average_over_ranks(self.precision.collect_gradients())

@@ -35,7 +35,7 @@ from guided_diffusion.guidance.base import naming
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, comma_separated, entry_option, option, seed_option
+from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -45,6 +45,7 @@ from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS, sample_chain
 
+from ..metrics.bootstrap import MOST_RESAMPLINGS
 from ..plots import require_matplotlib
 from .measures import (
     EVERY_STEP,
@@ -60,7 +61,7 @@ from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, 
 
 SCENES = "scenes"
 BUNDLED_SCENES = "scenes32"     # the bundled model whose real images are rendered, with their masks
-NUM_STEPS = 6
+NUM_STEPS, MOST_IMAGES = 6, 10**5          # all numbers of the images are in memory
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class AttentionOptions(Options):
     images: str = option("0,1,2,3", "numbers of the sampled images that are drawn, comma-separated")
     steps: str = option("", f"respaced steps to look at, like 24,12,0; unset: {NUM_STEPS}, evenly spaced")
     blocks: str = option("", "attention blocks to look at, like middle,output.2; unset: all")
-    num_images: int = option(200, "images that the numbers are of: sampled ones, and real ones with objects", minimum=2)
-    batch_size: int = option(16, "images at a time", minimum=1)
+    num_images: int = option(200, "images that the numbers are of: sampled ones, and real ones with objects", minimum=2,
+                             maximum=MOST_IMAGES)
+    batch_size: int = batch_option(16, "images at a time")
     labels: str = option("random", "classes of conditional samples: random, balanced (number modulo classes), one "
                                    "class, or a .npy file of one for each image")
     seed: int = seed_option("seed of noise and labels")
@@ -90,7 +92,7 @@ class AttentionOptions(Options):
                           "for others none")
     object_seed: int = seed_option(f"seed of the {SCENES}; the bundled model was trained on those of 0", default=1)
     object_steps: str = option("", "respaced steps that real images are noised to; unset: those of --steps")
-    bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
+    bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2, maximum=MOST_RESAMPLINGS)
     out: str = option("runs/attention", "folder for figures, tables and summary")
 
     def __post_init__(self) -> None:

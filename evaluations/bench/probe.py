@@ -29,7 +29,7 @@ from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Network
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
-from guided_diffusion.options import Options, comma_separated, option, required, seed_option
+from guided_diffusion.options import Options, batch_option, comma_separated, option, required, seed_option
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
@@ -58,7 +58,7 @@ class ProbeOptions(Options):
                          "class", choices=("given", "none"))
     levels: int = option(8, "noise levels, evenly spaced over the steps", minimum=1)
     num_images: int = option(32, "images, the first ones", minimum=2)
-    batch_size: int = option(16, "images at a time", minimum=1)
+    batch_size: int = batch_option(16, "images at a time")
     seed: int = seed_option("seed of the noise")
     table: str = option("", "table.json of a table or bench of this model: how well what the probe says of its rows "
                         "agrees with what was measured")

@@ -13,7 +13,7 @@ import numpy as np
 
 from guided_diffusion.checkpoint import read_metadata
 from guided_diffusion.npz import write_batch
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, batch_option, option
 from guided_diffusion.places import PACKAGE, command_file
 
 SIDE = 16           # pixels of the images that are trained on
@@ -29,7 +29,7 @@ class JobOptions(Options):
 
     model: str = option("fmnist32", "sampling: a bundled model")
     num_samples: int = option(96, "sampling and evaluation: number of images", minimum=1)
-    batch_size: int = option(4, "images in a chunk, and in a batch of each rank", minimum=1)
+    batch_size: int = batch_option(4, "images in a chunk, and in a batch of each rank")
     timestep_respacing: str = option("10", "sampling: steps of each image")
     train_steps: int = option(60, "training: steps", minimum=1)
     save_interval: int = option(7, "training: steps between two saves", minimum=1)

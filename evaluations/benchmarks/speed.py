@@ -16,7 +16,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.execution import choose_dtype, timed
 from guided_diffusion.guidance import Guidance, GuidanceOptions, Networks
 from guided_diffusion.late import Tensor, nn, no_grad, torch
-from guided_diffusion.options import Options, comma_separated, entry_option, option
+from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option
 from guided_diffusion.progress import progress_bar
 
 from ..memory import peak_memory
@@ -36,7 +36,7 @@ class BenchmarkOptions(Options):
     model_path: str = option("", "checkpoint of the diffusion network; unset: random weights")
     checkpoint_entry: str = entry_option()
     together: str = option("SAG + CG", "methods that are also timed together, like SAG + CG; several with commas")
-    batch_size: int = option(64, "images at a time", minimum=1)
+    batch_size: int = batch_option(64, "images at a time")
     dtype: str = dtype_option()
     rounds: int = option(15, "times that everything is measured, in turn", minimum=1)
 

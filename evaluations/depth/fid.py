@@ -27,6 +27,7 @@ from guided_diffusion.options import Options, option, seed_option
 
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job
 from ..features import feature_folder
+from ..metrics.bootstrap import MOST_RESAMPLINGS
 
 PIECE = 64
 
@@ -40,7 +41,7 @@ class DepthFidOptions(Options):
     map_size: int | None = option(None, "height and width of the images, to which maps are resized; unset: the smaller "
                                   "side of the maps of each file", minimum=2)
     num_images: int | None = option(None, "only the first so many maps of each sample file; unset: all", minimum=2)
-    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0)
+    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0, maximum=MOST_RESAMPLINGS)
     seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 

@@ -39,7 +39,7 @@ from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.foreign import read_json
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import BatchFile, read_arrays, write_batch
-from guided_diffusion.options import Options, fill, option, read_yaml
+from guided_diffusion.options import Options, batch_option, fill, option, read_yaml
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.places import configurations
 from guided_diffusion.progress import progress_bar
@@ -49,6 +49,7 @@ from guided_diffusion.runs.sample import SamplingRun
 from ..depth_errors import depth_errors
 from ..extractors.train_scenes import ScenesTrainingOptions, scenes_loss
 from ..extractors.training import learning_rate_factor
+from ..metrics.bootstrap import MOST_RESAMPLINGS
 from .generated_report import results_of, table_of
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ class GeneratedOptions(Options):
     num_test: int = option(1000, "images to test on", minimum=2)
     num_seeds: int = option(3, "trainings of each row, from seeds 0, 1, ...", minimum=2)
     steps: int = option(600, "steps of each training", minimum=1)
-    batch_size: int = option(32, "images per step", minimum=2)
+    batch_size: int = batch_option(32, "images per step", minimum=2)
     lr: float = option(3e-3, "learning rate of AdamW at its peak; it falls to 0 as a cosine", above=0)
-    bootstrap: int = option(1000, "resamplings of seeds and test images for the intervals", minimum=2)
+    bootstrap: int = option(1000, "resamplings of seeds and test images for the intervals", minimum=2,
+                           maximum=MOST_RESAMPLINGS)
     out: str = option("runs/dag_depth_training", "folder for images, labels, errors and table")
 
 

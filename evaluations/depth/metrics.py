@@ -30,6 +30,7 @@ from ..metrics import (
     resampled_mean,
     resamplings,
 )
+from ..metrics.bootstrap import MOST_RESAMPLINGS
 from ..metrics.comparison import Feature
 from ..references import open_reference
 
@@ -41,7 +42,7 @@ class DepthMetricsOptions(Options):
     """The evaluation of depth."""
 
     num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
-    bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2)
+    bootstrap: int = option(1000, "resamplings for 95 % intervals", minimum=2, maximum=MOST_RESAMPLINGS)
     seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 

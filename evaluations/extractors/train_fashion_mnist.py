@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.image_datasets import load_arrays, load_data, pad_to_frame
 from guided_diffusion.late import Tensor, nn, torch
-from guided_diffusion.options import Options, option, seed_option
+from guided_diffusion.options import Options, batch_option, option, seed_option
 
 from .base import IMAGE_SIZE, bundled_file
 from .training import EpochTraining, learning_rate_factor
@@ -30,7 +30,7 @@ class FashionMnistTrainingOptions(Options):
     out: str = option(str(bundled_file("fashion_mnist")), "file for the weights; the log goes beside it, ending in "
                       ".log")
     epochs: int = option(14, "passes over the training images", minimum=1)
-    batch_size: int = option(128, "images per step", minimum=2)
+    batch_size: int = batch_option(128, "images per step", minimum=2)
     lr: float = option(0.1, "learning rate at its peak, after the first epoch; it falls to 0 as a cosine", above=0)
     weight_decay: float = option(5e-4, "weight decay of SGD", minimum=0)
     max_shift: int = option(2, "largest random shift of an image, in pixels, along each axis", minimum=0, maximum=2)

@@ -20,7 +20,7 @@ from guided_diffusion.depth.scenes.files import render_scenes
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
-from guided_diffusion.options import Options, option, seed_option
+from guided_diffusion.options import Options, batch_option, option, seed_option
 from guided_diffusion.pixels import from_uint8
 
 from ..depth_errors import depth_errors
@@ -46,7 +46,7 @@ class ScenesTrainingOptions(Options):
     num_images: int = option(20000, "images to train on, mirrored at random", minimum=2)
     num_held_out: int = option(2000, "held-out images to measure on", minimum=1)
     epochs: int = option(10, "passes over the scenes", minimum=1)
-    batch_size: int = option(64, "images per step", minimum=2)
+    batch_size: int = batch_option(64, "images per step", minimum=2)
     lr: float = option(3e-3, "learning rate of AdamW at its peak, after a tenth of the steps; it falls to 0 as a "
                        "cosine", above=0)
     weight_decay: float = option(0.02, "weight decay of AdamW", minimum=0)

@@ -9,6 +9,8 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 
+MOST_RESAMPLINGS = 10**5            # of 50,000 images they take 10 GB
+
 # A metric of resampled images: from counts (B, N) of how often each image occurs to its B values.
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -87,6 +89,17 @@ def bootstrap_replicates(statistic: Statistic, sizes: int | Sequence[int], estim
                          seed: int) -> Replicates:
     """Returns a number with the values of `statistic` for resampled images; arguments and errors as of `bootstrap`."""
     return Replicates(estimate, statistic(resamplings(sizes, replicates, seed)))
+
+
+def unknown_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
+                       seed: int) -> Replicates:
+    """Returns a number of which resamplings do not say how far it moves: their values are NaN, which has no interval.
+
+    All images that are alike would otherwise promise an interval of no width. Raises UserError for replicates below 2.
+    """
+    if replicates < 2:
+        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+    return Replicates(estimate, np.full(replicates, np.nan))
 
 
 def resampled_mean(values: np.ndarray) -> Statistic:

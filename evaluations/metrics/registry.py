@@ -22,7 +22,14 @@ from typing import NamedTuple
 import numpy as np
 
 from .authenticity import share_replicates
-from .bootstrap import Interval, Replicates, Statistic, bootstrap_replicates, resampled_mean
+from .bootstrap import (
+    Interval,
+    Replicates,
+    Statistic,
+    bootstrap_replicates,
+    resampled_mean,
+    unknown_replicates,
+)
 from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, OF_PIXELS, Comparison, Feature
 from .extrapolation import (
     FEWEST,
@@ -72,7 +79,7 @@ class Metric:
     falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
     metric of so many images. by_network: its name with features of a network that is not the Inception of 2015, with {}
     for that; "" where its name says nothing of the Inception. by_halves: whether its resamplings are random halves of
-    the samples. is_share: whether it is one of the images, so that too few on either side leave it without an interval.
+    the samples. is_share: whether it counts images, so that it has no interval where too few of them are on one side.
     may_be_negative: whether bounds below 0 make sense.
     """
 
@@ -99,7 +106,7 @@ class Metric:
         if self.by_halves:
             return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
         if self.is_share:
-            return "it is nearly 0 or 100, so that too few images say how far it moves"
+            return "nearly all images are alike in it, so that too few of them say how far it moves"
         return self.if_nan
 
     @property
@@ -165,10 +172,12 @@ def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray
         return float(values(comparison).mean())
 
     def resampled(comparison: Comparison) -> Resampled:
-        return Resampled(resampled_mean(values(comparison)), len(values(comparison)))
+        found = values(comparison)
+        replicates = bootstrap_replicates if found.min() < found.max() else unknown_replicates
+        return Resampled(resampled_mean(found), len(found), replicates)
 
     return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
-                  official=official)
+                  official=official, is_share=True)
 
 
 def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarray],

@@ -21,7 +21,7 @@ from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.jobs import command_line, job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, option
+from guided_diffusion.options import Options, batch_option, option
 from guided_diffusion.presets import MODELS
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.record import recorded_dtype
@@ -29,6 +29,7 @@ from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
 from ..evaluation import ExtractorOptions
+from ..metrics.bootstrap import MOST_RESAMPLINGS
 from .checks import check_files, check_rows
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
@@ -60,13 +61,13 @@ class WorkOptions(Options):
     out: str = option("runs/reproduction", "folder for a folder of each table, with its samples, numbers and report")
     models: str = option("models", "folder of the checkpoints")
     references: str = option("references", "folder of the reference batches")
-    batch_size: int | None = option(None, "images at a time on each rank; unset: as the rows have it", minimum=1)
+    batch_size: int | None = batch_option(None, "images at a time on each rank; unset: as the rows have it")
     dtype: str = option("", f"type in which the networks compute, for all rows: {', '.join(DTYPES)}, or {AUTO}, the "
                         "fastest one here, found once for the table; unset: as the rows have it",
                         choices=(AUTO, *DTYPES))
     compile: bool = option(False, "compile the networks of all rows with torch.compile, for GPUs")
     inception: str = option("", "the official classify_image_graph_def.pb; unset: from the cache, else downloaded")
-    bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2)
+    bootstrap: int = option(200, "resamplings for 95 % intervals", minimum=2, maximum=MOST_RESAMPLINGS)
 
 
 @dataclass(frozen=True)

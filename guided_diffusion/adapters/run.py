@@ -41,11 +41,11 @@ from ..guidance import (
 from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
-from ..options import Options, option, option_fields, seed_option
+from ..options import Options, batch_option, option, option_fields, seed_option
 from ..runs import shards
 from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
-from ..runs.options import LARGEST_BATCH, MOST_IMAGES
+from ..runs.options import MOST_IMAGES
 from ..runs.record import made_by
 from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
@@ -80,7 +80,7 @@ class LatentOptions(Options):
     height: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
     width: int = option(0, "of the images, in pixels; 0: that of the pipeline", minimum=0)
     num_samples: int = option(1, "number of images", minimum=1, maximum=MOST_IMAGES)
-    batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+    batch_size: int = batch_option(1, "images at a time on each rank, and in a chunk")
     seed: int = seed_option("seed of the noise")
     batch_contrasts: bool = option(False, "make evaluations that do not need each other as one batch, as those with "
                                    "and without the prompt", later=True)

@@ -33,7 +33,7 @@ from ..late import Tensor, no_grad, torch
 from ..log_sinks import check_sinks
 from ..logger import MetricLogger, open_log
 from ..loss_curve import draw_loss_curve
-from ..options import Options, entry_option, option, seed_option
+from ..options import Options, batch_option, entry_option, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
@@ -69,7 +69,7 @@ class PredictorOptions(Options):
     strong_blocks: str = option("2,4,5,6,7", "decoder blocks that the strong branch reads")
     weak_blocks: str = option("6", "decoder blocks that the weak branch reads")
     steps: int = option(1500, "steps of the training", minimum=1)
-    batch_size: int = option(16, "noised images per step", minimum=1)
+    batch_size: int = batch_option(16, "noised images per step")
     lr: float = option(2e-3, "learning rate of AdamW, decays linearly to 0", above=0)
     draws: int = option(32, "noised versions of each labelled image; 0: new ones in every step", minimum=0)
     seed: int = seed_option("seed of the weights, the batches and the noise")

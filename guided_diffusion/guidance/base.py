@@ -44,6 +44,8 @@ from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, WindowArgume
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
 
+BOUNDS = ("_start", "_stop", "_sigma_min", "_sigma_max")       # how the flags of windows end
+
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
 
 
@@ -166,6 +168,10 @@ class GuidanceOptions(Options):
         """
         return {}
 
+    def useless(self) -> dict[str, str]:
+        """Flags that change no image beside the others as they are, and why: {"threshold": "nothing is masked"}."""
+        return {}
+
     def check(self, sha256: Mapping[str, str]) -> None:
         """Raises UserError where files do not belong together; sha256: of the run's checkpoints, by flag."""
 
@@ -211,6 +217,11 @@ class GuidanceOptions(Options):
         return {}
 
     # What follows from it
+
+    @classmethod
+    def bounds(cls) -> list[str]:
+        """The flags of its window, by their usual endings; each may be unset."""
+        return [field.name for field in option_fields(cls) if field.optional and field.name.endswith(BOUNDS)]
 
     @property
     def window(self) -> WindowArguments:

@@ -7,6 +7,7 @@ from ..rng import image_generator
 
 MASKS = ("self-attention", "global", "high-frequency", "random", "square")
 BLUR_TAPS = 31
+NARROWEST = 1e-3                # of the blur, in pixels: the middle has all the weight from there on, in float32
 
 
 def gaussian_blur(x: Tensor, sigma: float, taps: int = BLUR_TAPS) -> Tensor:
@@ -15,7 +16,7 @@ def gaussian_blur(x: Tensor, sigma: float, taps: int = BLUR_TAPS) -> Tensor:
     An image smaller than the kernel's reach is reflected as often as needed.
     """
     offsets = torch.arange(taps, dtype=torch.float32, device=x.device) - (taps - 1) / 2
-    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    weights = torch.exp(-0.5 * (offsets / max(sigma, NARROWEST)) ** 2)
     weights = (weights / weights.sum()).to(x.dtype)
     channels = x.shape[1]
     x = _reflect(_reflect(x, 2, taps // 2), 3, taps // 2)

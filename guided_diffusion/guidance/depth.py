@@ -237,6 +237,11 @@ class DagOptions(GuidanceOptions):
         return {**({"depth_predictor": self.depth_predictor} if self.active else {}),
                 **({"depth_prior": self.depth_prior} if self.dpg_scale else {})}
 
+    def useless(self) -> dict[str, str]:
+        """What is about depth prior guidance, where that is off."""
+        of_prior = ("depth_prior", "depth_tau", "dpg_gradient")
+        return {} if self.dpg_scale else dict.fromkeys(of_prior, "--dpg_scale is 0")
+
     def need(self, flag: str) -> str:
         """Why a file is needed, and what makes it."""
         return f"depth-aware guidance needs it, {self.remedies[flag].removesuffix(' (docs/dag.md)')}"

@@ -175,6 +175,11 @@ class SagOptions(GuidanceOptions):
         part, _, depth = name.partition(".")
         return replace(self, sel_attn_block=part, sel_attn_depth=int(depth or 0))
 
+    def useless(self) -> dict[str, str]:
+        """What is about the attention, where the mask is global."""
+        reading = ("sel_attn_block", "sel_attn_depth", "threshold", "attention_heads")
+        return dict.fromkeys(reading, "--mask global reads no attention") if self.mask == "global" else {}
+
     def headline(self) -> str:
         """Like "SAG s = 0.1"."""
         return f"SAG s = {self.guide_scale - 1:.3g}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from ..classes import natural_order
+from ..cores import on_all_cores
 from ..errors import UserError
 from ..files import check_folder, write_json
 from ..npz import write_batch
 from ..options import Options, option
 from ..pictures import grid, save
-from ..progress import progress_bar
 from .sets import SETS, Drawing, drawings, fetch_packages, read_packages
 
 LABELS = ("category-style", "category", "style")
@@ -100,12 +100,7 @@ def _renderer() -> Callable[..., bytes]:
 def render(found: Sequence[Drawing], size: int) -> np.ndarray:
     """(N, size, size, 3) uint8: the drawings on white, on all cores."""
     pieces = [[drawing.svg for drawing in found[start:start + CHUNK]] for start in range(0, len(found), CHUNK)]
-    with ProcessPoolExecutor() as pool, progress_bar(len(found), "rendering", "icon") as progress:
-        parts = []
-        for part in pool.map(render_svgs, pieces, [size] * len(pieces)):
-            parts.append(part)
-            progress.update(len(part))
-    return np.concatenate(parts)
+    return np.concatenate(on_all_cores(partial(render_svgs, size=size), pieces, "rendering", "icon"))
 
 
 def render_svgs(svgs: Sequence[str], size: int) -> np.ndarray:

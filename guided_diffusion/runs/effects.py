@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..dtypes import dtype_flags
 from ..guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
-from ..late import torch
+from ..late import Tensor, torch
 from ..options import option_fields
 from ..sampling import SAMPLERS
 from .sample import SamplingRun
@@ -17,12 +17,14 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     """One line on the flags among `given` that no image of the run depends on; "" where there is none.
 
     Those are options of a guidance method that is off, unless they are what switches it off, of a sampler that is not
-    used, of a method whose window holds no step, or that has no contrast to change, labels where nothing takes any,
-    what --dtype says in another way, and --batch_contrasts where there is nothing to batch.
+    used, of a method whose window holds no step, or that has no contrast to change, bounds of windows that leave out no
+    step, what other options make useless, labels where nothing takes any, what --dtype says in another way, and
+    --batch_contrasts where there is nothing to batch.
     """
     used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
     shared = {field.name for options in used for field in option_fields(type(options))}
     idle = {flag: why for flag, why in _switched_off(run).items() if flag not in shared}      # why, by flag
+    idle |= _useless_beside_others(run)
     for method, why in _idle_methods(run):
         idle |= dict.fromkeys((field.name for field in option_fields(type(method))), why)
     if not run.labelled:
@@ -52,15 +54,40 @@ def _switched_off(run: SamplingRun) -> dict[str, str]:
     return idle
 
 
+def _useless_beside_others(run: SamplingRun) -> dict[str, str]:
+    """Flags of what is used that other flags, or the chain, make useless, and why."""
+    idle: dict[str, str] = {}
+    if run.model.num_head_channels != -1:
+        idle |= dict.fromkeys(("num_heads", "num_heads_upsample"),
+                              f"--num_head_channels {run.model.num_head_channels} counts")
+    if run.model.learn_sigma:
+        idle["sigma_small"] = "the network predicts the variance"
+    for method in run.active:
+        idle |= method.useless()
+        idle |= dict.fromkeys(_idle_bounds(method, run), f"every step of the window of {method.short} is within")
+    return idle
+
+
+def _idle_bounds(method: GuidanceOptions, run: SamplingRun) -> list[str]:
+    """The flags of a method's window that leave out no step."""
+    given = [flag for flag in method.bounds() if getattr(method, flag) is not None]
+    if not given:
+        return []
+    held = _steps_held(method, run)
+    return [flag for flag in given if torch.equal(held, _steps_held(replace(method, **{flag: None}), run))]
+
+
+def _steps_held(method: GuidanceOptions, run: SamplingRun) -> Tensor:
+    """(terms, T) bool: the steps of the chain at which each term of a method acts."""
+    process = run.process()
+    return torch.stack([term.window(torch.arange(process.num_timesteps), process) for term, _ in method.schedule()])
+
+
 def _idle_methods(run: SamplingRun) -> Iterator[tuple[GuidanceOptions, str]]:
     """Methods that are on and yet change no image, and why."""
     contrasts = any(issubclass(method.kind, ContrastGuidance) for method in run.active)
-    if not run.active:
-        return
-    process = run.process()
-    t = torch.arange(process.num_timesteps)
     for method in run.active:
-        if not any(term.window(t, process).any() for term, _ in method.schedule()):
+        if not _steps_held(method, run).any():
             yield method, f"no step lies in the window of {method.short}"
         elif issubclass(method.kind, TransformGuidance) and not contrasts:
             yield method, f"there is no contrast that {method.short} could change"

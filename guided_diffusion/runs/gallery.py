@@ -20,14 +20,16 @@ PAGE = "index.md"
 INTRODUCTION = ("The first images of runs, none of them chosen, each with the command that made them. The page is made "
                 "by")
 
+MOST_SHOWN = 1000
+
 
 @dataclass(frozen=True)
 class GalleryOptions(Options):
     """The gallery."""
 
     out: str = required(f"folder for {PAGE} and a picture of each run")
-    num_images: int = option(16, "images of each run", minimum=1)
-    columns: int = option(8, "images in a row", minimum=1)
+    num_images: int = option(16, "images of each run", minimum=1, maximum=MOST_SHOWN)
+    columns: int = option(8, "images in a row", minimum=1, maximum=MOST_SHOWN)
     heading: str = option("Gallery", "heading of the page")
 
 

@@ -34,7 +34,7 @@ from ..image_datasets import TrainingImages, open_images
 from ..jobs import job
 from ..late import Tensor, torch
 from ..npz import write_batch
-from ..options import option, seed_option
+from ..options import batch_option, option, seed_option
 from ..process import DiffusionProcess
 from ..rng import image_noise
 from ..train_folder import data_digest
@@ -42,7 +42,7 @@ from . import shards
 from .chunk_files import ChunkFiles
 from .chunks import Indices
 from .folders import default_folder
-from .options import LARGEST_BATCH, MOST_IMAGES, CheckpointOptions
+from .options import MOST_IMAGES, CheckpointOptions
 from .record import made_by
 from .work import make_chunks
 from .workers import WorkQueue
@@ -87,7 +87,7 @@ class LikelihoodOptions(CheckpointOptions):
                           choices=CLASS_RULES)
     num_samples: int = option(1000, "number of images, the first ones in the order of their names; all where there are "
                               "fewer", minimum=1, maximum=MOST_IMAGES)
-    batch_size: int = option(1, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+    batch_size: int = batch_option(1, "images at a time on each rank, and in a chunk")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")
     seed: int = seed_option("seed of the noise")
     out: str = option("", "folder for the results and the record; unset: likelihoods/NAME-FINGERPRINT, named by the "

@@ -10,7 +10,7 @@ from ..build import DiffusionOptions, ModelOptions
 from ..dtypes import dtype_option
 from ..errors import UserError
 from ..guidance import GUIDANCE
-from ..options import Options, entry_option, option, option_fields, seed_option
+from ..options import Options, batch_option, entry_option, option, option_fields, seed_option
 from ..presets import Preset, find_preset, implied_preset, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import NETWORKS, statement_of
@@ -19,7 +19,6 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLER = "ddpm"
 MOST_IMAGES = 10**10
-LARGEST_BATCH = 10**6
 KINDS = {"diffusion": "a diffusion model", "upsampler": "an upsampler"}
 
 
@@ -40,7 +39,8 @@ class CheckpointOptions(Options):
         hint = "name a checkpoint, or a bundled model with --model, like --model fmnist32"
         if self.model:
             preset = find_preset(self.model)
-            hint = f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt"
+            hint = (f"--model {preset.name} has its own file, leave --model_path out" if preset.url is None else
+                    f"`python scripts/fetch_models.py {preset.name}` fetches {preset.url} to models/{preset.name}.pt")
         raise UserError(f"--model_path is not given: {hint}")
 
 
@@ -49,7 +49,7 @@ class SampleOptions(CheckpointOptions):
     """The sampling run."""
 
     num_samples: int = option(10000, "number of images", minimum=1, maximum=MOST_IMAGES)
-    batch_size: int = option(16, "images at a time on each rank, and in a chunk", minimum=1, maximum=LARGEST_BATCH)
+    batch_size: int = batch_option(16, "images at a time on each rank, and in a chunk")
     sampler: str = option("", f"the sampler: {', '.join(SAMPLERS)}; unset: {DEFAULT_SAMPLER}", choices=SAMPLERS)
     use_ddim: bool = option(False, "another way to say --sampler ddim")
     clip_denoised: bool = option(True, "clip the predicted image to [-1, 1] at each step")

@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..guidance import GUIDANCE, GuidanceOptions, Networks
 from ..guidance.base import naming, without_labels
 from ..late import Tensor, no_grad, torch
-from ..options import Options, option, option_fields
+from ..options import Options, batch_option, option, option_fields
 from ..sampling import SAMPLERS
 from ..stated import starting_values
 from ..train_watch import Watched
@@ -46,7 +46,7 @@ class PreviewOptions(Options):
     grid_images: int = option(16, "images of such a picture", minimum=1, maximum=1024)
     preview_sampler: str = option("dpm-solver++", "sampler of images while training", choices=SAMPLERS)
     preview_steps: int = option(10, "steps of that sampler", minimum=1)
-    preview_batch_size: int = option(16, "images at a time on each rank, while training", minimum=1)
+    preview_batch_size: int = batch_option(16, "images at a time on each rank, while training")
     eval_fid_interval: int = option(0, "steps between two evaluations of samples by FID, a column of the log; a "
                                     "multiple of --log_interval; 0: none", minimum=0)
     eval_fid_reference: str = option("", "reference batch of that evaluation: a file with statistics, or a bundled one "

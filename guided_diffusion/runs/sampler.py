@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 
 from .. import dist_util, sampling
 from ..errors import UserError
+from ..execution import check_memory, is_out_of_memory
 from ..late import Tensor, torch
 from ..pixels import to_uint8
 from ..process import DiffusionProcess
@@ -57,12 +57,9 @@ class ImageSampler:
 
     def _check_memory(self) -> None:
         """Raises UserError where not even the noise of a batch and one map of its features fit into memory."""
-        there = _memory(dist_util.dev())
         each = 4 * self.model.in_channels + self.model.dtype.itemsize * self.model.model_channels
-        needed = self.size * self.model.image_size**2 * each
-        if there and needed > there and not self.options.auto_batch:
-            raise UserError(f"--batch_size {self.size}: a first map of features alone takes {needed:,} bytes, and "
-                            f"{dist_util.dev()} has {there:,}")
+        if not self.options.auto_batch:
+            check_memory(f"--batch_size {self.size}", self.size * self.model.image_size**2 * each, dist_util.dev())
 
     def images(self, image_ids: Sequence[int], labels: np.ndarray | None, on_step: Callable[[float], None],
                ) -> np.ndarray:
@@ -74,7 +71,7 @@ class ImageSampler:
             try:
                 return self._images(image_ids, labels, on_step)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._shrink()          # out here, as the exception holds the tensors of the failed step
 
@@ -122,18 +119,3 @@ class ImageSampler:
         denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
         return sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
-
-
-def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
-
-
-def _memory(device: torch.device) -> int:
-    """The bytes of memory that a device has; 0 where that is unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):          # no such system
-        return 0

@@ -1,6 +1,7 @@
 """What can be evaluated: every form gives the same images, as a stream, and what is none is a sentence."""
 
 import io
+import os
 import tracemalloc
 import zipfile
 
@@ -56,6 +57,7 @@ def as_zip(folder):
             archive.writestr(f"some/{index}.png", encoded(IMAGES[index]))
         archive.writestr("__MACOSX/some/._0.png", b"litter")
         archive.writestr("some/notes.txt", b"notes")
+        archive.writestr("some/folder.png/", b"")
     return folder / "a.zip"
 
 
@@ -136,6 +138,12 @@ def test_what_is_no_set_of_images_is_a_sentence(tmp_path):
     np.save(tmp_path / "float.npy", IMAGES / 255)
     assert "float.npy: the array is (7, 6, 5, 3) float64: images must be uint8 from 0 to 255" in \
         refused(tmp_path / "float.npy")
+    (tmp_path / "empty.npy").touch()
+    assert "empty.npy: is no .npy file that can be used" in refused(tmp_path / "empty.npy")
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert refused(tmp_path / "pipe.npz").endswith("pipe.npz: is neither a file nor a folder")
+    assert refused("") == "the name of a file or folder of images is empty"
+    assert "is an address; fetch the file first" in refused("https://host/samples.npz")
     np.savez(tmp_path / "other.npz", features=np.zeros(3), labels=np.zeros(3))
     assert BatchFile(tmp_path / "other.npz").without_images.endswith("its arrays are: features, labels")
 

@@ -10,6 +10,7 @@ from launchers import usual_signals
 
 from guided_diffusion import cli
 from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+from guided_diffusion.launchers import launched
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +46,24 @@ def raising(error):
     (NonFiniteError("step 3"), 2, "error: step 3\n"),
     (UserError("--model_path https://me:secret@host/a.pt?token=secret is no file"), 2,
      "error: --model_path https://host/a.pt is no file\n"),
+    (UserError("https:/me:secret@host/a.npz is no file"), 2, "error: https:/host/a.npz is no file\n"),     # of a Path
+    (MemoryError("9 GiB"), 2,
+     "error: memory is not enough (9 GiB): ask for less at a time, such as a smaller --batch_size\n"),
     (PeerError("rank 1 failed"), 2, ""), (KeyboardInterrupt(), 130, f"interrupted: {cli.KEPT}\n"),
     (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n")])
 def test_an_error_is_one_line(error, code, said, capsys):
     assert ended(raising(error), capsys) == (code, said)
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug")])
+def test_a_mistake_of_the_launcher_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = ended(launched, capsys)
+    assert code == 2
+    assert said == "error: RANK 'x': must be a whole number of at least 0, as a launcher sets it\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug"), RuntimeError("a bug")])
 def test_a_bug_keeps_its_traceback(error, capsys):
     with pytest.raises(type(error), match="a bug"):
         cli.run_script(raising(error))

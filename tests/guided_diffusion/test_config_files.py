@@ -25,11 +25,33 @@ def config(tmp_path):
 @pytest.mark.parametrize(("text", "value"), [
     ("010", 10), ("-007", -7), ("0o10", 8), ("0x1F", 31), ("1:10", "1:10"), ("1:10.5", "1:10.5"), ("1_000", "1_000"),
     ("0b11", "0b11"), ("12", 12), ("1.5", 1.5), ("1.", 1.0), ("1.5e-3", 0.0015), ("1e-4", "1e-4"),
-    ("-.inf", -float("inf")), ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("yes", True), ("null", None),
-    ("", None), ("1,2", "1,2")])
+    ("-.inf", -float("inf")), ("2024-01-02", "2024-01-02"), ("'010'", "010"), ("true", True), ("no", "no"),
+    ("null", None), ("", None), ("1,2", "1,2")])
 def test_values_of_the_core_schema(text, value, config):
     read = read_mapping(config(f"value: {text}\n"))["value"]
-    assert read == value and type(read) is type(value)
+    assert read == value and isinstance(read, type(value))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("010", "010"), ("0x1F", "0x1F"), ("1.10", "1.10"), (".5", ".5"), ("+1", "+1"), ("25", "25"), ("no", "no"),
+    ("off", "off"), ("[25]", None), ("true", None), ("!!binary aGk=", None), ("!!set {a}", None)])
+def test_text_is_as_it_is_written(text, value, config):
+    argv = ["--config", str(config(f"channel_mult: {text}\n"))]
+    if value is None:
+        with pytest.raises(UserError, match=r"--channel_mult .*: must be text"):
+            parse_options(argv, ModelOptions)
+    else:
+        assert parse_options(argv, ModelOptions)[0].channel_mult == value
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "True"])
+def test_words_for_true_switch_an_option_on(word, config):
+    assert parse_options(["--config", str(config(f"learn_sigma: {word}\n"))], ModelOptions)[0].learn_sigma is True
+
+
+def test_an_empty_name_of_a_file_of_options_is_refused():
+    with pytest.raises(UserError, match="--config: is empty"):
+        parse_options(["--config", ""], ModelOptions)
 
 
 def bomb(levels):

@@ -99,6 +99,22 @@ def test_a_store_that_nobody_keeps_is_a_lost_rank():
         dist_util._connected("127.0.0.1", port, 2, timedelta(0))
 
 
+def test_a_rank_without_rank_0_says_whom_it_waits_for(monkeypatch, caplog):
+    monkeypatch.setattr(dist_util, "REMINDER", timedelta(seconds=0.01))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(LostRankError):
+        dist_util._connected("127.0.0.1", port, 2, timedelta(seconds=0.1))
+    assert f"waiting for rank 0 at 127.0.0.1, port {port}" in caplog.text
+
+
+@pytest.mark.parametrize("place", [
+    dist_util._address_to_listen_on, lambda host: dist_util._connected(host, 1, 2, timedelta(0))], ids=["0", "1"])
+def test_a_name_that_no_host_can_have_is_refused(place):
+    with pytest.raises(UserError, match=r"MASTER_ADDR a\.\.b: is no address"):
+        place("a..b")
+
+
 @pytest.mark.parametrize("port", ["0", "70000", "-1", "x", "9" * 5000])
 def test_a_malformed_port_is_refused(port, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -118,8 +118,8 @@ def encoded(pixels, format, **options):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (b"", "cannot identify"), (b"no picture", "cannot identify"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+    (b"", "none of the formats PNG, "), (b"no picture", "none of the formats PNG, "),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of the formats PNG, "),
     (encoded(UP, "PNG")[:60], ""), (encoded(np.zeros((64, 64, 3), np.uint8), "JPEG")[:300], "[Tt]runcated"),
     (encoded(np.zeros((150_000, 1), np.uint8), "PNG"), "1x150000 pixels, one side may be 100 times the other"),
     (encoded(np.zeros((9, 9), np.float32), "TIFF"), "floating-point"),

@@ -141,6 +141,7 @@ def test_whole_numbers_may_be_written_as_floats_and_text_as_numbers():
     ("rate", 0.0, "greater than 0"),
     ("pool", "median", "one of mean, max"),
     ("stop", -1, "at least 0"),
+    ("stop", 10**11, "at most 10000000000"),
 ])
 def test_a_value_out_of_range_is_refused(name, value, allowed):
     message = refusal(f"--{name}", str(value))
@@ -224,7 +225,7 @@ def test_an_unknown_key_is_told_the_nearest_name_and_the_file(config):
 
 def test_a_wrong_value_in_a_file_is_refused_as_on_the_command_line(config):
     assert refusal("--config", config("width: 0\n")) == "--width 0: must be at least 1"
-    assert refusal("--config", config("width: yes\n")) == "--width True: must be a whole number"
+    assert refusal("--config", config("width: true\n")) == "--width True: must be a whole number"
     assert refusal("--config", config("levels: [1, 2]\n")) == "--levels [1, 2]: must be text"
     assert refusal("--config", config("levels:\n")) == "--levels None: must be text"
     assert refusal("--config", config("dropout: .nan\n")) == "--dropout nan: must be a number"

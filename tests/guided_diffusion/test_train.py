@@ -29,7 +29,7 @@ from tiny_training import (
 )
 from torch import nn
 
-from guided_diffusion import checkpoint, train_util
+from guided_diffusion import checkpoint, execution, train_util
 from guided_diffusion.averages import update_ema
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
@@ -468,6 +468,7 @@ def test_classification_losses():
     ({"schedule_sampler": "importance"}, "--schedule_sampler importance: must be one of uniform, loss-second-moment"),
     ({"lr": -1.0}, "--lr -1.0: must be greater than 0"),
     ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
+    ({"batch_size": 10**9}, "--batch_size 1000000000: must be at most 1000000"),
     ({"microbatch": 0}, "--microbatch 0: must be at least 1, or -1"),
     ({"ema_rate": "0.9,fast"}, "--ema_rate 0.9,fast: must be"),
     ({"ema_rate": "1.0"}, "--ema_rate 1.0: must be"),
@@ -483,6 +484,20 @@ def test_bad_input_is_one_sentence(data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train(**{"data_dir": data_dir, "out": tmp_path / "run", **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_that_ends_is_one_sentence(data_dir, tmp_path, monkeypatch, compiled):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    fail_at(monkeypatch, 1, "_descend", MemoryError)
+    with pytest.raises(UserError, match=r"--batch_size [0-9]+: cpu is out of memory; a smaller --microbatch"):
+        train(data_dir, tmp_path, compile=compiled)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_first_step(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "_memory_of", lambda device: 10**6)
+    with pytest.raises(UserError, match="--batch_size 1000: a first map of features alone takes"):
+        train(data_dir, tmp_path, batch_size=1000)
 
 
 def test_a_network_that_cannot_be_compiled(data_dir, tmp_path, monkeypatch):

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ...cores import on_all_cores
 from ...errors import UserError
 from ...files import check_ending, check_writable
 from ...npz import write_batch
 from ...options import Options, option, seed_option
 from ...pictures import grid, save
-from ...progress import progress_bar
 from ..ranges import to_fraction
 from .renderer import FAR, NEAR, Scenes, render
 
 CHUNK = 128
+MOST_SCENES, LARGEST = 10**6, 1024       # all are in memory
 _MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 200, 120], [220, 120, 160]], np.uint8)
 
 
@@ -27,10 +27,10 @@ _MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 20
 class SceneOptions(Options):
     """Options that say which scenes to render, and where to."""
 
-    num_images: int = option(10000, "number of scenes", minimum=1)
+    num_images: int = option(10000, "number of scenes", minimum=1, maximum=MOST_SCENES)
     start: int = option(0, "number of the first scene", minimum=0)
     seed: int = seed_option("seed: scene i of a seed is always the same")
-    image_size: int = option(32, "height and width in pixels", minimum=8)
+    image_size: int = option(32, "height and width in pixels", minimum=8, maximum=LARGEST)
     out: str = option("scenes.npz", "file for the scenes: arr_0 RGB, arr_1 classes, depth in metres, mask")
     sheet: str = option("", "also draw a contact sheet of the first scenes to this file (PNG)")
 
@@ -38,12 +38,7 @@ class SceneOptions(Options):
 def render_scenes(seed: int, scene_ids: range, size: int) -> Scenes:
     """Renders scenes as `render` does, on all cores, and shows the progress."""
     pieces = [scene_ids[start:start + CHUNK] for start in range(0, len(scene_ids), CHUNK)]
-    with ProcessPoolExecutor(min(len(pieces), os.cpu_count() or 1)) as pool, \
-            progress_bar(len(scene_ids), "rendering", "scene") as progress:
-        parts = []
-        for part in pool.map(render, *zip(*((seed, piece, size) for piece in pieces), strict=True)):
-            parts.append(part)
-            progress.update(len(part.rgb))
+    parts = on_all_cores(partial(render, seed, size=size), pieces, "rendering", "scene")
     return Scenes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 

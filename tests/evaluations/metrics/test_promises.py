@@ -158,6 +158,17 @@ def test_there_is_no_interval_where_too_few_images_decide(word, random):
         METRICS[word].replicates(comparison(reference + 1, reference), 1)
 
 
+@pytest.mark.parametrize("word", ["precision", "density"])
+def test_there_is_no_interval_where_all_samples_are_outside_or_inside_alike(word, random):
+    reference = random.standard_normal((100, 3))
+    metric = METRICS[word]
+    assert metric.replicates(comparison(reference + 1000, reference), 20).interval is None
+    assert "nearly all images are alike" in metric.no_interval
+    assert metric.replicates(comparison(reference + 1, reference), 20).interval is not None
+    with pytest.raises(UserError, match="1 bootstrap replicates"):
+        metric.replicates(comparison(reference + 1000, reference), 1)
+
+
 def test_the_same_subsets_are_taken_of_files_of_equally_many_images(random):
     reference, sample = random.standard_normal((300, 4)), random.standard_normal((200, 4)) + 1
     first = METRICS["recall"].replicates(comparison(sample, reference), 50)

@@ -23,6 +23,10 @@ def test_blur_is_31_normalised_taps_with_reflected_borders(size, sigma):
     np.testing.assert_allclose(gaussian_blur(x, sigma), expected, atol=2e-6)
 
 
+def test_a_blur_of_no_width_is_none():
+    torch.testing.assert_close(gaussian_blur(image(1, 1, 8, 8), 1e-300), image(1, 1, 8, 8))
+
+
 def test_blur_keeps_a_flat_image_and_the_type():
     x = torch.full((1, 1, 8, 8), 0.75, dtype=torch.float64)
     blurred = gaussian_blur(x, 3.0)

@@ -34,6 +34,16 @@ def line(**given):
     ({"pag_scale": 1.0, "pag_start": 0, "seg_scale": 1.0}, "--pag_scale, --pag_start (no step lies in the window of "
      "PAG)"), ({"apg": True, "apg_eta": 0.5}, "--apg, --apg_eta (there is no contrast that APG could change)"),
     ({"apg": True, "rescale_phi": 0.5, "pag_scale": 1.0}, ""),
+    ({"guide_scale": 1.1, "guide_start": 600, "timestep_respacing": "10"},
+     "--guide_start (every step of the window of SAG is within)"),
+    ({"pag_scale": 1.0, "pag_start": 6, "pag_sigma_max": 1e9, "pag_sigma_min": 1e-9, "timestep_respacing": "10"},
+     "--pag_sigma_max, --pag_sigma_min (every step of the window of PAG is within)"),
+    ({"dcg_scale": 1.0, "dag_start": 9, "dag_stop": 0, "depth_tau": 0.1, "timestep_respacing": "10"},
+     "--dag_stop (every step of the window of DAG is within); --depth_tau (--dpg_scale is 0)"),
+    ({"guide_scale": 1.1, "mask": "global", "sel_attn_depth": 99, "blur_sigma": 2.0},
+     "--sel_attn_depth (--mask global reads no attention)"),
+    ({"num_heads": 2, "num_head_channels": 32}, "--num_heads (--num_head_channels 32 counts)"),
+    ({"learn_sigma": True, "sigma_small": True}, "--sigma_small (the network predicts the variance)"),
     ({"eta": 1.0, "pag_blocks": "input.8", "pag_start": 3},
      "--eta (the sampler is ddpm); --pag_blocks, --pag_start (PAG is off)")])
 def test_flags_without_effect_are_named(given, said):

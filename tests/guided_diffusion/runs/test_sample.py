@@ -9,6 +9,7 @@ import torch
 from commands import samples_in
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
+from guided_diffusion import execution
 from guided_diffusion.checkpoint import load_state_dict, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
@@ -96,7 +97,7 @@ def test_classifier_raises_the_probability_of_its_label(sample, tiny_checkpoints
 
 
 def test_a_batch_that_no_memory_holds_is_refused_before_the_first_step(sample, monkeypatch):
-    monkeypatch.setattr(sampler, "_memory", lambda device: 10**6)
+    monkeypatch.setattr(execution, "_memory_of", lambda device: 10**6)
     with pytest.raises(UserError, match=r"--batch_size 1000: a first map of features alone takes 33,792,000 bytes"):
         sample(batch_size=1000)
     assert sample(batch_size=8)[0].shape == (5, 16, 16, 3)

@@ -1,0 +1,51 @@
+"""Work on all cores: a function of one piece after another, each in one of several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence, Sized
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from .progress import progress_bar
+
+GLANCE = 1.0                    # seconds between looks of a worker at the process that it works for
+
+Piece = TypeVar("Piece", bound=Sized)
+Result = TypeVar("Result")
+
+
+def on_all_cores(function: Callable[[Piece], Result], pieces: Sequence[Piece], what: str, unit: str) -> list[Result]:
+    """Returns what the function gives of each piece, in their order, and shows the progress.
+
+    what, unit: as of `progress_bar`, which counts what the pieces hold. An exception, also that of a signal, ends the
+    work when the pieces under way are done. Workers leave signals to this process, as Ctrl-C in a terminal reaches all
+    of them: a worker that died of one would leave this process waiting. They end with it, however it ends.
+    """
+    results, count = [], min(len(pieces), os.cpu_count() or 1)
+    with (ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(),)) as pool,
+          progress_bar(sum(map(len, pieces)), what, unit) as progress):
+        try:
+            for piece, result in zip(pieces, pool.map(function, pieces), strict=True):
+                results.append(result)
+                progress.update(len(piece))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _begin(parent: int) -> None:
+    """Prepares a worker."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(GLANCE)
+    os._exit(1)
