@@ -239,9 +239,10 @@ class _Number:
 
 
 # By the names that files call them by: torch compares nothing else.
-_NUMPY_NUMBERS: list[Any] = [type("dtype", (_NumberType,), {"__module__": "numpy"}),
-                  type("scalar", (_Number,), {"__module__": "numpy.core.multiarray"}),
-                  type("scalar", (_Number,), {"__module__": "numpy._core.multiarray"})]
+_NUMPY_NUMBERS: list[Any] = [
+    type("dtype", (_NumberType,), {"__module__": "numpy"}),
+    *(type("scalar", (_Number,), {"__module__": module}) for module in ("numpy.core.multiarray",
+                                                                        "numpy._core.multiarray"))]
 
 
 def _numpy_numbers() -> contextlib.AbstractContextManager[Any]:
