@@ -277,7 +277,8 @@ def test_any_list_composes_and_images_do_not_depend_on_the_batch(case, sampler):
     together = samples(case, guidance, sampler)
     assert not torch.allclose(together, samples(case, guidance[:-2], sampler), atol=1e-3)
     alone = torch.cat([samples(case, guidance, sampler, ids=(i,)) for i in (4, 9)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=5e-5)
+    # The embedding is float32, and the first step multiplies its rounding by 157: up to 8e-6 was seen.
+    torch.testing.assert_close(together, alone, rtol=0, atol=2.5e-5)
 
 
 def test_scale_0_and_closed_windows_are_unguided_bit_for_bit(case):
