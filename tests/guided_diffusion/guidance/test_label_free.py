@@ -41,7 +41,8 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 @pytest.fixture(scope="module")
 def case():
     """A network with a null class, its process, and one step of three images."""
-    model, diffusion = create_model_and_diffusion(**{**TINY, "timestep_respacing": "10", "null_class": True})
+    model, diffusion = create_model_and_diffusion(
+        **{**TINY, "channel_mult": "1,1", "timestep_respacing": "10", "null_class": True})
     in_float64(with_random_weights(model, seed=1).requires_grad_(False))
     x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     return SimpleNamespace(model=model, diffusion=diffusion, x=x, t=torch.tensor([6, 6, 6]),
