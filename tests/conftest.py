@@ -21,6 +21,7 @@ def pytest_collection_finish():
     torch.set_num_threads(1)
     gc.freeze()
     gc.enable()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture
@@ -56,14 +57,11 @@ def tiny_checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def short_references(tmp_path_factory):
-    """A folder of the bundled reference batches; of Fashion-MNIST, the features of 500 of the 10,000 images."""
+    """A folder of the bundled reference batches, with the features of 500 of the 10,000 images."""
     from evaluations import references
 
     folder = tmp_path_factory.mktemp("references")
     for path in references.MODELS.glob("*_reference.npz"):
-        if path.name != "fmnist32_reference.npz":
-            (folder / path.name).symlink_to(path)
-            continue
         with np.load(path, allow_pickle=False) as file:
             np.savez(folder / path.name, **{name: array[:500] if name == "pooled" else array
                                             for name, array in file.items()})
@@ -79,7 +77,11 @@ def few_neighbours(short_references, monkeypatch):
 @pytest.fixture(scope="session")
 def python(tmp_path_factory):
     """A program that does what the interpreter does, and need not load PyTorch first."""
-    with forks.serving(tmp_path_factory.mktemp("forks")) as program:
+    folder = tmp_path_factory.getbasetemp()
+    # One for all workers, whose folders lie in one.
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "forks"
+    folder.mkdir(exist_ok=True)
+    with forks.serving(folder) as program:
         yield program
 
 

@@ -29,7 +29,7 @@ def execute(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs(name, execute):
+def test_a_notebook_runs(name, execute, few_neighbours):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     notebook, _ = execute(FOLDER / f"{name}.ipynb", SMALL[name])

@@ -1,5 +1,6 @@
 """The first steps of chains recorded with the official codes: unguided, SAG, classifier guidance and both."""
 
+import functools
 import json
 
 import numpy as np
@@ -29,19 +30,28 @@ class Recorded(SelfAttentionGuidance):
         return result
 
 
+@functools.cache
+def networks(config):
+    """The network and the process of flags in JSON, which most cases have in common."""
+    model, diffusion = create_model_and_diffusion(**json.loads(config))
+    return fill(model).requires_grad_(False), diffusion
+
+
+@functools.cache
+def classifier():
+    return fill(create_classifier(image_size=64, classifier_width=64, classifier_depth=1), "classifier.")
+
+
 def build(case, heads="official"):
     """The network, the process and the guidance of a case; SAG first, where it has any."""
-    config, options = json.loads(str(case["config"])), json.loads(str(case["guidance"]))
-    model, diffusion = create_model_and_diffusion(**config)
-    fill(model).requires_grad_(False)
+    (model, diffusion), options = networks(str(case["config"])), json.loads(str(case["guidance"]))
     guidance = []
     if options["guide_start"]:
         part, depth = options["sel_attn_block"], options["sel_attn_depth"]
         guidance.append(Recorded(model, part if part == "middle" else f"{part}.{depth}", options["guide_scale"] - 1,
                                  options["blur_sigma"], start=options["guide_start"], heads=heads))
     if options["classifier_scale"]:
-        classifier = create_classifier(image_size=64, classifier_width=64, classifier_depth=1)
-        guidance.append(ClassifierGuidance(fill(classifier, "classifier."), options["classifier_scale"]))
+        guidance.append(ClassifierGuidance(classifier(), options["classifier_scale"]))
     return model, diffusion, guidance
 
 
@@ -60,9 +70,8 @@ def sampled(case, model, diffusion, guidance, steps):
 
 
 def steps_of(path, case):
-    """How many steps are compared: two, all of the chains in which all terms meet."""
-    recorded = len(case["x"]) - 1
-    return recorded if path.stem.endswith("sag_cg") else min(recorded, 2)
+    """How many steps are compared: two, three of the chains in which all terms meet."""
+    return min(len(case["x"]) - 1, 3 if path.stem.endswith("sag_cg") else 2)
 
 
 def near_threshold(received):

@@ -8,6 +8,7 @@ saves two seconds of computation for each rank of each job.
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import json
 import os
@@ -52,33 +53,85 @@ os._exit(code)
 
 @contextlib.contextmanager
 def serving(folder):
-    """The path of the program, which works until the end of the context. folder: an empty one, for it."""
-    address, program = folder / "socket", folder / "python"
-    program.write_text(PROGRAM.format(python=sys.executable, address=str(address), signals=tuple(map(int, SIGNALS))))
-    program.chmod(0o755)
-    repository = str(Path(__file__).parents[2])
+    """The path of the program, which works until the end of the context.
+
+    folder: for it. All contexts of one folder, also in other processes, have one server, which ends after the last.
+    """
+    with locked(folder):
+        user, server = entered(folder), None
+        if user is None:
+            user, server = started(folder)
+    yield folder / "python"
+    os.close(user)
+    if server:
+        server.communicate()
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps other processes out."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def entered(folder):
+    """Opens the pipe of the server, which works as long as anyone has it open; None where there is no server."""
+    try:
+        return os.open(folder / "users", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:         # no pipe, or nobody reads it
+        return None
+
+
+def left(folder):
+    """Says whether nobody uses the server any more; then nobody enters it from now on."""
+    with locked(folder):
+        if not select.select([sys.stdin], [], [], 0)[0]:
+            return False
+        sys.stdin.close()
+        return True
+
+
+def started(folder):
+    """Starts a server, and returns its pipe and it."""
+    address, program, repository = folder / "socket", folder / "python", str(Path(__file__).parents[2])
+    if not program.exists():
+        os.mkfifo(folder / "users")
+        program.write_text(PROGRAM.format(python=sys.executable, address=str(address),
+                                          signals=tuple(map(int, SIGNALS))))
+        program.chmod(0o755)
     # What PyTorch reads when it is loaded, as the commands set it before.
     settings = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": repository}
-    with subprocess.Popen(
-            [sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=repository,
-            env={**os.environ, **settings}) as server:
-        assert server.stdout.readline() == b"ready\n"
-        yield program
-        server.stdin.close()
+    users = os.open(folder / "users", os.O_RDONLY | os.O_NONBLOCK)
+    user = entered(folder)
+    server = subprocess.Popen([sys.executable, __file__, folder], stdin=users, stdout=subprocess.PIPE, cwd=repository,
+                              env={**os.environ, **settings})
+    os.close(users)
+    assert server.stdout.readline() == b"ready\n"
+    return user, server
 
 
-def serve(address):
-    """Loads all, and answers programs until stdin is closed. Returns the connection to its program in each fork."""
+def serve(folder):
+    """Loads all, and answers programs until nobody has its pipe, stdin, open.
+
+    Returns the connection to its program in each fork.
+    """
     for name in LOADED:
         __import__(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not be forked"
     gc.freeze()         # a collection in a fork would copy all that is shared
-    keepers = set()
+    keepers, address = set(), folder / "socket"
+    address.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        listener.bind(str(address))
         listener.listen(64)
         print("ready", flush=True)
-        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        while True:
+            ready = select.select([listener, sys.stdin], [], [])[0]
+            if sys.stdin in ready and left(folder):
+                break
+            if listener not in ready:
+                continue
             connection = listener.accept()[0]
             keepers = {keeper for keeper in keepers if not os.waitpid(keeper, os.WNOHANG)[0]}
             keeper = os.fork()
@@ -131,9 +184,12 @@ def take_over(environment, folder, files):
 def run(words):
     """Runs the words after the name of an interpreter: a script, -m and a module, or -c and code, and arguments.
 
-    Leaves without taking its objects to pieces, which would first copy all memory that it shares with the other forks.
+    Leaves without taking its objects and PyTorch's to pieces, which would first copy all memory that it shares with the
+    other forks: 0.12 s of computation for nothing. What is to be done at the end runs, from the last to the first, and
+    the first is to leave; MPI tells its launcher there.
     """
-    words, code = words[words[0] == "-u":], 0
+    words, code, library = words[words[0] == "-u":], 0, ctypes.CDLL(None)
+    library.on_exit(library._exit, None)
     try:
         if words[0] == "-c":
             sys.argv, sys.path[0] = ["-c", *words[2:]], ""
@@ -154,8 +210,8 @@ def run(words):
     if mpi and not mpi.Is_finalized():
         mpi.Finalize()          # as mpi4py does on the usual way out
     sys.stdout.flush()
-    ctypes.CDLL(None).exit(code)
+    library.exit(code)
 
 
-if __name__ == "__main__" and (asked := serve(sys.argv[1])):
+if __name__ == "__main__" and (asked := serve(Path(sys.argv[1]))):
     run(keep(asked))

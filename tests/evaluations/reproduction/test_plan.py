@@ -1,6 +1,7 @@
 """The plan of a table: evaluations counted as they are made, arithmetic, what is missing, hours."""
 
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -22,13 +23,14 @@ SHORT = {**TINY, **{name: value for name, value in TINY_CLASSIFIER.items() if na
          "timestep_respacing": "6", "num_samples": 2, "batch_size": 2}
 
 
-@pytest.fixture
-def row(tiny_checkpoints, tmp_path):
+@pytest.fixture(scope="module")
+def row(tiny_checkpoints, tmp_path_factory):
     """A row of the tiny network; `changes` are its values."""
     def make(**changes):
+        folder = tmp_path_factory.mktemp("row")
         paths = {"model_path": str(tiny_checkpoints / "model.safetensors"),
-                 "classifier_path": str(tiny_checkpoints / "classifier.safetensors"), "out": str(tmp_path / "out")}
-        return read_row("row", {**SHORT, **paths, "sel_attn_depth": 0, **changes}, tmp_path / "row.yaml")
+                 "classifier_path": str(tiny_checkpoints / "classifier.safetensors"), "out": str(folder / "out")}
+        return read_row("row", {**SHORT, **paths, "sel_attn_depth": 0, **changes}, folder / "row.yaml")
     return make
 
 
@@ -66,19 +68,25 @@ def test_passes_are_those_that_a_run_makes(row, changes, expected):
     assert counted.backward == 0 and counted.others.keys() <= {"classifier"}
 
 
+@pytest.fixture(scope="module")
+def operations(row):
+    """The evaluations of the network that the plan says a run of four steps makes of an image, and its operations."""
+    @functools.cache
+    def operations(**changes):
+        run = row(**changes, num_samples=1, batch_size=1, timestep_respacing="4").run
+        with FlopCounterMode(display=False) as made:
+            run.run()
+        return passes(run).forward, made.get_total_flops()
+    return operations
+
+
 @pytest.mark.parametrize("changes", [
     {"pag_scale": 1.0}, {"pag_scale": 1.0, "pag_start": 2, "pag_blocks": "output.0"},
     {"guide_scale": 1.5, "pag_scale": 1.0, "pag_start": 1, "pag_blocks": "output.0,input.3"},
     {"pag_scale": 1.0, "pag_sigma_min": 0.5, "pag_sigma_max": 20},
 ], ids=str)
-def test_operations_are_those_that_a_run_with_perturbed_attention_makes(row, changes):
+def test_operations_are_those_that_a_run_with_perturbed_attention_makes(operations, changes):
     """The identity, which takes the place of attention, has none of its operations; they are not subtracted."""
-    def operations(**values):
-        run = row(**values, num_samples=1, batch_size=1, overwrite=True).run
-        with FlopCounterMode(display=False) as made:
-            run.run()
-        return passes(run).forward, made.get_total_flops()
-
     (forward, made), (steps, plain) = operations(**changes), operations()
     assert steps < forward < steps * (2 + ("guide_scale" in changes))
     assert made / plain == pytest.approx(forward / steps, rel=0.01)

@@ -33,6 +33,8 @@ from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_generator
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
 
+# Convolutions in float64 take long.
+SMALL = {**TINY, "image_size": 8, "channel_mult": "1,1", "attention_resolutions": "4", "null_class": True}
 BLOCKS = ["middle", "output.0"]
 # The network computes in float64; the tables of the process, and the weights of a blur, are float32.
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
@@ -41,9 +43,9 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 @pytest.fixture(scope="module")
 def case():
     """A network with a null class, its process, and one step of three images."""
-    model, diffusion = create_model_and_diffusion(**{**TINY, "timestep_respacing": "10", "null_class": True})
+    model, diffusion = create_model_and_diffusion(**SMALL, timestep_respacing="10")
     in_float64(with_random_weights(model, seed=1).requires_grad_(False))
-    x = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     return SimpleNamespace(model=model, diffusion=diffusion, x=x, t=torch.tensor([6, 6, 6]),
                            ids=torch.tensor([4, 0, 9]), y=torch.tensor([1, 0, 1]))
 
@@ -93,7 +95,7 @@ def test_labels_of_independent_condition_guidance_are_uniform():
 
 
 def test_autoguidance_compares_with_another_network(case):
-    weak, _ = create_model_and_diffusion(**{**TINY, "null_class": True, "num_res_blocks": 2})
+    weak, _ = create_model_and_diffusion(**{**SMALL, "num_res_blocks": 2})
     in_float64(with_random_weights(weak, seed=5).requires_grad_(False))
     check(delta_of(case, AutoGuidance(weak, 0.6)), 0.6 * (eps(case) - eps(case, model=weak)))
 
@@ -165,10 +167,10 @@ def test_every_sigma_of_smoothed_energy_guidance_acts_and_more_moves_further(cas
 
 
 class Clean(nn.Sequential):
-    """A classifier of clean images of 16 x 16 with a ReLU."""
+    """A classifier of clean images of 8 x 8 with a ReLU."""
 
     def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2))
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2))
         with_random_weights(self, seed=3).requires_grad_(False).double()
 
 
@@ -260,12 +262,12 @@ def every_term(model, scale=1.0, **window):
 def samples(case, guidance, sampler, ids=(4, 9)):
     """Images of a chain of three steps, by number."""
     diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="3")
-    x = torch.stack([torch.from_numpy(image_generator(0, i, 10).standard_normal((1, 16, 16))) for i in ids])
+    x = torch.stack([torch.from_numpy(image_generator(0, i, 10).standard_normal((1, 8, 8))) for i in ids])
     labels = torch.tensor([i % 2 for i in ids])
     denoise = Denoiser(diffusion, case.model, model_kwargs={"y": labels})
 
     def noise(step):
-        return torch.stack([torch.from_numpy(image_generator(0, i, step).standard_normal((1, 16, 16))) for i in ids])
+        return torch.stack([torch.from_numpy(image_generator(0, i, step).standard_normal((1, 8, 8))) for i in ids])
 
     step = sampling.SAMPLERS[sampler]().step()
     return sampling.last(sampling.sample_chain(step, denoise, x, noise, guidance, torch.tensor(ids)))["sample"]
@@ -277,7 +279,8 @@ def test_any_list_composes_and_images_do_not_depend_on_the_batch(case, sampler):
     together = samples(case, guidance, sampler)
     assert not torch.allclose(together, samples(case, guidance[:-2], sampler), atol=1e-3)
     alone = torch.cat([samples(case, guidance, sampler, ids=(i,)) for i in (4, 9)])
-    torch.testing.assert_close(together, alone, rtol=0, atol=5e-5)
+    # The embedding is float32, and the first step multiplies its rounding by 157: up to 4e-6 was seen.
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 def test_scale_0_and_closed_windows_are_unguided_bit_for_bit(case):

@@ -37,7 +37,7 @@ from guided_diffusion.script_util import (
 SHAPES = {
     "residual blocks resample": {},
     "convolutions resample": {"resblock_updown": False, "use_scale_shift_norm": False},
-    "three levels without classes": {"channel_mult": "1,2,2", "num_res_blocks": 2, "attention_resolutions": "8,4",
+    "three levels without classes": {"channel_mult": "1,1,1", "num_res_blocks": 2, "attention_resolutions": "8,4",
                                      "class_cond": False, "num_head_channels": 16, "use_new_attention_order": True},
     "attention at all levels": {"attention_resolutions": "16,8", "use_checkpoint": True},
     "float16": {"use_fp16": True},
