@@ -30,12 +30,13 @@ sample: .venv/ready
 	done
 	.venv/bin/python scripts/compare.py $(SETTINGS:%=$(OUT)/%) --out $(OUT)/comparison.png
 
+# Bytecode is kept, whatever the environment says: hundreds of processes would compile each file anew.
 test: .venv/ready
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The instructions of 2008, for PyTorch and for the linear algebra of it and of NumPy; one thread; nothing slow.
 test-elsewhere: .venv/ready
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+	PYTHONDONTWRITEBYTECODE= ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
 		OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden .venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(NUMERICAL)
 
 lint: .venv/ready
