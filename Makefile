@@ -37,7 +37,8 @@ test: .venv/ready
 # The instructions of 2008, for PyTorch and for the linear algebra of it and of NumPy; one thread; nothing slow.
 test-elsewhere: .venv/ready
 	PYTHONDONTWRITEBYTECODE= ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
-		OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden .venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(NUMERICAL)
+		OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=1 GOLDEN_CASES=tests/golden \
+		.venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(NUMERICAL)
 
 lint: .venv/ready
 	.venv/bin/ruff check .
