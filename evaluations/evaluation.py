@@ -397,12 +397,12 @@ class Evaluation:
         kind = self.extractor_options.kind
         if not kind.classes_of or all(metric.feature is not Feature.RECOGNISED for metric in self.options.wanted):
             return
-        classes = len(kind.class_names())
+        names = kind.class_names()
         for sample in samples:
-            greatest = int(read_labels_by_name(sample.file, kind.class_names()).max())
-            if 2 * (greatest + 1) <= classes:
+            greatest = int(read_labels_by_name(sample.file, names).max())
+            if 2 * (greatest + 1) <= len(names):
                 self.warn(f"{sample.file.path}: its labels go up to {greatest}, class_accuracy reads them as "
-                          f"those of the {classes} classes of {kind.classes_of}")
+                          f"those of the {len(names)} classes of {kind.classes_of}")
 
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
                 ) -> dict[str, Any]:

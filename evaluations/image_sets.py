@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,14 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
+from guided_diffusion.image_datasets import say_left_out
 from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
-
-_log = logging.getLogger(__name__)
 
 SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
 NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
@@ -77,8 +74,7 @@ def _open_folder(folder: Path) -> BatchFile:
     if not found.files:
         raise UserError(f"{folder}: the folder holds neither pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) nor the "
                         f"{SAMPLES} of a finished sampling run")
-    if (line := found.line(folder)) and dist_util.is_main():
-        _log.info("%s", line)
+    say_left_out(found, folder)
     return Pictures(folder, [_LoosePicture(path, folder) for path in found.files])
 
 

@@ -532,8 +532,13 @@ def list_images(folder: Path) -> list[Path]:
     Links to folders are followed, hidden and other files are left out, which is said.
     """
     found = _pictures(folder)
-    _say(found.line(folder))
+    say_left_out(found, folder)
     return found.files
+
+
+def say_left_out(found: FoundPictures, folder: Path) -> None:
+    """Logs on the first rank, in one line, what of a folder was left out; nothing where all of it was taken."""
+    _say(found.line(folder))
 
 
 def _pictures(folder: Path) -> FoundPictures:

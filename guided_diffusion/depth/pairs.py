@@ -17,17 +17,15 @@ the units of the files, beyond which is clamped.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from .. import dist_util
 from ..classes import ClassNames
 from ..errors import UserError
-from ..image_datasets import crop_square, named_labels, resize_smaller_side
+from ..image_datasets import crop_square, named_labels, resize_smaller_side, say_left_out
 from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
 from ..late import Tensor, torch
 from ..npz import read_arrays, read_npy
@@ -35,8 +33,6 @@ from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
 from .scenes.files import render_scenes
-
-_log = logging.getLogger(__name__)
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
@@ -261,8 +257,7 @@ def _by_name(folder: Path, suffixes: frozenset[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; pairs lie in images/ and depth/, under the same names")
     pictures = find_pictures(folder, suffixes)
-    if (line := pictures.line(folder)) and dist_util.is_main():
-        _log.info("%s", line)
+    say_left_out(pictures, folder)
     found: dict[str, Path] = {}
     for path in pictures.files:
         name = path.relative_to(folder).with_suffix("").as_posix()
