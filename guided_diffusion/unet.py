@@ -17,6 +17,7 @@ from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
 from .nn import SiLU, checkpoint, is_channels_last, normalization, timestep_embedding, zero_module
 from .shapes import POOLS
+from .winograd import Conv3x3
 
 
 class StepSequential(nn.ModuleList):
@@ -78,12 +79,12 @@ class ResBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.resample = _resampling(resample, channels, convolve=False) if resample else None
         self.in_layers = nn.Sequential(
-            normalization(channels), SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+            normalization(channels), SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels))
         self.out_layers = nn.Sequential(
             normalization(out_channels), SiLU(), nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+            zero_module(Conv3x3(out_channels, out_channels)))
         self.compiled: Callable[[Tensor, Tensor], Tensor] | None = None         # `plain`, where it is compiled
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
