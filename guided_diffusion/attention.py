@@ -41,13 +41,21 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     q, k: (N, heads, T, C / heads). Returns (N, T), float32, mean 1 over T. Only a few rows of the (T, T) map exist
     at a time, also when a graph is kept (each group of rows is then computed again in the backward pass).
     """
+    rows_at_once = max(1, 2**15 // q.shape[2])
+    images_at_once = len(q)
+    if q.device.type == "cpu":          # whose cache holds the rows of a few images
+        images_at_once = max(1, 2**18 // (q.shape[1] * rows_at_once * q.shape[2]))
+    parts = zip(q.split(images_at_once), k.split(images_at_once), strict=True)
+    return torch.cat([_received(queries, keys, rows_at_once) for queries, keys in parts])
+
+
+def _received(q: Tensor, k: Tensor, rows_at_once: int) -> Tensor:
     keys = k.contiguous().float().transpose(2, 3)       # contiguous: else every product below copies all of them
     scale = q.shape[-1] ** -0.5
 
     def received_from(rows: Tensor, keys: Tensor) -> Tensor:
         return (rows.float() * scale @ keys).softmax(dim=-1).sum(dim=(1, 2))
 
-    rows_at_once = max(1, 2**15 // q.shape[2])
     total = torch.zeros(q.shape[0], q.shape[2], device=q.device)
     for rows in q.split(rows_at_once, dim=2):
         total = total + checkpoint(received_from, rows, keys, enabled=q.shape[2] > rows_at_once)

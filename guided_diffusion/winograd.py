@@ -21,16 +21,21 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        if self.bias is not None and self._is_faster(x):
-            return convolve(x, self.weight, self.bias)
-        return super().forward(x)
+        if self.bias is None or not self._is_faster(x) or _is_recorded():
+            return super().forward(x)
+        return convolve(x, self.weight, self.bias)
 
     def _is_faster(self, x: Tensor) -> bool:
         height, width = x.shape[2:]
         return (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and is_channels_last(x)
                 and min(self.weight.shape[:2]) >= CHANNELS and height * width >= PIXELS
-                and height % 2 == width % 2 == 0
-                and not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()))
+                and height % 2 == width % 2 == 0)
+
+
+def _is_recorded() -> bool:
+    """Whether operations are recorded, for a gradient or as a program, or compute in types of their own choice."""
+    return (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu"))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
