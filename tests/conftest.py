@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"           # that of trio, which nothing here needs, would load it
 
 import forks
 import numpy as np
