@@ -67,6 +67,8 @@ print(*(module.__file__ for module in (evaluations, guided_diffusion, guided_pix
 for words in json.loads(sys.argv[1]):
     sys.argv[1:] = words
     main()
+    if words[0] == "sample":
+        assert "torch._dynamo" not in sys.modules, "a compiler was loaded, which takes a second"
 """
 
 
