@@ -216,7 +216,7 @@ def test_readme_command_runs(name, tmp_path):
     given = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
     given |= {key: value for key, value in SMALLER.items() if key in given}
     given["timestep_respacing"] = "ddim2" if given["timestep_respacing"].startswith("ddim") else "2"
-    given |= {"channel_mult": "1,2", "num_classes": "3", "classifier_channel_mult": "1,2", "classifier_width": "32",
+    given |= {"channel_mult": "1,2", "num_classes": "3", "classifier_channel_mult": "1,1", "classifier_width": "32",
               "classifier_num_head_channels": "32", "out": str(tmp_path / "out")}
     given["model_path"] = str(tmp_path / "model.pt")
     if "classifier_path" in given:
@@ -243,7 +243,7 @@ def test_readme_command_of_an_upsampler_means_what_it_says_and_runs(line, tmp_pa
     assert sum(value.numel() for value in network.state_dict().values()) == find_preset(name).parameters
 
     given |= {key: value for key, value in SMALLER.items() if key in given}
-    given |= {"large_size": 16, "small_size": 8, "channel_mult": "1,2", "num_classes": "3", "timestep_respacing": 2,
+    given |= {"large_size": 16, "small_size": 8, "channel_mult": "1,1", "num_classes": "3", "timestep_respacing": 2,
               "num_head_channels": 32, "out": tmp_path / "out", "model_path": tmp_path / "model.pt",
               "base_samples": tmp_path / "base.npz"}
     run, _ = read_run(flags(given), UpsamplingRun)
