@@ -6,6 +6,7 @@ The flag names are those of guided-diffusion.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -213,8 +214,11 @@ def build_classifier(options: ClassifierOptions) -> EncoderUNetModel:
 
 def _in_memory(make: Callable[[], AnyEncoder], flag: str) -> AnyEncoder:
     """What `make` returns; raises UserError, naming the flag and its value, where memory does not hold it."""
+    from .unfilled import Unfilled
+
     try:
-        return make()
+        with Unfilled() if torch.empty(0).is_meta else nullcontext():
+            return make()
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

@@ -148,17 +148,17 @@ def evaluation(network: UNetModel, batch: int) -> Tensor:
     return network(noise, torch.full((batch,), 500, device=device), **conditions)
 
 
-def time_calls(functions: Mapping[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
-    """The median seconds of each function, which are called in turn until the seconds are over.
+def time_calls(functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each function, which are called in turn until SECONDS are over.
 
     A first call warms up, and counts where it takes so long that this does not matter. A function that then is
     HOPELESS times slower than the fastest one is not called again.
     """
-    times = {name: [_warmed(function, seconds)] for name, function in functions.items()}
+    times = {name: [_warmed(function, SECONDS)] for name, function in functions.items()}
     best = min(first for first, in times.values())
     running = [name for name, (first,) in times.items() if first < HOPELESS * best]
-    until = time.monotonic() + seconds
-    for _ in range(MOST_ROUNDS if best < seconds / 2 else 0):
+    until = time.monotonic() + SECONDS
+    for _ in range(MOST_ROUNDS if best < SECONDS / 2 else 0):
         for name in running:
             times[name].append(timed(functions[name]))
         if time.monotonic() > until:

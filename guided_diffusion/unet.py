@@ -481,7 +481,8 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         if num_head_channels < 1 or channels % num_head_channels:
             raise UserError(f"num_head_channels {num_head_channels}: must divide the {channels} pooled channels")
-        self.positional_embedding = nn.Parameter(torch.randn(channels, size**2 + 1) / channels**0.5)
+        embedding = nn.init.normal_(torch.empty(channels, size**2 + 1))
+        self.positional_embedding = nn.Parameter(embedding.div_(channels**0.5))
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
         self.num_heads = channels // num_head_channels

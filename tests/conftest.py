@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # before NumPy is loaded, whose threads wait by computing
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"           # that of trio, which nothing here needs, would load it
 
 import forks
 import numpy as np
@@ -15,10 +16,13 @@ gc.disable()        # nothing of what is loaded and collected is ever garbage: s
 
 
 def pytest_collection_finish():
-    """Keeps the modules and the thousands of tests out of every later collection of garbage."""
+    """Keeps freed memory, and the modules and the thousands of tests out of every later collection of garbage."""
     import torch
 
+    from guided_diffusion.allocator import keep_freed_memory
+
     torch.set_num_threads(1)
+    keep_freed_memory()         # as every command does
     gc.freeze()
     gc.enable()
     gc.set_threshold(200_000, 20, 20)

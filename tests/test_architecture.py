@@ -19,7 +19,7 @@ FLOORS = [
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
         "fetch", "pictures", "image_files", "links", "cores")],
     ["guided_diffusion.dtypes"],
-    ["guided_diffusion." + name for name in ("nn", "winograd", "attention", "unet", "capture")],
+    ["guided_diffusion." + name for name in ("nn", "winograd", "attention", "unet", "capture", "unfilled")],
     ["guided_diffusion.process"],
     ["guided_diffusion.grids", "guided_diffusion.terms"],
     ["guided_diffusion.steps"],

@@ -17,7 +17,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 
 from ..pages import page as pages
-from ..pages.page import LIMIT, Pages, lossy
+from ..pages.page import LIMIT, lossy, pages_of
 from ..pages.pictures import data_uri
 from .recording import Recording
 
@@ -88,7 +88,7 @@ def page(recordings: Sequence[Recording], title: str, command: str, quality: int
         "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "psi_steps": PSI_STEPS,
         "settings": [_setting(letter, one, quality, kept) for letter, one in zip(LETTERS, recordings, strict=False)]}
     said = lossy(quality) + ("; recording.npz is not" if quality is not None else "")
-    return Pages(__package__, ["explorer.css"], ["explorer.js"]).render(
+    return pages_of(__package__, ("explorer.css",), ("explorer.js",)).render(
         "explorer.html.jinja", title, data=data, command=command, first=first,
         settings=list(zip(LETTERS, recordings, strict=False)),
         kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},

@@ -12,7 +12,7 @@ from typing import Any
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.comparison import Comparison, ComparisonOptions, read_comparison
 
-from .page import LIMIT, Pages, lossy, write_page
+from .page import LIMIT, lossy, pages_of, write_page
 from .pictures import LARGEST, data_uri, shown_width
 
 ENLARGED = 512                  # CSS pixels of the pair, at most
@@ -55,7 +55,7 @@ def comparison_page(comparison: Comparison, command: str, quality: int | None = 
         "names": comparison.names, "images": comparison.image_ids, "labels": comparison.labels,
         "changes": [[[round(float(value), 1) for value in row] for row in comparison.changes(first)]
                     for first in range(count)]}
-    return Pages(__package__, ["compare.css"], ["compare.js"]).render(
+    return pages_of(__package__, ("compare.css",), ("compare.js",)).render(
         "compare.html.jinja", f"{count} runs, {images} image{'s' * (images > 1)} of each", data=data, command=command,
         names=comparison.names, image_ids=comparison.image_ids, labels=comparison.labels, notes=comparison.notes,
         uris=[[data_uri(image, quality) for image in run] for run in comparison.images], width=width, height=height,

@@ -6,6 +6,7 @@ What stands in a page is prepared by its own package, whose templates extend pag
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ class Pages:
     """The pages of a package, by the templates in its folder templates/.
 
     styles, scripts: file names of that folder, or else of the one of this package, in order; without scripts (None) a
-    page has none, with [] it has that of all pages alone. inline_styles: whether elements have styles of their own,
+    page has none, with () it has that of all pages alone. inline_styles: whether elements have styles of their own,
     which the security policy then allows. Raises UserError where jinja2 is missing.
     """
 
@@ -55,6 +56,9 @@ class Pages:
         Texts are escaped, and names that nobody has given are refused.
         """
         return self.environment.get_template(template).render(title=title, data=self._markup(_json(data)), **content)
+
+
+pages_of = functools.cache(Pages)       # templates are compiled once in a process
 
 
 def _joined(package: str, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..pages.page import Pages, lossy
+from ..pages.page import lossy, pages_of
 from ..pages.pictures import LARGEST, data_uri, reduced, shown_width
 
 
@@ -80,7 +80,7 @@ class Content:
 def content_page(content: Content, quality: int | None = None) -> str:
     """The page as text. quality: of its pictures, see `pages.page`."""
     # The charts have styles of their own.
-    return Pages(__package__, ["report.css", "folder.css"], [], inline_styles=True).render(
+    return pages_of(__package__, ("report.css", "folder.css"), (), inline_styles=True).render(
         "folder.html.jinja", content.title, content=content, images=_images(content, quality),
         drawings=[{"caption": one.caption, "uri": data_uri(one.pixels, quality), "height": one.pixels.shape[0],
                    "width": one.pixels.shape[1]} for one in content.drawings],

@@ -13,7 +13,7 @@ from typing import Any
 
 from guided_diffusion.files import write_text
 
-from ..pages.page import Pages
+from ..pages.page import pages_of
 from ..pages.pictures import shown_grid
 from .figures import figures
 from .markdown import markdown
@@ -71,7 +71,7 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
     published = any(section.published for section in sections)
     chart = chart_figure(results)
     words = reading(published, [verdict for section in sections for verdict in section.verdicts])
-    pages = Pages(__package__, ["report.css"], inline_styles=True)
+    pages = pages_of(__package__, ("report.css",), inline_styles=True)
     pages.environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY,
                                   "reference_title": REFERENCE}
     return pages.render(

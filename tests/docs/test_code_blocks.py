@@ -11,6 +11,7 @@ from code_blocks import DOCUMENTS, blocks_in, commands_in, in_language
 from commands import REPOSITORY, call, finish
 
 from evaluations.reproduction import tables
+from guided_diffusion import execution
 from guided_diffusion.options import OptionParser
 
 BLOCKS = [block for path in DOCUMENTS for block in blocks_in(path)]
@@ -26,7 +27,7 @@ SMALLER = {
     "dag_sample": SAMPLING,
     "image_nll": SAMPLING,
     "evaluate": {"num_images": 6, "bootstrap": 2},
-    "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10},
+    "attention": {"num_images": 4, "timestep_respacing": 2, "bootstrap": 10, "blocks": "middle,output.2"},
     "benchmark": {"rounds": 1, "batch_size": 1},
     "depth_train": {"steps": 2, "num_labels": 4, "draws": 2},
     "bench": {"methods": "SAG,CG"},
@@ -85,6 +86,7 @@ def test_python_blocks_run(document, python, tmp_path):
         compile(block.text, str(block), "exec")
     program = "\n".join(block.text for block in PYTHON[document] if not block.why)
     program = re.sub(r'(timestep_respacing"?[=:] ?)"\d+"', rf'\1"{SAMPLING["timestep_respacing"]}"', program)
+    program = re.sub(r"\bsteps=\d+", "steps=3", program)
     done = finish([python, "-c", program], cwd=tmp_path, env={
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
@@ -97,6 +99,7 @@ def test_shell_blocks_run(document, tmp_path, monkeypatch, few_neighbours):
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     write_configurations(document, tmp_path)
     monkeypatch.setattr(tables, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(execution, "SECONDS", 0.05)         # of timing for --dtype auto
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     for block in SHELL[document]:

@@ -205,8 +205,8 @@ def qkv_inputs(model, name):
 @pytest.mark.parametrize("order", [False, True], ids=["legacy", "new"])
 @pytest.mark.parametrize("heads", ["exact", "official"])
 def test_captured_attention_is_that_of_the_blocks_own_projection(tiny_flags, arguments, order, heads):
-    """With two kinds of heads: 4 of the flag, and 32 channels each that the block really has."""
-    flags = tiny_flags | {"num_heads": 4, "num_head_channels": 32, "use_new_attention_order": order}
+    """With two kinds of heads: 4 of the flag, and 16 channels each that the block really has."""
+    flags = tiny_flags | {"num_heads": 4, "num_head_channels": 16, "use_new_attention_order": order}
     model = with_random_weights(create_model(**flags))
     tokens = qkv_inputs(model, "output.1")
     with torch.no_grad(), capture_attention(model, ["output.1"], heads=heads) as captured:
@@ -287,7 +287,7 @@ def test_the_gradient_reaches_x_through_captured_attention(tiny_flags, arguments
 def test_the_gradient_reaches_x_through_captured_features(tiny_flags, arguments, use_checkpoint):
     """Against finite differences along the gradient."""
     model = with_random_weights(create_model(**tiny_flags, use_checkpoint=use_checkpoint)).requires_grad_(False)
-    shapes = {"output.0": (2, 64, 8, 8), "output.1": (2, 64, 16, 16), "output.3": (2, 32, 16, 16)}
+    shapes = {"output.0": (2, 32, 8, 8), "output.1": (2, 32, 16, 16), "output.3": (2, 32, 16, 16)}
     weights = {name: randn(*shape) for name, shape in shapes.items()}
 
     def loss(x):
@@ -363,7 +363,7 @@ def test_unknown_heads_are_refused(model):
 
 def test_official_heads_must_divide_the_channels(tiny_flags):
     model = create_model(**tiny_flags | {"num_heads": 5, "num_head_channels": 32})
-    with pytest.raises(UserError, match="--num_heads 5: must divide the 64 channels of 'middle'"), \
+    with pytest.raises(UserError, match="--num_heads 5: must divide the 32 channels of 'middle'"), \
             capture_attention(model, ["middle"], heads="official"):
         pass
 
@@ -383,7 +383,7 @@ def test_an_override_replaces_the_attention_of_the_named_blocks_only(model, argu
         assert torch.equal(model(*arguments), expected)
 
         block = model.attention_blocks["middle"]
-        x = randn(1, 64, 8, 8)
+        x = randn(1, 32, 8, 8)
         with override_attention(model, ["middle"], lambda q, k, v: v):
             out = block(x)
         tokens = block.norm(x).flatten(2).transpose(1, 2)

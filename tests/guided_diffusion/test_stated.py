@@ -58,7 +58,7 @@ def test_a_file_of_pickled_weights_or_without_options_states_nothing(save, tmp_p
     ("image_size", 32, "16"), ("noise_schedule", "linear", "cosine"), ("diffusion_steps", 1000, "100"),
     ("predict_v", False, "True"), ("num_heads", 4, "2"), ("num_heads_upsample", 1, "-1"), ("num_channels", 64, "32"),
     ("learn_sigma", False, "True"), ("num_classes", 3, "2"), ("class_cond", False, "True"),
-    ("channel_mult", "1,2,2", "1,2"), ("attention_resolutions", "16", "8"), ("rescale_timesteps", True, "False"),
+    ("channel_mult", "1,2", "1,1"), ("attention_resolutions", "16", "8"), ("rescale_timesteps", True, "False"),
     ("num_head_channels", 16, "-1")])
 def test_a_flag_that_contradicts_the_file_is_refused(save, flag, value, stated):
     path = save("x.safetensors")
@@ -74,7 +74,7 @@ def test_several_contradictions_are_one_sentence(save):
 @pytest.mark.parametrize("given", [
     {"use_fp16": True}, {"use_bf16": True}, {"dropout": 0.5}, {"timestep_respacing": "5"}, {"use_kl": False},
     {"use_checkpoint": True}, {"rescale_learned_sigmas": True}, {"sigma_small": False}, {"num_heads": 2},
-    {"channel_mult": "1,2.0"}, {"attention_resolutions": "8,32"}, {"num_heads_upsample": 2}])
+    {"channel_mult": "1,1.0"}, {"attention_resolutions": "8,32"}, {"num_heads_upsample": 2}])
 def test_how_a_network_is_run_may_differ_and_what_means_the_same_is_the_same(save, given):
     preset_values({"model_path": save("x.safetensors"), **given})
 

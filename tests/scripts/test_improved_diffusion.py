@@ -147,7 +147,7 @@ def test_the_loss_is_the_one_that_the_flags_mean():
 def test_two_runs_without_a_folder_do_not_meet(tmp_path, monkeypatch, capsys, tiny_checkpoints):
     monkeypatch.chdir(tmp_path)
     line = ["--model_path", tiny_checkpoints / "model.safetensors", *flags(
-        {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
+        {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
          "num_heads": 2, "attention_resolutions": 8, "class_cond": True, "num_classes": 2, "learn_sigma": True,
          "resblock_updown": True, "timestep_respacing": 1, "num_samples": 1, "batch_size": 1})]
     assert call("image_sample", *line) == call("image_sample", *line, "--seed", 1) == 0

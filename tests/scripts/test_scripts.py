@@ -216,7 +216,7 @@ def test_readme_command_runs(name, tmp_path):
     given = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
     given |= {key: value for key, value in SMALLER.items() if key in given}
     given["timestep_respacing"] = "ddim2" if given["timestep_respacing"].startswith("ddim") else "2"
-    given |= {"channel_mult": "1,2", "num_classes": "3", "classifier_channel_mult": "1,2", "classifier_width": "32",
+    given |= {"channel_mult": "1,2", "num_classes": "3", "classifier_channel_mult": "1,1", "classifier_width": "32",
               "classifier_num_head_channels": "32", "out": str(tmp_path / "out")}
     given["model_path"] = str(tmp_path / "model.pt")
     if "classifier_path" in given:
@@ -243,7 +243,7 @@ def test_readme_command_of_an_upsampler_means_what_it_says_and_runs(line, tmp_pa
     assert sum(value.numel() for value in network.state_dict().values()) == find_preset(name).parameters
 
     given |= {key: value for key, value in SMALLER.items() if key in given}
-    given |= {"large_size": 16, "small_size": 8, "channel_mult": "1,2", "num_classes": "3", "timestep_respacing": 2,
+    given |= {"large_size": 16, "small_size": 8, "channel_mult": "1,1", "num_classes": "3", "timestep_respacing": 2,
               "num_head_channels": 32, "out": tmp_path / "out", "model_path": tmp_path / "model.pt",
               "base_samples": tmp_path / "base.npz"}
     run, _ = read_run(flags(given), UpsamplingRun)
@@ -484,7 +484,7 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"timestep_respacing": "ddim999"}, ["--timestep_respacing ddim999"]),
     ({"timestep_respacing": "10,,20"}, ["--timestep_respacing 10,,20"]),
     ({"image_size": 0}, ["--image_size 0"]),
-    ({"image_size": 17}, ["image size 17", "multiple of 2", "--channel_mult 1,2"]),
+    ({"image_size": 17}, ["image size 17", "multiple of 2", "--channel_mult 1,1"]),
     ({"channel_mult": ""}, ["--channel_mult", "16"]),
     ({"channel_mult": "1,-2"}, ["--channel_mult 1,-2"]),
     ({"channel_mult": "1,x"}, ["--channel_mult 1,x"]),
@@ -492,10 +492,10 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"channel_mult": "1,nan"}, ["--channel_mult 1,nan"]),
     ({"channel_mult": "1,1.5"}, ["1.5", "32"]),
     ({"num_channels": 20}, ["--num_channels 20", "32"]),
-    ({"num_heads": 7}, ["--num_heads 7", "64 channels"]),
+    ({"num_heads": 7}, ["--num_heads 7", "32 channels"]),
     ({"num_heads": 0}, ["--num_heads 0"]),
     ({"num_head_channels": 0}, ["--num_head_channels 0"]),
-    ({"num_head_channels": 48}, ["--num_head_channels 48", "64 channels"]),
+    ({"num_head_channels": 48}, ["--num_head_channels 48", "32 channels"]),
     ({"attention_resolutions": "8,x"}, ["--attention_resolutions 8,x"]),
     ({"attention_resolutions": "7"}, ["--attention_resolutions 7", "divide 16"]),
     ({"in_channels": 9}, ["--in_channels 9", "at most 8"]),
@@ -581,7 +581,7 @@ def test_bad_checkpoint_is_refused(command, refused, tmp_path, tiny_checkpoints)
 @pytest.mark.parametrize("changes, remedy", [
     ({"class_cond": False}, "--class_cond True"), ({"num_channels": 64}, "--num_channels 32"),
     ({"num_classes": 10}, "--num_classes 2"), ({"num_res_blocks": 2}, "--num_res_blocks 1"),
-    ({"channel_mult": "1,1"}, "--channel_mult 1,2"), ({"learn_sigma": False}, "--learn_sigma True"),
+    ({"channel_mult": "1,2"}, "--channel_mult 1,1"), ({"learn_sigma": False}, "--learn_sigma True"),
     ({"attention_resolutions": "16"}, "--attention_resolutions 8"), ({"in_channels": 3}, "--in_channels 1"),
     ({"resblock_updown": False}, "--resblock_updown True"),
     ({"use_scale_shift_norm": False}, "--use_scale_shift_norm True"),
@@ -598,7 +598,7 @@ def test_flags_that_do_not_fit_the_file_are_refused_with_the_right_one(changes, 
     ({"classifier_width": 64}, ["pass --classifier_width 32"]),
     ({"classifier_pool": "spatial"}, ["pass --classifier_pool attention"]),
     ({"classifier_pool": "mean"}, ["--classifier_pool mean", "adaptive, attention, spatial, spatial_v2"]),
-    ({"classifier_num_head_channels": 48}, ["--classifier_num_head_channels 48", "64 channels"]),
+    ({"classifier_num_head_channels": 48}, ["--classifier_num_head_channels 48", "32 channels"]),
     ({"classifier_width": 40}, ["--classifier_width 40", "32"]),
     ({"classifier_attention_resolutions": "5"}, ["--classifier_attention_resolutions 5"]),
 ])

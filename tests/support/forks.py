@@ -23,7 +23,7 @@ from pathlib import Path
 
 # What takes long to load, and what PyTorch loads when it is first used. Of this project, what sampling loads: programs
 # of tests put something in the place of parts of training before they load it.
-LOADED = ("torch.distributed", "torch._dynamo", "torch.utils.flop_counter", "safetensors.torch", "scipy.linalg",
+LOADED = ("torch.distributed.run", "torch._dynamo", "torch.utils.flop_counter", "safetensors.torch", "scipy.linalg",
           "scipy.special", "PIL.Image", "yaml", "tqdm", "guided_diffusion.runs.command", "guided_diffusion.unet")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_FILES = 200

@@ -5,12 +5,12 @@ from torch import nn
 
 from guided_diffusion.nn import GroupNorm32
 
-TINY = {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2",
+TINY = {"image_size": 16, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1",
         "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 2, "learn_sigma": True,
         "resblock_updown": True, "use_scale_shift_norm": True}
 TINY_CLASSIFIER = {"image_size": 16, "in_channels": 1, "num_classes": 2, "classifier_width": 32,
-                   "classifier_depth": 1, "classifier_channel_mult": "1,2", "classifier_attention_resolutions": "8",
-                   "classifier_num_head_channels": 32}
+                   "classifier_depth": 1, "classifier_channel_mult": "1,1", "classifier_attention_resolutions": "8",
+                   "classifier_num_head_channels": 16}
 
 
 TINY_SHAPE = (1, 16, 16)

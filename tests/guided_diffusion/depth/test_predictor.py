@@ -33,6 +33,12 @@ BLOCKS = ("output.0", "output.1", "output.3")
 
 
 @pytest.fixture
+def tiny_flags(tiny_flags):
+    """Of a network whose blocks differ in their channels."""
+    return tiny_flags | {"channel_mult": "1,2"}
+
+
+@pytest.fixture
 def model(tiny_flags):
     return with_random_weights(create_model(**tiny_flags | {"in_channels": 3, "class_cond": False}))
 

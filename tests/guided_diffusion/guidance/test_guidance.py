@@ -399,7 +399,7 @@ def test_every_block_works_on_images_that_are_not_square():
 @pytest.mark.parametrize("new_order", [False, True])
 def test_official_heads_split_the_map_as_the_official_code_does(new_order):
     """It believes in `num_heads` heads in legacy order, whatever the block has."""
-    model, diffusion = build(num_head_channels=16, use_new_attention_order=new_order)
+    model, diffusion = build(num_head_channels=8, use_new_attention_order=new_order)
     case = SimpleNamespace(model=model, diffusion=diffusion, t=torch.tensor([4, 4]), kwargs={"y": torch.tensor([0, 1])},
                            x=torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(3)))
     qkv = projections(model, BLOCK, case.x, torch.tensor([444, 444]), **case.kwargs)

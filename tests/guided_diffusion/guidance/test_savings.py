@@ -62,7 +62,7 @@ def build(**flags):
 
 def depth_terms(case):
     """Depth consistency and depth prior guidance, as `DagOptions` builds them."""
-    predictors = DepthPredictors({"strong": {"output.0": 64, "output.2": 32}, "weak": {"output.0": 64}}, 16, "", "")
+    predictors = DepthPredictors({"strong": {"output.0": 32, "output.2": 32}, "weak": {"output.0": 32}}, 16, "", "")
     with_random_weights(predictors, seed=4).requires_grad_(False)
     prior_model = with_random_weights(torch.nn.Conv2d(1, 1, 3, padding=1), seed=5).requires_grad_(False)
     prior = SimpleNamespace(image_size=8, diffusion=create_gaussian_diffusion(), eps=lambda x, tau: prior_model(x))
@@ -181,8 +181,8 @@ def test_a_prefix_holds_what_it_says_and_no_graph(case):
     with torch.enable_grad(), capture.capture_prefix(case.model, "output.0") as prefixes:
         case.model(case.x.clone().requires_grad_(), case.t, **case.kwargs)
     prefix, = prefixes
-    # The map at 8x8 with 64 channels, and the skips of input.2 (8x8, 32 channels), input.1 and input.0 (16x16, 32).
-    assert prefix.memory == COUNT * 4 * (64 * 64 + 64 * 32 + 2 * 256 * 32)
+    # The map at 8x8, and the skips of input.2 (8x8), input.1 and input.0 (16x16), each of 32 channels.
+    assert prefix.memory == COUNT * 4 * 32 * (2 * 64 + 2 * 256)
     assert not any(tensor.requires_grad for tensor in (prefix.h, prefix.emb, *prefix.skips, prefix.inputs[0]))
     with pytest.raises(UserError, match=r"'output\.9' is no attention block"), capture.capture_prefix(
             case.model, "output.9"):

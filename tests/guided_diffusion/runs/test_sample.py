@@ -10,7 +10,7 @@ from commands import samples_in
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion import execution
-from guided_diffusion.checkpoint import load_state_dict, save_state
+from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import to_uint8
@@ -81,17 +81,20 @@ def test_colour_network_without_labels(sample, tmp_path):
     assert (images[..., 0] != images[..., 1]).any()
 
 
-def test_classifier_raises_the_probability_of_its_label(sample, tiny_checkpoints):
-    classifier = create_classifier(**TINY_CLASSIFIER)
-    classifier.load_state_dict(load_state_dict(tiny_checkpoints / "classifier.safetensors"))
+def test_classifier_raises_the_probability_of_its_label(sample, tmp_path):
+    """By a classifier of more channels, whose random weights tell images further apart."""
+    flags = {**TINY_CLASSIFIER, "classifier_channel_mult": "1,2"}
+    classifier = with_random_weights(create_classifier(**flags), seed=1)
+    save_state(tmp_path / "classifier.pt", classifier.state_dict())
 
     def log_probability(images, labels):
         x = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
-            logits = classifier.eval()(x, torch.zeros(len(x), dtype=torch.long))
+            logits = classifier(x, torch.zeros(len(x), dtype=torch.long))
         return logits.log_softmax(dim=1)[torch.arange(len(x)), torch.from_numpy(labels)]
 
-    guidance = {**TINY_CLASSIFIER, "classifier_guidance": True, "labels": "balanced", "num_samples": 8}
+    guidance = {**flags, "classifier_path": tmp_path / "classifier.pt", "classifier_guidance": True,
+                "labels": "balanced", "num_samples": 8}
     weak, strong = (log_probability(*sample(**guidance, classifier_scale=scale)) for scale in (0.0, 500.0))
     assert (strong - weak).min() > 0.01
 

@@ -23,7 +23,7 @@ from guided_diffusion.script_util import create_classifier, sr_create_model_and_
 from guided_diffusion.unet import SuperResModel
 
 UPSAMPLER = {"large_size": 16, "small_size": 8, "in_channels": 3, "num_channels": 32, "num_res_blocks": 1,
-             "channel_mult": "1,2", "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 2,
+             "channel_mult": "1,1", "num_heads": 2, "attention_resolutions": "8", "class_cond": True, "num_classes": 2,
              "learn_sigma": True, "resblock_updown": True}
 
 
