@@ -16,7 +16,7 @@ SETTINGS = unguided sag cg sag_cg autoguidance
 # What computes with networks or on features: its rounding depends on the processor and on the number of threads.
 NUMERICAL = tests/guided_diffusion/guidance tests/guided_diffusion/depth tests/guided_diffusion/runs/test_sample.py \
 	$(addprefix tests/guided_diffusion/test_,$(addsuffix .py,attention gaussian_diffusion golden_chains losses nn sampling \
-	unet)) tests/evaluations/attention tests/evaluations/extractors tests/evaluations/metrics
+	unet winograd)) tests/evaluations/attention tests/evaluations/extractors tests/evaluations/metrics
 
 .PHONY: sample test test-elsewhere lint docs
 
