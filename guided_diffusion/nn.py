@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .losses import mean_flat
 
-__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last", "mean_flat", "normalization", "timestep_embedding",
-           "zero_module"]
+__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last_on_cpu", "mean_flat", "normalization",
+           "timestep_embedding", "zero_module"]
 
 Module = TypeVar("Module", bound=nn.Module)
+_HALVES = (torch.bfloat16, torch.float16)       # whose norms on a CPU compute in float32 by themselves
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
@@ -34,14 +35,13 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape and type."""
-        if x.device.type == "cpu" and is_channels_last(x):
-            if x.shape[2:].numel() < 1024:
-                # The kernel for small channels_last maps walks through them by single groups: copying twice is faster.
-                normed = super().forward(x.float().contiguous())
-                return normed.to(x.dtype, memory_format=torch.channels_last)
-            if not torch.is_grad_enabled():
-                return super().forward(x)       # to the bit: the kernel for large ones computes in float32 by itself
-        return super().forward(x.float()).to(x.dtype)
+        computes_by_itself = x.device.type == "cpu" and x.dtype in _HALVES and not torch.is_grad_enabled()
+        values = x if computes_by_itself else x.float()
+        if is_channels_last_on_cpu(x) and x.shape[2:].numel() < 1024:
+            # The kernel for small channels_last maps walks through them by single groups: copying twice is faster.
+            normed = super().forward(values.contiguous())
+            return normed.to(x.dtype, memory_format=torch.channels_last)
+        return super().forward(values).to(x.dtype)
 
 
 class SiLU(nn.Module):
@@ -55,9 +55,10 @@ class SiLU(nn.Module):
         return nn.functional.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Says whether x is a map (N, C, H, W) that is stored in the order N, H, W, C."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def is_channels_last_on_cpu(x: Tensor) -> bool:
+    """Says whether x is a map (N, C, H, W) that is stored in the order N, H, W, C, in the memory of the CPU."""
+    return (x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            and not x.is_contiguous())
 
 
 def normalization(channels: int) -> GroupNorm32:

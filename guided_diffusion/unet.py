@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
-from .nn import SiLU, checkpoint, is_channels_last, normalization, timestep_embedding, zero_module
+from .nn import SiLU, checkpoint, is_channels_last_on_cpu, normalization, timestep_embedding, zero_module
 from .shapes import POOLS
 from .winograd import Conv3x3
 
@@ -39,7 +39,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2 H, 2 W)."""
-        if self.conv is not None and x.device.type == "cpu" and x.dtype == torch.float32 and is_channels_last(x):
+        if self.conv is not None and x.dtype == torch.float32 and is_channels_last_on_cpu(x):
             return _upsample_and_convolve(x, self.conv)
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)

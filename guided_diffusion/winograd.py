@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .nn import is_channels_last
+from .nn import is_channels_last_on_cpu
 
 __all__ = ["Conv3x3", "convolve"]
 
@@ -27,7 +27,7 @@ class Conv3x3(nn.Conv2d):
 
     def _is_faster(self, x: Tensor) -> bool:
         height, width = x.shape[2:]
-        return (x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and is_channels_last(x)
+        return (x.dtype == self.weight.dtype == torch.float32 and is_channels_last_on_cpu(x)
                 and min(self.weight.shape[:2]) >= CHANNELS and height * width >= PIXELS
                 and height % 2 == width % 2 == 0)
 

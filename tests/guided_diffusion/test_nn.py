@@ -28,11 +28,13 @@ def test_the_step_embedding_takes_fractions_and_pads_odd_widths():
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_norms_compute_in_float32(dtype, memory_format):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_norms_compute_in_float32(dtype, memory_format, recorded):
     """The squares of these values overflow a float16 sum, and a bfloat16 sum of them stalls."""
     x = (30 + 3 * torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
     norm = normalization(64)
-    got = norm(x.to(memory_format=memory_format))
+    with torch.set_grad_enabled(recorded):
+        got = norm(x.to(memory_format=memory_format))
     expected = nn.functional.group_norm(x.double(), 32, eps=norm.eps)
     assert got.dtype == dtype and norm.weight.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3)
