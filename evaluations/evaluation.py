@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,23 +212,29 @@ def settings_text(extractor: FeatureExtractor) -> str:
                       sort_keys=True)
 
 
-def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> None:
-    """Raises UserError where the statistics stored in a reference are those of another extractor.
+def other_extractor(file: BatchFile, extractor: FeatureExtractor) -> str:
+    """Returns whose statistics a file stores, in words, where they are those of another extractor; else "".
 
-    Extractors are told apart by the SHA-256 of their weights, and by name where the reference does not hold that.
+    Extractors are told apart by the SHA-256 of their weights, and by name where the file does not hold that. A file
+    that names none is not judged.
     """
-    name, sha256 = reference.value("backend", str), reference.value("backend_sha256", str)
+    name, sha256 = file.value("backend", str), file.value("backend_sha256", str)
     if name is None:
-        return
+        return ""
     if (name == extractor.name) if sha256 is None else (sha256 == extractor.fingerprint):
-        settings = reference.value("backend_settings", str)
-        if settings not in (None, settings_text(extractor)):
-            raise UserError(f"{reference.path}: its statistics are of {name!r} with other settings ({cut(settings)}, "
-                            f"not {cut(settings_text(extractor))}): make it again with scripts/make_reference.py")
-        return
+        settings = file.value("backend_settings", str)
+        if settings in (None, settings_text(extractor)):
+            return ""
+        return f"of {name!r} with other settings ({cut(settings)}, not {cut(settings_text(extractor))})"
     weights = "" if sha256 is None else f" (SHA-256 {sha256[:16]}..., not {extractor.fingerprint[:16]}...)"
-    raise UserError(f"{reference.path}: its statistics are of the network {name!r}, not of {extractor.name!r}{weights}"
-                    ": pass another --backend")
+    return f"of the network {name!r}, not of {extractor.name!r}{weights}"
+
+
+def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> None:
+    """Raises UserError where the statistics stored in a reference are those of an `other_extractor`."""
+    if whose := other_extractor(reference, extractor):
+        raise UserError(f"{reference.path}: its statistics are {whose}: pass another --backend, or make it again with "
+                        "scripts/make_reference.py")
 
 
 def stored_count(reference: BatchFile) -> int:
@@ -325,15 +331,29 @@ class Evaluation:
                                       drawn and Feature.POOLED not in self.reference.members)
             progress.update()
             for file in self.samples:
-                samples.append(self._extract(file, self._count(file), folder, wanted, drawn))
+                with dist_util.together():
+                    foreign = self._foreign(file)
+                samples.append(self._extract(file, self._count(file), folder, wanted, drawn, foreign))
                 progress.update()
         with dist_util.together():
             check_same_widths(reference, samples)
         return reference, samples
 
+    def _foreign(self, file: BatchFile) -> dict[Feature, str]:
+        """Returns whose statistics a sample file stores, by their kind, where they are not those of the extractor."""
+        whose = other_extractor(file, self.extractor)
+        if file.value("backend", str) is None and not self.extractor_options.kind.is_inception:
+            whose = f"Inception's, not those of {self.extractor.name!r}"        # as those of files that name no network
+        depth = self.depth.other_networks(file) if self.depth else ""
+        found = {kind: depth if kind is Feature.DEPTH else whose for kind in SUFFIXES}
+        return {kind: words for kind, words in found.items() if words and file.statistics(SUFFIXES[kind])}
+
     def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
-                 ) -> FileFeatures:
-        """Extracts the features that `metrics` read, and those of a picture, of the first `count` images."""
+                 foreign: Collection[Feature] = ()) -> FileFeatures:
+        """Extracts the features that `metrics` read, and those of a picture, of the first `count` images.
+
+        foreign: the kinds whose stored statistics are not used.
+        """
         features: dict[str, np.ndarray] = {}
         if plotted or any(metric.needs_network for metric in metrics):
             found = extract(file, self.extractor, folder, self.extractor_options.batch_size, count)
@@ -345,7 +365,7 @@ class Evaluation:
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
                     depth = self.depth.features(file, count)
                     features |= {Feature.DEPTH: depth.depth, Feature.SHARPNESS: depth.sharpness}
-        return FileFeatures(file, count or stored_count(file), features)
+        return FileFeatures(file, count or stored_count(file), features, SUFFIXES.keys() - set(foreign))
 
     def _recognised(self, features: Features, file: BatchFile) -> np.ndarray:
         """Returns for each image 1.0 where its class is named as its label says, else 0.0."""
@@ -382,6 +402,7 @@ class Evaluation:
     def _warn(self, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
         if self.extractor.caveat:
             self.warn(self.extractor.caveat)
+        self._warn_of_statistics(samples)
         self._warn_of_labels(samples)
         files = (reference, *samples)
         counts = [features.count for features in files if features.count]
@@ -391,6 +412,14 @@ class Evaluation:
         sizes = [features.file.resolution for features in files if len(features.file)]
         if len(set(sizes)) > 1:
             self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
+
+    def _warn_of_statistics(self, samples: Sequence[FileFeatures]) -> None:
+        """Warns where statistics that a sample file stores are not used, since another network made them."""
+        read = {metric.feature for metric in self.options.wanted if metric.needs is FromReference.STATISTICS}
+        for sample in (sample for sample in samples if sample.is_whole):
+            for whose in dict.fromkeys(words for kind, words in self._foreign(sample.file).items() if kind in read):
+                self.warn(f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed "
+                          "instead")
 
     def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
         """Warns where labels are probably not those of the classes that the network tells apart."""

@@ -94,15 +94,20 @@ class DepthExtractor:
 
         Raises UserError where it was made by other networks.
         """
-        if not all(name in reference.members for name in DEPTH_ARRAYS):
-            return False
+        if whose := self.other_networks(reference):
+            raise UserError(f"{reference.path}: its statistics are {whose}: make it again with "
+                            "scripts/make_reference.py")
+        return all(name in reference.members for name in DEPTH_ARRAYS)
+
+    def other_networks(self, file: BatchFile) -> str:
+        """Returns whose `reference_arrays` a file stores, in words, where they are those of other networks; else ""."""
         made_by = {"judge": self.scenes.fingerprint, "extractor": self.classifier.fingerprint}
-        for name, fingerprint in made_by.items():
-            if reference.value(name) != fingerprint:
-                raise UserError(f"{reference.path}: its statistics are those of another {name} (SHA-256 "
-                                f"{str(reference.value(name))[:16]}..., not {fingerprint[:16]}...): make it again with "
-                                "scripts/make_reference.py")
-        return True
+        if any(name in file.members for name in DEPTH_ARRAYS):
+            for name, fingerprint in made_by.items():
+                if (stated := file.value(name, str)) != fingerprint:
+                    given = "none is named" if stated is None else f"SHA-256 {stated[:16]}..."
+                    return f"those of another {name} ({given}, not {fingerprint[:16]}...)"
+        return ""
 
 
 def depth_extractor(extractor: FeatureExtractor) -> DepthExtractor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -37,6 +37,7 @@ OF_DEPTH = frozenset({Feature.DEPTH, Feature.SHARPNESS})
 OF_PIXELS = frozenset({Feature.SATURATION, Feature.CONTRAST})      # which no network sees
 # What the names of the statistics of each kind end in, in reference batches.
 SUFFIXES = {Feature.POOLED: "", Feature.SPATIAL: "_s", Feature.DEPTH: "_depth"}
+OF_NETWORK = frozenset({Feature.POOLED, Feature.SPATIAL})          # of them, those of the network that sees the images
 
 
 def feature_statistics(features: np.ndarray, rows: int = 4096) -> Statistics:
@@ -77,19 +78,21 @@ class FeatureSet:
 class FileFeatures(FeatureSet):
     """The features of the first `count` images of a file, with what the file stores of them.
 
-    features: those that were extracted, by kind. Where a kind was not, the file must hold it. Statistics that the file
-    stores are used only where all of its images take part.
+    features: those that were extracted, by kind. Where a kind was not, the file must hold it. stored: the kinds whose
+    stored statistics are used, since they are of the same network; and even they only where all images take part.
     """
 
-    def __init__(self, file: BatchFile, count: int, features: Mapping[str, np.ndarray] | None = None) -> None:
+    def __init__(self, file: BatchFile, count: int, features: Mapping[str, np.ndarray] | None = None,
+                 stored: Collection[Feature] = frozenset(SUFFIXES)) -> None:
         super().__init__(features or {}, count)
-        self.file = file
+        self.file, self.stored = file, stored
 
     def first(self, count: int) -> FileFeatures:
         """Returns the features of the first `count` images alone."""
         if count == self.count:
             return self
-        return FileFeatures(self.file, count, {kind: values[:count] for kind, values in self.features.items()})
+        return FileFeatures(self.file, count, {kind: values[:count] for kind, values in self.features.items()},
+                            self.stored)
 
     def __getitem__(self, kind: Feature) -> np.ndarray:
         """Returns the features of that kind, (N, ...): extracted, stored, or measured on the pixels."""
@@ -104,7 +107,7 @@ class FileFeatures(FeatureSet):
 
     def statistics(self, kind: Feature) -> Statistics:
         """Returns mean and covariance of the features of that kind, stored or computed."""
-        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole else None
+        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole and kind in self.stored else None
         return stored or super().statistics(kind)
 
     @property
@@ -114,7 +117,7 @@ class FileFeatures(FeatureSet):
 
     def description(self) -> dict[str, Any]:
         """Returns what results say of the file."""
-        stored = self.is_whole and any(self.file.statistics(suffix) for suffix in ("", "_s"))
+        stored = self.is_whole and any(self.file.statistics(SUFFIXES[kind]) for kind in OF_NETWORK & set(self.stored))
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
                 "statistics": "stored" if stored else "computed",
                 **({"resolution": self.file.resolution} if len(self.file) else {})}

@@ -230,6 +230,25 @@ def test_statistics_of_the_same_network_trained_again_are_refused(save, evaluate
     assert "another --backend" in refused(save("foreign", images, **{**arrays, "backend": np.array("other")}), sample)
 
 
+def test_stored_statistics_of_a_sample_file_are_not_used_where_another_network_made_them(save, evaluate, tmp_path):
+    images, words = clothes(20, 1), ("--metrics", "fid,sfid")
+    call("make_reference", save("source", images), tmp_path / "made.npz", *FASHION_MNIST)
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = {name: made[name] for name in made if name not in ("arr_0", "mu_s", "sigma_s")}
+    arrays["mu"] += 5
+    nameless = {name: array for name, array in arrays.items() if not name.startswith("backend")}
+    right, renamed, unnamed = (save(name, images, **more) for name, more in (
+        ("right", arrays), ("renamed", arrays | {"backend_sha256": np.array("0" * 64)}), ("unnamed", nameless)))
+    reference, plain = save("reference", clothes(20)), tmp_path / "source.npz"
+    results, printed = evaluate(reference, right, renamed, unnamed, *words, "--held_out", plain)
+    of_plain, of_right, *others = values(results)
+    assert of_right["fid"] > of_plain["fid"] + 1000 and others == [of_plain, of_plain]
+    assert [result["sample"]["statistics"] for result in results] == ["computed", "stored", "computed", "computed"]
+    lines = [line for line in printed.err.splitlines() if "those of its images were computed instead" in line]
+    assert len(lines) == 2 and "renamed.npz" in lines[0] and "SHA-256 0000" in lines[0]
+    assert "unnamed.npz: its stored statistics are Inception's" in lines[1]
+
+
 def test_bundled_reference(save, evaluate, tmp_path):
     results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"

@@ -257,10 +257,13 @@ def test_what_the_command_refuses(save, scenes, refused, tmp_path):
 
 def test_a_reference_of_another_network_is_refused(extractor, tmp_path):
     bundled = open_reference("scenes32")
-    arrays = {name: bundled.read(name) for name in bundled.members} | {"judge": np.array("0" * 64)}
-    np.savez(tmp_path / "other.npz", **arrays)
-    with pytest.raises(UserError, match=r"other.npz: its statistics are those of another judge \(SHA-256 0000"):
-        read_reference(str(tmp_path / "other.npz"), extractor)
+    arrays = {name: bundled.read(name) for name in bundled.members}
+    for changed, said in (({"judge": np.array("0" * 64)}, "SHA-256 0000"),
+                          ({"sharpness": None, "judge": None}, "none is named")):
+        kept = {name: array for name, array in (arrays | changed).items() if array is not None}
+        np.savez(tmp_path / "other.npz", **kept)
+        with pytest.raises(UserError, match=rf"other.npz: its statistics are those of another judge \({said}"):
+            read_reference(str(tmp_path / "other.npz"), extractor)
 
 
 # Files of depth maps
