@@ -291,12 +291,15 @@ class Evaluation:
                 read_labels_by_name(file, self.extractor_options.kind.class_names())
 
     def _check_counts(self) -> None:
-        needed = max(metric.smallest_count for metric in self.options.wanted)
-        counts = [(file, self._count(file)) for file in self.samples] + [(self.reference, len(self.reference))]
-        for file, count in counts:
+        wanted, width = self.options.wanted, self.extractor_options.kind.pooled
+        of_samples = max(metric.smallest_samples(width) for metric in wanted)
+        of_reference = max(metric.smallest_count for metric in wanted)
+        counts = [(file, self._count(file), of_samples) for file in self.samples]
+        for file, count, needed in (*counts, (self.reference, len(self.reference), of_reference)):
             if 0 < count < needed:
+                why = f", {needed // width} for each of the {width} features" if needed > of_reference else ""
                 raise UserError(f"{file.path}: has {count} images, --metrics {self.options.metrics} needs at least "
-                                f"{needed}")
+                                f"{needed}{why}")
 
     def _count(self, file: BatchFile) -> int:
         return self.options.num_images or len(file)
