@@ -7,6 +7,7 @@ with the same seed, image i begins in the same noise in every file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +104,7 @@ def _replicates(statistic: Statistic, drawn: np.ndarray) -> Replicates:
 
 
 def _described(word: str, number: Replicates, difference: Replicates | None) -> dict[str, Any]:
-    low, high = bootstrap_interval(number.values, number.estimate)
-    described = {"value": number.estimate, "interval95": [max(0.0, low), high]}     # none of them can be negative
+    described = {"value": number.estimate, "interval95": list(METRICS[word].bounds(number) or (math.nan, math.nan))}
     if difference is None:
         return described
     bounds = bootstrap_interval(difference.values, difference.estimate)

@@ -40,9 +40,9 @@ def intercept(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
 def frechet_distance_at_infinity(mu: np.ndarray, sigma: np.ndarray, features: np.ndarray, seed: int = 0) -> float:
     """Returns the FID that infinitely many samples would have: the value at 0 of a line in 1 / N through 15 FIDs.
 
-    mu (D,), sigma (D, D): statistics of the reference. features: (N, D) of the samples, at least 20 and 4 D. The FIDs are of
-    the first images of an order that `seed` draws, so that larger subsets hold the smaller ones. The result may be
-    slightly below 0. Raises UserError as `frechet_distance`, and for too few images. Source: Chong and Forsyth
+    mu (D,), sigma (D, D): statistics of the reference. features: (N, D) of the samples, at least 20 and 4 D. The
+    FIDs are of the first images of an order that `seed` draws, so that larger subsets hold the smaller ones. The result
+    may be slightly below 0. Raises UserError as `frechet_distance`, and for too few images. Source: Chong and Forsyth
     1911.07023, section 3.1.
     """
     features = checked_features(features, "features", 2)

@@ -13,6 +13,7 @@ the reference and of the samples, by kind:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -82,7 +83,8 @@ class Metric:
     metric of so many images. by_network: its name with features of a network that is not the Inception of 2015, with {}
     for that; "" where its name says nothing of the Inception. by_halves: whether its resamplings are random halves of
     the samples. is_share: whether it counts images, so that it has no interval where too few of them are on one side.
-    may_be_negative: whether bounds below 0 make sense.
+    least, most: its smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that
+    may have either sign. Its resamplings are those of that number, with the sign that makes the number itself positive.
     """
 
     word: str
@@ -101,7 +103,9 @@ class Metric:
     by_network: str = ""
     by_halves: bool = False
     is_share: bool = False
-    may_be_negative: bool = False
+    least: float = 0.0
+    most: float = math.inf
+    is_magnitude: bool = False
 
     @property
     def no_interval(self) -> str:
@@ -145,10 +149,20 @@ class Metric:
 
         Raises UserError for fewer than 2.
         """
-        interval = self.replicates(comparison, replicates).interval
-        if interval is None or self.may_be_negative:
-            return interval
-        return Interval(max(0.0, interval.low), interval.high)
+        return self.bounds(self.replicates(comparison, replicates))
+
+    def bounds(self, number: Replicates) -> Interval | None:
+        """Returns the 95 % interval of one of its numbers, within the values that it can have; None as `interval`.
+
+        That of a magnitude is the interval of the signed number, folded at 0. Differences of numbers have no bounds.
+        """
+        interval = number.interval
+        if interval is None:
+            return None
+        low, high = interval
+        if self.is_magnitude:
+            high = max(high, -low)
+        return Interval(min(max(low, self.least), self.most), min(max(high, self.least), self.most))
 
     def replicates(self, comparison: Comparison, count: int) -> Replicates:
         """Returns the value with those of `count` resamplings, which are the same for files of equally many images.
@@ -173,7 +187,7 @@ def _frechet(word: str, title: str, feature: Feature, official: bool, by_network
 
 
 def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int,
-                official: bool = False) -> Metric:
+                official: bool = False, most: float = 1) -> Metric:
     """The record of the mean of `values`, one for each sample, that come from nearest neighbours in the reference."""
     def value(comparison: Comparison) -> float:
         return float(values(comparison).mean())
@@ -184,7 +198,7 @@ def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray
         return Resampled(resampled_mean(found), len(found), replicates)
 
     return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
-                  official=official, is_share=True)
+                  official=official, is_share=True, most=most)
 
 
 def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarray],
@@ -200,7 +214,7 @@ def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarr
                          partial(subset_replicates, reference_images=len(reference)))
 
     return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
-                  official=official, by_halves=True)
+                  official=official, by_halves=True, most=1)
 
 
 def _inception_score(comparison: Comparison) -> float:
@@ -262,15 +276,15 @@ def _resampled_class_accuracy(comparison: Comparison) -> Resampled:
     return Resampled(resampled_mean(100 * recognised), len(recognised), share_replicates)
 
 
-def _of_images(word: str, title: str, direction: Direction, feature: Feature) -> Metric:
-    """The record of the mean of features that are one number an image."""
+def _of_images(word: str, title: str, direction: Direction, feature: Feature, most: float = math.inf) -> Metric:
+    """The record of the mean of features that are one number an image, at most `most`."""
     def value(comparison: Comparison) -> float:
         return float(np.mean(comparison.sample[feature]))
 
     def resampled(comparison: Comparison) -> Resampled:
         return Resampled(resampled_mean(comparison.sample[feature]), comparison.sample.count)
 
-    return Metric(word, title, direction, feature, value, resampled)
+    return Metric(word, title, direction, feature, value, resampled, most=most)
 
 
 _SHARPNESS = _of_images("sharpness", "Edge sharpness", Direction("sharper", "softer"), Feature.SHARPNESS)
@@ -286,38 +300,40 @@ def _sharpness_gap(comparison: Comparison) -> float:
 
 def _resampled_sharpness_gap(comparison: Comparison) -> Resampled:
     resampled, real = _SHARPNESS.resampled(comparison), _real_sharpness(comparison)
-    return Resampled(lambda counts: abs(resampled.statistic(counts) - real), resampled.sizes)
+    sign = 1 if _SHARPNESS.value(comparison) >= real else -1
+    return Resampled(lambda counts: sign * (resampled.statistic(counts) - real), resampled.sizes)
 
 
 METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("is", "Inception Score", HIGHER, Feature.PROBABILITIES, _inception_score, _resampled_inception_score,
            official=True, if_nan="a class has probability 0 for some image, so that the Inception Score is not a "
-                                 "number, as in the official evaluator", by_network="Score of classes by {}"),
+                                 "number, as in the official evaluator", by_network="Score of classes by {}", least=1),
     _frechet("fid", "FID", Feature.POOLED, official=True, by_network="Frechet distance by {} features"),
     _frechet("sfid", "sFID", Feature.SPATIAL, official=True, by_network="Frechet distance by early {} features"),
     _of_samples("precision", "Precision", lambda comparison: comparison.membership[0], MANIFOLD_K, official=True),
     _of_reference("recall", "Recall", lambda comparison: comparison.membership[1], subset_recall, MANIFOLD_K,
                   official=True),
     Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES,
-           may_be_negative=True, by_network="Kernel distance by {} features"),
-    _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K),
+           least=-math.inf, by_network="Kernel distance by {} features"),
+    _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K,
+                most=math.inf),
     _of_reference("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, subset_coverage,
                   DENSITY_K),
     # Of depth maps that the extractor estimates (Kim et al., 2212.08861): FID of the maps, sharpness of their edges.
     _frechet("dfid", "dFID", Feature.DEPTH, official=False),
     _SHARPNESS,
     Metric("gap", "Sharpness gap", LOWER, Feature.SHARPNESS, _sharpness_gap, _resampled_sharpness_gap,
-           FromReference.FEATURES),
+           FromReference.FEATURES, is_magnitude=True),
     Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
            falls_with_count=True),
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
-           FromReference.STATISTICS, fewest=FEWEST, per_feature=SPAN, may_be_negative=True,
+           FromReference.STATISTICS, fewest=FEWEST, per_feature=SPAN, least=-math.inf,
            by_network="Frechet distance at infinity by {} features"),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
-           FromReference.FEATURES, is_share=True),
+           FromReference.FEATURES, is_share=True, most=100),
     Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.RECOGNISED, _class_accuracy,
-           _resampled_class_accuracy, is_share=True),
+           _resampled_class_accuracy, is_share=True, most=100),
     # Of the pixels themselves.
-    _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION),
-    _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST),
+    _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION, most=1),
+    _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST, most=0.5),
 )}

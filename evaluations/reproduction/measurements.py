@@ -169,7 +169,8 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
     for metric in (METRICS[word] for word in spec.words):
         if not metric.direction.reading and reference.knows(metric.feature):
             number = metric.replicates(Comparison(reference, reference), bootstrap)
-            own[metric.word] = {"value": number.estimate, "interval95": number.interval and list(number.interval)}
+            bounds = metric.bounds(number)
+            own[metric.word] = {"value": number.estimate, "interval95": bounds and list(bounds)}
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],
             **({"metrics": own} if own else {})}
 

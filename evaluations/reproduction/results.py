@@ -9,7 +9,7 @@ from typing import Any
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import read_json
 
-from ..metrics import Replicates
+from ..metrics import METRICS, Replicates
 from .costs import equivalent_evaluations, passes
 from .measurements import EvaluationSettings, Measurements, section_images
 from .missing import needs_depth_maps
@@ -129,7 +129,7 @@ def _metrics(row: Row, measured: Mapping[str, Replicates], base: Mapping[str, Re
 def _number(word: str, measured: Replicates | None, published: float | None, reasons: Sequence[str],
             base: Replicates | None) -> dict[str, Any]:
     """Returns a number beside the published one, and its difference from that of the row it is compared with."""
-    value, bounds = (None, None) if measured is None else (measured.estimate, measured.interval)
+    value, bounds = (None, None) if measured is None else (measured.estimate, METRICS[word].bounds(measured))
     described = _compared(value, bounds and list(bounds), published, reasons)
     if measured is not None and base is not None:
         difference = measured.minus(base)

