@@ -318,11 +318,14 @@ class Evaluation:
     def features(self, folder: Path) -> tuple[FileFeatures, list[FileFeatures]]:
         """Extracts what the metrics need of the reference and of each sample file; called on all ranks.
 
-        folder: keeps the features. Raises UserError where the reference's statistics are those of another extractor.
+        folder: keeps the features. Raises UserError where the reference's statistics are those of another extractor,
+        and where the classifier of class accuracy was trained on another one's features.
         """
         extractor = self.extractor
         with dist_util.together():
             check_extractor_of(self.reference, extractor)
+            if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
+                self.extractor_options.kind.check_judge(extractor)
             if self.depth:
                 self.depth.is_stored(self.reference)
         wanted = self.options.wanted
@@ -520,7 +523,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         for word, value in result["metrics"].items():
             metric = METRICS[word].by(backend.get("features_of", ""))
             low, high = result.get("intervals95", {}).get(word, (None, None))
-            of_count = f", of {metric.label} of {result['sample']['images']} images"
+            sides = [result["sample"]["images"], *[reference["images"]] * metric.of_fewer]
+            of_count = f", of {metric.label} of {min(sides)} images"
             label = "95 %" + of_count * metric.falls_with_count
             interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
             lines.append(f"{metric.title}: {'nan' if value is None else value}{interval}")

@@ -10,7 +10,7 @@ from guided_diffusion.options import cut, nearest
 
 from ..metrics.comparison import Feature
 from . import own
-from .base import PARTS, ExtractorKind, check_from, class_names_from, classify_from, load_from
+from .base import PARTS, ExtractorKind, check_from, check_judge_from, class_names_from, classify_from, load_from
 
 RECOGNISING = PARTS | {Feature.RECOGNISED}
 
@@ -27,7 +27,8 @@ EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
     ExtractorKind("photo", "EfficientNet-Lite0, trained on the photographs of ImageNet", load_from("photo"),
                   pooled=1280, spatial=14 * 14 * 7, probabilities=1000, network="EfficientNet-Lite0",
                   check=check_from("photo"), outputs=RECOGNISING, classes_of="icons",
-                  class_names=class_names_from("icons"), classify=classify_from("icons")),
+                  class_names=class_names_from("icons"), classify=classify_from("icons"),
+                  check_judge=check_judge_from("icons")),
     *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin

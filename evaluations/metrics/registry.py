@@ -80,11 +80,12 @@ class Metric:
     per_feature: and of the samples, so many for each number of their features. official: whether the evaluator computes
     it unless told otherwise. if_nan: what it means that the value is not a number.
     falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
-    metric of so many images. by_network: its name with features of a network that is not the Inception of 2015, with {}
-    for that; "" where its name says nothing of the Inception. by_halves: whether its resamplings are random halves of
-    the samples. is_share: whether it counts images, so that it has no interval where too few of them are on one side.
-    least, most: its smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that
-    may have either sign. Its resamplings are those of that number, with the sign that makes the number itself positive.
+    metric of so many images. of_fewer: whether it takes no more images of either file than the other one has.
+    by_network: its name with features of a network that is not the Inception of 2015, with {} for that; "" where its
+    name says nothing of the Inception. by_halves: whether its resamplings are random halves of the samples. is_share:
+    whether it counts images, so that it has no interval where too few of them are on one side. least, most: its
+    smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that may have either
+    sign. Its resamplings are those of that number, with the sign that makes the number itself positive.
     """
 
     word: str
@@ -100,6 +101,7 @@ class Metric:
     official: bool = False
     if_nan: str = "it is not a number"
     falls_with_count: bool = False
+    of_fewer: bool = False
     by_network: str = ""
     by_halves: bool = False
     is_share: bool = False
@@ -325,7 +327,7 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("gap", "Sharpness gap", LOWER, Feature.SHARPNESS, _sharpness_gap, _resampled_sharpness_gap,
            FromReference.FEATURES, is_magnitude=True),
     Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
-           falls_with_count=True),
+           falls_with_count=True, of_fewer=True),
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
            FromReference.STATISTICS, fewest=FEWEST, per_feature=SPAN, least=-math.inf,
            by_network="Frechet distance at infinity by {} features"),

@@ -89,6 +89,10 @@ def _intervals(results: Mapping[str, Any]) -> str:
         text += f" ({halved}: random halves of the samples)"
     if falling := _labels(metric for metric, _ in numbers if metric.falls_with_count):
         text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
+    references = (results["reference"] or {}).get("images", math.inf)
+    if max(section["images"] for section in results["sections"]) > references and (
+            limited := _labels(metric for metric, _ in numbers if metric.of_fewer)):
+        text += f" ({limited}: of at most the {references:,} images of the reference)"
     return text
 
 

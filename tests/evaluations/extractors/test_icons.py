@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evaluations import class_accuracy
+from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from evaluations.extractors.efficientnet import POOLED
 from evaluations.extractors.icons import IconsJudge, load_layer
 from evaluations.extractors.train_icons import IconsTrainingOptions, train
@@ -59,6 +60,11 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
     layer, out = trained
     with pytest.raises(UserError, match="trained on features of other weights"):
         IconsJudge(layer._replace(features_sha256="1" * 64), Colours())
+    icons = str(tmp_path / "test.npz")
+    evaluation = Evaluation(icons, [icons], ExtractorOptions(backend="photo"),
+                            EvaluatorOptions(metrics="class_accuracy"), extractor=Colours())
+    with pytest.raises(UserError, match="trained on features of other weights"):
+        evaluation.features(tmp_path)
     out.write_bytes(out.read_bytes()[:100])
     for path, message in ((out, "damaged"), (tmp_path / "no.safetensors", "no such file")):
         with pytest.raises(UserError, match=message):

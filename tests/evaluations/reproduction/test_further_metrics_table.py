@@ -43,7 +43,7 @@ def measured(tmp_path):
 
 
 def test_they_are_columns_with_words(measured, tmp_path):
-    real = coloured(70, 0)
+    real = coloured(50, 0)
     write_batch(tmp_path / "real.npz", {}, iter([real]), real.shape)
     said = measured(tmp_path / "real.npz")
     first, second = said["sections"][0]["rows"]
@@ -54,7 +54,8 @@ def test_they_are_columns_with_words(measured, tmp_path):
     assert said["reference"]["metrics"]["saturation"]["value"] == pytest.approx(saturation(real).mean())
     text = markdown(said)
     assert "| row | MIND | authenticity in % | saturation | contrast |" in text
-    assert "| real images | - | - | - | " in text
+    assert "more images have a lower one (MIND: of at most the 50 images of the reference)" in text
+    assert "| real images | - | - | " in text
 
 
 def test_too_few_images_for_fid_at_infinity_are_told_before_they_are_sampled(tmp_path):
