@@ -410,6 +410,7 @@ class Evaluation:
             self.warn(self.extractor.caveat)
         self._warn_of_statistics(samples)
         self._warn_of_labels(samples)
+        self._warn_of_intervals(samples)
         files = (reference, *samples)
         counts = [features.count for features in files if features.count]
         if len(set(counts)) > 1:
@@ -426,6 +427,15 @@ class Evaluation:
             for whose in dict.fromkeys(words for kind, words in self._foreign(sample.file).items() if kind in read):
                 self.warn(f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed "
                           "instead")
+
+    def _warn_of_intervals(self, samples: Sequence[FileFeatures]) -> None:
+        """Warns where intervals of Frechet distances are too wide, since images are few beside their features."""
+        wide = [metric.by(self.extractor_options.kind.network).label for metric in self.options.wanted
+                if metric.needs is FromReference.STATISTICS
+                and any(4 * sample[metric.feature][0].size > sample.count for sample in samples)]
+        if wide and self.options.bootstrap:
+            self.warn(f"95 % intervals of {' and '.join(wide)} are wider than they need to be, with fewer than 4 "
+                      "images for each feature")
 
     def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
         """Warns where labels are probably not those of the classes that the network tells apart."""

@@ -123,8 +123,16 @@ def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:
     if verdicts:
         others = sorted(set(verdicts) - {EQUAL, NO_WORD, "better", "worse"})
         words += [(", ".join(("better", "worse", *others)),
-                   "than the row that the table compares with, by the paired difference on the same image numbers"),
+                   "than the row that the table compares with, by the paired difference on the same image numbers. "
+                   f"{_by_chance(sum(word != NO_WORD for word in verdicts))}"),
                   (EQUAL, "the 95 % interval of the paired difference holds 0")]
         if NO_WORD in verdicts and not published:
             words.append((NO_WORD, VERDICTS[NO_WORD]))
     return words
+
+
+def _by_chance(count: int) -> str:
+    """Returns how many of so many comparisons would have a word by chance."""
+    return ("Where there is no true difference, such a word stands in about 5 % of all cases. Nothing corrects it for "
+            f"their number: of the {count:,} comparisons here, about {written_count(count / 20)} would have one by "
+            "chance")

@@ -297,6 +297,7 @@ def test_intervals(save, evaluate):
 def test_the_interval_of_mind_is_of_as_many_images_as_the_smaller_file_has(save, evaluate):
     _, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(30, 1)), "--metrics", "fid,mind",
                           "--bootstrap", 2)
+    assert "95 % intervals of FID are wider than they need to be" in printed.err
     assert "(95 %, of FID of 30 images: " in printed.out and "(95 %, of MIND of 20 images: " in printed.out
 
 

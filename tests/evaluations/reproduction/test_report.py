@@ -155,6 +155,9 @@ def test_markdown_of_a_small_table(small):
     assert "| no guidance | 0.57 (0.48 to 0.67) | " in text
     assert "500 images of each row.\n" in text and "500 images of each row, compared" not in text
     assert "1,000 images of each row, compared with no guidance.\n" in text and "- *better, worse*: than" in text
+    count = sum(bool(number["versus"]) for section in small["sections"] for row in section["rows"]
+                for number in row["metrics"].values())
+    assert f"of the {count} comparisons here, about {count / 20:.3g} would have one by chance" in text
     assert "1.95 (1.64 to 2.29), worse |" in text and "0.689 (0.674 to 0.705) |" in text
     assert "0.778 (0.765 to 0.792), better" in text and "7.14 (7.06 to 7.23), no difference" in text
     assert "published" not in text.lower() and "verdict" not in text and "comparable" not in text
