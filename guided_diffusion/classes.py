@@ -163,8 +163,14 @@ def _readings(root: Path, files: Sequence[Path], rule: str) -> Iterator[list[str
 
 def _by_prefix(files: Iterable[Path]) -> list[str] | None:
     """What stands before the first underscore; None where one has none."""
-    parts = [path.name.split("_", 1) for path in files]
-    return None if any(len(part) < 2 or not part[0] for part in parts) else [part[0] for part in parts]
+    prefixes = [_prefix(path) for path in files]
+    return prefixes if all(prefixes) else None
+
+
+def _prefix(path: Path) -> str:
+    """What stands before the first underscore of a file's name; empty where it has none."""
+    prefix, underscore, _ = path.name.partition("_")
+    return prefix if underscore else ""
 
 
 def _by_folders(root: Path, files: Iterable[Path]) -> Iterator[list[str]]:
@@ -182,7 +188,7 @@ def _without_class(root: Path, files: Iterable[Path], rule: str) -> UserError:
         path = next(path for path in files if path.parent == root)
         return UserError(f"{path}: has no class, with --classes folders it must lie in a folder of its class below "
                          f"{root}")
-    path = next(path for path in files if "_" not in path.name[1:])
+    path = next(path for path in files if not _prefix(path))
     return UserError(f"{path}: has no class, its name must be CLASS_anything{path.suffix}, or all images must lie in "
                      "folders of their classes (--classes folders)")
 

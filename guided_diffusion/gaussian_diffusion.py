@@ -69,10 +69,9 @@ class GaussianDiffusion(DiffusionProcess):
         return self._chain(sampling.ddpm_step, denoise, _first_noise(model, shape, noise, device),
                            _terms(guidance, cond_fn), progress)
 
-    def p_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None,
-                      **options: Any) -> Tensor:
-        """Images (N, C, H, W) by DDPM; options as in `p_sample_loop_progressive`."""
-        return sampling.last(self.p_sample_loop_progressive(model, shape, noise, **options))["sample"]
+    def p_sample_loop(self, model: nn.Module, shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+        """Images (N, C, H, W) by DDPM; the other arguments are those of `p_sample_loop_progressive`."""
+        return sampling.last(self.p_sample_loop_progressive(model, shape, *arguments, **options))["sample"]
 
     def ddim_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
@@ -85,10 +84,9 @@ class GaussianDiffusion(DiffusionProcess):
         return self._chain(sampling.DdimOptions(eta=eta).step(), denoise, _first_noise(model, shape, noise, device),
                            _terms(guidance, cond_fn), progress)
 
-    def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None,
-                         **options: Any) -> Tensor:
-        """Images (N, C, H, W) by DDIM; options as in `ddim_sample_loop_progressive`."""
-        return sampling.last(self.ddim_sample_loop_progressive(model, shape, noise, **options))["sample"]
+    def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+        """Images (N, C, H, W) by DDIM; the other arguments are those of `ddim_sample_loop_progressive`."""
+        return sampling.last(self.ddim_sample_loop_progressive(model, shape, *arguments, **options))["sample"]
 
     def solver_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], solver: str = "dpm-solver++", order: int = 2,
@@ -100,12 +98,12 @@ class GaussianDiffusion(DiffusionProcess):
     ) -> Iterator[Images]:
         """The chain of a multistep solver (see `solvers`), as `p_sample_loop_progressive`.
 
-        solver: "dpm-solver++" or "unipc". order: 1 (DDIM), 2 or 3. variant: of UniPC, "bh1" or "bh2". steps:
-        evaluations. grid: "time-uniform", "logsnr" or "time-quadratic", which lie in the whole chain that the network
-        was trained on, also where this one is respaced; or "chain", all steps of this one, however many (another number
-        than the default must then be theirs). eta: 1 is the stochastic form of DPM-Solver++ (orders 1 and 2).
-        dynamic_threshold: a quantile, such as 0.995, see `process.dynamically_thresholded`. Raises UserError for
-        what is not allowed.
+        solver: "dpm-solver++" or "unipc". order: 1 (of "dpm-solver++": DDIM), 2 or 3. variant: of UniPC, "bh1" or
+        "bh2". steps: evaluations. grid: "time-uniform", "logsnr" or "time-quadratic", which lie in the whole chain that
+        the network was trained on, also where this one is respaced; or "chain", all steps of this one, however many
+        (another number than the default must then be theirs). eta: 1 is the stochastic form of DPM-Solver++ (orders 1
+        and 2). dynamic_threshold: a quantile, such as 0.995, see `process.dynamically_thresholded`. Raises UserError
+        for what is not allowed.
         """
         options = solver_options(solver, order, variant, steps, grid, eta, dynamic_threshold)
         process = options.process(self)

@@ -17,7 +17,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
     section_counts: "ddimN" is the first whole stride that gives exactly N steps; else one count per section, as a
     list or like "10,20,30": the chain is cut into equal sections, each gets that many evenly spaced steps, its first
-    and last among them.
+    and, of several, its last among them; a section may have none.
     """
     return set(_spaced(num_timesteps, section_counts if isinstance(section_counts, str) else tuple(section_counts)))
 
@@ -33,14 +33,14 @@ def _spaced(num_timesteps: int, section_counts: str | tuple[int, ...]) -> frozen
                   (section_counts.split(",") if isinstance(section_counts, str) else section_counts)]
     except ValueError:
         counts = []
-    if not counts:
+    if not any(counts):
         raise UserError(f"{shown}: must be counts like 250 or 10,20,30, or like ddim25")
     size, extra = divmod(num_timesteps, len(counts))
     steps: list[int] = []
     start = 0
     for i, count in enumerate(counts):
         section = size + (i < extra)
-        if not 1 <= count <= section:
+        if not 0 <= count <= section:
             raise UserError(f"{shown}: a section of {section} steps cannot give {count}")
         stride = (section - 1) / (count - 1) if count > 1 else 1
         # Multiplied out one at a time, so that ties round as they did for the published samples.

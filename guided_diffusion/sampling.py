@@ -170,7 +170,7 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
                  guidance: Sequence[Guidance] = (), image_ids: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.
 
-    noise_at: respaced step index -> (N, C, H, W); called once a step, and not at all by DDIM with eta 0. Raises
+    noise_at: respaced step index -> (N, C, H, W); called at most once a step, by samplers that draw noise there. Raises
     NonFiniteError where the network returns NaN or infinity.
     """
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids

@@ -149,7 +149,7 @@ class SolverOptions(SamplerOptions):
 
     refused_elsewhere = True
 
-    solver_order: int = option(2, "order of the solver: 1, 2 or 3; 1 is DDIM", choices=ORDERS)
+    solver_order: int = option(2, "order of the solver: 1, 2 or 3; 1 of dpm-solver++ is DDIM", choices=ORDERS)
     solver_grid: str = option("time-uniform", f"where the network is evaluated: {', '.join(GRIDS)}", choices=GRIDS)
     sampling_steps: int | None = option(None, f"evaluations; unset: {DEFAULT_STEPS}, and on the grid {CHAIN} those of "
                                         "--timestep_respacing, which this otherwise stands for", minimum=1,

@@ -44,7 +44,8 @@ def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
     abar = gather(diffusion.alphas_cumprod, t, x_t)
     abar_prev = gather(diffusion.alphas_cumprod_prev, t, x_t)
     sigma = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
-    sample = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(1 - abar_prev - sigma**2) * eps
+    rest = (1 - abar_prev - sigma**2).clamp(min=0)          # with eta 1 it may be less than 0 by a rounding
+    sample = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(rest) * eps
     if eta:
         sample = sample + (t != 0).float().reshape(-1, 1, 1, 1) * sigma * noise()
     return sample, pred_xstart

@@ -342,11 +342,12 @@ class PrefixRecorder:
 class UNetModel(Encoder):
     """The ADM UNet.
 
-    The arguments are those of guided-diffusion. in_channels, out_channels: of x_t and of the prediction (twice
-    in_channels where the variance is learned). attention_resolutions: *downsampling factors* that have attention
-    (1, 2, 4, ...). num_classes: adds a label embedding; labels are then needed. null_class: whether that has one more
-    label, num_classes, which stands for no class (`null_label`). use_fp16: see `convert_to_fp16`.
-    num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see `EncoderConfig`.
+    The arguments are those of guided-diffusion but conv_resample and dims, which are True and 2. in_channels,
+    out_channels: of x_t and of the prediction (twice in_channels where the variance is learned). attention_resolutions:
+    *downsampling factors* that have attention (1, 2, 4, ...). num_classes: adds a label embedding; labels are then
+    needed. null_class: whether that has one more label, num_classes, which stands for no class (`null_label`).
+    use_fp16: see `convert_to_fp16`. num_heads_upsample: heads of the output blocks (-1: num_heads). The others: see
+    `EncoderConfig`.
     """
 
     def __init__(self, image_size: int, in_channels: int, model_channels: int, out_channels: int, num_res_blocks: int,

@@ -92,6 +92,9 @@ class AutoguidanceOptions(ScaledOptions):
             if one != other:
                 raise UserError(f"--weak_model_path {self.weak_model_path}: has {name} {one}, and the network that is "
                                 f"sampled {other}; both must see the same images and labels")
+        if weak.null_label is None and nets.model.null_label is not None:
+            raise UserError(f"--weak_model_path {self.weak_model_path}: has no null class (--label_dropout), and the "
+                            "network that is sampled has one; both must know the same labels")
         nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
         network = weak if weak.num_classes is not None else without_labels(weak)
         return [AutoGuidance(network, self.autoguidance_scale, **self.window)]

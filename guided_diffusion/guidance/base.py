@@ -111,7 +111,8 @@ class GuidanceOptions(Options):
     remedies: by flag of a file, where such a file comes from. needs_labels: the images need classes, also where the
     network has none. sigma_flags: the name of a method that has a window of noise levels, before `_sigma_min` and
     `_sigma_max` (fields by `sigma_min_option` and `sigma_max_option`). can_batch: its further evaluation differs from
-    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it. search: the
+    the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
+    beside_the_step: it does not need the step's own evaluation for that (`ContrastGuidance.beforehand`). search: the
     settings among which a bench looks for the best one, from weak to strong, as flags by value (see `each`); none
     leaves the method out of benches. kind: which of the kinds in `terms` its terms are of.
     """
@@ -122,6 +123,7 @@ class GuidanceOptions(Options):
     needs_labels: ClassVar[bool] = False
     sigma_flags: ClassVar[str] = ""
     can_batch: ClassVar[bool] = False
+    beside_the_step: ClassVar[bool] = False
     search: ClassVar[Sequence[Mapping[str, Any]]] = ()
     kind: ClassVar[type[Guidance]] = ContrastGuidance
 

@@ -15,7 +15,6 @@ from typing import ClassVar, Unpack
 from ..errors import UserError
 from ..late import torch
 from ..options import option
-from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 
@@ -33,7 +32,7 @@ class ClassifierFreeGuidance(ContrastGuidance):
             raise UserError(f"null_label {null_label!r}: must be the number of a label")
         self.null_label = null_label
 
-    def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
+    def beforehand(self, ctx: StepContext) -> Inputs:
         """The same image with the null label. Raises UserError for a network without labels."""
         return Inputs(ctx.x_t, ctx.t, {"y": torch.full_like(labels_of(ctx, "classifier-free guidance"),
                                                             self.null_label)})
@@ -58,6 +57,7 @@ class CfgOptions(ScaledOptions):
     sigma_flags = "cfg"
     needs_labels = True
     can_batch = True
+    beside_the_step = True
 
     cfg_scale: float = option(0.0, "s of classifier-free guidance, which other programs write as 1 + s; 0: off")
     cfg_start: int | None = start_option()

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
@@ -93,15 +94,17 @@ class CleanClassifierGuidance(GradientGuidance):
 @contextmanager
 def _smooth(classifier: object, beta: float | None) -> Iterator[None]:
     """Lets the classifier's ReLUs be softplus, for the length of the block."""
-    modules = classifier.modules() if beta is not None and isinstance(classifier, nn.Module) else ()
-    relus = [module for module in modules if isinstance(module, nn.ReLU)]
-    handles = [relu.register_forward_hook(lambda module, inputs, output: F.softplus(inputs[0], beta=beta or 1.0))
-               for relu in relus]
+    if beta is None or not isinstance(classifier, nn.Module):
+        yield
+        return
+    relus = [module for module in classifier.modules() if isinstance(module, nn.ReLU)]
     try:
+        for relu in relus:          # a hook behind it would come too late, where it overwrites its input
+            relu.forward = partial(F.softplus, beta=beta)       # type: ignore[method-assign]
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for relu in relus:
+            vars(relu).pop("forward", None)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ class CleanClassifierOptions(ScaledOptions):
             image_size=options.image_size, **self.window)]
 
 
-def at_step_0(classifier: EncoderUNetModel) -> Callable[[Tensor], Tensor]:
-    """A classifier of noisy images, told that they have no noise."""
-    return lambda x: classifier(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
+def at_step_0(classifier: EncoderUNetModel) -> EncoderUNetModel:
+    """A classifier of noisy images that is told, from now on, that those it is given have no noise; the same object."""
+    classifier.register_forward_pre_hook(
+        lambda module, inputs: (*inputs, torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)))
+    return classifier

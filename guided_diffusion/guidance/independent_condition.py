@@ -15,7 +15,6 @@ from typing import ClassVar, Unpack
 from ..errors import UserError
 from ..late import torch
 from ..options import option
-from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
@@ -37,7 +36,7 @@ class IndependentConditionGuidance(ContrastGuidance):
         self.num_classes = num_classes
         self.seed = seed
 
-    def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
+    def beforehand(self, ctx: StepContext) -> Inputs:
         """The same image with a random label. Raises UserError for a network without labels."""
         y = labels_of(ctx, "independent condition guidance")
         drawn = [int(image_generator(self.seed, image_id, step, "independent label").integers(self.num_classes))
@@ -56,6 +55,7 @@ class IcgOptions(ScaledOptions):
     sigma_flags = "icg"
     needs_labels = True
     can_batch = True
+    beside_the_step = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
     icg_start: int | None = start_option()

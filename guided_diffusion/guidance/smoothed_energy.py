@@ -25,7 +25,7 @@ from .perturbed_attention import AttentionContrast
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
 
-INFINITE = 9999.0               # from this sigma on the reference code takes the mean, as for infinity
+INFINITE = 9999.0               # from this sigma on it is the mean, as for infinity; in the reference code above it
 
 
 class SmoothedEnergyGuidance(AttentionContrast):
@@ -54,15 +54,14 @@ class SmoothedEnergyGuidance(AttentionContrast):
 def smoothed(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
     """Queries (N, heads, T, d), blurred over their grid (height, width).
 
-    The kernel has 2 floor(ceil(6 sigma) / 2) + 1 taps, at most as many as the grid (made odd), and reflects at the
-    borders, as that of the reference code.
+    The kernel has 2 floor(ceil(6 sigma) / 2) + 1 taps, at most as many as the grid (one more where that is even), and
+    reflects at the borders, as that of the reference code.
     """
     if sigma >= INFINITE:
         return q.mean(dim=2, keepdim=True).expand_as(q)
     n, heads, tokens, width = q.shape
     maps = q.transpose(2, 3).reshape(n, heads * width, *grid)
-    taps = 2 * (math.ceil(6 * sigma) // 2) + 1
-    taps = min(taps, min(grid) - (min(grid) % 2 == 0))
+    taps = min(2 * (math.ceil(6 * sigma) // 2) + 1, min(grid) + (min(grid) % 2 == 0))
     return gaussian_blur(maps, sigma, taps).reshape(n, heads, width, tokens).transpose(2, 3)
 
 

@@ -31,14 +31,20 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:
         idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")
-    if run.sample.batch_contrasts and sum(method.can_batch for method in run.active) < 2:
-        idle["batch_contrasts"] = "fewer than two methods make evaluations that differ in their inputs alone"
+    if run.sample.batch_contrasts and not _batches(run):
+        idle["batch_contrasts"] = "nothing makes two evaluations that differ in their inputs alone"
     found: dict[str, list[str]] = {}
     for flag in given:
         if flag in idle:
             found.setdefault(idle[flag], []).append(f"--{flag}")
     words = "; ".join(f"{', '.join(flags)} ({why})" for why, flags in found.items())
     return f"without effect: {words}" if words else ""
+
+
+def _batches(run: SamplingRun) -> bool:
+    """Whether two evaluations of a step can be one batch: those of two methods, or the step's own and one beside it."""
+    return (sum(method.can_batch for method in run.active) > 1
+            or any(method.beside_the_step for method in run.active))
 
 
 def _switched_off(run: SamplingRun) -> dict[str, str]:

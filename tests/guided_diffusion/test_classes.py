@@ -56,6 +56,8 @@ def test_a_rule_that_is_given_counts():
     assert ClassNames.from_images(ROOT, given, "folders").names == ("cat", "dog")
     with pytest.raises(UserError, match=r"plain\.png: has no class, .* name must be CLASS_anything\.png"):
         ClassNames.from_images(ROOT, files("a_1.png", "plain.png"))
+    with pytest.raises(UserError, match=r"_b\.png: has no class"):
+        ClassNames.from_images(ROOT, files("a_1.png", "__b.png"))
     with pytest.raises(UserError, match=r"a_1\.png: has no class, with --classes folders"):
         ClassNames.from_images(ROOT, files("a_1.png", "cat/b_1.png"), "folders")
 

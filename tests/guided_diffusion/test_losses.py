@@ -20,6 +20,7 @@ def test_kl_is_the_integral_it_stands_for(mean1, logvar1, mean2, logvar2):
 def test_kl_broadcasts():
     mean = torch.zeros(2, 3)
     assert normal_kl(mean, torch.zeros(1, 3), torch.zeros(()), torch.zeros(())).shape == (2, 3)
+    assert normal_kl(mean, mean, 0.0, 0).equal(mean)
 
 
 def test_approximate_cdf_is_close_to_the_normal_one():

@@ -22,6 +22,7 @@ def evenly(first: int, last: int, count: int) -> list[int]:
     ("1000", list(range(1000))),
     ("10,20,30", evenly(0, 333, 10) + evenly(334, 666, 20) + evenly(667, 999, 30)),
     ("1,2", [0, 500, 999]),
+    ("0,2", [500, 999]),
     ([10, 20, 30], evenly(0, 333, 10) + evenly(334, 666, 20) + evenly(667, 999, 30)),
     ("ddim25", list(range(0, 1000, 40))),
     ("ddim250", list(range(0, 1000, 4))),

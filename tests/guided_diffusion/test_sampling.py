@@ -103,13 +103,20 @@ def test_the_chain_runs_through_all_steps_and_the_network_sees_original_ones():
     assert not asked
 
 
+@pytest.mark.parametrize(("schedule", "steps"), [("cosine", "9"), ("linear", "2")])
+def test_ddim_with_all_noise_survives_rounding_at_the_noisiest_step(schedule, steps):
+    """There sigma squared is 1 - abar of the step before but for a rounding, which may go either way."""
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=steps)
+    assert diffusion.ddim_sample_loop(half, (1, 1, 2, 2), normal(0)[:1, :1, :2, :2], eta=1.0).isfinite().all()
+
+
 @pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
 def test_loops_are_their_steps_in_turn(network, sampler, capfd):
     model, diffusion = network
     kwargs, x_T = {"y": torch.tensor([0, 1])}, normal(0)
     torch.manual_seed(1)
-    options = {"clip_denoised": False, "denoised_fn": lambda x: 0.9 * x, "model_kwargs": kwargs,
-               "cond_fn": lambda x, t, y: 0.1 * x}
+    options = {"clip_denoised": False, "denoised_fn": lambda x: 0.9 * x, "cond_fn": lambda x, t, y: 0.1 * x,
+               "model_kwargs": kwargs}
     x = x_T
     steps = []
     for index in reversed(range(10)):
@@ -123,6 +130,9 @@ def test_loops_are_their_steps_in_turn(network, sampler, capfd):
     torch.manual_seed(1)
     last = getattr(diffusion, f"{sampler}_loop")(model, x_T.shape, noise=x_T, device="cpu", progress=True, **options)
     assert torch.equal(last, steps[-1]) and not last.requires_grad
+    torch.manual_seed(1)
+    placed = getattr(diffusion, f"{sampler}_loop")(model, x_T.shape, x_T, *options.values())
+    assert torch.equal(placed, last)
     assert "10 of 10 steps" in capfd.readouterr().err
 
 

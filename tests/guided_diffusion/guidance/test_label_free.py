@@ -28,6 +28,7 @@ from guided_diffusion.guidance import (
     StepContext,
     TimestepGuidance,
 )
+from guided_diffusion.guidance.clean_classifier import at_step_0
 from guided_diffusion.guidance.smoothed_energy import smoothed
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_generator
@@ -127,7 +128,7 @@ def smoothed_by_hand(q, grid, sigma):
     """Queries (N, heads, T, d), blurred by the whole kernel at once."""
     if math.isinf(sigma):
         return q.mean(dim=2, keepdim=True) + torch.zeros_like(q)
-    taps = min(2 * math.floor(math.ceil(6 * sigma) / 2) + 1, min(grid) - (1 - min(grid) % 2))
+    taps = min(2 * math.floor(math.ceil(6 * sigma) / 2) + 1, min(grid) - (min(grid) % 2 - 1))
     offsets = torch.arange(taps).double() - taps // 2
     line = torch.exp(-offsets**2 / (2 * sigma**2))
     kernel = torch.outer(line, line) / line.sum() ** 2
@@ -169,8 +170,8 @@ def test_every_sigma_of_smoothed_energy_guidance_acts_and_more_moves_further(cas
 class Clean(nn.Sequential):
     """A classifier of clean images of 8 x 8 with a ReLU."""
 
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2))
+    def __init__(self, inplace=False):
+        super().__init__(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(inplace), nn.Linear(8, 2))
         with_random_weights(self, seed=3).requires_grad_(False).double()
 
 
@@ -196,6 +197,25 @@ def test_clean_classifier_guidance_is_the_gradient_at_the_predicted_image(case, 
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)          # the weight and logits are float32
     assert classifier[2](torch.tensor(-1.0)) == 0                               # the ReLU is one again
+
+
+def test_relus_that_overwrite_their_input_are_softplus_too(case):
+    ctx = context(case)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    plain, inplace = (CleanClassifierGuidance(Clean(inplace), 3.0).gradient(ctx, pred) for inplace in (False, True))
+    assert plain.abs().max() > 1e-3
+    assert torch.equal(plain, inplace)
+
+
+def test_relus_of_a_classifier_from_a_file_are_softplus_too(case):
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.ReLU())
+    with_random_weights(head, seed=3).requires_grad_(False).double()
+    head.forward = lambda x, t: nn.Sequential.forward(head, x)
+    ctx = context(case)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    smooth, sharp = (CleanClassifierGuidance(classifier, 1.0, softplus_beta=beta).gradient(ctx, pred)
+                     for classifier, beta in ((at_step_0(head), 3.0), (head, None)))
+    assert (smooth - sharp).abs().max() > 1e-3
 
 
 def test_clean_classifier_sees_images_of_its_own_size(case):

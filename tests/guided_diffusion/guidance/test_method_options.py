@@ -68,7 +68,7 @@ def files(tmp_path_factory):
     """A model with a null class, two weaker ones, and a classifier, which state their options."""
     folder = tmp_path_factory.mktemp("networks")
     states = {"model": (WITH_NULL, 1), "weak": (WITH_NULL, 2), "weaker": ({**WITH_NULL, "num_res_blocks": 2}, 3),
-              "other": ({**TINY, "num_classes": 5}, 4)}
+              "other": ({**TINY, "num_classes": 5}, 4), "no_null": (TINY, 5)}
     for name, (flags, seed) in states.items():
         save_state(folder / f"{name}.safetensors", with_random_weights(create_model(**flags), seed).state_dict(),
                    {"config": json.dumps(flags)})
@@ -151,6 +151,9 @@ def test_a_weak_network_of_other_labels_or_another_process_is_refused(files, mod
     method = AutoguidanceOptions(**placed(files, {"autoguidance_scale": 1.0, "weak_model_path": "other"}))
     with pytest.raises(UserError, match="has num_classes 5, and the network that is sampled 2"):
         method.build(Networks(model, torch.device("cpu")))
+    without = AutoguidanceOptions(**placed(files, {"autoguidance_scale": 1.0, "weak_model_path": "no_null"}))
+    with pytest.raises(UserError, match="has no null class"):
+        without.build(Networks(model, torch.device("cpu")))
     larger = create_model(**{**TINY, "num_classes": 5, "image_size": 32, "attention_resolutions": "16"})
     with pytest.raises(UserError, match="has image_size 16, and the network that is sampled 32"):
         method.build(Networks(larger, torch.device("cpu")))

@@ -28,8 +28,9 @@ def line(**given):
     ({"class_cond": False, "labels": "balanced"}, "--labels (nothing takes classes)"),
     ({"class_cond": False, "labels": "balanced", "classifier_guidance": True}, ""),
     ({"labels": "balanced", "num_classes": 7, "image_size": 64}, ""), ({"batch_contrasts": False}, ""),
-    ({"batch_contrasts": True, "guide_scale": 1.1}, "--batch_contrasts (fewer than two methods make evaluations that "
-     "differ in their inputs alone)"), ({"pag_sigma_min": 1}, "--pag_sigma_min (PAG is off)"),
+    ({"batch_contrasts": True, "guide_scale": 1.1}, "--batch_contrasts (nothing makes two evaluations that "
+     "differ in their inputs alone)"), ({"batch_contrasts": True, "icg_scale": 1.0}, ""),
+    ({"pag_sigma_min": 1}, "--pag_sigma_min (PAG is off)"),
     ({"pag_scale": 1.0, "pag_sigma_min": 1e9}, "--pag_scale, --pag_sigma_min (no step lies in the window of PAG)"),
     ({"pag_scale": 1.0, "pag_start": 0, "seg_scale": 1.0}, "--pag_scale, --pag_start (no step lies in the window of "
      "PAG)"), ({"apg": True, "apg_eta": 0.5}, "--apg, --apg_eta (there is no contrast that APG could change)"),
