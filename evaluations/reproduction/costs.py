@@ -1,8 +1,8 @@
 """What a row of a table costs, before it is begun: evaluations, arithmetic, disk and weights.
 
 Evaluations are counted by the windows of the guidance terms that a row has, and by what each term says that a guided
-step costs (`terms.Passes`); one that begins inside the network is the part of an evaluation that its operations are, and so
-is a gradient that begins there.
+step costs (`terms.Passes`); one that begins inside the network is the part of an evaluation that its operations are,
+and so is such a gradient.
 The arithmetic of each kind is counted on the networks themselves, without weights.
 """
 

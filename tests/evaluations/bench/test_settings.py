@@ -136,6 +136,12 @@ def test_pairs_of_the_best_methods_come_first():
     assert titles[0] == "TSG + CG" and titles[-1] == "SAG + SEG" and not any("DAG" in title for title in titles)
 
 
+def test_a_search_by_another_metric_is_another_piece():
+    by_fid, by_mind = bench("scenes32", other_evaluations="8"), bench("scenes32", other_evaluations="8", metric="mind")
+    for unit in all_units(by_fid, found("scenes32")[0]):
+        assert (unit.key(by_fid) == unit.key(by_mind)) == (unit.title == "no guidance")
+
+
 def test_names_of_folders_tell_settings_apart():
     loaded = bench("scenes32", evaluations=12, other_evaluations="8")
     names = [row.name for unit in all_units(loaded, found("scenes32")[0]) for row in unit.rows(loaded)]

@@ -105,7 +105,7 @@ def test_operations_are_those_that_a_run_with_perturbed_attention_makes(operatio
 
 @pytest.fixture(scope="module")
 def further(tiny_checkpoints, tmp_path_factory):
-    """Flags of files of further networks: depth predictors of the tiny network, and two that see images of 32 pixels."""
+    """Flags of files of further networks: depth predictors of the tiny network, and two of images of 32 pixels."""
     folder = tmp_path_factory.mktemp("further")
     paths = {name: str(folder / f"{name}.safetensors") for name in ("depth_predictor", "depth_prior",
                                                                     "clean_classifier_path")}
