@@ -129,7 +129,7 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
     assert "its FID is not a number; it counts as the worst" in caplog.text
     said = json.loads((folder / "report" / "table.json").read_text())
     second = f"SAG s = {SagOptions.search[1]['guide_scale'] - 1:g}"
-    assert [row["guidance"].split(",")[0] for row in said["rows"].values()] == ["no guidance", second, second]
+    assert [row["title"].split(",")[0] for row in said["rows"].values()] == ["no guidance", second, second]
     assert "Methods alone, 2 evaluations: no guidance was left out; nothing is compared." in said["note"]
 
 
