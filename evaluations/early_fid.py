@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 METRIC = "fid"
+COLUMN = re.compile(rf"{METRIC}_of_\d+_images")         # of the log
 FLAG = "--eval_fid_interval"
 
 

@@ -158,8 +158,10 @@ class Passes:
     forward: further evaluations of the diffusion network. begins_at: attention blocks, at the first of which these
     begin, as they share what lies before it with the step's own; each is then a part of an evaluation, in proportion to
     the operations. Without any, they begin at the beginning. backward: 1 where the step's own evaluation is
-    differentiated, which all such terms do at once. others: by name, evaluations of other networks, each with its
-    gradient. plain: by name, evaluations of other networks without one.
+    differentiated, which all such terms do at once. readers: by name, networks that read feature maps of that
+    evaluation, and whether the loss is differentiated through them: the gradient then begins at the last block that
+    such a one reads, and else at the end of the evaluation. others: by name, evaluations of other networks, each with
+    its gradient. plain: by name, evaluations of other networks without one.
     """
 
     forward: int = 0
@@ -167,6 +169,7 @@ class Passes:
     others: Mapping[str, int] = field(default_factory=dict)
     begins_at: Sequence[str] = ()
     plain: Mapping[str, int] = field(default_factory=dict)
+    readers: Mapping[str, bool] = field(default_factory=dict)
 
 
 class SigmaRange(TypedDict, total=False):

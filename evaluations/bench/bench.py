@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from ..evaluation import ExtractorOptions
 from ..metrics import METRICS
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.costs import equivalent_evaluations
-from ..reproduction.measurements import EvaluationSettings, measure_rows
+from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
 from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pictures, prepared, write_all
@@ -35,7 +36,7 @@ from .candidates import Candidate, Flags, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
-from .units import Unit, alone, elsewhere, in_pairs, is_finished, unguided
+from .units import Unit, alone, elsewhere, images_there, in_pairs, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
@@ -89,8 +90,11 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         found = [one for one in found if not one.missing]
         seconds = _rank_seconds(bench, options) / dist_util.world_size()
         work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
-        work.sample(found)
-        return work.write()
+        try:
+            work.sample(found)
+            return work.write()
+        finally:                        # also the time of what was stopped
+            work.count()
 
 
 def page_of(words: Sequence[str], options: BenchOptions) -> Path:
@@ -191,7 +195,7 @@ class BenchRun:
             return
         flags, rows = unit.settings[-1], unit.rows(self.bench)
         progress.note(f"{unit.title} at {unit.evaluations} evaluations")
-        todo = self._searched(rows)
+        self._search(rows)
         if rows:
             place, value = self._best_of(rows)
             flags = unit.settings[place]
@@ -199,47 +203,59 @@ class BenchRun:
             if not unit.pair:
                 self.best[unit.title], self.values[unit.title] = flags, value
         row = self.bench.reported(flags, unit.evaluations)
-        todo += self._sampled(row)
+        self._sample(row)
         self.reports.setdefault(self._section(unit), []).append(row)
         self.hours.reserve += self._evaluation_seconds
-        if dist_util.is_main():
-            self.hours.count(key, todo)
+        self.count(key)
         progress.update()
 
-    def _searched(self, rows: Sequence[Row]) -> float:
-        """Samples the rows of a search; returns the evaluations that they took."""
-        todo = 0.0
+    def count(self, key: str = "", evaluations: float = 0.0) -> None:
+        """Counts the time since the last call, on rank 0; see `Hours.count`."""
+        if dist_util.is_main():
+            self.hours.count(key, evaluations)
+
+    def _search(self, rows: Sequence[Row]) -> None:
+        """Samples the rows of a search."""
         with progress_bar(len(rows), "search", "row", enabled=bool(rows)) as progress:
             for row in rows:
                 progress.note(row.name)
-                todo += self._sampled(row)
+                self._sample(row)
                 progress.update()
-        return todo
 
-    def _sampled(self, row: Row) -> float:
-        """Samples a row; returns the evaluations that it took."""
+    def _sample(self, row: Row) -> None:
+        """Samples a row, and counts the evaluations of the images that were not there yet."""
+        there = 0
         if dist_util.is_main():
+            there = images_there(row.run)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
-        begun = is_finished(row.run)
         row.run.run()
-        return 0.0 if begun else row.images * equivalent_evaluations(row.run)
+        self.count(evaluations=(row.images - there) * equivalent_evaluations(row.run))
 
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
         """Returns the place of the best row, and its value, by the metric of the bench alone."""
-        metric, spec = self.bench.spec.metric, self.bench.spec
+        spec = self.bench.spec
         table = _table(self.bench, {"": rows})
         quick = replace(self.settings, bootstrap=CHOICE_RESAMPLINGS)
         numbers = measure_rows(table, list(table.rows), quick, self.bench.folder / FEATURES)
         best: tuple[int, float] = (0, 0.0)
         with dist_util.together():
             if numbers is not None:
-                values = [numbers.replicates[row.name, row.images][metric].estimate for row in rows]
+                values = [self._searched(numbers, row) for row in rows]
                 place = 0
                 for other in range(1, len(values)):
                     place = other if spec.better(values[other], values[place]) else place
                 best = place, values[place]
         chosen, value = self.decisions.same(list(best))
         return int(chosen), float(value)
+
+    def _searched(self, numbers: Measurements, row: Row) -> float:
+        """Returns the metric of a row of a search; where that is no number, what is worse than all numbers."""
+        metric = self.bench.spec.metric
+        found = numbers.replicates[row.name, row.images].get(metric)
+        if found is not None:
+            return found.estimate
+        _log.warning("%s: its %s is not a number; it counts as the worst", row.name, METRICS[metric].label)
+        return math.inf if self.bench.spec.better(0, 1) else -math.inf
 
     def _time_evaluation(self) -> None:
         """Evaluates the row without guidance as at the end, and keeps as much time for every row that is reported."""
@@ -248,8 +264,7 @@ class BenchRun:
         measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
         self._evaluation_seconds = time.monotonic() - began
         self.hours.reserve += self._evaluation_seconds
-        if dist_util.is_main():
-            self.hours.count()
+        self.count()
 
     def _section(self, unit: Unit) -> str:
         return f"{'Pairs' if unit.pair else 'Methods alone'}, {unit.evaluations} evaluations"
@@ -265,7 +280,6 @@ class BenchRun:
         if dist_util.is_main():
             named = titles(table)
             rows = next(iter(self.reports.values()))
-            self.hours.count()
             save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},
                             self.bench.folder / "report" / STRIP)
         return text
@@ -298,6 +312,9 @@ class BenchRun:
                  "with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
+        parts += [f"{section}: no guidance was left out; " + (
+            f"the others are compared with {rows[0].run.title()}." if len(rows) > 1 else "nothing is compared.")
+            for section, rows in self.reports.items() if not section.startswith("Pairs") and rows[0].run.active]
         if self.why:
             reasons = "; ".join(f"{short} ({reason})" for short, reason in self.why.items())
             parts.append(f"Not compared: {reasons}.")

@@ -26,7 +26,7 @@ class Hours:
         if self.path.is_file():
             known = read_json(self.path, lambda found: found.keys() >= known.keys())
         self.seconds: float = known["seconds"]              # of everything
-        self.sampling: float = known["sampling"]            # of pieces of work alone, which made these evaluations
+        self.sampling: float = known["sampling"]            # of rows alone, which made these evaluations
         self.evaluations: float = known["evaluations"]
         self.done: list[str] = list(known["done"])
         self.reserve = 0.0
@@ -49,10 +49,13 @@ class Hours:
         return evaluations * self.rate
 
     def count(self, key: str = "", evaluations: float = 0.0) -> None:
-        """Counts the time since the last call: that of a piece of work, and its evaluations, where a key names one."""
+        """Counts the time since the last call, that of sampling where it made evaluations.
+
+        key: of a piece of work that is finished with it.
+        """
         passed, self._began = time.monotonic() - self._began, time.monotonic()
         self.seconds += passed
-        if key and evaluations:
+        if evaluations:
             self.sampling += passed
             self.evaluations += evaluations
         if key and key not in self.done:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.status import run_status
 
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.tables import Row
 from .candidates import Candidate, Flags, pair_settings, pairs
-from .settings import Bench
+from .settings import Bench, BenchSpec
 
 NO_GUIDANCE = "no guidance"
 
@@ -38,8 +40,13 @@ class Unit:
         return [bench.searched(flags) for flags in self.settings] if self.searched else []
 
     def key(self, bench: Bench) -> str:
-        """Returns what tells it from all other pieces, also from the same one with other numbers of images."""
+        """Returns what tells it from all other pieces, also from the same one with other numbers of images.
+
+        A search by another metric than the default one is another piece, too, as it may choose another setting.
+        """
         searched = f"{bench.spec.search_images} in the search, " * self.searched
+        if bench.spec.metric != BenchSpec().metric and self.settings != [{}]:
+            searched += f"by {bench.spec.metric}, "         # of the default nothing is said, as in older folders
         return f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images"
 
     def images(self, bench: Bench) -> int:
@@ -95,6 +102,12 @@ def all_units(bench: Bench, found: Sequence[Candidate]) -> list[Unit]:
             *in_pairs(bench, found, best, [one.short for one in found])]
 
 
-def is_finished(run: SamplingRun) -> bool:
-    """Whether all images of a run are there."""
-    return (run.out / "run.json").is_file() and run.samples.is_file()
+def images_there(run: SamplingRun) -> int:
+    """Returns how many images of a run are there, of one that was stopped, too."""
+    total = run.sample.num_samples
+    if (run.out / "run.json").is_file() and run.samples.is_file():
+        return total
+    try:
+        return min(total, run_status(run.out).done)
+    except UserError:                   # where nothing has begun; what is wrong there is said when it is sampled
+        return 0

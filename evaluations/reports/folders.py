@@ -32,6 +32,7 @@ from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_
 from guided_diffusion.sampling import SAMPLERS
 from guided_diffusion.train_folder import Record
 
+from ..early_fid import COLUMN
 from ..metrics import METRICS
 from ..plots import require_matplotlib
 from ..reproduction.charts import line_chart
@@ -188,7 +189,7 @@ def of_training(folder: Path) -> Content:
     facts += [("classes", f"{len(record.classes)}")] if record.classes else []
     facts += [("ranks", str(record.ranks))] if record.ranks else []
     charts = [*_chart_of(log, rows, "step", lambda name: name in LOSSES, "loss"),
-              *_chart_of(log, rows, "step", lambda name: name in METRICS, "metric")]
+              *_chart_of(log, rows, "step", lambda name: bool(COLUMN.fullmatch(name)), "metric")]
     return Content(f"{folder.resolve().name}: training", facts, job.command if job else "", charts=charts, drawings=[
         replace(_drawing(path), caption=f"Samples at step {path.stem}") for path in _snapshots(folder / GRIDS)],
         options=_options(record.options), files=_files(folder))

@@ -40,7 +40,7 @@ class ReportOptions(Options):
 
 
 def write_pages(words: Sequence[str], options: ReportOptions) -> str:
-    """Writes the pages of folders as far as they are missing, and returns a line for each of where it is.
+    """Writes the pages of folders as far as they are missing or `--out` is given; returns a line of where each is.
 
     words: folders, or names of tables and benches whose folders are where their commands put them. The page of a run, a
     training or a study is written anew, as more may lie there now. Raises UserError for a folder that no command made.
@@ -86,7 +86,7 @@ def _page_of(folder: Path, options: ReportOptions) -> Path:
             return folder / name
     path = Path(options.out) if options.out else folder / PAGE
     if (folder / TABLE).is_file():
-        if not path.is_file():
+        if options.out or not path.is_file():
             _write_table(folder, path)
         return path
     kind = _kind(folder)

@@ -1,7 +1,8 @@
 """What a row of a table costs, before it is begun: evaluations, arithmetic, disk and weights.
 
 Evaluations are counted by the windows of the guidance terms that a row has, and by what each term says that a guided
-step costs (`terms.Passes`); one that begins inside the network is the part of an evaluation that its operations are.
+step costs (`terms.Passes`); one that begins inside the network is the part of an evaluation that its operations are,
+and so is such a gradient.
 The arithmetic of each kind is counted on the networks themselves, without weights.
 """
 
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from guided_diffusion.build import ModelOptions, build_model
-from guided_diffusion.capture import capture_prefix, first_block
+from guided_diffusion.capture import capture_features, capture_prefix, end_graph, first_block
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.terms import Passes
 
 from .missing import MissingFile, missing_files
 from .tables import Row
@@ -30,13 +32,16 @@ if TYPE_CHECKING:
 
 Network = TypeVar("Network", bound="nn.Module")
 
+_Loss = tuple[GuidanceOptions, frozenset[tuple[str, bool]]]     # whose it is, and what it reads, see `Passes.readers`
+
 
 @dataclass(frozen=True)
 class RowPasses:
     """Passes through the networks for one image, from noise to sample.
 
-    forward: evaluations of the diffusion network, parts included. backward: gradients through them. others: evaluations
-    of further networks by name, each with its gradient. plain: those without one.
+    forward: evaluations of the diffusion network, parts included. backward: gradients through them, each of which may
+    be a part. gradients: operations of these and of the networks that read feature maps for them, over those of an
+    evaluation. others: evaluations of further networks by name, each with its gradient. plain: those without one.
     """
 
     steps: int
@@ -44,6 +49,7 @@ class RowPasses:
     backward: int
     others: Mapping[str, int]
     plain: Mapping[str, int] = field(default_factory=dict)
+    gradients: float = 0.0
 
     def __str__(self) -> str:
         """Like "40", "34.8", or "40 + 20 back + 20 of the classifier"."""
@@ -54,10 +60,9 @@ class RowPasses:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of each pass for one image; others: of the networks that can be counted."""
+    """Floating-point operations of an evaluation of one image; others: of the networks that can be counted."""
 
     forward: int
-    backward: int
     others: Mapping[str, int]
 
 
@@ -85,7 +90,7 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     """Returns what a row costs. references: folder of reference batches; inception: as `--inception`."""
     run, count, one = row.run, passes(row.run), flops(row.run)
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
-    each = count.forward * one.forward + count.backward * one.backward
+    each = (count.forward + count.gradients) * one.forward
     each += sum(number * one.others.get(name, 0) for name, number in {**count.others, **count.plain}.items())
     network = row.evaluation.kind
     disk = row.images * (2 * 3 * run.model.image_size**2 + (network.feature_bytes if network else 0))
@@ -97,28 +102,32 @@ def passes(run: SamplingRun) -> RowPasses:
     """Returns the passes of a run, by the scales and windows of its guidance."""
     t, process = torch.arange(run.num_steps), run.process()
     forward: float = run.num_steps
-    backward, others, plain = torch.zeros_like(t, dtype=torch.bool), Counter[str](), Counter[str]()
+    others, plain = Counter[str](), Counter[str]()
+    losses: list[set[_Loss]] = [set() for _ in range(run.num_steps)]       # of each step, whose gradient is one pass
     for method in run.active:
         for term, step in method.schedule():
             window = term.window(t, process)
             guided = int(window.sum())
             if guided and step.forward:
                 forward += step.forward * guided * evaluation_part(run.model, tuple(step.begins_at))
-            backward |= window & bool(step.backward)          # one pass for all terms of a step
+            for place in window.nonzero().flatten().tolist() if step.backward else []:
+                losses[place].add(_loss(method, step))
             others.update({name: count * guided for name, count in step.others.items() if guided})
             plain.update({name: count * guided for name, count in step.plain.items() if guided})
-    return RowPasses(run.num_steps, forward, int(backward.sum()), dict(others), dict(plain))
+    steps = Counter(frozenset(of_step) for of_step in losses if of_step)
+    gradients = sum(count * gradient_part(run.model, of_step) for of_step, count in steps.items())
+    return RowPasses(run.num_steps, forward, steps.total(), dict(others), dict(plain), gradients)
 
 
 def flops(run: SamplingRun) -> Flops:
-    """Returns the operations of each pass; a multiplication and an addition count as two."""
-    forward, backward = network_flops(run.model, run.model.image_size)
+    """Returns the operations of an evaluation; a multiplication and an addition count as two."""
+    forward, _ = network_flops(run.model, run.model.image_size)
     plain = {name for method in run.active for _, step in method.schedule() for name in step.plain}
     # How strong a method is changes no network of it: each is counted once for all its scales.
     others = {name: _other_flops(replace(method, **method.switched_on), name, run.model.in_channels,
                                  run.model.image_size, name not in plain)
               for method in run.active for name in method.networks()}
-    return Flops(forward, backward, others)
+    return Flops(forward, others)
 
 
 def equivalent_evaluations(run: SamplingRun) -> float:
@@ -128,7 +137,7 @@ def equivalent_evaluations(run: SamplingRun) -> float:
     """
     count, one = passes(run), flops(run)
     others = sum(number * one.others.get(name, one.forward) for name, number in {**count.others, **count.plain}.items())
-    return count.forward + (count.backward * one.backward + others) / one.forward
+    return count.forward + count.gradients + others / one.forward
 
 
 def steps_within(run: SamplingRun, evaluations: float) -> SamplingRun:
@@ -162,6 +171,50 @@ def evaluation_part(options: ModelOptions, begins_at: tuple[str, ...]) -> float:
     return _part(replace(options, use_fp16=False, use_bf16=False), begins_at) if begins_at else 1
 
 
+def gradient_part(options: ModelOptions, losses: frozenset[_Loss]) -> float:
+    """Returns the operations of one gradient of these losses at x_t, over those of an evaluation.
+
+    Those of the networks that read feature maps for them count, too. Where a loss reads the evaluation itself, or a
+    network that cannot be built, that is the gradient through the whole evaluation. Raises UserError for networks that
+    read blocks which this one does not have.
+    """
+    options = replace(options, use_fp16=False, use_bf16=False)
+    forward, backward = _network_flops(options, options.image_size)
+    readers = dict[tuple[GuidanceOptions, str], bool]()
+    for method, read in losses:
+        if not read or any(name not in method.readers() for name, _ in read):
+            return backward / forward
+        for name, differentiated in read:
+            readers[method, name] = readers.get((method, name), False) or differentiated
+    return _readers_flops(options, frozenset(readers.items())) / forward
+
+
+def _loss(method: GuidanceOptions, step: Passes) -> _Loss:
+    """Returns what the gradient of a term's loss depends on: nothing of how strong the method is."""
+    return replace(method, **method.switched_on), frozenset(step.readers.items())
+
+
+@lru_cache
+def _readers_flops(options: ModelOptions, readers: frozenset[tuple[tuple[GuidanceOptions, str], bool]]) -> int:
+    """Returns the operations of networks on feature maps, and of the gradient at x_t through some of them."""
+    model, inputs = _network_on_meta(options, options.image_size)
+    with torch.device("meta"):
+        built = [(method.readers()[name]().requires_grad_(False), through) for (method, name), through in readers]
+    ends = {block for reader, through in built if through for block in reader.blocks}
+    with capture_features(model, {block for reader, _ in built for block in reader.blocks}, graph=True) as maps:
+        with end_graph(model, ends):
+            model(*inputs)
+
+        def differentiated() -> None:
+            with torch.no_grad():
+                for reader, through in built:
+                    if not through:
+                        reader(maps, inputs[1])
+            torch.stack([reader(maps, inputs[1]).sum() for reader, through in built if through]).sum().backward()
+
+        return _counted(differentiated)
+
+
 @lru_cache
 def _part(options: ModelOptions, begins_at: tuple[str, ...]) -> float:
     model, inputs = _network_on_meta(options, options.image_size)
@@ -185,21 +238,27 @@ def _network_flops(options: ModelOptions, size: int) -> tuple[int, int]:
 
 def _network_on_meta(options: ModelOptions, size: int) -> tuple[UNetModel, list[Tensor]]:
     """Returns the diffusion network without weights, and what it is called with for one image."""
-    return _on_meta(lambda: build_model(options), options.in_channels, size)
+    model = _on_meta(lambda: build_model(options))
+    return model, _inputs(model, options.in_channels, size)
 
 
 @lru_cache
 def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int, gradient: bool) -> int:
     """Returns the operations of an evaluation of another network of a guidance method, with its gradient or without."""
-    model, inputs = _on_meta(method.networks()[name], channels, size)
+    from guided_diffusion.unet import Encoder
+
+    model = _on_meta(method.networks()[name])
+    if isinstance(model, Encoder):          # which sees images of its own size, as x_t is resized for it
+        channels, size = model.config.in_channels, model.image_size
+    inputs = _inputs(model, channels, size)
     if gradient:
         return _counted(lambda: model(*inputs).sum().backward())
     with torch.no_grad():
         return _counted(lambda: model(*inputs))
 
 
-def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Network, list[Tensor]]:
-    """Returns a network without weights, and an image, a step and, where it takes one, a label for it."""
+def _on_meta(build: Callable[[], Network]) -> Network:
+    """Returns a network without weights."""
     from guided_diffusion.unet import Encoder
 
     with torch.device("meta"):
@@ -207,8 +266,14 @@ def _on_meta(build: Callable[[], Network], channels: int, size: int) -> tuple[Ne
         if isinstance(model, Encoder):
             model.convert_to_fp32()
         _leave_out_norms(model)
+        return model
+
+
+def _inputs(model: nn.Module, channels: int, size: int) -> list[Tensor]:
+    """Returns an image, a step and, where the network takes one, a label for it."""
+    with torch.device("meta"):
         inputs = [torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long)]
-        return model, inputs + [torch.zeros(1, dtype=torch.long)] * (getattr(model, "num_classes", None) is not None)
+        return inputs + [torch.zeros(1, dtype=torch.long)] * (getattr(model, "num_classes", None) is not None)
 
 
 def _leave_out_norms(model: nn.Module) -> None:

@@ -98,7 +98,8 @@ def plan(table: Table, references: str | Path, inception: str, ranks: int, secon
         f"{table.title}: what it costs", "", *_cost_lines(table, costs, rates, ranks), "",
         *(rate.said for rate in rates.values()), *_unknown_lines(table),
         f"Hours are those of sampling on {ranks_word}. Memory is that of a rank; the graph that depth-aware "
-        "guidance differentiates comes on top, and so do the evaluations of its prior.",
+        "guidance differentiates comes on top. Its gradient counts as one through the whole network where the file of "
+        "its predictors is missing, and the operations of its prior do not count where that one's is.",
         "", *_missing_lines(costs)])
 
 

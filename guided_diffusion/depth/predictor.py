@@ -128,19 +128,29 @@ def save_predictors(path: str | Path, predictors: DepthPredictors, notes: Mappin
 
 def load_predictors(path: str | Path, device: str | torch.device = "cpu") -> DepthPredictors:
     """The predictors in a file, frozen. Raises UserError where it is missing, damaged or something else."""
+    predictors = build_predictors(path)
+    try:
+        predictors.load_state_dict(checkpoint.load_state_dict(path))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+        raise _damaged(path) from None
+    checkpoint.ready(predictors, device)
+    return predictors
+
+
+def build_predictors(path: str | Path) -> DepthPredictors:
+    """The predictors that a file describes, without their weights. Raises UserError as `load_predictors`."""
     metadata = checkpoint.read_metadata(path)
     if metadata.get("kind") != KIND:
         raise UserError(f"{path}: is no file of depth predictors, which scripts/depth_train.py writes")
     try:
-        predictors = DepthPredictors(json.loads(metadata["branches"]), int(metadata["size"]), metadata["depth_range"],
-                                     metadata["network_sha256"])
-        predictors.load_state_dict(checkpoint.load_state_dict(path))
-    except UserError:
-        raise
+        return DepthPredictors(json.loads(metadata["branches"]), int(metadata["size"]), metadata["depth_range"],
+                               metadata["network_sha256"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-        raise UserError(f"{path}: is damaged, its weights and what it says of them do not fit together") from None
-    checkpoint.ready(predictors, device)
-    return predictors
+        raise _damaged(path) from None
+
+
+def _damaged(path: str | Path) -> UserError:
+    return UserError(f"{path}: is damaged, its weights and what it says of them do not fit together")
 
 
 def check_network(made_for: str, network_sha256: str, what: str) -> None:

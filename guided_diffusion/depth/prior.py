@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import checkpoint
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model, kind_of
@@ -50,6 +50,19 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> DepthPri
 
     Raises UserError for another file, and for a model with three channels or with classes.
     """
+    model_options, diffusion_options, flags = prior_options(path)
+    with torch.device("meta"):
+        model = build_model(model_options)
+    checkpoint.load_into(model, path, flags)
+    checkpoint.ready(model, device)
+    return DepthPrior(model, build_diffusion(diffusion_options))
+
+
+def prior_options(path: str | Path) -> tuple[ModelOptions, DiffusionOptions, dict[str, Any]]:
+    """The options that are stored in a prior's file: of its network, of its chain, and all as they stand there.
+
+    Raises UserError as `load_prior`.
+    """
     metadata = checkpoint.read_metadata(path)
     try:
         flags = json.loads(metadata["config"])
@@ -68,8 +81,4 @@ def load_prior(path: str | Path, device: str | torch.device = "cpu") -> DepthPri
                         "--in_channels 1")
     if model_options.class_cond:
         raise UserError(f"{path}: is class-conditional, a depth prior must be trained with --class_cond False")
-    with torch.device("meta"):
-        model = build_model(model_options)
-    checkpoint.load_into(model, path, flags)
-    checkpoint.ready(model, device)
-    return DepthPrior(model, build_diffusion(diffusion_options))
+    return model_options, diffusion_options, flags

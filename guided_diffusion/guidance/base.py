@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 from .. import checkpoint
 from ..errors import UserError
@@ -47,6 +47,23 @@ if TYPE_CHECKING:
 BOUNDS = ("_start", "_stop", "_sigma_min", "_sigma_max")       # how the flags of windows end
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
+
+
+class Reader(Protocol):
+    """A network that reads feature maps of an evaluation, (N, C, H, W) each by the name of its block, at steps t (N,).
+
+    blocks: names of those that it reads.
+    """
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """Names of the blocks that it reads."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As `nn.Module.requires_grad_`."""
+
+    def __call__(self, maps: Mapping[str, Tensor], t: Tensor) -> Tensor:
+        """What it reads, (N, ...)."""
 
 
 def start_option(doing: str = "guided") -> Any:
@@ -167,6 +184,13 @@ class GuidanceOptions(Options):
         """Other networks of `Passes.others` by name, as functions that build them; each takes x_t (N, C, H, W) and t.
 
         Plans count their operations; networks that only a file describes are left out.
+        """
+        return {}
+
+    def readers(self) -> dict[str, Callable[[], Reader]]:
+        """Networks of `Passes.readers` by name, as functions that build them, on any device and without weights.
+
+        Plans count their operations; without one of them, as its file is missing, a whole gradient is counted.
         """
         return {}
 

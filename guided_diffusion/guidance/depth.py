@@ -19,25 +19,27 @@ built with use_checkpoint. The strong predictor runs once for both terms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 
+from ..build import build_model
 from ..capture import capture_features, end_graph, find_blocks
 from ..checkpoint import locate, read_metadata
-from ..depth.prior import DepthPrior, as_prior_sees, load_prior
+from ..depth.prior import DepthPrior, as_prior_sees, load_prior, prior_options
 from ..errors import UserError
-from ..late import Tensor, torch
+from ..late import Tensor, nn, torch
 from ..losses import mean_flat
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import Guidance, LossGuidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, Reader, each, sigma_max_option, sigma_min_option
 
 if TYPE_CHECKING:
     from ..depth.predictor import DepthPredictors
@@ -47,7 +49,8 @@ REDUCTIONS = ("mean", "sum")
 TAU_RANGE = (0.02, 0.98)        # of the prior's chain, where tau is drawn
 FULL, SCORE = "full", "score"
 # What a step costs by each gradient of depth prior guidance.
-GRADIENTS = {FULL: Passes(backward=1, others={"prior": 1}), SCORE: Passes(backward=1, plain={"prior": 1})}
+GRADIENTS = {FULL: Passes(backward=1, others={"prior": 1}, readers={"strong": True}),
+             SCORE: Passes(backward=1, plain={"prior": 1}, readers={"strong": True})}
 
 
 class _DepthGuidance(LossGuidance):
@@ -119,6 +122,7 @@ class DepthConsistencyGuidance(_DepthGuidance):
 
     branches = ("strong", "weak")
     differentiated = ("weak",)
+    passes = Passes(backward=1, readers={"strong": False, "weak": True})
 
     def loss(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The loss `scale * L_dc` of each image, (N,)."""
@@ -184,6 +188,15 @@ class DepthPriorGuidance(_DepthGuidance):
             taus.append(low + int(generator.random() * (high - low + 1)))
             etas.append(generator.standard_normal((1, size, size), dtype=np.float32))
         return torch.tensor(taus), torch.from_numpy(np.stack(etas))
+
+
+def _found(path: str) -> Path | None:
+    """Where a file is on this machine; None where there is none, which whoever loads it says."""
+    try:
+        found = Path(locate(path))
+    except UserError:
+        return None
+    return found if found.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -262,6 +275,19 @@ class DagOptions(GuidanceOptions):
             terms.append(DepthPriorGuidance(nets.model, predictors, prior, self.dpg_scale, tau=self.depth_tau,
                                             seed=nets.seed, gradient=self.dpg_gradient, **common))
         return terms
+
+    def networks(self) -> dict[str, Callable[[], nn.Module]]:
+        """The prior, where it is used and its file is there."""
+        path = _found(self.depth_prior) if self.dpg_scale else None
+        return {"prior": lambda: build_model(prior_options(path)[0])} if path else {}
+
+    def readers(self) -> dict[str, Callable[[], Reader]]:
+        """The branches of the predictors, where their file is there."""
+        from ..depth.predictor import build_predictors
+
+        path = _found(self.depth_predictor)
+        return {"strong": lambda: build_predictors(path).branches["strong"],
+                "weak": lambda: build_predictors(path).branches["weak"]} if path else {}
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """One backward pass for both terms together, and the prior's evaluations."""

@@ -8,7 +8,11 @@ from commands import call
 from PIL import Image
 
 from evaluations.bench.hours import Hours
-from guided_diffusion.guidance import GUIDANCE
+from evaluations.bench.units import Unit
+from evaluations.reproduction import measurements
+from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import GUIDANCE, SagOptions
+from guided_diffusion.runs.chunk_files import ChunkFiles
 
 SHARED = {"model": "fmnist32", "sampler": "ddim", "batch_size": 4, "labels": "balanced",
           "evaluation": {"reference": "fmnist32", "backend": "fashion_mnist", "metrics": "fid"}}
@@ -93,6 +97,40 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
     assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
     assert "Left out for lack of time: CG at 4 evaluations (would take 2.8e+05 h of the" in said["note"]
     assert "no guidance at 2 evaluations" in said["note"]
+
+
+def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(line, tmp_path, monkeypatch, caplog):
+    """FID of the first setting is no number, the last batch of a row is stopped, and a base has no time."""
+    of_row, write, cost, batches = measurements._row_replicates, ChunkFiles.write, Unit.cost, []
+
+    def without_first(reference, chosen, bootstrap, row, sample):
+        found = of_row(reference, chosen, bootstrap, row, sample)
+        return {} if row.run.out.parent.name == "search" and row.run.guidance[0].guide_scale == first else found
+
+    def stopped(self, index, *given, **named):
+        batches.append(index)
+        if len(batches) == 6:           # two of no guidance, one of each setting of SAG, two of the better one
+            raise UserError("stopped here")
+        return write(self, index, *given, **named)
+
+    first = SagOptions.search[0]["guide_scale"]
+    monkeypatch.setattr(measurements, "_row_replicates", without_first)
+    monkeypatch.setattr(ChunkFiles, "write", stopped)
+    monkeypatch.setattr(Unit, "cost", lambda self, bench: 1e15 if (self.title, self.evaluations) == (
+        "no guidance", 2) else cost(self, bench))
+    folder = tmp_path / "out" / "mini"
+    seconds = []
+    for code, evaluations in ((2, 6 * 4 + 2 * 4 * 4), (0, 6 * 4 + 2 * 4 * 4 + 2 * 4 + 6 * 2)):
+        assert call("bench", *line(methods="SAG", hours=9)) == code
+        hours = json.loads((folder / "hours.json").read_text())
+        assert hours["evaluations"] == evaluations and hours["seconds"] > hours["sampling"] > 0
+        seconds.append(hours["seconds"])
+    assert seconds[0] < seconds[1]
+    assert "its FID is not a number; it counts as the worst" in caplog.text
+    said = json.loads((folder / "report" / "table.json").read_text())
+    second = f"SAG s = {SagOptions.search[1]['guide_scale'] - 1:g}"
+    assert [row["title"].split(",")[0] for row in said["rows"].values()] == ["no guidance", second, second]
+    assert "Methods alone, 2 evaluations: no guidance was left out; nothing is compared." in said["note"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -69,7 +69,7 @@ def test_the_page_of_a_training(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({
         "model": {"num_channels": 32}, "training": {"data_dir": "images"}, "ranks": 2, "class_names": ["a", "b"]}))
     write_csv(folder / "progress.csv", [{"step": step, "samples": 8 * step, "images_per_second": 2.5, "loss": 1 / step,
-                                         "lr": 0.1, "fid": 30 / step} for step in (1, 10, 100)])
+                                         "lr": 0.1, "fid_of_500_images": 30 / step} for step in (1, 10, 100)])
     (folder / "grids").mkdir()
     for step in range(1, 101, 9):
         Image.new("RGB", (8, 8)).save(folder / "grids" / f"{step}.png")
@@ -80,7 +80,7 @@ def test_the_page_of_a_training(tmp_path, monkeypatch):
     assert "finished after 0:00:0" in text
     assert '<code id="command">python scripts/image_train.py --out training</code>' in text
     assert re.findall(r'alt="Samples at step (\d+)"', text) == ["1", "37", "64", "100"]
-    assert "metric by step: fid" in text
+    assert "metric by step: fid_of_500_images" in text
     assert "100 steps, 800 images" in text and "loss by step: loss" in text and "<svg" in text
     assert '<th scope="row">num_channels</th>' in text
 
@@ -145,8 +145,9 @@ def test_a_table_of_before_sections_named_the_row_that_they_compare_with(tmp_pat
     for section in content["sections"]:
         section.pop("against_row", None)
     (tmp_path / "table.json").write_text(json.dumps(content))
-    written(tmp_path)
-    assert "compared with no guidance" in (tmp_path / "report.html").read_text()
+    (tmp_path / "page.html").write_text("the page of another table, which is written anew")
+    written(tmp_path, out=tmp_path / "page.html")
+    assert "compared with no guidance" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("size, scheme", [("desk", "dark"), ("phone", "light")])

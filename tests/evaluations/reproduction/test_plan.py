@@ -1,7 +1,9 @@
 """The plan of a table: evaluations counted as they are made, arithmetic, what is missing, hours."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import re
 
 import pytest
@@ -11,12 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evaluations.reproduction import missing
 from evaluations.reproduction import plan as planning
-from evaluations.reproduction.costs import cost, flops, passes
+from evaluations.reproduction.costs import cost, equivalent_evaluations, flops, gradient_part, passes
 from evaluations.reproduction.missing import missing_files
 from evaluations.reproduction.plan import plan, probe
 from evaluations.reproduction.reproduce import ReproduceOptions
 from evaluations.reproduction.tables import in_folder, load_table, read_row
+from guided_diffusion.checkpoint import save_state
+from guided_diffusion.depth.features import feature_channels
+from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
+from guided_diffusion.guidance import DagOptions
+from guided_diffusion.script_util import create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 SHORT = {**TINY, **{name: value for name, value in TINY_CLASSIFIER.items() if name.startswith("classifier")},
@@ -74,9 +82,12 @@ def operations(row):
     @functools.cache
     def operations(**changes):
         run = row(**changes, num_samples=1, batch_size=1, timestep_respacing="4").run
-        with FlopCounterMode(display=False) as made:
+        made = FlopCounterMode(display=False)
+        made.mod_tracker = contextlib.nullcontext()         # which cannot be inside of torch.autograd.grad
+        made.mod_tracker.parents = {"Global"}
+        with made:
             run.run()
-        return passes(run).forward, made.get_total_flops()
+        return passes(run).forward, made.get_total_flops(), equivalent_evaluations(run)
     return operations
 
 
@@ -87,9 +98,42 @@ def operations(row):
 ], ids=str)
 def test_operations_are_those_that_a_run_with_perturbed_attention_makes(operations, changes):
     """The identity, which takes the place of attention, has none of its operations; they are not subtracted."""
-    (forward, made), (steps, plain) = operations(**changes), operations()
+    (forward, made, _), (steps, plain, _) = operations(**changes), operations()
     assert steps < forward < steps * (2 + ("guide_scale" in changes))
     assert made / plain == pytest.approx(forward / steps, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def further(tiny_checkpoints, tmp_path_factory):
+    """Flags of files of further networks: depth predictors of the tiny network, and two of images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("further")
+    paths = {name: str(folder / f"{name}.safetensors") for name in ("depth_predictor", "depth_prior",
+                                                                    "clean_classifier_path")}
+    channels = feature_channels(create_model(**TINY), ("input.1", "output.0"))
+    save_predictors(paths["depth_predictor"], DepthPredictors(
+        {"strong": channels, "weak": {"input.1": channels["input.1"]}}, 16, "0,1",
+        sha256_of(tiny_checkpoints / "model.safetensors")))
+    prior = {**TINY, "class_cond": False, "image_size": 32, "attention_resolutions": ""}
+    classifier = {**TINY_CLASSIFIER, "image_size": 32, "classifier_attention_resolutions": "",
+                  "classifier_pool": "adaptive"}
+    for name, create, flags in (("depth_prior", create_model, prior),
+                                ("clean_classifier_path", create_classifier, classifier)):
+        save_state(paths[name], create(**flags).state_dict(), {"config": json.dumps(flags)})
+    return paths
+
+
+@pytest.mark.parametrize("changes", [
+    {"dcg_scale": 40}, {"dcg_scale": 40, "dpg_scale": 40, "dag_start": 3}, {"clean_classifier_scale": 1.0},
+], ids=str)
+def test_operations_are_those_of_gradients_and_further_networks(operations, further, changes):
+    """A gradient begins at the last block that a loss reads, and other networks see images of their own size.
+
+    Those of attention are not counted on a CPU.
+    """
+    files = further if "clean_classifier_scale" in changes else {
+        name: path for name, path in further.items() if name != "clean_classifier_path"}
+    (_, made, counted), (_, plain, steps) = operations(**changes, **files), operations()
+    assert counted > steps and made / plain == pytest.approx(counted / steps, rel=0.1)
 
 
 def test_the_parts_that_perturbed_attention_evaluates_of_the_released_networks():
@@ -124,7 +168,7 @@ def test_the_operations_of_a_released_network_are_those_that_its_authors_name():
     row = load_table("sag_pretrained_256").rows["imagenet256"]
     counted = flops(row.run)
     assert counted.forward / 2 == pytest.approx(1120e9, rel=0.03)
-    assert counted.backward == pytest.approx(counted.forward, rel=0.05)
+    assert gradient_part(row.run.model, frozenset([(DagOptions(), frozenset())])) == pytest.approx(1, rel=0.05)
     assert counted.others == {}
 
 
