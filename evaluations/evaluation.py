@@ -291,15 +291,12 @@ class Evaluation:
                 read_labels_by_name(file, self.extractor_options.kind.class_names())
 
     def _check_counts(self) -> None:
-        wanted, width = self.options.wanted, self.extractor_options.kind.pooled
-        of_samples = max(metric.smallest_samples(width) for metric in wanted)
-        of_reference = max(metric.smallest_count for metric in wanted)
-        counts = [(file, self._count(file), of_samples) for file in self.samples]
-        for file, count, needed in (*counts, (self.reference, len(self.reference), of_reference)):
+        needed = max(metric.smallest_count for metric in self.options.wanted)
+        counts = [(file, self._count(file)) for file in self.samples] + [(self.reference, len(self.reference))]
+        for file, count in counts:
             if 0 < count < needed:
-                why = f", {needed // width} for each of the {width} features" if needed > of_reference else ""
                 raise UserError(f"{file.path}: has {count} images, --metrics {self.options.metrics} needs at least "
-                                f"{needed}{why}")
+                                f"{needed}")
 
     def _count(self, file: BatchFile) -> int:
         return self.options.num_images or len(file)
@@ -410,7 +407,7 @@ class Evaluation:
             self.warn(self.extractor.caveat)
         self._warn_of_statistics(samples)
         self._warn_of_labels(samples)
-        self._warn_of_intervals(samples)
+        self._warn_of_few_samples(samples)
         files = (reference, *samples)
         counts = [features.count for features in files if features.count]
         if len(set(counts)) > 1:
@@ -428,11 +425,17 @@ class Evaluation:
                 self.warn(f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed "
                           "instead")
 
-    def _warn_of_intervals(self, samples: Sequence[FileFeatures]) -> None:
-        """Warns where intervals of Frechet distances are too wide, since images are few beside their features."""
+    def _warn_of_few_samples(self, samples: Sequence[FileFeatures]) -> None:
+        """Warns where there are few samples beside their features: of numbers that are wrong, and of wide intervals."""
+        def few(metric: Metric, per_feature: int) -> bool:
+            return any(per_feature * sample[metric.feature][0].size > sample.count for sample in samples)
+
+        for metric in self.options.wanted:
+            if metric.per_feature and few(metric, metric.per_feature):
+                self.warn(f"{metric.by(self.extractor_options.kind.network).label} lies beside the truth with fewer "
+                          f"than {metric.per_feature} images for each feature")
         wide = [metric.by(self.extractor_options.kind.network).label for metric in self.options.wanted
-                if metric.needs is FromReference.STATISTICS
-                and any(4 * sample[metric.feature][0].size > sample.count for sample in samples)]
+                if metric.needs is FromReference.STATISTICS and few(metric, 4)]
         if wide and self.options.bootstrap:
             self.warn(f"95 % intervals of {' and '.join(wide)} are wider than they need to be, with fewer than 4 "
                       "images for each feature")

@@ -13,20 +13,18 @@ from .bootstrap import Replicates, Statistic
 from .frechet import FrechetSums, ProjectedFeatures, RunningStatistics, frechet_distance
 
 SIZES = 15
-FEWEST = 20             # images, whatever the number of features
-SMALLEST, SPAN = 2, 4   # images of the smallest size, and of all, for each feature
+FEWEST = 20             # images, below which the smallest sizes are of two or three images each
+TRUSTED = 20            # images for each feature, below which the smallest size has fewer than two
 
 
-def subset_sizes(count: int, channels: int) -> np.ndarray:
-    """Returns the 15 numbers of images whose FIDs are extrapolated: evenly from max(2 D, min(5000, N / 10)) to N.
+def subset_sizes(count: int) -> np.ndarray:
+    """Returns the 15 numbers of images whose FIDs are extrapolated: evenly from max(2, min(5000, N / 10)) to N.
 
-    FID is near to a line in 1 / N only where N is clearly above the number of features D. Raises UserError for fewer
-    than 4 D images, which leave no range, and for fewer than 20.
+    Raises UserError for fewer than 20 images.
     """
-    needed = max(FEWEST, SPAN * channels)
-    if count < needed:
-        raise UserError(f"{count} images with {channels} features each: FID at infinity needs at least {needed}")
-    return np.linspace(max(SMALLEST * channels, min(5000, count // 10)), count, SIZES).astype(int)
+    if count < FEWEST:
+        raise UserError(f"features of {count} images: at least {FEWEST} are needed")
+    return np.linspace(max(2, min(5000, count // 10)), count, SIZES).astype(int)
 
 
 def intercept(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -40,13 +38,14 @@ def intercept(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
 def frechet_distance_at_infinity(mu: np.ndarray, sigma: np.ndarray, features: np.ndarray, seed: int = 0) -> float:
     """Returns the FID that infinitely many samples would have: the value at 0 of a line in 1 / N through 15 FIDs.
 
-    mu (D,), sigma (D, D): statistics of the reference. features: (N, D) of the samples, at least 20 and 4 D. The
-    FIDs are of the first images of an order that `seed` draws, so that larger subsets hold the smaller ones. The result
-    may be slightly below 0. Raises UserError as `frechet_distance`, and for too few images. Source: Chong and Forsyth
+    mu (D,), sigma (D, D): statistics of the reference. features: (N, D) of the samples, at least 20. The FIDs are of
+    the first images of an order that `seed` draws, so that larger subsets hold the smaller ones. The result may be
+    slightly below 0. With fewer than TRUSTED images for each feature it lies beside the truth, as the smallest subsets
+    are far from such a line. Raises UserError as `frechet_distance`, and for too few images. Source: Chong and Forsyth
     1911.07023, section 3.1.
     """
-    features = checked_features(features, "features", 2)
-    sizes, running, values = subset_sizes(*features.shape), RunningStatistics(), []
+    features = checked_features(features, "features", FEWEST)
+    sizes, running, values = subset_sizes(len(features)), RunningStatistics(), []
     order = np.random.default_rng(seed).permutation(len(features))
     for start, stop in zip([0, *sizes[:-1]], sizes, strict=True):
         for rows in slices(stop - start, 4096):
@@ -62,7 +61,7 @@ def resampled_frechet_distance_at_infinity(mu: np.ndarray, sigma: np.ndarray, fe
     products of one FID, for each replicate.
     """
     projected = ProjectedFeatures(mu, sigma, features)
-    sizes = subset_sizes(*np.shape(features))
+    sizes = subset_sizes(len(features))
 
     def one(drawn: np.ndarray) -> list[float]:
         values, sums = [], FrechetSums()

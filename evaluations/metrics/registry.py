@@ -34,7 +34,7 @@ from .bootstrap import (
 from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, OF_PIXELS, Comparison, Feature
 from .extrapolation import (
     FEWEST,
-    SPAN,
+    TRUSTED,
     frechet_distance_at_infinity,
     order_replicates,
     resampled_frechet_distance_at_infinity,
@@ -77,8 +77,8 @@ class Metric:
     word: its name in options and results. title: its name as the evaluator prints it. feature: the kind of features
     that it reads. value, resampled: compute it, and the same of resampled images. needs: what it needs of the
     reference. neighbours: k of its nearest neighbours, 0 for none. fewest: images that it needs of each file.
-    per_feature: and of the samples, so many for each number of their features. official: whether the evaluator computes
-    it unless told otherwise. if_nan: what it means that the value is not a number.
+    per_feature: samples for each feature, below which it lies beside the truth. official: whether the evaluator
+    computes it unless told otherwise. if_nan: what it means that the value is not a number.
     falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
     metric of so many images. of_fewer: whether it takes no more images of either file than the other one has.
     by_network: its name with features of a network that is not the Inception of 2015, with {} for that; "" where its
@@ -131,10 +131,6 @@ class Metric:
     def smallest_count(self) -> int:
         """The smallest number of images of each file."""
         return max(self.fewest, 1 + self.neighbours)
-
-    def smallest_samples(self, width: int) -> int:
-        """The smallest number of samples with so many features each; 0 where it is not known how many there are."""
-        return max(self.smallest_count, self.per_feature * width)
 
     @property
     def needs_depth(self) -> bool:
@@ -329,7 +325,7 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
            falls_with_count=True, of_fewer=True),
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
-           FromReference.STATISTICS, fewest=FEWEST, per_feature=SPAN, least=-math.inf,
+           FromReference.STATISTICS, fewest=FEWEST, per_feature=TRUSTED, least=-math.inf,
            by_network="Frechet distance at infinity by {} features"),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
            FromReference.FEATURES, is_share=True, most=100),

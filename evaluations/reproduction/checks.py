@@ -32,10 +32,9 @@ from .tables import Row, Table
 def check_rows(table: Table, flag: str = "num_samples") -> None:
     """Raises UserError for what is wrong with the rows themselves. flag: the option that says how many images."""
     for name, row in table.rows.items():
-        spec = row.evaluation
-        fewest = max(map(spec.smallest_samples, spec.words))
+        fewest = row.evaluation.smallest_count
         if row.images < fewest:
-            needing = [METRICS[word].label for word in spec.words if spec.smallest_samples(word) == fewest]
+            needing = [METRICS[word].label for word in row.evaluation.words if METRICS[word].smallest_count == fewest]
             raise UserError(f"--{flag} {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
         if network := row.evaluation.kind:

@@ -104,12 +104,8 @@ class EvaluationSpec(Options):
 
     @property
     def smallest_count(self) -> int:
-        """The smallest number of images that the metrics need of each file."""
+        """The smallest number of images that the metrics need."""
         return max(METRICS[word].smallest_count for word in self.words)
-
-    def smallest_samples(self, word: str) -> int:
-        """The smallest number of samples that a metric needs, as far as the width of the features is known."""
-        return METRICS[word].smallest_samples(self.kind.pooled if self.kind else 0)
 
 
 @dataclass(frozen=True)

@@ -161,18 +161,19 @@ def test_result_says_what_it_is(save, evaluate):
 def test_held_out_images_are_shown_before_the_samples(save, evaluate, refused):
     reference, held_out = save("reference", clothes(40)), save("held_out", clothes(30, 1))
     sample = save("sample", clothes(30, 2))
-    words = ("--metrics", "authenticity,saturation,contrast", "--bootstrap", 5)
+    words = ("--metrics", "authenticity,saturation,contrast,fid_infinity", "--bootstrap", 5)
     (first, second), printed = evaluate(reference, sample, *words, "--held_out", held_out)
     assert first["held_out"] and "held_out" not in second
     ((alone,), _), ((plain,), _) = evaluate(reference, held_out, *words), evaluate(reference, sample, *words)
     assert (first["metrics"], second["metrics"]) == (alone["metrics"], plain["metrics"])
     assert first["metrics"]["saturation"] == 0 < first["metrics"]["contrast"] < 0.5
     assert printed.out.index("held out:  ") < printed.out.index("sample:    ")
-    assert [line.split(": ")[0] for line in printed.out.splitlines()[-3:]] == [
-        "Authenticity in %", "Saturation", "Contrast"]
+    assert [line.split(": ")[0] for line in printed.out.splitlines()[-4:]] == [
+        "FID at infinity", "Authenticity in %", "Saturation", "Contrast"]
+    assert "FID at infinity lies beside the truth with fewer than 20 images for each feature" in printed.err
     assert "no such file" in refused(reference, sample, "--held_out", "absent.npz")
-    assert "has 30 images, --metrics fid_infinity needs at least 256, 4 for each of the 64 features" in refused(
-        reference, sample, "--metrics", "fid_infinity")
+    assert "has 19 images, --metrics fid_infinity needs at least 20" in refused(
+        reference, save("few", clothes(19)), "--metrics", "fid_infinity")
 
 
 def test_batches_and_order_do_not_matter(save, evaluate):
@@ -298,6 +299,7 @@ def test_the_interval_of_mind_is_of_as_many_images_as_the_smaller_file_has(save,
     _, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(30, 1)), "--metrics", "fid,mind",
                           "--bootstrap", 2)
     assert "95 % intervals of FID are wider than they need to be" in printed.err
+    assert "beside the truth" not in printed.err
     assert "(95 %, of FID of 30 images: " in printed.out and "(95 %, of MIND of 20 images: " in printed.out
 
 

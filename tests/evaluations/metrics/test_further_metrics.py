@@ -113,22 +113,10 @@ def test_fid_at_infinity_takes_away_what_few_images_add(random):
     assert abs(np.mean([frechet_distance_at_infinity(zero, one, sample) for sample in samples])) < 0.01
 
 
-def test_fid_at_infinity_is_not_beside_the_truth_where_images_are_not_far_more_than_features(random):
-    """The truth is 0. The mean of 200 was -0.23; with subsets from a tenth of the images on, it would be -0.9."""
-    zero, one = np.zeros(32), np.eye(32)
-    found = [frechet_distance_at_infinity(zero, one, random.standard_normal((128, 32))) for _ in range(20)]
-    assert abs(np.mean(found)) < 0.5
-
-
-def test_fid_at_infinity_needs_twenty_images_and_four_for_each_feature(random):
-    for count, channels, needed in ((19, 2, 20), (39, 10, 40)):
-        features, zero, one = random.standard_normal((count, channels)), np.zeros(channels), np.eye(channels)
-        sentence = f"{count} images with {channels} features each: FID at infinity needs at least {needed}"
-        with pytest.raises(UserError, match=sentence):
-            frechet_distance_at_infinity(zero, one, features)
-        with pytest.raises(UserError, match=sentence):
-            resampled_frechet_distance_at_infinity(zero, one, features)
-    assert [METRICS["fid_infinity"].smallest_samples(width) for width in (0, 4, 64)] == [20, 20, 256]
+def test_fid_at_infinity_needs_twenty_images(random):
+    with pytest.raises(UserError, match="features of 19 images: at least 20 are needed"):
+        frechet_distance_at_infinity(np.zeros(2), np.eye(2), random.standard_normal((19, 2)))
+    assert METRICS["fid_infinity"].smallest_count == 20
     with pytest.raises(UserError, match="1 bootstrap replicates: must be at least 2"):
         METRICS["fid_infinity"].replicates(comparison(*random.standard_normal((2, 30, 2))), 1)
 
