@@ -37,6 +37,7 @@ from .nearest import draw_nearest
 from .references import open_reference
 
 ROWS = 4096                     # of stored features, that are looked at together
+NARROW = 4                      # samples for each feature, below which intervals of Frechet distances are too wide
 
 
 @dataclass(frozen=True)
@@ -430,15 +431,15 @@ class Evaluation:
         def few(metric: Metric, per_feature: int) -> bool:
             return any(per_feature * sample[metric.feature][0].size > sample.count for sample in samples)
 
-        for metric in self.options.wanted:
+        wanted = [metric.by(self.extractor_options.kind.network) for metric in self.options.wanted]
+        for metric in wanted:
             if metric.per_feature and few(metric, metric.per_feature):
-                self.warn(f"{metric.by(self.extractor_options.kind.network).label} lies beside the truth with fewer "
-                          f"than {metric.per_feature} images for each feature")
-        wide = [metric.by(self.extractor_options.kind.network).label for metric in self.options.wanted
-                if metric.needs is FromReference.STATISTICS and few(metric, 4)]
+                self.warn(f"{metric.label} lies beside the truth with fewer than {metric.per_feature} images for each "
+                          "feature")
+        wide = [metric.label for metric in wanted if metric.needs is FromReference.STATISTICS and few(metric, NARROW)]
         if wide and self.options.bootstrap:
-            self.warn(f"95 % intervals of {' and '.join(wide)} are wider than they need to be, with fewer than 4 "
-                      "images for each feature")
+            self.warn(f"95 % intervals of {' and '.join(wide)} are wider than they need to be, with fewer than "
+                      f"{NARROW} images for each feature")
 
     def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
         """Warns where labels are probably not those of the classes that the network tells apart."""

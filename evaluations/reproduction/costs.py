@@ -110,8 +110,10 @@ def passes(run: SamplingRun) -> RowPasses:
             guided = int(window.sum())
             if guided and step.forward:
                 forward += step.forward * guided * evaluation_part(run.model, tuple(step.begins_at))
-            for place in window.nonzero().flatten().tolist() if step.backward else []:
-                losses[place].add(_loss(method, step))
+            if step.backward:
+                loss = _loss(method, step)
+                for place in window.nonzero().flatten().tolist():
+                    losses[place].add(loss)
             others.update({name: count * guided for name, count in step.others.items() if guided})
             plain.update({name: count * guided for name, count in step.plain.items() if guided})
     steps = Counter(frozenset(of_step) for of_step in losses if of_step)
