@@ -38,14 +38,14 @@ def contrast(ink, paper):
     return (light + 0.05) / (dark + 0.05)
 
 
-def opened(chromium, path, size, scheme="light", ready=True):
-    """Shows a page, and waits until its script says that it is ready, if it says so."""
+def opened(chromium, page, size, scheme="light", ready=True):
+    """Shows the page of a path or address, and waits until its script says that it is ready, if it says so."""
     width, height, mobile = SIZES[size]
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                              {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia",
                              {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    chromium.get(path.as_uri())
+    chromium.get(page if isinstance(page, str) else page.as_uri())
     if ready:
         chromium.execute_async_script("""
         const done = arguments[0], look = () => document.documentElement.dataset.ready ? done() : setTimeout(look, 10);

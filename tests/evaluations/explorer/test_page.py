@@ -1,8 +1,11 @@
 """The explorer's page: what it holds, and what a reader sees after moving the slider and the threshold."""
 
 import dataclasses
+import http.server
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +119,14 @@ def seen(chromium):
                 pressed: [...document.querySelectorAll('.all button')].map(one => one.ariaPressed)};""")
 
 
+def shifted(chromium):
+    """By how much what was seen has moved since the page was asked for."""
+    return chromium.execute_async_script("""
+        const done = arguments[0], heard = list => done(list.getEntries().reduce((sum, one) => sum + one.value, 0));
+        new PerformanceObserver(heard).observe({type: 'layout-shift', buffered: true});
+        setTimeout(() => done(0), 30);""")
+
+
 def levels(image):
     return np.round((np.moveaxis(image.astype(np.float32), 0, -1).clip(-1, 1) + 1) * 127.5)
 
@@ -134,10 +145,7 @@ def compared(tmp_path_factory):
 def test_what_a_reader_sees(chromium, compared, size, scheme):
     (first, second), path = compared
     opened(chromium, path, size, scheme)
-    assert chromium.execute_async_script("""
-        const done = arguments[0], heard = list => done(list.getEntries().reduce((sum, one) => sum + one.value, 0));
-        new PerformanceObserver(heard).observe({type: 'layout-shift', buffered: true});
-        setTimeout(() => done(0), 30);""") == 0             # while the page is filled
+    assert shifted(chromium) == 0                               # while the page is filled
     before = seen(chromium)
     assert chromium.title == TITLE and before["where"].startswith("step 1 of 5 · t = 4 · sigma 100")
     assert "not guided at this step" in before["notes"]
@@ -156,6 +164,34 @@ def test_what_a_reader_sees(chromium, compared, size, scheme):
     assert seen(chromium)["places"] == after["places"]
     assert all(after["alts"]) and "A: x_t, image 11, step 4 of 5" in after["alts"]
     assert_readable(chromium, size, scheme, TITLE)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_nothing_moves_while_a_page_arrives_in_pieces(chromium, compared, size):
+    """A slow disk or processor shows the beginning of a page before its end is read."""
+    _, path = compared
+    pieces = re.split(r"(?<=</button>\n)|(?<=Block</label>\n)", path.read_text())
+
+    class InPieces(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            for piece in pieces:
+                self.wfile.write(piece.encode())
+                time.sleep(0.3)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), InPieces) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            opened(chromium, f"http://127.0.0.1:{server.server_port}/", size)
+        finally:
+            server.shutdown()
+    assert len(pieces) > 2 and shifted(chromium) == 0
+    assert chromium.execute_script("return document.getElementById('play').checkVisibility({visibilityProperty: true})")
 
 
 def test_steps_at_which_losses_were_not_told_apart(chromium, tmp_path):
