@@ -58,6 +58,29 @@ class GaussianDiffusion(DiffusionProcess):
         step = sampling.DdimOptions(eta=eta).step()
         return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn))
 
+    def condition_mean(self, cond_fn: CondFn, p_mean_var: Images, x: Tensor, t: Tensor,
+                       model_kwargs: Mapping[str, Any] | None = None) -> Tensor:
+        """The mean of p(x_{t-1} | x_t, y), as DDPM is guided (Dhariwal & Nichol, 2105.05233, algorithm 1).
+
+        cond_fn: the gradient of log p(y | x_t), as above. p_mean_var: what `p_mean_variance` gives at x and t. Returns
+        mean + variance * gradient, (N, C, H, W).
+        """
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient
+
+    def condition_score(self, cond_fn: CondFn, p_mean_var: Images, x: Tensor, t: Tensor,
+                        model_kwargs: Mapping[str, Any] | None = None) -> Images:
+        """`p_mean_var` conditioned as DDIM is guided (Dhariwal & Nichol, 2105.05233, algorithm 2).
+
+        The arguments are those of `condition_mean`. eps, taken from the (clipped) x0, becomes
+        eps - sqrt(1 - abar) gradient; x0, which is not clipped again, and the mean follow from it.
+        """
+        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        eps = self.predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        eps = eps - gather(self.sqrt_one_minus_alphas_cumprod, t, x) * gradient
+        pred_xstart = self.predict_xstart_from_eps(x, t, eps)
+        return {**p_mean_var, "eps": eps, "pred_xstart": pred_xstart, "mean": self.posterior_mean(pred_xstart, x, t)}
+
     def p_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,

@@ -110,6 +110,29 @@ def test_ddim_with_all_noise_survives_rounding_at_the_noisiest_step(schedule, st
     assert diffusion.ddim_sample_loop(half, (1, 1, 2, 2), normal(0)[:1, :1, :2, :2], eta=1.0).isfinite().all()
 
 
+def test_conditioning_by_hand_is_what_samplers_do(network):
+    model, diffusion = network
+    x, t, kwargs = normal(0), torch.tensor([3, 7]), {"y": torch.tensor([0, 1])}
+    seen = []
+
+    def cond_fn(x, t, y):
+        seen.append(t)
+        return 0.1 * torch.tanh(x) * (1 + y[:, None, None, None])
+
+    options = {"clip_denoised": False, "model_kwargs": kwargs}
+    with torch.no_grad():
+        plain = diffusion.p_mean_variance(model, x, t, **options)
+        ddpm = diffusion.p_sample(model, x, t, noise=torch.zeros_like(x), cond_fn=cond_fn, **options)
+        ddim = diffusion.ddim_sample(model, x, t, cond_fn=cond_fn, **options)
+        mean = diffusion.condition_mean(cond_fn, plain, x, t, kwargs)
+        score = diffusion.condition_score(cond_fn, plain, x, t, kwargs)
+    assert torch.allclose(mean, ddpm["sample"], atol=1e-5) and not torch.allclose(mean, plain["mean"], atol=1e-3)
+    assert torch.allclose(score["pred_xstart"], ddim["pred_xstart"], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(score["mean"], diffusion.posterior_mean(ddim["pred_xstart"], x, t), rtol=1e-4, atol=1e-4)
+    assert torch.equal(score["variance"], plain["variance"])
+    assert len(seen) == 4 and all(torch.equal(one, diffusion.model_timesteps(t)) for one in seen)
+
+
 @pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
 def test_loops_are_their_steps_in_turn(network, sampler, capfd):
     model, diffusion = network
