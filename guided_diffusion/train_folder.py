@@ -106,10 +106,8 @@ class Record:
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
-        training = {name: without_secrets(value) if isinstance(value, str) else value
-                    for name, value in self.training.items()}
-        content: dict[str, Any] = {"model": dict(self.model), "training": training, "ranks": self.ranks}
-        content |= {WATCHED: dict(self.watched)} if self.watched else {}
+        content: dict[str, Any] = {"model": dict(self.model), "training": _public(self.training), "ranks": self.ranks}
+        content |= {WATCHED: _public(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)
@@ -144,8 +142,7 @@ class Record:
     @property
     def options(self) -> dict[str, Any]:
         """All options by flag name, as they are stored."""
-        return {name: without_secrets(value) if isinstance(value, str) else value
-                for name, value in {**self.training, **self.model}.items()}
+        return _public({**self.training, **self.model})
 
     def continues(self, before: Record, out: Path) -> list[str]:
         """What is new beside the record `before` of the same folder, a sentence each, where it does not matter.
@@ -210,6 +207,11 @@ class Record:
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))
+
+
+def _public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options by name, without secrets of addresses."""
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 # The state

@@ -177,7 +177,8 @@ def test_files_that_are_something_else_are_one_sentence(data_dir, run, damage, m
 
 def test_no_secret_is_recorded(tmp_path):
     address = "https://user:hunter2@example.org/model010000.pt?token=hunter2"
-    record = Record({}, {"resume_checkpoint": address, "seed": 1, "batch_size": 2}, ranks=1)
+    record = Record({}, {"resume_checkpoint": address, "seed": 1, "batch_size": 2}, ranks=1,
+                    watched={"classifier_path": address})
     record.write(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert "hunter2" not in text and "https://example.org/model010000.pt" in text
