@@ -25,7 +25,7 @@ from typing import Any
 from . import checkpoint, dist_util
 from .classes import KEY
 from .errors import UserError
-from .fetch import without_secrets
+from .fetch import sha256_of, without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz
@@ -70,7 +70,8 @@ def shown(value: Any) -> Any:
 def data_digest(data_dir: str) -> str:
     """SHA-256 of what tells images from others: their names in order and some of their sizes; of an .npz the checksums.
 
-    It does not depend on where the images lie. Raises UserError where there are none.
+    IDX files that are not packed are read whole: those of other data have the same names and sizes. The result does not
+    depend on where the images lie. Raises UserError where there are none.
     """
     place = find_data(data_dir)
     lines: Iterable[str]
@@ -80,8 +81,11 @@ def data_digest(data_dir: str) -> str:
                 lines = [f"{part.filename} {part.CRC} {part.file_size}" for part in file.infolist()]
         except (OSError, zipfile.BadZipFile, NotImplementedError):
             raise UserError(f"--data_dir {data_dir}: is not an .npz file of images, or is damaged") from None
+    elif holds_idx(place):
+        lines = [f"{path.name} {path.stat().st_size if path.suffix == '.gz' else sha256_of(path)}"
+                 for path in sorted(place.glob("*-idx*-ubyte*"))]
     else:
-        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else find_pictures(place).files
+        files = find_pictures(place).files
         every = -(-len(files) // MEASURED)
         lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
                  for i, path in enumerate(files)]

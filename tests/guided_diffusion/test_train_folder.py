@@ -82,7 +82,7 @@ def test_the_same_images_may_lie_elsewhere(data_dir, run, tmp_path, caplog):
     train(elsewhere, run, lr_anneal_steps=4)
     assert "the images are the same" in caplog.text
     path = elsewhere / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes() + b"0")
+    path.write_bytes(path.read_bytes()[:-1] + b"0")         # MNIST and its like are files of the same names and sizes
     with pytest.raises(UserError, match=r"--data_dir .*elsewhere: holds other images than when the run in .* began"):
         Record({}, {"data_dir": str(elsewhere)}, data=data_digest(str(elsewhere))).continues(
             Record({}, {"data_dir": str(elsewhere)}, data=data_digest(str(data_dir))), run)
