@@ -122,6 +122,15 @@ def class_names_of(configuration: Mapping[str, Any]) -> ClassNames | None:
     return None
 
 
+def names_of_samples(path: Path) -> ClassNames | None:
+    """The classes of the network that made a file of samples, None where nothing beside it says them."""
+    record = path.parent / "run.json"
+    if not record.is_file():
+        return None
+    content = read_json(record, lambda content: isinstance(content["configuration"], dict))
+    return class_names_of(content["configuration"])
+
+
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
     """The labels of images of a recorded run in words: by name where its network is still there and has names."""
     names = class_names_of(configuration)
