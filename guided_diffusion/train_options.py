@@ -165,8 +165,10 @@ class TrainOptions(LoopOptions):
             rates = tuple(float(rate) for rate in self.ema_rate.split(",")) if self.ema_rate else ()
         except ValueError:
             rates = (math.nan,)
-        if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas")
+        names = {RateProfile(rate).name for rate in rates}          # of their files
+        if not all(0 < rate < 1 for rate in rates) or len(names) < len(rates):
+            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas, in "
+                            "their first six digits")
         return rates
 
     @property
