@@ -54,6 +54,7 @@ def locked_folder(out: str | Path) -> Iterator[None]:
     path = Path(out)
     with ExitStack() as stack:
         with dist_util.together():
+            checkpoint.check_name(path, "--out")
             check_folder("--out", path)
             if dist_util.is_main():
                 stack.enter_context(locked(path / ".lock", lambda who: UserError(

@@ -33,6 +33,11 @@ def test_a_second_job_is_refused(data_dir, run, monkeypatch):
     assert not (run / ".lock").exists()
 
 
+def test_a_folder_whose_state_could_not_be_read_again_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--out .*caf.: is no name in UTF-8"), locked_folder(tmp_path / "caf\udce9"):
+        pass
+
+
 @pytest.mark.parametrize("changes", [
     {"num_channels": 64}, {"diffusion_steps": 20}, {"ema_rate": "0.9"}, {"use_bf16": True},
     {"schedule_sampler": "loss-second-moment"}])
