@@ -7,14 +7,16 @@ stopped: files that are there already are kept.
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import os
+import re
 import tarfile
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ MANIFEST = "manifest.json"
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
 TARS = (".tar", ".tar.gz", ".tgz")
+BOXES = re.compile(r"( \d+){4}( .*)?$")          # four numbers, and those of further objects
 
 
 @dataclass(frozen=True)
@@ -319,33 +322,56 @@ def _folder(name: str) -> str:
 
 def _prefix(name: str) -> str:
     prefix, underscore, _ = PurePosixPath(name).name.partition("_")
-    if not underscore:
-        raise UserError(f"{name}: has no _ in its name, before which --labels prefix would find the class")
+    if not (prefix and underscore):
+        raise UserError(f"{name}: has nothing before a _ in its name, where --labels prefix would find the class")
     return prefix
 
 
 def _labels_of_file(path: str) -> Callable[[int, str], str]:
     with reading(path, "is no text file of classes", flag="--labels_file"):
-        lines = [line.replace(",", " ").split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    lines = [words for words in lines if words]
+        lines = [words for line in Path(path).read_text(encoding="utf-8").splitlines() if (words := _words(line))]
     for words in lines:
-        label = words[min(1, len(words) - 1)]
-        if "/" in label or label.startswith("."):
-            raise UserError(f"--labels_file {path}: {label} cannot be a class, which is the name of a folder")
-    if any(len(words) > 1 for words in lines):
-        named = {PurePosixPath(words[0]).stem: words[1] for words in lines if len(words) > 1}
+        if not words[-1] or "/" in words[-1] or words[-1].startswith("."):
+            raise UserError(f"--labels_file {path}: {words[-1]!r} cannot be a class, which is the name of a folder")
+    pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
+    return _by_name(path, pairs) if pairs else _by_order(path, [words[0] for words in lines])
 
-        def by_name(number: int, name: str) -> str:
-            stem = PurePosixPath(name).stem
-            if stem not in named:
-                raise UserError(f"--labels_file {path}: has no line for {name}")
-            return named[stem]
 
-        return by_name
+def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str], str]:
+    named: dict[str, str] = {}
+    for stem, label in pairs:
+        if named.setdefault(stem, label) != label:
+            raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of {label}; "
+                            "names must differ without their folders")
 
-    def by_number(number: int, name: str) -> str:
-        if number >= len(lines):
-            raise UserError(f"--labels_file {path}: has {len(lines)} classes, and there are more images")
-        return lines[number][0]
+    def by_name(number: int, name: str) -> str:
+        stem = PurePosixPath(name).stem
+        if stem not in named:
+            raise UserError(f"--labels_file {path}: has no line for {name}")
+        return named[stem]
 
-    return by_number
+    return by_name
+
+
+def _by_order(path: str, labels: Sequence[str]) -> Callable[[int, str], str]:
+    before = PurePosixPath()
+
+    def by_order(number: int, name: str) -> str:
+        nonlocal before
+        if number >= len(labels):
+            raise UserError(f"--labels_file {path}: has {len(labels)} classes, and there are more images")
+        if PurePosixPath(name) < before:
+            raise UserError(f"--labels_file {path}: has classes in the order of the images' names, and {name} comes "
+                            f"after {before} in the archive; give lines NAME,CLASS")
+        before = PurePosixPath(name)
+        return labels[number]
+
+    return by_order
+
+
+def _words(line: str) -> list[str]:
+    """Name and class, or the class alone, in a line; boxes that follow a class, as in ImageNet's file, are left out."""
+    if "," not in line:
+        return line.split()[:2]
+    words = [word.strip() for word in next(csv.reader([line]))[:2]]
+    return [words[0], BOXES.sub("", words[1])]

@@ -111,6 +111,32 @@ def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
     assert "labels.txt: has " in capsys.readouterr().err
 
 
+def test_classes_in_a_file_may_have_blanks_in_their_names(data):
+    (data / "labels.txt").write_text('folder/a.png,polar bear\n"b.png","polar fox"\nc.png,polar bear\n')
+    assert call("prepare_images", data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
+                data / "out.npz") == 0
+    with np.load(data / "out.npz") as file:
+        assert file["class_names"].tolist() == ["polar bear", "polar fox"] and file["arr_1"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("lines", "said"), [
+    ("cat/a.png,cat\ndog/a.png,dog\n", "says that a is of the class cat, and also of dog"),
+    ("cat\ndog\ndog\n", "has classes in the order of the images' names, and b.png comes after c.png")])
+def test_classes_that_could_be_of_other_images_are_refused(lines, said, data, capsys):
+    (data / "labels.txt").write_text(lines)
+    (data / "mixed.tar").write_bytes(tar_of({name: png(0) for name in ("a.png", "c.png", "b.png")}))
+    line = [data / "mixed.tar", "--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
+    assert call("prepare_images", *line) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_class_without_a_name_is_refused(data, capsys):
+    (data / "folder" / "cat" / "_x.png").write_bytes(png(0))
+    assert call("prepare_images", data / "folder" / "cat", "--labels", "prefix", "--image_size", 8, "--out",
+                data / "out.npz") == 2
+    assert "_x.png: has nothing before a _ in its name" in capsys.readouterr().err
+
+
 def test_what_cannot_be_read_is_one_sentence(data, capsys):
     (data / "folder" / "cat" / "b.png").write_bytes(FILES["cat/b.png"][:60])
     (data / "broken.tar").write_bytes(b"x" * 600)
