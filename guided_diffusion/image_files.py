@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = frozenset((
 LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))     # what systems leave in folders; else names with a dot
 BACKGROUND = (255, 255, 255)
 MAX_RATIO = 100                 # of the sides of a picture
+MAX_PACKED = 2**28              # bytes of one picture in an archive
 DECODED_AT_START = 2**26        # bytes of files that are decoded before the first step, beside all headers
 AT_ONCE = 1024                  # files that a thread checks at a time
 

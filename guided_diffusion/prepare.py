@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ from .errors import UserError
 from .files import check_folder, check_writable, reason, write_json
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
-from .image_files import IMAGE_SUFFIXES, LITTER, FoundPictures, find_pictures, read_image
+from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -70,6 +70,14 @@ class Source(NamedTuple):
 
     name: str
     content: Callable[[], IO[bytes]]
+
+
+class Member(NamedTuple):
+    """A file of an archive. size: in bytes, unpacked. read: gives its content."""
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
 
 
 class NamedBytes(io.BytesIO):
@@ -115,14 +123,14 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
         raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
     if where.lower().endswith(".zip"):
         with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
-            members: Iterable[tuple[str, Callable[[], bytes]]] = [
-                (info.filename, partial(archive.read, info)) for info in archive.infolist()
-                if not info.is_dir()]
-            yield from _members(where, inside, members, depth, found)
+            yield from _members(where, inside, [
+                Member(info.filename, info.file_size, partial(archive.read, info)) for info in archive.infolist()
+                if not info.is_dir()], depth, found)
     elif where.lower().endswith(TARS):
         with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
             yield from _members(where, inside, (
-                (info.name, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth, found)
+                Member(info.name, info.size, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth,
+                found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
 
@@ -132,21 +140,35 @@ def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return b"" if member is None else member.read()
 
 
-def _members(where: str, inside: str, members: Iterable[tuple[str, Callable[[], bytes]]], depth: int,
-             found: FoundPictures) -> Iterator[Source]:
-    for name, read in members:
+def _members(where: str, inside: str, members: Iterable[Member], depth: int, found: FoundPictures) -> Iterator[Source]:
+    for name, size, read in members:
         path = PurePosixPath(name)
         if any(part.startswith(".") or part.lower() in LITTER for part in path.parts if part != "."):
             found.leave_out("hidden or system file(s)", Path(name))
             continue
         shown, place = f"{where}/{name}", str(PurePosixPath(inside) / path)
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Source(place, partial(NamedBytes, shown, read()))         # now: a .tar is read from front to back
+            yield Source(place, _read_now(shown, size, read))
         elif name.lower().endswith((".zip", *TARS)):
             folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
             yield from _archive(shown, folder, io.BytesIO(read()), depth + 1, found)
         else:
             found.leave_out("file(s) that are no pictures", Path(name))
+
+
+def _read_now(shown: str, size: int, read: Callable[[], bytes]) -> Callable[[], IO[bytes]]:
+    """What opens a picture of an archive, which is read from front to back; raises UserError then if it is damaged."""
+    try:
+        if size > MAX_PACKED:
+            raise UserError(f"{shown}: unpacks to {size} bytes, more than {MAX_PACKED}")
+        with reading(shown, "cannot be read"):
+            return partial(NamedBytes, shown, read())
+    except UserError as error:
+        return partial(_refuse, error)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    raise error
 
 
 def _lmdb(path: Path) -> Iterator[Source]:
@@ -341,8 +363,8 @@ def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str]
     named: dict[str, str] = {}
     for stem, label in pairs:
         if named.setdefault(stem, label) != label:
-            raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of {label}; "
-                            "names must differ without their folders")
+            raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of "
+                            f"{label}; names must differ without their folders")
 
     def by_name(number: int, name: str) -> str:
         stem = PurePosixPath(name).stem

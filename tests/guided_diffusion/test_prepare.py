@@ -10,6 +10,7 @@ import pytest
 from commands import call
 from PIL import Image
 
+from guided_diffusion import prepare
 from guided_diffusion.image_datasets import open_images
 from guided_diffusion.prepare import cropped
 
@@ -128,6 +129,21 @@ def test_classes_that_could_be_of_other_images_are_refused(lines, said, data, ca
     line = [data / "mixed.tar", "--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
     assert call("prepare_images", *line) == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_PACKED", 10**4)
+    with zipfile.ZipFile(data / "odd.zip", "w") as archive:
+        for name, content in {"a.png": png(0), "b.png": bytes(10**4 + 1), "c.png": b"damaged" + png(1)}.items():
+            archive.writestr(name, content)
+    content = bytearray((data / "odd.zip").read_bytes())
+    content[content.index(b"damaged")] ^= 1          # so that its checksum is another one
+    (data / "odd.zip").write_bytes(content)
+    line = [data / "odd.zip", "--image_size", 8, "--out", data / "out.npz"]
+    assert call("prepare_images", *line) == 2
+    assert "odd.zip/b.png: unpacks to 10001 bytes, more than 10000" in capsys.readouterr().err
+    assert call("prepare_images", *line, "--skip_damaged", True) == 0
+    assert "left out 2 damaged image(s)" in capsys.readouterr().out
 
 
 def test_a_class_without_a_name_is_refused(data, capsys):
