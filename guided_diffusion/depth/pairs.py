@@ -194,7 +194,7 @@ class _Arrays:
 def _read_npz(path: Path) -> _Arrays:
     images, depth, labels = read_arrays(path, ["arr_0", "depth", "arr_1"],
                                         f"{path}: is no .npz file of images and depth maps, or is damaged")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise UserError(f"{path}: arr_0 {_shown(images)}, must be images (N, H, W, 3) uint8")
     if depth is not None and depth.ndim == 4 and depth.shape[3] == 1:
         depth = depth[..., 0]
