@@ -107,7 +107,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
             with dist_util.together():
                 if dist_util.is_main():
                     feature_files.seal(partial, made_of)
-                    _publish(partial, done)
+                    _publish(partial, done, made_of)
     return feature_files.mapped(done)
 
 
@@ -146,11 +146,11 @@ def _made_by_main(folder: Path) -> Iterator[None]:
         yield
 
 
-def _publish(partial: Path, done: Path) -> None:
+def _publish(partial: Path, done: Path, made_of: Mapping[str, Any]) -> None:
     try:
         publish(partial, done)
     except OSError as error:
-        if not done.is_dir():           # else another evaluation was faster
+        if not done.is_dir() or feature_files.fault(done, made_of):         # else another evaluation was faster
             raise UserError(f"{done}: cannot be written ({reason(error)})") from None
 
 
