@@ -30,9 +30,9 @@ from guided_diffusion.version import __version__
 from . import feature_files
 from .feature_files import Features
 
-__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder"]
+__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder", "own_folder"]
 
-PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+"       # names of folders of half-made features
+PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+|\.own-[0-9a-f]{14}"      # folders of half-made features
 TEMPORARY = "features-[0-9a-f]{14}"                             # and of the folder that stands in for --cache
 
 _log = logging.getLogger(__name__)
@@ -86,6 +86,14 @@ def feature_folder(cache: str | Path | None) -> Iterator[Path]:
                                 "that all of them share")
         yield folder
         dist_util.barrier()
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """A folder in that for features which this job alone uses, on all ranks, for the length of the block."""
+    own = folder / f".own-{_shared_token()}"
+    with _made_by_main(own):
+        yield own
 
 
 def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,
