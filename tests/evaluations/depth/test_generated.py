@@ -59,7 +59,8 @@ def test_what_is_wrong_shows_before_anything_is_sampled(words, said, tmp_path, m
 @pytest.mark.parametrize(("content", "said"), [
     ({"rows": {}}, "rows in"), ({"rows": {"real": {}}}, "no row may be called exact or real"),
     ({"rows": {"a": 3}}, "a of rows in"), ({"rows": {"a": {}}, "study": {"steps": "x"}}, "--steps 'x'"),
-    ({"rows": {"a": {}}, "row": 1}, "row in")])
+    ({"rows": {"a": {}}, "row": 1}, "row in"),
+    ({"rows": {"a": {}}, "published": {"a": {"delta": "0.9 (0.1)"}}}, "published delta: 0.9 (0.1) of row a in")])
 def test_a_file_that_is_no_study(content, said, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     assert call("dag_depth_training", tmp_path / "study.yaml", "--out", tmp_path / "out") == 2
