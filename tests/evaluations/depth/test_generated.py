@@ -8,8 +8,16 @@ import torch
 import yaml
 from commands import REPOSITORY, call, flags
 
-from evaluations.depth.generated import GeneratedOptions, read_study, study_names, train_depth_network
+from evaluations.depth.generated import (
+    GeneratedOptions,
+    GeneratedTraining,
+    read_study,
+    study_names,
+    train_depth_network,
+)
 from evaluations.depth.generated_report import results_of, table_of
+from guided_diffusion.depth.scenes import render
+from guided_diffusion.errors import UserError
 
 TINY = {"num_samples": 2, "num_test": 3, "steps": 2, "batch_size": 2, "num_seeds": 2, "label_draws": 1, "bootstrap": 20}
 
@@ -43,6 +51,20 @@ def test_a_study_writes_its_table_and_goes_on(study, tmp_path, capsys):
     capsys.readouterr()
     assert call("dag_depth_training", *given, "--steps", 3) == 2
     assert "holds a study with steps 2, not 3; name another folder" in capsys.readouterr().err
+
+
+def test_other_real_images_of_the_same_name_are_another_study(study, tmp_path):
+    def begin(seed, flag):
+        scenes = render(seed, range(3), 32)
+        np.savez(tmp_path / "pairs.npz", arr_0=scenes.rgb, depth=scenes.depth)
+        options = {**TINY, "out": str(tmp_path / f"out_{flag}"), flag: str(tmp_path / "pairs.npz")}
+        GeneratedTraining(read_study(str(study)), GeneratedOptions(**options))
+        return json.loads((tmp_path / f"out_{flag}" / "study.json").read_text())
+
+    begin(5, "test")
+    with pytest.raises(UserError, match=r"holds a study with test_sha256 .*; name another folder"):
+        begin(6, "test")
+    assert "real_sha256" in begin(5, "real")
 
 
 @pytest.mark.parametrize(("words", "said"), [
