@@ -29,6 +29,7 @@ from PIL import Image
 
 from .classes import natural_order
 from .errors import UserError
+from .fetch import sha256_of
 from .files import check_folder, check_writable, reason, write_json
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
@@ -220,6 +221,7 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         check_writable("--out", out, parents=True)
     label_of = _labels(options)
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
+    settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     if not as_npz:
         _begin(out, settings)
     damaged: list[str] = []

@@ -120,6 +120,14 @@ def test_classes_in_a_file_may_have_blanks_in_their_names(data):
         assert file["class_names"].tolist() == ["polar bear", "polar fox"] and file["arr_1"].tolist() == [0, 1, 0]
 
 
+def test_a_folder_of_other_classes_is_refused(data, capsys):
+    line = [data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out"]
+    for labels, code in (("a,x\nb,x\nc,y\n", 0), ("a,x\nb,x\nc,y\n", 0), ("a,x\nb,y\nc,y\n", 2)):
+        (data / "labels.txt").write_text(labels)
+        assert call("prepare_images", *line) == code
+    assert "holds images with labels_sha256 " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("lines", "said"), [
     ("cat/a.png,cat\ndog/a.png,dog\n", "says that a is of the class cat, and also of dog"),
     ("cat\ndog\ndog\n", "has classes in the order of the images' names, and b.png comes after c.png")])
