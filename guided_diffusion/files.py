@@ -76,6 +76,11 @@ def check_folder(flag: str, path: str | Path) -> Path:
     return Path(path)
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path, which need not exist, is a folder or lies in it, at any depth and behind any links."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 # Files that appear whole or not at all
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 from .classes import natural_order
 from .errors import UserError
 from .fetch import sha256_of
-from .files import check_folder, check_writable, reason, write_json
+from .files import check_folder, check_writable, lies_in, reason, write_json
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
 from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
@@ -217,6 +217,9 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such folder or file")
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    if not as_npz and lies_in(out, path) and Path(path).is_dir():
+        raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
+                        "the command goes on; name another folder")
     if as_npz:
         check_writable("--out", out, parents=True)
     label_of = _labels(options)

@@ -85,8 +85,10 @@ def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line[line.index(8)] = 9
     assert call("prepare_images", *line) == 2
     assert "holds images with image_size 8, and now it is 9" in capsys.readouterr().err
-    assert call("prepare_images", *line[:-1], data / "folder") == 2
+    assert call("prepare_images", *line[:-1], data) == 2
     assert "holds other files" in capsys.readouterr().err
+    assert call("prepare_images", *line[:-1], data / "folder" / "out") == 2
+    assert "so that its images would be among those that are prepared" in capsys.readouterr().err
 
 
 def test_the_crops_are_those_of_the_official_code():
