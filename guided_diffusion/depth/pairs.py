@@ -32,7 +32,7 @@ from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
-from .scenes.files import render_scenes
+from .scenes.files import MOST_SCENES, render_scenes
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
@@ -107,6 +107,8 @@ def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int 
     if data == SCENES:
         if count is None:
             raise UserError(f"--{flag}: is not given, and there is no end of scenes")
+        if count > MOST_SCENES:
+            raise UserError(f"--{flag} {count}: must be at most {MOST_SCENES} with scenes, which are all in memory")
         scenes = (render if count <= FEW_SCENES else render_scenes)(seed, range(count), size)
         return _Arrays(data, scenes.rgb, scenes.depth, scenes.label)
     if not data:

@@ -164,6 +164,8 @@ def test_scenes_as_pairs():
     assert pairs.labels.tolist() == scenes.label.tolist()
     with pytest.raises(UserError, match=f"--depth_range 1,2: is always {DEPTH_RANGE} for scenes"):
         read_pairs("scenes", size=16, count=3, depth_range="1,2")
+    with pytest.raises(UserError, match=f"--num_labels {10**10}: must be at most 1000000 with scenes"):
+        read_pairs("scenes", size=16, count=10**10)
 
 
 def changed(name, index, value):
