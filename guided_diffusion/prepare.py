@@ -356,7 +356,7 @@ def _prefix(name: str) -> str:
 
 def _labels_of_file(path: str) -> Callable[[int, str], str]:
     with reading(path, "is no text file of classes", flag="--labels_file"):
-        lines = [words for line in Path(path).read_text(encoding="utf-8").splitlines() if (words := _words(line))]
+        lines = [words for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if (words := _words(line))]
     for words in lines:
         if not words[-1] or "/" in words[-1] or words[-1].startswith("."):
             raise UserError(f"--labels_file {path}: {words[-1]!r} cannot be a class, which is the name of a folder")

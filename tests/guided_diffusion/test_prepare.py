@@ -103,7 +103,7 @@ def test_the_crops_are_those_of_the_official_code():
 
 @pytest.mark.parametrize("lines", ["ImageId,PredictionString\nb,n2 1 2 3 4\na,n10 5 6 7 8\nc,n2\n", "n10\nn2\nn2\n"])
 def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
-    (data / "labels.txt").write_text(lines)
+    (data / "labels.txt").write_text(lines, encoding="utf-8-sig")         # as a spreadsheet of Windows writes it
     (data / "flat.tar").write_bytes(tar_of({"a.png": png(0), "b.png": png(1), "c.png": png(2)}))
     line = ["--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
     assert call("prepare_images", data / "flat.tar", *line) == 0
