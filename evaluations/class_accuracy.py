@@ -16,10 +16,9 @@ import numpy as np
 from guided_diffusion.classes import ClassNames
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
-from guided_diffusion.foreign import read_json
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
-from guided_diffusion.runs.comparison import class_names_of
+from guided_diffusion.runs.comparison import names_of_samples
 
 from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
@@ -90,20 +89,11 @@ def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarr
     Where the network of the sampling run names its classes, those of the same names are meant; else the numbers are.
     Raises UserError where it holds no labels, and for a class that is none of them.
     """
-    stated = _names_of_samples(file.path)
+    stated = names_of_samples(file.path)
     if stated is None or not set(stated.names) & set(class_names):
         return read_labels(file, len(class_names))
     known = ClassNames(tuple(class_names), source="the classifier")
     return known.renumbered(read_labels(file, len(stated)), stated, file.path)
-
-
-def _names_of_samples(path: Path) -> ClassNames | None:
-    """The classes of the network that made a file of samples, None where nothing beside it says them."""
-    record = path.parent / "run.json"
-    if not record.is_file():
-        return None
-    content = read_json(record, lambda content: isinstance(content["configuration"], dict))
-    return class_names_of(content["configuration"])
 
 
 def read_labels(file: BatchFile, classes: int) -> np.ndarray:

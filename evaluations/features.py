@@ -30,9 +30,9 @@ from guided_diffusion.version import __version__
 from . import feature_files
 from .feature_files import Features
 
-__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder"]
+__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder", "own_folder"]
 
-PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+"       # names of folders of half-made features
+PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+|\.own-[0-9a-f]{14}"      # folders of half-made features
 TEMPORARY = "features-[0-9a-f]{14}"                             # and of the folder that stands in for --cache
 
 _log = logging.getLogger(__name__)
@@ -88,6 +88,14 @@ def feature_folder(cache: str | Path | None) -> Iterator[Path]:
         dist_util.barrier()
 
 
+@contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """A folder in that for features which this job alone uses, on all ranks, for the length of the block."""
+    own = folder / f".own-{_shared_token()}"
+    with _made_by_main(own):
+        yield own
+
+
 def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int,
             num_images: int | None = None) -> Features:
     """Computes the features of the first `num_images` images (None: of all), as arrays mapped from files in `folder`.
@@ -107,7 +115,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
             with dist_util.together():
                 if dist_util.is_main():
                     feature_files.seal(partial, made_of)
-                    _publish(partial, done)
+                    _publish(partial, done, made_of)
     return feature_files.mapped(done)
 
 
@@ -146,11 +154,11 @@ def _made_by_main(folder: Path) -> Iterator[None]:
         yield
 
 
-def _publish(partial: Path, done: Path) -> None:
+def _publish(partial: Path, done: Path, made_of: Mapping[str, Any]) -> None:
     try:
         publish(partial, done)
     except OSError as error:
-        if not done.is_dir():           # else another evaluation was faster
+        if not done.is_dir() or feature_files.fault(done, made_of):         # else another evaluation was faster
             raise UserError(f"{done}: cannot be written ({reason(error)})") from None
 
 

@@ -21,13 +21,12 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
 from guided_diffusion.image_datasets import say_left_out
-from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, find_pictures, read_image
+from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, find_pictures, read_image
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
 
 SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
 NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
 THREADS = 8                         # that decode pictures
-MAX_PACKED = 2**28                  # bytes of one picture in an archive
 
 
 def open_images(word: str | Path) -> BatchFile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from guided_diffusion.pixels import to_rounded_uint8
 
 from .evaluation import ExtractorOptions, load_extractor_once, settings_text
 from .extractors.depth import depth_extractor
-from .features import FeatureExtractor, Features, extract, feature_folder
+from .features import FeatureExtractor, Features, extract, feature_folder, own_folder
 from .image_sets import open_images
 from .metrics import feature_statistics
 
@@ -76,7 +75,8 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     with dist_util.together():
         if dist_util.is_main():
             check_writable("OUT", out)
-    with feature_folder(options.cache) as folder, _removed(folder / f"images-{Path(out).name}") as written:
+    with feature_folder(options.cache) as folder, own_folder(folder) as own:
+        written = own / f"images-{Path(out).name}"
         with dist_util.together(), given_as(""):
             if not given and dist_util.is_main():
                 write_images(source, written, options)
@@ -123,16 +123,6 @@ def _of_network(features: Features, extractor: FeatureExtractor, images: BatchFi
     if options.kind.estimates_depth:
         arrays |= depth_extractor(extractor).reference_arrays(images, count)
     return arrays
-
-
-@contextmanager
-def _removed(path: Path) -> Iterator[Path]:
-    """A file that does not outlive the block, however that ends."""
-    try:
-        yield path
-    finally:
-        if dist_util.is_main():
-            path.unlink(missing_ok=True)
 
 
 def _statistics(features: Features, extractor: FeatureExtractor, count: int) -> dict[str, np.ndarray]:

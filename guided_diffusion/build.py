@@ -5,6 +5,7 @@ The flag names are those of guided-diffusion.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def parse_channel_mult(text: str) -> tuple[float, ...]:
         multipliers = tuple(float(part) if "." in part else int(part) for part in text.split(","))
     except ValueError:
         return ()
-    return multipliers if min(multipliers) > 0 else ()
+    return multipliers if all(0 < multiplier < math.inf for multiplier in multipliers) else ()
 
 
 def parse_resolutions(text: str) -> tuple[int, ...]:

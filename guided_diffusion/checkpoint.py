@@ -137,8 +137,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"{path}: is truncated or damaged") from None
 
 
+def check_name(path: str | Path, flag: str = "") -> None:
+    """Raises UserError, naming the flag (with its dashes), for a name that the libraries of checkpoints cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{f'{flag} ' if flag else ''}{path}: is no name in UTF-8, and the libraries that read "
+                        "checkpoints open no other; rename it") from None
+
+
 def _format(path: str | Path) -> str:
     """One of "safetensors", "zip" (what `torch.save` writes) and "pickle" (what it wrote before PyTorch 1.6)."""
+    check_name(path)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):

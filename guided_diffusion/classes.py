@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -237,8 +237,7 @@ def label_number(text: str, files: Iterable[str]) -> str:
     another name.
     """
     is_number = text.isascii() and text.isdigit()
-    read = _names_in if is_number else stored_names
-    names = next((names for path in files if path and (names := read(path)) is not None), None)
+    names = first_names(files) if is_number else first_names(files, stored_names)
     if is_number:
         return text if names is None or text not in names.names else _meant(text, names)
     if names is None:
@@ -264,6 +263,14 @@ def _meant(text: str, names: ClassNames) -> str:
 def _names_in(path: str) -> ClassNames | None:
     """The classes that a file states, where it is a checkpoint at all; guidance methods may have other files."""
     return stored_names(path) if checkpoint.damage(Path(checkpoint.locate(path))) is None else None
+
+
+def first_names(files: Iterable[str], read: Callable[[str], ClassNames | None] = _names_in) -> ClassNames | None:
+    """The classes that the first of these checkpoints states which states any; None where none does.
+
+    read: what gives the classes of a file. "" is no file.
+    """
+    return next((names for path in files if path and (names := read(path)) is not None), None)
 
 
 def check_same_names(files: Mapping[str, str]) -> None:

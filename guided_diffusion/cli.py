@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import logging
 import os
@@ -11,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ from .places import command_file
 from .progress import aside
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)      # what a full disk says, and a pipe that nobody reads
 KEPT = "what was finished is kept, and the same command goes on from there"
 GLANCE, FAREWELL = 1.0, 20.0    # seconds between looks at the launcher, and for a rank to end by itself without it
 
@@ -43,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2.
 
     Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
-    first.
+    first. Where nobody reads stdout any more, as behind `| head`, it ends with 141, as other programs do.
     """
     _print_any_name()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
@@ -52,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         with _signals_raised():
             _watch_torchrun()
-            main()
+            _run_and_print(main)
         _disconnect()               # else its threads may abort the process on its way out
     except KeyboardInterrupt as error:
         _end_signalled(error)
@@ -82,6 +84,23 @@ def _print_any_name() -> None:
     """Makes stdout escape what its encoding cannot show, as stderr does: a name of a file may hold anything."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run_and_print(main: Callable[[], None]) -> None:
+    """Runs `main` and writes all that it has printed; raises UserError where a full disk does not take it."""
+    try:
+        main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        with contextlib.suppress(OSError):          # else what is left to be printed would fail once more, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            _disconnect()
+            sys.exit(SIGNALLED + signal.SIGPIPE)
+        raise UserError(f"output cannot be written ({reason(error)})") from None
 
 
 def _say(line: str) -> None:
@@ -114,7 +133,7 @@ def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
     sys.exit(SIGNALLED + number)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals_raised() -> Iterator[None]:
     """Within, the first of Ctrl-C, SIGTERM and SIGHUP raises Signalled; those that follow do not cut its tidying short.
 

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from .errors import LostRankError
 from .progress import progress_bar
 
 GLANCE = 1.0                    # seconds between looks of a worker at the process that it works for
@@ -23,7 +25,8 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Sequence[Piece], w
 
     what, unit: as of `progress_bar`, which counts what the pieces hold. An exception, also that of a signal, ends the
     work when the pieces under way are done. Workers leave signals to this process, as Ctrl-C in a terminal reaches all
-    of them: a worker that died of one would leave this process waiting. They end with it, however it ends.
+    of them: a worker that died of one would leave this process waiting. They end with it, however it ends. Raises
+    LostRankError where one is killed.
     """
     results, count = [], min(len(pieces), os.cpu_count() or 1)
     with (ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(),)) as pool,
@@ -32,6 +35,9 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Sequence[Piece], w
             for piece, result in zip(pieces, pool.map(function, pieces), strict=True):
                 results.append(result)
                 progress.update(len(piece))
+        except BrokenProcessPool:
+            raise LostRankError(f"{what}: a process is gone that worked on it: it was killed, as where memory is not "
+                                "enough") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

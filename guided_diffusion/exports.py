@@ -26,6 +26,7 @@ from .errors import UserError
 from .facts import check_options
 from .fetch import sha256_of, without_secrets
 from .files import check_folder, write_json, write_text
+from .foreign import reading
 from .jobs import STATE
 from .late import Tensor
 from .options import Options, entry_option, option, required
@@ -121,7 +122,8 @@ class Source:
         weights = checkpoint.load_state_dict(path, entry=entry)
         check_weights(weights, path)
         stated = read_metadata(checkpoint.locate(path))
-        options = defaults | (json.loads(stated["config"]) if "config" in stated else preset.options)
+        with reading(path, "states no options of a network"):
+            options = defaults | (json.loads(stated["config"]) if "config" in stated else preset.options)
         check_options({name: tuple(value.shape) for name, value in weights.items()}, options, path)
         return cls(preset.kind, options, weights, {**stated, "config": json.dumps(options)})
 
@@ -184,7 +186,7 @@ def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out
 def _is_export(config: Path) -> bool:
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("library_name") == "guided_diffusion"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

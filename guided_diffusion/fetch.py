@@ -319,7 +319,7 @@ def _ask_web(url: str, start: int, version: str) -> _Answer:
         raise _Failure("gave a web page instead of a file")
     if response.status != http.client.PARTIAL_CONTENT:
         return _Answer(_web_pieces(response), 0, response.length, _version(response.headers))
-    content = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    content = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", response.headers.get("Content-Range", ""))
     if start and content and int(content[1]) == start and _version(response.headers) == version:
         return _Answer(_web_pieces(response), start, int(content[2]), version)
     response.close()

@@ -76,6 +76,11 @@ def check_folder(flag: str, path: str | Path) -> Path:
     return Path(path)
 
 
+def lies_in(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path, which need not exist, is a folder or lies in it, at any depth and behind any links."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 # Files that appear whole or not at all
 
 
@@ -147,8 +152,12 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str, *, sync: bool = False, ending: str = "") -> None:
-    """Writes a text file in UTF-8, whole or not at all; arguments and errors as `prepare`."""
-    write(path, lambda file: file.write_text(text, encoding="utf-8"), sync=sync, ending=ending)
+    r"""Writes a text file in UTF-8, whole or not at all; arguments and errors as `prepare`.
+
+    Of names of files that are no text, the bytes stand as stdout shows them, like \udce9.
+    """
+    content = text.encode(errors="backslashreplace")
+    write(path, lambda file: file.write_bytes(content), sync=sync, ending=ending)
 
 
 def write_json(path: str | Path, content: Any, *, sync: bool = False, ending: str = "") -> None:

@@ -16,7 +16,7 @@ import itertools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = frozenset((
 LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))     # what systems leave in folders; else names with a dot
 BACKGROUND = (255, 255, 255)
 MAX_RATIO = 100                 # of the sides of a picture
+MAX_PACKED = 2**28              # bytes of one picture in an archive
 DECODED_AT_START = 2**26        # bytes of files that are decoded before the first step, beside all headers
 AT_ONCE = 1024                  # files that a thread checks at a time
 
@@ -100,14 +101,22 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...], suffixes: frozense
         path = folder / entry.name
         if entry.name.startswith(".") or entry.name.lower() in LITTER:
             found.leave_out("hidden or system file(s)", path)
-        elif entry.is_dir():
+        elif _leads(entry.is_dir):
             _search(path, (*above, here), suffixes, found)
         elif path.suffix.lower() not in suffixes:
             found.leave_out("file(s) that are no pictures", path)
-        elif entry.is_file():
+        elif _leads(entry.is_file):
             found.files.append(path)
         else:
             found.leave_out("broken link(s) or devices", path)
+
+
+def _leads(test: Callable[[], bool]) -> bool:
+    """What a test of an entry of a folder says; False for a link that cannot be followed, as one to itself."""
+    try:
+        return test()
+    except OSError:
+        return False
 
 
 # Pictures

@@ -39,7 +39,7 @@ def takes_links(stream: TextIO, environment: Mapping[str, str] = os.environ) -> 
 
 def link(path: Path, text: str) -> str:
     """The text as a link to a file (OSC 8); the host is named, as the terminal may be on another."""
-    address = f"file://{socket.gethostname()}{quote(path.absolute().as_posix())}"
+    address = f"file://{socket.gethostname()}{quote(bytes(path.absolute()))}"
     return f"\033]8;;{address}\033\\{text}\033]8;;\033\\"
 
 

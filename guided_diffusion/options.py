@@ -27,6 +27,7 @@ from .places import find_configuration
 
 LARGEST_BATCH = 10**6
 MOST = 10**10                       # of whatever is counted, where an option states no other limit
+LONGEST_NUMBER = 18                 # digits of a number in a list; Python reads no number of thousands of digits
 MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 WATCHED = "watched"                 # of a training's config.json: options that do not change the training
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
@@ -139,6 +140,11 @@ def comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def whole_number(text: str) -> int | None:
+    """The number from 0 up that some digits say; None for anything else, and for more than LONGEST_NUMBER digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER else None
+
+
 def image_numbers(text: str, most: int) -> list[int]:
     """The different numbers, rising, that an option --images names, like 0:8 (0 to 7) or 3,5,12.
 
@@ -148,10 +154,12 @@ def image_numbers(text: str, most: int) -> list[int]:
                         f"like 3,5,12, of at most {most}")
     numbers: set[int] = set()
     for part in comma_separated(text):
-        first, colon, end = part.partition(":")
-        if not first.isdecimal() or (colon and not end.isdecimal()):
+        first, colon, last = part.partition(":")
+        start = whole_number(first)
+        end = whole_number(last) if colon else start
+        if start is None or end is None:
             raise refusal
-        span = range(int(first), int(end) if colon else int(first) + 1)
+        span = range(start, end if colon else end + 1)
         if not 0 < len(span) <= most:
             raise refusal
         numbers |= set(span)

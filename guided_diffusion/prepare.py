@@ -7,30 +7,33 @@ stopped: files that are there already are kept.
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import os
+import re
 import tarfile
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
 
 from .classes import natural_order
 from .errors import UserError
-from .files import check_folder, check_writable, reason, write_json
+from .fetch import sha256_of
+from .files import check_folder, check_writable, lies_in, reason, write_json
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
-from .image_files import IMAGE_SUFFIXES, LITTER, FoundPictures, find_pictures, read_image
+from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -43,6 +46,7 @@ MANIFEST = "manifest.json"
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
 TARS = (".tar", ".tar.gz", ".tgz")
+BOXES = re.compile(r"( \d+){4}( .*)?$")          # four numbers, and those of further objects
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Source(NamedTuple):
 
     name: str
     content: Callable[[], IO[bytes]]
+
+
+class Member(NamedTuple):
+    """A file of an archive. size: in bytes, unpacked. read: gives its content."""
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
 
 
 class NamedBytes(io.BytesIO):
@@ -112,14 +124,14 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
         raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
     if where.lower().endswith(".zip"):
         with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
-            members: Iterable[tuple[str, Callable[[], bytes]]] = [
-                (info.filename, partial(archive.read, info)) for info in archive.infolist()
-                if not info.is_dir()]
-            yield from _members(where, inside, members, depth, found)
+            yield from _members(where, inside, [
+                Member(info.filename, info.file_size, partial(archive.read, info)) for info in archive.infolist()
+                if not info.is_dir()], depth, found)
     elif where.lower().endswith(TARS):
         with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
             yield from _members(where, inside, (
-                (info.name, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth, found)
+                Member(info.name, info.size, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth,
+                found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
 
@@ -129,21 +141,35 @@ def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return b"" if member is None else member.read()
 
 
-def _members(where: str, inside: str, members: Iterable[tuple[str, Callable[[], bytes]]], depth: int,
-             found: FoundPictures) -> Iterator[Source]:
-    for name, read in members:
+def _members(where: str, inside: str, members: Iterable[Member], depth: int, found: FoundPictures) -> Iterator[Source]:
+    for name, size, read in members:
         path = PurePosixPath(name)
         if any(part.startswith(".") or part.lower() in LITTER for part in path.parts if part != "."):
             found.leave_out("hidden or system file(s)", Path(name))
             continue
         shown, place = f"{where}/{name}", str(PurePosixPath(inside) / path)
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Source(place, partial(NamedBytes, shown, read()))         # now: a .tar is read from front to back
+            yield Source(place, _read_now(shown, size, read))
         elif name.lower().endswith((".zip", *TARS)):
             folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
             yield from _archive(shown, folder, io.BytesIO(read()), depth + 1, found)
         else:
             found.leave_out("file(s) that are no pictures", Path(name))
+
+
+def _read_now(shown: str, size: int, read: Callable[[], bytes]) -> Callable[[], IO[bytes]]:
+    """What opens a picture of an archive, which is read from front to back; raises UserError then if it is damaged."""
+    try:
+        if size > MAX_PACKED:
+            raise UserError(f"{shown}: unpacks to {size} bytes, more than {MAX_PACKED}")
+        with reading(shown, "cannot be read"):
+            return partial(NamedBytes, shown, read())
+    except UserError as error:
+        return partial(_refuse, error)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    raise error
 
 
 def _lmdb(path: Path) -> Iterator[Source]:
@@ -191,10 +217,14 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such folder or file")
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    if not as_npz and lies_in(out, path) and Path(path).is_dir():
+        raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
+                        "the command goes on; name another folder")
     if as_npz:
         check_writable("--out", out, parents=True)
     label_of = _labels(options)
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
+    settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     if not as_npz:
         _begin(out, settings)
     damaged: list[str] = []
@@ -319,33 +349,56 @@ def _folder(name: str) -> str:
 
 def _prefix(name: str) -> str:
     prefix, underscore, _ = PurePosixPath(name).name.partition("_")
-    if not underscore:
-        raise UserError(f"{name}: has no _ in its name, before which --labels prefix would find the class")
+    if not (prefix and underscore):
+        raise UserError(f"{name}: has nothing before a _ in its name, where --labels prefix would find the class")
     return prefix
 
 
 def _labels_of_file(path: str) -> Callable[[int, str], str]:
     with reading(path, "is no text file of classes", flag="--labels_file"):
-        lines = [line.replace(",", " ").split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    lines = [words for words in lines if words]
+        lines = [words for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if (words := _words(line))]
     for words in lines:
-        label = words[min(1, len(words) - 1)]
-        if "/" in label or label.startswith("."):
-            raise UserError(f"--labels_file {path}: {label} cannot be a class, which is the name of a folder")
-    if any(len(words) > 1 for words in lines):
-        named = {PurePosixPath(words[0]).stem: words[1] for words in lines if len(words) > 1}
+        if not words[-1] or "/" in words[-1] or words[-1].startswith("."):
+            raise UserError(f"--labels_file {path}: {words[-1]!r} cannot be a class, which is the name of a folder")
+    pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
+    return _by_name(path, pairs) if pairs else _by_order(path, [words[0] for words in lines])
 
-        def by_name(number: int, name: str) -> str:
-            stem = PurePosixPath(name).stem
-            if stem not in named:
-                raise UserError(f"--labels_file {path}: has no line for {name}")
-            return named[stem]
 
-        return by_name
+def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str], str]:
+    named: dict[str, str] = {}
+    for stem, label in pairs:
+        if named.setdefault(stem, label) != label:
+            raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of "
+                            f"{label}; names must differ without their folders")
 
-    def by_number(number: int, name: str) -> str:
-        if number >= len(lines):
-            raise UserError(f"--labels_file {path}: has {len(lines)} classes, and there are more images")
-        return lines[number][0]
+    def by_name(number: int, name: str) -> str:
+        stem = PurePosixPath(name).stem
+        if stem not in named:
+            raise UserError(f"--labels_file {path}: has no line for {name}")
+        return named[stem]
 
-    return by_number
+    return by_name
+
+
+def _by_order(path: str, labels: Sequence[str]) -> Callable[[int, str], str]:
+    before = PurePosixPath()
+
+    def by_order(number: int, name: str) -> str:
+        nonlocal before
+        if number >= len(labels):
+            raise UserError(f"--labels_file {path}: has {len(labels)} classes, and there are more images")
+        if PurePosixPath(name) < before:
+            raise UserError(f"--labels_file {path}: has classes in the order of the images' names, and {name} comes "
+                            f"after {before} in the archive; give lines NAME,CLASS")
+        before = PurePosixPath(name)
+        return labels[number]
+
+    return by_order
+
+
+def _words(line: str) -> list[str]:
+    """Name and class, or the class alone, in a line; boxes that follow a class, as in ImageNet's file, are left out."""
+    if "," not in line:
+        return line.split()[:2]
+    words = [word.strip() for word in next(csv.reader([line]))[:2]]
+    return [words[0], BOXES.sub("", words[1])]

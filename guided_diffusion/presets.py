@@ -110,7 +110,7 @@ def _config_of(path: Path) -> dict[str, Any]:
     metadata = read_metadata(path)
     try:
         return dict(json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: its metadata has no config, the options of the network in JSON") from None
 
 

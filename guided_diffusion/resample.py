@@ -6,6 +6,7 @@ is shown the losses of the whole global batch, so that samplers stay equal on al
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -91,10 +92,14 @@ class LossSecondMomentResampler(ScheduleSampler):
         return (1 - self.uniform_prob) * moments / moments.sum() + self.uniform_prob * uniform
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:
-        """Keeps the unweighted losses (N,) of timesteps t (N,) of a global batch, the oldest ones give way."""
+        """Keeps the unweighted losses (N,) of timesteps t (N,) of a global batch, the oldest ones give way.
+
+        Losses that are not finite, of a step that float16 leaves out, say nothing.
+        """
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            self._history[step] = [*self._history[step, 1:], loss]
-            self._counts[step] += 1
+            if math.isfinite(loss):
+                self._history[step] = [*self._history[step, 1:], loss]
+                self._counts[step] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """The last losses of each timestep, and how many it has had."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
+from .options import whole_number
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -53,7 +54,7 @@ def _spaced(num_timesteps: int, section_counts: str | tuple[int, ...]) -> frozen
 
 
 def _ddim_steps(num_timesteps: int, text: str, shown: str) -> range:
-    wanted = int(text) if text.isdecimal() else 0
+    wanted = whole_number(text) or 0
     for stride in range(1, num_timesteps + 1):
         steps = range(0, num_timesteps, stride)
         if len(steps) == wanted:

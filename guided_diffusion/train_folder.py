@@ -25,7 +25,7 @@ from typing import Any
 from . import checkpoint, dist_util
 from .classes import KEY
 from .errors import UserError
-from .fetch import without_secrets
+from .fetch import sha256_of, without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz
@@ -54,6 +54,7 @@ def locked_folder(out: str | Path) -> Iterator[None]:
     path = Path(out)
     with ExitStack() as stack:
         with dist_util.together():
+            checkpoint.check_name(path, "--out")
             check_folder("--out", path)
             if dist_util.is_main():
                 stack.enter_context(locked(path / ".lock", lambda who: UserError(
@@ -70,7 +71,8 @@ def shown(value: Any) -> Any:
 def data_digest(data_dir: str) -> str:
     """SHA-256 of what tells images from others: their names in order and some of their sizes; of an .npz the checksums.
 
-    It does not depend on where the images lie. Raises UserError where there are none.
+    IDX files that are not packed are read whole: those of other data have the same names and sizes. The result does not
+    depend on where the images lie. Raises UserError where there are none.
     """
     place = find_data(data_dir)
     lines: Iterable[str]
@@ -80,8 +82,11 @@ def data_digest(data_dir: str) -> str:
                 lines = [f"{part.filename} {part.CRC} {part.file_size}" for part in file.infolist()]
         except (OSError, zipfile.BadZipFile, NotImplementedError):
             raise UserError(f"--data_dir {data_dir}: is not an .npz file of images, or is damaged") from None
+    elif holds_idx(place):
+        lines = [f"{path.name} {path.stat().st_size if path.suffix == '.gz' else sha256_of(path)}"
+                 for path in sorted(place.glob("*-idx*-ubyte*"))]
     else:
-        files = sorted(place.glob("*-idx*-ubyte*")) if holds_idx(place) else find_pictures(place).files
+        files = find_pictures(place).files
         every = -(-len(files) // MEASURED)
         lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
                  for i, path in enumerate(files)]
@@ -106,10 +111,8 @@ class Record:
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
-        training = {name: without_secrets(value) if isinstance(value, str) else value
-                    for name, value in self.training.items()}
-        content: dict[str, Any] = {"model": dict(self.model), "training": training, "ranks": self.ranks}
-        content |= {WATCHED: dict(self.watched)} if self.watched else {}
+        content: dict[str, Any] = {"model": dict(self.model), "training": _public(self.training), "ranks": self.ranks}
+        content |= {WATCHED: _public(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)
@@ -144,8 +147,7 @@ class Record:
     @property
     def options(self) -> dict[str, Any]:
         """All options by flag name, as they are stored."""
-        return {name: without_secrets(value) if isinstance(value, str) else value
-                for name, value in {**self.training, **self.model}.items()}
+        return _public({**self.training, **self.model})
 
     def continues(self, before: Record, out: Path) -> list[str]:
         """What is new beside the record `before` of the same folder, a sentence each, where it does not matter.
@@ -210,6 +212,11 @@ class Record:
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))
+
+
+def _public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options by name, without secrets of addresses."""
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 # The state

@@ -10,11 +10,9 @@ from .classes import CLASS_RULES
 from .errors import UserError
 from .fetch import without_secrets
 from .log_sinks import SINKS, parse_sinks
-from .options import Options, batch_option, cut, option, option_fields, seed_option
+from .options import Options, batch_option, cut, option, option_fields, seed_option, whole_number
 from .resample import SCHEDULE_SAMPLERS
 from .train_folder import FIXED
-
-LONGEST_NUMBER = 18         # digits of a number of images
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,8 @@ class LoopOptions(DescentOptions):
     def snapshots(self) -> tuple[int, ...]:
         """The numbers of --snapshot_images; none where it keeps nothing. Raises UserError for anything else."""
         words = self.snapshot_images.replace(" ", "").split(",")
-        whole = all(word.isascii() and word.isdigit() and len(word) <= LONGEST_NUMBER for word in words)
-        numbers = tuple(map(int, words)) if whole else ()
-        if not whole or (len(numbers) > 1 and (len(set(numbers)) < len(numbers) or min(numbers) < 1)):
+        numbers = [number for word in words if (number := whole_number(word)) is not None]
+        if len(numbers) < len(words) or (len(words) > 1 and (len(set(numbers)) < len(words) or min(numbers) < 1)):
             raise UserError(f"--snapshot_images {cut(self.snapshot_images)}: must be a whole number from 0 up, or "
                             "different ones from 1 up with commas")
         return tuple(filter(None, numbers))
@@ -168,8 +165,10 @@ class TrainOptions(LoopOptions):
             rates = tuple(float(rate) for rate in self.ema_rate.split(",")) if self.ema_rate else ()
         except ValueError:
             rates = (math.nan,)
-        if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas")
+        names = {RateProfile(rate).name for rate in rates}          # of their files
+        if not all(0 < rate < 1 for rate in rates) or len(names) < len(rates):
+            raise UserError(f"--ema_rate {self.ema_rate}: must be different numbers between 0 and 1, with commas, in "
+                            "their first six digits")
         return rates
 
     @property

@@ -49,9 +49,9 @@ from .classes import KEY, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .execution import check_memory, enough_memory, explained_compilation
 from .fetch import without_secrets
-from .files import reason
+from .files import lies_in, reason
 from .fp16_util import MixedPrecisionTrainer
-from .image_datasets import BatchPlan, TrainingImages, find_data, given_as, holds_idx, open_images
+from .image_datasets import BatchPlan, FolderImages, TrainingImages, find_data, given_as, holds_idx, open_images
 from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks
@@ -692,6 +692,9 @@ def _images(options: LoopOptions, network: ModelOptions | UpsamplerOptions | Cla
         frame = (network.in_channels, network.image_size, network.image_size)
         images = open_images(data_dir, frame, split=split, class_cond=class_cond, classes=options.classes, known=known,
                              skip_damaged=options.skip_damaged)
+        if isinstance(images, FolderImages) and lies_in(options.out, data_dir):
+            raise UserError(f"--out {options.out}: lies in {data_dir}, so that its pictures would be among the images "
+                            "when the training goes on; name another folder")
         if dist_util.is_main():
             damaged = list(images.damaged().items())
     damaged = dist_util.told_by_main(damaged)

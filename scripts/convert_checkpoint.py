@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights, flags = read_network(Path(path))
         metadata = {"config": json.dumps(flags)}
     converted = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    for name, tensor in converted.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all() and weights[name].isfinite().all():
+            raise UserError(f"--dtype {options.dtype}: has no numbers as large as some of {name}, up to "
+                            f"{weights[name].abs().max():.3g}; take another type")
     save_state(options.out, converted, metadata)
     tell(f"checkpoint: {options.out}")
 

@@ -26,12 +26,14 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import HEADS, Received, capture_attention, find_blocks
+from guided_diffusion.classes import first_names
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.guidance.base import naming
+from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
@@ -260,7 +262,8 @@ def read_objects(options: AttentionOptions, model: ModelOptions) -> ObjectImages
         raise UserError(f"--num_images {count}: {source} holds {len(images)} images")
     if model.class_cond and labels is not None:
         _check_labels(flag, labels, len(images), model.num_classes)
-        labels = labels[:count].astype(np.int64)
+        known = first_names([options.model_path])
+        labels = named_labels(source, labels.astype(np.int64), known, flag)[0][:count]
     else:
         labels = None
     return ObjectImages(images[:count], mask[:count] != 0, labels, Path(source).name)

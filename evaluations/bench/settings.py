@@ -22,11 +22,13 @@ from guided_diffusion.options import (
     EVALUATION_SECTION,
     Options,
     comma_separated,
+    cut,
     fill,
     nearest,
     option,
     read_yaml,
     seed_option,
+    whole_number,
 )
 
 from ..metrics import METRICS
@@ -69,11 +71,14 @@ class BenchSpec(Options):
     @property
     def others(self) -> list[int]:
         """The further numbers of evaluations. Raises UserError for anything else."""
-        words = comma_separated(self.other_evaluations)
-        for word in words:
-            if not (word.isascii() and word.isdigit() and int(word)):
-                raise UserError(f"--other_evaluations {self.other_evaluations}: {word!r} is no whole number above 0")
-        return [int(word) for word in words]
+        found = []
+        for word in comma_separated(self.other_evaluations):
+            number = whole_number(word)
+            if not number:
+                raise UserError(f"--other_evaluations {cut(self.other_evaluations)}: {cut(word)!r} is no whole number "
+                                "above 0")
+            found.append(number)
+        return found
 
     def better(self, one: float, other: float) -> bool:
         """Whether the first number of the metric is better than the second."""

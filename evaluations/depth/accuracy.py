@@ -97,6 +97,9 @@ def measure_accuracy(options: DepthAccuracyOptions, model_options: ModelOptions,
     held_out = options.held_out or (SCENES if options.data == SCENES else "")
     if not held_out:
         raise UserError("--held_out is not given: name pairs that are not in --data")
+    if options.num_timesteps > network.diffusion.num_timesteps:
+        raise UserError(f"--num_timesteps {options.num_timesteps}: must be at most {network.diffusion.num_timesteps}, "
+                        "the length of the chain")
     # What is measured on has the range of what is learnt on, also where only one of the two is scenes.
     options = replace(options, depth_range=checked_depth_range(options.data, options.depth_range))
     labelled = read_labelled(options, network, options.data, max(options.counts), "label_counts")

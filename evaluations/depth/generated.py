@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.depth.pairs import Pairs, read_pairs
+from guided_diffusion.depth.pairs import SCENES, Pairs, read_pairs
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.reading import DepthReadingOptions, reading_networks
-from guided_diffusion.depth.train import features_at
+from guided_diffusion.depth.train import digest, features_at
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import check_folder, write_json, write_text
@@ -118,10 +118,19 @@ def read_study(name: str) -> Study:
     if wrong or not parts["rows"] or {EXACT, REAL} & parts["rows"].keys():
         raise UserError(f"{wrong[0] if wrong else 'rows'} in {path}: must be names and values, and no row may be "
                         f"called {EXACT} or {REAL}")
+    _check_published(parts["published"], path)
     options, = fill(parts["study"], [GeneratedOptions], None, f"study of {path}")
     rows = {name: {**parts["shared"], **values} for name, values in parts["rows"].items()}
     words = {part: str(content.get(part, "")) for part in ("title", "source", "note")}
     return Study(words, {name: getattr(options, name) for name in parts["study"]}, rows, parts["published"], path)
+
+
+def _check_published(published: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Raises UserError where one of the published numbers is none."""
+    for row, values in published.items():
+        for metric, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"published {metric}: {value} of row {row} in {path}: must be a number")
 
 
 def measure_generated(study: Study, given: GeneratedOptions) -> str:
@@ -169,7 +178,7 @@ class GeneratedTraining:
         """Raises UserError where the folder is of another study; else it is begun."""
         config = {**{name: value for name, value in asdict(self.options).items() if name not in KEPT},
                   "rows": {name: dict(values) for name, values in self.study.rows.items()},
-                  "network_sha256": self.network.sha256, "predictor_sha256": predictor}
+                  "network_sha256": self.network.sha256, "predictor_sha256": predictor, **self._digests()}
         path = self.out / "study.json"
         before = read_json(path, lambda content: isinstance(content["rows"], dict)) if path.exists() else config
         for name, value in json.loads(json.dumps(config)).items():
@@ -177,6 +186,15 @@ class GeneratedTraining:
                 raise UserError(f"--out {self.out}: holds a study with {name} {before.get(name)}, not {value}; name "
                                 "another folder")
         write_json(path, config)
+
+    def _digests(self) -> dict[str, str]:
+        """What tells real images from others of the same name; nothing for scenes, which are always the same."""
+        options, found = self.options, {}
+        if options.test != SCENES:
+            found["test_sha256"] = digest(self.test)
+        if options.real != SCENES:
+            found["real_sha256"] = digest(self._pairs(options.real, options.num_samples, "num_samples", REAL_SEED))
+        return found
 
     def run(self) -> str:
         """Writes what is missing, and returns the table."""

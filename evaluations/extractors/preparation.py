@@ -132,9 +132,9 @@ class _Reader:
     def resize(self) -> str:
         """Returns the kind of resizing."""
         word = self._values.get("resize", "bicubic")
-        if word not in RESIZES:
+        if not isinstance(word, str) or word not in RESIZES:
             raise self.refusal("resize", f"one of {', '.join(RESIZES)}{nearest(str(word), RESIZES)}")
-        return str(word)
+        return word
 
     def numbers(self, key: str, default: tuple[float, ...], count: int) -> tuple[float, ...]:
         """Returns a list of so many numbers."""

@@ -16,7 +16,7 @@ import numpy as np
 from guided_diffusion.depth.pairs import SCENES, checked_depth_range, open_pairs, read_depth
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range, to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
-from guided_diffusion.depth.scenes.files import render_scenes
+from guided_diffusion.depth.scenes.files import MOST_SCENES, render_scenes
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
@@ -43,8 +43,8 @@ class ScenesTrainingOptions(Options):
     held_out: str = option("", "pairs to measure on, like --data; unset: scenes, where --data is that")
     depth_range: str = option("", "NEAR,FAR: depths in the units of the pairs that become -1 and 1; unset: of scenes "
                               "the range of all of them")
-    num_images: int = option(20000, "images to train on, mirrored at random", minimum=2)
-    num_held_out: int = option(2000, "held-out images to measure on", minimum=1)
+    num_images: int = option(20000, "images to train on, mirrored at random", minimum=2, maximum=MOST_SCENES)
+    num_held_out: int = option(2000, "held-out images to measure on", minimum=1, maximum=MOST_SCENES)
     epochs: int = option(10, "passes over the scenes", minimum=1)
     batch_size: int = batch_option(64, "images per step", minimum=2)
     lr: float = option(3e-3, "learning rate of AdamW at its peak, after a tenth of the steps; it falls to 0 as a "

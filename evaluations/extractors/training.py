@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_diffusion.files import write_text
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.progress import progress_bar
 
@@ -32,16 +33,16 @@ class EpochTraining:
         """Trains, and writes `head` and a line for each epoch to the log; the last epoch's weights are rounded."""
         from .bundled import round_convolutions
 
-        started = time.monotonic()
-        with log_file.open("w") as log, progress_bar(self.epochs, "training", "epoch") as progress:
-            log.write(head)
+        started, log = time.monotonic(), head
+        write_text(log_file, log)
+        with progress_bar(self.epochs, "training", "epoch") as progress:
             for epoch in range(1, self.epochs + 1):
                 mean_loss = self._epoch()
                 if epoch == self.epochs:
                     round_convolutions(self.model)
-                log.write(f"epoch {epoch:2d}  train loss {mean_loss:.4f}  {self.measure()}  "
-                          f"{time.monotonic() - started:.0f} s\n")
-                log.flush()
+                log += (f"epoch {epoch:2d}  train loss {mean_loss:.4f}  {self.measure()}  "
+                        f"{time.monotonic() - started:.0f} s\n")
+                write_text(log_file, log)
                 progress.update()
 
     def _epoch(self) -> float:

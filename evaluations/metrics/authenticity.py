@@ -8,9 +8,9 @@ import numpy as np
 
 from .arrays import checked_pair, slices
 from .bootstrap import Replicates, Statistic, bootstrap_replicates
-from .distances import Points, centred_points, squared_distances
+from .distances import Points, centred_points, comparison_margin, squared_distances, squared_distances_float64
 
-CANDIDATES = 4          # nearest ones in single precision, among which double precision decides
+CANDIDATES = 4          # nearest ones in single precision, where that tells them, among which differences decide
 FEWEST = 10             # samples on either side, below which a share moves by too few of them to tell how far
 
 
@@ -37,17 +37,41 @@ def _nearest(points: Points, others: Points, without: np.ndarray | None = None) 
     indices, squared = np.empty(len(points.given), np.intp), np.empty(len(points.given))
     kept = min(CANDIDATES, len(others.given) - (without is not None))
     for rows, block in squared_distances(points, others):
-        if without is not None:
-            block[np.arange(len(block)), without[rows]] = np.inf
         for part in slices(len(block), 256):
-            chosen = slice(rows.start + part.start, rows.start + part.stop)
-            candidates = np.sort(np.argpartition(block[part], kept - 1, axis=1)[:, :kept], axis=1)
-            own = points.given[chosen].astype(np.float64)
+            chosen = np.arange(rows.start + part.start, rows.start + part.stop)
+            left_out = None if without is None else without[chosen]
+            candidates, farthest, spread = _smallest(block[part], kept, left_out)
+            near = points.take(chosen)
+            unsure = np.flatnonzero(spread <= comparison_margin(near, farthest))
+            if len(unsure) and kept < len(others.given):
+                precise = _in_double_precision(near.take(unsure), others)
+                candidates[unsure] = _smallest(precise, kept, None if left_out is None else left_out[unsure])[0]
+            own = near.given.astype(np.float64)
             exact = np.stack([np.square(others.given[column] - own).sum(axis=1) for column in candidates.T], axis=1)
             best = exact.argmin(axis=1)[:, None]
             indices[chosen] = np.take_along_axis(candidates, best, axis=1)[:, 0]
             squared[chosen] = np.take_along_axis(exact, best, axis=1)[:, 0]
     return indices, squared
+
+
+def _smallest(block: np.ndarray, kept: int, without: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns which are the smallest of each row, (n, kept), their largest, and how far that is from the least, (n,).
+
+    without: (n,) column that does not count; it is overwritten.
+    """
+    if without is not None:
+        block[np.arange(len(block)), without] = np.inf
+    columns = np.sort(np.argpartition(block, kept - 1, axis=1)[:, :kept], axis=1)
+    values = np.take_along_axis(block, columns, axis=1)
+    farthest = np.maximum(values.max(axis=1), 0)
+    return columns, farthest, farthest - values.min(axis=1)
+
+
+def _in_double_precision(points: Points, others: Points) -> np.ndarray:
+    """Returns squared distances (n, M) in float64, in the coordinates of `centred`."""
+    middle = points.precise(slice(None))
+    return np.concatenate([squared_distances_float64(middle, others.precise(part))
+                           for part in slices(len(others.given), 2048)], axis=1)
 
 
 def share_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,

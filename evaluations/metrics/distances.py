@@ -160,13 +160,13 @@ def _within_precisely(points: Points, centres: Points, balls: Balls) -> np.ndarr
         middle = centres.precise(chosen)
         nearest = np.full((len(chosen), balls.k + 1), np.inf)
         for part in slices(len(near), 2048):
-            squared = _squared_distances_float64(middle, centres.precise(near[part]))
+            squared = squared_distances_float64(middle, centres.precise(near[part]))
             nearest = smallest(np.concatenate([nearest, squared], axis=1), balls.k)
         squared_radii = np.maximum(nearest.max(axis=1), 0)
         squared_radii += _margin(np.einsum("ij,ij->i", middle, middle), squared_radii, middle.shape[1], np.float64)
         outside = np.flatnonzero(~inside)
         for part in slices(len(outside), 2048):
-            squared = _squared_distances_float64(points.precise(outside[part]), middle)
+            squared = squared_distances_float64(points.precise(outside[part]), middle)
             inside[outside[part]] = (squared <= squared_radii).any(axis=1)
         if inside.all():
             break
@@ -184,10 +184,10 @@ def strictly_within(centres: Points, balls: Balls, chosen: np.ndarray, points: P
         is_near |= (squared <= balls.possibly[chosen[rows], None]).any(axis=0)
     near, columns = np.flatnonzero(is_near), np.flatnonzero(close.any(axis=0))
     middle = centres.precise(chosen)
-    to_centres = _squared_distances_float64(middle, centres.precise(near))
+    to_centres = squared_distances_float64(middle, centres.precise(near))
     squared_radii = np.maximum(np.partition(to_centres, balls.k, axis=1)[:, balls.k], 0)
     margin = _margin(np.einsum("ij,ij->i", middle, middle), squared_radii, middle.shape[1], np.float64)
-    squared = _squared_distances_float64(middle, points.precise(columns))
+    squared = squared_distances_float64(middle, points.precise(columns))
     within = np.zeros(close.shape, bool)
     within[:, columns] = close[:, columns] & (squared < (squared_radii - margin)[:, None])
     is_open = close[:, columns] & (abs(squared - squared_radii[:, None]) <= margin[:, None])
@@ -205,7 +205,8 @@ def _squared_lengths(differences: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", differences, differences)
 
 
-def _squared_distances_float64(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def squared_distances_float64(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Returns squared distances (n, M) of points (n, D) and (M, D), float64, by their products."""
     squared = (-2 * rows) @ columns.T
     squared += np.einsum("ij,ij->i", columns, columns)
     squared += np.einsum("ij,ij->i", rows, rows)[:, None]

@@ -89,7 +89,7 @@ def write_page(path: str | Path, page: Callable[[int | None], str], too_large: C
     """
     for quality in QUALITIES:
         text = page(quality)
-        size = len(text.encode())
+        size = len(text.encode(errors="backslashreplace"))          # as `write_text` does
         if size <= limit:
             if quality is not None:
                 LOG.info("%s: pictures are compressed with loss (WebP, quality %d), to keep the page small", path,

@@ -290,7 +290,8 @@ def _section(part: Any, path: Path) -> Section:
     classes: list[type[Options]] = [SampleOptions, *option_classes()]
     numeric = [field.name for cls in classes for field in option_fields(cls) if field.type in (int, float)]
     if against and against not in numeric:
-        raise UserError(f"against {against} in {path}: must be an option that is a number{nearest(against, numeric)}")
+        raise UserError(f"against {against} in {path}: must be an option that is a number"
+                        f"{nearest(str(against), numeric)}")
     seen = part.get(IMAGES_SEEN)
     if seen is not None and (isinstance(seen, bool) or not isinstance(seen, int) or seen < 1):
         raise UserError(f"{IMAGES_SEEN} {seen} in {path}: must be a whole number from 1 up")

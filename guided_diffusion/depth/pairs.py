@@ -32,7 +32,7 @@ from ..npz import read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
-from .scenes.files import render_scenes
+from .scenes.files import MOST_SCENES, render_scenes
 
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
@@ -107,6 +107,8 @@ def open_pairs(data: str, *, size: int, count: int | None, flag: str, seed: int 
     if data == SCENES:
         if count is None:
             raise UserError(f"--{flag}: is not given, and there is no end of scenes")
+        if count > MOST_SCENES:
+            raise UserError(f"--{flag} {count}: must be at most {MOST_SCENES} with scenes, which are all in memory")
         scenes = (render if count <= FEW_SCENES else render_scenes)(seed, range(count), size)
         return _Arrays(data, scenes.rgb, scenes.depth, scenes.label)
     if not data:
@@ -194,7 +196,7 @@ class _Arrays:
 def _read_npz(path: Path) -> _Arrays:
     images, depth, labels = read_arrays(path, ["arr_0", "depth", "arr_1"],
                                         f"{path}: is no .npz file of images and depth maps, or is damaged")
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise UserError(f"{path}: arr_0 {_shown(images)}, must be images (N, H, W, 3) uint8")
     if depth is not None and depth.ndim == 4 and depth.shape[3] == 1:
         depth = depth[..., 0]

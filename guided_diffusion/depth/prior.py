@@ -66,7 +66,7 @@ def prior_options(path: str | Path) -> tuple[ModelOptions, DiffusionOptions, dic
     metadata = checkpoint.read_metadata(path)
     try:
         flags = json.loads(metadata["config"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise UserError(f"{path}: its metadata has no config, the options of a network as scripts/image_train.py "
                         "stores them") from None
     if not isinstance(flags, dict) or kind_of(flags) != "diffusion":

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..classes import ClassNames
 from ..errors import UserError
-from ..image_datasets import grey
+from ..image_datasets import grey, named_labels
 from ..late import Tensor, torch
 from ..npz import BatchFile
 from ..pixels import from_uint8
+from .comparison import names_of_samples
 from .labels import Labels
 from .record import samples_of
 
@@ -66,16 +68,25 @@ class BaseImages:
                  for _, images in self.file.batches(AT_A_TIME) for image in images]
         return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST)
 
-    def labels(self, num_classes: int) -> Labels:
-        """The classes of the images. Raises UserError where the file has none, or others than 0 to num_classes - 1."""
+    def labels(self, num_classes: int, known: ClassNames | None = None) -> Labels:
+        """The classes of the images.
+
+        known: the classes of the network that upsamples. Where those of the images have names as well, from the file or
+        from the network that made it, the same names are meant; else the same numbers are. Raises UserError where the
+        file has no classes, or others than there are.
+        """
         labels, where = self.file.labels, f"--labels base: {self.file.path}"
         if labels is None:
             raise UserError(f"{where} holds no classes (arr_1); pass others, like --labels random")
         if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
             raise UserError(f"{where}: its classes (arr_1) must be a whole number for each of {len(self)} images")
-        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        labels, names = named_labels(self.file.path, labels.astype(np.int64), known, where)
+        made_with = names_of_samples(self.file.path) if names is None and known is not None else None
+        most = num_classes if made_with is None else len(made_with)
+        wrong = np.flatnonzero((labels < 0) | (labels >= most))
         if len(wrong):
-            raise UserError(f"{where}: class {labels[wrong[0]]} of image {wrong[0]} must be from 0 to "
-                            f"{num_classes - 1}")
-        found = torch.from_numpy(labels.astype(np.int64))
+            raise UserError(f"{where}: class {labels[wrong[0]]} of image {wrong[0]} must be from 0 to {most - 1}")
+        if known is not None and made_with is not None:
+            labels = known.renumbered(labels, made_with, where)
+        found = torch.from_numpy(labels)
         return lambda image_ids: found[[image_id % len(self) for image_id in image_ids]]

@@ -122,6 +122,15 @@ def class_names_of(configuration: Mapping[str, Any]) -> ClassNames | None:
     return None
 
 
+def names_of_samples(path: Path) -> ClassNames | None:
+    """The classes of the network that made a file of samples, None where nothing beside it says them."""
+    record = path.parent / "run.json"
+    if not record.is_file():
+        return None
+    content = read_json(record, lambda content: isinstance(content["configuration"], dict))
+    return class_names_of(content["configuration"])
+
+
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
     """The labels of images of a recorded run in words: by name where its network is still there and has names."""
     names = class_names_of(configuration)
@@ -209,14 +218,16 @@ def _seeds(runs: Sequence[ComparedRun]) -> Iterator[str]:
 
 def _labels(runs: Sequence[ComparedRun], labels: Sequence[np.ndarray | None], image_ids: Sequence[int],
             ) -> Iterator[str]:
-    """A sentence where the classes of an image differ."""
-    known = [(run, part) for run, part in zip(runs, labels, strict=True) if part is not None]
-    for run, part in known[1:]:
-        first, base = known[0]
-        for number in image_ids:
-            if part[number] != base[number]:
-                yield (f"image {number} is of class {part[number]} in {run.folder} and of class {base[number]} in "
-                       f"{first.folder}")
+    """A sentence where the classes of an image differ: by name, where all networks name theirs, else by number."""
+    known = [(run, part[list(image_ids)]) for run, part in zip(runs, labels, strict=True) if part is not None]
+    named = all(class_names_of(run.configuration) is not None for run, _ in known)
+    told: list[Sequence[Any]] = [
+        class_words(run.configuration, part) if named else part.tolist() for run, part in known]
+    for (run, _), words in list(zip(known, told, strict=True))[1:]:
+        for number, word, base in zip(image_ids, words, told[0], strict=True):
+            if word != base:
+                yield (f"image {number} is of class {word} in {run.folder} and of class {base} in "
+                       f"{known[0][0].folder}")
                 return
 
 

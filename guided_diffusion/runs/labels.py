@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..late import Tensor, torch
 from ..npz import read_npy
-from ..options import cut
+from ..options import cut, whole_number
 from ..rng import image_labels
 
 NONE = "none"                   # images of no class
@@ -36,9 +36,10 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int, nul
         return lambda image_ids: labels[list(image_ids)]
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"--labels {cut(text)}: must be random, balanced, none, a class or a .npy file")
-    if len(text) > 18 or int(text) >= num_classes:
+    label = whole_number(text)
+    if label is None or label >= num_classes:
         raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")
-    return lambda image_ids: torch.full((len(image_ids),), int(text))
+    return lambda image_ids: torch.full((len(image_ids),), label)
 
 
 def is_file(text: str) -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import CLASS_RULES, stored_names
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 from ..fetch import sha256_of, without_secrets
 from ..files import check_folder, write_csv, write_json
 from ..guidance import Networks
@@ -134,6 +134,7 @@ class LikelihoodMeter:
         """All terms of the bound, as `DiffusionProcess.calc_bpd_loop` gives them, in float32.
 
         images: (n, C, H, W) in [-1, 1]; n at most `size`. image_ids: their numbers. cond: {"y": (n,)} or nothing.
+        Raises NonFiniteError where the network returns NaN or infinity.
         """
         # The fill repeats an image, which is dropped: not a bit depends on how many there are.
         rows = [min(i, len(image_ids) - 1) for i in range(self.size)]
@@ -145,6 +146,9 @@ class LikelihoodMeter:
         found = self.process.calc_bpd_loop(
             self.network, images[rows].to(device), self.clip_denoised,
             {name: value[rows].to(device) for name, value in cond.items()}, noise, on_step)
+        finite = torch.stack([found[name].flatten(1).isfinite().all(dim=1) for name in TERMS]).all(dim=0).tolist()
+        if bad := [str(number) for number, good in zip(image_ids, finite, strict=False) if not good]:
+            raise NonFiniteError(f"the network returned NaN or infinity for image {', '.join(bad[:8])}")
         return {name: value[:len(image_ids)].cpu().numpy() for name, value in found.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..build import DiffusionOptions, ModelOptions
 from ..dtypes import dtype_option
 from ..errors import UserError
+from ..fetch import without_secrets
 from ..guidance import GUIDANCE
 from ..options import Options, batch_option, entry_option, option, option_fields, seed_option
 from ..presets import Preset, find_preset, implied_preset, is_bundled
@@ -156,8 +157,8 @@ def _say_implied(preset: Preset, given: dict[str, Any]) -> None:
     taken = [f"--{name} {value}" for name, value in preset.options.items()
              if name not in given and value != defaults[name]]
     if taken:
-        _log.info("--model_path %s: is taken for the released %s, with %s", given["model_path"], preset.name,
-                  " ".join(taken))
+        _log.info("--model_path %s: is taken for the released %s, with %s", without_secrets(given["model_path"]),
+                  preset.name, " ".join(taken))
 
 
 def _stated_values(values: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from .sampler import BuiltRun, ImageSampler
 
 _log = logging.getLogger(__name__)
 
+MOST_EVALUATED = 10**6      # images, whose numbers are in memory
 GRIDS = "grids"             # folder of the pictures, in that of the training
 # Options of guidance that are those of the trained network, too, and are recorded there.
 _SHARED = {field.name for field in (*option_fields(ModelOptions), *option_fields(DiffusionOptions))}
@@ -53,7 +54,7 @@ class PreviewOptions(Options):
                                      "by name, like fmnist32 with --eval_fid_backend fashion_mnist")
     eval_fid_backend: str = option("torch", "network of that evaluation, as --backend of the evaluator")
     eval_fid_images: int = option(500, "samples of that evaluation; FID of few images is larger than that of many",
-                                  minimum=2)
+                                  minimum=2, maximum=MOST_EVALUATED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

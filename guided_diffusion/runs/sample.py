@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from ..classes import check_same_names, label_number
+from ..classes import check_same_names, first_names, label_number
 from ..dtypes import AUTO, dtype_name, with_dtype
 from ..errors import UserError
 from ..execution import choose_dtype, compile_for
@@ -260,7 +260,7 @@ class SamplingRun:
             return None
         text = self.sample.labels
         if base is not None and text == OF_BASE:
-            return base.labels(self.model.num_classes)
+            return base.labels(self.model.num_classes, first_names(self.checkpoints().values()))
         unlabelled = [method for method in self.active if method.needs_labels]
         if text == NONE and unlabelled:
             raise UserError(f"--labels {text}: {unlabelled[0].short} guides by classes; choose some, like "

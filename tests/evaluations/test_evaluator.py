@@ -13,6 +13,7 @@ from PIL import Image
 from synthetic_inception import write_weights
 
 from evaluations.evaluation import Evaluation
+from evaluations.extractors.fashion_mnist import FashionMnistClassifier
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.pictures import MARGIN
@@ -460,13 +461,35 @@ def test_images_of_a_reference_do_not_stay_in_the_cache(tmp_path, monkeypatch):
         Image.fromarray(image).save(tmp_path / "pictures" / f"{index}.png")
 
     def terminated(self, images):
-        assert len(list((tmp_path / "cache").glob("images-*"))) == 1
+        assert len(list((tmp_path / "cache").glob("*/images-*"))) == 1
         raise KeyboardInterrupt
 
     monkeypatch.setattr("evaluations.extractors.fashion_mnist.FashionMnistClassifier.features", terminated)
     assert call("make_reference", tmp_path / "pictures", tmp_path / "made.npz", *FASHION_MNIST,
                 "--cache", tmp_path / "cache") == 130
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_references_of_one_name_may_share_a_cache(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(clothes(4) if name == "a" else 255 - clothes(4)):
+            Image.fromarray(image).save(tmp_path / name / f"{index}.png")
+
+    def make(name):
+        words = [tmp_path / name, tmp_path / name / "made.npz", *FASHION_MNIST, "--cache", tmp_path / "cache"]
+        assert call("make_reference", *words) == 0
+
+    def meanwhile(self, images):
+        monkeypatch.setattr(FashionMnistClassifier, "features", features)
+        make("b")
+        return features(self, images)
+
+    features = FashionMnistClassifier.features
+    monkeypatch.setattr(FashionMnistClassifier, "features", meanwhile)
+    make("a")
+    with np.load(tmp_path / "a" / "made.npz") as file:
+        assert (file["arr_0"] == clothes(4)).all()
 
 
 @pytest.mark.parametrize("words, message", [

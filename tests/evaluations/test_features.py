@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,15 @@ def test_damaged_features_are_made_again(file, tmp_path, caplog, name, damage):
     assert len(record.getMessage().splitlines()) == 1
     extract(file, network, tmp_path / "cache", 5)
     assert network.seen == 23
+
+
+def test_damaged_features_that_cannot_be_removed_are_not_used(file, tmp_path, monkeypatch):
+    extract(file, Stub(), tmp_path / "cache", 5)
+    folder, = (tmp_path / "cache").iterdir()
+    blank(folder / "pooled.npy")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)         # as in the folder of another user
+    with pytest.raises(UserError, match="cannot be written"):
+        extract(file, Stub(), tmp_path / "cache", 5)
 
 
 def test_a_full_disk_is_a_sentence_before_the_first_batch_is_done(file, tmp_path, monkeypatch):

@@ -95,6 +95,14 @@ def test_loaded_tensors_can_be_changed_without_changing_the_file(tmp_path, forma
     assert_same(load_state_dict(path), tensors())
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_name_that_is_no_text_is_no_damage(tmp_path, format):
+    path = tmp_path / "caf\udce9"
+    path.write_bytes(write(tmp_path / "model", format, tensors()).read_bytes())
+    for read in (load_state_dict, read_metadata):
+        assert "caf\udce9: is no name in UTF-8" in refusal(read, path)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("format", ["safetensors", "zip"])
 def test_large_files_are_mapped(tmp_path, format):

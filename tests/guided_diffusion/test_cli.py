@@ -1,5 +1,6 @@
 """How commands end: mistakes, signals, missing files, and a launcher that is gone."""
 
+import errno
 import io
 import os
 import signal
@@ -91,6 +92,20 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
     cli.run_script(lambda: print("a 😀 \udce9"))
     assert written.getvalue() == b"a \\U0001f600 \\udce9\n"
+
+
+@pytest.mark.parametrize(("number", "code", "said"), [
+    (errno.EPIPE, 141, ""), (errno.ENOSPC, 2, "error: output cannot be written (No space left on device)\n")])
+def test_a_stdout_that_takes_no_more_is_no_bug(number, code, said, capsys, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    for flush in (False, True):
+        with pytest.raises(SystemExit) as end:
+            cli.run_script(lambda flush=flush: print("a line", flush=flush))
+        assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
 def test_a_signal_that_is_ignored_stays_so(capsys):

@@ -9,7 +9,7 @@ from commands import REPOSITORY, call, samples_in
 from networks import TINY, with_random_weights
 
 from guided_diffusion.build import ModelOptions, build_model
-from guided_diffusion.checkpoint import read_metadata
+from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.presets import MODELS, bundled_names, find_preset
 from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.sample import SamplingRun
@@ -89,9 +89,10 @@ def test_what_is_not_exported_is_said(tmp_path, caplog):
 
 
 def test_the_folder_of_a_training_is_not_overwritten_and_other_weights_are_refused(tmp_path, capsys, tiny_checkpoints):
-    (tmp_path / "config.json").write_text(json.dumps({"model": TINY, "training": {}}))
-    assert call("export_model", "--model", "fmnist32", "--out", tmp_path) == 2
-    assert "is the folder of a training" in capsys.readouterr().err
+    for config in (json.dumps({"model": TINY, "training": {}}), "[" * 10**5):
+        (tmp_path / "config.json").write_text(config)
+        assert call("export_model", "--model", "fmnist32", "--out", tmp_path) == 2
+        assert "is the folder of a training" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert call("export_model", "--model", "fmnist32", "--out", tmp_path / "run") == 2
@@ -99,6 +100,10 @@ def test_the_folder_of_a_training_is_not_overwritten_and_other_weights_are_refus
     assert call("export_model", "--model", "lsun_cat", "--model_path", tiny_checkpoints / "model.safetensors", "--out",
                 tmp_path / "out") == 2
     assert "--num_channels" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    save_state(tmp_path / "x.safetensors", load_state_dict(tiny_checkpoints / "model.safetensors"), {"config": "["})
+    assert call("export_model", "--model", "lsun_cat", "--model_path", tmp_path / "x.safetensors", "--out",
+                tmp_path / "out") == 2
+    assert "x.safetensors: states no options of a network" in capsys.readouterr().err
 
 
 def test_damaged_guidance_in_a_folder_is_refused(exported, tmp_path, capsys):

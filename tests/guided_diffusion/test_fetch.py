@@ -138,7 +138,7 @@ def test_a_broken_download_is_resumed(server, tmp_path):
 
 @pytest.mark.parametrize("how", [
     {"ranges": False}, {"tag": ""}, {"tag": 'W/"1"'}, {"headers": {"Content-Range": "bytes 7-1023999/1024000"}},
-    {"headers": {"Content-Range": "nonsense"}}])
+    {"headers": {"Content-Range": "nonsense"}}, {"headers": {"Content-Range": f"bytes {5000 * '9'}-9/9"}}])
 def test_where_it_cannot_be_resumed_it_starts_anew(server, tmp_path, how):
     url = server.add("/file", CONTENT, cuts=[1000, 500_000], **how)
     assert download(url, tmp_path, sha256=SHA256).read_bytes() == CONTENT

@@ -97,6 +97,11 @@ def test_contents(tmp_path):
     assert (tmp_path / "b.csv").read_text() == "x,y\n"
 
 
+def test_text_may_hold_names_that_are_no_text(tmp_path):
+    write_text(tmp_path / "a.txt", "caf\udce9 é")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 é"
+
+
 def test_what_cannot_be_written_is_refused_before(tmp_path):
     assert check_folder("--out", tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert names(tmp_path / "a" / "b") == []

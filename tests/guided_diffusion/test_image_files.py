@@ -47,12 +47,13 @@ def test_litter_is_left_out_and_counted(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "itself.png").symlink_to("itself.png")
     (tmp_path / "folder.png").mkdir()
     found = find_pictures(tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in found.files] == [
         "a/c.JPG", "a/d.jfif", "b.png", "e.webp", "f.bmp", "g.tif", "h.gif"]
-    assert str(found) == ("1 broken link(s) or devices (gone.png), 2 file(s) that are no pictures (first labels.csv), "
-                          "4 hidden or system file(s) (first ._b.png)")
+    assert str(found) == ("2 broken link(s) or devices (first gone.png), 2 file(s) that are no pictures (first "
+                          "labels.csv), 4 hidden or system file(s) (first ._b.png)")
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from commands import call
 from PIL import Image
 
+from guided_diffusion import prepare
 from guided_diffusion.image_datasets import open_images
 from guided_diffusion.prepare import cropped
 
@@ -84,8 +85,10 @@ def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line[line.index(8)] = 9
     assert call("prepare_images", *line) == 2
     assert "holds images with image_size 8, and now it is 9" in capsys.readouterr().err
-    assert call("prepare_images", *line[:-1], data / "folder") == 2
+    assert call("prepare_images", *line[:-1], data) == 2
     assert "holds other files" in capsys.readouterr().err
+    assert call("prepare_images", *line[:-1], data / "folder" / "out") == 2
+    assert "so that its images would be among those that are prepared" in capsys.readouterr().err
 
 
 def test_the_crops_are_those_of_the_official_code():
@@ -100,7 +103,7 @@ def test_the_crops_are_those_of_the_official_code():
 
 @pytest.mark.parametrize("lines", ["ImageId,PredictionString\nb,n2 1 2 3 4\na,n10 5 6 7 8\nc,n2\n", "n10\nn2\nn2\n"])
 def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
-    (data / "labels.txt").write_text(lines)
+    (data / "labels.txt").write_text(lines, encoding="utf-8-sig")         # as a spreadsheet of Windows writes it
     (data / "flat.tar").write_bytes(tar_of({"a.png": png(0), "b.png": png(1), "c.png": png(2)}))
     line = ["--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
     assert call("prepare_images", data / "flat.tar", *line) == 0
@@ -109,6 +112,55 @@ def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
     (data / "flat.tar").write_bytes(tar_of({f"{i}.png": png(i) for i in range(4)}))
     assert call("prepare_images", data / "flat.tar", *line) == 2
     assert "labels.txt: has " in capsys.readouterr().err
+
+
+def test_classes_in_a_file_may_have_blanks_in_their_names(data):
+    (data / "labels.txt").write_text('folder/a.png,polar bear\n"b.png","polar fox"\nc.png,polar bear\n')
+    assert call("prepare_images", data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
+                data / "out.npz") == 0
+    with np.load(data / "out.npz") as file:
+        assert file["class_names"].tolist() == ["polar bear", "polar fox"] and file["arr_1"].tolist() == [0, 1, 0]
+
+
+def test_a_folder_of_other_classes_is_refused(data, capsys):
+    line = [data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out"]
+    for labels, code in (("a,x\nb,x\nc,y\n", 0), ("a,x\nb,x\nc,y\n", 0), ("a,x\nb,y\nc,y\n", 2)):
+        (data / "labels.txt").write_text(labels)
+        assert call("prepare_images", *line) == code
+    assert "holds images with labels_sha256 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lines", "said"), [
+    ("cat/a.png,cat\ndog/a.png,dog\n", "says that a is of the class cat, and also of dog"),
+    ("cat\ndog\ndog\n", "has classes in the order of the images' names, and b.png comes after c.png")])
+def test_classes_that_could_be_of_other_images_are_refused(lines, said, data, capsys):
+    (data / "labels.txt").write_text(lines)
+    (data / "mixed.tar").write_bytes(tar_of({name: png(0) for name in ("a.png", "c.png", "b.png")}))
+    line = [data / "mixed.tar", "--labels_file", data / "labels.txt", "--image_size", 8, "--out", data / "out.npz"]
+    assert call("prepare_images", *line) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_PACKED", 10**4)
+    with zipfile.ZipFile(data / "odd.zip", "w") as archive:
+        for name, content in {"a.png": png(0), "b.png": bytes(10**4 + 1), "c.png": b"damaged" + png(1)}.items():
+            archive.writestr(name, content)
+    content = bytearray((data / "odd.zip").read_bytes())
+    content[content.index(b"damaged")] ^= 1          # so that its checksum is another one
+    (data / "odd.zip").write_bytes(content)
+    line = [data / "odd.zip", "--image_size", 8, "--out", data / "out.npz"]
+    assert call("prepare_images", *line) == 2
+    assert "odd.zip/b.png: unpacks to 10001 bytes, more than 10000" in capsys.readouterr().err
+    assert call("prepare_images", *line, "--skip_damaged", True) == 0
+    assert "left out 2 damaged image(s)" in capsys.readouterr().out
+
+
+def test_a_class_without_a_name_is_refused(data, capsys):
+    (data / "folder" / "cat" / "_x.png").write_bytes(png(0))
+    assert call("prepare_images", data / "folder" / "cat", "--labels", "prefix", "--image_size", 8, "--out",
+                data / "out.npz") == 2
+    assert "_x.png: has nothing before a _ in its name" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_one_sentence(data, capsys):

@@ -67,6 +67,12 @@ def test_state_is_taken_over():
     assert np.array_equal(fresh.probabilities(), warmed_up().probabilities())
 
 
+def test_losses_that_are_not_finite_say_nothing():
+    sampler = warmed_up()
+    sampler.update_with_losses(torch.arange(4), torch.tensor([np.inf, -np.inf, np.nan, np.nan]))
+    assert np.array_equal(sampler.probabilities(), warmed_up().probabilities())
+
+
 def test_losses_of_zero_do_not_divide_by_zero():
     sampler = LossSecondMomentResampler(2, history_per_term=1)
     sampler.update_with_losses(torch.arange(2), torch.zeros(2))

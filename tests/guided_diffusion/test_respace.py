@@ -40,6 +40,7 @@ def test_each_section_of_300_steps_has_its_own_stride():
 
 @pytest.mark.parametrize("text", [
     "", "0", "-3", "1001", "600,500", "a,b", "10,,20", "2.5", "ddim", "ddim0", "ddim-5", "ddim600", "ddimx", "ddim²",
+    "ddim" + 5000 * "9",
     [], [0],
 ])
 def test_what_no_chain_of_1000_can_give_is_refused(text):

@@ -473,6 +473,7 @@ def test_classification_losses():
     ({"ema_rate": "0.9,fast"}, "--ema_rate 0.9,fast: must be"),
     ({"ema_rate": "1.0"}, "--ema_rate 1.0: must be"),
     ({"ema_rate": "0.9,0.9"}, "--ema_rate 0.9,0.9: must be different"),
+    ({"ema_rate": "0.9999991,0.9999992"}, "must be different .* in their first six digits"),
     ({"data_dir": "/nowhere"}, "--data_dir /nowhere: no such folder"),
     ({"data_dir": ""}, "--data_dir: is missing"),
     ({"num_classes": 1}, "--num_classes 1: .* has more classes"),

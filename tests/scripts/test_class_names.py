@@ -40,6 +40,12 @@ def train(data, out, *flags, num_classes=3):
                 "--lr_anneal_steps", 1, "--out", out, *flags)
 
 
+def test_a_run_among_its_images_is_refused(trained, capsys):
+    data, _ = trained
+    assert train(data, data / "run") == 2
+    assert "so that its pictures would be among the images when the training goes on" in capsys.readouterr().err
+
+
 def test_names_stand_in_the_record_and_the_weights(trained):
     _, run = trained
     names = ["kind0", "kind2", "kind10"]

@@ -83,6 +83,9 @@ def test_what_the_name_of_a_file_stands_for_is_said_and_may_be_overruled(caplog)
     assert run.diffusion.rescale_timesteps is False
     other, _ = read_run([*words, "--model_path", "models/mine.pt"], SamplingRun)
     assert other.diffusion.rescale_timesteps is False
+    read_run([*words, "--model_path", "https://example.org/cifar10_uncond_50M_500K.pt?token=hunter2"], SamplingRun)
+    assert "https://example.org/cifar10_uncond_50M_500K.pt: is taken for" in caplog.messages[-1]
+    assert "hunter2" not in caplog.text
 
 
 @pytest.mark.parametrize(("name", "guidance"), [

@@ -1,6 +1,7 @@
 """The study of attention: masks, spectra and overlap of cases that are known, and the command on small networks."""
 
 import csv
+import json
 import sys
 
 import numpy as np
@@ -19,9 +20,16 @@ from evaluations.attention.measures import (
     radial_profile,
 )
 from evaluations.attention.pictures import CELL, OUTLINE, draw_overlaps, outline, overlay
-from evaluations.attention.study import AttentionOptions, ObservedNetwork, evenly_spaced, overlay_strip
+from evaluations.attention.study import (
+    AttentionOptions,
+    ObservedNetwork,
+    evenly_spaced,
+    overlay_strip,
+    read_objects,
+)
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.capture import Received
+from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import to_uint8
@@ -303,6 +311,17 @@ def test_the_bundled_scenes_have_their_objects(tmp_path, no_figures):
     assert len({row["block"] for row in rows}) == 10
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("iou", "random"))
     assert {row["t"] for row in rows} == {"1", "0", "all"}
+
+
+def test_classes_of_real_images_are_meant_by_name(object_file, tmp_path):
+    """Class 1 of the file, bee, is class 0 of the network."""
+    with np.load(object_file) as file:
+        np.savez(tmp_path / "named.npz", **file, class_names=np.array(["cow", "bee"]))
+    save_state(tmp_path / "network.safetensors", {"a": torch.zeros(1)}, {"class_names": json.dumps(["bee", "cow"])})
+    options = AttentionOptions(model_path=str(tmp_path / "network.safetensors"), objects=str(tmp_path / "named.npz"),
+                               num_images=4)
+    found = read_objects(options, ModelOptions(image_size=16, class_cond=True, num_classes=2))
+    assert found.labels.tolist() == [1, 0, 1, 0]
 
 
 def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path, no_figures):

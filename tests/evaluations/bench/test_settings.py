@@ -171,6 +171,7 @@ def test_a_file_of_ones_own(own):
     ({}, {"metric": "saturation"}, "--metric saturation: must be one of which a way is better"),
     ({}, {"metric": "kid"}, "--metric kid: must be one of the metrics of"),
     ({}, {"other_evaluations": "20,x"}, "--other_evaluations 20,x: 'x' is no whole number above 0"),
+    ({}, {"other_evaluations": 5000 * "9"}, "999' is no whole number above 0"),
     ({}, {"other_evaluations": "40"}, "must differ from each other and from --evaluations 40"),
     ({"shared": {"model": "fmnist32", "guide_scale": 2}}, {}, "switches SAG s = 1.* on; a bench does that itself"),
     ({"shared": {"model": "fmnist32", "seed": 2}}, {}, "seed in .*: is set by the bench"),

@@ -8,8 +8,16 @@ import torch
 import yaml
 from commands import REPOSITORY, call, flags
 
-from evaluations.depth.generated import GeneratedOptions, read_study, study_names, train_depth_network
+from evaluations.depth.generated import (
+    GeneratedOptions,
+    GeneratedTraining,
+    read_study,
+    study_names,
+    train_depth_network,
+)
 from evaluations.depth.generated_report import results_of, table_of
+from guided_diffusion.depth.scenes import render
+from guided_diffusion.errors import UserError
 
 TINY = {"num_samples": 2, "num_test": 3, "steps": 2, "batch_size": 2, "num_seeds": 2, "label_draws": 1, "bootstrap": 20}
 
@@ -45,6 +53,20 @@ def test_a_study_writes_its_table_and_goes_on(study, tmp_path, capsys):
     assert "holds a study with steps 2, not 3; name another folder" in capsys.readouterr().err
 
 
+def test_other_real_images_of_the_same_name_are_another_study(study, tmp_path):
+    def begin(seed, flag):
+        scenes = render(seed, range(3), 32)
+        np.savez(tmp_path / "pairs.npz", arr_0=scenes.rgb, depth=scenes.depth)
+        options = {**TINY, "out": str(tmp_path / f"out_{flag}"), flag: str(tmp_path / "pairs.npz")}
+        GeneratedTraining(read_study(str(study)), GeneratedOptions(**options))
+        return json.loads((tmp_path / f"out_{flag}" / "study.json").read_text())
+
+    begin(5, "test")
+    with pytest.raises(UserError, match=r"holds a study with test_sha256 .*; name another folder"):
+        begin(6, "test")
+    assert "real_sha256" in begin(5, "real")
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["scenes"], "STUDY scenes: there is no such study, there are bedroom, scenes32"),
     (["scenes32", "--label_step", "1000"], "--label_step 1000: must be below 1000"),
@@ -59,7 +81,8 @@ def test_what_is_wrong_shows_before_anything_is_sampled(words, said, tmp_path, m
 @pytest.mark.parametrize(("content", "said"), [
     ({"rows": {}}, "rows in"), ({"rows": {"real": {}}}, "no row may be called exact or real"),
     ({"rows": {"a": 3}}, "a of rows in"), ({"rows": {"a": {}}, "study": {"steps": "x"}}, "--steps 'x'"),
-    ({"rows": {"a": {}}, "row": 1}, "row in")])
+    ({"rows": {"a": {}}, "row": 1}, "row in"),
+    ({"rows": {"a": {}}, "published": {"a": {"delta": "0.9 (0.1)"}}}, "published delta: 0.9 (0.1) of row a in")])
 def test_a_file_that_is_no_study(content, said, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     assert call("dag_depth_training", tmp_path / "study.yaml", "--out", tmp_path / "out") == 2

@@ -147,13 +147,16 @@ def test_training_command_learns_and_describes_what_it_made(tmp_path, capsys):
         images[:, :14] = (labels * 28)[:, None, None]      # the class is the brightness of the upper half
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte", labels)
-    out = tmp_path / "classifier.safetensors"
+    out, precious = tmp_path / "classifier.safetensors", tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "classifier.log").symlink_to(precious)
     assert call("train_fashion_mnist", "--data_dir", tmp_path, "--out", out, "--epochs", 4, "--batch_size", 8,
                 "--lr", 0.02) == 0
     classifier = load_fashion_mnist(out)
     assert classifier.test_accuracy > 0.5
     assert f"test accuracy {classifier.test_accuracy:.2%}" in capsys.readouterr().out
     lines = (tmp_path / "classifier.log").read_text().splitlines()
+    assert precious.read_text() == "precious"           # links are not followed
     assert len(lines) == 6 and "--epochs 4" in lines[0] and f"test accuracy {classifier.test_accuracy:.4f}" in lines[-1]
     with safe_open(out, "pt") as file:
         assert "--epochs 4" in file.metadata()["command"]

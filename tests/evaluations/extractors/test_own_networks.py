@@ -284,6 +284,7 @@ def test_a_function_that_cannot_be_used_is_a_sentence(module, name, sentence):
     ("input_size: 0", r"input_size 0 in .*: must be a whole number of pixels"),
     ("input_size: [3, x]", "must be a whole number of pixels up to"),
     ("resize: cubic", r"resize 'cubic' in .*: must be one of .*did you mean bicubic"),
+    ("resize: [bicubic]", r"resize \['bicubic'\] in .*: must be one of"),
     ("range: [1, 0]", r"range \[1, 0\] in .*: must be two numbers that rise"),
     ("mean: [1, 2]", r"mean \[1, 2\] in .*: must be a list of 3 numbers"),
     ("std: 0", "std 0 in .*: must be above 0"),

@@ -141,6 +141,13 @@ def test_authentic_samples_are_those_of_the_definition(random, monkeypatch, bloc
     assert 0 < found[150:].mean() < found[:150].mean() < 1
 
 
+def test_a_far_image_makes_no_other_one_authentic(random):
+    """Beside it all other distances are the same in single precision."""
+    training, sample = random.standard_normal((100, 8)), random.standard_normal((60, 8))
+    training[0] = 1e7
+    assert authentic_samples(training, sample).tolist() == plainly_authentic(training, sample).tolist()
+
+
 def test_copies_are_never_authentic_and_ties_are_not(random):
     training = random.standard_normal((40, 3)).astype(np.float32) + 100
     training[1] = training[0]

@@ -320,6 +320,7 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     (mini(sections="[{title: All, rows: [1, a]}]"), "must be a list of different names of rows"),
     (mini(sections="[{title: All, rows: [a], agianst: seed}]"), "(did you mean against?)"),
     (mini(sections="[{title: All, rows: [a], against: sed}]"), "(did you mean seed?)"),
+    (mini(sections="[{title: All, rows: [a], against: {seed: 1}}]"), "must be an option that is a number"),
     (mini(sections="[{title: All, rows: [a], against: mask}]"), "must be an option that is a number"),
     (mini(sections="[{title: All, rows: [a], against_row: b}]"), "against_row b in "),
     (mini(sections="[{title: All, rows: [a], images_seen: 0.5}]"), "images_seen 0.5 in "),

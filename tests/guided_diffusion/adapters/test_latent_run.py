@@ -45,7 +45,7 @@ def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
 
 
 def test_each_image_has_its_prompt(command, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\nb\n")
+    (tmp_path / "prompts.txt").write_text("a cat\nb\n", encoding="utf-8-sig")
     assert command(prompt="", prompts=tmp_path / "prompts.txt", num_samples=2) == 0
     assert command(num_samples=2, out=tmp_path / "one") == 0
     (both, _), (one, _) = samples(tmp_path / "out"), samples(tmp_path / "one")

@@ -164,6 +164,8 @@ def test_scenes_as_pairs():
     assert pairs.labels.tolist() == scenes.label.tolist()
     with pytest.raises(UserError, match=f"--depth_range 1,2: is always {DEPTH_RANGE} for scenes"):
         read_pairs("scenes", size=16, count=3, depth_range="1,2")
+    with pytest.raises(UserError, match=f"--num_labels {10**10}: must be at most 1000000 with scenes"):
+        read_pairs("scenes", size=16, count=10**10)
 
 
 def changed(name, index, value):
@@ -184,6 +186,7 @@ def changed(name, index, value):
     ({"depth": np.full((4, 16, 16), None)}, "is no .npz file of images and depth maps"),
     ({"arr_0": None}, "arr_0 is missing, must be images"),
     ({"arr_0": np.zeros((4, 16, 16, 3), np.float32)}, r"arr_0 is \(4, 16, 16, 3\) float32"),
+    ({"arr_0": np.zeros((4, 0, 0, 3), np.uint8), "depth": np.zeros((4, 0, 0))}, r"arr_0 is \(4, 0, 0, 3\) uint8"),
     ({"arr_1": np.zeros(3, np.int64)}, r"arr_1 is \(3,\) int64, must be a class"),
     ({"arr_1": None}, "has no labels, which the class-conditional network needs"),
     ({"arr_0": arrays(0)["arr_0"], "depth": arrays(0)["depth"], "arr_1": None}, "holds no pair"),

@@ -27,6 +27,7 @@ from guided_diffusion.depth.predictor import (
 from guided_diffusion.depth.prior import load_prior
 from guided_diffusion.errors import UserError
 from guided_diffusion.nn import timestep_embedding
+from guided_diffusion.presets import find_preset
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
 
 BLOCKS = ("output.0", "output.1", "output.3")
@@ -244,9 +245,11 @@ def test_models_that_are_no_prior(tmp_path, tiny_classifier_flags):
     path, _ = write_prior(tmp_path, PRIOR | {"class_cond": True})
     with pytest.raises(UserError, match="is class-conditional"):
         load_prior(path)
-    path, _ = write_prior(tmp_path, PRIOR, note="by hand")
-    with pytest.raises(UserError, match="its metadata has no config"):
-        load_prior(path)
+    for metadata in ({"note": "by hand"}, {"config": "[" * 10**5}):
+        path, _ = write_prior(tmp_path, PRIOR, **metadata)
+        for read in (load_prior, find_preset):
+            with pytest.raises(UserError, match=r"no config in its metadata|its metadata has no config"):
+                read(str(path))
     path, _ = write_prior(tmp_path, PRIOR, config=json.dumps(PRIOR | {"num_chanels": 32}))
     with pytest.raises(UserError, match=r"not those of a diffusion model .*num_chanels"):
         load_prior(path)

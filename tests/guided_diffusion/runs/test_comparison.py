@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from finished import write_run
 from PIL import Image
 
+from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.comparison import ComparisonOptions, read_comparison
 
@@ -82,11 +84,24 @@ def test_small_images_are_enlarged_by_whole_numbers_alone(runs, tmp_path):
         read(large, write_run(tmp_path / "odd", np.zeros((6, 12, 12, 3), np.uint8) + 9))
 
 
+def test_classes_are_the_same_by_name(tmp_path):
+    """Class 1 of the first network, bee, is class 0 of the second."""
+    folders = []
+    for names, labels in ((["ant", "bee", "cow"], [1] * 6), (["bee", "cow"], [0] * 6), (["bee", "cow"], [1] * 6)):
+        network = tmp_path / f"{len(names)}.safetensors"
+        save_state(network, {"a": torch.zeros(1)}, {"class_names": json.dumps(names)})
+        folders.append(write_run(tmp_path / f"run{len(folders)}", IMAGES, labels, model_path=str(network)))
+    assert read(*folders[:2]).labels == ("bee",) * 6
+    with pytest.raises(UserError, match=r"image 0 is of class cow in .*run2 and of class bee in .*run0"):
+        read(folders[0], folders[2])
+
+
 def test_images_that_a_run_does_not_have(runs):
     with pytest.raises(UserError, match="has the images 0 to 4 alone, so that number 5 is no common one"):
         read(*runs, images="2:6")
-    with pytest.raises(UserError, match="--images 3:1: must be a range"):
-        read(*runs, images="3:1")
+    for text in ("3:1", f"0:{10**30}", 5000 * "9"):
+        with pytest.raises(UserError, match=f"--images {text[:30]}.*: must be a range"):
+            read(*runs, images=text)
 
 
 def test_the_picture_has_captions_and_a_zoom(runs, tmp_path):

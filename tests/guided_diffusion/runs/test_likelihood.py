@@ -93,6 +93,13 @@ def test_the_interval_is_that_of_the_mean():
     assert mean_of(values[:1]).known() == {"mean": 1.0}
 
 
+def test_a_network_that_gives_no_numbers_is_no_likelihood(line, tiny_checkpoints, tmp_path, capsys):
+    weights = checkpoint.load_state_dict(tiny_checkpoints / "model.safetensors")
+    checkpoint.save_state(tmp_path / "nan.safetensors", {name: value * np.nan for name, value in weights.items()})
+    assert call("image_nll", *line(model_path=tmp_path / "nan.safetensors")) == 2
+    assert capsys.readouterr().err.endswith("error: the network returned NaN or infinity for image 0, 1\n")
+
+
 def test_a_killed_run_goes_on_and_a_finished_one_grows(line, tmp_path, monkeypatch):
     assert call("image_nll", *line(out=tmp_path / "whole")) == 0
     measured, terms = [], LikelihoodMeter.terms

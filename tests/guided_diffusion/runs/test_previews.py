@@ -128,6 +128,7 @@ def test_an_upsampler_is_given_small_training_images(data_dir, tmp_path):
     ({**FID, "eval_fid_reference": "nothing.npz"}, "--eval_fid_reference nothing.npz: "),
     ({**FID, "eval_fid_reference": "fmnist32"}, "--eval_fid_backend brightness: "),
     ({"grid_interval": 1, "cfg_scale": 2.0}, "null"),
+    ({"eval_fid_images": 10**10}, "--eval_fid_images 10000000000: must be at most 1000000"),
     ({"grid_interval": 1, "preview_sampler": "euler"}, "--preview_sampler euler: must be one of"),
     ({"grid_interval": 1, "clean_classifier_scale": 1.0}, "--clean_classifier_path is not given"),
     ({"grid_interval": 1, "preview_steps": 1}, "--preview_steps 1: must be at least 2 with --preview_sampler"),

@@ -13,9 +13,12 @@ from networks import TINY_CLASSIFIER, with_random_weights
 from guided_diffusion import checkpoint
 from guided_diffusion.build import build_diffusion, build_model
 from guided_diffusion.checkpoint import save_state
+from guided_diffusion.classes import ClassNames
+from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.runs import sampler
+from guided_diffusion.runs.base_images import BaseImages
 from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.sampler import BuiltRun, ImageSampler
 from guided_diffusion.runs.upsample import UpsamplingRun
@@ -106,6 +109,22 @@ def test_image_i_is_made_of_image_i_with_its_class(upsampled, files, tmp_path):
 def files_labels(folder):
     np.save(folder / "labels.npy", np.arange(6) % 2)
     return folder / "labels.npy"
+
+
+@pytest.mark.parametrize("there", ["in the file", "beside it"])
+def test_the_classes_of_the_base_are_meant_by_name(there, tmp_path):
+    """Class 1 of the network that made the images, bee, is class 0 of the one that upsamples them."""
+    names, out = ["ant", "bee", "cow"], tmp_path / "base.npz"
+    arrays = {"arr_0": np.full((3, 8, 8, 3), 9, np.uint8), "arr_1": np.array([1, 2, 1])}
+    np.savez(out, **arrays, **({"class_names": np.array(names)} if there == "in the file" else {}))
+    if there == "beside it":
+        network = tmp_path / "network.safetensors"
+        save_state(network, {"a": torch.zeros(1)}, {"class_names": json.dumps(names)})
+        (tmp_path / "run.json").write_text(json.dumps({"configuration": {"model_path": str(network)}}))
+    base = BaseImages(str(out), 8, 3)
+    assert base.labels(2, ClassNames(("bee", "cow")))([0, 1, 2, 3]).tolist() == [0, 1, 0, 0]
+    with pytest.raises(UserError, match="has images of the class cow, which is none of the 2 classes: 0 ant, 1 bee"):
+        base.labels(2, ClassNames(("ant", "bee")))
 
 
 def test_a_grey_upsampler_sees_grey_images(tmp_path, upsampled):
