@@ -76,8 +76,7 @@ class GaussianDiffusion(DiffusionProcess):
         eps - sqrt(1 - abar) gradient; x0, which is not clipped again, and the mean follow from it.
         """
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
-        eps = self.predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        eps = eps - gather(self.sqrt_one_minus_alphas_cumprod, t, x) * gradient
+        eps = self.eps_with_gradient(self.predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"]), t, gradient)
         pred_xstart = self.predict_xstart_from_eps(x, t, eps)
         return {**p_mean_var, "eps": eps, "pred_xstart": pred_xstart, "mean": self.posterior_mean(pred_xstart, x, t)}
 

@@ -209,6 +209,10 @@ class DiffusionProcess:
         return ((gather(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - pred_xstart)
                 / gather(self.sqrt_recipm1_alphas_cumprod, t, x_t))
 
+    def eps_with_gradient(self, eps: Tensor, t: Tensor, gradient: Tensor) -> Tensor:
+        """As a gradient changes eps: eps - sqrt(1 - abar) gradient, (N, C, H, W) each (2105.05233, algorithm 2)."""
+        return eps - gather(self.sqrt_one_minus_alphas_cumprod, t, eps) * gradient
+
     def velocity(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho, 2202.00512, appendix D)."""
         return (gather(self.sqrt_alphas_cumprod, t, x_start) * noise

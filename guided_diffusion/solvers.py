@@ -28,7 +28,6 @@ from .grids import CHAIN, GRIDS, GridProcess, log_snr
 from .late import Tensor
 from .options import option
 from .process import DiffusionProcess, Prediction
-from .schedules import gather
 from .steps import Noise, SamplerOptions, Step, ddim_step
 from .terms import StepContext
 
@@ -355,8 +354,8 @@ def _with_gradient(ctx: StepContext, pred: Prediction, grad: Tensor | None) -> P
     """The prediction of eps - sqrt(1 - abar) grad."""
     if grad is None:
         return pred
-    factor = gather(ctx.denoise.diffusion.sqrt_one_minus_alphas_cumprod, ctx.t, ctx.x_t)
-    return ctx.denoise.with_eps(pred, ctx.x_t, ctx.t, pred.eps - factor * grad)
+    eps = ctx.denoise.diffusion.eps_with_gradient(pred.eps, ctx.t, grad)
+    return ctx.denoise.with_eps(pred, ctx.x_t, ctx.t, eps)
 
 
 def _plus(x: Tensor, factors: np.ndarray, data: Sequence[Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
     pred_xstart = pred.pred_xstart
     eps = diffusion.predict_eps_from_xstart(x_t, t, pred_xstart) if clipped_eps else pred.eps
     if grad is not None:
-        eps = eps - gather(diffusion.sqrt_one_minus_alphas_cumprod, t, x_t) * grad
+        eps = diffusion.eps_with_gradient(eps, t, grad)
         pred_xstart = diffusion.predict_xstart_from_eps(x_t, t, eps)
     abar = gather(diffusion.alphas_cumprod, t, x_t)
     abar_prev = gather(diffusion.alphas_cumprod_prev, t, x_t)
