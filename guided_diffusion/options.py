@@ -234,6 +234,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def check_numbers(values: Mapping[str, Any], what: str, where: str) -> None:
+    """Raises UserError for a value of a file that is no finite number; what, where: around its name, in words."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{what} {name}: {value} {where}: must be a number")
+
+
 def read_yaml(path: str | Path, chain: Sequence[Path] = (), flag: str = "--config") -> dict[str, Any]:
     """The mapping in a YAML file. `include` names a file, relative to this one, whose values it starts from.
 

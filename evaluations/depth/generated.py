@@ -39,7 +39,7 @@ from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.foreign import read_json
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import BatchFile, read_arrays, write_batch
-from guided_diffusion.options import Options, batch_option, fill, option, read_yaml
+from guided_diffusion.options import Options, batch_option, check_numbers, fill, option, read_yaml
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.places import configurations
 from guided_diffusion.progress import progress_bar
@@ -118,19 +118,12 @@ def read_study(name: str) -> Study:
     if wrong or not parts["rows"] or {EXACT, REAL} & parts["rows"].keys():
         raise UserError(f"{wrong[0] if wrong else 'rows'} in {path}: must be names and values, and no row may be "
                         f"called {EXACT} or {REAL}")
-    _check_published(parts["published"], path)
+    for row, numbers in parts["published"].items():
+        check_numbers(numbers, "published", f"of row {row} in {path}")
     options, = fill(parts["study"], [GeneratedOptions], None, f"study of {path}")
     rows = {name: {**parts["shared"], **values} for name, values in parts["rows"].items()}
     words = {part: str(content.get(part, "")) for part in ("title", "source", "note")}
     return Study(words, {name: getattr(options, name) for name in parts["study"]}, rows, parts["published"], path)
-
-
-def _check_published(published: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Raises UserError where one of the published numbers is none."""
-    for row, values in published.items():
-        for metric, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"published {metric}: {value} of row {row} in {path}: must be a number")
 
 
 def measure_generated(study: Study, given: GeneratedOptions) -> str:

@@ -23,7 +23,6 @@ its file as `--config`, and a section `evaluation`, which only this package read
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.options import (
     EVALUATION_SECTION,
     Options,
+    check_numbers,
     comma_separated,
     fill,
     nearest,
@@ -347,9 +347,7 @@ def read_row(name: str, values: Mapping[str, Any], file: Path) -> Row:
     section = _mapping(values.pop(EVALUATION_SECTION, None), f"{EVALUATION_SECTION} in {file}")
     published = _mapping(section.pop("published", None), f"published in {file}")
     _known(published, set(METRICS), f"published of row {name} in {file}")
-    for metric, value in published.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"published {metric}: {value} of row {name} in {file}: must be a number")
+    check_numbers(published, "published", f"of row {name} in {file}")
     try:
         evaluation, = fill(section, [EvaluationSpec], None, source=str(file))
         run = SamplingRun.of(fill(values, [SampleOptions, *option_classes()], preset_values, source=str(file)))
