@@ -22,7 +22,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,6 +164,11 @@ class GeneratedTraining:
             method.check_files()
         return run
 
+    @cached_property
+    def real(self) -> Pairs:
+        """The real images that stand beside the generated ones."""
+        return self._pairs(self.options.real, self.options.num_samples, "num_samples", REAL_SEED)
+
     def _pairs(self, data: str, count: int, flag: str, seed: int) -> Pairs:
         return read_pairs(data, size=self.size, depth_range=self.depth_range, count=count, flag=flag, seed=seed)
 
@@ -186,7 +191,7 @@ class GeneratedTraining:
         if options.test != SCENES:
             found["test_sha256"] = digest(self.test)
         if options.real != SCENES:
-            found["real_sha256"] = digest(self._pairs(options.real, options.num_samples, "num_samples", REAL_SEED))
+            found["real_sha256"] = digest(self.real)
         return found
 
     def run(self) -> str:
@@ -220,12 +225,11 @@ class GeneratedTraining:
 
     def _labelled(self, row: str) -> tuple[Tensor, Tensor]:
         """The images (N, 3, S, S) of a row and their depth (N, 1, S, S) to learn, in [-1, 1]."""
-        options, path = self.options, self.out / "labels" / f"{row}.npz"
+        path = self.out / "labels" / f"{row}.npz"
         if row in (EXACT, REAL):
-            pairs = self._pairs(options.real, options.num_samples, "num_samples", REAL_SEED)
-            images = pairs.images
+            images = self.real.images
             if row == EXACT:
-                return images, pairs.depth
+                return images, self.real.depth
         else:
             images = torch.from_numpy(from_uint8(self._samples(self.runs[row])).transpose(0, 3, 1, 2))
         if not path.exists():
