@@ -32,7 +32,7 @@ from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pic
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
-from .candidates import Candidate, Flags, candidates
+from .candidates import Candidate, Flags, beyond, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
@@ -40,6 +40,7 @@ from .units import Unit, alone, elsewhere, images_there, in_pairs, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
+FURTHER = 2                     # settings at most beyond the first or last one, where that is the best
 
 _log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -160,6 +161,7 @@ class BenchRun:
         self.left_out: list[str] = []
         self.values: dict[str, float] = {}          # by method, the best of its search
         self.best: dict[str, Flags] = {}
+        self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
         self._evaluation_seconds = 0.0              # of a reported row
 
     def sample(self, found: Sequence[Candidate]) -> None:
@@ -176,7 +178,8 @@ class BenchRun:
                 self._do(unit, progress)
             order = self.decisions.same(self._in_order())
             best = {**{one.short: one.settings[0] for one in found if one.transforms}, **self.best}
-            for unit in in_pairs(self.bench, found, best, order):
+            searched = [replace(one, settings=self.tried.get(one.short, one.settings)) for one in found]
+            for unit in in_pairs(self.bench, searched, best, order):
                 self._do(unit, progress)
 
     def _in_order(self) -> list[str]:
@@ -187,27 +190,54 @@ class BenchRun:
     def _do(self, unit: Unit, progress: Progress) -> None:
         """Searches and samples a piece of work, where there is time for it."""
         key, cost = unit.key(self.bench), unit.cost(self.bench)
-        expected = 0.0 if key in self.hours.done else self.hours.expected(cost)
-        left = self.hours.left - self._evaluation_seconds
-        if not self.decisions.same(expected <= left or not expected):
-            self.left_out.append(f"{unit.title} at {unit.evaluations} evaluations (would take {expected / 3600:.2g} h "
-                                 f"of the {max(left, 0) / 3600:.2g} h that are left)")
+        known = key in self.hours.done
+        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if known else cost):
             return
-        flags, rows = unit.settings[-1], unit.rows(self.bench)
         progress.note(f"{unit.title} at {unit.evaluations} evaluations")
-        self._search(rows)
-        if rows:
-            place, value = self._best_of(rows)
-            flags = unit.settings[place]
-            self.searches[unit.title] = rows
-            if not unit.pair:
-                self.best[unit.title], self.values[unit.title] = flags, value
+        flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
         row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
         self.reports.setdefault(self._section(unit), []).append(row)
         self.hours.reserve += self._evaluation_seconds
         self.count(key)
         progress.update()
+
+    def _fits(self, what: str, cost: float) -> bool:
+        """Whether there is time for so many evaluations on top of all evaluation; else notes what is left out."""
+        expected, left = self.hours.expected(cost), self.hours.left - self._evaluation_seconds
+        if self.decisions.same(expected <= left or not expected):
+            return True
+        self.left_out.append(f"{what} (would take {expected / 3600:.2g} h of the {max(left, 0) / 3600:.2g} h that are "
+                             "left)")
+        return False
+
+    def _searched_best(self, unit: Unit) -> Flags:
+        """Searches the settings of a piece of work, and beyond them where an end is best; returns the best one."""
+        settings, rows = unit.settings, unit.rows(self.bench)
+        self._search(rows)
+        place, value = self._best_of(rows)
+        for _ in range(FURTHER):
+            wider = beyond(settings, place, unit.scale)
+            further = self._allowed(wider[-1 if place else 0]) if wider else None
+            if further is None or not self._fits(f"{further.run.title()} in the search", self._cost(further)):
+                break
+            self._search([further])
+            settings, rows = wider, [*rows, further] if place else [further, *rows]
+            place, value = self._best_of(rows)
+        self.searches[unit.title] = rows
+        if not unit.pair:
+            self.best[unit.title], self.values[unit.title], self.tried[unit.title] = settings[place], value, settings
+        return settings[place]
+
+    def _allowed(self, flags: Flags) -> Row | None:
+        """Returns the row of the search with these flags; None where the method allows no such value."""
+        try:
+            return self.bench.searched(flags)
+        except UserError:
+            return None
+
+    def _cost(self, row: Row) -> float:
+        return (row.images - images_there(row.run)) * equivalent_evaluations(row.run)
 
     def count(self, key: str = "", evaluations: float = 0.0) -> None:
         """Counts the time since the last call, on rank 0; see `Hours.count`."""

@@ -30,6 +30,7 @@ class Candidate:
 
     short: its name. settings: what is tried, from weak to strong. transforms: it changes the sum of all contrasts, so
     that alone it does nothing. makes_contrasts: it gives such a sum. missing: files that have to be brought first.
+    scale: the flag that may go beyond the settings, and its value that is off, if there is one.
     """
 
     short: str
@@ -37,6 +38,7 @@ class Candidate:
     transforms: bool
     makes_contrasts: bool
     missing: Sequence[MissingFile] = ()
+    scale: tuple[str, float] | None = None
 
 
 def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict[str, str]]:
@@ -75,7 +77,22 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path,
     if not missing:
         on.build(Networks(network(), dist_util.dev(), base.run.sample.seed))
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
-                     issubclass(method.kind, ContrastGuidance), missing)
+                     issubclass(method.kind, ContrastGuidance), missing, method.search_scale)
+
+
+def beyond(settings: Sequence[Flags], place: int, scale: tuple[str, float] | None) -> list[Flags]:
+    """Returns the settings with one more beyond the one at `place`; none where that is not the first or the last.
+
+    The further one is half as strong as the first, or twice as strong as the last. scale: see `Candidate`; none: there
+    is no further one.
+    """
+    flags = settings[place]
+    if scale is None or scale[0] not in flags or 0 < place < len(settings) - 1:
+        return []
+    flag, off = scale
+    factor = 2.0 if place else 0.5
+    further = {**flags, flag: round(off + factor * (flags[flag] - off), 10)}
+    return [*settings, further] if place else [further, *settings]
 
 
 def pairs(found: Sequence[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:

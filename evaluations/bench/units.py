@@ -26,7 +26,8 @@ class Unit:
     """A piece of work.
 
     title: the methods in it. settings: flags that are tried, or the one that is reported. evaluations: of an image.
-    searched: whether the best of the settings is looked for. pair: whether it is one of two methods.
+    searched: whether the best of the settings is looked for. pair: whether it is one of two methods. scale: see
+    `Candidate`, of a search that goes on beyond its settings.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Unit:
     evaluations: int
     searched: bool = True
     pair: bool = False
+    scale: tuple[str, float] | None = None
 
     def rows(self, bench: Bench) -> list[Row]:
         """Returns the rows of its search."""
@@ -67,7 +69,8 @@ def unguided(bench: Bench, evaluations: int) -> Unit:
 
 def alone(bench: Bench, found: Iterable[Candidate]) -> list[Unit]:
     """Returns the pieces of the methods alone, without those that do nothing alone."""
-    return [Unit(one.short, one.settings, bench.spec.evaluations) for one in found if not one.transforms]
+    return [Unit(one.short, one.settings, bench.spec.evaluations, scale=one.scale)
+            for one in found if not one.transforms]
 
 
 def elsewhere(bench: Bench, best: Mapping[str, Flags]) -> Iterator[Unit]:

@@ -131,7 +131,9 @@ class GuidanceOptions(Options):
     the step's own in its inputs alone (`ContrastGuidance.weaker`), so that `--batch_contrasts` acts on it.
     beside_the_step: it does not need the step's own evaluation for that (`ContrastGuidance.beforehand`). search: the
     settings among which a bench looks for the best one, from weak to strong, as flags by value (see `each`); none
-    leaves the method out of benches. kind: which of the kinds in `terms` its terms are of.
+    leaves the method out of benches. search_scale: the flag among them that a bench may also set beyond its first or
+    last value, and its value that is off; None where there is none. kind: which of the kinds in `terms` its terms are
+    of.
     """
 
     short: ClassVar[str]
@@ -142,6 +144,7 @@ class GuidanceOptions(Options):
     can_batch: ClassVar[bool] = False
     beside_the_step: ClassVar[bool] = False
     search: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    search_scale: ClassVar[tuple[str, float] | None] = None
     kind: ClassVar[type[Guidance]] = ContrastGuidance
 
     def __post_init__(self) -> None:
@@ -309,6 +312,7 @@ class ScaledOptions(GuidanceOptions):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.kind = cls.term
+        cls.search_scale = (f"{cls.sigma_flags}_scale", 0.0)
 
     @property
     def scale(self) -> float:

@@ -58,6 +58,7 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
     short = "CG"
     switched_on: ClassVar = {"classifier_guidance": True}
     search: ClassVar = each("classifier_scale", 0.5, 1.0, 2.0, 4.0, classifier_guidance=True)
+    search_scale = ("classifier_scale", 0.0)
     kind = GradientGuidance
     needs_labels = True
     sigma_flags = "classifier"

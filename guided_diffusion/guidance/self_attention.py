@@ -127,6 +127,7 @@ class SagOptions(GuidanceOptions):
     short = "SAG"
     switched_on: ClassVar = {"guide_scale": 1.1}
     search: ClassVar = each("guide_scale", 1.1, 1.25, 1.5, 2.0)
+    search_scale = ("guide_scale", 1.0)
     sigma_flags = "sag"
     can_batch = True
 

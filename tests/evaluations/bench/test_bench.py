@@ -7,6 +7,7 @@ import yaml
 from commands import call
 from PIL import Image
 
+from evaluations.bench.bench import BenchRun
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import Unit
 from evaluations.reproduction import measurements
@@ -23,6 +24,7 @@ def few_settings(monkeypatch):
     """Of each method the first two settings."""
     for kind in GUIDANCE:
         monkeypatch.setattr(kind, "search", kind.search[:2])
+    monkeypatch.setattr("evaluations.bench.bench.FURTHER", 0)
 
 
 @pytest.fixture
@@ -97,6 +99,20 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
     assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
     assert "Left out for lack of time: CG at 4 evaluations (would take 2.8e+05 h of the" in said["note"]
     assert "no guidance at 2 evaluations" in said["note"]
+
+
+@pytest.mark.parametrize(("best", "tried"), [
+    (0.03, [0.025, 0.05, 0.1, 0.25]), (0.04, [0.025, 0.05, 0.1, 0.25]), (0.12, [0.05, 0.1, 0.25]),
+    (0.24, [0.1, 0.25, 0.5]), (9, [0.1, 0.25, 0.5, 1.0])])
+def test_a_search_goes_on_where_its_end_is_best(best, tried, line, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluations.bench.bench.FURTHER", 2)
+    monkeypatch.setattr(BenchRun, "_searched", lambda self, _, row: abs(row.run.guidance[0].guide_scale - 1 - best))
+    assert call("bench", *line(methods="SAG", other_evaluations="")) == 0
+    folder = tmp_path / "out" / "mini"
+    search, report = (json.loads((folder / part / "table.json").read_text())["rows"] for part in ("search", "report"))
+    assert [row["title"].split(",")[0] for row in search.values()] == [f"SAG s = {s:g}" for s in tried]
+    assert [row["title"].split(",")[0] for row in report.values()] == [
+        "no guidance", f"SAG s = {min(tried, key=lambda s: abs(s - best)):g}"]
 
 
 def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(line, tmp_path, monkeypatch, caplog):

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from evaluations.bench import candidates, settings
-from evaluations.bench.candidates import pair_settings, pairs
+from evaluations.bench.candidates import beyond, pair_settings, pairs
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import all_units, in_pairs
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
@@ -60,6 +60,21 @@ def test_a_method_is_of_the_kind_that_its_terms_are(name):
             assert len(on) == 1
             terms = on[0].build(Networks(model, torch.device("cpu")))
             assert terms and all(isinstance(term, method.kind) for term in terms)
+
+
+def test_beyond_its_ends_a_search_halves_or_doubles_the_scale():
+    for kind in GUIDANCE:
+        last = len(kind.search) - 1
+        weaker, stronger = (beyond(kind.search, place, kind.search_scale) for place in (0, last))
+        if kind.search_scale is None:
+            assert kind.short in ("APG", "rescale") and weaker == stronger == []
+            continue
+        flag, off = kind.search_scale
+        assert weaker[1:] == stronger[:-1] == list(kind.search)
+        assert weaker[0][flag] - off == pytest.approx((kind.search[0][flag] - off) / 2)
+        assert stronger[-1][flag] - off == pytest.approx(2 * (kind.search[-1][flag] - off))
+        assert kind(**weaker[0]).active and not kind(**{**weaker[0], flag: off}).active
+        assert beyond(kind.search, 1, kind.search_scale) == []
 
 
 # Equal evaluations
