@@ -273,14 +273,17 @@ def first_names(files: Iterable[str], read: Callable[[str], ClassNames | None] =
     return next((names for path in files if path and (names := read(path)) is not None), None)
 
 
-def check_same_names(files: Mapping[str, str]) -> None:
-    """Raises UserError where two checkpoints, given by flag, call the same numbers by other names."""
-    first: tuple[str, ClassNames] | None = None
+def check_same_names(files: Mapping[str, str], images: ClassNames | None = None) -> None:
+    """Raises UserError where two checkpoints, given by flag, call the same numbers by other names.
+
+    images: the classes of training images, which the checkpoints must have as well.
+    """
+    first = None if images is None else ("the training images have", images)
     for flag, path in files.items():
         names = _names_in(path)
         if names is None:
             continue
         if first is not None and names.names != first[1].names:
-            raise UserError(f"--{flag} {without_secrets(path)}: has {names}, and --{first[0]} "
-                            f"{without_secrets(files[first[0]])} has {first[1]}; they must be trained on the same ones")
-        first = first or (flag, names)
+            raise UserError(f"--{flag} {without_secrets(path)}: has {names}, and {first[0]} {first[1]}; they must be "
+                            "trained on the same ones")
+        first = first or (f"--{flag} {without_secrets(path)} has", names)

@@ -433,9 +433,15 @@ class TrainLoop:
             self._take_state(path)
             said.append(f"going on from step {self.step}, saved in {self.out}")
         else:
-            said = [*self._take_start().said]
+            said = [*self._take_start().said, *self._left_over()]
         for line in said:
             _say(line)
+
+    def _left_over(self) -> list[str]:
+        """What to tell of weights in a folder that a training cannot go on from."""
+        names = [name for name in (f"{name}.safetensors" for name in self._weights()) if (self.out / name).exists()]
+        return [f"{self.out} has {', '.join(names)} and no state.safetensors to go on from: starts anew, and writes "
+                "over them"] if names else []
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
@@ -595,7 +601,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
             low_res = (functools.partial(in_small, size=model_options.small_size)
                        if isinstance(model_options, UpsamplerOptions) else None)
             watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,
-                              options.seed, images.count, images.at, low_res)
+                              options.seed, images.count, images.at, images.class_names, low_res)
             for watcher in watchers:
                 watcher.prepare(watched)
         loop.run()

@@ -14,6 +14,7 @@ from .build import DiffusionOptions, ModelOptions, UpsamplerOptions
 from .late import Tensor
 
 if TYPE_CHECKING:
+    from .classes import ClassNames
     from .unet import UNetModel
 
 
@@ -23,8 +24,8 @@ class Watched:
 
     model: the network; while a watcher looks, its weights are the averages in the file that `weights` names, and it is
     in evaluation mode. out: the folder of the training. count: of the images of the training data. examples: images
-    (N, C, H, W) of that data by their numbers, with their labels (see `image_datasets.TrainingImages.at`). low_res: for
-    an upsampler, of such images the small ones that it is given.
+    (N, C, H, W) of that data by their numbers, with their labels (see `image_datasets.TrainingImages.at`). class_names:
+    of these labels, where they have names. low_res: for an upsampler, of such images the small ones that it is given.
     """
 
     model: UNetModel
@@ -35,6 +36,7 @@ class Watched:
     seed: int
     count: int
     examples: Callable[[Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
+    class_names: ClassNames | None
     low_res: Callable[[Tensor], Tensor] | None = None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions
+from ..classes import check_same_names
 from ..errors import UserError
 from ..guidance import GUIDANCE, GuidanceOptions, Networks
 from ..guidance.base import naming, without_labels
@@ -116,6 +117,8 @@ class Preview:
             model = training.model
             nets = Networks(model, dist_util.dev(), training.seed)
             terms = [term for method in run.active for term in method.build(nets)]
+            check_same_names({flag: path for method in run.active for flag, path in method.files().items()},
+                             training.class_names)
             self._labelled, self._classes = run.labelled, training.model_options.num_classes
             network = model if training.model_options.class_cond else without_labels(model)
             with naming("preview_steps", str(self.options.preview_steps)):

@@ -129,6 +129,11 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--classifier_path .*b\.safetensors: has 2 classes: 0 bee, 1 ant, and "
                                         r"--model_path .*a\.safetensors has 2 classes: 0 ant, 1 bee"):
         check_same_names({"model_path": paths["a"], "classifier_path": paths["b"]})
+    images = ClassNames(("bee", "ant"))
+    check_same_names({"depth_predictor": paths["silent"], "classifier_path": paths["b"]}, images)
+    with pytest.raises(UserError, match=r"--classifier_path .*a\.safetensors: has 2 classes: 0 ant, 1 bee, and the "
+                                        "training images have 2 classes: 0 bee, 1 ant; they must be trained on the"):
+        check_same_names({"classifier_path": paths["a"]}, images)
 
 
 @pytest.mark.parametrize("value", ['[]', '["a", "a"]', '"ab"', '[1]', '{', '[""]', "[" * 100000])

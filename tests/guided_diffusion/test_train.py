@@ -103,6 +103,17 @@ def test_a_finished_run_stays_as_it_is(data_dir, tmp_path):
     assert log_of(tmp_path, "step") == [1, 2, 3, 4, 5]
 
 
+def test_weights_without_a_state_are_named_before_they_are_replaced(data_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path)
+    assert "starts anew" not in caplog.text
+    (tmp_path / "state.safetensors").unlink()
+    (tmp_path / "ema_0.99.safetensors").unlink()
+    train(data_dir, tmp_path)
+    assert (f"{tmp_path} has model.safetensors, ema_0.9.safetensors and no state.safetensors to go on from: starts "
+            "anew, and writes over them") in caplog.text
+
+
 def test_the_seed_decides(data_dir, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(data_dir, tmp_path / name, seed=seed, lr_anneal_steps=1)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from commands import call, samples_in
 from PIL import Image
-from tiny_training import DIFFUSION, MODEL, TRAIN, flags, log_of
+from tiny_training import CLASSIFIER, DIFFUSION, MODEL, TRAIN, flags, log_of, train_tiny_classifier
 
 from evaluations.early_fid import watchers
 from evaluations.extractors import EXTRACTORS
 from evaluations.extractors.base import ExtractorKind
 from evaluations.features import Features
-from guided_diffusion import train_util
+from guided_diffusion import checkpoint, train_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.runs.previews import PreviewOptions
@@ -137,6 +137,22 @@ def test_what_cannot_work_is_said_before_the_first_step(data_dir, tmp_path, caps
     assert train(data_dir, tmp_path / "run", **changes) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error and not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_classifier_of_other_classes_is_refused(data_dir, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("ant_0", "bee_0", "ant_1", "bee_1"):
+        Image.new("L", (8, 8), 100).save(images / f"{name}.png")
+    trained = train_tiny_classifier(data_dir, tmp_path / "classifier") / "model.safetensors"
+    state, metadata = checkpoint.load_state_dict(trained), checkpoint.read_metadata(trained)
+    options = {name: value for name, value in CLASSIFIER.items() if name not in MODEL}
+    for names, code in ((["bee", "ant"], 2), (["ant", "bee"], 0)):
+        path = tmp_path / f"{names[0]}.safetensors"
+        checkpoint.save_state(path, state, {**metadata, "class_names": json.dumps(names)})
+        assert train(images, tmp_path / "run", grid_interval=3, grid_images=2, preview_steps=2,
+                     classifier_guidance=True, classifier_path=path, **options) == code
+        assert ("and the training images have 2 classes: 0 ant, 1 bee" in capsys.readouterr().err) == bool(code)
 
 
 def test_without_scipy(monkeypatch):
