@@ -5,6 +5,8 @@ A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes ask
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from guided_diffusion.runs.comparison import names_of_samples
 from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
 from .image_sets import open_images
+
+_log = logging.getLogger(__name__)
 
 
 class Judge(Protocol):
@@ -86,14 +90,24 @@ def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple
 def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarray:
     """Reads the labels (N,) int64 of a sample file, in the numbers of `class_names`.
 
-    Where the network of the sampling run names its classes, those of the same names are meant; else the numbers are.
-    Raises UserError where it holds no labels, and for a class that is none of them.
+    Where the network of the sampling run names its classes, those of the same names are meant; else the numbers are,
+    which is said where it has other names alone. Raises UserError where it holds no labels, and for a class that is
+    none of them.
     """
     stated = names_of_samples(file.path)
-    if stated is None or not set(stated.names) & set(class_names):
+    if stated is None:
+        return read_labels(file, len(class_names))
+    if not set(stated.names) & set(class_names):
+        _say_once(f"{file.path}: has {stated}; the classifier calls none of its classes so, their numbers are compared")
         return read_labels(file, len(class_names))
     known = ClassNames(tuple(class_names), source="the classifier")
     return known.renumbered(read_labels(file, len(stated)), stated, file.path)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Says a line in the first of the places that read the same labels."""
+    _log.info(line)
 
 
 def read_labels(file: BatchFile, classes: int) -> np.ndarray:

@@ -40,12 +40,14 @@ def test_shares_are_counted_by_class(samples):
         "T-shirt": (2, 0), "trouser": (3, 3)}
 
 
-def test_classes_go_by_their_names_where_the_network_has_some(samples, tmp_path):
+def test_classes_go_by_their_names_where_the_network_has_some(samples, tmp_path, caplog):
+    caplog.set_level("INFO")
     path = tmp_path / "x.safetensors"
     (tmp_path / "run.json").write_text(json.dumps({"configuration": {"model_path": str(path)}}))
     for names, expected in ((["dress", "trouser"], [1, 1, 3, 1, 3]), (["a", "b"], [1, 1, 0, 1, 0])):
         save_state(path, {"x": torch.zeros(1)}, {"class_names": json.dumps(names)})
         assert class_accuracy.read_labelled_samples(samples, CLASS_NAMES)[1].tolist() == expected
+        assert ("numbers are compared" in caplog.text) == (names == ["a", "b"])
     save_state(path, {"x": torch.zeros(1)}, {"class_names": '["hat", "trouser"]'})
     with pytest.raises(UserError, match=r"samples.npz: has images of the class hat, which is none of the 10 classes"):
         class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
