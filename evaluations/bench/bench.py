@@ -162,7 +162,7 @@ class BenchRun:
         self.values: dict[str, float] = {}          # by method, the best of its search
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
-        self._evaluation_seconds = 0.0              # of a reported row
+        self._report_seconds = self._search_seconds = 0.0       # of the evaluation of a row at the end
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
@@ -191,20 +191,25 @@ class BenchRun:
         """Searches and samples a piece of work, where there is time for it."""
         key, cost = unit.key(self.bench), unit.cost(self.bench)
         known = key in self.hours.done
-        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if known else cost):
+        searched = len(unit.settings) * self._search_seconds if unit.searched else 0.0
+        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if known else cost,
+                          self._report_seconds + searched):
             return
         progress.note(f"{unit.title} at {unit.evaluations} evaluations")
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
         row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
         self.reports.setdefault(self._section(unit), []).append(row)
-        self.hours.reserve += self._evaluation_seconds
+        self.hours.reserve += self._report_seconds
         self.count(key)
         progress.update()
 
-    def _fits(self, what: str, cost: float) -> bool:
-        """Whether there is time for so many evaluations on top of all evaluation; else notes what is left out."""
-        expected, left = self.hours.expected(cost), self.hours.left - self._evaluation_seconds
+    def _fits(self, what: str, cost: float, evaluation: float) -> bool:
+        """Whether there is time for so many network evaluations; else notes what is left out.
+
+        evaluation: seconds that the evaluation of its images will take at the end.
+        """
+        expected, left = self.hours.expected(cost), self.hours.left - evaluation
         if self.decisions.same(expected <= left or not expected):
             return True
         self.left_out.append(f"{what} (would take {expected / 3600:.2g} h of the {max(left, 0) / 3600:.2g} h that are "
@@ -219,12 +224,14 @@ class BenchRun:
         for _ in range(FURTHER):
             wider = beyond(settings, place, unit.scale)
             further = self._allowed(wider[-1 if place else 0]) if wider else None
-            if further is None or not self._fits(f"{further.run.title()} in the search", self._cost(further)):
+            if further is None or not self._fits(f"{further.run.title()} in the search", self._cost(further),
+                                                 self._report_seconds + (len(rows) + 1) * self._search_seconds):
                 break
             self._search([further])
             settings, rows = wider, [*rows, further] if place else [further, *rows]
             place, value = self._best_of(rows)
         self.searches[unit.title] = rows
+        self.hours.reserve += len(rows) * self._search_seconds
         if not unit.pair:
             self.best[unit.title], self.values[unit.title], self.tried[unit.title] = settings[place], value, settings
         return settings[place]
@@ -288,12 +295,19 @@ class BenchRun:
         return math.inf if self.bench.spec.better(0, 1) else -math.inf
 
     def _time_evaluation(self) -> None:
-        """Evaluates the row without guidance as at the end, and keeps as much time for every row that is reported."""
-        began = time.monotonic()
-        table = _table(self.bench, self.reports)
-        measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
-        self._evaluation_seconds = time.monotonic() - began
-        self.hours.reserve += self._evaluation_seconds
+        """Evaluates the row without guidance as at the end, to keep as much time for every row that is reported.
+
+        And once more as a row of the search, of which each rank evaluates its share.
+        """
+        (row,), = self.reports.values()
+        quick = replace(row, evaluation=replace(row.evaluation, metrics=self.bench.spec.metric))
+        seconds = []
+        for one in (row, quick):
+            began = time.monotonic()
+            measure_rows(_table(self.bench, {"": [one]}), [one.name], self.settings, self.bench.folder / FEATURES)
+            seconds.append(time.monotonic() - began)
+        self._report_seconds, self._search_seconds = seconds[0], seconds[1] / dist_util.world_size()
+        self.hours.reserve += self._report_seconds
         self.count()
 
     def _section(self, unit: Unit) -> str:

@@ -101,6 +101,14 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
     assert "no guidance at 2 evaluations" in said["note"]
 
 
+def test_time_for_the_evaluation_of_the_search_is_kept_back(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(BenchRun, "_time_evaluation", lambda self: setattr(self, "_search_seconds", 6000.0))
+    assert call("bench", *line(methods="SAG,PAG,CG", other_evaluations="", pairs=False, hours=8)) == 0
+    said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG", "PAG"]     # two settings each
+    assert "Left out for lack of time: CG at 4 evaluations" in said["note"]
+
+
 @pytest.mark.parametrize(("best", "tried"), [
     (0.03, [0.025, 0.05, 0.1, 0.25]), (0.04, [0.025, 0.05, 0.1, 0.25]), (0.12, [0.05, 0.1, 0.25]),
     (0.24, [0.1, 0.25, 0.5]), (9, [0.1, 0.25, 0.5, 1.0])])
