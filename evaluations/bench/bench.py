@@ -32,7 +32,7 @@ from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pic
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
-from .candidates import Candidate, Flags, beyond, candidates
+from .candidates import FURTHER, Candidate, Flags, beyond, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
@@ -40,7 +40,6 @@ from .units import Unit, alone, elsewhere, images_there, in_pairs, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
-FURTHER = 2                     # settings at most beyond the first or last one, where that is the best
 
 _log = logging.getLogger(__name__)
 Value = TypeVar("Value")

@@ -21,6 +21,8 @@ from ..reproduction.tables import Row
 if TYPE_CHECKING:
     from guided_diffusion.unet import UNetModel
 
+FURTHER = 2             # settings that are tried at most beyond the first or last one, where that is the best
+
 Flags = Mapping[str, Any]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..reproduction.missing import missing_files
-from .candidates import Candidate
+from .candidates import FURTHER, Candidate
 from .settings import Bench
 from .units import all_units
 
@@ -31,8 +31,9 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
         lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
                      f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
     lines += ["", f"{seconds:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "
-              "sampling; the evaluation of the images comes on top. Pairs come last, and those whose methods do best "
-              "alone come first: the search decides their order."]
+              f"sampling; the evaluation of the images comes on top, and so do up to {FURTHER} further settings of a "
+              "method that is best at the end of its own. Pairs come last, and those whose methods do best alone come "
+              "first: the search decides their order."]
     if beyond:
         lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
     lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]

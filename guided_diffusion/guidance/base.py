@@ -312,7 +312,8 @@ class ScaledOptions(GuidanceOptions):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.kind = cls.term
-        cls.search_scale = (f"{cls.sigma_flags}_scale", 0.0)
+        if "search_scale" not in vars(cls):
+            cls.search_scale = (f"{cls.sigma_flags}_scale", 0.0)
 
     @property
     def scale(self) -> float:
