@@ -496,7 +496,8 @@ def test_two_references_of_one_name_may_share_a_cache(tmp_path, monkeypatch):
     ([], "0 words given"),
     (["missing.npz", "out.npz"], "missing.npz: there is no such file"),
     (["missing", "out.npz"], "missing"),
-    (["fashion-mnist", "nowhere/out.npz"], "nowhere/out.npz: cannot be written"),
+    ([str(REPOSITORY / "evaluations" / "models" / "icons32_reference.npz"), "nowhere/out.npz"],
+     "nowhere/out.npz: cannot be written"),
     (["fashion-mnist", "out.npz", "--keep", "all"], "--keep all: must be one of"),
 ])
 def test_reference_that_cannot_be_made(words, message, refused):
