@@ -22,7 +22,6 @@ from guided_diffusion.pictures import save_comparison
 from guided_diffusion.progress import Progress, progress_bar
 
 from ..evaluation import ExtractorOptions
-from ..metrics import METRICS
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
@@ -290,7 +289,7 @@ class BenchRun:
         found = numbers.replicates[row.name, row.images].get(metric)
         if found is not None:
             return found.estimate
-        _log.warning("%s: its %s is not a number; it counts as the worst", row.name, METRICS[metric].label)
+        _log.warning("%s: its %s is not a number; it counts as the worst", row.name, self.bench.metric_label())
         return math.inf if self.bench.spec.better(0, 1) else -math.inf
 
     def _time_evaluation(self) -> None:
@@ -328,7 +327,7 @@ class BenchRun:
         return text
 
     def _search_table(self) -> Table:
-        label = METRICS[self.bench.spec.metric].label
+        label = self.bench.metric_label()
         note = (f"The setting that is best here, by {label}, is reported in the other table on other images. Its "
                 "number here is too good, as it was chosen by these images.")
         return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
@@ -348,7 +347,7 @@ class BenchRun:
 
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
-        spec, label = self.bench.spec, METRICS[self.bench.spec.metric].label
+        spec, label = self.bench.spec, self.bench.metric_label()
         parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
                  "by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
                  f"the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared "

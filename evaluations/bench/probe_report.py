@@ -24,12 +24,16 @@ WIDTH, HEIGHT, LEGEND_LINE = 720, 420, 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rows of a table that a probe says something of. predicted: the parts of the error that are left."""
+    """Rows of a table that a probe says something of.
+
+    predicted: the parts of the error that are left. features_of: the network that gives the metric its name, if any.
+    """
 
     metric: str
     rows: Sequence[str]
     predicted: Sequence[float]
     measured: Sequence[float]
+    features_of: str = ""
 
     @property
     def correlation(self) -> float | None:
@@ -48,7 +52,8 @@ def agreement(result: ProbeResult, path: str | Path, metric: str) -> Agreement:
     table, values = _measured_table(path, metric)
     lefts = {name: left for name, row in table["rows"].items()
              if name in values and (left := _left(result.probed, row["flags"])) is not None}
-    return Agreement(metric, list(lefts), list(lefts.values()), [values[name] for name in lefts])
+    return Agreement(metric, list(lefts), list(lefts.values()), [values[name] for name in lefts],
+                     table.get("features_of", ""))
 
 
 def check_table(path: str | Path, metric: str) -> None:
@@ -153,7 +158,7 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
 
 
 def _agreement_lines(found: Agreement) -> Iterator[str]:
-    label = METRICS[found.metric].label
+    label = METRICS[found.metric].by(found.features_of).label
     yield ""
     if found.correlation is None:
         yield (f"No rank correlation: the table has {len(found.rows)} rows that the probe says something of, and "

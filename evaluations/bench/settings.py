@@ -31,6 +31,7 @@ from guided_diffusion.options import (
     whole_number,
 )
 
+from ..evaluation import ExtractorOptions
 from ..metrics import METRICS
 from ..reproduction import tables
 from ..reproduction.costs import steps_within
@@ -96,6 +97,11 @@ class Bench:
     spec: BenchSpec
     base: Row
     folder: Path
+
+    def metric_label(self) -> str:
+        """Returns what the metric of the search is called with the features that rows are evaluated by."""
+        kind = ExtractorOptions(backend=self.base.evaluation.backend).kind
+        return METRICS[self.spec.metric].by(kind.network).label
 
     def searched(self, flags: Mapping[str, Any]) -> Row:
         """Returns the row of the search with these flags of guidance."""

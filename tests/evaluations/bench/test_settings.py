@@ -77,6 +77,12 @@ def test_beyond_its_ends_a_search_halves_or_doubles_the_scale():
         assert beyond(kind.search, 1, kind.search_scale) == []
 
 
+@pytest.mark.parametrize(("name", "label"), [
+    ("fmnist32", "FID"), ("icons32", "Frechet distance by EfficientNet-Lite0 features")])
+def test_the_metric_of_the_search_is_named_by_its_features(name, label):
+    assert bench(name).metric_label() == label
+
+
 # Equal evaluations
 
 def test_a_method_that_costs_two_evaluations_has_half_the_steps():
