@@ -95,13 +95,12 @@ def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarr
     none of them.
     """
     stated = names_of_samples(file.path)
-    if stated is None:
-        return read_labels(file, len(class_names))
-    if not set(stated.names) & set(class_names):
+    if stated is not None:
+        if set(stated.names) & set(class_names):
+            known = ClassNames(tuple(class_names), source="the classifier")
+            return known.renumbered(read_labels(file, len(stated)), stated, file.path)
         _say_once(f"{file.path}: has {stated}; the classifier calls none of its classes so, their numbers are compared")
-        return read_labels(file, len(class_names))
-    known = ClassNames(tuple(class_names), source="the classifier")
-    return known.renumbered(read_labels(file, len(stated)), stated, file.path)
+    return read_labels(file, len(class_names))
 
 
 @functools.cache

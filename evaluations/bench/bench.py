@@ -188,10 +188,8 @@ class BenchRun:
     def _do(self, unit: Unit, progress: Progress) -> None:
         """Searches and samples a piece of work, where there is time for it."""
         key, cost = unit.key(self.bench), unit.cost(self.bench)
-        known = key in self.hours.done
-        searched = len(unit.settings) * self._search_seconds if unit.searched else 0.0
-        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if known else cost,
-                          self._report_seconds + searched):
+        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if key in self.hours.done else cost,
+                          len(unit.settings) if unit.searched else 0):
             return
         progress.note(f"{unit.title} at {unit.evaluations} evaluations")
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
@@ -202,12 +200,13 @@ class BenchRun:
         self.count(key)
         progress.update()
 
-    def _fits(self, what: str, cost: float, evaluation: float) -> bool:
+    def _fits(self, what: str, cost: float, searched: int) -> bool:
         """Whether there is time for so many network evaluations; else notes what is left out.
 
-        evaluation: seconds that the evaluation of its images will take at the end.
+        searched: rows of the search that are evaluated at the end, beside the one that is reported.
         """
-        expected, left = self.hours.expected(cost), self.hours.left - evaluation
+        left = self.hours.left - self._report_seconds - searched * self._search_seconds
+        expected = self.hours.expected(cost)
         if self.decisions.same(expected <= left or not expected):
             return True
         self.left_out.append(f"{what} (would take {expected / 3600:.2g} h of the {max(left, 0) / 3600:.2g} h that are "
@@ -223,7 +222,7 @@ class BenchRun:
             wider = beyond(settings, place, unit.scale)
             further = self._allowed(wider[-1 if place else 0]) if wider else None
             if further is None or not self._fits(f"{further.run.title()} in the search", self._cost(further),
-                                                 self._report_seconds + (len(rows) + 1) * self._search_seconds):
+                                                 len(rows) + 1):
                 break
             self._search([further])
             settings, rows = wider, [*rows, further] if place else [further, *rows]
@@ -242,6 +241,7 @@ class BenchRun:
             return None
 
     def _cost(self, row: Row) -> float:
+        """Returns the network evaluations of the images of a row that are not there yet."""
         return (row.images - images_there(row.run)) * equivalent_evaluations(row.run)
 
     def count(self, key: str = "", evaluations: float = 0.0) -> None:
@@ -259,12 +259,12 @@ class BenchRun:
 
     def _sample(self, row: Row) -> None:
         """Samples a row, and counts the evaluations of the images that were not there yet."""
-        there = 0
+        cost = 0.0
         if dist_util.is_main():
-            there = images_there(row.run)
+            cost = self._cost(row)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
         row.run.run()
-        self.count(evaluations=(row.images - there) * equivalent_evaluations(row.run))
+        self.count(evaluations=cost)
 
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
         """Returns the place of the best row, and its value, by the metric of the bench alone."""
@@ -298,9 +298,8 @@ class BenchRun:
         And once more as a row of the search, of which each rank evaluates its share.
         """
         (row,), = self.reports.values()
-        quick = replace(row, evaluation=replace(row.evaluation, metrics=self.bench.spec.metric))
         seconds = []
-        for one in (row, quick):
+        for one in (row, self.bench.by_metric(row)):
             began = time.monotonic()
             measure_rows(_table(self.bench, {"": [one]}), [one.name], self.settings, self.bench.folder / FEATURES)
             seconds.append(time.monotonic() - began)

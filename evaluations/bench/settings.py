@@ -106,8 +106,12 @@ class Bench:
     def searched(self, flags: Mapping[str, Any]) -> Row:
         """Returns the row of the search with these flags of guidance."""
         spec = self.spec
-        row = self._row(flags, spec.evaluations, spec.search_seed, spec.search_images, self.folder / "search")
-        return replace(row, evaluation=replace(row.evaluation, metrics=spec.metric))
+        return self.by_metric(self._row(flags, spec.evaluations, spec.search_seed, spec.search_images,
+                                        self.folder / "search"))
+
+    def by_metric(self, row: Row) -> Row:
+        """Returns a row evaluated by the metric of the search alone."""
+        return replace(row, evaluation=replace(row.evaluation, metrics=self.spec.metric))
 
     def reported(self, flags: Mapping[str, Any], evaluations: int) -> Row:
         """Returns the row that is reported with these flags of guidance, at so many evaluations."""
