@@ -191,11 +191,20 @@ def _disconnect() -> None:
 
 
 class _AsideHandler(logging.StreamHandler):
-    """Writes lines between the bars of the terminal, and not into them."""
+    """Writes lines between the bars of the terminal, and not into them.
+
+    Where lines can no longer be written, the command ends as it does where it prints (`run_script`).
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         with aside():
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise error
+        super().handleError(record)
 
 
 def log_to_stdout() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -101,10 +102,17 @@ def test_a_stdout_that_takes_no_more_is_no_bug(number, code, said, capsys, monke
         def flush(self):
             raise OSError(number, os.strerror(number))
 
+    def logs():
+        cli.log_to_stdout()
+        logging.getLogger("guided_diffusion").info("a line")
+        pytest.fail("a log that nobody can read is not written on")
+
     monkeypatch.setattr(sys, "stdout", Full())
-    for flush in (False, True):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    for main in (lambda: print("a line"), lambda: print("a line", flush=True), logs):
         with pytest.raises(SystemExit) as end:
-            cli.run_script(lambda flush=flush: print("a line", flush=flush))
+            cli.run_script(main)
         assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
