@@ -22,7 +22,8 @@ python scripts/fetch_models.py --table
 
 [Released checkpoints](checkpoints.md) tells how to fetch and run them. Files hold float32, so the size follows from the
 number of parameters. No released checkpoint could be downloaded where this project was developed: names and shapes of
-all weights are proven to be those of our networks, no image of them was sampled.
+the weights of 22 are proven to be those of our networks (those of `lsun_horse_nodropout` are taken to be those of
+`lsun_horse`), no image of them was sampled.
 """
 
 
