@@ -200,7 +200,7 @@ class _AsideHandler(logging.StreamHandler):
         with aside():
             super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:       # noqa: N802  # the name that logging calls
         error = sys.exception()
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise error

@@ -29,6 +29,7 @@ from .terms import FunctionGuidance, Guidance
 __all__ = ["Denoiser", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "Prediction"]
 
 CondFn = Callable[..., Tensor]
+Memory = dict[Guidance, Tensor]
 DenoisedFn = Callable[[Tensor], Tensor]
 
 
@@ -38,25 +39,28 @@ class GaussianDiffusion(DiffusionProcess):
     What all methods take: model: the network, (x, t, **model_kwargs) -> output. clip_denoised: x0 is clipped to
     [-1, 1]. denoised_fn: applied to x0 before. guidance: terms of `guided_diffusion.guidance`. cond_fn: the older way
     to give a gradient, (x, t, **model_kwargs) -> gradient at x. model_kwargs: labels and the like. noise:
-    (N, C, H, W), drawn where None. device: that of the network where None.
+    (N, C, H, W), drawn where None. device: that of the network where None. memory, of single steps: a dict, empty at
+    first and the same for all steps of a chain, for terms that go on from the step before.
     """
 
     def p_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                  denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
                  model_kwargs: Mapping[str, Any] | None = None, guidance: Sequence[Guidance] = (),
-                 noise: Tensor | None = None) -> Images:
+                 noise: Tensor | None = None, memory: Memory | None = None) -> Images:
         """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
-        return sampling.sample_step(sampling.ddpm_step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn))
+        return sampling.sample_step(sampling.ddpm_step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
+                                    memory=memory)
 
     def ddim_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                     denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
                     model_kwargs: Mapping[str, Any] | None = None, eta: float = 0.0,
-                    guidance: Sequence[Guidance] = (), noise: Tensor | None = None) -> Images:
+                    guidance: Sequence[Guidance] = (), noise: Tensor | None = None,
+                    memory: Memory | None = None) -> Images:
         """One DDIM step, as `p_sample`; eta in [0, 1]: its share of fresh noise."""
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         step = sampling.DdimOptions(eta=eta).step()
-        return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn))
+        return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn), memory=memory)
 
     def condition_mean(self, cond_fn: CondFn, p_mean_var: Images, x: Tensor, t: Tensor,
                        model_kwargs: Mapping[str, Any] | None = None) -> Tensor:

@@ -51,9 +51,13 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     """One guided step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each.
 
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
-    from step to step of a chain. eps is that of the guided prediction. Where a loss guides, "loss_gradient" is what was
-    taken from the sample, (N, C, H, W).
+    from step to step, empty at the first one; all steps of a chain are given the same. eps is that of the guided
+    prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
+    where a term remembers and there is no memory.
     """
+    if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
+        raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
+                        "of a chain the same dict as memory")
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids,
                       memory={} if memory is None else memory)
     active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]

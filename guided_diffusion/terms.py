@@ -213,6 +213,9 @@ class Window:
         if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise UserError(f"{self.what} sigma_min {self.sigma_min!r}, sigma_max {self.sigma_max!r}: the first must "
                             "be smaller than the second")
+        if self.start is not None and self.stop is not None and self.start <= self.stop:
+            raise UserError(f"{self.what} start {self.start!r}, stop {self.stop!r}: the first must be greater than the "
+                            "second, as steps count down")
 
     def holds(self, t: Tensor, process: DiffusionProcess | None) -> Tensor:
         """(N,) bool: whether the steps t (N,) of a process lie in the window.
@@ -253,10 +256,12 @@ class Guidance:
 
     scale: finite; 0 is off. start, stop, sigma_min, sigma_max: guided only where stop <= t < start and
     sigma_min < sigma <= sigma_max, see `Window`; None leaves that side open. `start` is `--guide_start`. passes: what a
-    guided step costs beside the evaluation that every step makes. Raises UserError for anything else.
+    guided step costs beside the evaluation that every step makes. remembers: whether it goes on from what it left in
+    the context's memory at the step before. Raises UserError for anything else.
     """
 
     passes: Passes = Passes()
+    remembers: bool = False
 
     def __init__(self, scale: float, start: int | None = None, stop: int | None = None, *,
                  sigma_min: float | None = None, sigma_max: float | None = None) -> None:

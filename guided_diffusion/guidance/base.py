@@ -153,6 +153,11 @@ class GuidanceOptions(Options):
         if low is not None and high is not None and low >= high:
             flag = f"--{self.sigma_flags}_sigma"
             raise UserError(f"{flag}_min {low:g} {flag}_max {high:g}: the first must be smaller than the second")
+        start, stop = (getattr(self, f"{self.sigma_flags}_{end}", None) for end in ("start", "stop"))
+        if start is not None and stop is not None and start <= stop:
+            flag = f"--{self.sigma_flags}"
+            raise UserError(f"{flag}_start {start} {flag}_stop {stop}: the first must be greater than the second, as "
+                            "steps count down")
 
     # What every method says
 

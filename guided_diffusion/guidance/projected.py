@@ -40,6 +40,7 @@ class ProjectedGuidance(TransformGuidance):
         self.eta = eta
         self.norm_threshold = norm_threshold
         self.momentum = momentum
+        self.remembers = bool(momentum)
 
     def transform(self, ctx: StepContext, pred: Prediction, delta: Tensor) -> Tensor:
         """The change of eps, (N, C, H, W)."""

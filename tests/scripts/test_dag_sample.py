@@ -126,6 +126,7 @@ def refusals(files, folder):
         ({"depth_tau": 1.5}, "--depth_tau 1.5: must be at most 1"),
         ({"dag_reduction": "max"}, "--dag_reduction max: must be one of mean, sum"),
         ({"dag_start": -1}, "--dag_start -1: must be at least 0"),
+        ({"dag_start": 5, "dag_stop": 5}, "--dag_start 5 --dag_stop 5: the first must be greater than the second"),
     ]
 
 

@@ -258,7 +258,7 @@ def test_cost_in_evaluations_and_the_original_step_that_all_networks_see(case, n
 
 
 @pytest.mark.parametrize(("start", "stop", "active"), [
-    (None, None, [0, 1, 2, 3, 4]), (2, None, [0, 1]), (None, 2, [2, 3, 4]), (4, 1, [1, 2, 3]), (2, 2, []),
+    (None, None, [0, 1, 2, 3, 4]), (2, None, [0, 1]), (None, 2, [2, 3, 4]), (4, 1, [1, 2, 3]),
     (0, None, [])])
 def test_window_is_from_stop_up_to_below_start(case, start, stop, active):
     term = ClassifierGuidance(case.classifier, 1.0, start=start, stop=stop)

@@ -256,6 +256,30 @@ def test_projected_guidance_projects_the_change_of_x0(case, options):
         check(actual[i].flatten(), -d / ratio)
 
 
+@pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
+def test_momentum_goes_on_from_step_to_step_in_a_loop_of_ones_own(case, sampler):
+    """As in the loop of the library; without a memory for it a sentence says so, in place of another image."""
+    def looped(memory, momentum=-0.9):
+        guidance = [PerturbedAttentionGuidance(case.model, ["middle"], 5.0), ProjectedGuidance(momentum=momentum)]
+        if memory is None:
+            return getattr(case.diffusion, f"{sampler}_loop")(case.model, case.x.shape, guidance=guidance,
+                                                              noise=case.x, model_kwargs={"y": case.y})
+        torch.manual_seed(3)
+        x = case.x
+        for index in reversed(range(case.diffusion.num_timesteps)):
+            x = getattr(case.diffusion, sampler)(case.model, x, torch.full((len(x),), index), guidance=guidance,
+                                                 model_kwargs={"y": case.y}, **memory)["sample"]
+        return x
+
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = looped(None)
+        assert torch.equal(looped({"memory": {}}), expected)
+        assert not torch.equal(looped({}, momentum=0.0), expected)
+        with pytest.raises(UserError, match="ProjectedGuidance: goes on from what it left at the step before"):
+            looped({})
+
+
 def test_rescaled_guidance_has_the_deviation_of_the_unguided_prediction(case):
     ctx = context(case)
     pred = ctx.denoise(ctx.x_t, ctx.t)
@@ -339,6 +363,7 @@ def test_transforms_apply_where_their_window_is_open_only(case):
     lambda model: CleanClassifierGuidance(Clean(), 1.0, math.inf),
     lambda model: CleanClassifierGuidance(Clean(), 1.0, mean=[0.5]),
     lambda model: ProjectedGuidance(norm_threshold=0.0), lambda model: ProjectedGuidance(momentum=1.0),
+    lambda model: Rescale(0.5, start=5, stop=5), lambda model: Rescale(0.5, start=4, stop=5),
     lambda model: Rescale(1.5)])
 def test_wrong_arguments_are_refused(case, make):
     with pytest.raises(UserError):
