@@ -309,10 +309,20 @@ class Prefix:
     emb: Tensor
     inputs: tuple[Tensor, Tensor, Tensor | None]
 
-    def begins(self, *inputs: Tensor | None) -> bool:
-        """Whether an evaluation of these inputs begins so."""
-        return all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
-                   for a, b in zip(self.inputs, inputs, strict=True))
+    def beginning_of(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Prefix | None:
+        """What an evaluation of these inputs begins with: this, or some rows of it; None where it begins otherwise."""
+        count = len(x)
+        for first in range(0, len(self.h) - count + 1, count):
+            part = self if count == len(self.h) else self._rows(slice(first, first + count))
+            if all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
+                   for a, b in zip(part.inputs, (x, timesteps, y), strict=True)):
+                return part
+        return None
+
+    def _rows(self, rows: slice) -> Prefix:
+        x, timesteps, y = self.inputs
+        return Prefix(self.block, self.h[rows], tuple(skip[rows] for skip in self.skips), self.emb[rows],
+                      (x[rows], timesteps[rows], None if y is None else y[rows]))
 
     @property
     def memory(self) -> int:
@@ -415,9 +425,9 @@ class UNetModel(Encoder):
         if (y is None) != (self.num_classes is None):
             raise UserError("the network is class-conditional: labels y are needed" if y is None
                             else "the network is not class-conditional: it takes no labels y")
-        for prefix in self.prefixes:
-            if prefix.begins(x, timesteps, y):
-                return self.resume(prefix)
+        known = next(filter(None, (prefix.beginning_of(x, timesteps, y) for prefix in self.prefixes)), None)
+        if known is not None:
+            return self.resume(known)
         emb = self._embed(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y)

@@ -327,6 +327,17 @@ def test_evaluations_that_need_nothing_of_the_steps_own_are_in_one_batch_with_it
     assert model.sizes == [COUNT, 2 * COUNT]
 
 
+def test_in_a_batch_with_others_perturbed_attention_computes_only_what_it_changes(case):
+    guidance = [OtherLabelBeforehand(0.5), PerturbedAttentionGuidance(case.model, ["output.1"], 0.5)]
+
+    def operations(**denoiser):
+        with counted() as counter:
+            step(case, guidance, **denoiser)
+        return counter.get_total_flops()
+
+    assert operations(batch_contrasts=True) == operations()
+
+
 # Graphs
 
 
