@@ -143,6 +143,32 @@ def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "mini" / "report.html").is_file()
 
 
+def test_a_global_mask_reads_no_block_and_no_heads(mini, line, tmp_path):
+    unread = {"guide_scale": 1.5, "mask": "global", "sel_attn_depth": 8, "attention_heads": "official"}
+    mini(rows={"unguided": {}, "blurred": unread, "sag": {"guide_scale": 1.5}})         # it has no block output.8
+    assert call("reproduce", *line()) == 0
+    said = json.loads((tmp_path / "out/mini/table.json").read_text())
+    assert {name: row["heads"] for name, row in said["rows"].items()} == {
+        "unguided": "exact", "blurred": "", "sag": "exact"}
+    report = (tmp_path / "out/mini/report.html").read_text()
+    assert "sag: the predicted image, and where" in report and "blurred: the predicted" not in report
+
+
+def test_a_picture_that_fails_loses_no_numbers(mini, line, refused, tmp_path, monkeypatch):
+    def overlay_strip(*arguments):
+        raise UserError("no picture today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduction, "overlay_strip", overlay_strip)
+        assert "no picture today" in refused(line(rows="sag"))
+    folder = tmp_path / "out" / "mini"
+    said = json.loads((folder / "table.json").read_text())
+    assert said["sections"][0]["rows"][0]["metrics"]["fid"]["value"] > 0
+    assert "| SAG s = 0.5 |" in (folder / "table.md").read_text() and not (folder / "report.html").exists()
+    assert call("reproduce", *line(rows="sag")) == 0
+    assert (folder / "report.html").is_file()
+
+
 @pytest.mark.slow
 def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, tmp_path):
     mini(rows={"unguided": {"evaluation": {"images": 6, "published": {"dfid": 0.5}}}})
