@@ -256,6 +256,24 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
     assert re.search(r"row unguided in .*table.yaml: guide_skale: .*did you mean guide_scale", refused(line()))
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"guide_scale": 1.1, "sel_attn_depth": 9}, "--sel_attn_block output --sel_attn_depth 9: 'output.9' is no"),
+    ({"pag_scale": 1.0, "pag_blocks": "output.99"}, "--pag_blocks output.99: 'output.99' is no attention block"),
+    ({"classifier_guidance": True, "pag_scale": 1.0, "pag_blocks": "output.99"}, "--pag_blocks output.99: "),
+    ({"cfg_scale": 1.0}, "--cfg_scale 1: needs a network with labels and a null class"),
+    ({"timestep_respacing": "5000"}, "--timestep_respacing 5000: a section of 1000 steps cannot give 5000"),
+    ({"sampler": "unipc", "solver_order": 3, "sampling_steps": 2}, "--timestep_respacing 2: must be unset with"),
+    ({"labels": "12"}, "--labels 12: must be a class from 0 to 9"),
+    ({"labels": "none"}, "--labels none: the network was not trained to do without"),
+    ({"labels": "none.npy"}, "--labels none.npy: cannot be read"),
+], ids=["block", "blocks", "with a classifier", "null class", "respacing", "steps", "class", "no class", "file"])
+def test_what_is_wrong_with_the_last_row_is_said_before_the_first(mini, line, refused, tmp_path, changes, message):
+    mini(rows={"cg": {"classifier_guidance": True}, "last": changes})
+    said = refused(line())
+    assert "row last in " in said and f"table.yaml: {message}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_of_another_configuration_are_refused_before_the_first_row(mini, line, refused, tmp_path):
     assert call("reproduce", *line(rows="sag")) == 0
     mini(rows={"sag": {**ROWS["sag"], "guide_scale": 1.7}})
