@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,24 +18,29 @@ from typing import Protocol
 
 import numpy as np
 
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
 from guided_diffusion.image_datasets import say_left_out
 from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, find_pictures, read_image
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
+from guided_diffusion.runs.record import samples_of
 
 SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
 NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
 THREADS = 8                         # that decode pictures
+
+_log = logging.getLogger(__name__)
 
 
 def open_images(word: str | Path) -> BatchFile:
     """Opens what `word` names as a set of images.
 
     It may be an .npz in the official layout, an .npy of images (N, H, W, 3) uint8, a folder of pictures at any depth,
-    a .zip of pictures, or the output folder of a sampling run, whose file of samples is taken. Raises UserError for
-    anything else, and as `BatchFile`.
+    a .zip of pictures, or the output folder of a sampling run, whose file of samples is taken: of several, as a run
+    that was extended leaves them, the one that its run.json names. Raises UserError for anything else, and as
+    `BatchFile`.
     """
     if not str(word):
         raise UserError("the name of a file or folder of images is empty")
@@ -64,17 +70,29 @@ def _beginning(path: Path) -> bytes:
 
 def _open_folder(folder: Path) -> BatchFile:
     samples = sorted(folder.glob(SAMPLES))
-    if len(samples) > 1:
-        raise UserError(f"{folder}: holds several files of samples, name one of them: "
-                        f"{', '.join(path.name for path in samples[:10])}")
     if samples:
-        return BatchFile(samples[0])
+        return BatchFile(samples[0] if len(samples) == 1 else _recorded(folder, samples))
     found = find_pictures(folder)
     if not found.files:
         raise UserError(f"{folder}: the folder holds neither pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) nor the "
                         f"{SAMPLES} of a finished sampling run")
     say_left_out(found, folder)
     return Pictures(folder, [_LoosePicture(path, folder) for path in found.files])
+
+
+def _recorded(folder: Path, samples: Sequence[Path]) -> Path:
+    """That one of several files of samples which the folder's run.json names; says on the first rank which it is."""
+    try:
+        taken = samples_of(folder)
+    except UserError:
+        taken = None
+    if taken is None or taken not in samples:
+        raise UserError(f"{folder}: holds several files of samples, name one of them: "
+                        f"{', '.join(path.name for path in samples[:10])}")
+    if dist_util.is_main():
+        left = ", ".join(path.name for path in samples if path != taken)
+        _log.info("%s: takes %s, which its run.json names, and leaves %s", folder, taken.name, left)
+    return taken
 
 
 class SingleArray(BatchFile):

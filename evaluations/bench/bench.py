@@ -368,8 +368,8 @@ class BenchRun:
             if numbers is None:
                 return ""
             described = {**results(table, numbers, {}, self.settings), **made_here()}
-            shown = pictures(table, {}) if part == "report" else Pictures()
-            return write_all(self.bench.folder / part, described, shown)
+            draw = (lambda: pictures(table, {})) if part == "report" else Pictures
+            return write_all(self.bench.folder / part, described, draw)
 
 
 def _table(bench: Bench, sections: Mapping[str, Sequence[Row]], title: str = "", note: str = "") -> Table:

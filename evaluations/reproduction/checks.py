@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from guided_diffusion import dist_util
-from guided_diffusion.build import build_model
+from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import locate
+from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import Networks
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.labels import NONE
-from guided_diffusion.runs.sample import SamplingRun
 
 from ..evaluation import EvaluatorOptions, check_outputs, check_reference
 from ..extractors import find_extractor
@@ -27,6 +30,9 @@ from .measurements import EvaluationSettings
 from .missing import missing_files
 from .results import features_of
 from .tables import Row, Table
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 
 def check_rows(table: Table, flag: str = "num_samples") -> None:
@@ -71,9 +77,9 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
         _check_reference(row, settings.references)
     if dist_util.is_main():
         digests = _Digests()
+        _check_runs(rows, digests)
         for row in rows:
             _check_folder(row, digests)
-        _check_guidance(rows, digests)
         if any(row.evaluation.reference and find_extractor(row.evaluation.backend).is_inception for row in rows):
             find_graph(inception or None)
     return why
@@ -111,15 +117,36 @@ def _check_folder(row: Row, digests: _Digests) -> None:
         row.run.check_folder(digests.of(row.run.checkpoints()))
 
 
-def _check_guidance(rows: Sequence[Row], digests: _Digests) -> None:
-    """Raises UserError where a file of guidance does not fit its network: only a later row would meet it."""
-    runs: dict[object, SamplingRun] = {}
-    for row in rows:
-        if len(row.run.checkpoints()) > 1:
-            runs.setdefault(tuple(row.run.checkpoints().items()), row.run)
-    for run in runs.values():
+def _check_runs(rows: Sequence[Row], digests: _Digests) -> None:
+    """Raises UserError for what a row would only meet when it is reached.
+
+    That is what is wrong with its labels and its steps, and guidance that does not fit its network.
+    """
+    @functools.cache
+    def network(options: ModelOptions) -> UNetModel:
         with torch.device("meta"):
-            model = build_model(run.model)
-        for method in run.active:
-            method.build(Networks(model, dist_util.dev(), run.sample.seed))
-            method.check(digests.of(run.checkpoints()))
+            return build_model(options)
+
+    fitting = set()             # rows share most networks and methods
+    for row in rows:
+        run, files = row.run, row.run.checkpoints()
+        with _naming(row):
+            run.labels()
+            run.process()
+            for method in run.active:
+                one = run.model, run.sample.model_path, method
+                if one not in fitting:
+                    method.build(Networks(network(run.model), dist_util.dev(), run.sample.seed))
+                    if method.files():
+                        method.check(digests.of(files))
+                    fitting.add(one)
+            check_same_names(files)
+
+
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Begins a UserError that is raised in the block with the row that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"row {row.name} in {row.file}: {error}") from None

@@ -91,10 +91,9 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                                     [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)
         reference, samples = evaluation.features(folder)
         measure = functools.partial(_row_replicates, reference, chosen.settings, settings.bootstrap)
-        with dist_util.together():
-            with progress_bar(len(counts), "evaluating", "row", evaluated) as progress:
-                replicates |= _shared_out(rows, samples, counts, progress.update, measure)
-            evaluated += len(rows)
+        with progress_bar(len(counts), "evaluating", "row", evaluated) as progress:
+            replicates |= _shared_out(rows, samples, counts, progress.update, measure)
+        evaluated += len(rows)
         if dist_util.is_main() and first[0] is None:
             first = (_described(reference, rows[0].evaluation, settings.bootstrap),
                      {"name": extractor.name, "sha256": extractor.fingerprint,
@@ -108,30 +107,33 @@ def _shared_out(rows: Sequence[Row], samples: Sequence[FileFeatures], counts: Ma
                 ) -> dict[tuple[str, int], dict[str, Replicates]]:
     """Measures each row with each number of its images on one of the ranks; returns all on rank 0, else nothing.
 
-    Rows whose features only rank 0 has, as those of depth, are its own. update: called for each row that this rank is
-    done with, and for those that others are done with.
+    All ranks call it together. Rows whose features only rank 0 has, as those of depth, are its own. update: called for
+    each row that this rank is done with, and for those of others when all are.
     """
     answers = dist_util.store(f"measured rows {next(_calls)}")
     found: dict[tuple[str, int], dict[str, Replicates]] = {}
     owners = [0 if any(METRICS[word].needs_depth for word in row.evaluation.words) else number % dist_util.world_size()
               for number, row in enumerate(rows)]
-    for owner, row, sample in zip(owners, rows, samples, strict=True):
-        if dist_util.rank() == owner:
+    with dist_util.together():
+        for owner, row, sample in zip(owners, rows, samples, strict=True):
+            if dist_util.rank() == owner:
+                for count in counts[row.name]:
+                    numbers = measure(row, sample.first(count))
+                    answers.set(f"{row.name} {count}", json.dumps(
+                        {word: (number.estimate, number.values.tolist()) for word, number in numbers.items()}))
+                update()
+    # Only now, as the store has less patience for a slow rank than `together`, and does not know of one that failed.
+    with dist_util.together():
+        if not dist_util.is_main():
+            return {}
+        for owner, row in zip(owners, rows, strict=True):
             for count in counts[row.name]:
-                numbers = measure(row, sample.first(count))
-                answers.set(f"{row.name} {count}", json.dumps(
-                    {word: (number.estimate, number.values.tolist()) for word, number in numbers.items()}))
-            update()
-    if not dist_util.is_main():
-        return {}
-    for owner, row in zip(owners, rows, strict=True):
-        for count in counts[row.name]:
-            told = json.loads(answers.get(f"{row.name} {count}"))
-            found[row.name, count] = {word: Replicates(estimate, np.array(values))
-                                      for word, (estimate, values) in told.items()}
-        if owner:
-            update()
-    return found
+                told = json.loads(answers.get(f"{row.name} {count}"))
+                found[row.name, count] = {word: Replicates(estimate, np.array(values))
+                                          for word, (estimate, values) in told.items()}
+            if owner:
+                update()
+        return found
 
 
 def section_images(table: Table, section: Section, sampled: Sequence[str]) -> int:

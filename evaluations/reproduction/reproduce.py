@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,7 +168,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
             if numbers is None:
                 return ""
             described = {**results(table, numbers, why, settings), **made_here()}
-            return write_all(folder, described, pictures(table, why))
+            return write_all(folder, described, lambda: pictures(table, why))
 
 
 def decided(table: Table) -> Table:
@@ -185,12 +185,15 @@ def decided(table: Table) -> Table:
                                 for name, row in table.rows.items()})
 
 
-def write_all(folder: Path, described: dict[str, Any], shown: Pictures) -> str:
-    """Writes table.json, table.md, report.html and, where the table asks for a chart, chart.png; returns table.md."""
+def write_all(folder: Path, described: dict[str, Any], draw: Callable[[], Pictures]) -> str:
+    """Writes table.json, table.md, report.html and, where the table asks for a chart, chart.png; returns table.md.
+
+    draw: gives the pictures of the report, once the numbers are written: none that fails loses them.
+    """
     text = markdown(described)
     write_json(folder / "table.json", described)
     write_text(folder / "table.md", text + "\n")
-    write_report(folder / PAGE, described, shown)
+    write_report(folder / PAGE, described, draw())
     write_chart(folder / CHART_FILE, described)
     return text
 

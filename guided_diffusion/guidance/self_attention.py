@@ -150,14 +150,22 @@ class SagOptions(GuidanceOptions):
         return self.guide_scale != 1
 
     @property
-    def attention_block(self) -> str:
-        """The block that makes the mask."""
+    def attention_block(self) -> str | None:
+        """The block that makes the mask, or says how much of it to mask; None of a global mask."""
+        return self._block if self._reads_attention else None
+
+    @property
+    def heads(self) -> str | None:
+        """How its attention is split into heads; None of a global mask."""
+        return self.attention_heads if self._reads_attention else None
+
+    @property
+    def _block(self) -> str:
         return "middle" if self.sel_attn_block == "middle" else f"{self.sel_attn_block}.{self.sel_attn_depth}"
 
     @property
-    def heads(self) -> str:
-        """How its attention is split into heads."""
-        return self.attention_heads
+    def _reads_attention(self) -> bool:
+        return self.mask != "global"
 
     @property
     def attention_threshold(self) -> float:
@@ -169,8 +177,8 @@ class SagOptions(GuidanceOptions):
         return replace(self, attention_heads=heads)
 
     def at_blocks(self, model: Encoder) -> dict[str, Self]:
-        """The method at each attention block of a network alone."""
-        return {name: self._at_block(name) for name in model.attention_blocks}
+        """The method at each attention block of a network alone; as it is where the mask is global."""
+        return {name: self._at_block(name) for name in model.attention_blocks} if self._reads_attention else {"": self}
 
     def _at_block(self, name: str) -> Self:
         part, _, depth = name.partition(".")
@@ -179,7 +187,7 @@ class SagOptions(GuidanceOptions):
     def useless(self) -> dict[str, str]:
         """What is about the attention, where the mask is global."""
         reading = ("sel_attn_block", "sel_attn_depth", "threshold", "attention_heads")
-        return dict.fromkeys(reading, "--mask global reads no attention") if self.mask == "global" else {}
+        return {} if self._reads_attention else dict.fromkeys(reading, "--mask global reads no attention")
 
     def headline(self) -> str:
         """Like "SAG s = 0.1"."""
@@ -187,7 +195,7 @@ class SagOptions(GuidanceOptions):
 
     def details(self) -> dict[str, str]:
         """Block, mask, threshold psi, blur and heads."""
-        return {"block": f"block {self.attention_block}", "mask": f"mask {self.mask}",
+        return {"block": f"block {self._block}", "mask": f"mask {self.mask}",
                 "threshold": f"psi = {self.threshold:g}", "blur_sigma": f"sigma = {self.blur_sigma:g}",
                 "heads": f"{self.attention_heads} heads"}
 
@@ -195,7 +203,7 @@ class SagOptions(GuidanceOptions):
         """The one term."""
         with naming("sel_attn_block", f"{self.sel_attn_block} --sel_attn_depth {self.sel_attn_depth}"):
             return [SelfAttentionGuidance(
-                nets.model, block=self.attention_block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
+                nets.model, block=self._block, scale=self.guide_scale - 1, blur_sigma=self.blur_sigma,
                 threshold=self.threshold, mask=self.mask, heads=self.attention_heads, start=self.guide_start,
                 **self.sigma_range)]
 

@@ -1,12 +1,14 @@
 """What can be evaluated: every form gives the same images, as a stream, and what is none is a sentence."""
 
 import io
+import logging
 import os
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+from finished import write_run
 from fuzzing import damaged, fuzz, survives
 from hypothesis import given
 from PIL import Image
@@ -101,6 +103,24 @@ def test_what_is_evaluated_has_a_checksum_of_its_content(tmp_path, form):
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     if form is as_folder or form in (as_npy, as_fortran_npy):
         assert open_images(path).sha256 != before
+
+
+def test_of_an_extended_run_the_images_of_its_record_are_taken(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run = write_run(tmp_path / "run", IMAGES[:4])
+    assert len(open_images(run)) == 4 and not caplog.messages
+    write_run(run, IMAGES)
+    file = open_images(run)
+    assert (file.path.name, len(file)) == ("samples_7x6x5x3.npz", 7)
+    np.testing.assert_array_equal(file.first(7), IMAGES)
+    line, = caplog.messages
+    assert line.endswith("run: takes samples_7x6x5x3.npz, which its run.json names, and leaves samples_4x6x5x3.npz")
+    write_run(run, IMAGES[:5])
+    assert len(open_images(run)) == 5
+    (run / "samples_5x6x5x3.npz").unlink()
+    assert "name one of them: samples_4x6x5x3.npz, samples_7x6x5x3.npz" in refused(run)
+    (run / "run.json").write_text("{}")
+    assert "holds several files of samples, name one of them" in refused(run)
 
 
 def test_pictures_are_never_all_in_memory(tmp_path):

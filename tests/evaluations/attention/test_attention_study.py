@@ -23,6 +23,7 @@ from evaluations.attention.pictures import CELL, OUTLINE, draw_overlaps, outline
 from evaluations.attention.study import (
     AttentionOptions,
     ObservedNetwork,
+    attention_method,
     evenly_spaced,
     overlay_strip,
     read_objects,
@@ -233,6 +234,18 @@ def test_a_strip_of_a_run(tiny_run):
         overlay_strip(guided.changed(sel_attn_depth=5), [0])
     with pytest.raises(UserError, match="no guidance: no guidance method of this run reads the attention"):
         overlay_strip(tiny_run, [0])
+    with pytest.raises(UserError, match=r"mask global, .*: no guidance method of this run reads the attention"):
+        overlay_strip(guided.changed(mask="global"), [0])
+
+
+@pytest.mark.parametrize(("mask", "reads"), [
+    ("self-attention", True), ("high-frequency", True), ("random", True), ("square", True), ("global", False)])
+def test_a_run_reads_attention_where_its_mask_depends_on_it(tiny_run, mask, reads):
+    run = tiny_run.changed(guide_scale=1.5, mask=mask)
+    method = attention_method(run)
+    assert (method is not None) == reads
+    term, = run.build().guidance
+    assert term.reads_attention == reads
 
 
 # The command

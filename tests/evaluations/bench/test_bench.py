@@ -90,6 +90,16 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
     assert json.loads((folder / "hours.json").read_text())["evaluations"] == used["evaluations"]
 
 
+def test_a_picture_that_fails_loses_no_numbers(line, tmp_path, monkeypatch):
+    def pictures(*arguments):
+        raise UserError("no picture today")
+
+    monkeypatch.setattr("evaluations.bench.bench.pictures", pictures)
+    assert call("bench", *line(methods="SAG", other_evaluations="", pairs=False)) == 2
+    report = tmp_path / "out" / "mini" / "report"
+    assert len(json.loads((report / "table.json").read_text())["rows"]) == 2 and (report / "table.md").is_file()
+
+
 def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, monkeypatch):
     expected = Hours.expected
     monkeypatch.setattr(Hours, "expected", lambda self, evaluations: 1e9 if len(self.done) > 1 else expected(

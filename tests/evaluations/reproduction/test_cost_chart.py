@@ -91,7 +91,7 @@ def test_a_panel_for_each_section(described, tmp_path):
         ("no guidance", None, pytest.approx(FID["few"] - FID["base"]))]         # not the row that it compares with
     assert [(mark.x, mark.difference) for mark in numeric.marks] == [(1.0, 0.0)]        # sag has no such value
     assert numeric.marks[0].interval == pytest.approx([0, 0]) and numeric.base == "no guidance, DDPM, 250 steps"
-    write_all(tmp_path, study, Pictures())
+    write_all(tmp_path, study, Pictures)
     with Image.open(tmp_path / "chart.png") as image:
         assert image.width == 1440
     assert "FID: differences from no guidance, DDPM, 250 steps" in (tmp_path / "table.md").read_text()
@@ -113,7 +113,7 @@ def test_the_cost_stands_beside_the_numbers(described):
 
 
 def test_the_chart_is_in_the_page_and_beside_it(described, tmp_path):
-    write_all(tmp_path, described, Pictures())
+    write_all(tmp_path, described, Pictures)
     with Image.open(tmp_path / "chart.png") as image:
         assert image.width == 1440 and image.height > 800
     html = (tmp_path / "report.html").read_text()

@@ -143,6 +143,32 @@ def test_a_killed_table_goes_on(mini, line, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "mini" / "report.html").is_file()
 
 
+def test_a_global_mask_reads_no_block_and_no_heads(mini, line, tmp_path):
+    unread = {"guide_scale": 1.5, "mask": "global", "sel_attn_depth": 8, "attention_heads": "official"}
+    mini(rows={"unguided": {}, "blurred": unread, "sag": {"guide_scale": 1.5}})         # it has no block output.8
+    assert call("reproduce", *line()) == 0
+    said = json.loads((tmp_path / "out/mini/table.json").read_text())
+    assert {name: row["heads"] for name, row in said["rows"].items()} == {
+        "unguided": "exact", "blurred": "", "sag": "exact"}
+    report = (tmp_path / "out/mini/report.html").read_text()
+    assert "sag: the predicted image, and where" in report and "blurred: the predicted" not in report
+
+
+def test_a_picture_that_fails_loses_no_numbers(mini, line, refused, tmp_path, monkeypatch):
+    def overlay_strip(*arguments):
+        raise UserError("no picture today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduction, "overlay_strip", overlay_strip)
+        assert "no picture today" in refused(line(rows="sag"))
+    folder = tmp_path / "out" / "mini"
+    said = json.loads((folder / "table.json").read_text())
+    assert said["sections"][0]["rows"][0]["metrics"]["fid"]["value"] > 0
+    assert "| SAG s = 0.5 |" in (folder / "table.md").read_text() and not (folder / "report.html").exists()
+    assert call("reproduce", *line(rows="sag")) == 0
+    assert (folder / "report.html").is_file()
+
+
 @pytest.mark.slow
 def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, tmp_path):
     mini(rows={"unguided": {"evaluation": {"images": 6, "published": {"dfid": 0.5}}}})
@@ -228,6 +254,24 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
     assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))
     mini(shared={"guide_skale": 1})
     assert re.search(r"row unguided in .*table.yaml: guide_skale: .*did you mean guide_scale", refused(line()))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"guide_scale": 1.1, "sel_attn_depth": 9}, "--sel_attn_block output --sel_attn_depth 9: 'output.9' is no"),
+    ({"pag_scale": 1.0, "pag_blocks": "output.99"}, "--pag_blocks output.99: 'output.99' is no attention block"),
+    ({"classifier_guidance": True, "pag_scale": 1.0, "pag_blocks": "output.99"}, "--pag_blocks output.99: "),
+    ({"cfg_scale": 1.0}, "--cfg_scale 1: needs a network with labels and a null class"),
+    ({"timestep_respacing": "5000"}, "--timestep_respacing 5000: a section of 1000 steps cannot give 5000"),
+    ({"sampler": "unipc", "solver_order": 3, "sampling_steps": 2}, "--timestep_respacing 2: must be unset with"),
+    ({"labels": "12"}, "--labels 12: must be a class from 0 to 9"),
+    ({"labels": "none"}, "--labels none: the network was not trained to do without"),
+    ({"labels": "none.npy"}, "--labels none.npy: cannot be read"),
+], ids=["block", "blocks", "with a classifier", "null class", "respacing", "steps", "class", "no class", "file"])
+def test_what_is_wrong_with_the_last_row_is_said_before_the_first(mini, line, refused, tmp_path, changes, message):
+    mini(rows={"cg": {"classifier_guidance": True}, "last": changes})
+    said = refused(line())
+    assert "row last in " in said and f"table.yaml: {message}" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_another_configuration_are_refused_before_the_first_row(mini, line, refused, tmp_path):
