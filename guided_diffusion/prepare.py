@@ -222,11 +222,12 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
                         "the command goes on; name another folder")
     if as_npz:
         check_writable("--out", out, parents=True)
-    label_of = _labels(options)
+    lines = _label_lines(options.labels_file) if options.labels_file else []
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     if not as_npz:
         _begin(out, settings)
+    label_of = _labels(path, options, lines)
     damaged: list[str] = []
     found = FoundPictures()
     images = _prepared(path, options, label_of, damaged, found)
@@ -331,10 +332,14 @@ def _write_npz(images: Iterable[Prepared], out: Path, size: int) -> list[dict[st
 # Classes
 
 
-def _labels(options: PrepareOptions) -> Callable[[int, str], str | None]:
-    """The class of an image by its number and name; raises UserError for labels that cannot be read."""
+def _labels(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]]) -> Callable[[int, str], str | None]:
+    """The class of an image by its number and name; raises UserError for lines that do not fit the images of `path`.
+
+    lines: of --labels_file.
+    """
     if options.labels_file:
-        return _labels_of_file(options.labels_file)
+        pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
+        return _by_name(options.labels_file, pairs) if pairs else _by_order(path, options, [words[0] for words in lines])
     if options.labels == "none":
         return lambda number, name: None
     return lambda number, name: _folder(name) if options.labels == "folders" else _prefix(name)
@@ -354,14 +359,14 @@ def _prefix(name: str) -> str:
     return prefix
 
 
-def _labels_of_file(path: str) -> Callable[[int, str], str]:
+def _label_lines(path: str) -> list[list[str]]:
+    """The words of each line, its name and class or its class alone; raises UserError for what cannot be a class."""
     with reading(path, "is no text file of classes", flag="--labels_file"):
         lines = [words for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if (words := _words(line))]
     for words in lines:
         if not words[-1] or "/" in words[-1] or words[-1].startswith("."):
             raise UserError(f"--labels_file {path}: {words[-1]!r} cannot be a class, which is the name of a folder")
-    pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
-    return _by_name(path, pairs) if pairs else _by_order(path, [words[0] for words in lines])
+    return lines
 
 
 def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str], str]:
@@ -380,17 +385,30 @@ def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str]
     return by_name
 
 
-def _by_order(path: str, labels: Sequence[str]) -> Callable[[int, str], str]:
-    before = PurePosixPath()
+def _by_order(path: str, options: PrepareOptions, labels: Sequence[str]) -> Callable[[int, str], str]:
+    """Classes that no names stand beside: a line for each image, of all that there are or of the first --num_images.
+
+    An archive is read once for that before the work: as many lines as images are all that tells that none is shifted.
+    """
+    where, found = f"--labels_file {options.labels_file}", FoundPictures()
+    names: list[str] = []
+    with progress_bar(None, "counting", "image") as bar:
+        for source in sources(Path(path), found):
+            names.append(source.name)
+            bar.update()
+    fits = len(labels) == len(names) or (len(labels) == options.num_images < len(names) and not found.left_out)
+    if not fits:
+        beside = f", and beside them {found}" if found.left_out else ""
+        raise UserError(f"{where}: has {len(labels)} classes without names, and {path} has {len(names)} images"
+                        f"{beside}; give a line for each image, or lines NAME,CLASS")
+    for before, name in itertools.pairwise(names[:len(labels)]):
+        if PurePosixPath(name) < PurePosixPath(before):
+            raise UserError(f"{where}: has classes in the order of the images' names, and {name} comes after {before} "
+                            "in the archive; give lines NAME,CLASS")
 
     def by_order(number: int, name: str) -> str:
-        nonlocal before
-        if number >= len(labels):
-            raise UserError(f"--labels_file {path}: has {len(labels)} classes, and there are more images")
-        if PurePosixPath(name) < before:
-            raise UserError(f"--labels_file {path}: has classes in the order of the images' names, and {name} comes "
-                            f"after {before} in the archive; give lines NAME,CLASS")
-        before = PurePosixPath(name)
+        if names[number:number + 1] != [name]:
+            raise UserError(f"{path}: has changed since its images were counted, {name} has another place now")
         return labels[number]
 
     return by_order

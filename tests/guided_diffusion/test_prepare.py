@@ -141,6 +141,37 @@ def test_classes_that_could_be_of_other_images_are_refused(lines, said, data, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["a folder", "a.tar"])
+@pytest.mark.parametrize(("lines", "more", "classes"), [
+    ("ABCD", [], None), ("AC", [], None), ("ACD", [], [0, 1, 2]),
+    ("ACD", ["--num_images", 2], [0, 1]), ("AC", ["--num_images", 2], None), ("ABCD", ["--num_images", 2], None)])
+def test_classes_without_names_are_never_shifted_by_what_is_left_out(lines, more, classes, source, tmp_path, capsys):
+    files = {"a.png": png(0), "b.svg": b"<svg/>", "c.png": png(2), "d.png": png(3)}
+    (tmp_path / "a folder").mkdir()
+    for name, content in files.items():
+        (tmp_path / "a folder" / name).write_bytes(content)
+    (tmp_path / "a.tar").write_bytes(tar_of(files))
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    line = [tmp_path / source, "--labels_file", tmp_path / "labels.txt", "--image_size", 8, "--out", tmp_path / "out"]
+    assert call("prepare_images", *line, *more) == (2 if classes is None else 0)
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    if classes is None:
+        assert (f"has {len(lines)} classes without names, and {tmp_path / source} has 3 images, and beside them "
+                "1 file(s) that are no pictures (b.svg); give a line for each image, or lines NAME,CLASS") \
+            in capsys.readouterr().err
+        assert not written
+    else:
+        assert written == ["A/a.png", "C/c.png", "D/d.png"][:len(classes)]
+
+
+def test_classes_without_names_may_be_those_of_the_first_images_and_pass_over_damaged_ones(tmp_path):
+    (tmp_path / "labels.txt").write_text("A\nB\nC\n")
+    (tmp_path / "a.tar").write_bytes(tar_of({f"{i}.png": b"damaged" if i == 1 else png(i) for i in range(5)}))
+    assert call("prepare_images", tmp_path / "a.tar", "--labels_file", tmp_path / "labels.txt", "--num_images", 3,
+                "--skip_damaged", True, "--image_size", 8, "--out", tmp_path / "out") == 0
+    assert {path.parent.name + path.stem for path in (tmp_path / "out").rglob("*.png")} == {"A0", "C2"}
+
+
 def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "MAX_PACKED", 10**4)
     with zipfile.ZipFile(data / "odd.zip", "w") as archive:
