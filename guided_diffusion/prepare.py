@@ -2,7 +2,7 @@
 
 The result is an image folder, OUT/CLASS/NAME.png, or one .npz file with arr_0 (images), arr_1 (classes) and
 class_names. Beside it lies a manifest, which names the source of every image. An image folder goes on where it was
-stopped: files that are there already are kept.
+stopped: files that are there already are kept, and others than those of the same sources are refused.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import os
 import re
 import tarfile
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from PIL import Image
 from .classes import natural_order
 from .errors import UserError
 from .fetch import sha256_of
-from .files import check_folder, check_writable, lies_in, reason, write_json
+from .files import check_folder, check_writable, lies_in, open_own, reason, write_json, write_text
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
 from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
@@ -43,6 +44,7 @@ CROPS = ("adm", "box")
 LABELS = ("folders", "prefix", "none")
 AHEAD = 64              # pictures that are read before they are needed
 MANIFEST = "manifest.json"
+RECORD = "sources.jsonl"        # rows of the manifest, each written before its image, until the manifest has them all
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -225,19 +227,20 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     lines = _label_lines(options.labels_file) if options.labels_file else []
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
-    if not as_npz:
-        _begin(out, settings)
+    kept = {} if as_npz else _begin(out, settings, say)
     label_of = _labels(path, options, lines)
     damaged: list[str] = []
     found = FoundPictures()
     images = _prepared(path, options, label_of, damaged, found)
-    rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name)
+    rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name, kept)
     if not rows:
         raise UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
                                                         f" (left out: {found})" if found.left_out else ""))
     classes = sorted({row["class"] for row in rows if row["class"] is not None}, key=natural_order)
     manifest = out.with_suffix(".json") if as_npz else out / MANIFEST
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
+    if not as_npz:
+        (out / RECORD).unlink(missing_ok=True)
     if found.left_out:
         say(f"left out: {found}")
     if damaged:
@@ -246,20 +249,57 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         + (f" in {len(classes)} classes" if classes else ""))
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Makes a folder ready; raises UserError where it holds anything else than a part of the same images."""
+def _begin(out: Path, settings: dict[str, Any], say: Callable[[str], object]) -> dict[str, str | None]:
+    """Makes a folder ready, and returns the source of each image that it holds, None where no record names it.
+
+    Raises UserError where it holds anything else than a part of the same images.
+    """
     check_folder("--out", out)
-    manifest = out / MANIFEST
-    begun = any(file != manifest for file in out.iterdir())         # else nothing was written but the settings
-    if begun and manifest.exists():
-        before = read_json(manifest, lambda content: isinstance(content["settings"], dict))["settings"]
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(f"--out {out}: holds images with {name} {before.get(name)}, and now it is {value}; "
-                                "name another folder")
-    elif begun:
+    manifest, record = out / MANIFEST, out / RECORD
+    if all(file in (manifest, record) for file in out.iterdir()):       # nothing was written but the settings
+        write_json(manifest, {"settings": settings})
+        record.unlink(missing_ok=True)
+        return {}
+    if not manifest.exists():
         raise UserError(f"--out {out}: holds other files; name a new folder")
-    write_json(manifest, {"settings": settings})
+    content = read_json(manifest, lambda content: isinstance(content["settings"], dict))
+    for name, value in settings.items():
+        before = content["settings"].get(name)
+        if before != value:
+            raise UserError(f"--out {out}: holds images with {name} {before}, and now it is {value}; "
+                            "name another folder")
+    with reading(manifest, "names no sources that can be used"):
+        named = {row["file"]: str(row["source"]) for row in content.get("images", [])}
+    named |= _recorded(record)
+    files = (file.relative_to(out).as_posix() for file in find_pictures(out, frozenset((".png",))).files)
+    kept = {file: named.get(file) for file in files}
+    unknown = sum(source is None for source in kept.values())
+    if unknown:
+        say(f"{out}: {unknown} image(s) have no record of their sources, as earlier versions wrote none; they are "
+            "kept, as if the data had not changed since")
+    return kept
+
+
+def _recorded(record: Path) -> dict[str, str]:
+    """The sources by file of a record; what a kill left of a last line is cut off."""
+    if not record.exists():
+        return {}
+    with reading(record, "is no record of images that can be used"):
+        text = record.read_text()
+        whole = text[:text.rfind("\n") + 1]
+        named = {row["file"]: str(row["source"]) for row in map(json.loads, whole.splitlines())}
+    if whole != text:
+        write_text(record, whole)
+    return named
+
+
+def _note(record: Path, row: dict[str, Any]) -> None:
+    """Appends a row to the record."""
+    try:
+        with os.fdopen(open_own(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{record}: cannot be written ({reason(error)})") from None
 
 
 def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str], str | None],
@@ -297,7 +337,9 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
                 raise UserError(f"{pixels}; --skip_damaged True leaves such images out")
 
 
-def _write_folder(images: Iterable[Prepared], out: Path, name: str) -> list[dict[str, Any]]:
+def _write_folder(images: Iterable[Prepared], out: Path, name: str, kept: Mapping[str, str | None],
+                  ) -> list[dict[str, Any]]:
+    """Writes images that are not there yet; kept: the source of each that is, as `_begin` returns them."""
     rows, seen = [], set[str]()
     for number, image in enumerate(images):
         stem = f"{name}_{number:07d}" if name else PurePosixPath(image.name).stem
@@ -305,9 +347,19 @@ def _write_folder(images: Iterable[Prepared], out: Path, name: str) -> list[dict
         if place in seen:
             raise UserError(f"{image.name}: another image is {place} already; pass --name, which numbers them")
         seen.add(place)
-        if not (out / place).exists():
+        row = {"file": place, "source": image.name, "class": image.label}
+        before = kept.get(place)
+        if before not in (None, image.name):
+            raise UserError(f"--out {out}: holds {place} made of {before}, and now it would be made of {image.name}; "
+                            "the data has changed, name another folder")
+        if place not in kept:
+            _note(out / RECORD, row)
             save(Image.fromarray(image.pixels), out / place)
-        rows.append({"file": place, "source": image.name, "class": image.label})
+        rows.append(row)
+    surplus = [file for file in kept if file not in seen]
+    if rows and surplus:
+        raise UserError(f"--out {out}: holds {len(surplus)} image(s) that are not among the {len(rows)} of now, the "
+                        f"first is {surplus[0]}; name another folder")
     return rows
 
 

@@ -91,6 +91,62 @@ def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     assert "so that its images would be among those that are prepared" in capsys.readouterr().err
 
 
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def stopped(data):
+    """A command that ended at a damaged picture, and what it writes without a stop; the picture is whole again."""
+    line = [data / "folder", "--labels", "folders", "--name", "x", "--image_size", 8, "--out"]
+    assert call("prepare_images", *line, data / "whole") == 0
+    (data / "folder" / "dog" / "c.png").write_bytes(b"damaged")
+    assert call("prepare_images", *line, data / "out") == 2
+    (data / "folder" / "dog" / "c.png").write_bytes(png(2))
+    assert {"cat/x_0000000.png", "cat/x_0000001.png"} == {name for name in content_of(data / "out") if "png" in name}
+    return [*line, data / "out"], content_of(data / "whole")
+
+
+def test_what_was_stopped_ends_with_the_bytes_of_what_was_not(stopped, data, capsys):
+    line, whole = stopped
+    kept = data / "out" / "cat" / "x_0000001.png"
+    before = kept.stat().st_mtime_ns
+    record = data / "out" / prepare.RECORD
+    record.write_text(record.read_text() + '{"file": "dog/x_00')           # as a kill may leave the last line
+    capsys.readouterr()
+    assert call("prepare_images", *line) == 0
+    assert "no record" not in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before and content_of(data / "out") == whole
+
+
+def test_images_of_earlier_versions_without_a_record_are_kept_and_said(stopped, data, capsys):
+    line, whole = stopped
+    (data / "out" / prepare.RECORD).unlink()
+    assert call("prepare_images", *line) == 0
+    assert "2 image(s) have no record of their sources" in capsys.readouterr().out
+    assert content_of(data / "out") == whole
+    assert call("prepare_images", *line) == 0
+    assert "no record" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_images_of_data_that_has_changed_are_refused(ended, stopped, data, capsys):
+    line, whole = stopped
+    if ended:
+        assert call("prepare_images", *line) == 0
+    before = content_of(data / "out")
+    (data / "folder" / "cat" / "a2.png").write_bytes(png(3))
+    assert call("prepare_images", *line) == 2
+    assert "holds cat/x_0000001.png made of cat/b.png, and now it would be made of cat/a2.png; the data has changed" \
+        in capsys.readouterr().err
+    (data / "folder" / "cat" / "a2.png").unlink()
+    assert call("prepare_images", *line, "--num_images", 1) == 2
+    assert f"holds {2 + ended - 1} image(s) that are not among the 1 of now, the first is cat/x_0000001.png" \
+        in capsys.readouterr().err
+    assert content_of(data / "out") == before
+    assert call("prepare_images", *line) == 0 and content_of(data / "out") == whole
+
+
 def test_the_crops_are_those_of_the_official_code():
     image = picture(5, 41, 30)
     assert cropped(image, 10, "adm").size == cropped(image, 10, "box").size == (10, 10)
