@@ -16,7 +16,7 @@ import re
 import tarfile
 import tempfile
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -421,8 +421,9 @@ def _label_lines(path: str) -> list[list[str]]:
     return lines
 
 
-def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str], str]:
+def _by_name(path: str, pairs: Sequence[tuple[str, str]]) -> Callable[[int, str], str]:
     named: dict[str, str] = {}
+    left = Counter(stem for stem, _ in pairs)
     for stem, label in pairs:
         if named.setdefault(stem, label) != label:
             raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of "
@@ -432,6 +433,11 @@ def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str]
         stem = PurePosixPath(name).stem
         if stem not in named:
             raise UserError(f"--labels_file {path}: has no line for {name}")
+        if not left[stem]:
+            raise UserError(f"--labels_file {path}: has fewer lines for {stem} than there are images called so, and "
+                            f"{name} may be of another class; give each a line, or images names that differ without "
+                            "their folders")
+        left[stem] -= 1
         return named[stem]
 
     return by_name

@@ -228,6 +228,16 @@ def test_classes_without_names_may_be_those_of_the_first_images_and_pass_over_da
     assert {path.parent.name + path.stem for path in (tmp_path / "out").rglob("*.png")} == {"A0", "C2"}
 
 
+@pytest.mark.parametrize(("lines", "code"), [("cat/a.png,pet\n", 2), ("cat/a.png,pet\ndog/a.png,pet\n", 0)])
+def test_a_line_gives_its_class_to_one_image_alone(lines, code, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text(lines)
+    (tmp_path / "a.tar").write_bytes(tar_of({"cat/a.png": png(0), "dog/a.png": png(1)}))
+    assert call("prepare_images", tmp_path / "a.tar", "--labels_file", tmp_path / "labels.txt", "--image_size", 8,
+                "--out", tmp_path / "out.npz") == code
+    assert ("has fewer lines for a than there are images called so, and dog/a.png may be of another class"
+            in capsys.readouterr().err) == (code == 2)
+
+
 def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "MAX_PACKED", 10**4)
     with zipfile.ZipFile(data / "odd.zip", "w") as archive:
