@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -130,12 +130,27 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
                 Member(info.filename, info.file_size, partial(archive.read, info)) for info in archive.infolist()
                 if not info.is_dir()], depth, found)
     elif where.lower().endswith(TARS):
-        with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with (reading(where, "is no .tar file, or is damaged"),
+              tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
             yield from _members(where, inside, (
                 Member(info.name, info.size, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth,
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
+
+
+class WholeInfo(tarfile.TarInfo):
+    """A header of a .tar file; one that is damaged or missing is an error, not the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block; a block of zeros is the end."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf and not any(buf):
+                raise
+            raise tarfile.ReadError(f"{error}, before the mark of its end") from None
 
 
 def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

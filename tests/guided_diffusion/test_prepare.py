@@ -253,6 +253,21 @@ def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, ca
     assert "left out 2 damaged image(s)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cut", ["a broken header", "after an image", "within a header"])
+def test_an_archive_that_is_not_whole_is_no_smaller_one(cut, data, capsys):
+    content = bytearray((data / "data.tar").read_bytes())
+    second = content.index(b"cat/b.png")
+    if cut == "a broken header":
+        content[second] ^= 1
+    else:
+        del content[second + 100 * (cut == "within a header"):]
+    (data / "data.tar").write_bytes(content)
+    assert call("prepare_images", data / "data.tar", "--image_size", 8, "--skip_damaged", True, "--out",
+                data / "out.npz") == 2
+    assert "data.tar: is no .tar file, or is damaged (" in capsys.readouterr().err
+    assert not (data / "out.npz").exists()
+
+
 def test_a_class_without_a_name_is_refused(data, capsys):
     (data / "folder" / "cat" / "_x.png").write_bytes(png(0))
     assert call("prepare_images", data / "folder" / "cat", "--labels", "prefix", "--image_size", 8, "--out",
