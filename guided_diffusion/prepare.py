@@ -48,6 +48,7 @@ RECORD = "sources.jsonl"        # rows of the manifest, each written before its 
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
 TARS = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIX = re.compile(r"\.(zip|tar|tar\.gz|tgz)$", re.IGNORECASE)
 BOXES = re.compile(r"( \d+){4}( .*)?$")          # four numbers, and those of further objects
 
 
@@ -168,8 +169,7 @@ def _members(where: str, inside: str, members: Iterable[Member], depth: int, fou
         if path.suffix.lower() in IMAGE_SUFFIXES:
             yield Source(place, _read_now(shown, size, read))
         elif name.lower().endswith((".zip", *TARS)):
-            folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
-            yield from _archive(shown, folder, io.BytesIO(read()), depth + 1, found)
+            yield from _archive(shown, ARCHIVE_SUFFIX.sub("", place), io.BytesIO(read()), depth + 1, found)
         else:
             found.leave_out("file(s) that are no pictures", Path(name))
 

@@ -72,6 +72,14 @@ def test_every_source_gives_the_same_images_and_classes(source, data, capsys):
     assert [row["source"] for row in manifest["images"]] == list(FILES)
 
 
+def test_an_archive_within_a_folder_of_any_name_is_a_class(tmp_path):
+    (tmp_path / "all.tar").write_bytes(tar_of({f"all.tar.d/{name}": tar_of({"a.png": png(0)})
+                                               for name in ("cat.tgz", "dog.TAR", "emu.v1.tar", "fox.tar.gz")}))
+    assert call("prepare_images", tmp_path / "all.tar", "--labels", "folders", "--image_size", 8, "--out",
+                tmp_path / "out") == 0
+    assert {path.parent.name for path in (tmp_path / "out").rglob("*.png")} == {"cat", "dog", "emu.v1", "fox"}
+
+
 def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
     assert call("prepare_images", *line) == 0
