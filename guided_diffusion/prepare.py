@@ -134,7 +134,7 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
         with (reading(where, "is no .tar file, or is damaged"),
               tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
             yield from _members(where, inside, (
-                Member(info.name, info.size, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth,
+                Member(info.name, info.size, partial(_extracted, tar, info)) for info in _files(tar, found)), depth,
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
@@ -152,6 +152,15 @@ class WholeInfo(tarfile.TarInfo):
             if buf and not any(buf):
                 raise
             raise tarfile.ReadError(f"{error}, before the mark of its end") from None
+
+
+def _files(tar: tarfile.TarFile, found: FoundPictures) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive that have content; a second name of a file is a link, and has none."""
+    for info in tar:
+        if info.isfile():
+            yield info
+        elif not info.isdir():
+            found.leave_out("link(s) or devices", Path(info.name))
 
 
 def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:

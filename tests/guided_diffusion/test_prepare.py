@@ -80,6 +80,17 @@ def test_an_archive_within_a_folder_of_any_name_is_a_class(tmp_path):
     assert {path.parent.name for path in (tmp_path / "out").rglob("*.png")} == {"cat", "dog", "emu.v1", "fox"}
 
 
+def test_links_in_an_archive_are_counted(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png"
+            info.size = len(png(0)) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(png(0)))
+    assert call("prepare_images", tmp_path / "a.tar", "--image_size", 8, "--out", tmp_path / "out.npz") == 0
+    assert "left out: 2 link(s) or devices (first b.png)" in capsys.readouterr().out
+
+
 def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
     assert call("prepare_images", *line) == 0
