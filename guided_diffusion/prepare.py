@@ -377,6 +377,10 @@ def _write_folder(images: Iterable[Prepared], out: Path, name: str, kept: Mappin
             raise UserError(f"--out {out}: holds {place} made of {before}, and now it would be made of {image.name}; "
                             "the data has changed, name another folder")
         if place not in kept:
+            if (out / place).exists():
+                raise UserError(f"--out {out}: {image.name} would be {place}, which is there since now: another "
+                                "command writes to this folder, or names that differ by case alone are one here; name "
+                                "another folder, or pass --name, which numbers the files")
             _note(out / RECORD, row)
             save(Image.fromarray(image.pixels), out / place)
         rows.append(row)

@@ -166,6 +166,15 @@ def test_images_of_data_that_has_changed_are_refused(ended, stopped, data, capsy
     assert call("prepare_images", *line) == 0 and content_of(data / "out") == whole
 
 
+def test_images_that_are_one_file_to_the_file_system_are_refused(data, capsys):
+    (data / "folder" / "dog" / "b.png").write_bytes(png(3))
+    line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
+    assert call("prepare_images", *line, "--num_images", 1) == 0
+    (data / "out" / "dog").symlink_to("cat")            # as Cat and cat are one where case is not told apart
+    assert call("prepare_images", *line) == 2
+    assert "dog/b.png would be dog/b.png, which is there since now" in capsys.readouterr().err
+
+
 def test_the_crops_are_those_of_the_official_code():
     image = picture(5, 41, 30)
     assert cropped(image, 10, "adm").size == cropped(image, 10, "box").size == (10, 10)
