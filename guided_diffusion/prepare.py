@@ -242,6 +242,9 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     """
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such folder or file")
+    if "/" in options.name or options.name.startswith("."):
+        raise UserError(f"--name {options.name}: must be the beginning of a file's name, without / and with no . at "
+                        "first, which hides files")
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
     if not as_npz and lies_in(out, path) and Path(path).is_dir():
         raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "

@@ -303,6 +303,13 @@ def test_a_class_without_a_name_is_refused(data, capsys):
     assert "_x.png: has nothing before a _ in its name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["../x", ".x"])
+def test_a_name_that_leads_elsewhere_or_hides_is_refused(name, data, capsys):
+    assert call("prepare_images", data / "folder", "--name", name, "--image_size", 8, "--out", data / "a" / "out") == 2
+    assert f"--name {name}: must be the beginning of a file's name" in capsys.readouterr().err
+    assert not (data / "a").exists()
+
+
 def test_what_cannot_be_read_is_one_sentence(data, capsys):
     (data / "folder" / "cat" / "b.png").write_bytes(FILES["cat/b.png"][:60])
     (data / "broken.tar").write_bytes(b"x" * 600)
