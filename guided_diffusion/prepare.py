@@ -255,7 +255,7 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     kept = {} if as_npz else _begin(out, settings, say)
-    label_of = _labels(path, options, lines)
+    label_of = _labels(path, options, lines, say)
     damaged: list[str] = []
     found = FoundPictures()
     images = _prepared(path, options, label_of, damaged, found)
@@ -415,14 +415,17 @@ def _write_npz(images: Iterable[Prepared], out: Path, size: int) -> list[dict[st
 # Classes
 
 
-def _labels(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]]) -> Callable[[int, str], str | None]:
+def _labels(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], say: Callable[[str], object],
+            ) -> Callable[[int, str], str | None]:
     """The class of an image by its number and name; raises UserError for lines that do not fit the images of `path`.
 
-    lines: of --labels_file.
+    lines: of --labels_file. say: called with what is assumed of them.
     """
     if options.labels_file:
         pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
-        return _by_name(options.labels_file, pairs) if pairs else _by_order(path, options, [words[0] for words in lines])
+        if pairs:
+            return _by_name(options.labels_file, pairs)
+        return _by_order(path, options, [words[0] for words in lines], say)
     if options.labels == "none":
         return lambda number, name: None
     return lambda number, name: _folder(name) if options.labels == "folders" else _prefix(name)
@@ -474,7 +477,8 @@ def _by_name(path: str, pairs: Sequence[tuple[str, str]]) -> Callable[[int, str]
     return by_name
 
 
-def _by_order(path: str, options: PrepareOptions, labels: Sequence[str]) -> Callable[[int, str], str]:
+def _by_order(path: str, options: PrepareOptions, labels: Sequence[str], say: Callable[[str], object],
+              ) -> Callable[[int, str], str]:
     """Classes that no names stand beside: a line for each image, of all that there are or of the first --num_images.
 
     An archive is read once for that before the work: as many lines as images are all that tells that none is shifted.
@@ -490,10 +494,14 @@ def _by_order(path: str, options: PrepareOptions, labels: Sequence[str]) -> Call
         beside = f", and beside them {found}" if found.left_out else ""
         raise UserError(f"{where}: has {len(labels)} classes without names, and {path} has {len(names)} images"
                         f"{beside}; give a line for each image, or lines NAME,CLASS")
-    for before, name in itertools.pairwise(names[:len(labels)]):
+    pairs = list(itertools.pairwise(names[:len(labels)]))
+    for before, name in pairs:
         if PurePosixPath(name) < PurePosixPath(before):
             raise UserError(f"{where}: has classes in the order of the images' names, and {name} comes after {before} "
                             "in the archive; give lines NAME,CLASS")
+    if unlike := next((pair for pair in pairs if natural_order(pair[1]) < natural_order(pair[0])), None):
+        say(f"{where}: its lines are taken for those of the images in the order of their names as text, where "
+            f"{unlike[0]} comes before {unlike[1]}")
 
     def by_order(number: int, name: str) -> str:
         if names[number:number + 1] != [name]:

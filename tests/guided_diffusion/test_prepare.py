@@ -198,6 +198,20 @@ def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
     assert "labels.txt: has " in capsys.readouterr().err
 
 
+def test_the_order_of_classes_without_names_is_said_where_there_are_two(data, capsys):
+    (data / "labels.txt").write_text("x\ny\nz\n")
+    for names, said in ((["1.png", "2.png", "10.png"], "where 10.png comes before 2.png"),
+                        (["1.png", "2.png", "3.png"], "")):
+        folder = data / f"of_{names[-1]}"
+        folder.mkdir()
+        for i, name in enumerate(names):
+            (folder / name).write_bytes(png(i))
+        assert call("prepare_images", folder, "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
+                    data / "out.npz") == 0
+        out = capsys.readouterr().out
+        assert said in out and ("in the order of their names as text" in out) == bool(said)
+
+
 def test_classes_in_a_file_may_have_blanks_in_their_names(data):
     (data / "labels.txt").write_text('folder/a.png,polar bear\n"b.png","polar fox"\nc.png,polar bear\n')
     assert call("prepare_images", data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
