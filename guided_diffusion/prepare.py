@@ -31,7 +31,16 @@ from PIL import Image
 from .classes import natural_order
 from .errors import UserError
 from .fetch import sha256_of
-from .files import check_folder, check_writable, lies_in, open_own, reason, write_json, write_text
+from .files import (
+    check_folder,
+    check_writable,
+    lies_in,
+    open_own,
+    reason,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
 from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
@@ -268,6 +277,8 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
     if not as_npz:
         (out / RECORD).unlink(missing_ok=True)
+        for folder in {(out / row["file"]).parent for row in rows}:
+            remove_leftovers(folder, "*.png.*")
     if found.left_out:
         say(f"left out: {found}")
     if damaged:

@@ -132,6 +132,7 @@ def test_what_was_stopped_ends_with_the_bytes_of_what_was_not(stopped, data, cap
     before = kept.stat().st_mtime_ns
     record = data / "out" / prepare.RECORD
     record.write_text(record.read_text() + '{"file": "dog/x_00')           # as a kill may leave the last line
+    (data / "out" / "cat" / ".x_0000001.png.0123.tmp").write_bytes(b"x")        # and an image that it was writing
     capsys.readouterr()
     assert call("prepare_images", *line) == 0
     assert "no record" not in capsys.readouterr().out
