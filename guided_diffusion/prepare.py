@@ -2,7 +2,7 @@
 
 The result is an image folder, OUT/CLASS/NAME.png, or one .npz file with arr_0 (images), arr_1 (classes) and
 class_names. Beside it lies a manifest, which names the source of every image. An image folder goes on where it was
-stopped: files that are there already are kept.
+stopped: files that are there already are kept, and others than those of the same sources are refused.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import os
 import re
 import tarfile
 import tempfile
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,16 @@ from PIL import Image
 from .classes import natural_order
 from .errors import UserError
 from .fetch import sha256_of
-from .files import check_folder, check_writable, lies_in, reason, write_json
+from .files import (
+    check_folder,
+    check_writable,
+    lies_in,
+    open_own,
+    reason,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
 from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
@@ -43,9 +53,11 @@ CROPS = ("adm", "box")
 LABELS = ("folders", "prefix", "none")
 AHEAD = 64              # pictures that are read before they are needed
 MANIFEST = "manifest.json"
+RECORD = "sources.jsonl"        # rows of the manifest, each written before its image, until the manifest has them all
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
 TARS = (".tar", ".tar.gz", ".tgz")
+ARCHIVE_SUFFIX = re.compile(r"\.(zip|tar|tar\.gz|tgz)$", re.IGNORECASE)
 BOXES = re.compile(r"( \d+){4}( .*)?$")          # four numbers, and those of further objects
 
 
@@ -128,12 +140,36 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
                 Member(info.filename, info.file_size, partial(archive.read, info)) for info in archive.infolist()
                 if not info.is_dir()], depth, found)
     elif where.lower().endswith(TARS):
-        with reading(where, "is no .tar file, or is damaged"), tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with (reading(where, "is no .tar file, or is damaged"),
+              tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
             yield from _members(where, inside, (
-                Member(info.name, info.size, partial(_extracted, tar, info)) for info in tar if info.isfile()), depth,
+                Member(info.name, info.size, partial(_extracted, tar, info)) for info in _files(tar, found)), depth,
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
+
+
+class WholeInfo(tarfile.TarInfo):
+    """A header of a .tar file; one that is damaged or missing is an error, not the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block; a block of zeros is the end."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf and not any(buf):
+                raise
+            raise tarfile.ReadError(f"{error}, before the mark of its end") from None
+
+
+def _files(tar: tarfile.TarFile, found: FoundPictures) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive that have content; a second name of a file is a link, and has none."""
+    for info in tar:
+        if info.isfile():
+            yield info
+        elif not info.isdir():
+            found.leave_out("link(s) or devices", Path(info.name))
 
 
 def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -151,8 +187,7 @@ def _members(where: str, inside: str, members: Iterable[Member], depth: int, fou
         if path.suffix.lower() in IMAGE_SUFFIXES:
             yield Source(place, _read_now(shown, size, read))
         elif name.lower().endswith((".zip", *TARS)):
-            folder = place.rpartition(".tar")[0] or str(PurePosixPath(place).with_suffix(""))
-            yield from _archive(shown, folder, io.BytesIO(read()), depth + 1, found)
+            yield from _archive(shown, ARCHIVE_SUFFIX.sub("", place), io.BytesIO(read()), depth + 1, found)
         else:
             found.leave_out("file(s) that are no pictures", Path(name))
 
@@ -216,27 +251,34 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     """
     if not Path(path).exists():
         raise UserError(f"{path}: there is no such folder or file")
+    if "/" in options.name or options.name.startswith("."):
+        raise UserError(f"--name {options.name}: must be the beginning of a file's name, without / and with no . at "
+                        "first, which hides files")
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
     if not as_npz and lies_in(out, path) and Path(path).is_dir():
         raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
                         "the command goes on; name another folder")
     if as_npz:
         check_writable("--out", out, parents=True)
-    label_of = _labels(options)
+    lines = _label_lines(options.labels_file) if options.labels_file else []
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
-    if not as_npz:
-        _begin(out, settings)
+    kept = {} if as_npz else _begin(out, settings, say)
+    label_of = _labels(path, options, lines, say)
     damaged: list[str] = []
     found = FoundPictures()
     images = _prepared(path, options, label_of, damaged, found)
-    rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name)
+    rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name, kept)
     if not rows:
         raise UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
                                                         f" (left out: {found})" if found.left_out else ""))
     classes = sorted({row["class"] for row in rows if row["class"] is not None}, key=natural_order)
     manifest = out.with_suffix(".json") if as_npz else out / MANIFEST
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
+    if not as_npz:
+        (out / RECORD).unlink(missing_ok=True)
+        for folder in {(out / row["file"]).parent for row in rows}:
+            remove_leftovers(folder, "*.png.*")
     if found.left_out:
         say(f"left out: {found}")
     if damaged:
@@ -245,20 +287,57 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         + (f" in {len(classes)} classes" if classes else ""))
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
-    """Makes a folder ready; raises UserError where it holds anything else than a part of the same images."""
+def _begin(out: Path, settings: dict[str, Any], say: Callable[[str], object]) -> dict[str, str | None]:
+    """Makes a folder ready, and returns the source of each image that it holds, None where no record names it.
+
+    Raises UserError where it holds anything else than a part of the same images.
+    """
     check_folder("--out", out)
-    manifest = out / MANIFEST
-    begun = any(file != manifest for file in out.iterdir())         # else nothing was written but the settings
-    if begun and manifest.exists():
-        before = read_json(manifest, lambda content: isinstance(content["settings"], dict))["settings"]
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(f"--out {out}: holds images with {name} {before.get(name)}, and now it is {value}; "
-                                "name another folder")
-    elif begun:
+    manifest, record = out / MANIFEST, out / RECORD
+    if all(file in (manifest, record) for file in out.iterdir()):       # nothing was written but the settings
+        write_json(manifest, {"settings": settings})
+        record.unlink(missing_ok=True)
+        return {}
+    if not manifest.exists():
         raise UserError(f"--out {out}: holds other files; name a new folder")
-    write_json(manifest, {"settings": settings})
+    content = read_json(manifest, lambda content: isinstance(content["settings"], dict))
+    for name, value in settings.items():
+        before = content["settings"].get(name)
+        if before != value:
+            raise UserError(f"--out {out}: holds images with {name} {before}, and now it is {value}; "
+                            "name another folder")
+    with reading(manifest, "names no sources that can be used"):
+        named = {row["file"]: str(row["source"]) for row in content.get("images", [])}
+    named |= _recorded(record)
+    files = (file.relative_to(out).as_posix() for file in find_pictures(out, frozenset((".png",))).files)
+    kept = {file: named.get(file) for file in files}
+    unknown = sum(source is None for source in kept.values())
+    if unknown:
+        say(f"{out}: {unknown} image(s) have no record of their sources, as earlier versions wrote none; they are "
+            "kept, as if the data had not changed since")
+    return kept
+
+
+def _recorded(record: Path) -> dict[str, str]:
+    """The sources by file of a record; what a kill left of a last line is cut off."""
+    if not record.exists():
+        return {}
+    with reading(record, "is no record of images that can be used"):
+        text = record.read_text()
+        whole = text[:text.rfind("\n") + 1]
+        named = {row["file"]: str(row["source"]) for row in map(json.loads, whole.splitlines())}
+    if whole != text:
+        write_text(record, whole)
+    return named
+
+
+def _note(record: Path, row: dict[str, Any]) -> None:
+    """Appends a row to the record."""
+    try:
+        with os.fdopen(open_own(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{record}: cannot be written ({reason(error)})") from None
 
 
 def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str], str | None],
@@ -296,7 +375,9 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
                 raise UserError(f"{pixels}; --skip_damaged True leaves such images out")
 
 
-def _write_folder(images: Iterable[Prepared], out: Path, name: str) -> list[dict[str, Any]]:
+def _write_folder(images: Iterable[Prepared], out: Path, name: str, kept: Mapping[str, str | None],
+                  ) -> list[dict[str, Any]]:
+    """Writes images that are not there yet; kept: the source of each that is, as `_begin` returns them."""
     rows, seen = [], set[str]()
     for number, image in enumerate(images):
         stem = f"{name}_{number:07d}" if name else PurePosixPath(image.name).stem
@@ -304,9 +385,23 @@ def _write_folder(images: Iterable[Prepared], out: Path, name: str) -> list[dict
         if place in seen:
             raise UserError(f"{image.name}: another image is {place} already; pass --name, which numbers them")
         seen.add(place)
-        if not (out / place).exists():
+        row = {"file": place, "source": image.name, "class": image.label}
+        before = kept.get(place)
+        if before not in (None, image.name):
+            raise UserError(f"--out {out}: holds {place} made of {before}, and now it would be made of {image.name}; "
+                            "the data has changed, name another folder")
+        if place not in kept:
+            if (out / place).exists():
+                raise UserError(f"--out {out}: {image.name} would be {place}, which is there since now: another "
+                                "command writes to this folder, or names that differ by case alone are one here; name "
+                                "another folder, or pass --name, which numbers the files")
+            _note(out / RECORD, row)
             save(Image.fromarray(image.pixels), out / place)
-        rows.append({"file": place, "source": image.name, "class": image.label})
+        rows.append(row)
+    surplus = [file for file in kept if file not in seen]
+    if rows and surplus:
+        raise UserError(f"--out {out}: holds {len(surplus)} image(s) that are not among the {len(rows)} of now, the "
+                        f"first is {surplus[0]}; name another folder")
     return rows
 
 
@@ -331,10 +426,17 @@ def _write_npz(images: Iterable[Prepared], out: Path, size: int) -> list[dict[st
 # Classes
 
 
-def _labels(options: PrepareOptions) -> Callable[[int, str], str | None]:
-    """The class of an image by its number and name; raises UserError for labels that cannot be read."""
+def _labels(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], say: Callable[[str], object],
+            ) -> Callable[[int, str], str | None]:
+    """The class of an image by its number and name; raises UserError for lines that do not fit the images of `path`.
+
+    lines: of --labels_file. say: called with what is assumed of them.
+    """
     if options.labels_file:
-        return _labels_of_file(options.labels_file)
+        pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
+        if pairs:
+            return _by_name(options.labels_file, pairs)
+        return _by_order(path, options, [words[0] for words in lines], say)
     if options.labels == "none":
         return lambda number, name: None
     return lambda number, name: _folder(name) if options.labels == "folders" else _prefix(name)
@@ -354,18 +456,19 @@ def _prefix(name: str) -> str:
     return prefix
 
 
-def _labels_of_file(path: str) -> Callable[[int, str], str]:
+def _label_lines(path: str) -> list[list[str]]:
+    """The words of each line, its name and class or its class alone; raises UserError for what cannot be a class."""
     with reading(path, "is no text file of classes", flag="--labels_file"):
         lines = [words for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if (words := _words(line))]
     for words in lines:
         if not words[-1] or "/" in words[-1] or words[-1].startswith("."):
             raise UserError(f"--labels_file {path}: {words[-1]!r} cannot be a class, which is the name of a folder")
-    pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
-    return _by_name(path, pairs) if pairs else _by_order(path, [words[0] for words in lines])
+    return lines
 
 
-def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str], str]:
+def _by_name(path: str, pairs: Sequence[tuple[str, str]]) -> Callable[[int, str], str]:
     named: dict[str, str] = {}
+    left = Counter(stem for stem, _ in pairs)
     for stem, label in pairs:
         if named.setdefault(stem, label) != label:
             raise UserError(f"--labels_file {path}: says that {stem} is of the class {named[stem]}, and also of "
@@ -375,22 +478,45 @@ def _by_name(path: str, pairs: Iterable[tuple[str, str]]) -> Callable[[int, str]
         stem = PurePosixPath(name).stem
         if stem not in named:
             raise UserError(f"--labels_file {path}: has no line for {name}")
+        if not left[stem]:
+            raise UserError(f"--labels_file {path}: has fewer lines for {stem} than there are images called so, and "
+                            f"{name} may be of another class; give each a line, or images names that differ without "
+                            "their folders")
+        left[stem] -= 1
         return named[stem]
 
     return by_name
 
 
-def _by_order(path: str, labels: Sequence[str]) -> Callable[[int, str], str]:
-    before = PurePosixPath()
+def _by_order(path: str, options: PrepareOptions, labels: Sequence[str], say: Callable[[str], object],
+              ) -> Callable[[int, str], str]:
+    """Classes that no names stand beside: a line for each image, of all that there are or of the first --num_images.
+
+    An archive is read once for that before the work: as many lines as images are all that tells that none is shifted.
+    """
+    where, found = f"--labels_file {options.labels_file}", FoundPictures()
+    names: list[str] = []
+    with progress_bar(None, "counting", "image") as bar:
+        for source in sources(Path(path), found):
+            names.append(source.name)
+            bar.update()
+    fits = len(labels) == len(names) or (len(labels) == options.num_images < len(names) and not found.left_out)
+    if not fits:
+        beside = f", and beside them {found}" if found.left_out else ""
+        raise UserError(f"{where}: has {len(labels)} classes without names, and {path} has {len(names)} images"
+                        f"{beside}; give a line for each image, or lines NAME,CLASS")
+    pairs = list(itertools.pairwise(names[:len(labels)]))
+    for before, name in pairs:
+        if PurePosixPath(name) < PurePosixPath(before):
+            raise UserError(f"{where}: has classes in the order of the images' names, and {name} comes after {before} "
+                            "in the archive; give lines NAME,CLASS")
+    if unlike := next((pair for pair in pairs if natural_order(pair[1]) < natural_order(pair[0])), None):
+        say(f"{where}: its lines are taken for those of the images in the order of their names as text, where "
+            f"{unlike[0]} comes before {unlike[1]}")
 
     def by_order(number: int, name: str) -> str:
-        nonlocal before
-        if number >= len(labels):
-            raise UserError(f"--labels_file {path}: has {len(labels)} classes, and there are more images")
-        if PurePosixPath(name) < before:
-            raise UserError(f"--labels_file {path}: has classes in the order of the images' names, and {name} comes "
-                            f"after {before} in the archive; give lines NAME,CLASS")
-        before = PurePosixPath(name)
+        if names[number:number + 1] != [name]:
+            raise UserError(f"{path}: has changed since its images were counted, {name} has another place now")
         return labels[number]
 
     return by_order

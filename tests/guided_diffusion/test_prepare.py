@@ -72,6 +72,25 @@ def test_every_source_gives_the_same_images_and_classes(source, data, capsys):
     assert [row["source"] for row in manifest["images"]] == list(FILES)
 
 
+def test_an_archive_within_a_folder_of_any_name_is_a_class(tmp_path):
+    (tmp_path / "all.tar").write_bytes(tar_of({f"all.tar.d/{name}": tar_of({"a.png": png(0)})
+                                               for name in ("cat.tgz", "dog.TAR", "emu.v1.tar", "fox.tar.gz")}))
+    assert call("prepare_images", tmp_path / "all.tar", "--labels", "folders", "--image_size", 8, "--out",
+                tmp_path / "out") == 0
+    assert {path.parent.name for path in (tmp_path / "out").rglob("*.png")} == {"cat", "dog", "emu.v1", "fox"}
+
+
+def test_links_in_an_archive_are_counted(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.png"
+            info.size = len(png(0)) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(png(0)))
+    assert call("prepare_images", tmp_path / "a.tar", "--image_size", 8, "--out", tmp_path / "out.npz") == 0
+    assert "left out: 2 link(s) or devices (first b.png)" in capsys.readouterr().out
+
+
 def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
     assert call("prepare_images", *line) == 0
@@ -89,6 +108,72 @@ def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     assert "holds other files" in capsys.readouterr().err
     assert call("prepare_images", *line[:-1], data / "folder" / "out") == 2
     assert "so that its images would be among those that are prepared" in capsys.readouterr().err
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def stopped(data):
+    """A command that ended at a damaged picture, and what it writes without a stop; the picture is whole again."""
+    line = [data / "folder", "--labels", "folders", "--name", "x", "--image_size", 8, "--out"]
+    assert call("prepare_images", *line, data / "whole") == 0
+    (data / "folder" / "dog" / "c.png").write_bytes(b"damaged")
+    assert call("prepare_images", *line, data / "out") == 2
+    (data / "folder" / "dog" / "c.png").write_bytes(png(2))
+    assert {"cat/x_0000000.png", "cat/x_0000001.png"} == {name for name in content_of(data / "out") if "png" in name}
+    return [*line, data / "out"], content_of(data / "whole")
+
+
+def test_what_was_stopped_ends_with_the_bytes_of_what_was_not(stopped, data, capsys):
+    line, whole = stopped
+    kept = data / "out" / "cat" / "x_0000001.png"
+    before = kept.stat().st_mtime_ns
+    record = data / "out" / prepare.RECORD
+    record.write_text(record.read_text() + '{"file": "dog/x_00')           # as a kill may leave the last line
+    (data / "out" / "cat" / ".x_0000001.png.0123.tmp").write_bytes(b"x")        # and an image that it was writing
+    capsys.readouterr()
+    assert call("prepare_images", *line) == 0
+    assert "no record" not in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before and content_of(data / "out") == whole
+
+
+def test_images_of_earlier_versions_without_a_record_are_kept_and_said(stopped, data, capsys):
+    line, whole = stopped
+    (data / "out" / prepare.RECORD).unlink()
+    assert call("prepare_images", *line) == 0
+    assert "2 image(s) have no record of their sources" in capsys.readouterr().out
+    assert content_of(data / "out") == whole
+    assert call("prepare_images", *line) == 0
+    assert "no record" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_images_of_data_that_has_changed_are_refused(ended, stopped, data, capsys):
+    line, whole = stopped
+    if ended:
+        assert call("prepare_images", *line) == 0
+    before = content_of(data / "out")
+    (data / "folder" / "cat" / "a2.png").write_bytes(png(3))
+    assert call("prepare_images", *line) == 2
+    assert "holds cat/x_0000001.png made of cat/b.png, and now it would be made of cat/a2.png; the data has changed" \
+        in capsys.readouterr().err
+    (data / "folder" / "cat" / "a2.png").unlink()
+    assert call("prepare_images", *line, "--num_images", 1) == 2
+    assert f"holds {2 + ended - 1} image(s) that are not among the 1 of now, the first is cat/x_0000001.png" \
+        in capsys.readouterr().err
+    assert content_of(data / "out") == before
+    assert call("prepare_images", *line) == 0 and content_of(data / "out") == whole
+
+
+def test_images_that_are_one_file_to_the_file_system_are_refused(data, capsys):
+    (data / "folder" / "dog" / "b.png").write_bytes(png(3))
+    line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
+    assert call("prepare_images", *line, "--num_images", 1) == 0
+    (data / "out" / "dog").symlink_to("cat")            # as Cat and cat are one where case is not told apart
+    assert call("prepare_images", *line) == 2
+    assert "dog/b.png would be dog/b.png, which is there since now" in capsys.readouterr().err
 
 
 def test_the_crops_are_those_of_the_official_code():
@@ -112,6 +197,20 @@ def test_classes_of_a_validation_set_stand_in_a_file(lines, data, capsys):
     (data / "flat.tar").write_bytes(tar_of({f"{i}.png": png(i) for i in range(4)}))
     assert call("prepare_images", data / "flat.tar", *line) == 2
     assert "labels.txt: has " in capsys.readouterr().err
+
+
+def test_the_order_of_classes_without_names_is_said_where_there_are_two(data, capsys):
+    (data / "labels.txt").write_text("x\ny\nz\n")
+    for names, said in ((["1.png", "2.png", "10.png"], "where 10.png comes before 2.png"),
+                        (["1.png", "2.png", "3.png"], "")):
+        folder = data / f"of_{names[-1]}"
+        folder.mkdir()
+        for i, name in enumerate(names):
+            (folder / name).write_bytes(png(i))
+        assert call("prepare_images", folder, "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
+                    data / "out.npz") == 0
+        out = capsys.readouterr().out
+        assert said in out and ("in the order of their names as text" in out) == bool(said)
 
 
 def test_classes_in_a_file_may_have_blanks_in_their_names(data):
@@ -141,6 +240,47 @@ def test_classes_that_could_be_of_other_images_are_refused(lines, said, data, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["a folder", "a.tar"])
+@pytest.mark.parametrize(("lines", "more", "classes"), [
+    ("ABCD", [], None), ("AC", [], None), ("ACD", [], [0, 1, 2]),
+    ("ACD", ["--num_images", 2], [0, 1]), ("AC", ["--num_images", 2], None), ("ABCD", ["--num_images", 2], None)])
+def test_classes_without_names_are_never_shifted_by_what_is_left_out(lines, more, classes, source, tmp_path, capsys):
+    files = {"a.png": png(0), "b.svg": b"<svg/>", "c.png": png(2), "d.png": png(3)}
+    (tmp_path / "a folder").mkdir()
+    for name, content in files.items():
+        (tmp_path / "a folder" / name).write_bytes(content)
+    (tmp_path / "a.tar").write_bytes(tar_of(files))
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    line = [tmp_path / source, "--labels_file", tmp_path / "labels.txt", "--image_size", 8, "--out", tmp_path / "out"]
+    assert call("prepare_images", *line, *more) == (2 if classes is None else 0)
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    if classes is None:
+        assert (f"has {len(lines)} classes without names, and {tmp_path / source} has 3 images, and beside them "
+                "1 file(s) that are no pictures (b.svg); give a line for each image, or lines NAME,CLASS") \
+            in capsys.readouterr().err
+        assert not written
+    else:
+        assert written == ["A/a.png", "C/c.png", "D/d.png"][:len(classes)]
+
+
+def test_classes_without_names_may_be_those_of_the_first_images_and_pass_over_damaged_ones(tmp_path):
+    (tmp_path / "labels.txt").write_text("A\nB\nC\n")
+    (tmp_path / "a.tar").write_bytes(tar_of({f"{i}.png": b"damaged" if i == 1 else png(i) for i in range(5)}))
+    assert call("prepare_images", tmp_path / "a.tar", "--labels_file", tmp_path / "labels.txt", "--num_images", 3,
+                "--skip_damaged", True, "--image_size", 8, "--out", tmp_path / "out") == 0
+    assert {path.parent.name + path.stem for path in (tmp_path / "out").rglob("*.png")} == {"A0", "C2"}
+
+
+@pytest.mark.parametrize(("lines", "code"), [("cat/a.png,pet\n", 2), ("cat/a.png,pet\ndog/a.png,pet\n", 0)])
+def test_a_line_gives_its_class_to_one_image_alone(lines, code, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text(lines)
+    (tmp_path / "a.tar").write_bytes(tar_of({"cat/a.png": png(0), "dog/a.png": png(1)}))
+    assert call("prepare_images", tmp_path / "a.tar", "--labels_file", tmp_path / "labels.txt", "--image_size", 8,
+                "--out", tmp_path / "out.npz") == code
+    assert ("has fewer lines for a than there are images called so, and dog/a.png may be of another class"
+            in capsys.readouterr().err) == (code == 2)
+
+
 def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "MAX_PACKED", 10**4)
     with zipfile.ZipFile(data / "odd.zip", "w") as archive:
@@ -156,11 +296,33 @@ def test_what_is_damaged_or_far_too_large_in_an_archive_may_be_left_out(data, ca
     assert "left out 2 damaged image(s)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("cut", ["a broken header", "after an image", "within a header"])
+def test_an_archive_that_is_not_whole_is_no_smaller_one(cut, data, capsys):
+    content = bytearray((data / "data.tar").read_bytes())
+    second = content.index(b"cat/b.png")
+    if cut == "a broken header":
+        content[second] ^= 1
+    else:
+        del content[second + 100 * (cut == "within a header"):]
+    (data / "data.tar").write_bytes(content)
+    assert call("prepare_images", data / "data.tar", "--image_size", 8, "--skip_damaged", True, "--out",
+                data / "out.npz") == 2
+    assert "data.tar: is no .tar file, or is damaged (" in capsys.readouterr().err
+    assert not (data / "out.npz").exists()
+
+
 def test_a_class_without_a_name_is_refused(data, capsys):
     (data / "folder" / "cat" / "_x.png").write_bytes(png(0))
     assert call("prepare_images", data / "folder" / "cat", "--labels", "prefix", "--image_size", 8, "--out",
                 data / "out.npz") == 2
     assert "_x.png: has nothing before a _ in its name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", ".x"])
+def test_a_name_that_leads_elsewhere_or_hides_is_refused(name, data, capsys):
+    assert call("prepare_images", data / "folder", "--name", name, "--image_size", 8, "--out", data / "a" / "out") == 2
+    assert f"--name {name}: must be the beginning of a file's name" in capsys.readouterr().err
+    assert not (data / "a").exists()
 
 
 def test_what_cannot_be_read_is_one_sentence(data, capsys):
