@@ -66,6 +66,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     image is sampled.
     """
     bench = load_bench(words, options, changed)
+    bench.reported({}, bench.spec.evaluations)          # without which there is nothing to compare with
     if options.plan:
         return _plan(bench, options) if dist_util.is_main() else ""
     dist_util.setup_dist()
@@ -157,6 +158,7 @@ class BenchRun:
         self.searches: dict[str, list[Row]] = {}
         self.reports: dict[str, list[Row]] = {}
         self.left_out: list[str] = []
+        self.impossible: list[str] = []
         self.values: dict[str, float] = {}          # by method, the best of its search
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
@@ -186,12 +188,14 @@ class BenchRun:
         return sorted(self.values, key=lambda short: self.values[short] if lower else -self.values[short])
 
     def _do(self, unit: Unit, progress: Progress) -> None:
-        """Searches and samples a piece of work, where there is time for it."""
-        key, cost = unit.key(self.bench), unit.cost(self.bench)
-        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if key in self.hours.done else cost,
-                          len(unit.settings) if unit.searched else 0):
+        """Searches and samples a piece of work, where it can be had and there is time for it."""
+        if reason := unit.why_not(self.bench):
+            self.impossible.append(f"{unit.what} ({reason})")
             return
-        progress.note(f"{unit.title} at {unit.evaluations} evaluations")
+        key, cost = unit.key(self.bench), unit.cost(self.bench)
+        if not self._fits(unit.what, 0.0 if key in self.hours.done else cost, len(unit.settings) * unit.searched):
+            return
+        progress.note(unit.what)
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
         row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
@@ -353,6 +357,8 @@ class BenchRun:
                  "with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
+        if self.impossible:
+            parts.append(f"Left out, as they cannot be had: {'; '.join(self.impossible)}.")
         parts += [f"{section}: no guidance was left out; " + (
             f"the others are compared with {rows[0].run.title()}." if len(rows) > 1 else "nothing is compared.")
             for section, rows in self.reports.items() if not section.startswith("Pairs") and rows[0].run.active]

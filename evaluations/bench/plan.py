@@ -21,8 +21,11 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
     lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
              "| piece | settings tried | evaluations of an image | images | hours | together |",
              "|---|---|---|---|---|---|"]
-    total, beyond = 0.0, []
+    total, beyond, left_out = 0.0, [], dict(why)
     for unit in all_units(bench, found):
+        if reason := unit.why_not(bench):
+            left_out[unit.what] = reason
+            continue
         one = unit.cost(bench) * seconds / 3600
         if hours is not None and total + one > hours:
             beyond.append(unit.title)
@@ -36,7 +39,7 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
               "first: the search decides their order."]
     if beyond:
         lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
-    lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]
+    lines += ["", *(f"left out: {what}: {reason}" for what, reason in left_out.items())]
     return "\n".join([*lines, *_missing_lines(bench, found, references)])
 
 

@@ -41,6 +41,11 @@ class Unit:
         """Returns the rows of its search."""
         return [bench.searched(flags) for flags in self.settings] if self.searched else []
 
+    @property
+    def what(self) -> str:
+        """Like "SAG at 20 evaluations"."""
+        return f"{self.title} at {self.evaluations} evaluations"
+
     def key(self, bench: Bench) -> str:
         """Returns what tells it from all other pieces, also from the same one with other numbers of images.
 
@@ -55,8 +60,19 @@ class Unit:
         """Returns the number of images that it samples."""
         return self.searched * len(self.settings) * bench.spec.search_images + bench.spec.images
 
+    def why_not(self, bench: Bench) -> str:
+        """Returns why it cannot be had at so many evaluations, "" where it can."""
+        try:
+            self.cost(bench)
+        except UserError as error:
+            return str(error)
+        return ""
+
     def cost(self, bench: Bench) -> float:
-        """Returns the network evaluations of all its images, as if nothing were sampled yet."""
+        """Returns the network evaluations of all its images, as if nothing were sampled yet.
+
+        Raises UserError where the evaluations are too few for it.
+        """
         reported = equivalent_evaluations(bench.reported(self.settings[-1], self.evaluations).run)
         return bench.spec.images * reported + sum(
             row.images * equivalent_evaluations(row.run) for row in self.rows(bench))

@@ -101,6 +101,19 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
     assert "no guidance at 2 evaluations" in said["note"]
 
 
+def test_what_cannot_be_had_is_left_out_and_the_others_go_on(line, tmp_path, capsys):
+    few = {"methods": "SAG,CG", "evaluations": 2, "other_evaluations": 1}
+    assert call("bench", *line(**few, plan=True)) == 0
+    planned = capsys.readouterr().out
+    assert call("bench", *line(**few)) == 0
+    said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG", "CG", "no guidance"]
+    assert "Left out, as they cannot be had: " in said["note"]
+    for what in ("SAG at 1 evaluations", "CG at 1 evaluations", "SAG + CG at 2 evaluations"):
+        reason = f"{what.split()[-2]} evaluations: are too few for a step of {what.split()[0]}"
+        assert f"left out: {what}: {reason}" in planned and f"{what} ({reason}" in said["note"]
+
+
 def test_time_for_the_evaluation_of_the_search_is_kept_back(line, tmp_path, monkeypatch):
     monkeypatch.setattr(BenchRun, "_time_evaluation", lambda self: setattr(self, "_search_seconds", 6000.0))
     assert call("bench", *line(methods="SAG,PAG,CG", other_evaluations="", pairs=False, hours=8)) == 0
