@@ -192,7 +192,7 @@ class BenchRun:
         if reason := unit.why_not(self.bench):
             self.impossible.append(f"{unit.what} ({reason})")
             return
-        key, cost = unit.key(self.bench), unit.cost(self.bench)
+        key, cost = unit.key(self.bench), unit.cost(self.bench, images_there)
         if not self._fits(unit.what, 0.0 if key in self.hours.done else cost, len(unit.settings) * unit.searched):
             return
         progress.note(unit.what)

@@ -153,8 +153,8 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
     first = SagOptions.search[0]["guide_scale"]
     monkeypatch.setattr(measurements, "_row_replicates", without_first)
     monkeypatch.setattr(ChunkFiles, "write", stopped)
-    monkeypatch.setattr(Unit, "cost", lambda self, bench: 1e15 if (self.title, self.evaluations) == (
-        "no guidance", 2) else cost(self, bench))
+    monkeypatch.setattr(Unit, "cost", lambda self, *given: 1e15 if (self.title, self.evaluations) == (
+        "no guidance", 2) else cost(self, *given))
     folder = tmp_path / "out" / "mini"
     seconds = []
     for code, evaluations in ((2, 6 * 4 + 2 * 4 * 4), (0, 6 * 4 + 2 * 4 * 4 + 2 * 4 + 6 * 2)):
@@ -168,6 +168,27 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
     second = f"SAG s = {SagOptions.search[1]['guide_scale'] - 1:g}"
     assert [row["title"].split(",")[0] for row in said["rows"].values()] == ["no guidance", second, second]
     assert "Methods alone, 2 evaluations: no guidance was left out; nothing is compared." in said["note"]
+
+
+def test_a_piece_that_was_stopped_needs_time_for_what_is_missing_alone(line, tmp_path, monkeypatch):
+    """An evaluation takes 100 s, and 1 h is left: enough for the last 2 images of 6, not for the whole search."""
+    write, batches = ChunkFiles.write, []
+
+    def stopped(self, index, *given, **named):
+        batches.append(index)
+        if len(batches) == 6:           # two of no guidance, one of each setting of SAG, two of the better one
+            raise UserError("stopped here")
+        return write(self, index, *given, **named)
+
+    monkeypatch.setattr(ChunkFiles, "write", stopped)
+    given = {"methods": "SAG,CG", "other_evaluations": "", "hours": 1}
+    assert call("bench", *line(**given)) == 2
+    path = tmp_path / "out" / "mini" / "hours.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 0, "sampling": 1e10, "evaluations": 1e8}))
+    assert call("bench", *line(**given)) == 0
+    said = json.loads((path.parent / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
+    assert "Left out for lack of time: CG at 4 evaluations (would take" in said["note"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
