@@ -1,12 +1,14 @@
 """A bench as users run it: from its plan to its two tables, and on again."""
 
 import json
+import time
 
 import pytest
 import yaml
 from commands import call
 from PIL import Image
 
+from evaluations import evaluation
 from evaluations.bench.bench import BenchRun
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import Unit
@@ -119,6 +121,29 @@ def test_time_for_the_evaluation_of_the_search_is_kept_back(line, tmp_path, monk
     assert call("bench", *line(methods="SAG,PAG,CG", other_evaluations="", pairs=False, hours=8)) == 0
     said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
     assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG", "PAG"]     # two settings each
+    assert "Left out for lack of time: CG at 4 evaluations" in said["note"]
+
+
+def test_a_later_start_keeps_back_as_much_for_the_evaluation_as_the_first(line, tmp_path, monkeypatch):
+    """To extract features of a file takes 6000 s, and there is time for half of one."""
+    extract, clock, passed = evaluation.extract, time.monotonic, []
+
+    def slow(file, extractor, folder, *given):
+        before = set(folder.iterdir())
+        found = extract(file, extractor, folder, *given)
+        passed.extend([6000] * (set(folder.iterdir()) != before))
+        return found
+
+    monkeypatch.setattr(evaluation, "extract", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(passed))
+    few = {"other_evaluations": "", "pairs": False}
+    assert call("bench", *line(**few, methods="SAG", hours=99)) == 0
+    path = tmp_path / "out" / "mini" / "hours.json"
+    used = json.loads(path.read_text())["seconds"]
+    assert used > 4 * 6000              # no guidance, SAG, and both of its settings
+    assert call("bench", *line(**few, methods="SAG,CG", hours=(used + 2.5 * 6000) / 3600)) == 0
+    said = json.loads((path.parent / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
     assert "Left out for lack of time: CG at 4 evaluations" in said["note"]
 
 
