@@ -97,9 +97,9 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
             work.count()
 
 
-def page_of(words: Sequence[str], options: BenchOptions) -> Path:
-    """Returns where the page of the reported table of a bench is. Raises UserError as `load_bench`."""
-    return load_bench(words, options, {}).folder / "report" / PAGE
+def page_of(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> Path:
+    """Returns where the page of the reported table of a bench will be. changed, and UserErrors: see `load_bench`."""
+    return load_bench(words, options, changed).folder / "report" / PAGE
 
 
 def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:

@@ -226,6 +226,16 @@ def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
     assert message in capsys.readouterr().err
 
 
+def test_the_table_is_shown_where_only_the_command_line_makes_the_file_a_bench(line, tmp_path, capsys):
+    words = line(methods="SAG", other_evaluations="", pairs=False, search_seed=3)
+    path = tmp_path / "mini.yaml"
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, "bench": {**content["bench"], "seed": 2}}))
+    assert call("bench", *words) == 0
+    page = tmp_path / "out" / "mini" / "report" / "report.html"
+    assert f"page: {page}" in capsys.readouterr().out and page.is_file()
+
+
 @pytest.mark.parametrize("flag", ["images", "search_images"])
 def test_too_few_images_are_named_by_their_option(flag, tmp_path, capsys):
     assert call("bench", "fmnist32", f"--{flag}", 2, "--metric", "density", "--out", tmp_path) == 2
