@@ -166,6 +166,8 @@ def test_the_command(line, tmp_path, capsys):
     ({"methods": "CG"}, "--methods CG: CG cannot be probed: it does not contrast two predictions"),
     ({"methods": "CGG"}, "--methods CGG: there is no 'cgg', there are SAG"),
     ({"methods": "CFG"}, "--methods CFG: CFG cannot be probed: --cfg_scale"),
+    ({"methods": "ICG", "icg_sigma_max": 0.5}, "--icg_sigma_max 0.5: the probe has no windows, leave it out"),
+    ({"methods": "ICG", "icg_start": 1}, "--icg_start 1: the probe has no windows, leave it out"),
     ({"data_dir": "nowhere.npz"}, "--data_dir nowhere.npz: no such"),
 ])
 def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
