@@ -22,6 +22,7 @@ from guided_diffusion.pictures import save_comparison
 from guided_diffusion.progress import Progress, progress_bar
 
 from ..evaluation import ExtractorOptions
+from ..features import FeatureExtractor
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
@@ -163,6 +164,7 @@ class BenchRun:
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
         self._report_seconds = self._search_seconds = 0.0       # of the evaluation of a row at the end
+        self._extractors: dict[str, FeatureExtractor] = {}
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
@@ -273,9 +275,7 @@ class BenchRun:
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
         """Returns the place of the best row, and its value, by the metric of the bench alone."""
         spec = self.bench.spec
-        table = _table(self.bench, {"": rows})
-        quick = replace(self.settings, bootstrap=CHOICE_RESAMPLINGS)
-        numbers = measure_rows(table, list(table.rows), quick, self.bench.folder / FEATURES)
+        numbers = self._measured(_table(self.bench, {"": rows}), replace(self.settings, bootstrap=CHOICE_RESAMPLINGS))
         best: tuple[int, float] = (0, 0.0)
         with dist_util.together():
             if numbers is not None:
@@ -286,6 +286,10 @@ class BenchRun:
                 best = place, values[place]
         chosen, value = self.decisions.same(list(best))
         return int(chosen), float(value)
+
+    def _measured(self, table: Table, settings: EvaluationSettings) -> Measurements | None:
+        """Evaluates all rows of a table; see `measure_rows`."""
+        return measure_rows(table, list(table.rows), settings, self.bench.folder / FEATURES, self._extractors)
 
     def _searched(self, numbers: Measurements, row: Row) -> float:
         """Returns the metric of a row of a search; where that is no number, what is worse than all numbers."""
@@ -307,7 +311,7 @@ class BenchRun:
         seconds = self.decisions.same(self.hours.evaluating.get(rows, []))
         for one in () if seconds else (row, self.bench.by_metric(row)):
             began = time.monotonic()
-            measure_rows(_table(self.bench, {"": [one]}), [one.name], self.settings, self.bench.folder / FEATURES)
+            self._measured(_table(self.bench, {"": [one]}), self.settings)
             seconds.append(time.monotonic() - began)
         self.hours.evaluating[rows] = seconds
         self._report_seconds, self._search_seconds = seconds[0], seconds[1] / dist_util.world_size()
@@ -344,8 +348,7 @@ class BenchRun:
         table = _table(self.bench, self.reports, title=self.bench.title, note=self._note())
         alone_rows = {short: self.bench.reported(flags, self.bench.spec.evaluations).name
                       for short, flags in self.best.items()}
-        first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name) \
-            if dist_util.is_main() else self.reports[main][0].name
+        first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name)
         sections = tuple(replace(section, against_row=first) if section.title.startswith("Pairs") else section
                          for section in table.sections)
         shown = tuple(title for title in self.reports if not title.startswith("Pairs"))
@@ -372,7 +375,7 @@ class BenchRun:
 
     def _write_table(self, part: str, table: Table) -> str:
         """Evaluates a table, and writes it into its folder; returns it as Markdown on rank 0, else ""."""
-        numbers = measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
+        numbers = self._measured(table, self.settings)
         with dist_util.together():
             if numbers is None:
                 return ""

@@ -216,6 +216,13 @@ def test_a_piece_that_was_stopped_needs_time_for_what_is_missing_alone(line, tmp
     assert "Left out for lack of time: CG at 4 evaluations (would take" in said["note"]
 
 
+def test_the_network_of_the_evaluation_is_loaded_once(line, monkeypatch):
+    load, loaded = measurements.load_extractor_once, []
+    monkeypatch.setattr(measurements, "load_extractor_once", lambda options: loaded.append(options) or load(options))
+    assert call("bench", *line(methods="SAG,CG", other_evaluations="", pairs=False)) == 0
+    assert len(loaded) == 1
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hours": 1e-9}, "--hours 1e-09: are too few for the row without guidance"),
     ({"methods": "SAGG"}, "--methods SAGG: there is no 'sagg', there are SAG, PAG"),
