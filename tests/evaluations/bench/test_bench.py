@@ -52,6 +52,23 @@ def test_the_plan_says_what_fits_and_what_does_not(line, capsys):
     assert "left out: CFG: --cfg_scale" in text
 
 
+def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what_is_used(line, tmp_path, capsys):
+    few = {"methods": "SAG,CG,rescale", "plan": True}
+    assert call("bench", *line(**few, hours=0.0003)) == 0
+    text = capsys.readouterr().out
+    assert "2 pieces do not fit into 0.0003 hours: CG, SAG + rescale\n" in text and "| SAG | - | 2 | 6 |" in text
+    assert "SAG + CG" not in text and "| CG |" not in text
+
+    assert call("bench", *line(methods="SAG", other_evaluations="", pairs=False)) == 0
+    path = tmp_path / "out" / "mini" / "hours.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 7200, "sampling": 100, "evaluations": 1000}))
+    capsys.readouterr()
+    assert call("bench", *line(**few, hours=2.001)) == 0
+    text = capsys.readouterr().out
+    assert "2 hours were used by earlier starts" in text and "0.1 s for an evaluation of one image" in text
+    assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG, SAG + rescale\n" in text
+
+
 def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
     assert call("bench", *line(methods="SAG,CG")) == 0
     folder = tmp_path / "out" / "mini"
