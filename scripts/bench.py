@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if code is not None:
         sys.exit(code)
     fields = {field.name for field in option_fields(BenchSpec)}
-    text = run_bench(words, options, {name: getattr(spec, name) for name in parser.given if name in fields})
-    tell(text if options.plan or not text else f"{text}\npage: {page_of(words, options)}", show)
+    changed = {name: getattr(spec, name) for name in parser.given if name in fields}
+    page = page_of(words, options, changed)
+    text = run_bench(words, options, changed)
+    tell(text if options.plan or not text else f"{text}\npage: {page}", show)
     dist_util.shutdown()
 
 

@@ -22,6 +22,7 @@ from guided_diffusion.pictures import save_comparison
 from guided_diffusion.progress import Progress, progress_bar
 
 from ..evaluation import ExtractorOptions
+from ..features import FeatureExtractor
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
@@ -66,6 +67,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     image is sampled.
     """
     bench = load_bench(words, options, changed)
+    bench.reported({}, bench.spec.evaluations)          # without which there is nothing to compare with
     if options.plan:
         return _plan(bench, options) if dist_util.is_main() else ""
     dist_util.setup_dist()
@@ -96,9 +98,9 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
             work.count()
 
 
-def page_of(words: Sequence[str], options: BenchOptions) -> Path:
-    """Returns where the page of the reported table of a bench is. Raises UserError as `load_bench`."""
-    return load_bench(words, options, {}).folder / "report" / PAGE
+def page_of(words: Sequence[str], options: BenchOptions, changed: Mapping[str, Any]) -> Path:
+    """Returns where the page of the reported table of a bench will be. changed, and UserErrors: see `load_bench`."""
+    return load_bench(words, options, changed).folder / "report" / PAGE
 
 
 def _chosen(bench: Bench, options: BenchOptions) -> tuple[list[Candidate], dict[str, str]]:
@@ -157,10 +159,12 @@ class BenchRun:
         self.searches: dict[str, list[Row]] = {}
         self.reports: dict[str, list[Row]] = {}
         self.left_out: list[str] = []
+        self.impossible: list[str] = []
         self.values: dict[str, float] = {}          # by method, the best of its search
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
         self._report_seconds = self._search_seconds = 0.0       # of the evaluation of a row at the end
+        self._extractors: dict[str, FeatureExtractor] = {}
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
@@ -186,12 +190,14 @@ class BenchRun:
         return sorted(self.values, key=lambda short: self.values[short] if lower else -self.values[short])
 
     def _do(self, unit: Unit, progress: Progress) -> None:
-        """Searches and samples a piece of work, where there is time for it."""
-        key, cost = unit.key(self.bench), unit.cost(self.bench)
-        if not self._fits(f"{unit.title} at {unit.evaluations} evaluations", 0.0 if key in self.hours.done else cost,
-                          len(unit.settings) if unit.searched else 0):
+        """Searches and samples a piece of work, where it can be had and there is time for it."""
+        if reason := unit.why_not(self.bench):
+            self.impossible.append(f"{unit.what} ({reason})")
             return
-        progress.note(f"{unit.title} at {unit.evaluations} evaluations")
+        key, cost = unit.key(self.bench), unit.cost(self.bench, images_there)
+        if not self._fits(unit.what, 0.0 if key in self.hours.done else cost, len(unit.settings) * unit.searched):
+            return
+        progress.note(unit.what)
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
         row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
@@ -269,9 +275,7 @@ class BenchRun:
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
         """Returns the place of the best row, and its value, by the metric of the bench alone."""
         spec = self.bench.spec
-        table = _table(self.bench, {"": rows})
-        quick = replace(self.settings, bootstrap=CHOICE_RESAMPLINGS)
-        numbers = measure_rows(table, list(table.rows), quick, self.bench.folder / FEATURES)
+        numbers = self._measured(_table(self.bench, {"": rows}), replace(self.settings, bootstrap=CHOICE_RESAMPLINGS))
         best: tuple[int, float] = (0, 0.0)
         with dist_util.together():
             if numbers is not None:
@@ -282,6 +286,10 @@ class BenchRun:
                 best = place, values[place]
         chosen, value = self.decisions.same(list(best))
         return int(chosen), float(value)
+
+    def _measured(self, table: Table, settings: EvaluationSettings) -> Measurements | None:
+        """Evaluates all rows of a table; see `measure_rows`."""
+        return measure_rows(table, list(table.rows), settings, self.bench.folder / FEATURES, self._extractors)
 
     def _searched(self, numbers: Measurements, row: Row) -> float:
         """Returns the metric of a row of a search; where that is no number, what is worse than all numbers."""
@@ -295,14 +303,17 @@ class BenchRun:
     def _time_evaluation(self) -> None:
         """Evaluates the row without guidance as at the end, to keep as much time for every row that is reported.
 
-        And once more as a row of the search, of which each rank evaluates its share.
+        And once more as a row of the search, of which each rank evaluates its share. A later start takes what the first
+        one measured: the features of this row are there then, those of others are not.
         """
         (row,), = self.reports.values()
-        seconds = []
-        for one in (row, self.bench.by_metric(row)):
+        rows = f"{row.images} images, {row.evaluation.backend}"
+        seconds = self.decisions.same(self.hours.evaluating.get(rows, []))
+        for one in () if seconds else (row, self.bench.by_metric(row)):
             began = time.monotonic()
-            measure_rows(_table(self.bench, {"": [one]}), [one.name], self.settings, self.bench.folder / FEATURES)
+            self._measured(_table(self.bench, {"": [one]}), self.settings)
             seconds.append(time.monotonic() - began)
+        self.hours.evaluating[rows] = seconds
         self._report_seconds, self._search_seconds = seconds[0], seconds[1] / dist_util.world_size()
         self.hours.reserve += self._report_seconds
         self.count()
@@ -337,8 +348,7 @@ class BenchRun:
         table = _table(self.bench, self.reports, title=self.bench.title, note=self._note())
         alone_rows = {short: self.bench.reported(flags, self.bench.spec.evaluations).name
                       for short, flags in self.best.items()}
-        first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name) \
-            if dist_util.is_main() else self.reports[main][0].name
+        first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name)
         sections = tuple(replace(section, against_row=first) if section.title.startswith("Pairs") else section
                          for section in table.sections)
         shown = tuple(title for title in self.reports if not title.startswith("Pairs"))
@@ -353,6 +363,8 @@ class BenchRun:
                  "with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
+        if self.impossible:
+            parts.append(f"Left out, as they cannot be had: {'; '.join(self.impossible)}.")
         parts += [f"{section}: no guidance was left out; " + (
             f"the others are compared with {rows[0].run.title()}." if len(rows) > 1 else "nothing is compared.")
             for section, rows in self.reports.items() if not section.startswith("Pairs") and rows[0].run.active]
@@ -363,7 +375,7 @@ class BenchRun:
 
     def _write_table(self, part: str, table: Table) -> str:
         """Evaluates a table, and writes it into its folder; returns it as Markdown on rank 0, else ""."""
-        numbers = measure_rows(table, list(table.rows), self.settings, self.bench.folder / FEATURES)
+        numbers = self._measured(table, self.settings)
         with dist_util.together():
             if numbers is None:
                 return ""

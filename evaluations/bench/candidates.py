@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import build_model
+from guided_diffusion.checkpoint import locate
+from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, TransformGuidance
 from guided_diffusion.late import torch
 
@@ -53,20 +56,24 @@ def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict
         with torch.device("meta"):
             return build_model(base.run.model)
 
+    @functools.cache
+    def digest(path: str) -> str:
+        return sha256_of(locate(path))
+
     found, why = [], {}
     for method in base.run.guidance:
         try:
-            found.append(_candidate(base, method, references, network))
+            found.append(_candidate(base, method, references, network, digest))
         except UserError as error:
             why[method.short] = str(error)
     return found, why
 
 
-def _candidate(base: Row, method: GuidanceOptions, references: str | Path,
-               network: Callable[[], UNetModel]) -> Candidate:
+def _candidate(base: Row, method: GuidanceOptions, references: str | Path, network: Callable[[], UNetModel],
+               digest: Callable[[str], str]) -> Candidate:
     """Returns a method as a candidate. Raises UserError where the model does not support it.
 
-    network: gives that of the model, without weights.
+    network: gives that of the model, without weights. digest: gives the SHA-256 of a checkpoint.
     """
     if not method.search:
         raise UserError("it says no settings to try")
@@ -74,10 +81,14 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path,
     on = replace(method, **method.search[0])
     on.check_files()
     row.run.labels()
-    needed = set(on.files().values())
-    missing = [file for file in missing_files(row, references) if file.file in needed]
+    needed, files = set(on.files().values()), row.run.checkpoints()
+    lacking = missing_files(row, references)
+    missing = [file for file in lacking if file.file in needed]
     if not missing:
         on.build(Networks(network(), dist_util.dev(), base.run.sample.seed))
+    if needed and all(files.values()) and not {file.file for file in lacking} & set(files.values()):
+        on.check({flag: digest(path) for flag, path in files.items()})
+        check_same_names(files)
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
                      issubclass(method.kind, ContrastGuidance), missing, method.search_scale)
 

@@ -17,7 +17,8 @@ class Hours:
     """Counts the time of all starts of the command in a file of the bench's folder.
 
     limit: hours that all starts together may take; None for any. first_rate: seconds of an evaluation of one image on
-    all ranks together, until it is measured. reserve: seconds that are kept for the evaluation at the end.
+    all ranks together, until it is measured. reserve: seconds that are kept for the evaluation at the end. evaluating:
+    by rows in words, the seconds that their evaluation took when their features were not yet there.
     """
 
     def __init__(self, folder: Path, limit: float | None, first_rate: float) -> None:
@@ -29,6 +30,7 @@ class Hours:
         self.sampling: float = known["sampling"]            # of rows alone, which made these evaluations
         self.evaluations: float = known["evaluations"]
         self.done: list[str] = list(known["done"])
+        self.evaluating: dict[str, list[float]] = dict(known.get("evaluating", {}))     # not in older folders
         self.reserve = 0.0
         self._began = time.monotonic()
 
@@ -61,4 +63,4 @@ class Hours:
         if key and key not in self.done:
             self.done.append(key)
         write_json(self.path, {"seconds": self.seconds, "sampling": self.sampling, "evaluations": self.evaluations,
-                               "done": self.done})
+                               "done": self.done, "evaluating": self.evaluating})

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from ..reproduction.missing import missing_files
 from .candidates import FURTHER, Candidate
+from .hours import Hours
 from .settings import Bench
-from .units import all_units
+from .units import all_units, images_there
 
 
 def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], references: str, seconds: float,
@@ -15,28 +16,40 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
     """Returns the plan as Markdown.
 
     found, why: the methods that the model supports, and the reasons against the others. references: folder of
-    reference batches. seconds: of one evaluation of an image, on all ranks together. hours: how many there are, None
-    for any.
+    reference batches. seconds: of one evaluation of an image, on all ranks together, where the bench has not measured
+    them. hours: how many there are, with those that were used; None for any.
     """
+    known = Hours(bench.folder, hours, seconds)
     lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
              "| piece | settings tried | evaluations of an image | images | hours | together |",
              "|---|---|---|---|---|---|"]
-    total, beyond = 0.0, []
+    total, beyond, left_out = 0.0, [], dict(why)
+    gone = set[str]()                   # methods that are not searched alone: the bench goes no further with them
     for unit in all_units(bench, found):
-        one = unit.cost(bench) * seconds / 3600
-        if hours is not None and total + one > hours:
-            beyond.append(unit.title)
+        if gone & set(unit.title.split(" + ")):
             continue
-        total += one
-        lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
-                     f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
-    lines += ["", f"{seconds:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "
+        reason = unit.why_not(bench)
+        one = 0.0 if reason or unit.key(bench) in known.done else known.expected(unit.cost(bench, images_there)) / 3600
+        if not reason and (not one or 3600 * (total + one) <= known.left):
+            total += one
+            lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
+                         f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
+            continue
+        if reason:
+            left_out[unit.what] = reason
+        else:
+            beyond.append(unit.title)
+        if unit.searched:
+            gone.add(unit.title)
+    lines += ["", f"{known.rate:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "
               f"sampling; the evaluation of the images comes on top, and so do up to {FURTHER} further settings of a "
               "method that is best at the end of its own. Pairs come last, and those whose methods do best alone come "
               "first: the search decides their order."]
+    if known.seconds:
+        lines += ["", f"{known.seconds / 3600:.3g} hours were used by earlier starts; what these finished takes none."]
     if beyond:
         lines += ["", f"{len(beyond)} pieces do not fit into {hours:g} hours: {', '.join(beyond)}"]
-    lines += ["", *(f"left out: {short}: {reason}" for short, reason in why.items())]
+    lines += ["", *(f"left out: {what}: {reason}" for what, reason in left_out.items())]
     return "\n".join([*lines, *_missing_lines(bench, found, references)])
 
 

@@ -148,6 +148,7 @@ class ProbeResult:
 def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOptions,
               methods: Sequence[GuidanceOptions]) -> ProbeResult:
     """Probes all methods at all blocks. Raises UserError for what is wrong with the options, before any evaluation."""
+    _check_windows(methods)
     sample = SampleOptions(model=options.model, model_path=options.model_path, batch_size=options.batch_size,
                            seed=options.seed)
     off = [type(method)(**_files_of(method)) for method in methods]
@@ -173,6 +174,15 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
     return ProbeResult(options, steps, sigmas, [
         Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why)
+
+
+def _check_windows(methods: Sequence[GuidanceOptions]) -> None:
+    """Raises UserError for a window of steps or noise levels: a contrast is probed at all of them."""
+    for method in methods:
+        for flag in method.bounds():
+            if (value := getattr(method, flag)) is not None:
+                raise UserError(f"--{flag} {value:g}: the probe has no windows, leave it out; its table and its chart "
+                                "show each noise level by itself")
 
 
 def unlabelled(network: Callable[..., Tensor], null_class: int) -> Callable[..., Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from ..reproduction.charts import COLOURS, PT, SHAPES, style_axes, styled_figure
 from .probe import Probed, ProbeResult, rank_correlation
 
 FEWEST_ROWS = 3
+EVALUATIONS = re.compile(r"_(\d+)$")                    # in the name of a row of a bench
+STEPS = re.compile(r"(?:[^,;]+, )?(\d+) steps")         # after the sampler, where it is said, see `titles`
 WIDTH, HEIGHT, LEGEND_LINE = 720, 420, 20
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Rows of a table that a probe says something of.
+    """Rows of a table that a probe says something of, and that differ in guidance alone.
 
     predicted: the parts of the error that are left. features_of: the network that gives the metric its name, if any.
+    sampled: what the rows have in common, like "DDPM, 20 steps". left_out: how many rows are not compared, by reason.
     """
 
     metric: str
@@ -34,6 +39,8 @@ class Agreement:
     predicted: Sequence[float]
     measured: Sequence[float]
     features_of: str = ""
+    sampled: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def correlation(self) -> float | None:
@@ -47,13 +54,23 @@ class Agreement:
 def agreement(result: ProbeResult, path: str | Path, metric: str) -> Agreement:
     """Returns the rows of a table.json with no guidance, or one probed method at a probed block, in the table's order.
 
-    Raises UserError for a file that is none, and for one without the flags of its rows.
+    Of these, the rows of the sampler and the number of steps that most of them have, or of a bench, in which steps are
+    part of the comparison, the number of evaluations. Raises UserError for a file that is none, and for one without the
+    flags of its rows.
     """
     table, values = _measured_table(path, metric)
-    lefts = {name: left for name, row in table["rows"].items()
+    rows = table["rows"]
+    lefts = {name: left for name, row in rows.items()
              if name in values and (left := _left(result.probed, row["flags"])) is not None}
-    return Agreement(metric, list(lefts), list(lefts.values()), [values[name] for name in lefts],
-                     table.get("features_of", ""))
+    sampled = _sampled(table)
+    most = Counter(sampled[name] for name in lefts).most_common(1)
+    common = most[0][0] if most else ""
+    chosen = [name for name in lefts if sampled[name] == common]
+    left_out = {"sampled otherwise": len(lefts) - len(chosen),
+                "of which the probe says nothing": len(values) - len(lefts),
+                "with another number of images, or without the metric": len(rows) - len(values)}
+    return Agreement(metric, chosen, [lefts[name] for name in chosen], [values[name] for name in chosen],
+                     table.get("features_of", ""), common, {why: count for why, count in left_out.items() if count})
 
 
 def check_table(path: str | Path, metric: str) -> None:
@@ -63,8 +80,8 @@ def check_table(path: str | Path, metric: str) -> None:
 
 def _measured_table(path: str | Path, metric: str) -> tuple[dict[str, Any], dict[str, float]]:
     """Returns the content of a table.json, and its values of a metric."""
-    table = read_json(Path(path), lambda found: _measured(found, metric) is not None and all(
-        "flags" in row for row in found["rows"].values()), flag="--table")
+    table = read_json(Path(path), lambda found: _measured(found, metric) is not None and _sampled(found) is not None
+                      and all("flags" in row for row in found["rows"].values()), flag="--table")
     values = _measured(table, metric)
     if not values:
         raise UserError(f"--metric {metric}: no row of {path} has it")
@@ -79,12 +96,28 @@ def _measured(table: Mapping[str, Any], metric: str) -> dict[str, float]:
             for row in section["rows"] if row["metrics"].get(metric, {}).get("value") is not None}
 
 
+def _sampled(table: Mapping[str, Any]) -> dict[str, str]:
+    """Returns how each row was sampled, like "DDPM, 20 steps", of a bench like "DDPM, at most 20 evaluations".
+
+    Rows of a bench are named by their evaluations. The number of steps stands in a row's title, or where most rows have
+    it, in the settings of the table; the sampler as well in tables whose rows do not name it.
+    """
+    rows = table["rows"]
+    allowed = {name: int(found[1]) for name in rows if (found := EVALUATIONS.search(name))}
+    if all(row.get("work", math.inf) <= allowed.get(name, 0) for name, row in rows.items()):
+        return {name: f"{row['sampler']}, at most {allowed[name]} evaluations" for name, row in rows.items()}
+    said = {name: STEPS.search(row.get("title", "")) or STEPS.search(table.get("settings", ""))
+            for name, row in rows.items()}
+    return {name: "" if words is None else f"{rows[name]['sampler']}, {words[1]} steps" if "sampler" in rows[name]
+            else words[0].strip() for name, words in said.items()}
+
+
 def _left(probed: Sequence[Probed], flags: Mapping[str, Any]) -> float | None:
     """Returns what the probe says of a row with these flags of guidance; None where it says nothing."""
     if not flags:
         return 1.0
     for one in probed:
-        names = {field.name for field in option_fields(type(one.options))}
+        names = {option.name for option in option_fields(type(one.options))}
         if not flags.keys() <= names:
             continue
         row = _with(one.options, flags)
@@ -128,7 +161,8 @@ def described(result: ProbeResult, found: Agreement | None) -> dict[str, Any]:
                      for one in result.best],
         "not_probed": dict(result.why),
         "table": None if found is None else {
-            "metric": found.metric, "correlation": found.correlation,
+            "metric": found.metric, "correlation": found.correlation, "sampled": found.sampled,
+            "left_out": dict(found.left_out),
             "rows": [{"row": name, "left": left, "measured": value} for name, left, value in
                      zip(found.rows, found.predicted, found.measured, strict=True)]}}
 
@@ -160,12 +194,16 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
 def _agreement_lines(found: Agreement) -> Iterator[str]:
     label = METRICS[found.metric].by(found.features_of).label
     yield ""
+    rows = f"{len(found.rows)} rows{f' of {found.sampled}' if found.sampled else ''}"
     if found.correlation is None:
-        yield (f"No rank correlation: the table has {len(found.rows)} rows that the probe says something of, and "
+        yield (f"No rank correlation: the table has {rows} that the probe says something of, and "
                f"{FEWEST_ROWS} different ones are needed.")
     else:
-        yield (f"Rank correlation (Spearman) of the error left and {label} over {len(found.rows)} rows: "
+        yield (f"Rank correlation (Spearman) of the error left and {label} over {rows}: "
                f"{found.correlation:+.2f}; +1 would be the same order from the best to the worst.")
+    if found.left_out:
+        yield ""
+        yield f"Left out: {', '.join(f'{count} {why}' for why, count in found.left_out.items())}."
     yield ""
     yield f"| row | error left | {label} |"
     yield "|---|---|---|"

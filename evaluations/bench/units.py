@@ -6,7 +6,7 @@ those whose methods did best alone come first. A piece is a search and the row t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from guided_diffusion.errors import UserError
@@ -41,6 +41,11 @@ class Unit:
         """Returns the rows of its search."""
         return [bench.searched(flags) for flags in self.settings] if self.searched else []
 
+    @property
+    def what(self) -> str:
+        """Like "SAG at 20 evaluations"."""
+        return f"{self.title} at {self.evaluations} evaluations"
+
     def key(self, bench: Bench) -> str:
         """Returns what tells it from all other pieces, also from the same one with other numbers of images.
 
@@ -55,11 +60,24 @@ class Unit:
         """Returns the number of images that it samples."""
         return self.searched * len(self.settings) * bench.spec.search_images + bench.spec.images
 
-    def cost(self, bench: Bench) -> float:
-        """Returns the network evaluations of all its images, as if nothing were sampled yet."""
-        reported = equivalent_evaluations(bench.reported(self.settings[-1], self.evaluations).run)
-        return bench.spec.images * reported + sum(
-            row.images * equivalent_evaluations(row.run) for row in self.rows(bench))
+    def why_not(self, bench: Bench) -> str:
+        """Returns why it cannot be had at so many evaluations, "" where it can."""
+        try:
+            self.cost(bench)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def cost(self, bench: Bench, there: Callable[[SamplingRun], int] = lambda run: 0) -> float:
+        """Returns the network evaluations of its images, but of those that are there (see `images_there`).
+
+        Before the search it is not known which of its settings is reported: the one that has most images.
+        Raises UserError where the evaluations are too few for it.
+        """
+        reported = [bench.reported(flags, self.evaluations).run for flags in self.settings]
+        missing = bench.spec.images - max(map(there, reported))
+        return missing * equivalent_evaluations(reported[-1]) + sum(
+            (row.images - there(row.run)) * equivalent_evaluations(row.run) for row in self.rows(bench))
 
 
 def unguided(bench: Bench, evaluations: int) -> Unit:

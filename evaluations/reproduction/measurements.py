@@ -70,14 +70,15 @@ class _Group:
 
 
 def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSettings, folder: Path,
-                 ) -> Measurements | None:
+                 extractors: dict[str, FeatureExtractor] | None = None) -> Measurements | None:
     """Evaluates all sample files, on all ranks; None on ranks other than the first.
 
-    sampled: names of the rows that there are samples of. folder: keeps the features.
+    sampled: names of the rows that there are samples of. folder: keeps the features. extractors: by backend, those that
+    an earlier call loaded, to which this one adds its own.
     """
     counts = _counts(table, sampled)
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
-    extractors: dict[str, FeatureExtractor] = {}
+    extractors = {} if extractors is None else extractors
     first: tuple[Any, Any] = (None, None)
     evaluated = 0
     for group, rows in _groups(table, sampled).items():

@@ -1,12 +1,14 @@
 """A bench as users run it: from its plan to its two tables, and on again."""
 
 import json
+import time
 
 import pytest
 import yaml
 from commands import call
 from PIL import Image
 
+from evaluations import evaluation
 from evaluations.bench.bench import BenchRun
 from evaluations.bench.hours import Hours
 from evaluations.bench.units import Unit
@@ -48,6 +50,23 @@ def test_the_plan_says_what_fits_and_what_does_not(line, capsys):
     assert "| SAG | 2 | 4 | 14 | 0.000156 | 0.000222 |" in text
     assert "pieces do not fit into 0.0005 hours: " in text and "SAG + PAG" in text
     assert "left out: CFG: --cfg_scale" in text
+
+
+def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what_is_used(line, tmp_path, capsys):
+    few = {"methods": "SAG,CG,rescale", "plan": True}
+    assert call("bench", *line(**few, hours=0.0003)) == 0
+    text = capsys.readouterr().out
+    assert "2 pieces do not fit into 0.0003 hours: CG, SAG + rescale\n" in text and "| SAG | - | 2 | 6 |" in text
+    assert "SAG + CG" not in text and "| CG |" not in text
+
+    assert call("bench", *line(methods="SAG", other_evaluations="", pairs=False)) == 0
+    path = tmp_path / "out" / "mini" / "hours.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 7200, "sampling": 100, "evaluations": 1000}))
+    capsys.readouterr()
+    assert call("bench", *line(**few, hours=2.001)) == 0
+    text = capsys.readouterr().out
+    assert "2 hours were used by earlier starts" in text and "0.1 s for an evaluation of one image" in text
+    assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG, SAG + rescale\n" in text
 
 
 def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
@@ -111,11 +130,47 @@ def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, m
     assert "no guidance at 2 evaluations" in said["note"]
 
 
+def test_what_cannot_be_had_is_left_out_and_the_others_go_on(line, tmp_path, capsys):
+    few = {"methods": "SAG,CG", "evaluations": 2, "other_evaluations": 1}
+    assert call("bench", *line(**few, plan=True)) == 0
+    planned = capsys.readouterr().out
+    assert call("bench", *line(**few)) == 0
+    said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG", "CG", "no guidance"]
+    assert "Left out, as they cannot be had: " in said["note"]
+    for what in ("SAG at 1 evaluations", "CG at 1 evaluations", "SAG + CG at 2 evaluations"):
+        reason = f"{what.split()[-2]} evaluations: are too few for a step of {what.split()[0]}"
+        assert f"left out: {what}: {reason}" in planned and f"{what} ({reason}" in said["note"]
+
+
 def test_time_for_the_evaluation_of_the_search_is_kept_back(line, tmp_path, monkeypatch):
     monkeypatch.setattr(BenchRun, "_time_evaluation", lambda self: setattr(self, "_search_seconds", 6000.0))
     assert call("bench", *line(methods="SAG,PAG,CG", other_evaluations="", pairs=False, hours=8)) == 0
     said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
     assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG", "PAG"]     # two settings each
+    assert "Left out for lack of time: CG at 4 evaluations" in said["note"]
+
+
+def test_a_later_start_keeps_back_as_much_for_the_evaluation_as_the_first(line, tmp_path, monkeypatch):
+    """To extract features of a file takes 6000 s, and there is time for half of one."""
+    extract, clock, passed = evaluation.extract, time.monotonic, []
+
+    def slow(file, extractor, folder, *given):
+        before = set(folder.iterdir())
+        found = extract(file, extractor, folder, *given)
+        passed.extend([6000] * (set(folder.iterdir()) != before))
+        return found
+
+    monkeypatch.setattr(evaluation, "extract", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + sum(passed))
+    few = {"other_evaluations": "", "pairs": False}
+    assert call("bench", *line(**few, methods="SAG", hours=99)) == 0
+    path = tmp_path / "out" / "mini" / "hours.json"
+    used = json.loads(path.read_text())["seconds"]
+    assert used > 4 * 6000              # no guidance, SAG, and both of its settings
+    assert call("bench", *line(**few, methods="SAG,CG", hours=(used + 2.5 * 6000) / 3600)) == 0
+    said = json.loads((path.parent / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
     assert "Left out for lack of time: CG at 4 evaluations" in said["note"]
 
 
@@ -150,8 +205,8 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
     first = SagOptions.search[0]["guide_scale"]
     monkeypatch.setattr(measurements, "_row_replicates", without_first)
     monkeypatch.setattr(ChunkFiles, "write", stopped)
-    monkeypatch.setattr(Unit, "cost", lambda self, bench: 1e15 if (self.title, self.evaluations) == (
-        "no guidance", 2) else cost(self, bench))
+    monkeypatch.setattr(Unit, "cost", lambda self, *given: 1e15 if (self.title, self.evaluations) == (
+        "no guidance", 2) else cost(self, *given))
     folder = tmp_path / "out" / "mini"
     seconds = []
     for code, evaluations in ((2, 6 * 4 + 2 * 4 * 4), (0, 6 * 4 + 2 * 4 * 4 + 2 * 4 + 6 * 2)):
@@ -167,6 +222,34 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
     assert "Methods alone, 2 evaluations: no guidance was left out; nothing is compared." in said["note"]
 
 
+def test_a_piece_that_was_stopped_needs_time_for_what_is_missing_alone(line, tmp_path, monkeypatch):
+    """An evaluation takes 100 s, and 1 h is left: enough for the last 2 images of 6, not for the whole search."""
+    write, batches = ChunkFiles.write, []
+
+    def stopped(self, index, *given, **named):
+        batches.append(index)
+        if len(batches) == 6:           # two of no guidance, one of each setting of SAG, two of the better one
+            raise UserError("stopped here")
+        return write(self, index, *given, **named)
+
+    monkeypatch.setattr(ChunkFiles, "write", stopped)
+    given = {"methods": "SAG,CG", "other_evaluations": "", "hours": 1}
+    assert call("bench", *line(**given)) == 2
+    path = tmp_path / "out" / "mini" / "hours.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 0, "sampling": 1e10, "evaluations": 1e8}))
+    assert call("bench", *line(**given)) == 0
+    said = json.loads((path.parent / "report" / "table.json").read_text())
+    assert [row["guidance"] for row in said["rows"].values()] == ["no guidance", "SAG"]
+    assert "Left out for lack of time: CG at 4 evaluations (would take" in said["note"]
+
+
+def test_the_network_of_the_evaluation_is_loaded_once(line, monkeypatch):
+    load, loaded = measurements.load_extractor_once, []
+    monkeypatch.setattr(measurements, "load_extractor_once", lambda options: loaded.append(options) or load(options))
+    assert call("bench", *line(methods="SAG,CG", other_evaluations="", pairs=False)) == 0
+    assert len(loaded) == 1
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hours": 1e-9}, "--hours 1e-09: are too few for the row without guidance"),
     ({"methods": "SAGG"}, "--methods SAGG: there is no 'sagg', there are SAG, PAG"),
@@ -175,6 +258,16 @@ def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(li
 def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):
     assert call("bench", *line(**changes)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_table_is_shown_where_only_the_command_line_makes_the_file_a_bench(line, tmp_path, capsys):
+    words = line(methods="SAG", other_evaluations="", pairs=False, search_seed=3)
+    path = tmp_path / "mini.yaml"
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, "bench": {**content["bench"], "seed": 2}}))
+    assert call("bench", *words) == 0
+    page = tmp_path / "out" / "mini" / "report" / "report.html"
+    assert f"page: {page}" in capsys.readouterr().out and page.is_file()
 
 
 @pytest.mark.parametrize("flag", ["images", "search_images"])

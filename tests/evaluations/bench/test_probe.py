@@ -5,12 +5,28 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import call
+from commands import REPOSITORY, call
 from networks import TINY, in_float64, with_random_weights
 
-from evaluations.bench.probe import Moments, levels, probe_terms, rank_correlation, unlabelled
+from evaluations.bench.probe import (
+    Moments,
+    Probed,
+    ProbeOptions,
+    ProbeResult,
+    levels,
+    probe_terms,
+    rank_correlation,
+    unlabelled,
+)
+from evaluations.bench.probe_report import agreement
 from guided_diffusion.capture import override_attention
-from guided_diffusion.guidance import ContrastGuidance, IndependentConditionGuidance, PerturbedAttentionGuidance
+from guided_diffusion.guidance import (
+    ContrastGuidance,
+    IndependentConditionGuidance,
+    PagOptions,
+    PerturbedAttentionGuidance,
+    SagOptions,
+)
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_noise
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -128,9 +144,10 @@ def line(tmp_path):
 
 
 def measured(path, **flags):
-    """A table.json of rows with these flags of guidance, each with its FID."""
-    rows = {name: {"flags": one} for name, (one, _) in flags.items()}
-    path.write_text(json.dumps({"rows": rows, "sections": [{"images": 9, "rows": [
+    """A table.json of rows with these flags of guidance, each with its FID; those named ddim by another sampler."""
+    rows = {name: {"flags": one, "title": f"{name}, DDIM, 20 steps" if name.startswith("ddim") else name}
+            for name, (one, _) in flags.items()}
+    path.write_text(json.dumps({"rows": rows, "settings": "DDPM, 20 steps; seed 1", "sections": [{"images": 9, "rows": [
         {"row": name, "metrics": {"fid": {"value": fid}}} for name, (_, fid) in flags.items()]}]}))
     return path
 
@@ -138,7 +155,8 @@ def measured(path, **flags):
 def test_the_command(line, tmp_path, capsys):
     table = measured(tmp_path / "table.json", unguided=({}, 1.0), icg=({"icg_scale": 0.5}, 2.0),
                      icg_strong=({"icg_scale": 3.0}, 4.0), pag=({"pag_scale": 1.0, "pag_blocks": "output.1"}, 3.0),
-                     both=({"icg_scale": 1.0, "pag_scale": 1.0}, 9.0), elsewhere=({"tsg_scale": 1.0}, 9.0))
+                     both=({"icg_scale": 1.0, "pag_scale": 1.0}, 9.0), elsewhere=({"tsg_scale": 1.0}, 9.0),
+                     window=({"icg_scale": 1.0, "icg_sigma_max": 1.0}, 9.0), ddim=({}, 9.0))
     assert call("probe", *line(methods="ICG,PAG", table=table)) == 0
     text = capsys.readouterr().out
     said = json.loads((tmp_path / "out" / "probe.json").read_text())
@@ -153,11 +171,47 @@ def test_the_command(line, tmp_path, capsys):
 
     rows = said["table"]["rows"]
     assert [row["row"] for row in rows] == ["unguided", "icg", "icg_strong", "pag"]       # one method each
-    assert rows[0]["left"] == 1 and f"{said['table']['correlation']:+.2f}" in text
+    assert rows[0]["left"] == 1 and f"over 4 rows of DDPM, 20 steps: {said['table']['correlation']:+.2f}" in text
+    assert "Left out: 1 sampled otherwise, 3 of which the probe says nothing." in text
     assert said["table"]["correlation"] == pytest.approx(
         rank_correlation([row["left"] for row in rows], [1, 2, 4, 3]))
     icg = next(one for one in said["contrasts"] if one["method"] == "ICG")
     assert min(row["left"] for row in rows[1:3]) >= icg["left"]
+
+
+def probed_as(*methods):
+    """A probe that found the same of each of these methods, which are switched on, at their blocks."""
+    one = Moments(np.ones((2, 1)), np.full((2, 1), 0.1), np.full((2, 1), 0.1), np.ones(1))
+    return ProbeResult(ProbeOptions(data_dir="none"), [0], [1.0], [Probed(method, "", one) for method in methods], {})
+
+
+SAG = SagOptions(**{**SagOptions.switched_on, "sel_attn_depth": 2, "blur_sigma": 1.0})
+PAG = PagOptions(**{**PagOptions.switched_on, "pag_blocks": "output.2"})
+
+
+@pytest.mark.parametrize(("table", "sampled", "rows"), [
+    ("fmnist32", "DDPM, 20 steps", ["unguided", "sag", "sag_0.25", "sag_0.5", "sag_1", "pag_output_2_0.5",
+                                    "pag_output_2_1"]),
+    ("few_steps_fmnist32", "DDPM, 250 steps", ["ddpm_250", "ddpm_250_sag", "ddpm_250_pag"]),
+    ("bench_fmnist32", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
+     ["no_guidance_20", "sag_s_0.1_block_output.2_sigma_1_20"]),
+    ("bench_fmnist32/search", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
+     [f"sag_s_{s}_block_output.2_sigma_1_20" for s in ("0.1", "0.25", "0.5", "1")])])
+def test_rows_that_differ_in_guidance_alone_are_compared(table, sampled, rows):
+    """Of published tables, whose rows say their samplers and steps in several ways."""
+    path = REPOSITORY / "docs" / "reproduction" / table / "table.json"
+    found = agreement(probed_as(SAG, PAG), path, "fid")
+    assert (found.sampled, list(found.rows)) == (sampled, rows)
+    assert len(rows) + sum(found.left_out.values()) == len(json.loads(path.read_text())["rows"])
+
+
+def test_evaluations_of_a_bench_are_not_mixed(tmp_path):
+    rows = {f"{name}_{count}": {"flags": {}, "sampler": "DDIM", "title": f"no guidance, {count - 1} steps",
+                                "work": count - 1.0} for name, count in [("one", 20), ("other", 10), ("third", 20)]}
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows, "sections": [{"images": 9, "rows": [
+        {"row": name, "metrics": {"fid": {"value": 1.0}}} for name in rows]}]}))
+    found = agreement(probed_as(), tmp_path / "table.json", "fid")
+    assert list(found.rows) == ["one_20", "third_20"] and found.sampled == "DDIM, at most 20 evaluations"
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -166,6 +220,8 @@ def test_the_command(line, tmp_path, capsys):
     ({"methods": "CG"}, "--methods CG: CG cannot be probed: it does not contrast two predictions"),
     ({"methods": "CGG"}, "--methods CGG: there is no 'cgg', there are SAG"),
     ({"methods": "CFG"}, "--methods CFG: CFG cannot be probed: --cfg_scale"),
+    ({"methods": "ICG", "icg_sigma_max": 0.5}, "--icg_sigma_max 0.5: the probe has no windows, leave it out"),
+    ({"methods": "ICG", "icg_start": 1}, "--icg_start 1: the probe has no windows, leave it out"),
     ({"data_dir": "nowhere.npz"}, "--data_dir nowhere.npz: no such"),
 ])
 def test_what_is_wrong_is_a_sentence(line, capsys, changes, message):

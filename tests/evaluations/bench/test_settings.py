@@ -1,5 +1,6 @@
 """What benches compare: files, methods, pairs, and the steps that an equal number of evaluations leaves."""
 
+import json
 from functools import cache
 
 import pytest
@@ -13,8 +14,10 @@ from evaluations.bench.units import all_units, in_pairs
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
 from evaluations.reproduction.reproduce import WorkOptions
 from guided_diffusion.build import build_model
+from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, Networks
+from guided_diffusion.presets import MODELS
 
 OPTIONS = WorkOptions()
 
@@ -60,6 +63,22 @@ def test_a_method_is_of_the_kind_that_its_terms_are(name):
             assert len(on) == 1
             terms = on[0].build(Networks(model, torch.device("cpu")))
             assert terms and all(isinstance(term, method.kind) for term in terms)
+
+
+@pytest.mark.parametrize(("model", "short", "reason"), [
+    ("scenes32", "DAG", "trained on another network"), ("icons32", "CG", "they must be trained on the same ones")])
+def test_a_method_whose_files_do_not_belong_to_the_model_is_not_supported(model, short, reason, tmp_path):
+    """The model has other weights than the one that its predictors read, and other classes than its classifier."""
+    path = MODELS / f"{model}.safetensors"
+    metadata, state = dict(read_metadata(path)), load_state_dict(path)
+    state["out.2.bias"] = 1.01 * state["out.2.bias"]
+    metadata["class_names"] = json.dumps(list(reversed(json.loads(metadata.get("class_names", "[]")))))
+    other = tmp_path / "other.safetensors"
+    save_state(other, state, {name: text for name, text in metadata.items() if text != "[]"})
+    assert short in {one.short for one in found(model)[0]}
+    methods, why = candidates.candidates(bench(model).base.changed(model_path=str(other)), "references")
+    assert short not in {one.short for one in methods} and reason in why[short]
+    assert {"SAG", "PAG"} <= {one.short for one in methods}
 
 
 def test_beyond_its_ends_a_search_halves_or_doubles_the_scale():
