@@ -33,7 +33,7 @@ from .options import Options, entry_option, option, required
 from .presets import MODELS, Preset, find_preset
 from .stated import NETWORKS
 from .trainings import CONFIG, GUIDANCE_KEY
-from .unet2d.files import WEIGHTS, write_pipeline
+from .unet2d.files import PIPELINE_FILES, WEIGHTS, write_pipeline
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ from diffusers import UNet2DModel
 network = UNet2DModel.from_pretrained("{folder}", subfolder="unet")
 prediction = network(torch.randn(1, {channels}, {size}, {size}), 500, class_labels=torch.tensor([0])).sample
 ```"""
-OWN_WEIGHTS = "model.safetensors"
+OWN_WEIGHTS, OWN_CLASSIFIER = "model.safetensors", "classifier.safetensors"
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,12 @@ def export_model(options: ExportOptions) -> Path:
         raise UserError(f"--out {out}: is the folder of a training, name another")
     if any((out / name).exists() for name in (STATE, "run.json")):
         raise UserError(f"--out {out}: is the folder of a run, whose files a model would stand among; name another")
+    _check_left_over(out, options.layout == "diffusers", classifier is not None)
     if options.layout == "diffusers":
         return _export_pipeline(preset, source, options, out)
     source.write(out / OWN_WEIGHTS)
     if classifier:
-        classifier.write(out / "classifier.safetensors")
+        classifier.write(out / OWN_CLASSIFIER)
     guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
     left = [f"--{flag}" for flag in preset.guidance if flag not in guidance]
     if left:
@@ -181,6 +182,16 @@ def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out
         _log.info("%s: its classifier is not exported, as diffusers has none", preset.name)
     write_text(out / "README.md", _card(preset, source, options))
     return out
+
+
+def _check_left_over(out: Path, layered: bool, classifier: bool) -> None:
+    """Raises UserError where a folder holds what readers would take for a part of the model, and is of another one."""
+    own = (CONFIG, OWN_WEIGHTS, OWN_CLASSIFIER)
+    written = PIPELINE_FILES if layered else own if classifier else own[:2]
+    found = [name for name in (*own, *PIPELINE_FILES) if name not in written and (out / name).exists()]
+    if found:
+        raise UserError(f"--out {out}: holds {', '.join(found)} of another export, which this one does not write and "
+                        "which would stand beside its model; remove that, or name another folder")
 
 
 def _is_export(config: Path) -> bool:

@@ -29,6 +29,8 @@ from .weights import from_unet2d, to_unet2d
 _log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
+INDEX = "model_index.json"
+PIPELINE_FILES = (INDEX, f"unet/{CONFIG}", f"unet/{WEIGHTS}", f"scheduler/{SCHEDULER}")     # of `write_pipeline`
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"predict_xstart": "sample", "predict_v": "v_prediction"}
 EMBEDDED_STEPS = 1000           # to which rescale_timesteps scales any chain
@@ -51,8 +53,8 @@ def write_pipeline(out: Path, weights: Mapping[str, Tensor], flags: Mapping[str,
     checkpoint.save_state(out / "unet" / WEIGHTS, to_unet2d(model, weights), {**metadata, "format": "pt"})
     write_json(out / "unet" / CONFIG, config)
     write_json(out / "scheduler" / SCHEDULER, scheduler)
-    write_json(out / "model_index.json", {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
-                                          "unet": ["diffusers", "UNet2DModel"]})
+    write_json(out / INDEX, {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
+                             "unet": ["diffusers", "UNet2DModel"]})
 
 
 def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A model as a folder: what is written, and that the folder is the model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,34 @@ def test_the_folder_of_a_training_is_not_overwritten_and_other_weights_are_refus
     assert call("export_model", "--model", "lsun_cat", "--model_path", tmp_path / "x.safetensors", "--out",
                 tmp_path / "out") == 2
     assert "x.safetensors: states no options of a network" in capsys.readouterr().err
+
+
+def test_an_export_does_not_mix_with_an_earlier_one_of_other_files(exported, tmp_path, capsys):
+    def export(model, out, *more):
+        capsys.readouterr()
+        return call("export_model", "--model", model, "--out", out, *more), capsys.readouterr().err
+
+    def contents(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    alone = tmp_path / "alone"
+    shutil.copytree(exported, alone)
+    (alone / "classifier.safetensors").unlink()
+    before = contents(exported)
+    code, said = export(alone, exported)                                # a model without a classifier
+    assert code == 2 and f"--out {exported}: holds classifier.safetensors of another export" in said
+    code, said = export("icons32", exported, "--layout", "diffusers")
+    assert code == 2 and "holds config.json, model.safetensors, classifier.safetensors of another" in said
+    assert contents(exported) == before
+    pipeline = tmp_path / "pipeline"
+    for _ in range(2):                                                  # the same files are written anew
+        assert export("icons32", pipeline, "--layout", "diffusers")[0] == 0
+    before = contents(pipeline)
+    code, said = export(alone, pipeline)
+    assert code == 2 and contents(pipeline) == before
+    assert ("holds model_index.json, unet/config.json, unet/diffusion_pytorch_model.safetensors, "
+            "scheduler/scheduler_config.json of another") in said
+    assert export("fmnist32", alone)[0] == 0 and find_preset(str(alone)).classifier
 
 
 def test_damaged_guidance_in_a_folder_is_refused(exported, tmp_path, capsys):
