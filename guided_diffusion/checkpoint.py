@@ -51,6 +51,28 @@ def check_there(flag: str, path: str) -> None:
         raise UserError(f"--{flag} {path}: there is no such file")
 
 
+def stamps(files: Mapping[str, str]) -> dict[str, tuple[int, int, int] | None]:
+    """What differs once files were replaced or written: their inode, time and size, by option.
+
+    files: paths by option. None stands for a file that is not there, and for an address, whose file stays as it came.
+    """
+    found: dict[str, tuple[int, int, int] | None] = {}
+    for flag, path in files.items():
+        try:
+            status = None if is_address(path) else os.stat(find_bundled(path))
+        except (OSError, ValueError):          # who reads it says so
+            status = None
+        found[flag] = None if status is None else (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
+
+
+def check_unchanged(files: Mapping[str, str], before: Mapping[str, object]) -> None:
+    """Raises UserError where one of these files has another of the `stamps` than before."""
+    for flag, stamp in stamps(files).items():
+        if stamp != before[flag]:
+            raise UserError(f"--{flag} {files[flag]}: was replaced while it was read; start the command again")
+
+
 def damage(path: Path) -> str | None:
     """Why a file is no whole checkpoint, as far as that shows without its tensors, in words that follow its name."""
     try:

@@ -43,7 +43,7 @@ from .chunk_files import ChunkFiles
 from .chunks import Indices
 from .folders import default_folder
 from .options import MOST_IMAGES, CheckpointOptions
-from .record import made_by
+from .record import MODEL_FLAG, made_by
 from .work import make_chunks
 from .workers import WorkQueue
 
@@ -184,12 +184,16 @@ class LikelihoodRun:
                 check_folder("--out", self.out)
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
+            weights = {MODEL_FLAG: self.options.model_path}
             with dist_util.together():
+                before = checkpoint.stamps(weights)
                 meter = self._meter()
             queue = WorkQueue()
             with dist_util.together():
+                sha256 = self._sha256() if dist_util.is_main() else {}
+                checkpoint.check_unchanged(weights, before)         # else the digest is that of other weights
                 if dist_util.is_main():
-                    queue.put("sha256", self._sha256())
+                    queue.put("sha256", sha256)
                     chunks = self._chunks(images, queue.get("sha256"))
                     queue.put("todo", chunks.made_ready(self.options.overwrite).spans)
             chunks = self._chunks(images, queue.get("sha256"))

@@ -209,11 +209,13 @@ class SamplingRun:
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
+                before = checkpoint.stamps(self.checkpoints())
                 sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
             queue = WorkQueue()
             with dist_util.together():
+                sha256 = self._sha256() if dist_util.is_main() else {}
+                checkpoint.check_unchanged(self.checkpoints(), before)      # else the digests are of other weights
                 if dist_util.is_main():
-                    sha256 = {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.checkpoints().items()}
                     for method in self.active:
                         method.check(sha256)
                     named = {name_of(flag): value for flag, value in sha256.items()}
@@ -247,6 +249,9 @@ class SamplingRun:
         for method in self.active:
             files |= method.files()
         return files
+
+    def _sha256(self) -> dict[str, str]:
+        return {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.checkpoints().items()}
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_a_network_that_gives_no_numbers_is_no_likelihood(line, tiny_checkpoints
     checkpoint.save_state(tmp_path / "nan.safetensors", {name: value * np.nan for name, value in weights.items()})
     assert call("image_nll", *line(model_path=tmp_path / "nan.safetensors")) == 2
     assert capsys.readouterr().err.endswith("error: the network returned NaN or infinity for image 0, 1\n")
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_not_recorded(line, tiny_checkpoints, tmp_path, monkeypatch,
+                                                                        capsys):
+    path, load = tmp_path / "model.safetensors", checkpoint.load_into
+    shutil.copy(tiny_checkpoints / path.name, path)
+
+    def training_saves_then(*arguments):
+        load(*arguments)
+        checkpoint.save_state(path, checkpoint.load_state_dict(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_into", training_saves_then)
+        assert call("image_nll", *line(model_path=path)) == 2
+    assert f"--model_path {path}: was replaced while it was read; start the command again" in capsys.readouterr().err
+    assert not any((tmp_path / "out").rglob("*.npz")) and not any((tmp_path / "out").rglob("run.json"))
+    assert call("image_nll", *line(model_path=path)) == 0
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_grows(line, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A whole sampling run: numbered images whatever the batch, labels, files."""
 
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from commands import samples_in
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
-from guided_diffusion import execution
-from guided_diffusion.checkpoint import save_state
+from guided_diffusion import checkpoint, execution
+from guided_diffusion.checkpoint import load_state_dict, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import to_uint8
@@ -119,6 +120,26 @@ def test_a_number_of_images_that_no_disk_holds_is_refused_before_the_first_step(
         with pytest.raises(UserError, match=rf"--num_samples {count}: .*(No space left on device: 7,680,000,000,000 "
                                             r"bytes are needed|must be at most 10000000000)"):
             sample(num_samples=count)
+
+
+@pytest.mark.parametrize("name", ["model", "classifier"])
+def test_weights_that_are_replaced_while_they_are_read_are_not_recorded(name, sample, tiny_checkpoints, tmp_path,
+                                                                        monkeypatch):
+    path, out, load = tmp_path / f"{name}.safetensors", tmp_path / "out", checkpoint.load_into
+    shutil.copy(tiny_checkpoints / path.name, path)
+    flags = {**TINY_CLASSIFIER, "classifier_guidance": True, "classifier_scale": 2.0, f"{name}_path": path, "out": out}
+
+    def training_saves_then(model, file, *rest):
+        load(model, file, *rest)
+        if str(file) == str(path):
+            save_state(path, load_state_dict(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_into", training_saves_then)
+        with pytest.raises(UserError, match=rf"^--{name}_path {path}: was replaced while it was read; start the comma"):
+            sample(**flags)
+    assert not any(out.rglob("*.npz")) and not any(out.rglob("run.json"))
+    assert sample(**flags)[0].shape == (5, 16, 16, 3)
 
 
 def test_to_uint8_truncates_and_clamps():
