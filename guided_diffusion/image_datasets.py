@@ -287,7 +287,7 @@ class FolderImages(TrainingImages):
 
     def _decode(self, index: int, plan: BatchPlan, draw: np.ndarray) -> tuple[int, np.ndarray]:
         """One augmented image, (C, H, W) float32 in [-1, 1], and the index that it has after all."""
-        for other in [*range(index, self.count), *range(index)] if self.skip_damaged else [index]:
+        for other in itertools.chain(range(index, self.count), range(index)) if self.skip_damaged else [index]:
             try:
                 image = read_image(self.files[other], self.frame[0])
                 return other, augmented(image, self.frame, plan, draw)

@@ -1,5 +1,6 @@
 """Training data: which images come in which batch, what their pixels are, and what bad data says."""
 
+import dataclasses
 import gzip
 import itertools
 import struct
@@ -318,6 +319,18 @@ def test_damage_that_shows_in_training(image_folder, monkeypatch, caplog):
     assert red(images) == [1, 7, 7, 11, 3, 9, 0, 6, 2, 4, 8, 10] == red(again)          # 7 in place of 5
     assert conditions["y"].tolist() == [0] * 6 + [1] * 6
     assert caplog.text.count("left out a damaged image, number 1 of this run") == 1
+
+
+def test_a_whole_picture_among_a_million_takes_the_memory_of_one(image_folder):
+    images = opened(image_folder, skip_damaged=True)
+    images = dataclasses.replace(images, files=images.files * 100_000)
+    images.at([0])                              # what Pillow keeps
+    tracemalloc.start()
+    try:
+        assert red(images.at([600_001])[0]) == red(images.at([1])[0])
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_damage_is_found_before_its_turn(image_folder, monkeypatch):
