@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,13 +85,14 @@ def load_data(
 
 def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, split: str = "train",
                 class_cond: bool = False, classes: str = "", known: ClassNames | None = None,
-                skip_damaged: bool = False) -> TrainingImages:
+                skip_damaged: bool | None = False) -> TrainingImages:
     """The images of `data_dir`, found as `load_data` says, and what a training must know of them.
 
     Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read.
 
     frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
-    and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out.
+    and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out; None:
+    the command has no such option, and its errors do not name it.
     """
     if min(frame[1:]) < 1:
         raise UserError(f"--image_size {min(frame[1:])}: must be at least 1")
@@ -166,6 +167,9 @@ class TrainingImages:
         """The images whose damage shows quickly: what is wrong, by index."""
         return {}
 
+    def check_first(self, count: int) -> None:
+        """Raises UserError where one of the first images is damaged; reads each of them as a whole."""
+
     def without(self, damaged: Mapping[int, str]) -> TrainingImages:
         """Without these images; raises UserError unless they may be left out."""
         return self
@@ -228,7 +232,7 @@ class FolderImages(TrainingImages):
 
     files: list[Path]
     names: ClassNames | None = None
-    skip_damaged: bool = False
+    skip_damaged: bool | None = False
     decoded: int = 0
     said: set[int] = dataclasses.field(default_factory=set, init=False, compare=False)
 
@@ -246,12 +250,18 @@ class FolderImages(TrainingImages):
         """The pictures whose damage shows quickly: what is wrong, by index."""
         return damaged_pictures(self.files, self.decoded)
 
+    def check_first(self, count: int) -> None:
+        """Raises UserError where one of the first pictures is damaged; decodes each of them."""
+        files = self.files[:count]
+        if found := damaged_pictures(files, len(files)):
+            raise self._damaged(found.values())
+
     def without(self, damaged: Mapping[int, str]) -> FolderImages:
         """Without these pictures; raises UserError unless they may be skipped."""
         if not damaged:
             return self
         if not self.skip_damaged:
-            raise damaged_error(damaged.values())
+            raise self._damaged(damaged.values())
         if len(damaged) == self.count:
             raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged, the first is "
                             f"{damaged[0]}")
@@ -275,7 +285,7 @@ class FolderImages(TrainingImages):
                 decoding, following = following, begin(batch)
                 decoded = [future.result() for future in decoding]
                 if check.found:
-                    raise damaged_error(check.found)
+                    raise self._damaged(check.found)
                 indices = np.array([index for index, _ in decoded])
                 yield torch.from_numpy(np.stack([pixels for _, pixels in decoded])), _conditions(self.labels, indices)
 
@@ -293,11 +303,14 @@ class FolderImages(TrainingImages):
                 return other, augmented(image, self.frame, plan, draw)
             except UserError as error:
                 if not self.skip_damaged:
-                    raise damaged_error([str(error)]) from None
+                    raise self._damaged([str(error)]) from None
                 if other not in self.said:
                     self.said.add(other)
                     _log.warning("left out a damaged image, number %d of this run: %s", len(self.said), error)
         raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged")
+
+    def _damaged(self, found: Iterable[str]) -> UserError:
+        return damaged_error(found, advise=self.skip_damaged is not None)
 
 
 def _say(line: str) -> None:

@@ -300,8 +300,12 @@ class BackgroundCheck:
                 self.found.append(words)
 
 
-def damaged_error(found: Iterable[str]) -> UserError:
-    """What ends a training whose pictures are damaged, from what `damage` said of each."""
+def damaged_error(found: Iterable[str], advise: bool = True) -> UserError:
+    """What ends a command whose pictures are damaged, from what `damage` said of each.
+
+    advise: name the option that leaves them out, which the command must have.
+    """
     first, *others = found
     more = f", and {len(others)} more are damaged" if others else ""
-    return UserError(f"{first}{more}; mend or remove what is damaged, or leave it out with --skip_damaged True")
+    advice = ", or leave it out with --skip_damaged True" if advise else ""
+    return UserError(f"{first}{more}; mend or remove what is damaged{advice}")

@@ -184,6 +184,7 @@ class LikelihoodRun:
                 check_folder("--out", self.out)
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
+                    images.check_first(self.options.num_samples)
             weights = {MODEL_FLAG: self.options.model_path}
             with dist_util.together():
                 before = checkpoint.stamps(weights)
@@ -209,7 +210,7 @@ class LikelihoodRun:
         known = stored_names(checkpoint.locate(self.options.model_path)) if self.model.class_cond else None
         frame = self.model.in_channels, self.model.image_size, self.model.image_size
         images = open_images(self.options.data_dir, frame, split=self.options.split, class_cond=self.model.class_cond,
-                             classes=self.options.classes, known=known)
+                             classes=self.options.classes, known=known, skip_damaged=None)
         labels = images.labels
         if labels is not None and (images.class_names is not None or labels.max() >= self.model.num_classes):
             images.check_classes(self.model.num_classes)        # arrays may well hold some of the classes only

@@ -10,6 +10,7 @@ import torch
 from commands import call, flags
 from golden import cases, fill, noise
 from networks import TINY
+from PIL import Image
 
 from guided_diffusion import checkpoint
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
@@ -141,6 +142,21 @@ def test_a_killed_run_goes_on_and_a_finished_one_grows(line, tmp_path, monkeypat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert call("image_nll", *line()) == 0
     assert measured == [2, 2, 3, 4]
+
+
+def test_damaged_pictures_are_found_before_the_first_is_measured(line, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[i // 3]}_{i}.png")
+    last = folder / "b_4.png"
+    last.write_bytes(last.read_bytes()[:-30])               # its header is whole
+    assert call("image_nll", *line(data_dir=folder, batch_size=1)) == 2
+    said = capsys.readouterr().err
+    assert f"error: {last}: cannot be read" in said and said.endswith("; mend or remove what is damaged\n")
+    assert not any((tmp_path / "out").iterdir())
+    assert call("image_nll", *line(data_dir=folder, num_samples=4)) == 0            # it is not among those
 
 
 def test_another_run_and_what_does_not_fit_are_refused(line, data, tmp_path, capsys):
