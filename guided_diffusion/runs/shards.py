@@ -115,8 +115,8 @@ class Shards(ChunkFiles):
         if earlier and earlier.num_samples == self.num_samples:
             return None
         missing = self.missing()
+        files.remove_leftovers(self.out, "samples_*.npz.*")         # they take space
         self._check_space(missing)
-        files.remove_leftovers(self.out, "samples_*.npz.*")
         self.begin()
         if earlier:
             there = range(earlier.num_samples)
@@ -164,12 +164,15 @@ class Shards(ChunkFiles):
                         f"{REMEDY}")
 
     def _check_space(self, missing: Indices) -> None:
-        """Raises UserError where the disk cannot hold the pixels of the missing chunks."""
-        needed = self.chunks.images_in(missing) * math.prod(self.shape[1:])
+        """Raises UserError where the disk cannot hold the pixels of the missing chunks, and of all once more.
+
+        The chunks stay until they are packed.
+        """
+        needed = (self.chunks.images_in(missing) + self.num_samples) * math.prod(self.shape[1:])
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise UserError(f"--num_samples {self.num_samples}: {self.folder} cannot hold that (No space left on "
-                            f"device: {needed:,} bytes are needed, {free:,} are free)")
+                            f"device: {needed:,} bytes are needed, as chunks and packed, {free:,} are free)")
 
     def pack(self) -> tuple[Path, list[dict[str, Any]]]:
         """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""

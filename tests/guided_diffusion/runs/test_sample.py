@@ -117,7 +117,7 @@ def test_memory_that_python_itself_lacks_is_told_as_torch_s_is(sample, monkeypat
 
 def test_a_number_of_images_that_no_disk_holds_is_refused_before_the_first_step(sample, tmp_path):
     for count in (10**10, 10**12):
-        with pytest.raises(UserError, match=rf"--num_samples {count}: .*(No space left on device: 7,680,000,000,000 "
+        with pytest.raises(UserError, match=rf"--num_samples {count}: .*(No space left on device: 15,360,000,000,000 "
                                             r"bytes are needed|must be at most 10000000000)"):
             sample(num_samples=count)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,24 @@ def test_disk_that_fills_up_loses_nothing(run, monkeypatch):
     with pytest.raises(UserError, match=r"No space left on device.*start the same command again"):
         run().pack()
     assert contents(run().out) == before
+
+
+def test_the_disk_must_hold_the_chunks_and_what_they_are_packed_into(run, monkeypatch):
+    size, full = 4 * 4 * 3, "No space left on device"
+
+    def prepared(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - sum(
+            path.stat().st_size for path in run().out.glob(".samples*"))))
+        return list(run().prepare(overwrite=False))
+
+    with pytest.raises(UserError, match=rf"{full}: {14 * size} bytes are .*, {14 * size - 1} are free"):
+        prepared(14 * size - 1)
+    assert prepared(14 * size) == [0, 1, 2]
+    fill(run(), [0, 1])
+    with pytest.raises(UserError, match=rf"{8 * size} bytes are needed"):
+        prepared(8 * size - 1)
+    (run().out / f".{run().samples.name}.0.tmp").write_bytes(bytes(5 * size))        # left by a kill while packing
+    assert prepared(8 * size) == [2]
 
 
 HOLD = """
