@@ -286,14 +286,17 @@ class FolderImages(TrainingImages):
                 decoded = [future.result() for future in decoding]
                 if check.found:
                     raise self._damaged(check.found)
-                indices = np.array([index for index, _ in decoded])
-                yield torch.from_numpy(np.stack([pixels for _, pixels in decoded])), _conditions(self.labels, indices)
+                yield self._batch(decoded)
 
     def at(self, indices: Sequence[int]) -> ImageBatch:
-        """The images of these numbers, cut from the centre."""
+        """The images of these numbers, or those that take their places, cut from the centre."""
         plan = BatchPlan(self.count, batch_size=1, seed=0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
-        decoded = [self._decode(index, plan, np.ones(4))[1] for index in indices]
-        return torch.from_numpy(np.stack(decoded)), _conditions(self.labels, np.asarray(indices))
+        return self._batch([self._decode(index, plan, np.ones(4)) for index in indices])
+
+    def _batch(self, decoded: Sequence[tuple[int, np.ndarray]]) -> ImageBatch:
+        """Decoded images, with the labels of the indices that they have after all."""
+        indices = np.array([index for index, _ in decoded])
+        return torch.from_numpy(np.stack([pixels for _, pixels in decoded])), _conditions(self.labels, indices)
 
     def _decode(self, index: int, plan: BatchPlan, draw: np.ndarray) -> tuple[int, np.ndarray]:
         """One augmented image, (C, H, W) float32 in [-1, 1], and the index that it has after all."""

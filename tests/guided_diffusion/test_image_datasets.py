@@ -321,6 +321,14 @@ def test_damage_that_shows_in_training(image_folder, monkeypatch, caplog):
     assert caplog.text.count("left out a damaged image, number 1 of this run") == 1
 
 
+def test_a_picture_in_place_of_a_damaged_one_has_its_own_label(image_folder):
+    images = opened(image_folder, class_cond=True, skip_damaged=True)
+    last = max(np.flatnonzero(images.labels == 0))                      # of the cats, before the dogs
+    images.files[last].write_bytes(b"")
+    pixels, conditions = images.at([last - 1, last, last + 1])
+    assert conditions["y"].tolist() == [0, 1, 1] and red(pixels[1:2]) == red(pixels[2:])
+
+
 def test_a_whole_picture_among_a_million_takes_the_memory_of_one(image_folder):
     images = opened(image_folder, skip_damaged=True)
     images = dataclasses.replace(images, files=images.files * 100_000)
