@@ -239,7 +239,8 @@ def _held_out(options: ProbeOptions, model_path: str, model: ModelOptions) -> Tr
     split = "test" if holds_idx(find_data(options.data_dir)) else "train"
     frame = (model.in_channels, model.image_size, model.image_size)
     known = stored_names(checkpoint.locate(model_path)) if model.class_cond and model_path else None
-    images = open_images(options.data_dir, frame, split=split, class_cond=model.class_cond, known=known)
+    images = open_images(options.data_dir, frame, split=split, class_cond=model.class_cond, known=known,
+                         skip_damaged=None)
     if images.count < options.num_images:
         raise UserError(f"--num_images {options.num_images}: {options.data_dir} has {images.count}")
     if model.class_cond:

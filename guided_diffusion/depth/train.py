@@ -109,9 +109,13 @@ def load_network(options: PredictorOptions, model_options: ModelOptions, diffusi
     with torch.device("meta"):
         model = build_model(model_options)
     diffusion = build_diffusion(diffusion_options)
+    weights = {"model_path": options.model_path}
+    before = checkpoint.stamps(weights)
     checkpoint.load_into(model, options.model_path, facts, options.checkpoint_entry)
     checkpoint.ready(model, dist_util.dev())
-    return Network(model, diffusion, sha256_of(checkpoint.locate(options.model_path)), facts)
+    sha256 = sha256_of(checkpoint.locate(options.model_path))
+    checkpoint.check_unchanged(weights, before)
+    return Network(model, diffusion, sha256, facts)
 
 
 def read_labelled(options: PredictorOptions, network: Network, data: str, count: int, flag: str,

@@ -1,6 +1,7 @@
 """Training of depth predictors: it learns, a kill does not harm it, and what does not fit together is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -154,6 +155,22 @@ def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
         train(world, out, steps=2)
     train(world, out, steps=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, "p_log"]
+
+
+def test_a_network_that_is_replaced_while_it_is_read_is_refused(world, tmp_path, monkeypatch):
+    """Else the file of the predictors would name the digest of another one."""
+    given, load = world_flags(world, tmp_path / "p.safetensors"), checkpoint.load_into
+    path = tmp_path / "model.safetensors"
+    shutil.copy(given["model_path"], path)
+
+    def training_saves_then(*arguments):
+        load(*arguments)
+        shutil.copy(given["model_path"], tmp_path / "new")
+        (tmp_path / "new").replace(path)
+
+    monkeypatch.setattr(checkpoint, "load_into", training_saves_then)
+    with pytest.raises(UserError, match=rf"--model_path {path}: was replaced while it was read"):
+        load_network(*parts({**given, "model_path": str(path)}))
 
 
 def test_what_is_wrong_shows_before_the_work(world, tmp_path, capsys):
