@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class MetricLogger:
 
     def __init__(self, folder: str | os.PathLike | None, resume_step: int = 0) -> None:
         self._path = Path(folder) / "progress.csv" if folder is not None else None
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._totals: dict[str, tuple[float, int]] = {}
         self._columns: list[str] = []
         self.sinks: Sequence[Sink] = ()
         if self._path and self._path.exists():
@@ -46,14 +45,26 @@ class MetricLogger:
     def add(self, name: str, values: Tensor | float) -> None:
         """Adds one value, or each element of a tensor, to the mean of `name`."""
         if self._path:
-            self._values[name].append(torch.as_tensor(values).detach().double().flatten())
+            total, count = self._totals.get(name, (0.0, 0))
+            values = torch.as_tensor(values).detach().double()
+            self._totals[name] = (total + values.sum().item(), count + values.numel())
+
+    @property
+    def unwritten(self) -> dict[str, tuple[float, int]]:
+        """The sum and the number of the values since the last row, by name."""
+        return dict(self._totals)
+
+    def take(self, unwritten: Mapping[str, tuple[float, int]]) -> None:
+        """Goes on from what was `unwritten` in an earlier log of the same training."""
+        if self._path:
+            self._totals = dict(unwritten)
 
     def write(self, step: int, **exact: float) -> None:
         """Writes a row: `step`, the `exact` values and the means of what was added since the last one."""
         if not self._path:
             return
-        means = {name: torch.cat(values).mean().item() for name, values in sorted(self._values.items())}
-        self._values.clear()
+        means = {name: total / count for name, (total, count) in sorted(self._totals.items())}
+        self._totals.clear()
         row = {name: _short(value) for name, value in {"step": step, **exact, **means}.items()}
         _log.info(" | ".join(f"{name} {value}" for name, value in row.items()))
         new_columns = [name for name in row if name not in self._columns]

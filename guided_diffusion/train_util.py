@@ -157,19 +157,31 @@ class TrainLoop:
         self.warms_up = True                    # whether the averages forget the random start soon
         self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
         self._between_steps = True              # whether weights, averages and sampler belong to the same step
+        self._pending = 0       # images of that step, where what belongs to it after its weights is still to be done
+        self._unwritten: dict[str, tuple[float, int]] = {}      # what the log had not written by then
+        self._row = (0, 0.0)                    # step and time of the last row of the log
         self._end = dist_util.store(f"training {next(_loops)}")
         with dist_util.together():
             self._start()
         self.network: Network = torch.compile(self.model) if options.compile else self.model
         self._first = self.step
         self.data = data(self.step)
-        validated = -(-self.step // options.validation_interval)
+        validated = -(-(self.step - bool(self._pending)) // options.validation_interval)
         self.validation_data = validation_data(validated) if validation_data else None
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
+        """Whether the last step is done, and all that belongs to it."""
+        return self._at_end and not self._pending
+
+    @property
+    def _at_end(self) -> bool:
         return self.options.total_steps is not None and self.step >= self.options.total_steps
+
+    @property
+    def _global_batch(self) -> int:
+        """Images of a step on all ranks."""
+        return self.options.batch_size * dist_util.world_size()
 
     def run(self) -> None:
         """Trains until the last step, or for ever."""
@@ -194,34 +206,55 @@ class TrainLoop:
     def _logger(self) -> MetricLogger:
         if not dist_util.is_main():
             return MetricLogger(None)
-        return open_log(self.out, self.step, self.options.log, self.record.options, self.options.log_online)
+        logger = open_log(self.out, self.step - bool(self._pending), self.options.log, self.record.options,
+                          self.options.log_online)
+        logger.take(self._unwritten)
+        return logger
 
     def _train(self, logger: MetricLogger) -> None:
-        global_batch = self.options.batch_size * dist_util.world_size()
-        total = self.options.total_steps
-        logged, clock = self.step, time.monotonic()
+        global_batch, total = self._global_batch, self.options.total_steps
+        self._row = (self.step, time.monotonic())
         with progress_bar(total and total * global_batch, "training", "image", self.step * global_batch) as progress:
-            while not self.finished:
+            if self._pending:
+                self._conclude(logger)
+            while not self._at_end:
                 self.run_step(logger)
-                if (self.step - 1) % self.options.validation_interval == 0:
-                    self.validate(logger)
                 progress.update(global_batch)
-                clock += self._watch(logger)
-                if self.step % self.options.log_interval == 0 or self.finished:
-                    images = (self.step - logged) * global_batch
-                    with dist_util.together():
-                        logger.write(self.step, samples=self.step * global_batch,
-                                     images_per_second=images / (time.monotonic() - clock))
-                    logged, clock = self.step, time.monotonic()
-                if self.step % self.options.save_interval == 0 or self.finished:
-                    self.save()
-                if self.options.keeps_snapshot(self.step * global_batch, global_batch):
-                    self.save_snapshot(self.step * global_batch)
+                self._conclude(logger)
+
+    def _conclude(self, logger: MetricLogger) -> None:
+        """Does all that belongs to a step after its weights, the save last; a start repeats it where it was cut off."""
+        options, images = self.options, self.step * self._global_batch
+        if (self.step - 1) % options.validation_interval == 0:
+            self.validate(logger)
+        paused = self._watch(logger)
+        self._row = (self._row[0], self._row[1] + paused)
+        if self.step % options.log_interval == 0 or self._at_end:
+            self._write_row(logger)
+        if options.keeps_snapshot(images, self._pending):
+            self.save_snapshot(images)
+        saves = self.step % options.save_interval == 0 or self._at_end
+        if saves:
+            with dist_util.together():
+                if dist_util.is_main():
+                    draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
+        self._pending, self._unwritten = 0, logger.unwritten
+        if saves:
+            self.save()
+
+    def _write_row(self, logger: MetricLogger) -> None:
+        """Writes a row of the log; its speed is that of the steps since the last row, where this start did any."""
+        step, began = self._row
+        images = (self.step - step) * self._global_batch
+        speed = {"images_per_second": images / (time.monotonic() - began)} if images else {}
+        with dist_util.together():
+            logger.write(self.step, samples=self.step * self._global_batch, **speed)
+        self._row = (self.step, time.monotonic())
 
     def _watch(self, logger: MetricLogger) -> float:
         """Lets those watchers look whose turn it is; returns the seconds that it took."""
         began = time.monotonic()
-        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self.finished]
+        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self._at_end]
         if due:
             with self._averaged():
                 for watcher in due:
@@ -287,6 +320,7 @@ class TrainLoop:
         self.sampler.update_with_losses(batch.t, losses["loss"])
         self._log_losses(logger, "", batch, losses)
         self.step += 1
+        self._pending, self._unwritten = self._global_batch, logger.unwritten
         self._between_steps = True
 
     def _descend(self) -> tuple[TrainingBatch, dict[str, Tensor]]:
@@ -323,7 +357,6 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
-                draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
 
     def save_snapshot(self, images: int) -> None:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
@@ -418,7 +451,10 @@ class TrainLoop:
         loop = {"loop/step": torch.tensor(self.step),
                 "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64),
                 "loop/ema_warmup": torch.tensor(self.warms_up)}
-        return {**moments, **sampler, **loop}
+        if self._pending:
+            loop["loop/pending"] = torch.tensor(self._pending)
+        log = {f"log/{name}": torch.tensor(values, dtype=torch.float64) for name, values in self._unwritten.items()}
+        return {**moments, **sampler, **loop, **log}
 
     def _start(self) -> None:
         """Reads what the folder holds, or what the options name where it is new; says which."""
@@ -488,6 +524,8 @@ class TrainLoop:
         self.sampler.load_state_dict(groups.get("sampler", {}))
         self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
+        self._pending = int(groups["loop"].get("pending", 0))
+        self._unwritten = {name: (float(total), int(count)) for name, (total, count) in groups.get("log", {}).items()}
         self.saved = self.step
 
     def _state_shapes(self) -> dict[str, Shapes]:
