@@ -172,6 +172,16 @@ class Record:
                 lines.append(f"--{name} {shown(now)}: was {shown(then)} so far; {why}")
         return lines
 
+    def repeats(self, before: Record) -> bool:
+        """Whether a training by this record, begun anew, does what one by the record `before` did from its start."""
+        same_classes = list(before.classes or []) == list(self.classes or [])
+        return same_classes and all(self._repeats(name, before) for name in self.options)
+
+    def _repeats(self, name: str, before: Record) -> bool:
+        if name in ("batch_size", "data_dir", *HARMLESS):
+            return self._reason(name, before) is not None
+        return str(self.options[name]) == str(before.options.get(name, self.options[name]))
+
     def _reason(self, name: str, before: Record) -> str | None:
         """Why the training may go on with a new value of an option; "": there is nothing new; None: it may not."""
         now, then = self.options[name], before.options.get(name, self.options[name])

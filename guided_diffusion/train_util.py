@@ -45,7 +45,7 @@ from .build import (
     build_diffusion,
     build_model,
 )
-from .classes import KEY, ClassNames, names_of_run, stored_names
+from .classes import KEY, SHOWN, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .execution import check_memory, enough_memory, explained_compilation
 from .fetch import without_secrets
@@ -73,6 +73,7 @@ _log = logging.getLogger(__name__)
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
 # How a network was run in training; not facts about the weights, which are stored in float32.
 EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
+WEIGHTS = ("model", "ema_*", "snapshot_*", "reconstructed_*")       # in the folder of a training, without the suffix
 RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for rank 0 to save what was trained
 
 _loops = itertools.count()
@@ -469,15 +470,25 @@ class TrainLoop:
             self._take_state(path)
             said.append(f"going on from step {self.step}, saved in {self.out}")
         else:
-            said = [*self._take_start().said, *self._left_over()]
+            said = self._left_over(before) if dist_util.is_main() else []
+            said = [*self._take_start().said, *said]
         for line in said:
             _say(line)
 
-    def _left_over(self) -> list[str]:
-        """What to tell of weights in a folder that a training cannot go on from."""
-        names = [name for name in (f"{name}.safetensors" for name in self._weights()) if (self.out / name).exists()]
-        return [f"{self.out} has {', '.join(names)} and no state.safetensors to go on from: starts anew, and writes "
-                "over them"] if names else []
+    def _left_over(self, before: Record | None) -> list[str]:
+        """What to tell of weights in a folder that a training cannot go on from.
+
+        Raises UserError unless they are of the same training, whose files this one makes again: others would be lost,
+        or taken for its own.
+        """
+        names = [path.name for word in WEIGHTS for path in sorted(self.out.glob(f"{word}.safetensors"))]
+        if not names:
+            return []
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        if before is None or not self.record.repeats(before):
+            raise UserError(f"--out {self.out}: has {shown}, which are not of this training, and no state.safetensors "
+                            "to go on from; name another folder, or move them away")
+        return [f"{self.out} has {shown} and no state.safetensors to go on from: starts anew, and writes over them"]
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options

@@ -11,6 +11,7 @@ from tiny_training import train, train_tiny_classifier
 from guided_diffusion import checkpoint, files
 from guided_diffusion.errors import UserError
 from guided_diffusion.train_folder import Record, data_digest, locked_folder
+from guided_diffusion.train_util import TrainLoop
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,46 @@ def test_the_digest_of_images_tells_them_by_names_sizes_and_checksums(tmp_path):
         np.savez(tmp_path / "s.npz", arr_0=np.full((2, 8, 8, 3), value, np.uint8))
         digests.add(data_digest(str(tmp_path / "s.npz")))
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("changes", [
+    {"seed": 5}, {"lr_anneal_steps": 4}, {"skip_damaged": True}, {"batch_size": 2}, {"ema_rate": "0.9"},
+    {"num_channels": 64}])
+def test_weights_of_another_training_are_not_mixed_with_those_of_a_new_one(data_dir, run, changes):
+    (run / "state.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    with pytest.raises(UserError, match=r"run: has model.safetensors, ema_0.9.safetensors, ema_0.99.safetensors, which "
+                                        r"are not of this training, and no state.safetensors to go on from"):
+        train(data_dir, run, **changes)
+    assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
+    for name in before:
+        (run / name).unlink()
+    train(data_dir, run, **changes)
+
+
+@pytest.mark.parametrize("name", ["snapshot_8_ema_power_0.1", "reconstructed_0.07", "ema_0.9999", "model"])
+def test_weights_of_a_training_that_is_not_known_are_not_mixed_with_those_of_a_new_one(data_dir, run, tmp_path, name):
+    (tmp_path / "new").mkdir()
+    shutil.copy(run / "model.safetensors", tmp_path / f"new/{name}.safetensors")
+    with pytest.raises(UserError, match=rf"--out .*new: has {name}.safetensors, which are not .*; name another folder"):
+        train(data_dir, tmp_path / "new")
+
+
+def test_the_same_training_makes_its_files_again(data_dir, tmp_path, monkeypatch, caplog):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    values = {"snapshot_images": 4, "lr_anneal_steps": 4}
+    whole = train(data_dir, tmp_path / "whole", **values)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # before the first save
+        patch.setattr(TrainLoop, "_write", killed)
+        train(data_dir, tmp_path / "killed", **values)
+    assert len(list((tmp_path / "killed").glob("snapshot_*"))) == 8
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "killed", log_interval=2, **values)
+    assert "snapshot_4_ema_0.9.safetensors" in caplog.text and "starts anew, and writes over them" in caplog.text
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
 def test_records_of_older_versions_go_on(data_dir, run):
