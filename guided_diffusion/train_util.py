@@ -613,6 +613,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     dist_util.setup_dist()
     with dist_util.together():
         check_sinks(options.log)
+        _check_whole_chain(diffusion_options)
     if options.label_dropout:
         if not model_options.class_cond:
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
@@ -660,6 +661,13 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
 
 
+def _check_whole_chain(options: DiffusionOptions) -> None:
+    """Raises UserError for fewer steps: sampling, which is not told of them, would use steps that were not trained."""
+    if options.timestep_respacing:
+        raise UserError(f"--timestep_respacing {options.timestep_respacing}: is of sampling, a network is trained on "
+                        "all --diffusion_steps; leave it out")
+
+
 def in_small(images: Tensor, size: int) -> Tensor:
     """Images (N, C, H, W) as size x size ones, each value the mean of an area, as upsamplers are trained on them."""
     return F.interpolate(images, (size, size), mode="area")
@@ -671,6 +679,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     dist_util.setup_dist()
     with dist_util.together():
         check_sinks(options.log)
+        _check_whole_chain(diffusion_options)
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:

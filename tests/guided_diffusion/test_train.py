@@ -579,6 +579,13 @@ def test_bad_input_is_one_sentence(data_dir, tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("trainer", [train, train_tiny_classifier])
+def test_a_training_takes_all_steps(data_dir, tmp_path, trainer):
+    with pytest.raises(UserError, match=r"--timestep_respacing 4: is of sampling, .* all --diffusion_steps; leave it"):
+        trainer(data_dir, tmp_path / "run", timestep_respacing="4")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_that_ends_is_one_sentence(data_dir, tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(torch, "compile", lambda model: model)
