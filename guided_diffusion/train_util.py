@@ -157,6 +157,7 @@ class TrainLoop:
             for profile in options.profiles}
         self.warms_up = True                    # whether the averages forget the random start soon
         self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
+        self.images = 0                         # seen in these steps, on all ranks
         self._between_steps = True              # whether weights, averages and sampler belong to the same step
         self._pending = 0       # images of that step, where what belongs to it after its weights is still to be done
         self._unwritten: dict[str, tuple[float, int]] = {}      # what the log had not written by then
@@ -215,7 +216,8 @@ class TrainLoop:
     def _train(self, logger: MetricLogger) -> None:
         global_batch, total = self._global_batch, self.options.total_steps
         self._row = (self.step, time.monotonic())
-        with progress_bar(total and total * global_batch, "training", "image", self.step * global_batch) as progress:
+        images = None if total is None else self.images + max(0, total - self.step) * global_batch
+        with progress_bar(images, "training", "image", self.images) as progress:
             if self._pending:
                 self._conclude(logger)
             while not self._at_end:
@@ -225,15 +227,15 @@ class TrainLoop:
 
     def _conclude(self, logger: MetricLogger) -> None:
         """Does all that belongs to a step after its weights, the save last; a start repeats it where it was cut off."""
-        options, images = self.options, self.step * self._global_batch
+        options = self.options
         if (self.step - 1) % options.validation_interval == 0:
             self.validate(logger)
         paused = self._watch(logger)
         self._row = (self._row[0], self._row[1] + paused)
         if self.step % options.log_interval == 0 or self._at_end:
             self._write_row(logger)
-        if options.keeps_snapshot(images, self._pending):
-            self.save_snapshot(images)
+        if options.keeps_snapshot(self.images, self._pending):
+            self.save_snapshot(self.images)
         saves = self.step % options.save_interval == 0 or self._at_end
         if saves:
             with dist_util.together():
@@ -249,7 +251,7 @@ class TrainLoop:
         images = (self.step - step) * self._global_batch
         speed = {"images_per_second": images / (time.monotonic() - began)} if images else {}
         with dist_util.together():
-            logger.write(self.step, samples=self.step * self._global_batch, **speed)
+            logger.write(self.step, samples=self.images, **speed)
         self._row = (self.step, time.monotonic())
 
     def _watch(self, logger: MetricLogger) -> float:
@@ -321,6 +323,7 @@ class TrainLoop:
         self.sampler.update_with_losses(batch.t, losses["loss"])
         self._log_losses(logger, "", batch, losses)
         self.step += 1
+        self.images += self._global_batch
         self._pending, self._unwritten = self._global_batch, logger.unwritten
         self._between_steps = True
 
@@ -449,7 +452,7 @@ class TrainLoop:
                    for name, param in self._named(self.precision.master_params).items()
                    for key, value in self.optimizer.state[param].items()}
         sampler = {f"sampler/{name}": value for name, value in self.sampler.state_dict().items()}
-        loop = {"loop/step": torch.tensor(self.step),
+        loop = {"loop/step": torch.tensor(self.step), "loop/images": torch.tensor(self.images),
                 "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64),
                 "loop/ema_warmup": torch.tensor(self.warms_up)}
         if self._pending:
@@ -512,6 +515,7 @@ class TrainLoop:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
         self.step, self.warms_up = start.step, not start.official
+        self.images = self.step * self._global_batch
         counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
         differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
                      for name, value in counted.items() if start.recipe.get(name, value) != value]
@@ -535,6 +539,7 @@ class TrainLoop:
         self.sampler.load_state_dict(groups.get("sampler", {}))
         self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
+        self.images = int(groups["loop"].get("images", self.step * self._global_batch))
         self._pending = int(groups["loop"].get("pending", 0))
         self._unwritten = {name: (float(total), int(count)) for name, (total, count) in groups.get("log", {}).items()}
         self.saved = self.step

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_training import train, train_tiny_classifier
+from tiny_training import log_of, train, train_tiny_classifier
 
 from guided_diffusion import checkpoint, files
 from guided_diffusion.errors import UserError
@@ -150,6 +150,24 @@ def test_the_same_training_makes_its_files_again(data_dir, tmp_path, monkeypatch
     assert "snapshot_4_ema_0.9.safetensors" in caplog.text and "starts anew, and writes over them" in caplog.text
     for path in whole.glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+def test_images_are_counted_on_where_the_batch_changes(data_dir, run):
+    values = {"snapshot_images": "14,20,36", "batch_size": 8, "change": "batch_size"}
+    train(data_dir, run, lr_anneal_steps=5, **values)                   # 12 images so far, then 20 and 28
+    train(data_dir, run, lr_anneal_steps=8, **{**values, "batch_size": 4})
+    assert log_of(run, "samples") == [4, 8, 12, 20, 28, 32, 36, 40]
+    assert sorted(path.name for path in run.glob("snapshot_*_ema_0.9.*")) == [
+        "snapshot_20_ema_0.9.safetensors", "snapshot_36_ema_0.9.safetensors"]
+    assert checkpoint.read_metadata(run / "snapshot_36_ema_0.9.safetensors")["step"] == "7"
+
+
+def test_a_state_that_counts_no_images_goes_on_as_before(data_dir, run):
+    tensors = checkpoint.load_state_dict(run / "state.safetensors")
+    del tensors["loop/images"]
+    checkpoint.save_state(run / "state.safetensors", tensors)
+    train(data_dir, run, lr_anneal_steps=4, snapshot_images="16")
+    assert log_of(run, "samples") == [4, 8, 12, 16] and (run / "snapshot_16_ema_0.9.safetensors").exists()
 
 
 def test_records_of_older_versions_go_on(data_dir, run):
