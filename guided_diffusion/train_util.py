@@ -1,7 +1,8 @@
 """Training of diffusion models and of noise-aware classifiers: one loop, which a kill at any moment does not harm.
 
 Step s is a function of (seed, s) and of the weights before it. Images, timesteps and noise belong to the global batch
-of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding.
+of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding. Masks
+of dropout are the exception: they belong to a rank and to its microbatches.
 The output folder holds, each file replaced as a whole:
     config.json              all options of the run, the names of its classes, and what tells its images from others
     progress.csv             a row for each --log_interval steps

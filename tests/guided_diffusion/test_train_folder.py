@@ -61,6 +61,32 @@ def test_what_changes_the_result_is_refused_unless_it_is_meant(data_dir, run, ch
     train(data_dir, run, **{"lr_anneal_steps": 4, **changes}, change=name)
 
 
+@pytest.mark.parametrize("changes", [{"microbatch": 2}, {"compile": True}])
+def test_how_a_batch_is_computed_changes_the_result_of_dropout(data_dir, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    (name, value), = changes.items()
+    train(data_dir, tmp_path, dropout=0.3)
+    with pytest.raises(UserError, match=f"--{name} {value}: the run in .* or --change {name} to go on"):
+        train(data_dir, tmp_path, dropout=0.3, lr_anneal_steps=4, **changes)
+    train(data_dir, tmp_path, dropout=0.3, lr_anneal_steps=4, **changes, change=name)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_another_number_of_ranks_changes_the_result_of_dropout(tmp_path, dropout):
+    one, two = (Record({"dropout": dropout}, {"batch_size": 4 // ranks}, ranks=ranks) for ranks in (1, 2))
+    assert one.continues(one, tmp_path) == []
+    if not dropout:
+        line, = two.continues(one, tmp_path)
+        assert "as many images a step as before" in line
+        return
+    with pytest.raises(UserError, match=r"--batch_size 2 on 2 rank\(s\): the run in .* has 4 on 1, and another number "
+                                        "of ranks or images a step, with dropout, changes its result; .* --change"):
+        two.continues(one, tmp_path)
+    changed = Record(two.model, {**two.training, "change": "batch_size"}, ranks=2)
+    line, = changed.continues(one, tmp_path)
+    assert "as --change says" in line
+
+
 @pytest.mark.parametrize("changes, why", [
     ({"log_interval": 2}, "the result is the same"), ({"save_interval": 1}, "the result is the same"),
     ({"microbatch": 2}, "the same up to rounding"), ({"use_checkpoint": True}, "the result is the same"),
