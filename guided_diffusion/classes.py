@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -121,18 +121,24 @@ class ClassNames:
         return numbers[labels]
 
     def numbers(self, root: Path, files: Sequence[Path]) -> np.ndarray:
-        """The class of each image file below the folder `root`: (N,) int64.
+        """The class of each image file below the folder `root`: (N,) int64; see `read`."""
+        return self.read(root, files)[1]
 
-        The files may lie otherwise than those that the names are from: by prefix there and by folders here. Raises
-        UserError for a file of another class.
+    def read(self, root: Path, files: Sequence[Path], rule: str = "") -> tuple[Self, np.ndarray]:
+        """The class of each image file below the folder `root`, (N,) int64, and these names with the rule that told it.
+
+        rule: what counts first; "": that of the names, and where they have none the one that fits. The files may lie
+        otherwise than those that the names are from: by prefix there and by folders here. Raises UserError for a file
+        of another class.
         """
-        readings = list(_readings(root, files, self.rule or _fitting_rule(root, files)))
-        for names in readings:
+        rule = rule or self.rule or _fitting_rule(root, files)
+        readings = list(_readings(root, files, rule))
+        for found, names in readings:
             if set(names) <= self._number_of.keys():
-                return np.array([self._number_of[name] for name in names], np.int64)
+                return replace(self, rule=found), np.array([self._number_of[name] for name in names], np.int64)
         if not readings:
-            raise _without_class(root, files, self.rule)
-        path, name = next((path, name) for path, name in zip(files, readings[0], strict=True)
+            raise _without_class(root, files, rule)
+        path, name = next((path, name) for path, name in zip(files, readings[0][1], strict=True)
                           if name not in self._number_of)
         raise UserError(f"{path}: is of the class {name}, which is none of the {self}{self._of_source}")
 
@@ -151,12 +157,12 @@ def _fitting_rule(root: Path, files: Sequence[Path]) -> str:
     return "folders" if untold and folders is not None and len(set(folders)) > 1 else "prefix"
 
 
-def _readings(root: Path, files: Sequence[Path], rule: str) -> Iterator[list[str]]:
-    """The classes that files may have, by `rule` first."""
-    by_prefix = [names for names in [_by_prefix(files)] if names is not None]
+def _readings(root: Path, files: Sequence[Path], rule: str) -> Iterator[tuple[str, list[str]]]:
+    """The classes that files may have, each with the rule that tells them, by `rule` first."""
+    by_prefix = [("prefix", names) for names in [_by_prefix(files)] if names is not None]
     if rule == "prefix":
         yield from by_prefix
-    yield from _by_folders(root, files)
+    yield from (("folders", names) for names in _by_folders(root, files))
     if rule != "prefix":
         yield from by_prefix
 

@@ -90,9 +90,9 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
 
     Pictures in files are not opened yet: `TrainingImages.damaged` looks for those that cannot be read.
 
-    frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`. known: the classes
-    and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder out; None:
-    the command has no such option, and its errors do not name it.
+    frame: channels, height and width in training. classes: the rule of `ClassNames.from_images`, and of `read`. known:
+    the classes and their numbers, where they have been decided before. skip_damaged: leave damaged pictures of a folder
+    out; None: the command has no such option, and its errors do not name it.
     """
     if min(frame[1:]) < 1:
         raise UserError(f"--image_size {min(frame[1:])}: must be at least 1")
@@ -113,8 +113,11 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
         labels, names = (labels, None) if labels is None else named_labels(folder, labels, known)
         return ArrayImages(data_dir, frame, labels, images, names)
     files = list_images(folder)
-    names = (known or ClassNames.from_images(folder, files, classes)) if class_cond else None
-    labels = None if names is None else names.numbers(folder, files)
+    labels, names = None, None
+    if class_cond:
+        names, labels = (known or ClassNames.from_images(folder, files, classes)).read(folder, files, classes)
+        if classes and names.rule != classes:
+            _say(f"--classes {classes}: does not tell the {names} in {data_dir}; there it is {names.rule}")
     return FolderImages(data_dir, frame, labels, files, names, skip_damaged, count_decoded(files))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from .late import Tensor, torch
 from .log_sinks import Sink, open_sinks
 
 _log = logging.getLogger(__name__)
+
+Totals = dict[str, tuple[Tensor | float, int]]
 
 IN_THE_WAY = "; move it away, or name another --out"       # of a training that would write there
 
@@ -36,7 +37,7 @@ class MetricLogger:
 
     def __init__(self, folder: str | os.PathLike | None, resume_step: int = 0) -> None:
         self._path = Path(folder) / "progress.csv" if folder is not None else None
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._totals: Totals = {}
         self._columns: list[str] = []
         self.sinks: Sequence[Sink] = ()
         if self._path and self._path.exists():
@@ -46,14 +47,26 @@ class MetricLogger:
     def add(self, name: str, values: Tensor | float) -> None:
         """Adds one value, or each element of a tensor, to the mean of `name`."""
         if self._path:
-            self._values[name].append(torch.as_tensor(values).detach().double().flatten())
+            total, count = self._totals.get(name, (0.0, 0))
+            values = torch.as_tensor(values).detach().double()
+            self._totals[name] = total + values.sum(), count + values.numel()      # waits for no device
+
+    @property
+    def unwritten(self) -> Totals:
+        """The sum and the number of the values since the last row, by name."""
+        return dict(self._totals)
+
+    def take(self, unwritten: Totals) -> None:
+        """Goes on from what was `unwritten` in an earlier log of the same training."""
+        if self._path:
+            self._totals = dict(unwritten)
 
     def write(self, step: int, **exact: float) -> None:
         """Writes a row: `step`, the `exact` values and the means of what was added since the last one."""
         if not self._path:
             return
-        means = {name: torch.cat(values).mean().item() for name, values in sorted(self._values.items())}
-        self._values.clear()
+        means = {name: float(total) / count for name, (total, count) in sorted(self._totals.items())}
+        self._totals.clear()
         row = {name: _short(value) for name, value in {"step": step, **exact, **means}.items()}
         _log.info(" | ".join(f"{name} {value}" for name, value in row.items()))
         new_columns = [name for name in row if name not in self._columns]

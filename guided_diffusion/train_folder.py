@@ -8,7 +8,7 @@ Whether a training may go on with another value of an option is decided here, op
     leaves images out   --skip_damaged True, as the error of a damaged image advises
     changes the result  everything else, like --lr, --seed or --batch_size: refused unless --change names it
 --batch_size means the images of one step on all ranks together, and --data_dir means the images there, wherever they
-lie now.
+lie now. With --dropout, --microbatch, --compile and the number of ranks change the result: its masks differ with them.
 """
 
 from __future__ import annotations
@@ -172,6 +172,16 @@ class Record:
                 lines.append(f"--{name} {shown(now)}: was {shown(then)} so far; {why}")
         return lines
 
+    def repeats(self, before: Record) -> bool:
+        """Whether a training by this record, begun anew, does what one by the record `before` did from its start."""
+        same_classes = list(before.classes or []) == list(self.classes or [])
+        return same_classes and all(self._repeats(name, before) for name in self.options)
+
+    def _repeats(self, name: str, before: Record) -> bool:
+        if name in ("batch_size", "data_dir", *HARMLESS):
+            return self._reason(name, before) is not None
+        return str(self.options[name]) == str(before.options.get(name, self.options[name]))
+
     def _reason(self, name: str, before: Record) -> str | None:
         """Why the training may go on with a new value of an option; "": there is nothing new; None: it may not."""
         now, then = self.options[name], before.options.get(name, self.options[name])
@@ -187,9 +197,13 @@ class Record:
         if name in ENDS:
             later = not now or not then or (isinstance(then, int) and now > then)
             return "the end moves, and with it a learning rate that decays" if later else None
-        if name in HARMLESS:
-            return HARMLESS[name]
-        return None
+        why = HARMLESS.get(name)
+        return None if why == ROUNDED and self._drops else why
+
+    @property
+    def _drops(self) -> bool:
+        """Whether the network draws masks of dropout, which depend on how a batch is divided, and on compilation."""
+        return bool(self.model.get("dropout"))
 
     def _same_batch(self, before: Record) -> str | None:
         now, then = self.training["batch_size"], before.training.get("batch_size")
@@ -197,15 +211,16 @@ class Record:
             return "" if then in (None, now) else None
         if (now, self.ranks) == (then, before.ranks):
             return ""
-        same = now * self.ranks == then * before.ranks
+        same = now * self.ranks == then * before.ranks and not self._drops
         return f"with {self.ranks} rank(s) these are as many images a step as before" if same else None
 
     def _refusal(self, name: str, before: Record, out: Path) -> str:
         now, then = self.options[name], before.options[name]
         if name == "batch_size":
             ranks = "" if before.ranks is None else f" on {before.ranks}"
+            what = "number of ranks or images a step, with dropout," if self._drops else "number of images a step"
             return (f"--batch_size {now} on {self.ranks} rank(s): the run in {out} has {then}{ranks}, and another "
-                    "number of images a step changes its result; give as many, another --out, or --change batch_size")
+                    f"{what} changes its result; give as many, another --out, or --change batch_size")
         if name == "data_dir" and now == then:
             return (f"--data_dir {shown(now)}: holds other images than when the run in {out} began; restore them, give "
                     "another --out, or --change data_dir")

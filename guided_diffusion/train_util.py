@@ -1,7 +1,8 @@
 """Training of diffusion models and of noise-aware classifiers: one loop, which a kill at any moment does not harm.
 
 Step s is a function of (seed, s) and of the weights before it. Images, timesteps and noise belong to the global batch
-of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding.
+of all ranks, each rank takes its part; so one rank with batch 2B and two with batch B do the same up to rounding. Masks
+of dropout are the exception: they belong to a rank and to its microbatches.
 The output folder holds, each file replaced as a whole:
     config.json              all options of the run, the names of its classes, and what tells its images from others
     progress.csv             a row for each --log_interval steps
@@ -45,7 +46,7 @@ from .build import (
     build_diffusion,
     build_model,
 )
-from .classes import KEY, ClassNames, names_of_run, stored_names
+from .classes import KEY, SHOWN, ClassNames, names_of_run, stored_names
 from .errors import LostRankError, UserError
 from .execution import check_memory, enough_memory, explained_compilation
 from .fetch import without_secrets
@@ -55,7 +56,7 @@ from .image_datasets import BatchPlan, FolderImages, TrainingImages, find_data, 
 from .jobs import job
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks
-from .logger import MetricLogger, open_log
+from .logger import MetricLogger, Totals, open_log
 from .loss_curve import draw_loss_curve
 from .progress import progress_bar
 from .resample import ScheduleSampler, UniformSampler, create_named_schedule_sampler
@@ -73,6 +74,7 @@ _log = logging.getLogger(__name__)
 ALL_REDUCE_ELEMENTS = 2**24   # gradients are averaged over the ranks in pieces of this size
 # How a network was run in training; not facts about the weights, which are stored in float32.
 EXECUTION = ("use_fp16", "use_bf16", "use_checkpoint", "classifier_use_fp16")
+WEIGHTS = ("model", "ema_*", "snapshot_*", "reconstructed_*")       # in the folder of a training, without the suffix
 RESCUE = timedelta(minutes=2)     # that a rank whose training failed waits for rank 0 to save what was trained
 
 _loops = itertools.count()
@@ -156,20 +158,33 @@ class TrainLoop:
             for profile in options.profiles}
         self.warms_up = True                    # whether the averages forget the random start soon
         self.step, self.saved = 0, -1           # steps done; the last of them that is in the state on disk
+        self.images = 0                         # seen in these steps, on all ranks
         self._between_steps = True              # whether weights, averages and sampler belong to the same step
+        self._pending = 0       # images of that step, where what belongs to it after its weights is still to be done
+        self._unwritten: Totals = {}            # what the log had not written by then
+        self._row = (0, 0.0)                    # step and time of the last row of the log
         self._end = dist_util.store(f"training {next(_loops)}")
         with dist_util.together():
             self._start()
         self.network: Network = torch.compile(self.model) if options.compile else self.model
         self._first = self.step
         self.data = data(self.step)
-        validated = -(-self.step // options.validation_interval)
+        validated = -(-(self.step - bool(self._pending)) // options.validation_interval)
         self.validation_data = validation_data(validated) if validation_data else None
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done."""
+        """Whether the last step is done, and all that belongs to it."""
+        return self._at_end and not self._pending
+
+    @property
+    def _at_end(self) -> bool:
         return self.options.total_steps is not None and self.step >= self.options.total_steps
+
+    @property
+    def _global_batch(self) -> int:
+        """Images of a step on all ranks."""
+        return self.options.batch_size * dist_util.world_size()
 
     def run(self) -> None:
         """Trains until the last step, or for ever."""
@@ -194,34 +209,56 @@ class TrainLoop:
     def _logger(self) -> MetricLogger:
         if not dist_util.is_main():
             return MetricLogger(None)
-        return open_log(self.out, self.step, self.options.log, self.record.options, self.options.log_online)
+        logger = open_log(self.out, self.step - bool(self._pending), self.options.log, self.record.options,
+                          self.options.log_online)
+        logger.take(self._unwritten)
+        return logger
 
     def _train(self, logger: MetricLogger) -> None:
-        global_batch = self.options.batch_size * dist_util.world_size()
-        total = self.options.total_steps
-        logged, clock = self.step, time.monotonic()
-        with progress_bar(total and total * global_batch, "training", "image", self.step * global_batch) as progress:
-            while not self.finished:
+        global_batch, total = self._global_batch, self.options.total_steps
+        self._row = (self.step, time.monotonic())
+        images = None if total is None else self.images + max(0, total - self.step) * global_batch
+        with progress_bar(images, "training", "image", self.images) as progress:
+            if self._pending:
+                self._conclude(logger)
+            while not self._at_end:
                 self.run_step(logger)
-                if (self.step - 1) % self.options.validation_interval == 0:
-                    self.validate(logger)
                 progress.update(global_batch)
-                clock += self._watch(logger)
-                if self.step % self.options.log_interval == 0 or self.finished:
-                    images = (self.step - logged) * global_batch
-                    with dist_util.together():
-                        logger.write(self.step, samples=self.step * global_batch,
-                                     images_per_second=images / (time.monotonic() - clock))
-                    logged, clock = self.step, time.monotonic()
-                if self.step % self.options.save_interval == 0 or self.finished:
-                    self.save()
-                if self.options.keeps_snapshot(self.step * global_batch, global_batch):
-                    self.save_snapshot(self.step * global_batch)
+                self._conclude(logger)
+
+    def _conclude(self, logger: MetricLogger) -> None:
+        """Does all that belongs to a step after its weights, the save last; a start repeats it where it was cut off."""
+        options = self.options
+        if (self.step - 1) % options.validation_interval == 0:
+            self.validate(logger)
+        paused = self._watch(logger)
+        self._row = (self._row[0], self._row[1] + paused)
+        if self.step % options.log_interval == 0 or self._at_end:
+            self._write_row(logger)
+        if options.keeps_snapshot(self.images, self._pending):
+            self.save_snapshot(self.images)
+        saves = self.step % options.save_interval == 0 or self._at_end
+        if saves:
+            with dist_util.together():
+                if dist_util.is_main():
+                    draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
+        self._pending, self._unwritten = 0, logger.unwritten
+        if saves:
+            self.save()
+
+    def _write_row(self, logger: MetricLogger) -> None:
+        """Writes a row of the log; its speed is that of the steps since the last row, where this start did any."""
+        step, began = self._row
+        images = (self.step - step) * self._global_batch
+        speed = {"images_per_second": images / (time.monotonic() - began)} if images else {}
+        with dist_util.together():
+            logger.write(self.step, samples=self.images, **speed)
+        self._row = (self.step, time.monotonic())
 
     def _watch(self, logger: MetricLogger) -> float:
         """Lets those watchers look whose turn it is; returns the seconds that it took."""
         began = time.monotonic()
-        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self.finished]
+        due = [watcher for watcher in self.watchers if self.step % watcher.interval == 0 or self._at_end]
         if due:
             with self._averaged():
                 for watcher in due:
@@ -287,6 +324,8 @@ class TrainLoop:
         self.sampler.update_with_losses(batch.t, losses["loss"])
         self._log_losses(logger, "", batch, losses)
         self.step += 1
+        self.images += self._global_batch
+        self._pending, self._unwritten = self._global_batch, logger.unwritten
         self._between_steps = True
 
     def _descend(self) -> tuple[TrainingBatch, dict[str, Tensor]]:
@@ -323,7 +362,6 @@ class TrainLoop:
         with dist_util.together():
             if dist_util.is_main():
                 self._write()
-                draw_loss_curve(self.out / "progress.csv", self.out / "loss.png")
 
     def save_snapshot(self, images: int) -> None:
         """Writes the averages, or the weights where there are none, as they are after so many images, for good."""
@@ -415,10 +453,14 @@ class TrainLoop:
                    for name, param in self._named(self.precision.master_params).items()
                    for key, value in self.optimizer.state[param].items()}
         sampler = {f"sampler/{name}": value for name, value in self.sampler.state_dict().items()}
-        loop = {"loop/step": torch.tensor(self.step),
+        loop = {"loop/step": torch.tensor(self.step), "loop/images": torch.tensor(self.images),
                 "loop/lg_loss_scale": torch.tensor(self.precision.lg_loss_scale, dtype=torch.float64),
                 "loop/ema_warmup": torch.tensor(self.warms_up)}
-        return {**moments, **sampler, **loop}
+        if self._pending:
+            loop["loop/pending"] = torch.tensor(self._pending)
+        log = {f"log/{name}": torch.tensor([float(total), count], dtype=torch.float64)
+               for name, (total, count) in self._unwritten.items()}
+        return {**moments, **sampler, **loop, **log}
 
     def _start(self) -> None:
         """Reads what the folder holds, or what the options name where it is new; says which."""
@@ -433,15 +475,25 @@ class TrainLoop:
             self._take_state(path)
             said.append(f"going on from step {self.step}, saved in {self.out}")
         else:
-            said = [*self._take_start().said, *self._left_over()]
+            said = self._left_over(before) if dist_util.is_main() else []
+            said = [*self._take_start().said, *said]
         for line in said:
             _say(line)
 
-    def _left_over(self) -> list[str]:
-        """What to tell of weights in a folder that a training cannot go on from."""
-        names = [name for name in (f"{name}.safetensors" for name in self._weights()) if (self.out / name).exists()]
-        return [f"{self.out} has {', '.join(names)} and no state.safetensors to go on from: starts anew, and writes "
-                "over them"] if names else []
+    def _left_over(self, before: Record | None) -> list[str]:
+        """What to tell of weights in a folder that a training cannot go on from.
+
+        Raises UserError unless they are of the same training, whose files this one makes again: others would be lost,
+        or taken for its own.
+        """
+        names = [path.name for word in WEIGHTS for path in sorted(self.out.glob(f"{word}.safetensors"))]
+        if not names:
+            return []
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        if before is None or not self.record.repeats(before):
+            raise UserError(f"--out {self.out}: has {shown}, which are not of this training, and no state.safetensors "
+                            "to go on from; name another folder, or move them away")
+        return [f"{self.out} has {shown} and no state.safetensors to go on from: starts anew, and writes over them"]
 
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
@@ -465,6 +517,7 @@ class TrainLoop:
             self._load_moments({f"{key}/{name}": value for key, values in start.moments.items()
                                 for name, value in values.items()})
         self.step, self.warms_up = start.step, not start.official
+        self.images = self.step * self._global_batch
         counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
         differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
                      for name, value in counted.items() if start.recipe.get(name, value) != value]
@@ -488,6 +541,9 @@ class TrainLoop:
         self.sampler.load_state_dict(groups.get("sampler", {}))
         self.precision.lg_loss_scale = float(groups["loop"]["lg_loss_scale"])
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
+        self.images = int(groups["loop"].get("images", self.step * self._global_batch))
+        self._pending = int(groups["loop"].get("pending", 0))
+        self._unwritten = {name: (float(total), int(count)) for name, (total, count) in groups.get("log", {}).items()}
         self.saved = self.step
 
     def _state_shapes(self) -> dict[str, Shapes]:
@@ -564,6 +620,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     dist_util.setup_dist()
     with dist_util.together():
         check_sinks(options.log)
+        _check_whole_chain(diffusion_options)
     if options.label_dropout:
         if not model_options.class_cond:
             raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
@@ -611,6 +668,13 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
 
 
+def _check_whole_chain(options: DiffusionOptions) -> None:
+    """Raises UserError for fewer steps: sampling, which is not told of them, would use steps that were not trained."""
+    if options.timestep_respacing:
+        raise UserError(f"--timestep_respacing {options.timestep_respacing}: is of sampling, a network is trained on "
+                        "all --diffusion_steps; leave it out")
+
+
 def in_small(images: Tensor, size: int) -> Tensor:
     """Images (N, C, H, W) as size x size ones, each value the mean of an area, as upsamplers are trained on them."""
     return F.interpolate(images, (size, size), mode="area")
@@ -622,6 +686,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     dist_util.setup_dist()
     with dist_util.together():
         check_sinks(options.log)
+        _check_whole_chain(diffusion_options)
     config = {**asdict(classifier_options), **asdict(diffusion_options)}
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:

@@ -369,6 +369,27 @@ def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
     opened(image_folder).check_classes(7)                           # without classes, their number says nothing
 
 
+def test_known_classes_are_told_by_the_rule_that_is_given(tmp_path, caplog):
+    for name in ("cat/cat_0", "cat/dog_1", "dog/cat_2", "dog/dog_3"):           # both rules fit, with other labels
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
+    stored = ClassNames(("cat", "dog"), source="config.json")
+    by_rule = {"folders": [0, 0, 1, 1], "prefix": [0, 1, 0, 1], "": [0, 1, 0, 1]}
+    for rule, labels in by_rule.items():
+        first = opened(tmp_path, class_cond=True, classes=rule)
+        again = opened(tmp_path, class_cond=True, classes=rule, known=stored)
+        assert first.labels.tolist() == again.labels.tolist() == labels
+        assert first.class_names.rule == again.class_names.rule
+        for names in (first.class_names, again.class_names):                    # validation after either start
+            assert opened(tmp_path, class_cond=True, known=names).labels.tolist() == labels
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (tmp_path / "cat/cat_0.png").rename(flat / "cat_0.png")
+    caplog.set_level("INFO")
+    assert opened(flat, class_cond=True, classes="folders", known=stored).labels.tolist() == [0]
+    assert f"--classes folders: does not tell the 2 classes: 0 cat, 1 dog in {flat}; there it is prefix" in caplog.text
+
+
 def test_numbers_of_classes_may_be_fewer_than_those_of_the_network(idx_folder, caplog):
     images = image_datasets.open_images(idx_folder, (1, 28, 28), class_cond=True)
     images.check_classes(10)

@@ -23,6 +23,7 @@ from tiny_training import (
     flags,
     largest_difference,
     log_of,
+    rows_of,
     train,
     train_tiny_classifier,
     weights,
@@ -337,6 +338,86 @@ def test_an_error_saves_what_was_trained(data_dir, tmp_path, monkeypatch, caplog
     assert hashes(whole) == hashes(stopped) and log_of(whole, "loss") == log_of(stopped, "loss")
 
 
+def kept(out):
+    """What a training leaves, but times and what its record says of its folder."""
+    rows = [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows_of(out)]
+    pictures = [(out / "loss.png").read_bytes()] if (out / "loss.png").exists() else []
+    return hashes(out), rows, pictures, json.loads((out / "status.json").read_text())["state"]
+
+
+def interrupt_write_of(monkeypatch, name):
+    """Makes the first write of a file of weights end as Ctrl-C ends it."""
+    save, left = checkpoint.save_state, [name]
+
+    def interrupted(path, *args):
+        if path.name in left:
+            left.remove(path.name)
+            raise KeyboardInterrupt
+        save(path, *args)
+
+    monkeypatch.setattr(checkpoint, "save_state", interrupted)
+
+
+@pytest.mark.parametrize("rescued", [True, False])
+@pytest.mark.parametrize("name", ["snapshot_16_ema_0.9.safetensors", "snapshot_24_ema_0.99.safetensors",
+                                  "model.safetensors"])
+def test_a_snapshot_is_not_lost_where_a_training_ends_beside_it(data_dir, tmp_path, monkeypatch, name, rescued):
+    values = {"lr_anneal_steps": 6, "save_interval": 2, "log_interval": 3, "snapshot_images": 8}
+    whole, stopped = train(data_dir, tmp_path / "whole", **values), tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_write_of(patch, name)
+        if not rescued:
+            patch.setattr(train_util.TrainLoop, "_rescue", lambda *args: None)
+        train(data_dir, stopped, **values)
+    train(data_dir, stopped, **values)
+    assert kept(whole) == kept(stopped) and len(kept(whole)[0]) == 4 + 3 * 2
+
+
+class Interrupting:
+    """Watches a training, and interrupts it in a step as Ctrl-C would."""
+
+    interval, settings = 2, {}
+
+    def __init__(self, at=None):
+        self.at, self.seen = at, []
+
+    def prepare(self, training):
+        pass
+
+    def look(self, step):
+        if step == self.at:
+            raise KeyboardInterrupt
+        self.seen.append(step)
+        return {"seen": float(step)}
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])
+def test_what_belongs_to_the_step_of_an_error_is_done_by_the_next_start(data_dir, tmp_path, at):
+    values = {"lr_anneal_steps": 5, "save_interval": 3, "log_interval": 5, "snapshot_images": 10}
+    whole, stopped, first, second = tmp_path / "whole", tmp_path / "stopped", Interrupting(at), Interrupting()
+    train(data_dir, whole, watchers=[Interrupting()], **values)
+    with pytest.raises(KeyboardInterrupt):
+        train(data_dir, stopped, watchers=[first], **values)
+    assert checkpoint.read_metadata(stopped / "state.safetensors")["step"] == str(at)
+    assert not rows_of(stopped) and json.loads((stopped / "status.json").read_text())["state"] == "interrupted"
+    train(data_dir, stopped, watchers=[second], **values)
+    assert first.seen + second.seen == [2, 4, 5]
+    assert kept(whole) == kept(stopped)
+    before = sha256_of(stopped / "state.safetensors")
+    train(data_dir, stopped, watchers=[Interrupting(5)], **values)          # there is nothing to do
+    assert sha256_of(stopped / "state.safetensors") == before
+
+
+def test_a_validation_that_was_cut_off_is_done_again(data_dir, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_tiny_classifier(data_dir, whole, iterations=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fail_at(patch, 5, "validate", KeyboardInterrupt)
+        train_tiny_classifier(data_dir, stopped, iterations=5)
+    train_tiny_classifier(data_dir, stopped, iterations=5)
+    assert len(log_of(whole, "val_loss")) == 3 and kept(whole) == kept(stopped)
+
+
 def test_half_a_step_is_not_saved(data_dir, tmp_path, monkeypatch):
     fail_at(monkeypatch, 2, "_update_ema", OSError)
     with pytest.raises(OSError):
@@ -496,6 +577,13 @@ def test_bad_input_is_one_sentence(data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train(**{"data_dir": data_dir, "out": tmp_path / "run", **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("trainer", [train, train_tiny_classifier])
+def test_a_training_takes_all_steps(data_dir, tmp_path, trainer):
+    with pytest.raises(UserError, match=r"--timestep_respacing 4: is of sampling, .* all --diffusion_steps; leave it"):
+        trainer(data_dir, tmp_path / "run", timestep_respacing="4")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

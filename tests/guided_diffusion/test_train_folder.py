@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_training import train, train_tiny_classifier
+from tiny_training import log_of, train, train_tiny_classifier
 
 from guided_diffusion import checkpoint, files
 from guided_diffusion.errors import UserError
 from guided_diffusion.train_folder import Record, data_digest, locked_folder
+from guided_diffusion.train_util import TrainLoop
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,32 @@ def test_what_changes_the_result_is_refused_unless_it_is_meant(data_dir, run, ch
         train(data_dir, run, **{"lr_anneal_steps": 4, **changes})
     assert "\n" not in str(error.value) and (run / "state.safetensors").read_bytes() == before
     train(data_dir, run, **{"lr_anneal_steps": 4, **changes}, change=name)
+
+
+@pytest.mark.parametrize("changes", [{"microbatch": 2}, {"compile": True}])
+def test_how_a_batch_is_computed_changes_the_result_of_dropout(data_dir, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    (name, value), = changes.items()
+    train(data_dir, tmp_path, dropout=0.3)
+    with pytest.raises(UserError, match=f"--{name} {value}: the run in .* or --change {name} to go on"):
+        train(data_dir, tmp_path, dropout=0.3, lr_anneal_steps=4, **changes)
+    train(data_dir, tmp_path, dropout=0.3, lr_anneal_steps=4, **changes, change=name)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_another_number_of_ranks_changes_the_result_of_dropout(tmp_path, dropout):
+    one, two = (Record({"dropout": dropout}, {"batch_size": 4 // ranks}, ranks=ranks) for ranks in (1, 2))
+    assert one.continues(one, tmp_path) == []
+    if not dropout:
+        line, = two.continues(one, tmp_path)
+        assert "as many images a step as before" in line
+        return
+    with pytest.raises(UserError, match=r"--batch_size 2 on 2 rank\(s\): the run in .* has 4 on 1, and another number "
+                                        "of ranks or images a step, with dropout, changes its result; .* --change"):
+        two.continues(one, tmp_path)
+    changed = Record(two.model, {**two.training, "change": "batch_size"}, ranks=2)
+    line, = changed.continues(one, tmp_path)
+    assert "as --change says" in line
 
 
 @pytest.mark.parametrize("changes, why", [
@@ -109,6 +136,64 @@ def test_the_digest_of_images_tells_them_by_names_sizes_and_checksums(tmp_path):
         np.savez(tmp_path / "s.npz", arr_0=np.full((2, 8, 8, 3), value, np.uint8))
         digests.add(data_digest(str(tmp_path / "s.npz")))
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("changes", [
+    {"seed": 5}, {"lr_anneal_steps": 4}, {"skip_damaged": True}, {"batch_size": 2}, {"ema_rate": "0.9"},
+    {"num_channels": 64}])
+def test_weights_of_another_training_are_not_mixed_with_those_of_a_new_one(data_dir, run, changes):
+    (run / "state.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    with pytest.raises(UserError, match=r"run: has model.safetensors, ema_0.9.safetensors, ema_0.99.safetensors, which "
+                                        r"are not of this training, and no state.safetensors to go on from"):
+        train(data_dir, run, **changes)
+    assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
+    for name in before:
+        (run / name).unlink()
+    train(data_dir, run, **changes)
+
+
+@pytest.mark.parametrize("name", ["snapshot_8_ema_power_0.1", "reconstructed_0.07", "ema_0.9999", "model"])
+def test_weights_of_a_training_that_is_not_known_are_not_mixed_with_those_of_a_new_one(data_dir, run, tmp_path, name):
+    (tmp_path / "new").mkdir()
+    shutil.copy(run / "model.safetensors", tmp_path / f"new/{name}.safetensors")
+    with pytest.raises(UserError, match=rf"--out .*new: has {name}.safetensors, which are not .*; name another folder"):
+        train(data_dir, tmp_path / "new")
+
+
+def test_the_same_training_makes_its_files_again(data_dir, tmp_path, monkeypatch, caplog):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    values = {"snapshot_images": 4, "lr_anneal_steps": 4}
+    whole = train(data_dir, tmp_path / "whole", **values)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # before the first save
+        patch.setattr(TrainLoop, "_write", killed)
+        train(data_dir, tmp_path / "killed", **values)
+    assert len(list((tmp_path / "killed").glob("snapshot_*"))) == 8
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "killed", log_interval=2, **values)
+    assert "snapshot_4_ema_0.9.safetensors" in caplog.text and "starts anew, and writes over them" in caplog.text
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+def test_images_are_counted_on_where_the_batch_changes(data_dir, run):
+    values = {"snapshot_images": "14,20,36", "batch_size": 8, "change": "batch_size"}
+    train(data_dir, run, lr_anneal_steps=5, **values)                   # 12 images so far, then 20 and 28
+    train(data_dir, run, lr_anneal_steps=8, **{**values, "batch_size": 4})
+    assert log_of(run, "samples") == [4, 8, 12, 20, 28, 32, 36, 40]
+    assert sorted(path.name for path in run.glob("snapshot_*_ema_0.9.*")) == [
+        "snapshot_20_ema_0.9.safetensors", "snapshot_36_ema_0.9.safetensors"]
+    assert checkpoint.read_metadata(run / "snapshot_36_ema_0.9.safetensors")["step"] == "7"
+
+
+def test_a_state_that_counts_no_images_goes_on_as_before(data_dir, run):
+    tensors = checkpoint.load_state_dict(run / "state.safetensors")
+    del tensors["loop/images"]
+    checkpoint.save_state(run / "state.safetensors", tensors)
+    train(data_dir, run, lr_anneal_steps=4, snapshot_images="16")
+    assert log_of(run, "samples") == [4, 8, 12, 16] and (run / "snapshot_16_ema_0.9.safetensors").exists()
 
 
 def test_records_of_older_versions_go_on(data_dir, run):

@@ -16,10 +16,10 @@ DIFFUSION = {"diffusion_steps": 10, "noise_schedule": "cosine"}
 TRAIN = {"batch_size": 4, "lr": 1e-3, "lr_anneal_steps": 3, "ema_rate": "0.9,0.99", "log_interval": 1}
 
 
-def train(data_dir, out, **changes):
+def train(data_dir, out, watchers=(), **changes):
     """Trains a tiny diffusion model; `changes` are flags of any of the options classes."""
     values = {**MODEL, **DIFFUSION, **TRAIN, "data_dir": str(data_dir), "out": str(out), **changes}
-    train_diffusion(*(of(cls, values) for cls in (ModelOptions, DiffusionOptions, TrainOptions)))
+    train_diffusion(*(of(cls, values) for cls in (ModelOptions, DiffusionOptions, TrainOptions)), watchers)
     return out
 
 
@@ -38,9 +38,16 @@ def flags(**values):
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def log_of(out, name):
+def rows_of(out):
+    """The rows of the log, none where it is not begun."""
+    if not (out / "progress.csv").exists():
+        return []
     with (out / "progress.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+        return list(csv.DictReader(file))
+
+
+def log_of(out, name):
+    return [float(row[name]) for row in rows_of(out) if row[name]]
 
 
 def weights(out, name="model"):
