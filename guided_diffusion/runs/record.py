@@ -44,8 +44,8 @@ def name_of(flag: str) -> str:
 def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
     """What the images of a run depend on, by flag name: its options and the SHA-256 of its checkpoints.
 
-    Options of a guidance method that is off, and of a sampler that is not used, are no part of it. Raises UserError
-    for a configuration that is none.
+    Options of a guidance method that is off, files that one does not read, and options of a sampler that is not used,
+    are no part of it. Raises UserError for a configuration that is none.
     """
     values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
     shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
@@ -57,8 +57,8 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     unused -= _flags(type(used))
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
-        files += method.files()
-        unused |= set() if method.active else _flags(guidance)
+        files += (read := method.files())
+        unused |= guidance.remedies.keys() - read.keys() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
     later = _later_defaults()
     values = {name: value for name, value in values.items() if name not in later or value != later[name]}

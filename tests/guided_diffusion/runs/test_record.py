@@ -7,7 +7,7 @@ from fuzzing import damaged, fuzz, survives
 from hypothesis import given
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.runs.record import READ_ERRORS, finished_run, read_record, run_samples
+from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, read_record, run_samples
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
 
@@ -19,6 +19,16 @@ CONTENT = json.dumps(RECORD).encode()
 
 def with_sizes(**sizes):
     return json.dumps({**RECORD, "configuration": {**CONFIGURATION, **sizes}}).encode()
+
+
+def test_images_do_not_depend_on_where_a_file_lies_that_nothing_reads():
+    def of(sha256="1", **given):
+        return identity({"dcg_scale": 1.0, "depth_predictor": "p", **given},
+                        {"depth_predictor": "0", "depth_prior": sha256})
+
+    assert of(depth_prior="here") == of(depth_prior="there")
+    assert of(dpg_scale=1.0, depth_prior="here") == of(dpg_scale=1.0, depth_prior="there")
+    assert of(dpg_scale=1.0, depth_prior="here") != of("2", dpg_scale=1.0, depth_prior="here")
 
 
 @pytest.mark.parametrize("content", [
