@@ -193,9 +193,9 @@ PAG = PagOptions(**{**PagOptions.switched_on, "pag_blocks": "output.2"})
     ("fmnist32", "DDPM, 20 steps", ["unguided", "sag", "sag_0.25", "sag_0.5", "sag_1", "pag_output_2_0.5",
                                     "pag_output_2_1"]),
     ("few_steps_fmnist32", "DDPM, 250 steps", ["ddpm_250", "ddpm_250_sag", "ddpm_250_pag"]),
-    ("bench_fmnist32", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
+    ("bench_fmnist32_unipc", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
      ["no_guidance_20", "sag_s_0.1_block_output.2_sigma_1_20"]),
-    ("bench_fmnist32/search", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
+    ("bench_fmnist32_unipc/search", "UniPC-2 (bh2), time-uniform, at most 20 evaluations",
      [f"sag_s_{s}_block_output.2_sigma_1_20" for s in ("0.1", "0.25", "0.5", "1")])])
 def test_rows_that_differ_in_guidance_alone_are_compared(table, sampled, rows):
     """Of published tables, whose rows say their samplers and steps in several ways."""
