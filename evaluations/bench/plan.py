@@ -20,6 +20,7 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
     them. hours: how many there are, with those that were used; None for any.
     """
     known = Hours(bench.folder, hours, seconds)
+    there = known.left                  # planning itself takes none of it
     lines = [f"{bench.title}: at most {bench.spec.evaluations} evaluations of an image, all networks counted", "",
              "| piece | settings tried | evaluations of an image | images | hours | together |",
              "|---|---|---|---|---|---|"]
@@ -30,7 +31,7 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
             continue
         reason = unit.why_not(bench)
         one = 0.0 if reason or unit.key(bench) in known.done else known.expected(unit.cost(bench, images_there)) / 3600
-        if not reason and (not one or 3600 * (total + one) <= known.left):
+        if not reason and (not one or 3600 * (total + one) <= there):
             total += one
             lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
                          f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
