@@ -24,7 +24,6 @@ from guided_diffusion.progress import Progress, progress_bar
 from ..evaluation import ExtractorOptions
 from ..features import FeatureExtractor
 from ..reproduction.checks import check_files, check_rows
-from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
@@ -36,7 +35,7 @@ from .candidates import FURTHER, Candidate, Flags, beyond, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
-from .units import Unit, alone, elsewhere, images_there, in_pairs, unguided
+from .units import Unit, alone, elsewhere, images_there, in_pairs, missing_cost, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
@@ -227,8 +226,8 @@ class BenchRun:
         for _ in range(FURTHER):
             wider = beyond(settings, place, unit.scale)
             further = self._allowed(wider[-1 if place else 0]) if wider else None
-            if further is None or not self._fits(f"{further.run.title()} in the search", self._cost(further),
-                                                 len(rows) + 1):
+            if further is None or not self._fits(f"{further.run.title()} in the search",
+                                                 missing_cost(further, images_there), len(rows) + 1):
                 break
             self._search([further])
             settings, rows = wider, [*rows, further] if place else [further, *rows]
@@ -245,10 +244,6 @@ class BenchRun:
             return self.bench.searched(flags)
         except UserError:
             return None
-
-    def _cost(self, row: Row) -> float:
-        """Returns the network evaluations of the images of a row that are not there yet."""
-        return (row.images - images_there(row.run)) * equivalent_evaluations(row.run)
 
     def count(self, key: str = "", evaluations: float = 0.0) -> None:
         """Counts the time since the last call, on rank 0; see `Hours.count`."""
@@ -267,7 +262,7 @@ class BenchRun:
         """Samples a row, and counts the evaluations of the images that were not there yet."""
         cost = 0.0
         if dist_util.is_main():
-            cost = self._cost(row)
+            cost = missing_cost(row, images_there)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
         row.run.run()
         self.count(evaluations=cost)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import build_model
-from guided_diffusion.checkpoint import locate
 from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
-from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, TransformGuidance
 from guided_diffusion.late import torch
 
+from ..reproduction.checks import Digests
 from ..reproduction.missing import MissingFile, missing_files
 from ..reproduction.tables import Row
 
@@ -56,24 +55,21 @@ def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict
         with torch.device("meta"):
             return build_model(base.run.model)
 
-    @functools.cache
-    def digest(path: str) -> str:
-        return sha256_of(locate(path))
-
+    digests = Digests()
     found, why = [], {}
     for method in base.run.guidance:
         try:
-            found.append(_candidate(base, method, references, network, digest))
+            found.append(_candidate(base, method, references, network, digests))
         except UserError as error:
             why[method.short] = str(error)
     return found, why
 
 
 def _candidate(base: Row, method: GuidanceOptions, references: str | Path, network: Callable[[], UNetModel],
-               digest: Callable[[str], str]) -> Candidate:
+               digests: Digests) -> Candidate:
     """Returns a method as a candidate. Raises UserError where the model does not support it.
 
-    network: gives that of the model, without weights. digest: gives the SHA-256 of a checkpoint.
+    network: gives that of the model, without weights. digests: of checkpoints.
     """
     if not method.search:
         raise UserError("it says no settings to try")
@@ -87,7 +83,7 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path, netwo
     if not missing:
         on.build(Networks(network(), dist_util.dev(), base.run.sample.seed))
     if needed and all(files.values()) and not {file.file for file in lacking} & set(files.values()):
-        on.check({flag: digest(path) for flag, path in files.items()})
+        on.check(digests.of(files))
         check_same_names(files)
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
                      issubclass(method.kind, ContrastGuidance), missing, method.search_scale)

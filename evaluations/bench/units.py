@@ -77,7 +77,7 @@ class Unit:
         reported = [bench.reported(flags, self.evaluations).run for flags in self.settings]
         missing = bench.spec.images - max(map(there, reported))
         return missing * equivalent_evaluations(reported[-1]) + sum(
-            (row.images - there(row.run)) * equivalent_evaluations(row.run) for row in self.rows(bench))
+            missing_cost(row, there) for row in self.rows(bench))
 
 
 def unguided(bench: Bench, evaluations: int) -> Unit:
@@ -121,6 +121,11 @@ def all_units(bench: Bench, found: Sequence[Candidate]) -> list[Unit]:
     guiding = {one.short: best[one.short] for one in found if not one.transforms}
     return [unguided(bench, bench.spec.evaluations), *alone(bench, found), *elsewhere(bench, guiding),
             *in_pairs(bench, found, best, [one.short for one in found])]
+
+
+def missing_cost(row: Row, there: Callable[[SamplingRun], int]) -> float:
+    """Returns the network evaluations of the images of a row but of those that are there (see `images_there`)."""
+    return (row.images - there(row.run)) * equivalent_evaluations(row.run)
 
 
 def images_there(run: SamplingRun) -> int:

@@ -76,7 +76,7 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
         find_extractor(row.evaluation.backend).check()
         _check_reference(row, settings.references)
     if dist_util.is_main():
-        digests = _Digests()
+        digests = Digests()
         _check_runs(rows, digests)
         for row in rows:
             _check_folder(row, digests)
@@ -85,7 +85,7 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
     return why
 
 
-class _Digests(dict[str, str]):
+class Digests(dict[str, str]):
     """The SHA-256 of files by path, each computed once."""
 
     def __missing__(self, path: str) -> str:
@@ -111,13 +111,13 @@ def _check_reference(row: Row, references: Path) -> None:
         raise UserError(f"{file.path}: has {len(file)} images, at least {spec.smallest_count} are needed")
 
 
-def _check_folder(row: Row, digests: _Digests) -> None:
+def _check_folder(row: Row, digests: Digests) -> None:
     """Raises UserError where the row's folder holds the images of another configuration."""
     if (row.run.out / "run.json").exists() or (row.run.out / "shards").exists():
         row.run.check_folder(digests.of(row.run.checkpoints()))
 
 
-def _check_runs(rows: Sequence[Row], digests: _Digests) -> None:
+def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
     """Raises UserError for what a row would only meet when it is reached.
 
     That is what is wrong with its labels and its steps, and guidance that does not fit its network.
