@@ -38,14 +38,16 @@ Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gav
 
 
 def option(default: Any, help: str, *, choices: Collection[Any] | None = None, minimum: float | None = None,
-           above: float | None = None, maximum: float | None = None, later: bool = False) -> Any:
+           above: float | None = None, maximum: float | None = None, later: bool = False,
+           old_names: Sequence[str] = ()) -> Any:
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive).
 
     choices: what is allowed beside the default; one that grows, such as that of samplers, counts as it is then.
     later: the option came after the first records of runs: at its default it is no part of what a run is.
+    old_names: what it was called before, which command lines and configurations may go on saying.
     """
     limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={"help": help, "later": later, **limits})
+    return dataclasses.field(default=default, metadata={"help": help, "later": later, "old_names": old_names, **limits})
 
 
 def entry_option() -> Any:
@@ -318,6 +320,8 @@ class OptionParser(argparse.ArgumentParser):
         elif field.type is bool:
             kind |= {"nargs": "?", "const": "True"}
         add(f"--{field.name}", default=argparse.SUPPRESS, help=field.help.replace("%", "%%"), **kind)
+        for old in field.metadata.get("old_names", ()):
+            add(f"--{old}", dest=field.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **kind)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would end the process."""
@@ -325,7 +329,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The values in a configuration, or in the config.json of a training, as this command knows them."""
-        values = read_yaml(path)
+        old = {name: field.name for field in self.fields.values() for name in field.metadata.get("old_names", ())}
+        values = {old.get(name, name): value for name, value in read_yaml(path).items()}
         model, training = values.get("model"), values.get("training")
         if not (isinstance(model, dict) and isinstance(training, dict)):
             return values

@@ -22,6 +22,7 @@ class Network(Options):
     class_cond: bool = option(False, "takes labels")
     levels: str = option("", "comma-separated multipliers")
     stop: int | None = option(None, "step to stop at", minimum=0)
+    colour: str = option("", "of the pages", old_names=("tint",))
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,17 @@ def test_nearest():
 
 
 # YAML files and precedence
+
+
+def test_the_old_name_of_an_option_is_taken(config, capsys):
+    path = config("tint: red\n")
+    assert network("--tint", "red").colour == network("--config", path).colour == "red"
+    for name in ("--colour", "--tint"):
+        assert network("--config", path, name, "blue").colour == "blue"
+    assert refusal("--tint") == "--tint: a value is missing"
+    with pytest.raises(SystemExit):
+        network("--help")
+    assert "--colour STR" in (text := capsys.readouterr().out) and "--tint" not in text
 
 
 def test_a_yaml_file_gives_values_of_any_spelling(config):
