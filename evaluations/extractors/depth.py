@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EDGE_SHARE = 0.1
 BATCH = 250
 DEPTH_ARRAYS = ("mu_depth", "sigma_depth", "sharpness")     # in reference files, beside the SHA-256 of both networks
+ESTIMATOR = "judge"         # the array in them that has the SHA-256 of the depth estimator
 
 
 class DepthFeatures(NamedTuple):
@@ -62,8 +63,8 @@ class DepthExtractor:
 
     def description(self) -> dict[str, Any]:
         """Returns what results say of the two networks."""
-        return {"judge": {"name": self.scenes.name, "sha256": self.scenes.fingerprint,
-                          "accuracy": self.scenes.accuracy},
+        return {"estimator": {"name": self.scenes.name, "sha256": self.scenes.fingerprint,
+                              "accuracy": self.scenes.accuracy},
                 "extractor": {"name": self.classifier.name, "sha256": self.classifier.fingerprint}}
 
     def features(self, file: BatchFile, count: int | None = None) -> DepthFeatures:
@@ -87,7 +88,7 @@ class DepthExtractor:
         features = self.features(images, count)
         depth = feature_statistics(features.depth)
         return {"mu_depth": depth.mean, "sigma_depth": depth.covariance, "sharpness": features.sharpness,
-                "judge": np.array(self.scenes.fingerprint), "extractor": np.array(self.classifier.fingerprint)}
+                ESTIMATOR: np.array(self.scenes.fingerprint), "extractor": np.array(self.classifier.fingerprint)}
 
     def is_stored(self, reference: BatchFile) -> bool:
         """Whether a reference file holds what `reference_arrays` returns.
@@ -101,12 +102,13 @@ class DepthExtractor:
 
     def other_networks(self, file: BatchFile) -> str:
         """Returns whose `reference_arrays` a file stores, in words, where they are those of other networks; else ""."""
-        made_by = {"judge": self.scenes.fingerprint, "extractor": self.classifier.fingerprint}
+        made_by = {ESTIMATOR: ("depth estimator", self.scenes.fingerprint),
+                   "extractor": ("extractor", self.classifier.fingerprint)}
         if any(name in file.members for name in DEPTH_ARRAYS):
-            for name, fingerprint in made_by.items():
+            for name, (words, fingerprint) in made_by.items():
                 if (stated := file.value(name, str)) != fingerprint:
                     given = "none is named" if stated is None else f"SHA-256 {stated[:16]}..."
-                    return f"those of another {name} ({given}, not {fingerprint[:16]}...)"
+                    return f"those of another {words} ({given}, not {fingerprint[:16]}...)"
         return ""
 
 

@@ -41,7 +41,7 @@ class ScenesExtractor(BundledExtractor):
     upsampled by moving channels to pixels, which keeps edges sharp.
     """
 
-    name = "judge of scenes"            # stands in stored statistics and results
+    name = "judge of scenes"            # stands in stored statistics, in results, and in the keys of cached features
 
     def __init__(self, widths: Sequence[int] = (12, 32, 64, 64), accuracy: Mapping[str, float] | None = None,
                  limits: tuple[float, float] = (NEAR, FAR)) -> None:

@@ -235,7 +235,7 @@ def test_command(save, scenes, command):
     assert first["dfid"]["value"] < other["dfid"]["value"]
     low, high = first["sharpness"]["interval95"]
     assert low < first["sharpness"]["value"] < high
-    assert result["judge"]["accuracy"] and "| dFID | FID | edge sharpness | sharpness gap |" in printed
+    assert result["estimator"]["accuracy"] and "| dFID | FID | edge sharpness | sharpness gap |" in printed
     assert f"{other['dfid']['value']:.4g} (" in printed and ": softer |" in printed
 
 
@@ -262,7 +262,7 @@ def test_a_reference_of_another_network_is_refused(extractor, tmp_path):
                           ({"sharpness": None, "judge": None}, "none is named")):
         kept = {name: array for name, array in (arrays | changed).items() if array is not None}
         np.savez(tmp_path / "other.npz", **kept)
-        with pytest.raises(UserError, match=rf"other.npz: its statistics are those of another judge \({said}"):
+        with pytest.raises(UserError, match=rf"other.npz: .* are those of another depth estimator \({said}"):
             read_reference(str(tmp_path / "other.npz"), extractor)
 
 

@@ -179,7 +179,7 @@ def test_the_evaluator_measures_depth_with_it(torchscript, images, save, evaluat
     word = torchscript("outputs: {pooled: 0, depth: 3}\ndepth_range: [min, max]\n")
     files = save("reference.npz", images[:15]), save("sample.npz", images[15:] // 2)
     (result,) = evaluate(*files, "--backend", word, "--metrics", "dfid,sharpness,mind")
-    assert result["depth"]["judge"] == {"name": "tiny.pt", "sha256": sha256_of(word), "accuracy": {}}
+    assert result["depth"]["estimator"] == {"name": "tiny.pt", "sha256": sha256_of(word), "accuracy": {}}
     assert all(value > 0 for value in result["metrics"].values())
 
 
