@@ -121,15 +121,15 @@ def test_the_command_runs_as_a_module_does(capsys):
     assert capsys.readouterr().out == f"{CAT}\n    address: {OFFICIAL}lsun/cat/{CAT}.npz\n"
 
 
-def test_a_word_is_a_path_then_a_file_of_the_folder_then_a_shipped_reference(tmp_path, monkeypatch):
+def test_a_word_is_a_path_then_a_file_of_the_folder_then_a_bundled_reference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = MODELS / "fmnist32_reference.npz"
-    assert find_reference("fmnist32", "references") == shipped
+    bundled = MODELS / "fmnist32_reference.npz"
+    assert find_reference("fmnist32", "references") == bundled
     assert find_reference("mine.npz", "references") is None and find_reference("", tmp_path) is None
     (tmp_path / "references" / "fmnist32").mkdir(parents=True)
-    assert find_reference("fmnist32", "references") == shipped          # a folder is none
+    assert find_reference("fmnist32", "references") == bundled          # a folder is none
     (tmp_path / "references" / "mine.npz").touch()
     assert str(find_reference("mine.npz", "references")) == "references/mine.npz"
     (tmp_path / "mine.npz").touch()
     assert str(find_reference("mine.npz", tmp_path / "references")) == "mine.npz"
-    assert find_reference(str(shipped), "references") == shipped
+    assert find_reference(str(bundled), "references") == bundled

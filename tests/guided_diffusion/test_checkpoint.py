@@ -547,7 +547,7 @@ def test_every_class_guided_preset_has_a_classifier_of_its_size():
     assert find_preset("lsun_cat").classifier is None
 
 
-def test_shipped_models_are_found_by_their_file(tmp_path, monkeypatch):
+def test_bundled_models_are_found_by_their_file(tmp_path, monkeypatch):
     (tmp_path / "presets.yaml").write_text((presets.MODELS / "presets.yaml").read_text())
     monkeypatch.setattr(presets, "MODELS", tmp_path)
     model = create_model(**SMALL)

@@ -37,7 +37,7 @@ def server(tmp_path, monkeypatch, parameters):
     monkeypatch.setattr(presets, "MODELS", tmp_path / "known")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "known").mkdir()
-    (tmp_path / "known" / "shipped.safetensors").touch()
+    (tmp_path / "known" / "ours.safetensors").touch()
     with serving() as server:
         preset = {"kind": "diffusion", "parameters": parameters, "options": TINY}
         known = {"url": f"{server.url}/", "licence": "MIT (LICENSE)", "sag": {},
@@ -111,7 +111,7 @@ def test_the_page_of_the_model_zoo_is_what_the_command_prints(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["tny"], "tny: is no released checkpoint (did you mean tiny?), there are tiny, other"),
     (["tiny", "zzz"], "zzz: is no released checkpoint, there are tiny, other"),
-    (["shipped"], "shipped: is bundled, there is nothing to fetch: pass --model shipped"),
+    (["ours"], "ours: is bundled, there is nothing to fetch: pass --model ours"),
     ([], "no NAME is given: name a checkpoint, there are tiny, other"),
     (["--all", "--sha256", "0" * 64], "is that of one file"),
     (["tiny", "--sha256", "12"], "must be 64 hexadecimal digits")])

@@ -168,7 +168,7 @@ def test_rows_of_the_published_table_turn_off_what_they_do_not_name(path):
 
 
 @pytest.mark.parametrize("name", ["scenes32_dag", "scenes32_dag_paper_blocks"])
-def test_the_shipped_model_is_guided_by_the_shipped_files(name, tmp_path, monkeypatch):
+def test_the_bundled_model_is_guided_by_the_bundled_files(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     line = flags({"config": f"configs/{name}.yaml", "timestep_respacing": 2, "num_samples": 2, "batch_size": 2})
     assert call("dag_sample", *line, "--out", tmp_path / "on") == 0

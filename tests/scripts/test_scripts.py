@@ -161,8 +161,8 @@ def refused(capsys, tmp_path):
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch, tiny_checkpoints):
-    """A folder of shipped models: tiny16, and its classifier."""
+def bundled(tmp_path, monkeypatch, tiny_checkpoints):
+    """A folder of bundled models: tiny16, and its classifier."""
     folder = tmp_path / "models"
     folder.mkdir()
     shutil.copy(presets.MODELS / "presets.yaml", folder)
@@ -288,10 +288,10 @@ def test_config_file_gives_the_flags_and_the_command_line_goes_first(command, tm
     assert (other != flagged).any()
 
 
-def test_an_unconditional_model_takes_the_classes_of_its_classifier(shipped):
-    options = json.loads(checkpoint.read_metadata(shipped / "tiny16.safetensors")["config"]) | {"class_cond": False}
+def test_an_unconditional_model_takes_the_classes_of_its_classifier(bundled):
+    options = json.loads(checkpoint.read_metadata(bundled / "tiny16.safetensors")["config"]) | {"class_cond": False}
     assert preset_values({"model": "tiny16"})["num_classes"] == TINY["num_classes"]
-    save_state(shipped / "tiny16.safetensors", create_model(**{**TINY, "class_cond": False}).state_dict(),
+    save_state(bundled / "tiny16.safetensors", create_model(**{**TINY, "class_cond": False}).state_dict(),
                {"config": json.dumps({**options, "num_classes": 1000})})
     assert preset_values({"model": "tiny16"})["num_classes"] == TINY_CLASSIFIER["num_classes"]
 
@@ -309,7 +309,7 @@ def test_perturbed_attention_guidance_changes_images_and_composes(command, tmp_p
         assert (images[one] != images[other]).any(), (one, other)
 
 
-def test_shipped_model_runs_by_name_with_its_classifier(shipped, command, classifier, tmp_path):
+def test_bundled_model_runs_by_name_with_its_classifier(bundled, command, classifier, tmp_path):
     short = flags(SHORT)
     assert call("classifier_sample", "--model", "tiny16", *short, "--out", tmp_path / "named") == 0
     assert call("classifier_sample", *command(**classifier)) == 0

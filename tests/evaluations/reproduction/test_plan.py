@@ -191,9 +191,9 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
     assert "--inception" in commands["classify_image_graph_def.pb"]
     text = plan(load_table("freedoom32_dag").chosen("unguided"), "references", "", 1, 0.02)
     assert "models/freedoom32.safetensors is missing, and no option says what network it holds: its rows are" in text
-    judge = missing_files(load_table("freedoom32_dag").rows["unguided"], "references")[2]
-    assert judge.blocks and str(judge) == "models/freedoom32_judge.safetensors: scripts/train_scenes.py trains one " \
-        "(docs/dag.md)"
+    network = missing_files(load_table("freedoom32_dag").rows["unguided"], "references")[2]
+    assert network.blocks and str(network) == (
+        "models/freedoom32_judge.safetensors: scripts/train_scenes.py trains one (docs/dag.md)")
     unguided = [thing.file for thing in missing_files(rows["unguided"], "references") if thing.blocks]
     assert unguided and not any("classifier" in file for file in unguided)
     church = {thing.file: thing for thing in missing_files(load_table("dag_dfid").rows["church_dpg"], "references")}
@@ -204,7 +204,7 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
     assert of_samples.startswith("samples/lsun_church-") and of_samples.endswith("/depth.npz")
 
 
-def test_a_shipped_table_lacks_nothing():
+def test_a_bundled_table_lacks_nothing():
     for name in ("fmnist32", "scenes32"):
         assert not [thing for row in load_table(name).rows.values() for thing in missing_files(row, "references")]
 
@@ -244,7 +244,7 @@ def test_large_images_are_not_evaluated_on_a_cpu(row, monkeypatch):
     assert found.seconds > 0
 
 
-def test_plan_of_a_shipped_table_by_the_probe(monkeypatch):
+def test_plan_of_a_bundled_table_by_the_probe(monkeypatch):
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.1)
     table = load_table("fmnist32").chosen("unguided,cg,ddpm_250")
     text = plan(in_folder(table, "runs", 10), "references", "", 2, None)

@@ -72,7 +72,7 @@ def small():
             "sag_1": row("SAG s = 1", evaluations=40.0, speed=7.02),
             "ddpm_250": row("no guidance, DDPM, 250 steps", "not run here", "left out of --rows", 500, 250.0)}
     return {
-        "table": "fmnist32", "title": "Fashion-MNIST at 32x32, the shipped model fmnist32", "source": "", "note": "",
+        "table": "fmnist32", "title": "Fashion-MNIST at 32x32, the bundled model fmnist32", "source": "", "note": "",
         "settings": "DDPM, 20 steps; seed 1",
         "command": "python scripts/reproduce.py fmnist32", "version": "0.1.0", "device": "2 CPU cores", "ranks": 2,
         "bootstrap": 1000, "network": {"name": "embedded classifier of Fashion-MNIST", "sha256": SHA256},
@@ -150,7 +150,7 @@ def pictures(small):
 
 def test_markdown_of_a_small_table(small):
     text = markdown(small)
-    assert text.startswith("# Fashion-MNIST at 32x32, the shipped model fmnist32\n")
+    assert text.startswith("# Fashion-MNIST at 32x32, the bundled model fmnist32\n")
     assert "| row | FID | sFID | Inception Score | precision | recall |" in text
     assert "| no guidance | 0.57 (0.48 to 0.67) | " in text
     assert "500 images of each row.\n" in text and "500 images of each row, compared" not in text

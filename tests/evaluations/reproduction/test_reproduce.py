@@ -1,4 +1,4 @@
-"""Reproducing a table, as users do: a small one of the shipped model, from its plan to its report."""
+"""Reproducing a table, as users do: a small one of the bundled model, from its plan to its report."""
 
 import json
 import re
