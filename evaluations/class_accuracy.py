@@ -1,6 +1,6 @@
-"""Class accuracy: the share of samples that a classifier of clean images, the judge, sees as the class asked for.
+"""Class accuracy: the share of samples that a classifier of clean images names as the class asked for.
 
-A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for. JUDGES lists the judges.
+A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for. CLASSIFIERS lists what there is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .image_sets import open_images
 _log = logging.getLogger(__name__)
 
 
-class Judge(Protocol):
+class Classifier(Protocol):
     """A classifier of clean images (N, 32, 32, 3), which took no part in sampling.
 
     test_accuracy: the share of real test images that it names rightly.
@@ -47,29 +47,31 @@ class Judge(Protocol):
         """The class of each image, (N,) int64."""
 
 
-def _judge_of_clothes() -> Judge:
+def _classifier_of_clothes() -> Classifier:
     from .extractors.fashion_mnist import load_fashion_mnist
 
     return load_fashion_mnist()
 
 
-def _judge_of_icons() -> Judge:
-    from .extractors.icons import IconsJudge, load_layer
+def _classifier_of_icons() -> Classifier:
+    from .extractors.icons import IconsClassifier, load_layer
 
     layer = load_layer()
     EXTRACTORS["photo"].check()
-    return IconsJudge(layer, EXTRACTORS["photo"].load(device="cpu"))
+    return IconsClassifier(layer, EXTRACTORS["photo"].load(device="cpu"))
 
 
-JUDGES: dict[str, Callable[[], Judge]] = {"fashion_mnist": _judge_of_clothes, "icons": _judge_of_icons}
+CLASSIFIERS: dict[str, Callable[[], Classifier]] = {"fashion_mnist": _classifier_of_clothes,
+                                                   "icons": _classifier_of_icons}
 
 
 @dataclass(frozen=True)
 class ClassAccuracyOptions(Options):
     """The measurement."""
 
-    judge: str = option("fashion_mnist", "the classifier: fashion_mnist, of clothes; icons, of category and drawing "
-                        "style, which needs the extra `photo`", choices=tuple(JUDGES))
+    classifier: str = option("fashion_mnist", "what names the classes: fashion_mnist, of clothes; icons, of category "
+                             "and drawing style, which needs the extra `photo`", choices=tuple(CLASSIFIERS),
+                             old_names=("judge",))
     json: str = option("", "also write the figures to this file")
 
 
@@ -130,21 +132,21 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure_class_accuracy(judge: Judge, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def measure_class_accuracy(classifier: Classifier, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Measures the class accuracy with its 95 % interval, over all images and for each class that was asked for.
 
-    images: (N, 32, 32, 3) uint8. labels: (N,), the classes asked for. `recognised` counts the images that the
-    judge sees as the class asked for, and `share` is the accuracy.
+    images: (N, 32, 32, 3) uint8. labels: (N,), the classes asked for. `correct` counts the images that the
+    classifier names as the class asked for, and `share` is the accuracy.
     """
-    right = judge.predict(images) == labels
-    classes = {judge.class_names[number]: _accuracy(right[labels == number]) for number in np.unique(labels)}
+    right = classifier.predict(images) == labels
+    classes = {classifier.class_names[number]: _accuracy(right[labels == number]) for number in np.unique(labels)}
     return {**_accuracy(right), "classes": classes}
 
 
 def _accuracy(right: np.ndarray) -> dict[str, Any]:
     """The accuracy in results; right: (N,) bool."""
     correct, images = int(right.sum()), len(right)
-    return {"images": images, "recognised": correct, "share": correct / images,
+    return {"images": images, "correct": correct, "share": correct / images,
             "interval95": wilson_interval(correct, images)}
 
 
@@ -164,14 +166,16 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
-    """Measures sample files; returns their table, and how good the judge is on real images.
+    """Measures sample files; returns their table, and how good the classifier is on real images.
 
     Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
     """
     check_writable("--json", options.json)
-    judge = JUDGES[options.judge]()
-    results = {name: measure_class_accuracy(judge, *read_labelled_samples(name, judge.class_names)) for name in samples}
+    classifier = CLASSIFIERS[options.classifier]()
+    results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name, classifier.class_names))
+               for name in samples}
     if options.json:
-        write_json(options.json, {"judge": options.judge, "judge_test_accuracy": judge.test_accuracy, "files": results})
-    return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {judge.test_accuracy:.1%} "
+        write_json(options.json, {"classifier": options.classifier, "test_accuracy": classifier.test_accuracy,
+                                  "files": results})
+    return (f"{accuracy_table(results)}\n\nThe classifier of clean images is right on {classifier.test_accuracy:.1%} "
             "of the real test images; it took no part in sampling.")

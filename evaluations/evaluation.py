@@ -288,7 +288,7 @@ class Evaluation:
                 raise UserError(file.without_images)
             if self.options.num_images and self.options.num_images > len(file):
                 raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
-            if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
+            if any(metric.feature is Feature.CORRECTNESS for metric in self.options.wanted):
                 read_labels_by_name(file, self.extractor_options.kind.class_names())
 
     def _check_counts(self) -> None:
@@ -322,8 +322,8 @@ class Evaluation:
         extractor = self.extractor
         with dist_util.together():
             check_extractor_of(self.reference, extractor)
-            if any(metric.feature is Feature.RECOGNISED for metric in self.options.wanted):
-                self.extractor_options.kind.check_judge(extractor)
+            if any(metric.feature is Feature.CORRECTNESS for metric in self.options.wanted):
+                self.extractor_options.kind.check_classifier(extractor)
             if self.depth:
                 self.depth.is_stored(self.reference)
         wanted = self.options.wanted
@@ -362,8 +362,8 @@ class Evaluation:
         if plotted or any(metric.needs_network for metric in metrics):
             found = extract(file, self.extractor, folder, self.extractor_options.batch_size, count)
             features |= found._asdict()
-            if any(metric.feature is Feature.RECOGNISED for metric in metrics):
-                features[Feature.RECOGNISED] = self._recognised(found, file)
+            if any(metric.feature is Feature.CORRECTNESS for metric in metrics):
+                features[Feature.CORRECTNESS] = self._correctness(found, file)
         if any(metric.needs_depth for metric in metrics):
             with dist_util.together():
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
@@ -371,7 +371,7 @@ class Evaluation:
                     features |= {Feature.DEPTH: depth.depth, Feature.SHARPNESS: depth.sharpness}
         return FileFeatures(file, count or stored_count(file), features, SUFFIXES.keys() - set(foreign))
 
-    def _recognised(self, features: Features, file: BatchFile) -> np.ndarray:
+    def _correctness(self, features: Features, file: BatchFile) -> np.ndarray:
         """Returns for each image 1.0 where its class is named as its label says, else 0.0."""
         kind = self.extractor_options.kind
         named = kind.classify(features)
@@ -444,7 +444,7 @@ class Evaluation:
     def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
         """Warns where labels are probably not those of the classes that the network tells apart."""
         kind = self.extractor_options.kind
-        if not kind.classes_of or all(metric.feature is not Feature.RECOGNISED for metric in self.options.wanted):
+        if not kind.classes_of or all(metric.feature is not Feature.CORRECTNESS for metric in self.options.wanted):
             return
         names = kind.class_names()
         for sample in samples:

@@ -20,7 +20,7 @@ from guided_diffusion.version import __version__
 
 SHORT_NAMES = {"sample": "image_sample", "train": "image_train", "fetch": "fetch_models", "status": "run_status",
                "convert": "convert_checkpoint"}
-OLD_NAMES = ("dag_table", "halve_checkpoint")      # which only their files have
+OLD_NAMES = ("dag_table", "halve_checkpoint", "train_icons_judge")      # which only their files have
 
 
 def commands() -> dict[str, Path]:

@@ -1,11 +1,12 @@
-"""Measure class accuracy: the share of samples that a classifier sees as the class asked for.
+"""Measure class accuracy: the share of samples that a classifier names as the class asked for.
 
-The classifier has seen clean images alone, of Fashion-MNIST or (--judge icons) of icons, and takes no part in sampling.
+The classifier has seen clean images alone, of Fashion-MNIST or (--classifier icons) of icons, and takes no part in
+sampling.
 A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes asked for.
 
 Examples:
     python scripts/class_accuracy.py samples/*/samples_*.npz --json accuracy.json
-    python scripts/class_accuracy.py samples/smileys/samples_*.npz --judge icons
+    python scripts/class_accuracy.py samples/smileys/samples_*.npz --classifier icons
 """
 
 from collections.abc import Sequence

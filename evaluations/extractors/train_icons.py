@@ -1,4 +1,4 @@
-"""Training the judge of icons: multinomial regression on the features of photographs.
+"""Training the evaluation classifier of icons: multinomial regression on the features of photographs.
 
 The validation split chooses the strength of weight decay. The test split serves only to measure.
 """
@@ -30,11 +30,11 @@ STEPS = 60              # of L-BFGS
 
 @dataclasses.dataclass(frozen=True)
 class IconsTrainingOptions(Options):
-    """How the judge is trained."""
+    """How the classifier is trained."""
 
     data_dir: str = option("data/icons32", "folder with train.npz, validation.npz and test.npz of "
                            "`scripts/icons_render.py --format npz`")
-    out: str = option(str(bundled_file("icons_judge")), "file for the weights")
+    out: str = option(str(bundled_file("icons")), "file for the weights")
     weight_decay: str = option("0.01,0.03,0.1,0.3,1", "strengths of weight decay, comma-separated, among which the "
                                "validation split chooses")
     cache: str = option("", "folder that keeps features; unset: not kept")
@@ -48,7 +48,7 @@ class Split(NamedTuple):
 
 
 def train(options: IconsTrainingOptions, command: str, extractor: FeatureExtractor) -> Layer:
-    """Trains the judge on `extractor`'s features, writes it, and returns it.
+    """Trains the classifier on `extractor`'s features, writes it, and returns it.
 
     command: the command line, which the file names. Raises UserError for data or a file that cannot be used.
     """

@@ -26,7 +26,7 @@ class Feature(StrEnum):
     POOLED = "pooled"                   # (N, D), averages over the last feature map
     SPATIAL = "spatial"                 # (N, ...), some channels of an earlier map, with their places
     PROBABILITIES = "probabilities"     # (N, classes), sum 1
-    RECOGNISED = "recognised"           # (N,), 1 where a classifier names the class that was asked for, else 0
+    CORRECTNESS = "correctness"         # (N,), 1 where a classifier names the class that was asked for, else 0
     DEPTH = "depth"                     # (N, D), features of depth maps
     SHARPNESS = "sharpness"             # (N,), edge sharpness of depth maps, metres per pixel
     SATURATION = "saturation"           # (N,), of the pixels, in [0, 1]

@@ -266,12 +266,12 @@ def _resampled_authenticity(comparison: Comparison) -> Resampled:
 
 
 def _class_accuracy(comparison: Comparison) -> float:
-    return 100 * float(comparison.sample[Feature.RECOGNISED].mean())
+    return 100 * float(comparison.sample[Feature.CORRECTNESS].mean())
 
 
 def _resampled_class_accuracy(comparison: Comparison) -> Resampled:
-    recognised = comparison.sample[Feature.RECOGNISED]
-    return Resampled(resampled_mean(100 * recognised), len(recognised), share_replicates)
+    correct = comparison.sample[Feature.CORRECTNESS]
+    return Resampled(resampled_mean(100 * correct), len(correct), share_replicates)
 
 
 def _of_images(word: str, title: str, direction: Direction, feature: Feature, most: float = math.inf) -> Metric:
@@ -329,7 +329,7 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
            by_network="Frechet distance at infinity by {} features"),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
            FromReference.FEATURES, is_share=True, most=100),
-    Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.RECOGNISED, _class_accuracy,
+    Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.CORRECTNESS, _class_accuracy,
            _resampled_class_accuracy, is_share=True, most=100),
     # Of the pixels themselves.
     _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION, most=1),

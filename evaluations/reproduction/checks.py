@@ -45,10 +45,10 @@ def check_rows(table: Table, flag: str = "num_samples") -> None:
                             f"{' and '.join(needing)}")
         if network := row.evaluation.kind:
             check_outputs([METRICS[word] for word in row.evaluation.words], network, f" of row {name} in {row.file}")
-        recognised = [word for word in row.evaluation.words if METRICS[word].feature is Feature.RECOGNISED]
-        if recognised and (not row.run.labelled or row.run.sample.labels == NONE):
+        named = [word for word in row.evaluation.words if METRICS[word].feature is Feature.CORRECTNESS]
+        if named and (not row.run.labelled or row.run.sample.labels == NONE):
             raise UserError(f"metrics {row.evaluation.metrics} of row {name} in {row.file}: the row has no labels, "
-                            f"which {', '.join(recognised)} would need, leave that out")
+                            f"which {', '.join(named)} would need, leave that out")
     features_of(table)
     used = {name: method.heads for name, row in table.rows.items() for method in row.run.active if method.heads}
     if len(set(used.values())) > 1:

@@ -35,8 +35,8 @@ def samples(tmp_path, noise):
 def test_shares_are_counted_by_class(samples):
     read = class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
     result = class_accuracy.measure_class_accuracy(AlwaysTrousers(), *read)
-    assert (result["images"], result["recognised"], result["share"]) == (5, 3, 0.6)
-    assert {name: (c["images"], c["recognised"]) for name, c in result["classes"].items()} == {
+    assert (result["images"], result["correct"], result["share"]) == (5, 3, 0.6)
+    assert {name: (c["images"], c["correct"]) for name, c in result["classes"].items()} == {
         "T-shirt": (2, 0), "trouser": (3, 3)}
 
 
@@ -65,9 +65,15 @@ def test_command_prints_a_table_and_writes_json(samples, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert str(samples) in printed and "T-shirt" in printed and f"{classifier.test_accuracy:.1%}" in printed
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["judge_test_accuracy"] == classifier.test_accuracy
+    assert result["test_accuracy"] == classifier.test_accuracy
     assert result["files"][str(samples)]["images"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "samples.npz"]
+
+
+def test_the_old_name_of_the_option(samples, capsys):
+    words = ["class_accuracy", samples, "--judge"]
+    assert (call(*words, "fashion_mnist"), call(*words, "none")) == (0, 2)
+    assert capsys.readouterr().err.startswith("error: --classifier none: must be one of fashion_mnist, icons")
 
 
 @pytest.mark.parametrize("arrays, message", [

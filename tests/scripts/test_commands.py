@@ -23,7 +23,7 @@ OLD_NAMES = {
     "evaluations.benchmark": "benchmark_evaluator", "evaluations.memory_benchmark": "benchmark_memory",
     "evaluations.make_reference": "make_reference", "evaluations.references": "fetch_references"}
 
-OLD_FILES = {"dag_table", "halve_checkpoint"}
+OLD_FILES = {"dag_table", "halve_checkpoint", "train_icons_judge"}
 
 
 # The one entry point
@@ -94,7 +94,7 @@ from pathlib import Path
 mistakes = {"image_sample": ["--num_samples", "-1"], "evaluate": ["a", "b", "--backend", "x"],
             "image_train": ["--lr", "x"], "dag_sample": ["--model", "x"], "reproduce": ["x", "--ranks", "y"],
             "depth_train": ["--config", "x.yaml"]}
-old = {"dag_table", "halve_checkpoint"}
+old = {"dag_table", "halve_checkpoint", "train_icons_judge"}
 for path in sorted(Path("scripts").glob("[a-z]*.py")):
     lines = [["--help"], ["--no_such_option"], *([mistakes[path.stem]] if path.stem in mistakes else [])]
     for words in lines[:1] if path.stem in old else lines:
@@ -127,6 +127,13 @@ def test_an_old_name_says_the_new_one_and_does_the_same(module, monkeypatch, cap
     assert ended.value.code == 2
     said, error = capsys.readouterr().err.splitlines()
     assert said == (f"python -m {module} is now `python scripts/{new}.py`, or `guided-pixels {new.replace('_', '-')}`")
+    assert error.startswith("error: --no_such_option: no such option")
+
+
+def test_the_old_file_of_a_command_says_the_new_one_and_does_the_same(capsys):
+    assert call("train_icons_judge", "--no_such_option") == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert said == "scripts/train_icons_judge.py is now `python scripts/train_icons.py`, or `guided-pixels train-icons`"
     assert error.startswith("error: --no_such_option: no such option")
 
 

@@ -1,4 +1,4 @@
-"""The judge of icons: it learns from its features, is kept in a file, and refuses other features."""
+"""The evaluation classifier of icons: it learns from its features, is kept in a file, and refuses other features."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from evaluations import class_accuracy
 from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from evaluations.extractors.efficientnet import POOLED
-from evaluations.extractors.icons import IconsJudge, load_layer
+from evaluations.extractors.icons import IconsClassifier, load_layer
 from evaluations.extractors.train_icons import IconsTrainingOptions, train
 from evaluations.features import Features
 from guided_diffusion.errors import UserError
@@ -40,26 +40,26 @@ def write_split(path, count, seed):
 def trained(tmp_path):
     for seed, split in enumerate(("train", "validation", "test")):
         write_split(tmp_path / f"{split}.npz", 30, seed)
-    out = tmp_path / "judge.safetensors"
+    out = tmp_path / "icons.safetensors"
     options = IconsTrainingOptions(data_dir=str(tmp_path), out=str(out), weight_decay="0.01,1")
     return train(options, "made so", Colours()), out
 
 
-def test_the_judge_learns_and_its_file_holds_it(trained, tmp_path, monkeypatch):
+def test_the_classifier_learns_and_its_file_holds_it(trained, tmp_path, monkeypatch):
     layer, out = trained
     assert layer.accuracy["test"] == layer.accuracy["validation"] == 1
-    judge = IconsJudge(load_layer(out), Colours())
-    assert (list(judge.class_names), judge.test_accuracy) == (list(NAMES), 1.0)
-    monkeypatch.setitem(class_accuracy.JUDGES, "icons", lambda: judge)
-    options = class_accuracy.ClassAccuracyOptions(judge="icons", json=str(tmp_path / "result.json"))
+    classifier = IconsClassifier(load_layer(out), Colours())
+    assert (list(classifier.class_names), classifier.test_accuracy) == (list(NAMES), 1.0)
+    monkeypatch.setitem(class_accuracy.CLASSIFIERS, "icons", lambda: classifier)
+    options = class_accuracy.ClassAccuracyOptions(classifier="icons", json=str(tmp_path / "result.json"))
     assert "100.0%" in class_accuracy.class_accuracy([str(tmp_path / "test.npz")], options)
-    assert json.loads((tmp_path / "result.json").read_text())["judge"] == "icons"
+    assert json.loads((tmp_path / "result.json").read_text())["classifier"] == "icons"
 
 
 def test_what_does_not_fit_is_refused(trained, tmp_path):
     layer, out = trained
     with pytest.raises(UserError, match="trained on features of other weights"):
-        IconsJudge(layer._replace(features_sha256="1" * 64), Colours())
+        IconsClassifier(layer._replace(features_sha256="1" * 64), Colours())
     icons = str(tmp_path / "test.npz")
     evaluation = Evaluation(icons, [icons], ExtractorOptions(backend="photo"),
                             EvaluatorOptions(metrics="class_accuracy"), extractor=Colours())

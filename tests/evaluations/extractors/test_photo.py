@@ -168,7 +168,7 @@ def test_without_the_package_a_sentence_says_what_to_install(monkeypatch, capsys
 def test_numbers_are_named_for_the_network(file, cache, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(photo, "find_weights", lambda: file)
     monkeypatch.setattr(photo, "default_cache", lambda: cache)
-    monkeypatch.setattr(icons, "check_judge", lambda extractor: None)        # which knows the weights by their hash
+    monkeypatch.setattr(icons, "check_classifier", lambda extractor: None)   # which knows the weights by their hash
     files = [tmp_path / "real.npz", tmp_path / "made.npz"]
     for seed, path in enumerate(files):
         write_batch(path, {"arr_1": np.arange(6 + seed)}, iter([pictures(6 + seed, seed=seed)]), (6 + seed, 32, 32, 3))
@@ -188,7 +188,7 @@ def test_numbers_are_named_for_the_network(file, cache, monkeypatch, tmp_path, c
                                  "features_of": "EfficientNet-Lite0"}
 
 
-def test_a_photograph_is_recognised():
+def test_a_photograph_is_classified():
     """The public-domain photograph of Grace Hopper that comes with matplotlib: ImageNet's class 652, military uniform.
 
     The probabilities are those of the package's own network on the same input.

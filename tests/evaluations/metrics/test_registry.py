@@ -57,7 +57,7 @@ def comparison():
             Feature.POOLED: random.normal(size=(80, 4)), Feature.SPATIAL: random.normal(size=(80, 6)),
             Feature.PROBABILITIES: random.dirichlet(np.ones(3), 80), Feature.DEPTH: random.normal(size=(80, 5)),
             Feature.SHARPNESS: random.random(80), Feature.SATURATION: random.random(80),
-            Feature.CONTRAST: random.random(80), Feature.RECOGNISED: random.integers(0, 2, 80).astype(float)})
+            Feature.CONTRAST: random.random(80), Feature.CORRECTNESS: random.integers(0, 2, 80).astype(float)})
 
     reference, sample = features(), features()
     sample.features[Feature.POOLED] += 1            # so that some reference images are far from all samples
