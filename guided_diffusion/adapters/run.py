@@ -28,16 +28,7 @@ from .. import dist_util, pictures
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
-from ..guidance import (
-    ApgOptions,
-    GuidanceOptions,
-    IcgOptions,
-    Networks,
-    PagOptions,
-    RescaleOptions,
-    SegOptions,
-    TsgOptions,
-)
+from ..guidance import GUIDANCE, GuidanceOptions, IcgOptions, Networks
 from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
@@ -55,8 +46,6 @@ from ..terms import Guidance
 if TYPE_CHECKING:
     from .latent import LatentDiffusion
 
-METHODS: tuple[type[GuidanceOptions], ...] = (
-    PagOptions, SegOptions, TsgOptions, IcgOptions, ApgOptions, RescaleOptions)
 IRRELEVANT = ("out", "overwrite", "log_every", "num_samples", "pipeline", "prompts", "icg_prompts")
 MOST_DRAWN = 64                 # prompts of the run itself among which independent condition guidance draws
 
@@ -119,7 +108,7 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentRun:
-    """All options of a run: those of the pipeline, and of `METHODS`. `run()` makes what is missing."""
+    """All options of a run: those of the pipeline, and of methods for it. `run()` makes what is missing."""
 
     options: LatentOptions
     methods: tuple[GuidanceOptions, ...]
@@ -127,7 +116,7 @@ class LatentRun:
     @classmethod
     def classes(cls) -> tuple[type[Options], ...]:
         """The classes of the options, those of the pipeline first."""
-        return (LatentOptions, *METHODS)
+        return (LatentOptions, *(method for method in GUIDANCE if method.for_pipelines))
 
     @property
     def out(self) -> Path:

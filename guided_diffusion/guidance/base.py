@@ -132,8 +132,8 @@ class GuidanceOptions(Options):
     beside_the_step: it does not need the step's own evaluation for that (`ContrastGuidance.beforehand`). search: the
     settings among which a bench looks for the best one, from weak to strong, as flags by value (see `each`); none
     leaves the method out of benches. search_scale: the flag among them that a bench may also set beyond its first or
-    last value, and its value that is off; None where there is none. kind: which of the kinds in `terms` its terms are
-    of.
+    last value, and its value that is off; None where there is none. for_pipelines: its terms also guide networks of
+    diffusers, so that the command that samples pipelines has it. kind: which of the kinds in `terms` its terms are of.
     """
 
     short: ClassVar[str]
@@ -145,6 +145,7 @@ class GuidanceOptions(Options):
     beside_the_step: ClassVar[bool] = False
     search: ClassVar[Sequence[Mapping[str, Any]]] = ()
     search_scale: ClassVar[tuple[str, float] | None] = None
+    for_pipelines: ClassVar[bool] = False
     kind: ClassVar[type[Guidance]] = ContrastGuidance
 
     def __post_init__(self) -> None:

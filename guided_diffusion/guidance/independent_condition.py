@@ -56,6 +56,7 @@ class IcgOptions(ScaledOptions):
     needs_labels = True
     can_batch = True
     beside_the_step = True
+    for_pipelines = True
 
     icg_scale: float = option(0.0, "scale s of independent condition guidance; 0: off")
     icg_start: int | None = start_option()

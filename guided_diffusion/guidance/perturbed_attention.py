@@ -92,6 +92,7 @@ class PagOptions(ScaledOptions):
     switched_on: ClassVar = {"pag_scale": 1.0}
     search: ClassVar = each("pag_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "pag"
+    for_pipelines = True
 
     pag_scale: float = option(0.0, "scale of perturbed-attention guidance; 0: off")
     pag_blocks: str = option("middle", "attention blocks that become the identity, comma-separated, like "

@@ -73,6 +73,7 @@ class ApgOptions(GuidanceOptions):
     search: ClassVar = each("apg_momentum", 0.0, -0.5, apg=True)
     kind = TransformGuidance
     sigma_flags = "apg"
+    for_pipelines = True
 
     apg: bool = option(False, "project the change that all contrasts make together")
     apg_eta: float = option(0.0, "share of that change along the predicted image that is kept; 1: all of it")

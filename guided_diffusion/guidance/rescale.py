@@ -52,6 +52,7 @@ class RescaleOptions(GuidanceOptions):
     search: ClassVar = each("rescale_phi", 0.3, 0.7)
     kind = TransformGuidance
     sigma_flags = "rescale"
+    for_pipelines = True
 
     rescale_phi: float = option(0.0, "share of the guided prediction that is rescaled to the deviation of the unguided "
                                 "one; 0: off", minimum=0, maximum=1)

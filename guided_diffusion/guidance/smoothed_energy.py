@@ -74,6 +74,7 @@ class SegOptions(ScaledOptions):
     switched_on: ClassVar = {"seg_scale": 1.0}
     search: ClassVar = each("seg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "seg"
+    for_pipelines = True
 
     seg_scale: float = option(0.0, "scale s of smoothed energy guidance; 0: off")
     seg_blocks: str = option("middle", "attention blocks whose queries are smoothed, comma-separated")

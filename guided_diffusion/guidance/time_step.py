@@ -77,6 +77,7 @@ class TsgOptions(ScaledOptions):
     switched_on: ClassVar = {"tsg_scale": 1.0}
     search: ClassVar = each("tsg_scale", 0.5, 1.0, 2.0, 3.0)
     sigma_flags = "tsg"
+    for_pipelines = True
 
     tsg_scale: float = option(0.0, "scale s of time step guidance; 0: off")
     tsg_noise_scale: float = option(1.0, "size of the noise in the embedding of the step, at the first step",

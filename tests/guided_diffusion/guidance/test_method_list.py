@@ -37,6 +37,7 @@ class GreyOptions(GuidanceOptions):
 
     short = "grey"
     switched_on: ClassVar = {"grey_scale": 3.0}
+    for_pipelines = True
 
     grey_scale: float = option(0.0, "scale of guidance towards grey; 0: off")
     grey_start: int | None = option(None, "guided only at respaced steps below this one; unset: at all", minimum=0)
@@ -79,8 +80,9 @@ def record(out):
     return json.loads((out / "run.json").read_text())
 
 
-def test_a_new_method_is_in_the_help(grey, capsys):
-    assert call("image_sample", "--help") == 0
+@pytest.mark.parametrize("command", ["image_sample", "latent_sample"])
+def test_a_new_method_is_in_the_help(command, grey, capsys):
+    assert call(command, "--help") == 0
     text = capsys.readouterr().out
     assert "Guidance towards grey:" in text and "--grey_scale" in text and "--grey_start" in text
 
