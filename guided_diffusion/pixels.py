@@ -40,3 +40,8 @@ def to_rounded_uint8(pixels: np.ndarray) -> np.ndarray:
     in [-1, 1] between; samples are truncated (`to_uint8`).
     """
     return np.rint((pixels + 1) * 127.5).astype(np.uint8)
+
+
+def unit_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1], of any shape, as the nearest uint8, halves to even: what diffusers does with images."""
+    return np.rint(values * 255).astype(np.uint8)

@@ -27,6 +27,7 @@ from guided_diffusion.files import reason
 from guided_diffusion.late import Tensor, torch
 from guided_diffusion.logger import MetricLogger
 from guided_diffusion.options import options_from
+from guided_diffusion.pixels import from_uint8
 from guided_diffusion.resample import UniformSampler
 from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import Network, TrainingBatch, TrainLoop
@@ -110,7 +111,7 @@ def compare_training(networks: ModuleType, clone: SimpleNamespace, shape: Shape,
     device, size = dist_util.dev(), model_options.image_size
     model = seeded_weights(build_model(model_options)).to(device)
     pixels = np.random.default_rng(0).integers(0, 256, (shape.batch, size, size, 3), np.uint8)
-    images = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).movedim(3, 1).contiguous()
+    images = torch.from_numpy(from_uint8(pixels)).movedim(3, 1).contiguous()
     other = official_copy(networks, model, device).requires_grad_(True).train()
     their_diffusion = clone.script_util.create_gaussian_diffusion(
         steps=diffusion_options.diffusion_steps, learn_sigma=diffusion_options.learn_sigma,

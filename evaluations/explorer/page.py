@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.pixels import to_rounded_uint8, unit_to_uint8
 
 from ..pages import page as pages
 from ..pages.page import LIMIT, lossy, pages_of
@@ -158,11 +159,11 @@ def _levels(values: np.ndarray, drawn: str) -> tuple[float, np.ndarray]:
     """
     values = np.nan_to_num(values.astype(np.float32))
     if drawn == COLOUR:
-        pixels = ((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        pixels = to_rounded_uint8(values.clip(-1, 1))
         return 1.0, pixels[:, :, 0] if pixels.shape[2] == 1 else np.moveaxis(pixels, 2, -1)
     values = values.mean(axis=2)
     if drawn == MASK:
-        return 1.0, (values.clip(0, 1) * 255).round().astype(np.uint8)
+        return 1.0, unit_to_uint8(values.clip(0, 1))
     guided = np.abs(values[values != 0])
     scale = float(np.quantile(guided, 0.999)) if guided.size else 1.0
     level = np.sign(values) * np.sqrt((np.abs(values) / scale).clip(0, 1))

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..guidance.classifier import ClassifierGuidance
 from ..guidance.depth import DepthConsistencyGuidance, DepthPriorGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
+from ..pixels import unit_to_uint8
 from ..process import Denoiser
 from ..rng import image_noise
 from ..solvers import SolverOptions
@@ -306,8 +306,7 @@ class LatentDiffusion:
             return arrays
         from PIL import Image
 
-        pixels = (arrays * 255).round().astype(np.uint8)
-        return [Image.fromarray(pixel[..., 0] if pixel.shape[-1] == 1 else pixel) for pixel in pixels]
+        return [Image.fromarray(pixel[..., 0] if pixel.shape[-1] == 1 else pixel) for pixel in unit_to_uint8(arrays)]
 
     def decoded(self, latents: Tensor) -> Tensor:
         """The images of latents by the VAE, (N, 3, H, W) in [-1, 1]; latents themselves where there is no VAE.

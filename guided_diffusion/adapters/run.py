@@ -33,6 +33,7 @@ from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
 from ..options import Options, batch_option, option, option_fields, seed_option
+from ..pixels import unit_to_uint8
 from ..runs import shards
 from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
@@ -241,7 +242,7 @@ class LatentRun:
             guidance=prepared.guidance, seed=options.seed, numbers=numbers, height=options.height or None,
             width=options.width or None, output_type="np", batch_contrasts=options.batch_contrasts,
             on_step=lambda: on_step(min(1.0, next(done) / options.steps)))
-        pixels = (images[:len(image_ids)] * 255).round().astype(np.uint8)
+        pixels = unit_to_uint8(images[:len(image_ids)])
         return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
     def _finish(self, chunks: LatentChunks, began: float) -> Path:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from guided_diffusion.pixels import from_uint8, to_rounded_uint8, to_uint8
+from guided_diffusion.pixels import from_uint8, to_rounded_uint8, to_uint8, unit_to_uint8
 
 EVERY = np.arange(256, dtype=np.uint8)
 
@@ -25,3 +25,8 @@ def test_samples_are_clamped_and_grey_fills_three_channels():
     pixels = to_uint8(torch.tensor([-3.0, 0.0, 1.0, 1.5]).reshape(1, 1, 2, 2))
     assert pixels.shape == (1, 2, 2, 3)
     assert pixels[..., 0].flatten().tolist() == [0, 127, 255, 255] and (pixels == pixels[..., :1]).all()
+
+
+def test_unit_values_become_the_nearest():
+    unit = EVERY.astype(np.float32) / 255
+    assert (unit_to_uint8(unit) == EVERY).all() and (unit_to_uint8(unit[1:] - np.float32(0.4 / 255)) == EVERY[1:]).all()
