@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .losses import mean_flat
 
-__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last_on_cpu", "mean_flat", "normalization",
+__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last_on_cpu", "mean_flat", "normalization", "rows_of",
            "timestep_embedding", "zero_module"]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -59,6 +59,19 @@ def is_channels_last_on_cpu(x: Tensor) -> bool:
     """Says whether x is a map (N, C, H, W) that is stored in the order N, H, W, C, in the memory of the CPU."""
     return (x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
             and not x.is_contiguous())
+
+
+def rows_of(whole: Sequence[Tensor | None], part: Sequence[Tensor | None]) -> slice | None:
+    """The rows in which the inputs of a batch are those of a part, bit for bit; None where they are nowhere.
+
+    whole: (N, ...) each, None for an input that is not given. part: (n, ...) each. Only rows from a multiple of n on.
+    """
+    total, count = (next(len(one) for one in inputs if one is not None) for inputs in (whole, part))
+    for rows in (slice(first, first + count) for first in range(0, total - count + 1, count)):
+        if all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a[rows], b)
+               for a, b in zip(whole, part, strict=True)):
+            return rows
+    return None
 
 
 def normalization(channels: int) -> GroupNorm32:

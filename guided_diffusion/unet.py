@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .attention import AttentionBlock, merge_heads, split_heads
 from .errors import UserError
-from .nn import SiLU, checkpoint, is_channels_last_on_cpu, normalization, timestep_embedding, zero_module
+from .nn import SiLU, checkpoint, is_channels_last_on_cpu, normalization, rows_of, timestep_embedding, zero_module
 from .shapes import POOLS
 from .winograd import Conv3x3
 
@@ -311,13 +311,10 @@ class Prefix:
 
     def beginning_of(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> Prefix | None:
         """What an evaluation of these inputs begins with: this, or some rows of it; None where it begins otherwise."""
-        count = len(x)
-        for first in range(0, len(self.h) - count + 1, count):
-            part = self if count == len(self.h) else self._rows(slice(first, first + count))
-            if all(a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
-                   for a, b in zip(part.inputs, (x, timesteps, y), strict=True)):
-                return part
-        return None
+        rows = rows_of(self.inputs, (x, timesteps, y))
+        if rows is None:
+            return None
+        return self if rows == slice(0, len(self.h)) else self._rows(rows)
 
     def _rows(self, rows: slice) -> Prefix:
         x, timesteps, y = self.inputs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import GridAttention, merge_heads
 from ..errors import UserError
+from ..nn import rows_of
 from ..unet import PrefixRecorder
 
 
@@ -138,14 +139,12 @@ class PartialEvaluation:
         """What an evaluation of these inputs begins with: this, or some rows of it; None where it begins otherwise."""
         if self.inputs.keys() != inputs.keys():
             return None
-        all_rows, count = len(self.inputs["x"]), len(inputs["x"])
-        for first in range(0, all_rows - count + 1, count):
-            rows = slice(first, first + count)
-            if all(value.dtype == inputs[name].dtype and torch.equal(value[rows], inputs[name])
-                   for name, value in self.inputs.items()):
-                return self if count == all_rows else PartialEvaluation(
-                    [(part, _mapped(output, itemgetter(rows))) for part, output in self.outputs], inputs)
-        return None
+        rows = rows_of(list(self.inputs.values()), [inputs[name] for name in self.inputs])
+        if rows is None:
+            return None
+        if rows == slice(0, len(self.inputs["x"])):
+            return self
+        return PartialEvaluation([(part, _mapped(output, itemgetter(rows))) for part, output in self.outputs], inputs)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:

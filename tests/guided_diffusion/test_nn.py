@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion.nn import SiLU, checkpoint, mean_flat, normalization, timestep_embedding, zero_module
+from guided_diffusion.nn import SiLU, checkpoint, mean_flat, normalization, rows_of, timestep_embedding, zero_module
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -107,3 +107,13 @@ def test_silu_keeps_its_input_where_a_gradient_is_recorded():
     assert x.equal(before) and x.grad.allclose(before.sigmoid() * (1 + before * (1 - before.sigmoid())))
     with torch.no_grad():
         assert activation(x).allclose(before.sigmoid() * before)
+
+
+def test_rows_of_a_part_are_found_from_multiples_of_its_length():
+    x, t, y = torch.arange(24.0).reshape(6, 4), torch.arange(6), torch.arange(6) % 2
+    assert rows_of((x, t, y), (x[2:4], t[2:4], y[2:4])) == slice(2, 4)
+    assert rows_of((x, t, None), (x.clone(), t.clone(), None)) == slice(0, 6)
+    assert rows_of((x, t, y), (x[1:3], t[1:3], y[1:3])) is None
+    assert rows_of((x, t, y), (x[2:4], t[2:4], None)) is None
+    assert rows_of((x, t, y), (x[2:4], t[2:4].float(), y[2:4])) is None
+    assert rows_of((x[:2], t[:2], y[:2]), (x, t, y)) is None
