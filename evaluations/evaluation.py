@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -353,10 +353,10 @@ class Evaluation:
         return {kind: words for kind, words in found.items() if words and file.statistics(SUFFIXES[kind])}
 
     def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
-                 foreign: Collection[Feature] = ()) -> FileFeatures:
+                 foreign: Mapping[Feature, str] | None = None) -> FileFeatures:
         """Extracts the features that `metrics` read, and those of a picture, of the first `count` images.
 
-        foreign: the kinds whose stored statistics are not used.
+        foreign: see `FileFeatures`.
         """
         features: dict[str, np.ndarray] = {}
         if plotted or any(metric.needs_network for metric in metrics):
@@ -369,7 +369,7 @@ class Evaluation:
                 if self.depth and dist_util.is_main():      # only the first rank computes metrics
                     depth = self.depth.features(file, count)
                     features |= {Feature.DEPTH: depth.depth, Feature.SHARPNESS: depth.sharpness}
-        return FileFeatures(file, count or stored_count(file), features, SUFFIXES.keys() - set(foreign))
+        return FileFeatures(file, count or stored_count(file), features, foreign)
 
     def _correctness(self, features: Features, file: BatchFile) -> np.ndarray:
         """Returns for each image 1.0 where its class is named as its label says, else 0.0."""
@@ -422,7 +422,7 @@ class Evaluation:
         """Warns where statistics that a sample file stores are not used, since another network made them."""
         read = {metric.feature for metric in self.options.wanted if metric.needs is FromReference.STATISTICS}
         for sample in (sample for sample in samples if sample.is_whole):
-            for whose in dict.fromkeys(words for kind, words in self._foreign(sample.file).items() if kind in read):
+            for whose in dict.fromkeys(words for kind, words in sample.foreign.items() if kind in read):
                 self.warn(f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed "
                           "instead")
 

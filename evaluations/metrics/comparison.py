@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -78,21 +78,22 @@ class FeatureSet:
 class FileFeatures(FeatureSet):
     """The features of the first `count` images of a file, with what the file stores of them.
 
-    features: those that were extracted, by kind. Where a kind was not, the file must hold it. stored: the kinds whose
-    stored statistics are used, since they are of the same network; and even they only where all images take part.
+    features: those that were extracted, by kind. Where a kind was not, the file must hold it. foreign: by kind, whose
+    the stored statistics are, in words, where another network made them: those are not used. Others are used where all
+    images take part.
     """
 
     def __init__(self, file: BatchFile, count: int, features: Mapping[str, np.ndarray] | None = None,
-                 stored: Collection[Feature] = frozenset(SUFFIXES)) -> None:
+                 foreign: Mapping[Feature, str] | None = None) -> None:
         super().__init__(features or {}, count)
-        self.file, self.stored = file, stored
+        self.file, self.foreign = file, dict(foreign or {})
 
     def first(self, count: int) -> FileFeatures:
         """Returns the features of the first `count` images alone."""
         if count == self.count:
             return self
         return FileFeatures(self.file, count, {kind: values[:count] for kind, values in self.features.items()},
-                            self.stored)
+                            self.foreign)
 
     def __getitem__(self, kind: Feature) -> np.ndarray:
         """Returns the features of that kind, (N, ...): extracted, stored, or measured on the pixels."""
@@ -107,7 +108,7 @@ class FileFeatures(FeatureSet):
 
     def statistics(self, kind: Feature) -> Statistics:
         """Returns mean and covariance of the features of that kind, stored or computed."""
-        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole and kind in self.stored else None
+        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole and kind not in self.foreign else None
         return stored or super().statistics(kind)
 
     @property
@@ -117,7 +118,8 @@ class FileFeatures(FeatureSet):
 
     def description(self) -> dict[str, Any]:
         """Returns what results say of the file."""
-        stored = self.is_whole and any(self.file.statistics(SUFFIXES[kind]) for kind in OF_NETWORK & set(self.stored))
+        used = OF_NETWORK - self.foreign.keys()
+        stored = self.is_whole and any(self.file.statistics(SUFFIXES[kind]) for kind in used)
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
                 "statistics": "stored" if stored else "computed",
                 **({"resolution": self.file.resolution} if len(self.file) else {})}
