@@ -34,7 +34,7 @@ def usual(table: Table) -> str:
     parts = [*filter(None, [_usual_sampler(table)]), f"seed {_most_frequent([run.sample.seed for run in runs])}"]
     for method in GUIDANCE:
         if details := _usual_details(table, method):
-            parts.append(f"{method.short}: {', '.join(details.values())}")
+            parts.append(f"{method.short}: {', '.join(filter(None, details.values()))}")
     return "; ".join(parts)
 
 
@@ -91,7 +91,8 @@ def _usual_sampler(table: Table) -> str:
 def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:
     """Returns the most frequent details of a method among the rows that have it; none where none has."""
     details = [method.details() for row in table.rows.values() for method in row.run.active if type(method) is kind]
-    return {name: _most_frequent([one[name] for one in details]) for name in details[0]} if details else {}
+    return {name: _most_frequent([one[name] for one in details if one[name]] or [""])
+            for name in details[0]} if details else {}
 
 
 def _most_frequent(values: Sequence[Any]) -> Any:

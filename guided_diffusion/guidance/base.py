@@ -182,7 +182,10 @@ class GuidanceOptions(Options):
     # What some methods say
 
     def details(self) -> dict[str, str]:
-        """Further settings in words, by name: {"blur": "sigma = 3"}. Titles show those that are not the usual ones."""
+        """Further settings in words, by name: {"blur": "sigma = 3"}. Titles show those that are not the usual ones.
+
+        "" is for one that changes no image beside the others as they are.
+        """
         return {}
 
     def files(self) -> dict[str, str]:
@@ -282,7 +285,7 @@ class GuidanceOptions(Options):
         usual: from `details`; None: those of the default options. A window of noise levels is always said.
         """
         usual = type(self)().details() if usual is None else usual
-        differing = [words for name, words in self.details().items() if usual.get(name) != words]
+        differing = [words for name, words in self.details().items() if words and usual.get(name) != words]
         return ", ".join([self.headline(), *differing, *self._window_words()])
 
     def _window_words(self) -> list[str]:

@@ -194,10 +194,11 @@ class SagOptions(GuidanceOptions):
         return f"SAG s = {self.guide_scale - 1:.3g}"
 
     def details(self) -> dict[str, str]:
-        """Block, mask, threshold psi, blur and heads."""
-        return {"block": f"block {self._block}", "mask": f"mask {self.mask}",
-                "threshold": f"psi = {self.threshold:g}", "blur_sigma": f"sigma = {self.blur_sigma:g}",
-                "heads": f"{self.attention_heads} heads"}
+        """Block, mask, threshold psi, blur and heads; of a global mask the mask and the blur alone."""
+        details = {"block": f"block {self._block}", "mask": f"mask {self.mask}",
+                   "threshold": f"psi = {self.threshold:g}", "blur_sigma": f"sigma = {self.blur_sigma:g}",
+                   "heads": f"{self.attention_heads} heads"}
+        return details if self._reads_attention else {**details, "block": "", "threshold": "", "heads": ""}
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""

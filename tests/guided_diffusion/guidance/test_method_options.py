@@ -123,6 +123,12 @@ def test_every_option_changes_the_image_and_the_title_or_the_window(kind, files,
         assert other.title() != method.title() or windows[0] != windows[1] or name.endswith("_path"), name
 
 
+def test_a_title_names_nothing_of_the_attention_where_none_is_read():
+    method = SagOptions(guide_scale=1.5, sel_attn_block="middle", threshold=0.5, attention_heads="official")
+    assert method.title() == "SAG s = 0.5, block middle, psi = 0.5, official heads"
+    assert replace(method, mask="global", blur_sigma=2.0).title() == "SAG s = 0.5, mask global, sigma = 2"
+
+
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.short)
 def test_windows_of_the_plan_are_those_of_the_terms(kind, files, model):
     method = kind(**placed(files, {**CASES[kind][0], f"{kind.sigma_flags}_sigma_max": 1.0}))
