@@ -35,7 +35,7 @@ from .candidates import FURTHER, Candidate, Flags, beyond, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
-from .units import Unit, alone, elsewhere, images_there, in_pairs, missing_cost, unguided
+from .units import Unit, alone, elsewhere, in_pairs, missing_cost, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
@@ -190,10 +190,11 @@ class BenchRun:
 
     def _do(self, unit: Unit, progress: Progress) -> None:
         """Searches and samples a piece of work, where it can be had and there is time for it."""
-        if reason := unit.why_not(self.bench):
-            self.impossible.append(f"{unit.what} ({reason})")
+        try:
+            key, cost = unit.key(self.bench), unit.cost(self.bench)
+        except UserError as error:
+            self.impossible.append(f"{unit.what} ({error})")
             return
-        key, cost = unit.key(self.bench), unit.cost(self.bench, images_there)
         if not self._fits(unit.what, 0.0 if key in self.hours.done else cost, len(unit.settings) * unit.searched):
             return
         progress.note(unit.what)
@@ -227,7 +228,7 @@ class BenchRun:
             wider = beyond(settings, place, unit.scale)
             further = self._allowed(wider[-1 if place else 0]) if wider else None
             if further is None or not self._fits(f"{further.run.title()} in the search",
-                                                 missing_cost(further, images_there), len(rows) + 1):
+                                                 missing_cost(further), len(rows) + 1):
                 break
             self._search([further])
             settings, rows = wider, [*rows, further] if place else [further, *rows]
@@ -262,7 +263,7 @@ class BenchRun:
         """Samples a row, and counts the evaluations of the images that were not there yet."""
         cost = 0.0
         if dist_util.is_main():
-            cost = missing_cost(row, images_there)
+            cost = missing_cost(row)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
         row.run.run()
         self.count(evaluations=cost)

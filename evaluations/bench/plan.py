@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from guided_diffusion.errors import UserError
+
 from ..reproduction.missing import missing_files
 from .candidates import FURTHER, Candidate
 from .hours import Hours
 from .settings import Bench
-from .units import all_units, images_there
+from .units import all_units
 
 
 def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], references: str, seconds: float,
@@ -29,8 +31,12 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
     for unit in all_units(bench, found):
         if gone & set(unit.title.split(" + ")):
             continue
-        reason = unit.why_not(bench)
-        one = 0.0 if reason or unit.key(bench) in known.done else known.expected(unit.cost(bench, images_there)) / 3600
+        reason, one = "", 0.0
+        try:
+            cost = unit.cost(bench)
+            one = 0.0 if unit.key(bench) in known.done else known.expected(cost) / 3600
+        except UserError as error:
+            reason = str(error)
         if not reason and (not one or 3600 * (total + one) <= there):
             total += one
             lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "

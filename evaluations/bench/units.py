@@ -6,7 +6,7 @@ those whose methods did best alone come first. A piece is a search and the row t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from guided_diffusion.errors import UserError
@@ -60,24 +60,16 @@ class Unit:
         """Returns the number of images that it samples."""
         return self.searched * len(self.settings) * bench.spec.search_images + bench.spec.images
 
-    def why_not(self, bench: Bench) -> str:
-        """Returns why it cannot be had at so many evaluations, "" where it can."""
-        try:
-            self.cost(bench)
-        except UserError as error:
-            return str(error)
-        return ""
-
-    def cost(self, bench: Bench, there: Callable[[SamplingRun], int] = lambda run: 0) -> float:
+    def cost(self, bench: Bench) -> float:
         """Returns the network evaluations of its images, but of those that are there (see `images_there`).
 
         Before the search it is not known which of its settings is reported: the one that has most images.
-        Raises UserError where the evaluations are too few for it.
+        Raises UserError where it cannot be had at so many evaluations.
         """
         reported = [bench.reported(flags, self.evaluations).run for flags in self.settings]
-        missing = bench.spec.images - max(map(there, reported))
+        missing = bench.spec.images - max(map(images_there, reported))
         return missing * equivalent_evaluations(reported[-1]) + sum(
-            missing_cost(row, there) for row in self.rows(bench))
+            missing_cost(row) for row in self.rows(bench))
 
 
 def unguided(bench: Bench, evaluations: int) -> Unit:
@@ -123,9 +115,9 @@ def all_units(bench: Bench, found: Sequence[Candidate]) -> list[Unit]:
             *in_pairs(bench, found, best, [one.short for one in found])]
 
 
-def missing_cost(row: Row, there: Callable[[SamplingRun], int]) -> float:
+def missing_cost(row: Row) -> float:
     """Returns the network evaluations of the images of a row but of those that are there (see `images_there`)."""
-    return (row.images - there(row.run)) * equivalent_evaluations(row.run)
+    return (row.images - images_there(row.run)) * equivalent_evaluations(row.run)
 
 
 def images_there(run: SamplingRun) -> int:
