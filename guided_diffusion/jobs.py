@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,20 @@ def read_state(place: Path) -> JobState | None:
         if path.is_file():
             return JobState.of(read_json(path, _can_be_told)).now()
     return None
+
+
+def mark_finished(folder: Path) -> None:
+    """Says, on rank 0, of the last job that wrote a folder that it had done all, whatever ended it then.
+
+    It is for jobs that have ended. A folder without a state gets none, and a state that cannot be written stays.
+    """
+    path = folder / STATE
+    if not is_main() or not path.is_file():
+        return
+    with contextlib.suppress(UserError, OSError):
+        before = JobState.of(read_json(path, _can_be_told))
+        if before.state is not State.FINISHED:
+            write_json(path, replace(before, state=State.FINISHED, steps=(), why="").as_dict())
 
 
 def _can_be_told(content: dict[str, Any]) -> bool:

@@ -53,7 +53,7 @@ from .fetch import without_secrets
 from .files import lies_in, reason
 from .fp16_util import MixedPrecisionTrainer
 from .image_datasets import BatchPlan, FolderImages, TrainingImages, find_data, given_as, holds_idx, open_images
-from .jobs import job
+from .jobs import job, mark_finished
 from .late import F, Tensor, dist, no_grad, torch
 from .log_sinks import check_sinks
 from .logger import MetricLogger, Totals, open_log
@@ -190,6 +190,7 @@ class TrainLoop:
         """Trains until the last step, or for ever."""
         if self.finished:
             _say(f"the training in {self.out} is finished, at step {self.step}: there is nothing to do")
+            mark_finished(self.out)
             return
         with dist_util.together():
             if dist_util.is_main():
@@ -200,6 +201,8 @@ class TrainLoop:
                 self._train(logger)
         except BaseException as error:
             self._rescue(error)
+            if self.finished and self.saved == self.step:       # all was done, and is there
+                mark_finished(self.out)
             if isinstance(error, LostRankError):
                 raise LostRankError(f"{error}; start the same command again to go on from the last save") from None
             raise

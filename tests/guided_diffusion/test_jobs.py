@@ -68,6 +68,18 @@ def test_a_state_with_values_of_other_types_is_damaged(damage, tmp_path):
         read_state(tmp_path)
 
 
+def test_a_job_that_had_done_all_is_marked_as_finished(tmp_path):
+    jobs.mark_finished(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError), job("training", tmp_path), progress_bar(9, "training", "image"):
+        raise UserError("no")
+    before = read_state(tmp_path)
+    jobs.mark_finished(tmp_path)
+    after = read_state(tmp_path)
+    assert after.state is State.FINISHED and not after.steps and not after.why
+    assert (after.began, after.written) == (before.began, before.written)
+
+
 def test_other_ranks_write_no_state(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

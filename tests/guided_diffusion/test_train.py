@@ -358,6 +358,15 @@ def interrupt_write_of(monkeypatch, name):
     monkeypatch.setattr(checkpoint, "save_state", interrupted)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors"])
+def test_a_training_that_ends_in_its_last_save_is_finished(data_dir, tmp_path, monkeypatch, name):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_write_of(patch, name)
+        train(data_dir, tmp_path / "out", lr_anneal_steps=2, save_interval=2)
+    whole = train(data_dir, tmp_path / "whole", lr_anneal_steps=2, save_interval=2)
+    assert kept(tmp_path / "out") == kept(whole) and kept(whole)[-1] == "finished"
+
+
 @pytest.mark.parametrize("rescued", [True, False])
 @pytest.mark.parametrize("name", ["snapshot_16_ema_0.9.safetensors", "snapshot_24_ema_0.99.safetensors",
                                   "model.safetensors"])
