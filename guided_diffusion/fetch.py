@@ -58,6 +58,11 @@ def without_secrets(text: str) -> str:
     return re.sub(r"(\w+:/+)(?:[^/\s]*@)?([^\s?#]*)(?:\?[^\s#]*)?", r"\1\2", text)
 
 
+def public_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of options by name, without what is secret in addresses."""
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
 def _is_blob(url: str) -> bool:
     return url.lower().startswith(_BLOBS)
 

@@ -25,7 +25,7 @@ from typing import Any
 from . import checkpoint, dist_util
 from .classes import KEY
 from .errors import UserError
-from .fetch import sha256_of, without_secrets
+from .fetch import public_values, sha256_of, without_secrets
 from .files import check_folder, locked, remove_leftovers, write_json
 from .foreign import reading
 from .image_datasets import find_data, holds_idx, is_npz
@@ -111,8 +111,9 @@ class Record:
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
-        content: dict[str, Any] = {"model": dict(self.model), "training": _public(self.training), "ranks": self.ranks}
-        content |= {WATCHED: _public(self.watched)} if self.watched else {}
+        content: dict[str, Any] = {"model": dict(self.model), "training": public_values(self.training),
+                                   "ranks": self.ranks}
+        content |= {WATCHED: public_values(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
         write_json(out / "config.json", content, sync=True)
@@ -147,7 +148,7 @@ class Record:
     @property
     def options(self) -> dict[str, Any]:
         """All options by flag name, as they are stored."""
-        return _public({**self.training, **self.model})
+        return public_values({**self.training, **self.model})
 
     def continues(self, before: Record, out: Path) -> list[str]:
         """What is new beside the record `before` of the same folder, a sentence each, where it does not matter.
@@ -227,11 +228,6 @@ class Record:
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))
-
-
-def _public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of options by name, without secrets of addresses."""
-    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 # The state

@@ -12,6 +12,7 @@ stopped, or has more images, goes on from them:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -235,7 +236,7 @@ class LatentRun:
         given: dict[str, Any] = {} if not prompts else {
             "prompt": [prompts[number % len(prompts)] for number in numbers],
             "negative_prompt": self.options.negative_prompt or None}
-        done, options = iter(range(1, 10**9)), self.options
+        done, options = itertools.count(1), self.options
         cfg_scale: float = options.prompt_scale
         images = prepared.latent.sample(
             **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,

@@ -13,6 +13,7 @@ folder, so that a larger number of images goes on from them:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import CLASS_RULES, stored_names
 from ..errors import NonFiniteError, UserError
-from ..fetch import sha256_of, without_secrets
+from ..fetch import public_values, sha256_of
 from ..files import check_folder, write_csv, write_json
 from ..guidance import Networks
 from ..image_datasets import TrainingImages, open_images
@@ -236,13 +237,12 @@ class LikelihoodRun:
 
     def _values(self) -> dict[str, Any]:
         """All options by flag name, without secrets."""
-        values = {**asdict(self.diffusion), **asdict(self.model), **asdict(self.options)}
-        return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+        return public_values({**asdict(self.diffusion), **asdict(self.model), **asdict(self.options)})
 
     def _work(self, meter: LikelihoodMeter, images: TrainingImages, chunks: LikelihoodChunks, todo: Indices,
               queue: WorkQueue) -> None:
         def make(index: int, on_step: Callable[[float], None]) -> None:
-            image_ids, began, done = chunks.chunks[index], time.monotonic(), iter(range(1, 10**9))
+            image_ids, began, done = chunks.chunks[index], time.monotonic(), itertools.count(1)
             steps = meter.process.num_timesteps
             terms = meter.terms(image_ids, *images.at(image_ids), on_step=lambda: on_step(next(done) / steps))
             arrays = {name: terms[name] for name in ("total_bpd", "prior_bpd")}

@@ -22,7 +22,7 @@ from ..classes import check_same_names, first_names, label_number
 from ..dtypes import AUTO, dtype_name, with_dtype
 from ..errors import UserError
 from ..execution import choose_dtype, compile_for
-from ..fetch import sha256_of, without_secrets
+from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..guidance.base import without_labels
@@ -166,8 +166,7 @@ class SamplingRun:
         for options in self.options:
             values |= asdict(options)
         values["dtype"] = values["dtype"] or dtype_name(values)
-        return {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()
-                if name not in ("out", "overwrite")}
+        return public_values({name: value for name, value in values.items() if name not in ("out", "overwrite")})
 
     def decided(self) -> Self:
         """The run with a type of its own where --dtype is auto; all ranks call it together.
