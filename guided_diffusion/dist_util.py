@@ -27,8 +27,8 @@ from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "collective", "dev", "gathered", "has_last_word", "is_main",
-           "load_state_dict", "rank", "setup_dist", "shutdown", "store", "sync_params", "together", "told_by_main",
-           "world_size"]
+           "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store", "sync_params", "together",
+           "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
@@ -333,6 +333,12 @@ def told_by_main(value: Any) -> Any:
     except RuntimeError:
         raise LostRankError("a rank is gone: it was killed, or its node is down") from None
     return json.loads(bytes(text.tolist()))
+
+
+def say(line: str) -> None:
+    """Logs a line, unless it is empty, on the first rank."""
+    if line and is_main():
+        LOG.info("%s", line)
 
 
 def has_last_word() -> bool:

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import dist_util
 from .classes import SHOWN, ClassNames
+from .dist_util import say
 from .errors import UserError
 from .files import reason
 from .image_files import (
@@ -117,7 +117,7 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
     if class_cond:
         names, labels = (known or ClassNames.from_images(folder, files, classes)).read(folder, files, classes)
         if classes and names.rule != classes:
-            _say(f"--classes {classes}: does not tell the {names} in {data_dir}; there it is {names.rule}")
+            say(f"--classes {classes}: does not tell the {names} in {data_dir}; there it is {names.rule}")
     return FolderImages(data_dir, frame, labels, files, names, skip_damaged, count_decoded(files))
 
 
@@ -146,7 +146,7 @@ class TrainingImages:
         """Raises UserError unless a network of so many classes fits; says what classes there are."""
         if self.class_names is not None:
             self.class_names.check(num_classes, self.data_dir)
-            _say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
+            say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
         if self.labels is None:
             return
         greatest = int(self.labels.max())
@@ -154,8 +154,8 @@ class TrainingImages:
             raise UserError(f"--num_classes {num_classes}: {self.data_dir} has more classes, the greatest is "
                             f"{greatest}; pass --num_classes {greatest + 1}")
         if greatest + 1 < num_classes and self.class_names is None:
-            _say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
-                 f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
+            say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
+                f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
 
     def without_images(self) -> str:
         """The classes with names that have no image, as a line of a log; "" where all have some."""
@@ -268,7 +268,7 @@ class FolderImages(TrainingImages):
         if len(damaged) == self.count:
             raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged, the first is "
                             f"{damaged[0]}")
-        _say(f"{self.data_dir}: left out {len(damaged)} damaged image(s), the first is {next(iter(damaged.values()))}")
+        say(f"{self.data_dir}: left out {len(damaged)} damaged image(s), the first is {next(iter(damaged.values()))}")
         kept = [index for index in range(self.count) if index not in damaged]
         labels = None if self.labels is None else self.labels[kept]
         return dataclasses.replace(self, files=[self.files[index] for index in kept], labels=labels,
@@ -317,12 +317,6 @@ class FolderImages(TrainingImages):
 
     def _damaged(self, found: Iterable[str]) -> UserError:
         return damaged_error(found, advise=self.skip_damaged is not None)
-
-
-def _say(line: str) -> None:
-    """Logs a line, unless it is empty, on the first rank."""
-    if line and dist_util.is_main():
-        _log.info("%s", line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -557,7 +551,7 @@ def list_images(folder: Path) -> list[Path]:
 
 def say_left_out(found: FoundPictures, folder: Path) -> None:
     """Logs on the first rank, in one line, what of a folder was left out; nothing where all of it was taken."""
-    _say(found.line(folder))
+    say(found.line(folder))
 
 
 def _pictures(folder: Path) -> FoundPictures:
