@@ -36,7 +36,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound="nn.Module")
 
 ALIAS = "official_guided_diffusion"         # under which the clone's package is imported, beside this one
 MATRIX = {"cpu": 1024, "cuda": 8192}        # rows and columns of the matrices whose product is timed
-TARGETS = (1.5, 2.0, 0.7)                   # times as fast, evaluations a SAG step, part of the matrix-product rate
+TARGETS = (1.5, 2.0, 0.7)                   # times as fast, evaluations a guided step, part of the matrix-product rate
 AGREEMENT = 1e-4                            # relative, of float32 networks of hundreds of layers in two orders of sums
 
 _ADM = {"num_head_channels": 64, "resblock_updown": True, "use_scale_shift_norm": True, "learn_sigma": True}
@@ -120,7 +120,7 @@ def official_copy(module: ModuleType, model: UNetModel, device: torch.device) ->
         num_heads_upsample=model.num_heads_upsample, use_scale_shift_norm=config.use_scale_shift_norm,
         resblock_updown=config.resblock_updown, use_new_attention_order=config.use_new_attention_order)
     network.load_state_dict(model.state_dict())
-    return network.to(device).eval().requires_grad_(False)
+    return checkpoint.ready(network, device)
 
 
 def seeded_weights(network: AnyNetwork, seed: int = 0) -> AnyNetwork:
@@ -161,7 +161,7 @@ class Against:
 
     @property
     def step(self) -> float:
-        """A SAG step in evaluations."""
+        """A step of the timed method in evaluations."""
         return self.costs[f"{_METHOD} step"].ratio(self.costs["evaluation"])
 
     @property
@@ -255,14 +255,14 @@ def against_table(found: Mapping[str, Against], device: str) -> str:
     """The comparison as Markdown: ratios first, then what they are made of."""
     lines = [f"float32 on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of the "
              f"ratios of interleaved rounds; targets {TARGETS[0]}, {TARGETS[1]:g}, {TARGETS[2]}", "",
-             "| shape | official / this evaluation | SAG step / evaluation | part of the matrix-product rate | "
+             f"| shape | official / this evaluation | {_METHOD} step / evaluation | part of the matrix-product rate | "
              "peak MiB, official / this | outputs agree within |", "|---|---|---|---|---|---|"]
     for name, one in found.items():
         memory = " / ".join(f"{one.costs[each].memory:.0f}" for each in ("official evaluation", "evaluation"))
         lines.append(f"| {name} | {one.speedup:.2f} | {one.step:.2f} | {one.share:.2f} | {memory} | "
                      f"{one.deviation:.0e} |")
-    lines += ["", "| shape | evaluation, ms | official, ms | SAG step, ms | GFLOP/s | matrix products, GFLOP/s |",
-              "|---|---|---|---|---|---|"]
+    lines += ["", f"| shape | evaluation, ms | official, ms | {_METHOD} step, ms | GFLOP/s | "
+                  "matrix products, GFLOP/s |", "|---|---|---|---|---|---|"]
     for name, one in found.items():
         each = " | ".join(f"{one.costs[part].median:.0f}" for part in ("evaluation", "official evaluation",
                                                                        f"{_METHOD} step"))
