@@ -2,7 +2,7 @@
 
 The result is an image folder, OUT/CLASS/NAME.png, or one .npz file with arr_0 (images), arr_1 (classes) and
 class_names. Beside it lies a manifest, which names the source of every image. An image folder goes on where it was
-stopped: files that are there already are kept, and others than those of the same sources are refused.
+stopped: files that are there already are kept, and refused where the data gives others now.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .files import (
     check_folder,
     check_writable,
     lies_in,
+    locked,
     open_own,
     reason,
     remove_leftovers,
@@ -53,6 +54,7 @@ CROPS = ("adm", "box")
 LABELS = ("folders", "prefix", "none")
 AHEAD = 64              # pictures that are read before they are needed
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 RECORD = "sources.jsonl"        # rows of the manifest, each written before its image, until the manifest has them all
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
@@ -258,12 +260,23 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if not as_npz and lies_in(out, path) and Path(path).is_dir():
         raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
                         "the command goes on; name another folder")
-    if as_npz:
-        check_writable("--out", out, parents=True)
     lines = _label_lines(options.labels_file) if options.labels_file else []
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
-    kept = {} if as_npz else _begin(out, settings, say)
+    if as_npz:
+        check_writable("--out", out, parents=True)
+        _write(path, options, lines, settings, say)
+        return
+    with locked(check_folder("--out", out) / LOCK, lambda who: UserError(
+            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
+        _write(path, options, lines, settings, say)
+
+
+def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], settings: Mapping[str, Any],
+           say: Callable[[str], object]) -> None:
+    """Writes the images and their manifest; lines: of --labels_file. settings: what the manifest says of them."""
+    as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    kept = {} if as_npz else _begin(out, settings)
     label_of = _labels(path, options, lines, say)
     damaged: list[str] = []
     found = FoundPictures()
@@ -287,14 +300,13 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         + (f" in {len(classes)} classes" if classes else ""))
 
 
-def _begin(out: Path, settings: dict[str, Any], say: Callable[[str], object]) -> dict[str, str | None]:
+def _begin(out: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
     """Makes a folder ready, and returns the source of each image that it holds, None where no record names it.
 
     Raises UserError where it holds anything else than a part of the same images.
     """
-    check_folder("--out", out)
     manifest, record = out / MANIFEST, out / RECORD
-    if all(file in (manifest, record) for file in out.iterdir()):       # nothing was written but the settings
+    if all(file in (manifest, record, out / LOCK) for file in out.iterdir()):       # the settings at most were written
         write_json(manifest, {"settings": settings})
         record.unlink(missing_ok=True)
         return {}
@@ -310,12 +322,7 @@ def _begin(out: Path, settings: dict[str, Any], say: Callable[[str], object]) ->
         named = {row["file"]: str(row["source"]) for row in content.get("images", [])}
     named |= _recorded(record)
     files = (file.relative_to(out).as_posix() for file in find_pictures(out, frozenset((".png",))).files)
-    kept = {file: named.get(file) for file in files}
-    unknown = sum(source is None for source in kept.values())
-    if unknown:
-        say(f"{out}: {unknown} image(s) have no record of their sources, as earlier versions wrote none; they are "
-            "kept, as if the data had not changed since")
-    return kept
+    return {file: named.get(file) for file in files}
 
 
 def _recorded(record: Path) -> dict[str, str]:
@@ -397,6 +404,9 @@ def _write_folder(images: Iterable[Prepared], out: Path, name: str, kept: Mappin
                                 "another folder, or pass --name, which numbers the files")
             _note(out / RECORD, row)
             save(Image.fromarray(image.pixels), out / place)
+        elif not np.array_equal(np.asarray(read_image(out / place, 3)), image.pixels):
+            raise UserError(f"--out {out}: holds {place} with other pixels than {image.name} gives now; the data has "
+                            "changed, or another version of Pillow cuts it; name another folder")
         rows.append(row)
     surplus = [file for file in kept if file not in seen]
     if rows and surplus:
