@@ -10,10 +10,12 @@ import numpy as np
 from guided_diffusion.pictures import save_comparison
 
 from .metrics import FileFeatures
+from .metrics.arrays import slices
 from .metrics.comparison import Feature
-from .metrics.distances import centred_points, squared_distances
+from .metrics.distances import centred_points, precise_squared_distances
 
 SHOWN, NEIGHBOURS = 10, 2
+AT_ONCE = 256           # samples whose distances are in memory
 
 
 class Neighbours(NamedTuple):
@@ -27,11 +29,13 @@ def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray, shown: int 
                           ) -> Neighbours:
     """Finds the samples whose features lie nearest to those of a reference image, with their k nearest ones.
 
-    reference: (N, D), sample: (M, D). Of fewer than `shown` samples or k reference images all are taken.
+    Distances are those of float64: single precision tells nothing apart beside an image that lies millions of times as
+    far. reference: (N, D), sample: (M, D). Of fewer than `shown` samples or k reference images all are taken.
     """
     real, generated = centred_points(reference, sample)
-    found, least = np.empty((len(sample), min(k, len(reference))), np.intp), np.empty(len(sample), np.float32)
-    for rows, squared in squared_distances(generated, real):
+    found, least = np.empty((len(sample), min(k, len(reference))), np.intp), np.empty(len(sample))
+    for rows in slices(len(sample), AT_ONCE):
+        squared = precise_squared_distances(generated.take(rows), real)
         order = np.argsort(squared, axis=1, kind="stable")
         found[rows], least[rows] = order[:, :found.shape[1]], squared.min(axis=1)
     chosen = np.argsort(least, kind="stable")[:shown]

@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import checked_pair, slices
 from .bootstrap import Replicates, Statistic, bootstrap_replicates
-from .distances import Points, centred_points, comparison_margin, squared_distances, squared_distances_float64
+from .distances import Points, centred_points, comparison_margin, precise_squared_distances, squared_distances
 
 CANDIDATES = 4          # nearest ones in single precision, where that tells them, among which differences decide
 FEWEST = 10             # samples on either side, below which a share moves by too few of them to tell how far
@@ -44,7 +44,7 @@ def _nearest(points: Points, others: Points, without: np.ndarray | None = None) 
             near = points.take(chosen)
             unsure = np.flatnonzero(spread <= comparison_margin(near, farthest))
             if len(unsure) and kept < len(others.given):
-                precise = _in_double_precision(near.take(unsure), others)
+                precise = precise_squared_distances(near.take(unsure), others)
                 candidates[unsure] = _smallest(precise, kept, None if left_out is None else left_out[unsure])[0]
             own = near.given.astype(np.float64)
             exact = np.stack([np.square(others.given[column] - own).sum(axis=1) for column in candidates.T], axis=1)
@@ -65,13 +65,6 @@ def _smallest(block: np.ndarray, kept: int, without: np.ndarray | None) -> tuple
     values = np.take_along_axis(block, columns, axis=1)
     farthest = np.maximum(values.max(axis=1), 0)
     return columns, farthest, farthest - values.min(axis=1)
-
-
-def _in_double_precision(points: Points, others: Points) -> np.ndarray:
-    """Returns squared distances (n, M) in float64, in the coordinates of `centred`."""
-    middle = points.precise(slice(None))
-    return np.concatenate([squared_distances_float64(middle, others.precise(part))
-                           for part in slices(len(others.given), 2048)], axis=1)
 
 
 def share_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,

@@ -20,7 +20,7 @@ class Points(NamedTuple):
     centre: np.ndarray      # (D,) float32
     unit: np.float32
 
-    def take(self, indices: np.ndarray) -> Points:
+    def take(self, indices: slice | np.ndarray) -> Points:
         """Returns the points of these indices."""
         return self._replace(given=self.given[indices], centred=self.centred[indices], squares=self.squares[indices])
 
@@ -211,6 +211,13 @@ def squared_distances_float64(rows: np.ndarray, columns: np.ndarray) -> np.ndarr
     squared += np.einsum("ij,ij->i", columns, columns)
     squared += np.einsum("ij,ij->i", rows, rows)[:, None]
     return squared
+
+
+def precise_squared_distances(points: Points, others: Points) -> np.ndarray:
+    """Returns squared distances (n, M) in float64, in the coordinates of `centred`."""
+    middle = points.precise(slice(None))
+    return np.concatenate([squared_distances_float64(middle, others.precise(part))
+                           for part in slices(len(others.given), 2048)], axis=1)
 
 
 def lengths(squared: np.ndarray, points: Points) -> np.ndarray:
