@@ -41,6 +41,7 @@ FIXED = ("schedule_sampler", "ema_rate", "ema_power")
 STARTS = ("resume_checkpoint", "init_from", "checkpoint_entry")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
+UNPACKED = frozenset((".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"))
 
 State = dict[str, dict[str, Tensor]]        # kind ("model", "ema_0.999", "optimizer" ...) -> name -> tensor
 
@@ -71,8 +72,8 @@ def shown(value: Any) -> Any:
 def data_digest(data_dir: str) -> str:
     """SHA-256 of what tells images from others: their names in order and some of their sizes; of an .npz the checksums.
 
-    IDX files that are not packed are read whole: those of other data have the same names and sizes. The result does not
-    depend on where the images lie. Raises UserError where there are none.
+    IDX files and, of those that tell by their sizes, pictures that may not be packed are read whole: others have the
+    same names and sizes. The result does not depend on where the images lie. Raises UserError where there are none.
     """
     place = find_data(data_dir)
     lines: Iterable[str]
@@ -88,9 +89,14 @@ def data_digest(data_dir: str) -> str:
     else:
         files = find_pictures(place).files
         every = -(-len(files) // MEASURED)
-        lines = [f"{path.relative_to(place).as_posix()} {path.stat().st_size if i % every == 0 else ''}"
+        lines = [f"{path.relative_to(place).as_posix()} {_measured(path) if i % every == 0 else ''}"
                  for i, path in enumerate(files)]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _measured(path: Path) -> int | str:
+    """What tells a picture from another one of the same name: its size, or where that may be the same its content."""
+    return sha256_of(path) if path.suffix.lower() in UNPACKED else path.stat().st_size
 
 
 @dataclass(frozen=True)

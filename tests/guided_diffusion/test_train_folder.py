@@ -138,6 +138,18 @@ def test_the_digest_of_images_tells_them_by_names_sizes_and_checksums(tmp_path):
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("name", ["x.ppm", "x.bmp", "x.TIF"])
+def test_the_digest_tells_pictures_of_equal_sizes_that_are_not_packed(tmp_path, name):
+    from PIL import Image
+
+    digests, sizes = set(), set()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+        digests.add(data_digest(str(tmp_path)))
+        sizes.add((tmp_path / name).stat().st_size)
+    assert len(digests) == 2 and len(sizes) == 1
+
+
 @pytest.mark.parametrize("changes", [
     {"seed": 5}, {"lr_anneal_steps": 4}, {"skip_damaged": True}, {"batch_size": 2}, {"ema_rate": "0.9"},
     {"num_channels": 64}])
