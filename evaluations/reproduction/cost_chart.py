@@ -19,6 +19,7 @@ from .tables import COSTS, FURTHER_AXES, IMAGES_SEEN
 WIDTH, HEIGHT = 720, 400            # px, without the legend
 LONGEST_COLUMN = 6                  # samplers in a column of the legend
 MORE_COLOURS = ("#5b3a9e", "#7f4f24", "#00838f", "#ad1457", "#4f6d00")      # of further samplers
+SIGMA_FLAGS = ("_sigma_min", "_sigma_max")      # how the flags of windows of noise levels end
 LOGARITHMIC = 3                     # axes are so where the largest number is so many times the smallest
 
 
@@ -34,7 +35,7 @@ class CostPoint:
 
 @dataclass(frozen=True)
 class CostLine:
-    """The rows of one sampler with the same guidance, by their cost."""
+    """The rows of one sampler with the same guidance in the same windows of noise levels, by their cost."""
 
     sampler: str
     guidance: str
@@ -47,11 +48,13 @@ def cost_lines(results: Mapping[str, Any], word: str) -> list[CostLine]:
     Rows of sections with another number of images than the first one that is shown are left out, as their numbers do
     not compare.
     """
-    lines: dict[tuple[str, str], list[CostPoint]] = {}
+    lines: dict[tuple[str, str, tuple[tuple[str, Any], ...]], list[CostPoint]] = {}
     for name, point in _points(results, word):
         row = results["rows"][name]
-        lines.setdefault((row["sampler"], row["guidance"]), []).append(point)
-    return [CostLine(*key, tuple(sorted(points, key=lambda point: point.x))) for key, points in lines.items()]
+        windows = tuple(flag for flag in row.get("flags", {}).items() if flag[0].endswith(SIGMA_FLAGS))
+        lines.setdefault((row["sampler"], row["guidance"], windows), []).append(point)
+    return [CostLine(sampler, guidance, tuple(sorted(points, key=lambda point: point.x)))
+            for (sampler, guidance, _), points in lines.items()]
 
 
 def _points(results: Mapping[str, Any], word: str) -> Iterator[tuple[str, CostPoint]]:

@@ -67,6 +67,16 @@ def test_a_line_for_each_sampler_and_guidance(described):
     assert [line.sampler for line in cost_lines(other, "fid")] == ["DDPM"]
 
 
+def test_windows_of_noise_levels_are_not_joined(described):
+    rows = dict(described["rows"])
+    for name, cost, flag in (("ddim", 15, "sag_sigma_max"), ("sag", 18, "sag_sigma_min"),
+                             ("base", 30, "sag_sigma_min")):
+        rows[name] = {**rows["sag"], "guidance": "SAG in a window", "evaluations": cost, "flags": {flag: 1.0}}
+    lines = cost_lines({**described, "rows": rows}, "fid")
+    assert [(line.guidance, [point.x for point in line.points]) for line in lines] == [
+        ("SAG in a window", [18, 30]), ("no guidance", [10]), ("SAG in a window", [15])]
+
+
 def test_lines_against_the_images_seen_in_training(described):
     chart = {"x": "images_seen", "y": "fid,is", "sections": ()}
     assert chart_drawing({**described, "chart": chart}) is None         # no section says how many
