@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guided_diffusion import dist_util
-from guided_diffusion.build import ModelOptions, build_model
-from guided_diffusion.checkpoint import locate
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_model
+from guided_diffusion.checkpoint import load_into, locate
 from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
@@ -120,12 +121,19 @@ def _check_folder(row: Row, digests: Digests) -> None:
 def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
     """Raises UserError for what a row would only meet when it is reached.
 
-    That is what is wrong with its labels and its steps, and guidance that does not fit its network.
+    That is what is wrong with its labels and its steps, guidance that does not fit its network, and weights that are
+    damaged or of another network.
     """
     @functools.cache
     def network(options: ModelOptions) -> UNetModel:
         with torch.device("meta"):
             return build_model(options)
+
+    @functools.cache
+    def read(model: ModelOptions, diffusion: DiffusionOptions, path: str, entry: str) -> None:
+        with torch.device("meta"):
+            unfilled = build_model(model)           # its weights are forgotten at once
+        load_into(unfilled, path, asdict(model) | asdict(diffusion), entry)
 
     fitting = set()             # rows share most networks and methods
     for row in rows:
@@ -141,6 +149,7 @@ def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
                         method.check(digests.of(files))
                     fitting.add(one)
             check_same_names(files)
+            read(run.model, run.diffusion, run.sample.model_path, run.sample.checkpoint_entry)
 
 
 @contextmanager

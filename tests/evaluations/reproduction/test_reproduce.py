@@ -11,7 +11,9 @@ from commands import REPOSITORY, call, samples_in
 
 from evaluations.reproduction import costs, tables
 from evaluations.reproduction import reproduce as reproduction
+from guided_diffusion import checkpoint
 from guided_diffusion.errors import UserError
+from guided_diffusion.presets import find_preset
 from guided_diffusion.runs.shards import locked
 
 SHARED = {"model": "fmnist32", "timestep_respacing": "2", "batch_size": 4, "labels": "balanced", "num_samples": 6,
@@ -271,6 +273,22 @@ def test_what_is_wrong_with_the_last_row_is_said_before_the_first(mini, line, re
     mini(rows={"cg": {"classifier_guidance": True}, "last": changes})
     said = refused(line())
     assert "row last in " in said and f"table.yaml: {message}" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("keep", "message"), [(0, "is truncated or damaged"), (1, "of its weights")])
+def test_weights_of_the_last_row_are_read_before_the_first(mini, line, refused, tmp_path, keep, message):
+    path = tmp_path / "last.safetensors"
+    bundled = find_preset("fmnist32").path
+    if keep:
+        weights = checkpoint.load_state_dict(bundled)
+        weights["out.2.bias"] = weights["out.2.bias"][:1].clone()
+        checkpoint.save_state(path, weights, checkpoint.read_metadata(bundled))
+    else:
+        path.write_bytes(bundled.read_bytes()[:-9])
+    mini(rows={"last": {"model_path": str(path)}})
+    said = refused(line())
+    assert "row last in " in said and message in said
     assert not (tmp_path / "out").exists()
 
 
