@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .entries import check_weights, weights_in
+from .entries import check_weights, taken_in, weights_in
 from .errors import UserError
 from .facts import check_options
 from .fetch import is_address, local
@@ -143,6 +143,13 @@ def _sort_metadata(path: Path) -> None:
             raise OSError("its metadata cannot be put in order")
         stream.seek(8)
         stream.write(text.ljust(size))
+
+
+def taken_entry(path: str | Path, entry: str = "") -> str:
+    """The place of the entry that `load_state_dict` takes of a file, "" where the file wraps none; errors as there."""
+    path = locate(path)
+    format = _format(path)
+    return taken_in({} if format == "safetensors" else _load_pickled(path, mappable=format == "zip"), path, entry)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

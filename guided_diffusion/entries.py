@@ -52,6 +52,12 @@ def weights_in(content: Any, path: str | Path, entry: str | None = None) -> dict
     return _without_prefixes(content, path)
 
 
+def taken_in(content: Any, path: str | Path, entry: str) -> str:
+    """The place of the entry that `weights_in` takes, "" where the file wraps none; arguments and errors are its."""
+    wrapped = _entries(content) if isinstance(content, Mapping) else {}
+    return _chosen(wrapped, path, entry) if entry or wrapped else ""
+
+
 def _entries(content: Mapping[Any, Any], layers: int = LAYERS) -> dict[str, Mapping[str, Tensor]]:
     """The mappings of tensors in a mapping, by their places in it, like "ema" and "state/ema".
 

@@ -146,8 +146,8 @@ class GeneratedTraining:
         path = options.depth_predictor or str(SamplingRun.preset_values({"model": first.sample.model}).get(
             "depth_predictor", ""))
         self.network, self.predictor = reading_networks(DepthReadingOptions(
-            model=first.sample.model, model_path=first.sample.model_path, depth_predictor=path), first.model,
-            first.diffusion)
+            model=first.sample.model, model_path=first.sample.model_path,
+            checkpoint_entry=first.sample.checkpoint_entry, depth_predictor=path), first.model, first.diffusion)
         if options.label_step >= self.network.diffusion.num_timesteps:
             raise UserError(f"--label_step {options.label_step}: must be below {self.network.diffusion.num_timesteps}, "
                             "the length of the chain")

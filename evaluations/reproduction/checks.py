@@ -142,9 +142,10 @@ def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
             run.labels()
             run.process()
             for method in run.active:
-                one = run.model, run.sample.model_path, method
+                one = run.model, run.sample.model_path, run.sample.checkpoint_entry, method
                 if one not in fitting:
-                    method.build(Networks(network(run.model), dist_util.dev(), run.sample.seed))
+                    method.build(Networks(network(run.model), dist_util.dev(), run.sample.seed,
+                                          model_path=run.sample.model_path, entry=run.sample.checkpoint_entry))
                     if method.files():
                         method.check(digests.of(files))
                     fitting.add(one)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .. import checkpoint
 from ..errors import UserError
+from ..foreign import reading
 from ..nn import timestep_embedding
 from ..unet import UNetModel
 from .features import feature_channels, upsampled
@@ -158,6 +159,25 @@ def check_network(made_for: str, network_sha256: str, what: str) -> None:
     if made_for != network_sha256:
         raise UserError(f"{what} trained on another network: on the checkpoint with SHA-256 {made_for[:16]}..., not "
                         f"{network_sha256[:16]}...")
+
+
+def check_entry(path: str | Path, model_path: str, entry: str, what: str) -> None:
+    """Raises UserError, beginning with `what`, for predictors of another network in a file that wraps several.
+
+    path: of the predictors. model_path: of the network, in whose file `entry` is taken. Where that file is another one
+    than they were trained on, nothing may be raised: `check_network` says so.
+    """
+    with reading(path, "does not say what it was trained on"):
+        learnt = json.loads(checkpoint.read_metadata(path).get("training", "{}")).get("checkpoint_entry", "")
+    if learnt == entry:
+        return
+    try:
+        before, now = (checkpoint.taken_entry(model_path, one) for one in (learnt, entry))
+    except UserError:
+        return
+    if before != now:
+        raise UserError(f"{what} trained on another network: on the entry {before} of {model_path}, not {now}; "
+                        "--checkpoint_entry chooses")
 
 
 def check_fits(predictors: DepthPredictors, model: UNetModel, network_sha256: str | None) -> None:

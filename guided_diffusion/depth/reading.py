@@ -17,7 +17,7 @@ from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..late import Tensor, torch
 from ..npz import write_batch
-from ..options import Options, option, seed_option
+from ..options import Options, entry_option, option, seed_option
 from ..progress import progress_bar
 from ..rng import stream_generator
 from .images import depth_images
@@ -38,6 +38,7 @@ class DepthReadingOptions(Options):
 
     model: str = option("", "a diffusion model by name: a bundled one, or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    checkpoint_entry: str = entry_option()
     depth_predictor: str = option("", "depth predictors of the network, as scripts/depth_train.py writes them; bundled "
                                   "models have theirs")
     branch: str = option("strong", "the predictor that reads")
@@ -80,11 +81,12 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
 def reading_networks(options: DepthReadingOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
                      ) -> tuple[Network, DepthPredictor]:
     """The network, and the predictor that reads its features; raises UserError where they do not fit."""
-    from .predictor import check_fits, load_predictors
+    from .predictor import check_entry, check_fits, load_predictors
 
     if not options.depth_predictor:
         raise UserError("--depth_predictor is not given: scripts/depth_train.py makes a file of depth predictors")
-    network = load_network(PredictorOptions(model=options.model, model_path=options.model_path), model_options,
+    network = load_network(PredictorOptions(model=options.model, model_path=options.model_path,
+                                            checkpoint_entry=options.checkpoint_entry), model_options,
                            diffusion_options)
     if network.model.num_classes is not None:
         raise UserError(f"--model_path {options.model_path}: has classes; depth images are made with networks that "
@@ -94,6 +96,8 @@ def reading_networks(options: DepthReadingOptions, model_options: ModelOptions, 
         raise UserError(f"--below_step {options.below_step}: must be at most {steps}, the length of the chain")
     predictors = load_predictors(checkpoint.locate(options.depth_predictor), dist_util.dev())
     check_fits(predictors, network.model, network.sha256)
+    check_entry(options.depth_predictor, options.model_path, options.checkpoint_entry,
+                f"--depth_predictor {options.depth_predictor}: was")
     if options.branch not in predictors.branches:
         raise UserError(f"--branch {options.branch}: must be one of {', '.join(predictors.branches)}, the branches in "
                         f"{options.depth_predictor}")

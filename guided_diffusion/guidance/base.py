@@ -101,13 +101,16 @@ class Networks:
     """What terms are built from.
 
     model: the network that is sampled. device: where further networks go. seed: of the run. random_weights: networks
-    whose file is not given have random weights, for timing; else that is an error.
+    whose file is not given have random weights, for timing; else that is an error. model_path, entry: the file of the
+    network that is sampled, where it has one, and the entry that is taken of it.
     """
 
     model: UNetModel
     device: torch.device
     seed: int = 0
     random_weights: bool = False
+    model_path: str = ""
+    entry: str = ""
 
     def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str | None = None,
              ) -> AnyEncoder:

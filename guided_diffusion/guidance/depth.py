@@ -262,10 +262,13 @@ class DagOptions(GuidanceOptions):
 
     def build(self, nets: Networks) -> list[Guidance]:
         """Both terms, or the one that is on."""
-        from ..depth.predictor import check_fits, load_predictors
+        from ..depth.predictor import check_entry, check_fits, load_predictors
 
         predictors = load_predictors(locate(self.depth_predictor), nets.device)
         check_fits(predictors, nets.model, None)
+        if nets.model_path:
+            check_entry(self.depth_predictor, nets.model_path, nets.entry,
+                        f"--depth_predictor {self.depth_predictor}: was")
         common: dict[str, Any] = {"reduction": self.dag_reduction, "start": self.dag_start, "stop": self.dag_stop,
                                   **self.sigma_range}
         terms: list[Guidance] = []

@@ -284,7 +284,8 @@ class SamplingRun:
         diffusion = self.process()
         with torch.device("meta"):
             model = build_model(self.model)
-        nets = Networks(model, dist_util.dev(), self.sample.seed)
+        nets = Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
+                        entry=self.sample.checkpoint_entry)
         guidance = [term for method in self.active for term in method.build(nets)]
         nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
                   self.sample.checkpoint_entry)

@@ -6,6 +6,7 @@ import torch
 from commands import call, flags
 from depth_world import CHAIN, MODEL, world_flags, write_world
 
+from guided_diffusion import checkpoint
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth import reading
 from guided_diffusion.depth.features import decoder_features
@@ -100,3 +101,19 @@ def test_predictors_of_another_network_are_refused(world, tmp_path, capsys):
     other = given(world, tmp_path / "out.npz", depth_predictor=str(tmp_path / "other.safetensors"))
     assert call("depth_predict", *flags(other)) == 2
     assert "trained on another network" in capsys.readouterr().err
+
+
+def test_predictors_of_another_network_in_the_same_file_are_refused(world, tmp_path, capsys):
+    state = checkpoint.load_state_dict(world / "model.safetensors")
+    torch.save({"model": state, "ema": {name: 2 * value for name, value in state.items()}}, tmp_path / "both.pt")
+    learnt = tmp_path / "model_predictors.safetensors"
+    both = {"model_path": str(tmp_path / "both.pt")}
+    assert call("depth_train", *flags(world_flags(world, learnt, **both, checkpoint_entry="model"))) == 0
+    both |= {"depth_predictor": str(learnt)}
+    sampled = {**MODEL, **CHAIN, **both, "num_samples": 1, "batch_size": 1, "dcg_scale": 1, "dpg_scale": 0,
+               "out": str(tmp_path / "out")}
+    for command, line in (("depth_predict", given(world, tmp_path / "out.npz", num_images=2, **both)),
+                          ("dag_sample", sampled)):
+        assert call(command, *flags(line)) == 2
+        assert f"{learnt}: was trained on another network: on the entry model of " in capsys.readouterr().err
+        assert call(command, *flags({**line, "checkpoint_entry": "model"})) == 0
