@@ -49,5 +49,5 @@ def depth_images(depth: np.ndarray) -> np.ndarray:
 
 def write_depth_images(options: DepthImageOptions) -> None:
     """Writes the file, whole or not at all. Raises UserError for data that is wrong, and where it can't be written."""
-    out = checked_npz(options.out)
+    out = checked_npz(options.out, options.data)
     write_batch(out, {"arr_0": grey_images(options)})

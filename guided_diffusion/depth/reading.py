@@ -59,7 +59,7 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
     Image i is noised once, at a step that is uniform over the chain; step and noise depend on the seed and i alone. The
     depth that is read there is resized as for the prior. Raises UserError for what is wrong with options and files.
     """
-    out = checked_npz(options.out)
+    out = checked_npz(options.out, options.data)
     network, predictor = reading_networks(options, model_options, diffusion_options)
     source = open_pairs(options.data, size=network.model.image_size, count=options.num_images, flag="num_images",
                         seed=options.seed)

@@ -23,7 +23,7 @@ import numpy as np
 from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 from ..fetch import sha256_of
 from ..files import check_folder, check_writable, locked
 from ..fp16_util import MixedPrecisionTrainer
@@ -207,13 +207,19 @@ class NoisedFeatures:
 @no_grad
 def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: np.ndarray, t: Tensor, noise: Tensor,
                 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Maps (N, C, h, w) float32 by block of images by their indices, noised to t (N,); and t as networks see it."""
+    """Maps (N, C, h, w) float32 by block of images by their indices, noised to t (N,); and t as networks see it.
+
+    Raises NonFiniteError where the network gives NaN or infinity.
+    """
     device, diffusion = dist_util.dev(), network.diffusion
     t = t.to(device)
     x_t = diffusion.q_sample(pairs.images[images].to(device), t, noise.to(device))
     y = None if pairs.labels is None else pairs.labels[images].to(device)
     seen = diffusion.model_timesteps(t)
     maps = decoder_features(network.model, blocks, x_t, seen, y, graph=False)
+    for name, x in maps.items():
+        if not x.isfinite().all():
+            raise NonFiniteError(f"the network returned NaN or infinity in block {name!r}")
     return {name: x.float() for name, x in maps.items()}, seen
 
 

@@ -57,14 +57,16 @@ def write_scenes(options: SceneOptions) -> None:
         save(contact_sheet(scenes), Path(options.sheet))
 
 
-def checked_npz(out: str) -> Path:
-    """Returns the path of an .npz file to write, and makes its folder.
+def checked_npz(out: str, data: str = "") -> Path:
+    """Returns the path of an .npz file to write, and makes its folder; data: the file that it is made from, if any.
 
-    Raises UserError for another suffix, and where the file cannot be written.
+    Raises UserError for another suffix, where the file cannot be written, and for the data itself.
     """
     path = Path(out)
     if path.suffix != ".npz":
         raise UserError(f"--out {out}: the name must end in .npz")
+    if data and path.resolve() == Path(data).resolve():
+        raise UserError(f"--out {out}: is --data itself, which would be lost; name another file")
     check_writable("--out", path, parents=True)
     return path
 

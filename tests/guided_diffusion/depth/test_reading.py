@@ -1,5 +1,7 @@
 """Depth images by a predictor: what it reads of noised images, by seed and image alone, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from guided_diffusion.depth import reading
 from guided_diffusion.depth.features import decoder_features
 from guided_diffusion.depth.predictor import load_predictors, save_predictors
 from guided_diffusion.depth.train import DepthTrainOptions, load_network
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.options import fill
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.rng import stream_generator
@@ -117,3 +120,27 @@ def test_predictors_of_another_network_in_the_same_file_are_refused(world, tmp_p
         assert call(command, *flags(line)) == 2
         assert f"{learnt}: was trained on another network: on the entry model of " in capsys.readouterr().err
         assert call(command, *flags({**line, "checkpoint_entry": "model"})) == 0
+
+
+def test_a_network_that_gives_no_numbers_is_refused(world, tmp_path, capsys):
+    state = checkpoint.load_state_dict(world / "model.safetensors")
+    state["output_blocks.1.0.in_layers.2.weight"] *= 1e38
+    checkpoint.save_state(tmp_path / "model.safetensors", state)
+    predictors = load_predictors(world / "predictors.safetensors")
+    predictors.network_sha256 = sha256_of(tmp_path / "model.safetensors")
+    save_predictors(tmp_path / "p.safetensors", predictors)
+    bad = given(world, tmp_path / "out.npz", model_path=str(tmp_path / "model.safetensors"),
+                depth_predictor=str(tmp_path / "p.safetensors"))
+    assert call("depth_predict", *flags(bad)) == 2
+    assert "the network returned NaN or infinity in block 'output.1'" in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_the_data_itself_is_not_overwritten(world, tmp_path, capsys):
+    data = tmp_path / "pairs.npz"
+    shutil.copy(world / "pairs.npz", data)
+    for command, line in (("depth_predict", given(world, data, data=str(data))),
+                          ("depth_images", {"data": data, "out": f"{tmp_path}/../{tmp_path.name}/pairs.npz"})):
+        assert call(command, *flags(line)) == 2
+        assert "is --data itself, which would be lost" in capsys.readouterr().err
+    assert data.read_bytes() == (world / "pairs.npz").read_bytes()
