@@ -106,6 +106,8 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
     steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
     with job("explorer", folder), progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
+    for left in ("explore.html", "against.npz"):            # of a recording before; this one may have neither
+        (folder / left).unlink(missing_ok=True)
     lines = []
     for name, recorder, recording in zip(runs, recorders, recordings, strict=True):
         recording.write(folder / f"{name}.npz")

@@ -168,3 +168,5 @@ def test_the_command(tiny_checkpoints, tmp_path, capsys):
         assert first["active"].shape == (1, 2) and second["active"].shape == (0, 2)
         assert np.array_equal(first["x_t"][:, 0], second["x_t"][:, 0])
     assert "scripts/explore.py" in (tmp_path / "out" / "explore.html").read_text()
+    assert call("explore", *line, "--against", "") == 0
+    assert not (tmp_path / "out" / "against.npz").exists()          # else that of another recording would stand there
