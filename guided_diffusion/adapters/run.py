@@ -269,11 +269,13 @@ class LatentRun:
 
 
 def _lines(flag: str, path: str) -> list[str]:
-    """The lines of a text file. Raises UserError where it cannot be read, or is empty."""
+    """The lines of a text file, as editors count them. Raises UserError where it cannot be read, or is empty."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()         # Windows begins a file with a mark
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")          # Windows begins a file with a mark
     except (OSError, ValueError) as error:
         raise UserError(f"--{flag} {path}: cannot be read ({reason(error)})") from None
+    if not lines[-1]:                               # after the last line
+        lines.pop()
     if not lines:
         raise UserError(f"--{flag} {path}: holds no line")
     return lines

@@ -45,11 +45,14 @@ def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
 
 
 def test_each_image_has_its_prompt(command, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\nb\n", encoding="utf-8-sig")
-    assert command(prompt="", prompts=tmp_path / "prompts.txt", num_samples=2) == 0
-    assert command(num_samples=2, out=tmp_path / "one") == 0
-    (both, _), (one, _) = samples(tmp_path / "out"), samples(tmp_path / "one")
-    assert np.array_equal(both[0], one[0]) and not np.array_equal(both[1], one[1])
+    """Also where a prompt holds what Unicode calls the end of a line, and editors do not."""
+    (tmp_path / "prompts.txt").write_text("a cat\nb\u2028c\x0cd\x85e\nb\n", encoding="utf-8-sig")
+    assert command(prompt="", prompts=tmp_path / "prompts.txt", batch_size=3) == 0
+    assert command(out=tmp_path / "one", batch_size=3) == 0
+    assert command(prompt="b", out=tmp_path / "other", batch_size=3) == 0
+    (own, _), (one, _), (other, _) = (samples(tmp_path / name) for name in ("out", "one", "other"))
+    assert np.array_equal(own[0], one[0]) and not np.array_equal(own[1], one[1])
+    assert np.abs(own[2].astype(int) - other[2]).max() <= 1
 
 
 def test_prompts_are_drawn_from_the_run_or_from_a_file(command, tmp_path):
