@@ -11,15 +11,19 @@ from collections.abc import Sequence
 from guided_diffusion import dist_util
 from guided_diffusion.adapters.run import LatentRun
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
-from guided_diffusion.options import parse_options
-from guided_diffusion.runs.command import files_of
+from guided_diffusion.options import options_parser
+from guided_diffusion.runs.command import LOG, files_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    show, options, *methods = parse_options(argv, ShowOptions, *LatentRun.classes(), description=__doc__)
-    path = LatentRun(options, tuple(methods)).run()
+    parser = options_parser(argv, ShowOptions, *LatentRun.classes(), description=__doc__)
+    _, (show, options, *methods) = parser.read(argv)
+    run = LatentRun(options, tuple(methods))
+    if note := run.without_effect(parser.given):
+        LOG.warning(note)
+    path = run.run()
     dist_util.shutdown()
     if path is not None:
         tell(files_of(path), show)

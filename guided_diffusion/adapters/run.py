@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,6 +38,7 @@ from ..pixels import unit_to_uint8
 from ..runs import shards
 from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
+from ..runs.effects import in_words, methods_off
 from ..runs.options import MOST_IMAGES
 from ..runs.record import made_by
 from ..runs.work import make_chunks
@@ -161,6 +162,17 @@ class LatentRun:
             raise UserError(f"--icg_scale {icg.scale:g}: needs other prompts to draw from, name a file of them "
                             "with --icg_prompts")
         return drawn
+
+    def without_effect(self, given: Collection[str]) -> str:
+        """One line on the flags among `given` that no image depends on; "" where there is none."""
+        idle = methods_off(self.methods)
+        if not self.options.sag_scale:
+            idle["sag_block"] = "--sag_scale is 0"
+        if not self._prompts:
+            idle |= dict.fromkeys(("prompt_scale", "negative_prompt"), "there is no prompt")
+        elif self.options.prompt_scale == 1:
+            idle["negative_prompt"] = "--prompt_scale is 1"
+        return in_words(idle, given)
 
     def run(self) -> Path | None:
         """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None.

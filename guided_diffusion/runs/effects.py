@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..dtypes import dtype_flags
@@ -33,6 +33,11 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
         idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")
     if run.sample.batch_contrasts and not _batches(run):
         idle["batch_contrasts"] = "nothing makes two evaluations that differ in their inputs alone"
+    return in_words(idle, given)
+
+
+def in_words(idle: Mapping[str, str], given: Collection[str]) -> str:
+    """One line on the flags among `given` that are idle, "" where there is none; idle: the reason by flag."""
     found: dict[str, list[str]] = {}
     for flag in given:
         if flag in idle:
@@ -53,11 +58,13 @@ def _switched_off(run: SamplingRun) -> dict[str, str]:
     for name, sampler in zip(SAMPLERS, run.samplers, strict=True):
         if name != run.sample.sampler_name:
             idle |= {field.name: f"the sampler is {run.sample.sampler_name}" for field in option_fields(type(sampler))}
-    for method in run.guidance:
-        if not method.active:
-            idle |= {field.name: f"{method.short} is off" for field in option_fields(type(method))
-                     if not _switches(method, field.name)}
-    return idle
+    return idle | methods_off(run.guidance)
+
+
+def methods_off(guidance: Iterable[GuidanceOptions]) -> dict[str, str]:
+    """The flags of methods that are not used, and why."""
+    return {field.name: f"{method.short} is off" for method in guidance if not method.active
+            for field in option_fields(type(method)) if not _switches(method, field.name)}
 
 
 def _useless_beside_others(run: SamplingRun) -> dict[str, str]:

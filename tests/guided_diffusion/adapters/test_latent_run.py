@@ -55,6 +55,16 @@ def test_each_image_has_its_prompt(command, tmp_path):
     assert np.abs(own[2].astype(int) - other[2]).max() <= 1
 
 
+def test_flags_without_effect_are_said(command, tmp_path, caplog):
+    assert command(num_samples=1, sag_scale=0, sag_block="middle", pag_scale=0, pag_blocks="middle", prompt_scale=1,
+                   negative_prompt="b") == 0
+    assert ("without effect: --sag_block (--sag_scale is 0); --pag_blocks (PAG is off); --negative_prompt "
+            "(--prompt_scale is 1)") in caplog.messages
+    caplog.clear()
+    assert command(num_samples=1, out=tmp_path / "all") == 0
+    assert "without effect" not in caplog.text
+
+
 def test_prompts_are_drawn_from_the_run_or_from_a_file(command, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\nb\n")
     own = {"prompt": "", "prompts": tmp_path / "prompts.txt", "icg_scale": 1, "num_samples": 2, "prompt_scale": 1}
