@@ -39,10 +39,11 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     """Our process from a scheduler of diffusers that has betas: epsilon, v or sample prediction.
 
     steps: how many the scheduler takes of those it was trained with, at its own places (`timestep_spacing`,
-    `steps_offset`); those of a `DDIMScheduler` with its configuration where its own are fractions, as Euler's. None:
-    all. Where the chain ends in abar of its first step, and that step is among them, it is left out, as nothing
-    changes there. The scheduler itself is not changed. Raises UserError for a scheduler without betas, with a zero
-    terminal signal-to-noise ratio, with another prediction, and for a number of steps it cannot take.
+    `steps_offset`); those of a `DDIMScheduler` with its configuration where its own are fractions, as Euler's, or more
+    than so many, as the Runge-Kutta ones of a `PNDMScheduler`. None: all. Where the chain ends in abar of its first
+    step, and that step is among them, it is left out, as nothing changes there. The scheduler itself is not changed.
+    Raises UserError for a scheduler without betas, with a zero terminal signal-to-noise ratio, with another prediction,
+    and for a number of steps it cannot take.
     """
     name = type(scheduler).__name__
     betas = getattr(scheduler, "betas", None)
@@ -82,7 +83,7 @@ def _steps_of(scheduler: Any, steps: int) -> np.ndarray:
     own = copy.deepcopy(scheduler)
     own.set_timesteps(steps)
     times = own.timesteps.double().cpu().numpy()
-    if (times != times.round()).any():
+    if (times != times.round()).any() or len(np.unique(times)) > steps:
         from diffusers import DDIMScheduler
 
         own = DDIMScheduler.from_config(scheduler.config)

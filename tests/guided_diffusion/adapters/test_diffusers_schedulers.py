@@ -30,6 +30,14 @@ def test_steps_are_those_of_the_scheduler(kind, spacing):
     assert process.timestep_map.tolist() == kept
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_runge_kutta_steps_become_those_of_ddim(spacing):
+    """A step of them takes four evaluations, at steps between."""
+    used = process_of(diffusers.PNDMScheduler(timestep_spacing=spacing), 5).timestep_map
+    own = diffusers.DDIMScheduler(timestep_spacing=spacing, set_alpha_to_one=False)
+    assert used.tolist() == process_of(own, 5).timestep_map.tolist()
+
+
 def test_fractions_of_steps_become_those_of_ddim():
     process = process_of(scheduler("EulerDiscreteScheduler", timestep_spacing="linspace"), 7)
     assert process.timestep_map.tolist() == [0, 166, 333, 500, 666, 832, 999]
