@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,14 @@ class LatentDiffusion:
 
     def _reading(self, labels: Tensor | None, guidance: Sequence[Guidance]) -> Callable[..., Tensor]:
         """The network; where it has no classes, one that leaves labels to a classifier."""
-        if labels is None or self.unet.has_labels:
+        if labels is None:
+            return self.unet
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+            raise UserError("labels: must be a tensor (N,) of whole numbers, the classes of the images")
+        if self.unet.has_labels:
+            count = self.unet.num_classes
+            if count is not None and not ((labels >= 0) & (labels < count)).all():
+                raise UserError(f"labels {labels.tolist()}: must be classes from 0 to {count - 1}")
             return self.unet
         if not any(isinstance(term, GradientGuidance) for term in guidance):
             raise UserError("labels: the pipeline's network has no classes, and no classifier is among the guidance")
@@ -233,7 +241,7 @@ class LatentDiffusion:
         for name, value, default in (("height", height, usual and usual[0]), ("width", width, usual and usual[1])):
             if value is None and default is None:
                 raise UserError(f"{name}: must be given, as the network's configuration has no sample_size")
-            if value is not None and (value < factor or value % factor):
+            if value is not None and (not isinstance(value, int) or value < factor or value % factor):
                 raise UserError(f"{name} {value}: must be a multiple of {factor}")
             sizes.append(int(default) if value is None else value // factor)
         return channels, sizes[0], sizes[1]
@@ -243,11 +251,16 @@ class LatentDiffusion:
                   negative_pooled: Tensor | None) -> Embedded:
         """What the network is given of the prompts; guided: with classifier-free guidance."""
         if not self.unet.takes_prompts:
-            if prompt is not None or embeds is not None:
+            if any(part is not None for part in (prompt, negative, embeds, negative_embeds)):
                 raise UserError("prompt: the pipeline's network takes none")
             return Embedded({})
-        if (prompt is None) == (embeds is None):
+        if (prompt is None) == (embeds is None) or prompt == []:
             raise UserError("prompt: one of prompt and prompt_embeds must be given")
+        if negative is not None and negative_embeds is not None:
+            raise UserError("negative_prompt: is given beside negative_prompt_embeds, which stand in its place")
+        for name, part in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
+            if part is not None and part.ndim != 3:
+                raise UserError(f"{name} {tuple(part.shape)}: must be (N, T, E), T vectors for each prompt")
         if embeds is None or (guided and negative_embeds is None):
             if getattr(self.pipe, "text_encoder", None) is None:
                 raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds, and, unless cfg_scale "
@@ -347,7 +360,12 @@ def _image_ids(numbers: Sequence[int] | None, prompts: int | None, *given: Tenso
         counts.add(prompts)
     if len(counts) > 1 or 0 in counts:
         raise UserError(f"numbers of images {sorted(counts)}: prompts, latents, labels and numbers must be as many")
-    return list(range(counts.pop() if counts else 1)) if numbers is None else [int(number) for number in numbers]
+    if numbers is None:
+        return list(range(counts.pop() if counts else 1))
+    with suppress(TypeError):
+        if min(ids := [operator.index(number) for number in numbers]) >= 0:
+            return ids
+    raise UserError(f"numbers {list(numbers)}: must be whole numbers from 0 up, the places of the images in the run")
 
 
 def _expanded(embedded: Embedded, count: int) -> Embedded:

@@ -241,9 +241,21 @@ def test_what_does_not_fit_is_a_sentence(latent):
                                                              "numbers": [1, 2, 3]}, "must be as many"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 9}, "multiple of 2"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "latents": noise((2, 3, 8, 8), 0)}, r"must be \(N, 4"),
+            ({"prompt": []}, "one of prompt and prompt_embeds"),
+            ({"prompt_embeds": PROMPTS, "negative_prompt": "b", "negative_prompt_embeds": NO_PROMPTS},
+             "negative_prompt: is given beside negative_prompt_embeds"),
+            ({"prompt_embeds": PROMPTS[0], "cfg_scale": 1.0}, r"prompt_embeds \(5, 16\): must be \(N, T, E\)"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "numbers": [0, -1]}, r"numbers \[0, -1\]: must be whole"),
+            ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 16.0}, "multiple of 2"),
             ({"cfg_scale": float("nan")}, "finite number")]:
         with pytest.raises(UserError, match=words):
             latent.sample(**options)
+    classes = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline(pixel_unet(num_class_embeds=3), scheduler()))
+    for options, words in [({"labels": torch.tensor([3])}, r"labels \[3\]: must be classes from 0 to 2"),
+                           ({"labels": torch.tensor([0.5])}, "labels: must be a tensor"), ({"labels": [0]}, "a tensor"),
+                           ({"labels": torch.tensor([0]), "negative_prompt": "b"}, "network takes none")]:
+        with pytest.raises(UserError, match=words):
+            classes.sample(**options)
     with pytest.raises(UserError, match="with a unet"):
         LatentDiffusion.from_pipeline(object())
     with pytest.raises(UserError, match="inpainting"):
