@@ -16,6 +16,7 @@ frequency.csv and .png, semantic.csv and .png, each figure as .svg too, and summ
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,6 +317,7 @@ class AttentionStudy:
             return self._run()
 
     def _run(self) -> str:
+        self._remove_files()
         patches = self._sample()
         frequencies = patches.rows()
         if frequencies:
@@ -329,6 +331,12 @@ class AttentionStudy:
         text = self._summary(patches, overlap)
         write_text(self.out / "summary.md", text)
         return text
+
+    def _remove_files(self) -> None:
+        """Removes what an earlier study wrote here, as this one may have other images, and no objects."""
+        for path in self.out.iterdir():
+            if re.fullmatch(r"overlay_\d+\.(png|svg)|(frequency|semantic)\.(png|svg|csv)|summary\.md", path.name):
+                path.unlink()
 
     def _sample(self) -> PatchStatistics:
         """Samples, draws the chosen images, and sums up the first --num_images."""

@@ -316,6 +316,16 @@ def test_without_objects_the_semantic_analysis_is_skipped(tiny, tmp_path, capsys
     assert {row["block"] for row in rows_of(tmp_path / "frequency.csv")} == {"middle"}
 
 
+def test_nothing_of_an_earlier_study_stays_in_its_folder(tiny, tmp_path, no_figures):
+    left = ["semantic.csv", "semantic.png", "overlay_12.svg"]
+    for name in (*left, "overlay_mine.png", "notes.md"):
+        (tmp_path / name).write_text("before")
+    no_figures()
+    assert call("attention", *flags({**tiny, "out": tmp_path, "blocks": "middle", "images": "0"})) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "frequency.csv", "notes.md", "overlay_mine.png", "status.json", "summary.md"]
+
+
 def test_the_bundled_scenes_have_their_objects(tmp_path, no_figures):
     no_figures()
     assert call("attention", "--model", "scenes32", "--timestep_respacing", "2", "--num_images", "4", "--images", "0",
