@@ -282,6 +282,8 @@ def _checked_images(flag: str, images: np.ndarray | None, mask: np.ndarray | Non
                         f"{size}x{size}")
     if mask.shape != images.shape[:3] or mask.dtype.kind not in "biu":
         raise UserError(f"{flag}: mask is {mask.shape} {mask.dtype}, must be {images.shape[:3]} whole numbers")
+    if not mask.any():
+        raise UserError(f"{flag}: mask is 0 everywhere, so that no image has an object")
     return images, mask
 
 
@@ -420,9 +422,12 @@ class AttentionStudy:
         best = max(at_psi.values(), key=lambda row: row["difference"])
         better, worse = (sum(sign * row[bound] > 0 for row in at_psi.values())
                          for sign, bound in ((1, "low"), (-1, "high")))
+        unknown = self.objects.labels is None and self.network.labels is not None
         return [f"Masks pick objects better than random ones in {better} of {len(at_psi)} blocks, worse in {worse}; "
                 f"best: {best['block']} ({best['difference']:+.3f}). On {len(self.objects.images)} images of "
-                f"{self.objects.source}, noised to t = {_listed(self.object_steps)}."]
+                f"{self.objects.source}, noised to t = {_listed(self.object_steps)}."
+                + f" Their classes are not known (arr_1): the network was told those of --labels {self.options.labels}."
+                * unknown]
 
 
 def _overlap_cells(row: AttentionRow | None) -> list[str]:

@@ -356,6 +356,8 @@ def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path, no
         assert call("attention", *flags({**tiny, "objects": objects, "labels": 0, "thresholds": "1", "out": out,
                                          "images": "0", "num_images": 4})) == 0
     assert rows_of(outs[0] / "semantic.csv") != rows_of(outs[1] / "semantic.csv")
+    told = "Their classes are not known (arr_1): the network was told those of --labels 0."
+    assert [told in (out / "summary.md").read_text() for out in outs] == [False, True]
 
 
 @pytest.mark.parametrize(("changed", "message"), [
@@ -390,6 +392,7 @@ def test_what_the_command_refuses(tiny, object_file, tmp_path, capsys, changed, 
      "holds images of 32x32, those of the model are 16x16"),
     ({"arr_0": np.zeros((8, 16, 16), np.uint8)}, "must be (N, H, W, 3) uint8"),
     ({"mask": np.zeros((7, 16, 16), np.uint8)}, "mask is (7, 16, 16) uint8, must be (8, 16, 16)"),
+    ({"mask": np.zeros((8, 16, 16), np.uint8)}, "mask is 0 everywhere"),
     ({"arr_1": np.full(8, 2)}, "arr_1 must be 8 classes from 0 to 1"),
 ])
 def test_object_files_that_do_not_fit(tiny, object_file, tmp_path, capsys, arrays, message):
