@@ -19,7 +19,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -265,11 +265,21 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     if as_npz:
         check_writable("--out", out, parents=True)
+        _check_manifest(out.with_suffix(".json"))
         _write(path, options, lines, settings, say)
         return
     with locked(check_folder("--out", out) / LOCK, lambda who: UserError(
             f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
         _write(path, options, lines, settings, say)
+
+
+def _check_manifest(path: Path) -> None:
+    """Raises UserError where a file stands in the place of the manifest beside an .npz file that is none."""
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        if not path.exists() or json.loads(path.read_bytes())["settings"]["source"]:
+            return
+    raise UserError(f"--out {path.with_suffix('.npz')}: the manifest beside it would replace {path}, which is "
+                    "something else; name another file")
 
 
 def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], settings: Mapping[str, Any],

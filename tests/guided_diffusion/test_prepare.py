@@ -183,6 +183,17 @@ def test_images_of_data_that_has_changed_are_refused(ended, stopped, data, capsy
     assert call("prepare_images", *line) == 0 and content_of(data / "out") == whole
 
 
+@pytest.mark.parametrize("content", ['{"images": []}', '{"settings": 3}', "[1]", "no JSON", ""])
+def test_a_file_in_the_place_of_the_manifest_is_not_replaced(content, data, capsys):
+    line = [data / "folder", "--image_size", 8, "--out", data / "val.npz"]
+    (data / "val.json").write_text(content)
+    assert call("prepare_images", *line) == 2
+    assert f"the manifest beside it would replace {data / 'val.json'}" in capsys.readouterr().err
+    assert (data / "val.json").read_text() == content and not (data / "val.npz").exists()
+    (data / "val.json").unlink()
+    assert call("prepare_images", *line) == 0 and call("prepare_images", *line) == 0
+
+
 def test_images_that_are_one_file_to_the_file_system_are_refused(data, capsys):
     (data / "folder" / "dog" / "b.png").write_bytes(png(3))
     line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
