@@ -26,7 +26,7 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option, seed_option
 
 from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job
-from ..features import feature_folder
+from ..features import feature_folder, own_folder
 from ..metrics.bootstrap import MOST_RESAMPLINGS
 
 PIECE = 64
@@ -117,20 +117,18 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
         limits = parse_depth_range(options.depth_range)
         check_writable("--json", options.json)
         files = _checked_files(reference, samples, options)
-    with evaluation_job(options.json, Path(samples[0])), feature_folder(extractor.cache) as folder:
-        pictures = [folder / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
-        try:
-            with dist_util.together():
-                if dist_util.is_main():
-                    for file, path in zip(files, pictures, strict=True):
-                        file.write_images(path, limits)
-            with dist_util.together():
-                chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
-                                          seed=options.seed)
-                evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen, warn=warn)
-            results = evaluation.run(folder)
-        finally:
-            _remove_files(pictures)
+    with (evaluation_job(options.json, Path(samples[0])), feature_folder(extractor.cache) as folder,
+          own_folder(folder) as own):
+        pictures = [own / f"depth-{index}-{file.file.sha256[:16]}.npz" for index, file in enumerate(files)]
+        with dist_util.together():
+            if dist_util.is_main():
+                for file, path in zip(files, pictures, strict=True):
+                    file.write_images(path, limits)
+        with dist_util.together():
+            chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
+                                      seed=options.seed)
+            evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen, warn=warn)
+        results = evaluation.run(folder)
     for result, file in zip(results, files[1:], strict=bool(results)):
         _describe_depth(result, files[0], file, options)
     if results and options.json:
@@ -145,12 +143,6 @@ def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOpti
         if options.num_images and options.num_images > file.shape[0]:
             raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
     return files
-
-
-def _remove_files(paths: Sequence[Path]) -> None:
-    if dist_util.is_main():
-        for path in paths:
-            path.unlink(missing_ok=True)
 
 
 def _describe_depth(result: dict[str, Any], reference: DepthFile, sample: DepthFile, options: DepthFidOptions) -> None:

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from commands import call
 
+from evaluations.depth import fid
+from evaluations.depth.fid import DepthFidOptions
 from evaluations.depth.metrics import DepthReference, compare, read_reference
+from evaluations.evaluation import ExtractorOptions
 from evaluations.extractors.depth import DepthExtractor, DepthFeatures, edge_sharpness, metres
 from evaluations.metrics import METRICS, FeatureSet, frechet_distance
 from evaluations.references import open_reference
@@ -310,6 +313,24 @@ def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command
     assert of_each == pytest.approx([0, 0], abs=1e-2)
     fixed = command("depth_fid", *files, "--depth_range", "0.5,9", *FASHION_MNIST)[0]
     assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
+
+
+def test_two_commands_in_one_cache_do_not_read_each_others_maps(scenes, save_depth, tmp_path, monkeypatch):
+    files = [str(save_depth("real", scenes.depth[:80])), str(save_depth("other", scenes.depth[80:]))]
+    extractor = ExtractorOptions(backend="fashion_mnist", cache=str(tmp_path / "cache"))
+    own, fixed = DepthFidOptions(), DepthFidOptions(depth_range="0.5,9")
+    alone = [fid.depth_fid(files[0], files[1:], extractor, options)[0]["metrics"] for options in (own, fixed)]
+    evaluation, between = fid.Evaluation, []
+
+    def interrupted(*words, **options):
+        if not between:
+            between.append(None)
+            between[0] = fid.depth_fid(files[0], files[1:], extractor, fixed)[0]["metrics"]
+        return evaluation(*words, **options)
+
+    monkeypatch.setattr(fid, "Evaluation", interrupted)
+    assert fid.depth_fid(files[0], files[1:], extractor, own)[0]["metrics"] == alone[0] != alone[1] == between[0]
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
