@@ -25,7 +25,7 @@ import numpy as np
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
-from guided_diffusion.depth.pairs import SCENES, Pairs, checked_depth_range
+from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, checked_depth_range
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.train import (
     EVALUATED_AT_ONCE,
@@ -104,6 +104,7 @@ def measure_accuracy(options: DepthAccuracyOptions, model_options: ModelOptions,
     options = replace(options, depth_range=checked_depth_range(options.data, options.depth_range))
     labelled = read_labelled(options, network, options.data, max(options.counts), "label_counts")
     held = read_labelled(options, network, held_out, options.num_held_out, "num_held_out", seed=HELD_OUT_SEED)
+    check_apart(labelled, held, f"--held_out {held_out}")
     return AccuracyStudy(network, labelled, held, options).run()
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.depth.pairs import SCENES, Pairs, read_pairs
+from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.reading import DepthReadingOptions, reading_networks
 from guided_diffusion.depth.train import digest, features_at
@@ -192,6 +192,8 @@ class GeneratedTraining:
             found["test_sha256"] = digest(self.test)
         if options.real != SCENES:
             found["real_sha256"] = digest(self.real)
+        if found:               # scenes alone are of other seeds
+            check_apart(self.real, self.test, f"--test {options.test}")
         return found
 
     def run(self) -> str:

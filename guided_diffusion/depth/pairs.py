@@ -17,6 +17,8 @@ the units of the files, beyond which is clamped.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -37,6 +39,9 @@ from .scenes.files import MOST_SCENES, render_scenes
 SCENES = "scenes"
 FEW_SCENES = 300          # more of them are rendered on all cores
 DEPTH_SUFFIXES = frozenset((".npy", ".png"))
+SHARED_AT_MOST = 0.01     # of the images to measure on
+
+_log = logging.getLogger(__name__)
 
 
 class Pairs(NamedTuple):
@@ -94,6 +99,26 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
     images = np.stack([read_pixels(source, index, size, channels) for index in indices])
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
                  None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
+
+
+def check_apart(learnt: Pairs, held: Pairs, what: str) -> None:
+    """Raises UserError, beginning with `what`, where images to measure on are among those that are learnt from.
+
+    A few, which large sets may share, are warned of.
+    """
+    known = {_digest(image) for image in learnt.images}
+    shared = [number for number, image in enumerate(held.images) if _digest(image) in known]
+    if not shared:
+        return
+    words = (f"{what}: {len(shared)} of its {len(held.images)} images, the first is number {shared[0]}, are also "
+             "learnt from")
+    if len(shared) > SHARED_AT_MOST * len(held.images):
+        raise UserError(f"{words}, and so they test nothing; name other data")
+    _log.warning("%s", words)
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image.numpy()).data).digest()
 
 
 def class_names_of(data: str) -> ClassNames | None:

@@ -78,6 +78,7 @@ def test_accuracy_study_refuses(world, tmp_path, capsys):
                              ({"label_counts": "10,x"}, "--label_counts 10,x: must be numbers of at least 1"),
                              ({"label_counts": "10,30"}, "--label_counts 30: must be at most 20"),
                              ({"num_timesteps": 10**10}, "--num_timesteps 10000000000: must be at most"),
+                             ({"held_out": world / "pairs.npz"}, "10 of its 10 images, the first is number 0"),
                              ({"held_out": "scenes"}, "--depth_range 0,1: is always 1,9 for scenes"),
                              ({"num_held_out": 50}, "--num_held_out 50: must be at most 20")):
         given = world_flags(world, tmp_path / "study", **{"held_out": world / "held.npz"} | ACCURACY | changes)

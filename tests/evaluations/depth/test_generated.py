@@ -9,6 +9,8 @@ import yaml
 from commands import REPOSITORY, call, flags
 
 from evaluations.depth.generated import (
+    REAL_SEED,
+    TEST_SEED,
     GeneratedOptions,
     GeneratedTraining,
     read_study,
@@ -65,6 +67,10 @@ def test_other_real_images_of_the_same_name_are_another_study(study, tmp_path):
     with pytest.raises(UserError, match=r"holds a study with test_sha256 .*; name another folder"):
         begin(6, "test")
     assert "real_sha256" in begin(5, "real")
+    for seed, flag, shared in ((TEST_SEED, "real", "--test scenes: 2 of its 3"),
+                               (REAL_SEED, "test", "pairs.npz: 2 of its 3")):
+        with pytest.raises(UserError, match=f"{shared} images, the first is number 0, are also learnt from"):
+            begin(seed, flag)
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -8,7 +8,7 @@ from PIL import Image
 
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.classes import ClassNames
-from guided_diffusion.depth.pairs import read_pairs
+from guided_diffusion.depth.pairs import Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, render
 from guided_diffusion.depth.train import known_classes
@@ -270,3 +270,12 @@ def test_depth_images_refused(tmp_path, capsys):
     assert "--num_images: is not given" in capsys.readouterr().err
     assert call("depth_images", "--data", npz(tmp_path), "--out", tmp_path / "depth.png") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.npz"]
+
+
+def test_a_few_images_that_are_also_learnt_from_are_said(caplog):
+    images = torch.rand(300, 1, 2, 2)
+    learnt, held = (Pairs(part, torch.empty(0), None) for part in (images[:100], images[99:]))
+    check_apart(learnt, held, "--held_out x")
+    assert caplog.messages == ["--held_out x: 1 of its 201 images, the first is number 0, are also learnt from"]
+    with pytest.raises(UserError, match=r"3 of its 203 images, the first is number 0, .*; name other data"):
+        check_apart(learnt, Pairs(images[97:], torch.empty(0), None), "--held_out x")
