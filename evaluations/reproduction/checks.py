@@ -15,7 +15,6 @@ from guided_diffusion.checkpoint import load_into, locate
 from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.guidance import Networks
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.labels import NONE
@@ -144,8 +143,7 @@ def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
             for method in run.active:
                 one = run.model, run.sample.model_path, run.sample.checkpoint_entry, method
                 if one not in fitting:
-                    method.build(Networks(network(run.model), dist_util.dev(), run.sample.seed,
-                                          model_path=run.sample.model_path, entry=run.sample.checkpoint_entry))
+                    method.build(run.networks(network(run.model)))
                     if method.files():
                         method.check(digests.of(files))
                     fitting.add(one)

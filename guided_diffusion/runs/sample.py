@@ -274,6 +274,11 @@ class SamplingRun:
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples, null_class=self.model.null_class)
 
+    def networks(self, model: UNetModel) -> Networks:
+        """What the terms of its guidance are built from; model: the network that is sampled, on any device."""
+        return Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
+                        entry=self.sample.checkpoint_entry)
+
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
         self.sample.check_given()
@@ -284,8 +289,7 @@ class SamplingRun:
         diffusion = self.process()
         with torch.device("meta"):
             model = build_model(self.model)
-        nets = Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
-                        entry=self.sample.checkpoint_entry)
+        nets = self.networks(model)
         guidance = [term for method in self.active for term in method.build(nets)]
         nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
                   self.sample.checkpoint_entry)
