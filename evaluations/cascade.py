@@ -29,16 +29,9 @@ from guided_diffusion.runs.options import MOST_IMAGES
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
-from .evaluation import (
-    Evaluation,
-    EvaluatorOptions,
-    ExtractorOptions,
-    check_extractor_of,
-    check_outputs,
-    check_reference,
-    load_extractor_once,
-    summary,
-)
+from .evaluation import Evaluation, check_extractor_of, check_outputs, check_reference, summary
+from .evaluator_options import EvaluatorOptions
+from .extractor_options import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, feature_folder
 from .references import open_reference
 

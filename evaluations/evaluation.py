@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,98 +19,30 @@ from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import Options, batch_option, cut, nearest, option, seed_option
+from guided_diffusion.options import cut
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
 from .class_accuracy import read_labels_by_name
-from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
+from .evaluator_options import EvaluatorOptions
+from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
+from .extractors import EXTRACTORS, ExtractorKind
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
-from .metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, FromReference, Interval, Metric
-from .metrics.bootstrap import MOST_RESAMPLINGS
-from .metrics.comparison import MANIFOLD_K, SUFFIXES, Feature
+from .metrics import METRICS, Comparison, FileFeatures, FromReference, Interval, Metric
+from .metrics.comparison import SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .nearest import draw_nearest
 from .references import open_reference
 
+# With names that moved to files of their own and are found here as well.
+__all__ = ["Evaluation", "EvaluatorOptions", "ExtractorOptions", "check_extractor_of", "check_outputs",
+           "check_reference", "check_same_widths", "check_stored_features", "evaluation_job", "extractor_settings",
+           "load_extractor", "load_extractor_once", "other_extractor", "settings_text", "stored_count", "summary"]
+
 ROWS = 4096                     # of stored features, that are looked at together
 NARROW = 4                      # samples for each feature, below which intervals of Frechet distances are too wide
-
-
-@dataclass(frozen=True)
-class ExtractorOptions(Options):
-    """The network that sees the images."""
-
-    backend: str = option("torch", "the network: " + "; ".join(f"{kind.name}, {kind.title}"
-                                                              for kind in EXTRACTORS.values()))
-    inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
-                            "this library, else downloaded")
-    device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
-    dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first "
-                       "decimal and is for quick looks", choices=("float32", "bfloat16"))
-    batch_size: int = batch_option(64, "images at a time on each rank")
-    cache: str = option("", "folder that keeps features, so that a file is read by the network once; unset: not kept")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_backend(self.backend)
-
-    @property
-    def kind(self) -> ExtractorKind:
-        """What is known of the extractor before it is loaded."""
-        return find_extractor(self.backend)
-
-
-def _depth_words() -> str:
-    return " and ".join(word for word, metric in METRICS.items() if metric.needs_depth)
-
-
-@dataclass(frozen=True)
-class EvaluatorOptions(Options):
-    """The evaluation."""
-
-    metrics: str = option(",".join(word for word, metric in METRICS.items() if metric.official),
-                          f"which numbers, of {','.join(METRICS)}; {_depth_words()} need an extractor of depth")
-    num_images: int | None = option(None, "only the first so many images of each sample file; unset: all", minimum=2)
-    precision_recall: str = option("exact", "distances of precision and recall: exact, or official: in half precision",
-                                   choices=("exact", "official"))
-    bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0, maximum=MOST_RESAMPLINGS)
-    held_out: str = option("", "real images that the reference does not hold, of which the same numbers are shown "
-                           "first; unset: none")
-    seed: int = seed_option("seed of the resamplings, of the images that KID and MIND draw, and of MIND's directions")
-    json: str = option("", "also write the results to this file")
-    plot: str = option("", "also draw them to this file (PNG, SVG or PDF)")
-    nearest: str = option("", "also draw, to this PNG file, the samples that lie nearest to images of the reference, "
-                          "and those images below them: what a network has memorised shows there")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for word in self._words():
-            if word not in METRICS:
-                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
-                                f"{nearest(word, METRICS)}")
-
-    def _words(self) -> list[str]:
-        return self.metrics.replace(" ", "").lower().split(",")
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether a picture is asked for, which needs the features of every image."""
-        return bool(self.plot or self.nearest)
-
-    @property
-    def wanted(self) -> list[Metric]:
-        """The metrics that are asked for, in the order of METRICS."""
-        words = self._words()
-        return [metric for word, metric in METRICS.items() if word in words]
-
-    @property
-    def settings(self) -> ComparisonSettings:
-        """What the values of the metrics depend on besides the features."""
-        dense = any(metric.neighbours > MANIFOLD_K for metric in self.wanted)
-        return ComparisonSettings(self.precision_recall, self.seed, bool(self.plot) or dense)
 
 
 def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
@@ -119,25 +50,9 @@ def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
     return job("evaluation", json or sample, reads=not json)
 
 
-def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
-    """Loads the extractor that `--backend` names. Raises UserError where its file or the device cannot be used."""
-    return options.kind.load(inception=options.inception, device=options.device, dtype=options.dtype)
-
-
 def extractor_settings(extractor: FeatureExtractor) -> dict[str, Any]:
     """Returns what the features of an extractor depend on besides its weights, as JSON has it."""
     return dict(getattr(extractor, "settings", {}))
-
-
-def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:
-    """Loads the extractor on all ranks; the first one goes ahead, so that a file is downloaded or converted once."""
-    extractor: FeatureExtractor | None = None
-    for turn in (dist_util.is_main(), not dist_util.is_main()):
-        with dist_util.together():
-            if turn:
-                extractor = load_extractor(options)
-    assert extractor is not None            # each rank has had its turn
-    return extractor
 
 
 def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job, summary
-from evaluations.evaluation import ExtractorOptions as NetworkOptions
+from evaluations.evaluation import Evaluation, evaluation_job, summary
+from evaluations.evaluator_options import EvaluatorOptions
+from evaluations.extractor_options import ExtractorOptions
+from evaluations.extractor_options import ExtractorOptions as NetworkOptions
 from evaluations.features import feature_folder
 from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell

@@ -28,7 +28,8 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
-from .evaluation import ExtractorOptions, load_extractor_once, settings_text
+from .evaluation import settings_text
+from .extractor_options import ExtractorOptions, load_extractor_once
 from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder, own_folder
 from .image_sets import open_images

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from evaluations.cascade import Cascade, CascadeOptions, EvaluationPart
-from evaluations.evaluation import EvaluatorOptions, ExtractorOptions
 from evaluations.evaluator import warn
+from evaluations.evaluator_options import EvaluatorOptions
+from evaluations.extractor_options import ExtractorOptions
 from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError

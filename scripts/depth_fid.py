@@ -13,8 +13,8 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.depth.fid import DepthFidOptions, depth_fid, in_words
-from evaluations.evaluation import ExtractorOptions
 from evaluations.evaluator import warn
+from evaluations.extractor_options import ExtractorOptions
 from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError

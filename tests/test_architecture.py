@@ -49,7 +49,8 @@ FLOORS = [
         "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in (
-        "evaluation", "evaluator", "early_fid", "class_accuracy", "make_reference", "cascade")],
+        "evaluation", "evaluator", "evaluator_options", "extractor_options", "early_fid", "class_accuracy",
+        "make_reference", "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],

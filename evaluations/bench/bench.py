@@ -21,7 +21,7 @@ from guided_diffusion.options import option
 from guided_diffusion.pictures import save_comparison
 from guided_diffusion.progress import Progress, progress_bar
 
-from ..evaluation import ExtractorOptions
+from ..extractor_options import ExtractorOptions
 from ..features import FeatureExtractor
 from ..reproduction.checks import check_files, check_rows
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows

@@ -31,7 +31,7 @@ from guided_diffusion.options import (
     whole_number,
 )
 
-from ..evaluation import ExtractorOptions
+from ..extractor_options import ExtractorOptions
 from ..metrics import METRICS
 from ..reproduction import tables
 from ..reproduction.costs import steps_within

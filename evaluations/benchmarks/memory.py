@@ -14,7 +14,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.npz import write_batch
 from guided_diffusion.options import Options, option
 
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
+from ..evaluation import Evaluation
+from ..evaluator_options import EvaluatorOptions
+from ..extractor_options import ExtractorOptions
 from ..extractors import EXTRACTORS
 from ..features import Features, feature_folder
 from ..memory import MIB, process_peak

@@ -25,7 +25,9 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option, seed_option
 
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, evaluation_job
+from ..evaluation import Evaluation, evaluation_job
+from ..evaluator_options import EvaluatorOptions
+from ..extractor_options import ExtractorOptions
 from ..features import feature_folder, own_folder
 from ..metrics.bootstrap import MOST_RESAMPLINGS
 

@@ -21,7 +21,9 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
 
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
-from ..evaluation import Evaluation, EvaluatorOptions, ExtractorOptions, extractor_settings, load_extractor_once
+from ..evaluation import Evaluation, extractor_settings
+from ..evaluator_options import EvaluatorOptions
+from ..extractor_options import ExtractorOptions, load_extractor_once
 from ..features import FeatureExtractor
 from ..metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, Replicates
 from ..references import find_reference

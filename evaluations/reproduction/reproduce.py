@@ -28,7 +28,7 @@ from guided_diffusion.runs.record import recorded_dtype
 from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
-from ..evaluation import ExtractorOptions
+from ..extractor_options import ExtractorOptions
 from ..metrics.bootstrap import MOST_RESAMPLINGS
 from .checks import check_files, check_rows
 from .markdown import markdown
