@@ -29,11 +29,13 @@ from guided_diffusion.runs.options import MOST_IMAGES
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
-from .evaluation import Evaluation, check_extractor_of, check_outputs, check_reference, summary
+from .evaluation import Evaluation, summary
+from .evaluation_checks import check_outputs, check_reference
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, feature_folder
 from .references import open_reference
+from .stored_statistics import check_extractor_of
 
 _log = logging.getLogger(__name__)
 

@@ -73,11 +73,12 @@ class EarlyFid:
     def prepare(self, training: Watched) -> None:
         """Loads reference and extractor, which sees a sample. Raises UserError for what does not fit together."""
         # Here, as a training without evaluation needs none of their packages.
-        from .evaluation import check_extractor_of, check_outputs, check_reference, stored_count
+        from .evaluation_checks import check_outputs, check_reference
         from .evaluator_options import EvaluatorOptions
         from .extractor_options import ExtractorOptions, load_extractor_once
         from .metrics import METRICS, FileFeatures
         from .references import open_reference
+        from .stored_statistics import check_extractor_of, stored_count
 
         self.preview.prepare(training)
         options = self.preview.options

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,14 +18,13 @@ from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
-from guided_diffusion.options import cut
 from guided_diffusion.progress import Progress, progress_bar
 
 from . import plots
 from .class_accuracy import read_labels_by_name
+from .evaluation_checks import check_outputs, check_reference, check_same_widths, check_stored_features, is_stored
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
-from .extractors import EXTRACTORS, ExtractorKind
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
@@ -35,130 +33,19 @@ from .metrics.comparison import SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .nearest import draw_nearest
 from .references import open_reference
+from .stored_statistics import check_extractor_of, extractor_settings, other_extractor, settings_text, stored_count
 
 # With names that moved to files of their own and are found here as well.
 __all__ = ["Evaluation", "EvaluatorOptions", "ExtractorOptions", "check_extractor_of", "check_outputs",
            "check_reference", "check_same_widths", "check_stored_features", "evaluation_job", "extractor_settings",
            "load_extractor", "load_extractor_once", "other_extractor", "settings_text", "stored_count", "summary"]
 
-ROWS = 4096                     # of stored features, that are looked at together
 NARROW = 4                      # samples for each feature, below which intervals of Frechet distances are too wide
 
 
 def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
     """The job of an evaluation: its state lies beside the file of its results, or else of the samples that it reads."""
     return job("evaluation", json or sample, reads=not json)
-
-
-def extractor_settings(extractor: FeatureExtractor) -> dict[str, Any]:
-    """Returns what the features of an extractor depend on besides its weights, as JSON has it."""
-    return dict(getattr(extractor, "settings", {}))
-
-
-def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
-    """Raises UserError where metrics need features that the extractor does not give; within: where it was named."""
-    start = f"--backend {kind.name}{within}:"
-    of_depth = [metric.word for metric in metrics if metric.needs_depth]
-    if of_depth and not kind.estimates_depth:
-        able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
-        raise UserError(f"{start} does not estimate depth, which {', '.join(of_depth)} would need; must be one of "
-                        f"{able}, or your own network with an output depth")
-    lacking = {metric.word: metric.feature for metric in metrics
-               if metric.needs_network and metric.feature not in kind.outputs}
-    if lacking:
-        raise UserError(f"{start} gives {', '.join(sorted(kind.outputs))}, but no "
-                        f"{' and no '.join(dict.fromkeys(lacking.values()))}, which {', '.join(lacking)} would need: "
-                        "leave them out of --metrics")
-
-
-def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
-    """Raises UserError where a reference lacks what the metrics need, or was made by another kind of extractor."""
-    lacking = [metric.word for metric in options.wanted if not _is_stored(reference, metric)]
-    if options.plot and Feature.POOLED not in reference.members:
-        lacking.append("plot")
-    if options.nearest and not len(reference):
-        raise UserError(f"--nearest {options.nearest}: {reference.path} has no images (arr_0) to draw")
-    if lacking and not len(reference):
-        raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
-                        f"them out of --metrics; its arrays are: {reference.array_names}")
-    made_by = reference.value("backend", str)
-    if made_by is None and not kind.is_inception and reference.statistics():
-        raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {kind.name}")
-    if made_by is not None and kind.is_inception and "Inception" not in made_by:
-        raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
-                        "another --backend")
-
-
-def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
-    """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
-    read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]
-    for name in dict.fromkeys(read):
-        if name not in reference.members:
-            continue
-        shape, dtype = reference.header(name)
-        if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
-            raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
-                            "image")
-        if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
-            raise UserError(f"{reference.path}: {name} must be finite numbers")
-
-
-def check_same_widths(reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
-    """Raises UserError where the features that a reference holds are of another width than those of the samples."""
-    for sample in samples:
-        for name, values in sample.features.items():
-            if name in reference.features or name not in reference.file.members:
-                continue
-            width, expected = reference.file.header(name)[0][1:], values.shape[1:]
-            if width != expected:
-                raise UserError(f"{reference.file.path}: its {name} features have {width[0]} numbers an image, those "
-                                f"of {sample.file.path} {expected[0]}: they are of another network")
-
-
-def _is_stored(reference: BatchFile, metric: Metric) -> bool:
-    """Whether a reference holds what the metric needs of it, so that no feature needs to be extracted."""
-    if metric.needs is FromReference.STATISTICS:
-        return reference.statistics(SUFFIXES[metric.feature]) is not None
-    return metric.needs is FromReference.NOTHING or metric.feature in reference.members
-
-
-def settings_text(extractor: FeatureExtractor) -> str:
-    """Returns the settings of an extractor as a reference file keeps them: without the version of what runs it."""
-    return json.dumps({name: value for name, value in extractor_settings(extractor).items() if name != "runtime"},
-                      sort_keys=True)
-
-
-def other_extractor(file: BatchFile, extractor: FeatureExtractor) -> str:
-    """Returns whose statistics a file stores, in words, where they are those of another extractor; else "".
-
-    Extractors are told apart by the SHA-256 of their weights, and by name where the file does not hold that. A file
-    that names none is not judged.
-    """
-    name, sha256 = file.value("backend", str), file.value("backend_sha256", str)
-    if name is None:
-        return ""
-    if (name == extractor.name) if sha256 is None else (sha256 == extractor.fingerprint):
-        settings = file.value("backend_settings", str)
-        if settings in (None, settings_text(extractor)):
-            return ""
-        return f"of {name!r} with other settings ({cut(settings)}, not {cut(settings_text(extractor))})"
-    weights = "" if sha256 is None else f" (SHA-256 {sha256[:16]}..., not {extractor.fingerprint[:16]}...)"
-    return f"of the network {name!r}, not of {extractor.name!r}{weights}"
-
-
-def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> None:
-    """Raises UserError where the statistics stored in a reference are those of an `other_extractor`."""
-    if whose := other_extractor(reference, extractor):
-        raise UserError(f"{reference.path}: its statistics are {whose}: pass another --backend, or make it again with "
-                        "scripts/make_reference.py")
-
-
-def stored_count(reference: BatchFile) -> int:
-    """The number of images of the statistics in a file without images, 0 where it does not say; UserError below 1."""
-    count = reference.value("count", int)
-    if count is not None and count < 1:
-        raise UserError(f"{reference.path}: count is {count}, it must be the number of images")
-    return count or 0
 
 
 class Evaluation:
@@ -242,7 +129,7 @@ class Evaluation:
             if self.depth:
                 self.depth.is_stored(self.reference)
         wanted = self.options.wanted
-        lacking = [metric for metric in wanted if not _is_stored(self.reference, metric)]
+        lacking = [metric for metric in wanted if not is_stored(self.reference, metric)]
         drawn = self.options.is_drawn
         samples = []
         with progress_bar(1 + len(self.samples), "features", "file") as progress:

@@ -28,12 +28,12 @@ from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
 
-from .evaluation import settings_text
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder, own_folder
 from .image_sets import open_images
 from .metrics import feature_statistics
+from .stored_statistics import settings_text
 
 LABELS, CLASS_NAMES = "arr_1", "class_names"        # arrays of a reference batch
 READ_AS_THEY_ARE = (".npz", ".npy", ".zip")         # suffixes of files that hold images of one size

@@ -19,7 +19,7 @@ from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.labels import NONE
 
-from ..evaluation import check_outputs, check_reference
+from ..evaluation_checks import check_outputs, check_reference
 from ..evaluator_options import EvaluatorOptions
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph

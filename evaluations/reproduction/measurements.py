@@ -21,12 +21,13 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.progress import progress_bar
 
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
-from ..evaluation import Evaluation, extractor_settings
+from ..evaluation import Evaluation
 from ..evaluator_options import EvaluatorOptions
 from ..extractor_options import ExtractorOptions, load_extractor_once
 from ..features import FeatureExtractor
 from ..metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, Replicates
 from ..references import find_reference
+from ..stored_statistics import extractor_settings
 from .missing import depth_maps, depth_reference, needs_depth_maps
 from .tables import DFID, EvaluationSpec, Row, Section, Table, smallest
 

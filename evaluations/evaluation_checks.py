@@ -1,0 +1,84 @@
+"""Checks of an evaluation: whether extractor and reference give what the metrics need, and fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.npz import BatchFile
+
+from .evaluator_options import EvaluatorOptions
+from .extractors import EXTRACTORS, ExtractorKind
+from .metrics import FileFeatures, FromReference, Metric
+from .metrics.comparison import SUFFIXES, Feature
+
+ROWS = 4096                     # of stored features, that are looked at together
+
+
+def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
+    """Raises UserError where metrics need features that the extractor does not give; within: where it was named."""
+    start = f"--backend {kind.name}{within}:"
+    of_depth = [metric.word for metric in metrics if metric.needs_depth]
+    if of_depth and not kind.estimates_depth:
+        able = ", ".join(other.name for other in EXTRACTORS.values() if other.estimates_depth)
+        raise UserError(f"{start} does not estimate depth, which {', '.join(of_depth)} would need; must be one of "
+                        f"{able}, or your own network with an output depth")
+    lacking = {metric.word: metric.feature for metric in metrics
+               if metric.needs_network and metric.feature not in kind.outputs}
+    if lacking:
+        raise UserError(f"{start} gives {', '.join(sorted(kind.outputs))}, but no "
+                        f"{' and no '.join(dict.fromkeys(lacking.values()))}, which {', '.join(lacking)} would need: "
+                        "leave them out of --metrics")
+
+
+def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
+    """Raises UserError where a reference lacks what the metrics need, or was made by another kind of extractor."""
+    lacking = [metric.word for metric in options.wanted if not is_stored(reference, metric)]
+    if options.plot and Feature.POOLED not in reference.members:
+        lacking.append("plot")
+    if options.nearest and not len(reference):
+        raise UserError(f"--nearest {options.nearest}: {reference.path} has no images (arr_0) to draw")
+    if lacking and not len(reference):
+        raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
+                        f"them out of --metrics; its arrays are: {reference.array_names}")
+    made_by = reference.value("backend", str)
+    if made_by is None and not kind.is_inception and reference.statistics():
+        raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {kind.name}")
+    if made_by is not None and kind.is_inception and "Inception" not in made_by:
+        raise UserError(f"{reference.path}: its statistics are of the network {made_by!r}, not of Inception: pass "
+                        "another --backend")
+
+
+def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
+    """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
+    read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]
+    for name in dict.fromkeys(read):
+        if name not in reference.members:
+            continue
+        shape, dtype = reference.header(name)
+        if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
+            raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
+                            "image")
+        if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
+            raise UserError(f"{reference.path}: {name} must be finite numbers")
+
+
+def check_same_widths(reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
+    """Raises UserError where the features that a reference holds are of another width than those of the samples."""
+    for sample in samples:
+        for name, values in sample.features.items():
+            if name in reference.features or name not in reference.file.members:
+                continue
+            width, expected = reference.file.header(name)[0][1:], values.shape[1:]
+            if width != expected:
+                raise UserError(f"{reference.file.path}: its {name} features have {width[0]} numbers an image, those "
+                                f"of {sample.file.path} {expected[0]}: they are of another network")
+
+
+def is_stored(reference: BatchFile, metric: Metric) -> bool:
+    """Whether a reference holds what the metric needs of it, so that no feature needs to be extracted."""
+    if metric.needs is FromReference.STATISTICS:
+        return reference.statistics(SUFFIXES[metric.feature]) is not None
+    return metric.needs is FromReference.NOTHING or metric.feature in reference.members
