@@ -23,12 +23,13 @@ from guided_diffusion.progress import Progress, progress_bar
 from . import plots
 from .class_accuracy import read_labels_by_name
 from .evaluation_checks import check_outputs, check_reference, check_same_widths, check_stored_features, is_stored
+from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
-from .metrics import METRICS, Comparison, FileFeatures, FromReference, Interval, Metric
+from .metrics import METRICS, Comparison, FileFeatures, Interval, Metric
 from .metrics.comparison import SUFFIXES, Feature
 from .metrics.registry import SPLIT_SIZE
 from .nearest import draw_nearest
@@ -39,8 +40,6 @@ from .stored_statistics import check_extractor_of, extractor_settings, other_ext
 __all__ = ["Evaluation", "EvaluatorOptions", "ExtractorOptions", "check_extractor_of", "check_outputs",
            "check_reference", "check_same_widths", "check_stored_features", "evaluation_job", "extractor_settings",
            "load_extractor", "load_extractor_once", "other_extractor", "settings_text", "stored_count", "summary"]
-
-NARROW = 4                      # samples for each feature, below which intervals of Frechet distances are too wide
 
 
 def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:
@@ -208,52 +207,8 @@ class Evaluation:
     def _warn(self, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
         if self.extractor.caveat:
             self.warn(self.extractor.caveat)
-        self._warn_of_statistics(samples)
-        self._warn_of_labels(samples)
-        self._warn_of_few_samples(samples)
-        files = (reference, *samples)
-        counts = [features.count for features in files if features.count]
-        if len(set(counts)) > 1:
-            distance = METRICS["fid"].by(self.extractor_options.kind.network).label
-            self.warn(f"different numbers of images ({_listed(counts)}), on which {distance} and the others depend")
-        sizes = [features.file.resolution for features in files if len(features.file)]
-        if len(set(sizes)) > 1:
-            self.warn(f"images of different sizes ({_listed(sizes)}), which the network resizes to its own")
-
-    def _warn_of_statistics(self, samples: Sequence[FileFeatures]) -> None:
-        """Warns where statistics that a sample file stores are not used, since another network made them."""
-        read = {metric.feature for metric in self.options.wanted if metric.needs is FromReference.STATISTICS}
-        for sample in (sample for sample in samples if sample.is_whole):
-            for whose in dict.fromkeys(words for kind, words in sample.foreign.items() if kind in read):
-                self.warn(f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed "
-                          "instead")
-
-    def _warn_of_few_samples(self, samples: Sequence[FileFeatures]) -> None:
-        """Warns where there are few samples beside their features: of numbers that are wrong, and of wide intervals."""
-        def few(metric: Metric, per_feature: int) -> bool:
-            return any(per_feature * sample[metric.feature][0].size > sample.count for sample in samples)
-
-        wanted = [metric.by(self.extractor_options.kind.network) for metric in self.options.wanted]
-        for metric in wanted:
-            if metric.per_feature and few(metric, metric.per_feature):
-                self.warn(f"{metric.label} lies beside the truth with fewer than {metric.per_feature} images for each "
-                          "feature")
-        wide = [metric.label for metric in wanted if metric.needs is FromReference.STATISTICS and few(metric, NARROW)]
-        if wide and self.options.bootstrap:
-            self.warn(f"95 % intervals of {' and '.join(wide)} are wider than they need to be, with fewer than "
-                      f"{NARROW} images for each feature")
-
-    def _warn_of_labels(self, samples: Sequence[FileFeatures]) -> None:
-        """Warns where labels are probably not those of the classes that the network tells apart."""
-        kind = self.extractor_options.kind
-        if not kind.classes_of or all(metric.feature is not Feature.CORRECTNESS for metric in self.options.wanted):
-            return
-        names = kind.class_names()
-        for sample in samples:
-            greatest = int(read_labels_by_name(sample.file, names).max())
-            if 2 * (greatest + 1) <= len(names):
-                self.warn(f"{sample.file.path}: its labels go up to {greatest}, class_accuracy reads them as "
-                          f"those of the {len(names)} classes of {kind.classes_of}")
+        for text in evaluation_warnings(reference, samples, self.options, self.extractor_options.kind):
+            self.warn(text)
 
     def _result(self, reference: FileFeatures, sample: FileFeatures, comparison: Comparison, progress: Progress,
                 ) -> dict[str, Any]:
@@ -319,11 +274,6 @@ def _about(reference: BatchFile, sample: BatchFile) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{sample.path} against {reference.path}: {error}") from None
-
-
-def _listed(values: Sequence[Any]) -> str:
-    """Lists different values in their order."""
-    return ", ".join(map(str, dict.fromkeys(values)))
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
