@@ -20,9 +20,9 @@ from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import Progress, progress_bar
 
-from . import plots
 from .class_accuracy import read_labels_by_name
 from .evaluation_checks import check_outputs, check_reference, check_same_widths, check_stored_features, is_stored
+from .evaluation_plot import check_plot, plot_evaluation, plotted_file
 from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
@@ -76,7 +76,7 @@ class Evaluation:
         if options.nearest:
             check_ending("--nearest", options.nearest, ".png")
         if options.plot:
-            plots.check_plot(options.plot)
+            check_plot(options.plot)
         if options.bootstrap == 1:
             raise UserError("--bootstrap 1: must be 0, or at least 2")
         check_outputs(options.wanted, kind)
@@ -197,7 +197,9 @@ class Evaluation:
                 if self.options.held_out:
                     results[0]["held_out"] = True
                 if self.options.plot:
-                    self._plot(samples, comparisons, results)
+                    title = f"{self.extractor.name}, reference {self.reference.path.name}"
+                    plot_evaluation(self.options.plot, list(map(plotted_file, samples, comparisons, results)),
+                                    comparisons[0].neighbourhoods.reference_distance, title)
                 if self.options.nearest:
                     draw_nearest(self.options.nearest, reference, samples)
                 if self.options.json:
@@ -249,22 +251,6 @@ class Evaluation:
             "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
                          "scipy": scipy.__version__, "python": platform.python_version()},
         }
-
-    def _plot(self, samples: Sequence[FileFeatures], comparisons: Sequence[Comparison],
-              results: Sequence[dict[str, Any]], shown: int = 10) -> None:
-        plotted = []
-        for sample, comparison, result in zip(samples, comparisons, results, strict=True):
-            ranked = np.argsort(-comparison.neighbourhoods.realism, kind="stable").tolist()
-            bounds = result.get("intervals95", {})
-            precision, recall = comparison.membership
-            images = sample.file.pick(ranked[:shown] + ranked[:-shown - 1:-1])
-            best, worst = np.split(images, 2)
-            plotted.append(plots.PlottedFile(
-                "/".join(sample.file.path.parts[-2:]), float(precision.mean()), float(recall.mean()),
-                (bounds["precision"], bounds["recall"]) if {"precision", "recall"} <= bounds.keys() else None,
-                comparison.neighbourhoods.sample_distance, best, worst))
-        plots.plot_evaluation(self.options.plot, plotted, comparisons[0].neighbourhoods.reference_distance,
-                              f"{self.extractor.name}, reference {self.reference.path.name}")
 
 
 @contextmanager

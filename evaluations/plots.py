@@ -1,21 +1,11 @@
-"""Figures: the check for matplotlib, an empty figure, and the picture of an evaluation.
-
-The picture of an evaluation shows precision against recall, distances to the nearest neighbours, and the images of the
-highest and the lowest realism.
-"""
+"""Figures of matplotlib: the check that it is installed, and an empty figure."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_ending, write
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -45,75 +35,3 @@ def new_figure(width: float, height: float, dpi: float | None = None,
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
-
-
-def check_plot(path: str) -> None:
-    """Raises UserError where the file format of `--plot` is unknown, or where matplotlib is missing."""
-    check_ending("--plot", path, *SUFFIXES)
-    require_matplotlib("--plot needs")
-
-
-@dataclass(frozen=True)
-class PlottedFile:
-    """What the picture of an evaluation shows of one sample file.
-
-    intervals: those of precision and recall, where they were resampled. distances: (N,), from each sample to its
-    nearest reference feature. best, worst: images (n, H, W, 3) uint8 of the highest and the lowest realism.
-    """
-
-    name: str
-    precision: float
-    recall: float
-    intervals: tuple[tuple[float, float], tuple[float, float]] | None
-    distances: np.ndarray
-    best: np.ndarray
-    worst: np.ndarray
-
-
-def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_distances: np.ndarray, title: str,
-                    ) -> None:
-    """Writes the picture of an evaluation to `path`.
-
-    reference_distances: (M,), from each reference feature to its nearest other one.
-    """
-    figure = new_figure(11, 4.4 + 1.7 * len(files))
-    figure.suptitle(title, fontsize=10)
-    grid = figure.add_gridspec(1 + len(files), 2, height_ratios=[4.4] + [1.7] * len(files))
-    _plot_precision_recall(figure.add_subplot(grid[0, 0]), files)
-    _plot_distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
-    for row, file in enumerate(files, start=1):
-        for column, (images, word) in enumerate(((file.best, "most"), (file.worst, "least"))):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(_side_by_side(images))
-            axes.set_axis_off()
-            axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
-    write(path, lambda file: figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png"))
-
-
-def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:
-    for file in files:
-        bars = {}
-        if file.intervals is not None:
-            (low_p, high_p), (low_r, high_r) = file.intervals
-            bars = {"xerr": [[max(0, file.recall - low_r)], [max(0, high_r - file.recall)]],
-                    "yerr": [[max(0, file.precision - low_p)], [max(0, high_p - file.precision)]]}
-        axes.errorbar([file.recall], [file.precision], fmt="o", capsize=3, label=file.name, **bars)
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="Precision against recall")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
-
-
-def _plot_distances(axes: Any, files: Sequence[PlottedFile], reference: np.ndarray) -> None:
-    longest = np.quantile(np.concatenate([reference, *(file.distances for file in files)]), 0.995)
-    bins = np.linspace(0, max(longest, 1e-12), 60)
-    axes.hist(reference, bins, density=True, color="0.8", label="reference to reference")
-    for file in files:
-        axes.hist(file.distances, bins, density=True, histtype="step", label=file.name)
-    axes.set(xlabel="distance to the nearest reference feature", ylabel="density", title="Nearest neighbours")
-    axes.legend(fontsize=8)
-
-
-def _side_by_side(images: np.ndarray, gap: int = 1) -> np.ndarray:
-    """(n, H, W, 3) side by side on white."""
-    padded = np.pad(images, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
-    return np.concatenate(list(padded), axis=1)

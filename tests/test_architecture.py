@@ -45,8 +45,8 @@ FLOORS = [
     ["evaluations"],
     ["evaluations.metrics.*"],
     ["evaluations." + name for name in (
-        "features", "feature_files", "references", "image_sets", "plots", "nearest", "training_chart", "memory",
-        "depth_errors", "pages.*")],
+        "features", "feature_files", "references", "image_sets", "plots", "evaluation_plot", "nearest",
+        "training_chart", "memory", "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in (
         "evaluation", "evaluation_checks", "evaluation_warnings", "evaluator", "evaluator_options",
