@@ -29,8 +29,9 @@ from guided_diffusion.runs.options import MOST_IMAGES
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
-from .evaluation import Evaluation, summary
+from .evaluation import Evaluation
 from .evaluation_checks import check_outputs, check_reference
+from .evaluation_results import summary
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, feature_folder

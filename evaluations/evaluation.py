@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -10,28 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 
-from guided_diffusion import __version__, dist_util
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_ending, check_writable, write_json
 from guided_diffusion.jobs import job
-from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import Progress, progress_bar
 
 from .class_accuracy import read_labels_by_name
 from .evaluation_checks import check_outputs, check_reference, check_same_widths, check_stored_features, is_stored
 from .evaluation_plot import check_plot, plot_evaluation, plotted_file
+from .evaluation_results import described_extractor, protocol, summary, versions
 from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract
 from .image_sets import open_images
-from .metrics import METRICS, Comparison, FileFeatures, Interval, Metric
+from .metrics import Comparison, FileFeatures, Interval, Metric
 from .metrics.comparison import SUFFIXES, Feature
-from .metrics.registry import SPLIT_SIZE
 from .nearest import draw_nearest
 from .references import open_reference
 from .stored_statistics import check_extractor_of, extractor_settings, other_extractor, settings_text, stored_count
@@ -238,18 +235,10 @@ class Evaluation:
             "sample": sample.description(),
             "metrics": values,
             **({"intervals95": intervals, "bootstrap": self.options.bootstrap} if intervals else {}),
-            "backend": {"name": self.extractor.name, "sha256": self.extractor.fingerprint,
-                        **({"features_of": kind.network} if kind.network else {}),
-                        **({"dtype": self.extractor_options.dtype} if kind.has_dtype else {}),
-                        **({"backend": kind.name, "settings": extractor_settings(self.extractor)} if kind.is_own
-                           else {})},
+            "backend": described_extractor(self.extractor, self.extractor_options),
             **({"depth": self.depth.description()} if self.depth else {}),
-            "protocol": {"precision_recall": self.options.precision_recall,
-                         "neighbours": {word: metric.neighbours for word, metric in METRICS.items()
-                                        if metric.neighbours},
-                         "inception_score_split": SPLIT_SIZE, "seed": self.options.seed},
-            "versions": {"guided_diffusion": __version__, "torch": torch.__version__, "numpy": np.__version__,
-                         "scipy": scipy.__version__, "python": platform.python_version()},
+            "protocol": protocol(self.options),
+            "versions": versions(),
         }
 
 
@@ -260,30 +249,3 @@ def _about(reference: BatchFile, sample: BatchFile) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{sample.path} against {reference.path}: {error}") from None
-
-
-def summary(results: Sequence[dict[str, Any]]) -> str:
-    """Returns the results in words: what they were made with, then for each file a line for each metric."""
-    first = results[0]
-    reference, backend = first["reference"], first["backend"]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    lines = [f"reference: {_described(reference)}",
-             f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
-             f"protocol:  {first['protocol']['precision_recall']} precision and recall; {versions}"]
-    for result in results:
-        lines.append(f"{'held out: ' if result.get('held_out') else 'sample:   '} {_described(result['sample'])}")
-        for word, value in result["metrics"].items():
-            metric = METRICS[word].by(backend.get("features_of", ""))
-            low, high = result.get("intervals95", {}).get(word, (None, None))
-            sides = [result["sample"]["images"], *[reference["images"]] * metric.of_fewer]
-            of_count = f", of {metric.label} of {min(sides)} images"
-            label = "95 %" + of_count * metric.falls_with_count
-            interval = "" if low is None else f"   ({label}: {low:.6g} to {high:.6g})"
-            lines.append(f"{metric.title}: {'nan' if value is None else value}{interval}")
-    return "\n".join(lines)
-
-
-def _described(file: dict[str, Any]) -> str:
-    size = f" of {file['resolution']}" if "resolution" in file else ""
-    count = file["images"] or "an unknown number of"
-    return f"{file['file']}, {count} images{size}, statistics {file['statistics']}, sha256 {file['sha256'][:16]}"

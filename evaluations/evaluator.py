@@ -14,7 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from evaluations.evaluation import Evaluation, evaluation_job, summary
+from evaluations.evaluation import Evaluation, evaluation_job
+from evaluations.evaluation_results import summary
 from evaluations.evaluator_options import EvaluatorOptions
 from evaluations.extractor_options import ExtractorOptions
 from evaluations.extractor_options import ExtractorOptions as NetworkOptions

@@ -49,8 +49,9 @@ FLOORS = [
         "training_chart", "memory", "depth_errors", "pages.*")],
     ["evaluations.extractors.*"],
     ["evaluations." + name for name in (
-        "evaluation", "evaluation_checks", "evaluation_warnings", "evaluator", "evaluator_options",
-        "extractor_options", "stored_statistics", "early_fid", "class_accuracy", "make_reference", "cascade")],
+        "evaluation", "evaluation_checks", "evaluation_results", "evaluation_warnings", "evaluator",
+        "evaluator_options", "extractor_options", "stored_statistics", "early_fid", "class_accuracy", "make_reference",
+        "cascade")],
     ["evaluations.attention.*", "evaluations.depth.*"],
     ["evaluations.benchmarks.*"],
     ["evaluations.reproduction.*"],
