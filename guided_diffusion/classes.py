@@ -142,10 +142,14 @@ class ClassNames:
                           if name not in self._number_of)
         raise UserError(f"{path}: is of the class {name}, which is none of the {self}{self._of_source}")
 
-    def check(self, num_classes: int, data_dir: object) -> None:
-        """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from."""
+    def check(self, num_classes: int, data_dir: object, trained: bool = False) -> None:
+        """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from.
+
+        trained: the network is, so that its number of classes is given.
+        """
         if num_classes != len(self):
-            raise UserError(f"--num_classes {num_classes}: {data_dir} has {self}; pass --num_classes {len(self)}")
+            raise UserError(f"--data_dir {data_dir}: has {self}, and the network knows {num_classes}" if trained else
+                            f"--num_classes {num_classes}: {data_dir} has {self}; pass --num_classes {len(self)}")
 
 
 # How the names of files tell classes

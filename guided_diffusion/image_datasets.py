@@ -142,18 +142,24 @@ class TrainingImages:
         """The names of their classes; None where only numbers are known, or nothing."""
         return None
 
-    def check_classes(self, num_classes: int) -> None:
-        """Raises UserError unless a network of so many classes fits; says what classes there are."""
+    def check_classes(self, num_classes: int, trained: bool = False) -> None:
+        """Raises UserError unless a network of so many classes fits; says what classes there are.
+
+        trained: the network is, so that the images have to fit it.
+        """
         if self.class_names is not None:
-            self.class_names.check(num_classes, self.data_dir)
+            self.class_names.check(num_classes, self.data_dir, trained)
             say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
         if self.labels is None:
             return
         greatest = int(self.labels.max())
         if greatest >= num_classes:
+            if trained:
+                raise UserError(f"--data_dir {self.data_dir}: has more classes than the network, which knows "
+                                f"{num_classes}; the greatest is {greatest}, as they count from 0")
             raise UserError(f"--num_classes {num_classes}: {self.data_dir} has more classes, the greatest is "
                             f"{greatest}; pass --num_classes {greatest + 1}")
-        if greatest + 1 < num_classes and self.class_names is None:
+        if greatest + 1 < num_classes and self.class_names is None and not trained:
             say(f"{self.data_dir}: has classes from 0 to {greatest}, --num_classes is {num_classes}: the network "
                 f"never sees the others and should not be asked for them; --num_classes {greatest + 1} fits")
 

@@ -330,7 +330,11 @@ class OptionParser(argparse.ArgumentParser):
     def _read_configuration(self, path: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The values in a configuration, or in the config.json of a training, as this command knows them."""
         old = {name: field.name for field in self.fields.values() for name in field.metadata.get("old_names", ())}
-        values = {old.get(name, name): value for name, value in read_yaml(path).items()}
+        written = read_yaml(path)
+        for name in written:
+            if name in old and old[name] in written:
+                raise UserError(f"{name} in {path}: is the former name of {old[name]}, which is given as well, give one")
+        values = {old.get(name, name): value for name, value in written.items()}
         model, training = values.get("model"), values.get("training")
         if not (isinstance(model, dict) and isinstance(training, dict)):
             return values

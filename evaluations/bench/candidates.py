@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guided_diffusion import dist_util
 from guided_diffusion.build import build_model
 from guided_diffusion.classes import check_same_names
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, TransformGuidance
+from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
 from guided_diffusion.late import torch
 
 from ..reproduction.checks import Digests
@@ -81,7 +80,7 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path, netwo
     lacking = missing_files(row, references)
     missing = [file for file in lacking if file.file in needed]
     if not missing:
-        on.build(Networks(network(), dist_util.dev(), base.run.sample.seed))
+        on.build(base.run.networks(network()))
     if needed and all(files.values()) and not {file.file for file in lacking} & set(files.values()):
         on.check(digests.of(files))
         check_same_names(files)

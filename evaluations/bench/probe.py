@@ -244,7 +244,7 @@ def _held_out(options: ProbeOptions, model_path: str, model: ModelOptions) -> Tr
     if images.count < options.num_images:
         raise UserError(f"--num_images {options.num_images}: {options.data_dir} has {images.count}")
     if model.class_cond:
-        images.check_classes(model.num_classes)
+        images.check_classes(model.num_classes, trained=True)
     return images
 
 

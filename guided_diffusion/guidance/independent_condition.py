@@ -66,5 +66,5 @@ class IcgOptions(ScaledOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term. Raises UserError for a network without labels."""
         if nets.model.num_classes is None:
-            raise UserError(f"--icg_scale {self.icg_scale:g}: needs a network with labels, --class_cond True")
+            raise UserError(f"--icg_scale {self.icg_scale:g}: needs a network with labels")
         return [IndependentConditionGuidance(self.icg_scale, nets.model.num_classes, nets.seed, **self.window)]

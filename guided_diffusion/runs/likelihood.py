@@ -212,9 +212,7 @@ class LikelihoodRun:
         frame = self.model.in_channels, self.model.image_size, self.model.image_size
         images = open_images(self.options.data_dir, frame, split=self.options.split, class_cond=self.model.class_cond,
                              classes=self.options.classes, known=known, skip_damaged=None)
-        labels = images.labels
-        if labels is not None and (images.class_names is not None or labels.max() >= self.model.num_classes):
-            images.check_classes(self.model.num_classes)        # arrays may well hold some of the classes only
+        images.check_classes(self.model.num_classes, trained=True)
         return images
 
     def _meter(self) -> LikelihoodMeter:

@@ -359,6 +359,8 @@ def test_damage_is_found_before_its_turn(image_folder, monkeypatch):
 def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
     with pytest.raises(UserError, match=r"--num_classes 1000: .* has 2 classes: 0 cat, 1 dog; pass --num_classes 2"):
         opened(image_folder, class_cond=True).check_classes(1000)
+    with pytest.raises(UserError, match=r"--data_dir .*: has 2 classes: 0 cat, 1 dog, and the network knows 3"):
+        opened(image_folder, class_cond=True).check_classes(3, trained=True)
     with caplog.at_level("INFO"):
         opened(image_folder, class_cond=True).check_classes(2)
     assert "2 classes: 0 cat, 1 dog (--classes prefix)" in caplog.messages
@@ -500,3 +502,12 @@ def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
     np.savez(tmp_path / "odd.npz", **arrays, class_names=np.array([1, 2]))
     with pytest.raises(UserError, match="class_names must be a list of different names"):
         open_images(tmp_path / "odd.npz", (3, 4, 4), class_cond=True)
+
+
+def test_images_must_fit_a_network_that_is_trained(idx_folder, caplog):
+    images = image_datasets.open_images(idx_folder, (1, 28, 28), class_cond=True)
+    with caplog.at_level("INFO"):
+        images.check_classes(1000, trained=True)
+    assert not caplog.messages
+    with pytest.raises(UserError, match=rf"--data_dir {idx_folder}: has more classes than the network, which knows 9"):
+        images.check_classes(9, trained=True)

@@ -166,7 +166,7 @@ def test_another_run_and_what_does_not_fit_are_refused(line, data, tmp_path, cap
     for changes, words in (({"seed": 1}, "--seed differs"), ({"data_dir": ""}, "--data_dir: is missing"),
                            ({"data_dir": tmp_path / "other.npz"}, "--data_dir differs"),
                            ({"model_path": ""}, "--model_path is not given"),
-                           ({"data_dir": tmp_path / "classes.npz"}, "--num_classes 2: "),
+                           ({"data_dir": tmp_path / "classes.npz"}, "more classes than the network, which knows 2"),
                            ({"split": "test"}, "has no test split")):
         capsys.readouterr()
         assert call("image_nll", *line(**changes)) == 2
