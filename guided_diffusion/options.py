@@ -333,7 +333,7 @@ class OptionParser(argparse.ArgumentParser):
         written = read_yaml(path)
         for name in written:
             if name in old and old[name] in written:
-                raise UserError(f"{name} in {path}: is the former name of {old[name]}, which is given as well, give one")
+                raise UserError(f"{name} in {path}: is the former name of {old[name]}, which is given too, give one")
         values = {old.get(name, name): value for name, value in written.items()}
         model, training = values.get("model"), values.get("training")
         if not (isinstance(model, dict) and isinstance(training, dict)):

@@ -34,6 +34,8 @@ IMAGE_STREAMS = {
     "embedding": 6,     # noise of time step guidance
     "upsampling": 7,    # noise of x_T and of each step where images are upsampled: not that of the smaller ones
     "likelihood": 8,    # noise of the image at each step, whose likelihood is bounded
+    "start": 9,         # of x_T where it is not to depend on the number of steps
+    "upsampling start": 10,     # the same where images are upsampled
 }
 
 

@@ -92,7 +92,9 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
         try:
             work.sample(found)
-            return work.write()
+            text = work.write()
+            work.draw_strip()
+            return text
         finally:                        # also the time of what was stopped
             work.count()
 
@@ -323,14 +325,18 @@ class BenchRun:
         """Evaluates and writes both tables; returns the reported one as Markdown on rank 0, else ""."""
         if self.searches:
             self._write_table("search", self._search_table())
-        table = self._report_table()
-        text = self._write_table("report", table)
-        if dist_util.is_main():
-            named = titles(table)
-            rows = next(iter(self.reports.values()))
-            save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},
-                            self.bench.folder / "report" / STRIP)
-        return text
+        return self._write_table("report", self._report_table())
+
+    def draw_strip(self) -> None:
+        """Samples the first images of the methods alone from one noise, whatever their steps, and draws them."""
+        named = titles(self._report_table())
+        rows = [self.bench.in_strip(row, STRIP_IMAGES) for row in next(iter(self.reports.values()))]
+        for row in rows:
+            row.run.run()
+        with dist_util.together():
+            if dist_util.is_main():
+                save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},
+                                self.bench.folder / "report" / STRIP)
 
     def _search_table(self) -> Table:
         label = self.bench.metric_label()

@@ -117,6 +117,11 @@ class Bench:
         """Returns the row that is reported with these flags of guidance, at so many evaluations."""
         return self._row(flags, evaluations, self.spec.seed, self.spec.images, self.folder / "report")
 
+    def in_strip(self, row: Row, images: int) -> Row:
+        """Returns a reported row for a strip: its first images, beginning with the same noise in every row."""
+        out = str(self.folder / "strip" / row.name)
+        return row.changed(num_samples=images, batch_size=images, shared_start=True, out=out)
+
     def _row(self, flags: Mapping[str, Any], evaluations: int, seed: int, images: int, folder: Path) -> Row:
         """Returns a row with as many steps as its evaluations allow, named by its guidance and its evaluations."""
         run = steps_within(self.base.run.changed(**flags, seed=seed, num_samples=images), evaluations)

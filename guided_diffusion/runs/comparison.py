@@ -232,7 +232,14 @@ def _labels(runs: Sequence[ComparedRun], labels: Sequence[np.ndarray | None], im
 
 
 def _steps(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """A sentence where the numbers of steps differ, from which the noise follows too."""
+    """A sentence where the numbers of steps differ, from which the noise follows too, or how the first is drawn."""
+    shared = {run.folder: bool(run.configuration.get("shared_start")) for run in runs}
+    if len(set(shared.values())) > 1:
+        yield (f"--shared_start is True of {', '.join(str(folder) for folder, one in shared.items() if one)} alone, so "
+               "that images of the same number begin with different noise")
+        return
+    if all(shared.values()):
+        return
     steps = {run.folder: num_steps(run.configuration) for run in runs if "diffusion_steps" in run.configuration}
     if len(set(steps.values())) > 1:
         told = ", ".join(f"{folder} {count}" for folder, count in steps.items())

@@ -60,6 +60,9 @@ class SampleOptions(CheckpointOptions):
                                    "(of a network with a null class), one class by its number or name, or a .npy "
                                    "file of one for each image")
     seed: int = seed_option("seed of noise and labels; the same seed gives the same file")
+    shared_start: bool = option(False, "draw the noise that an image begins with by its number alone, so that runs of "
+                                "different numbers of steps begin alike; False: by the number of steps too",
+                                later=True)
     out: str = option("", "folder for the samples, the picture and the record; unset: samples/NAME-FINGERPRINT, named "
                       "by the model and by what the images depend on")
     overwrite: bool = option(False, "begin anew, and replace what is in that folder")

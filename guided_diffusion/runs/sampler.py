@@ -118,4 +118,7 @@ class ImageSampler:
                                           dynamic_threshold=self.sampler.threshold_quantile)
         denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
         x_T = noise(self.diffusion.num_timesteps)
+        if self.options.shared_start:
+            start = "start" if self.low_res is None else "upsampling start"
+            x_T = image_noise(self.options.seed, image_ids, 0, shape, start).to(device)
         return sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))

@@ -208,7 +208,7 @@ def test_the_old_name_of_an_option_is_taken(config, capsys):
         assert network("--config", path, name, "blue").colour == "blue"
     assert refusal("--tint") == "--tint: a value is missing"
     both = config("tint: red\ncolour: blue\n")
-    assert refusal("--config", both) == f"tint in {both}: is the former name of colour, which is given as well, give one"
+    assert refusal("--config", both) == f"tint in {both}: is the former name of colour, which is given too, give one"
     with pytest.raises(SystemExit):
         network("--help")
     assert "--colour STR" in (text := capsys.readouterr().out) and "--tint" not in text

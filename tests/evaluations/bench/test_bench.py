@@ -99,6 +99,10 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
     assert (folder / "report" / "chart.png").is_file() and (folder / "report" / "report.html").is_file()
     with Image.open(folder / "report" / "strip.png") as strip:
         assert strip.height > 3 * 64
+    drawn = {path.parent.name: json.loads(path.read_text())["configuration"]
+             for path in (folder / "strip").glob("*/run.json")}
+    assert drawn.keys() == {row["row"] for row in alone["rows"]}
+    assert all(flags["shared_start"] for flags in drawn.values())       # from one noise, whatever the steps
 
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("samples_*.npz")}
     used = json.loads((folder / "hours.json").read_text())

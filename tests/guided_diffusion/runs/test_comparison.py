@@ -74,6 +74,11 @@ def test_other_numbers_of_steps_are_said(runs, tmp_path):
              for count in ("5", "10")]
     note, = read(*steps).notes
     assert "different numbers of steps" in note and f"{steps[1]} 10" in note
+    shared = [write_run(tmp_path / f"shared{count}", IMAGES, diffusion_steps=1000, timestep_respacing=count,
+                        shared_start=True) for count in ("5", "10")]
+    assert read(*shared).notes == ()
+    note, = read(steps[1], shared[1]).notes
+    assert f"--shared_start is True of {shared[1]} alone" in note
 
 
 def test_small_images_are_enlarged_by_whole_numbers_alone(runs, tmp_path):

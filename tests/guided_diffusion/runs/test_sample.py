@@ -82,6 +82,17 @@ def test_colour_network_without_labels(sample, tmp_path):
     assert (images[..., 0] != images[..., 1]).any()
 
 
+def test_runs_of_different_steps_may_begin_with_the_same_noise(sample):
+    """Without noise between them, steps then lead to much the same image, however many there are."""
+    def apart(**flags):
+        few, many = (sample(use_ddim=True, timestep_respacing=steps, **flags)[0].astype(float) for steps in ("5", "9"))
+        return np.abs(few - many).mean()
+
+    assert apart(shared_start=True) < 0.3 * apart()
+    one, other = (sample(use_ddim=True, shared_start=True, seed=seed)[0] for seed in (0, 1))
+    assert np.abs(one.astype(float) - other).mean() > 5 and np.abs(one[0].astype(float) - one[1]).mean() > 5
+
+
 def test_classifier_raises_the_probability_of_its_label(sample, tmp_path):
     """By a classifier of more channels, whose random weights tell images further apart."""
     flags = {**TINY_CLASSIFIER, "classifier_channel_mult": "1,2"}
