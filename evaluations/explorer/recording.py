@@ -23,6 +23,7 @@ from guided_diffusion.guidance.base import naming
 from guided_diffusion.late import Tensor, torch
 from guided_diffusion.npz import write_batch
 from guided_diffusion.process import Prediction
+from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.sampler import BuiltRun, ImageSampler
 from guided_diffusion.sampling import scaled_gradient
@@ -60,9 +61,10 @@ class Term:
 class Recording:
     """The steps of N images under one setting, from noise to image, S steps.
 
-    title: guidance and sampler in words. image_ids, labels: N numbers; labels is empty where there are none. steps:
-    respaced indices. sigma: the noise level before each step. blocks: the grid (h, w) of each block whose attention was
-    recorded. block, psi: of the method that reads attention, "" and 1 without one.
+    title: guidance and sampler in words. image_ids, labels: N numbers; labels is empty where there are none, and so are
+    classes, the labels in words. steps: respaced indices. sigma: the noise level before each step. blocks: the grid
+    (h, w) of each block whose attention was recorded. block, psi: of the method that reads attention, "" and 1 without
+    one.
 
     arrays: (N, S, ...) each but for `sample`. x_t (C, H, W), the image before the step; x0_unguided, x0: as predicted
     without and with all contrasts; eps_change: of all contrasts together, after transforms; state_change: what all
@@ -86,6 +88,7 @@ class Recording:
     block: str
     psi: float
     arrays: dict[str, np.ndarray] = field(repr=False)
+    classes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -260,7 +263,8 @@ class Recorder:
             f"{self.run.title()}; {self.run.sampler.title}", tuple(self.image_ids), labels, steps,
             tuple(np.sqrt((1 - abar) / np.maximum(abar, 1e-12)).tolist()), terms,
             {name: self.grids[name] for name in self.blocks}, block,
-            1.0 if self.method is None else float(self.method.attention_threshold), self.arrays)
+            1.0 if self.method is None else float(self.method.attention_threshold), self.arrays,
+            class_words({"model_path": self.run.sample.model_path}, labels))
 
     def _titles(self) -> list[str]:
         """The terms in words: those of the methods, where each built one term, else the names of their classes."""

@@ -44,7 +44,7 @@ def recorded(images=3, steps=5, seed=0, guided=True, channels=3, size=16):
     return Recording(title, tuple(range(10, 10 + images)), (1,) * images,
                      tuple(reversed(range(steps))), tuple(np.geomspace(100, 0.01, steps).tolist()), terms,
                      {"middle": (4, 4), "output.1": (8, 8)}, "output.1" if guided else "", 1.25 if guided else 1.0,
-                     arrays)
+                     arrays, ("cat <b>",) * images)
 
 
 def data_of(text):
@@ -58,6 +58,7 @@ def test_the_page_escapes_and_loads_nothing():
     text = page([recorded(), recorded(seed=1, guided=False)], TITLE, COMMAND)
     assert text.count("<script") == text.count("</script>") == 2 and "alert(1)</script>" not in text
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text and "SAG &lt;s&gt; = 0.5" in text
+    assert '<option value="0">10, cat &lt;b&gt;</option>' in text
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
     addresses = set(re.findall(r"https?://[^\s'\"]+", text))
