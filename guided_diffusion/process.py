@@ -235,6 +235,26 @@ class DiffusionProcess:
 
     # The network's output
 
+    def output_at(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What a network of this process says where the noise in x_t is eps: eps itself, x0 or the velocity.
+
+        For networks that predict x_{t-1} it is eps. All are (N, C, H, W).
+        """
+        if self.model_mean_type not in (ModelMeanType.START_X, ModelMeanType.VELOCITY):
+            return eps
+        xstart = self.predict_xstart_from_eps(x_t, t, eps)
+        return xstart if self.model_mean_type is ModelMeanType.START_X else self.velocity(xstart, t, eps)
+
+    def eps_of_output(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The noise in x_t that an output says, which `output_at` gives; (N, C, H, W) each."""
+        match self.model_mean_type:
+            case ModelMeanType.START_X:
+                return self.predict_eps_from_xstart(x_t, t, output)
+            case ModelMeanType.VELOCITY:
+                return self.predict_eps_from_velocity(x_t, t, output)
+            case _:
+                return output
+
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor,
                   process_xstart: Callable[[Tensor], Tensor] = lambda x: x) -> Prediction:
         """What a network's output at x_t says of x0, the noise and x_{t-1}.

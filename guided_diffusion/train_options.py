@@ -137,7 +137,8 @@ class TrainOptions(LoopOptions):
     schedule_sampler: str = option("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
     lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
                                   minimum=0)
-    ema_rate: str = option("0.9999", "decay per step of the moving average of the weights; several: 0.99,0.999")
+    ema_rate: str = option("0.9999", "decay per step of the moving average of the weights, less in its first steps "
+                           "((1 + step) / (10 + step)); several: 0.99,0.999")
     ema_power: str = option("", "width sigma_rel of a moving average by a power function of the step; several: "
                             "0.05,0.10, of which, kept by --snapshot_images, ema_reconstruct.py makes other widths")
     label_dropout: float = option(0.0, "share of the images that lose their label in a step, so that the network also "

@@ -120,7 +120,7 @@ def neighbourhoods(reference: np.ndarray, sample: np.ndarray, k: int = 3, densit
     count = len(generated.centred)
     counts = _BallCounts(real, Balls(real, density_k, neighbours), generated)
     nearest, ratio = np.full(count, np.inf, np.float32), np.full(count, np.inf, np.float32)
-    trusted = balls.squared_radii <= np.median(balls.squared_radii)
+    trusted = balls.surely <= np.median(balls.squared_radii)       # also those that tie with it but for rounding
     for rows, squared in squared_distances(real, generated):
         membership.update(rows, squared)
         counts.update(rows, squared)

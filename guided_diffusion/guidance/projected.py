@@ -24,7 +24,8 @@ class ProjectedGuidance(TransformGuidance):
     """Less of the change along the predicted image, a bound on its size, and momentum.
 
     eta: the share of the parallel part that is kept; 1 keeps all. norm_threshold: the largest norm of the change of an
-    image in x0; None: any. momentum: of the previous step's change; the paper takes it below 0. It is kept for each
+    image in x0, scales of the contrasts included; the paper's r bounds it before the scale s, so that its r is r s here.
+    None: any. momentum: of the previous step's change; the paper takes it below 0. It is kept for each
     image from step to step. The others: see `Guidance`.
     """
 

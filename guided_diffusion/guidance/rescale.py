@@ -1,8 +1,9 @@
 """Rescaled guidance (Lin et al., 2305.08891, section 3.4), of whatever contrasts there are.
 
-    eps_guided <- phi eps_guided std(eps) / std(eps_guided) + (1 - phi) eps_guided
+    out_guided <- phi out_guided std(out) / std(out_guided) + (1 - phi) out_guided
 
-std: of all values of an image. Needs: contrasts in the list. Cost: none.
+out: what the network predicts, which is eps, x0 or the velocity (the paper's network predicts the velocity). std: of all
+values of an image. Needs: contrasts in the list. Cost: none.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Rescale(TransformGuidance):
 
     def transform(self, ctx: StepContext, pred: Prediction, delta: Tensor) -> Tensor:
         """The change of eps, (N, C, H, W)."""
-        guided = pred.eps + delta
-        ratio = _std(pred.eps) / _std(guided)
-        return guided * (1 + self.phi * (ratio - 1)) - pred.eps
+        process = ctx.denoise.diffusion
+        plain, guided = (process.output_at(ctx.x_t, ctx.t, eps) for eps in (pred.eps, pred.eps + delta))
+        rescaled = guided * (1 + self.phi * (_std(plain) / _std(guided) - 1))
+        return process.eps_of_output(ctx.x_t, ctx.t, rescaled) - pred.eps
 
 
 def _std(x: Tensor) -> Tensor:

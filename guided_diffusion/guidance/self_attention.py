@@ -39,14 +39,16 @@ class SelfAttentionGuidance(ContrastGuidance):
     "random" or "square", with as many tokens as the attention would mask; or a function (ctx, pred) -> (N, 1, h, w)
     of h x w cells, any resolution, values in [0, 1]. heads: "exact", or "official" to split the map as the
     official code does. start, stop and the noise levels: see `Guidance`. blur_taps: weights of the blur per axis, odd;
-    the official code has 31, diffusers 9.
+    the official code has 31, diffusers 9. of_output: the contrast is one of what the network predicts, as in diffusers'
+    pipeline, which is another one where that is x0 or the velocity, as the two images differ; else it is one of eps.
     """
 
     unconditional = True
 
     def __init__(self, model: Encoder, block: str, scale: float, blur_sigma: float, threshold: float = 1.0,
                  mask: str | Mask = "self-attention", heads: str = "exact", start: int | None = None,
-                 stop: int | None = None, blur_taps: int = BLUR_TAPS, **sigma: Unpack[SigmaRange]) -> None:
+                 stop: int | None = None, blur_taps: int = BLUR_TAPS, of_output: bool = False,
+                 **sigma: Unpack[SigmaRange]) -> None:
         super().__init__(scale, start, stop, **sigma)
         if not callable(mask) and mask not in MASKS:
             raise UserError(f"mask {mask!r}: must be a function or one of {', '.join(MASKS)}")
@@ -68,6 +70,7 @@ class SelfAttentionGuidance(ContrastGuidance):
         self.threshold = threshold
         self.mask = mask
         self.heads = heads
+        self.of_output = of_output
 
     def observe(self) -> AbstractContextManager[Any]:
         """Captures the block's received attention."""
@@ -82,6 +85,15 @@ class SelfAttentionGuidance(ContrastGuidance):
     def weaker(self, ctx: StepContext, pred: Prediction) -> Inputs:
         """x_bar, for the contrast `s (eps(x_t) - eps(x_bar))`."""
         return Inputs(self.degraded(ctx, pred), ctx.t)
+
+    def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
+        """The change of eps, (N, C, H, W)."""
+        if not self.of_output:
+            return super().delta(ctx, pred)
+        x_bar, process = self.inputs(ctx, pred).x, ctx.denoise.diffusion
+        output = process.output_at(ctx.x_t, ctx.t, pred.eps)
+        weaker = process.output_at(x_bar, ctx.t, ctx.evaluate(x_bar, ctx.t).eps)
+        return process.eps_of_output(ctx.x_t, ctx.t, output + self.scale * (output - weaker)) - pred.eps
 
     def degraded(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """x_bar (N, C, H, W): x0, blurred under the mask, with the same noise as x_t."""

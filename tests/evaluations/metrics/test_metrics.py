@@ -383,6 +383,18 @@ def test_neighbourhoods_say_the_same_as_the_single_numbers_and_more(rng):
     assert (found.realism[1:] >= 1).sum() <= found.sample_inside.sum()
 
 
+def test_realism_takes_all_balls_whose_radii_tie_with_the_median():
+    """Of features on a lattice, whose float32 radii differ by rounding alone."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        reference, sample = rng.integers(0, 3, (30, 6)).astype(float), rng.integers(0, 3, (20, 6)) + 0.25
+        found = neighbourhoods(reference, sample, k=2, density_k=2)
+        distances = cdist(reference, sample)
+        radii = np.sqrt(np.round(np.sort(cdist(reference, reference), axis=1)[:, 2]**2))
+        kept = radii <= np.median(radii)
+        np.testing.assert_allclose(found.realism, (radii[kept, None] / distances[kept]).max(axis=0), rtol=1e-4)
+
+
 @pytest.mark.parametrize("far", [1e3, 3e4, 1e6])
 def test_density_and_coverage_are_those_of_float64_beside_a_far_image(far, rng):
     reference, sample = rng.standard_normal((301, 64)), rng.standard_normal((300, 64))

@@ -1,5 +1,6 @@
 """Contrasts, clean-classifier guidance and transforms against their formulas, written out here in float64."""
 
+import copy
 import itertools
 import math
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from guided_diffusion.guidance import (
 )
 from guided_diffusion.guidance.clean_classifier import at_step_0
 from guided_diffusion.guidance.smoothed_energy import smoothed
-from guided_diffusion.process import Denoiser
+from guided_diffusion.process import Denoiser, ModelMeanType
 from guided_diffusion.rng import image_generator
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model_and_diffusion
 
@@ -289,6 +290,41 @@ def test_rescaled_guidance_has_the_deviation_of_the_unguided_prediction(case):
     guided = pred.eps + change
     expected = 0.4 * guided * (pred.eps.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)).reshape(-1, 1, 1, 1)
     check(pred.eps + Rescale(0.4).transform(ctx, pred, change), expected + 0.6 * guided)
+
+
+@pytest.mark.parametrize("kind", [ModelMeanType.VELOCITY, ModelMeanType.START_X])
+def test_rescaling_and_latent_sag_act_on_what_the_network_predicts(case, kind):
+    """Of the velocity or x0, by the formulas of Lin et al. (2305.08891) and of diffusers' pipeline."""
+    process = copy.copy(case.diffusion)
+    process.model_mean_type = kind
+    other = SimpleNamespace(**{**vars(case), "diffusion": process})
+    abar = float(process.alphas_cumprod[case.t[0]])
+    a, b = math.sqrt(abar), math.sqrt(1 - abar)
+
+    def output(x, eps):
+        x0 = (x - b * eps) / a
+        return x0 if kind is ModelMeanType.START_X else a * eps - b * x0
+
+    ctx = context(other)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    change = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).double()
+    plain, guided = output(case.x, pred.eps), output(case.x, pred.eps + change)
+    ratio = plain.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+    assert (ratio - 1).abs().min() > 0.02
+    expected = guided * (0.4 * ratio + 0.6).reshape(-1, 1, 1, 1)
+    new = Rescale(0.4).transform(ctx, pred, change)
+    torch.testing.assert_close(output(case.x, pred.eps + new), expected, rtol=1e-4, atol=1e-5)
+
+    sag = SelfAttentionGuidance(case.model, "output.0", 0.7, 1.0, of_output=True)
+    with sag.observe() as ctx.observed[sag]:
+        pred = ctx.denoise(ctx.x_t, ctx.t)
+    x_bar = sag.degraded(ctx, pred)
+    weaker = output(x_bar, ctx.denoise(x_bar, ctx.t).eps)
+    expected = plain + 0.7 * (plain - weaker)
+    torch.testing.assert_close(output(case.x, pred.eps + sag.delta(ctx, pred)), expected, rtol=1e-4, atol=1e-5)
+    in_eps = SelfAttentionGuidance(case.model, "output.0", 0.7, 1.0)
+    ctx.observed[in_eps] = ctx.observed[sag]
+    assert (in_eps.delta(ctx, pred) - sag.delta(ctx, pred)).abs().max() > 1e-2
 
 
 def every_term(model, scale=1.0, **window):
