@@ -24,9 +24,9 @@ class ProjectedGuidance(TransformGuidance):
     """Less of the change along the predicted image, a bound on its size, and momentum.
 
     eta: the share of the parallel part that is kept; 1 keeps all. norm_threshold: the largest norm of the change of an
-    image in x0, scales of the contrasts included; the paper's r bounds it before the scale s, so that its r is r s here.
-    None: any. momentum: of the previous step's change; the paper takes it below 0. It is kept for each
-    image from step to step. The others: see `Guidance`.
+    image in x0, scales of the contrasts included, so that the paper's r, which bounds it before the scale s, is r s
+    here; None: any. momentum: of the previous step's change; the paper takes it below 0. It is kept for each image from
+    step to step. The others: see `Guidance`.
     """
 
     def __init__(self, eta: float = 0.0, norm_threshold: float | None = None, momentum: float = 0.0,

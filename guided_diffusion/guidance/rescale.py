@@ -2,8 +2,8 @@
 
     out_guided <- phi out_guided std(out) / std(out_guided) + (1 - phi) out_guided
 
-out: what the network predicts, which is eps, x0 or the velocity (the paper's network predicts the velocity). std: of all
-values of an image. Needs: contrasts in the list. Cost: none.
+out: what the network predicts, which is eps, x0 or the velocity (of the paper's network it is the velocity). std: of
+all values of an image. Needs: contrasts in the list. Cost: none.
 """
 
 from __future__ import annotations
