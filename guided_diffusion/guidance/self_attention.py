@@ -88,11 +88,11 @@ class SelfAttentionGuidance(ContrastGuidance):
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The change of eps, (N, C, H, W)."""
-        if not self.of_output:
+        inputs, process = self.inputs(ctx, pred), ctx.denoise.diffusion
+        if inputs is None or not self.of_output:
             return super().delta(ctx, pred)
-        x_bar, process = self.inputs(ctx, pred).x, ctx.denoise.diffusion
         output = process.output_at(ctx.x_t, ctx.t, pred.eps)
-        weaker = process.output_at(x_bar, ctx.t, ctx.evaluate(x_bar, ctx.t).eps)
+        weaker = process.output_at(inputs.x, ctx.t, ctx.evaluate(inputs.x, ctx.t).eps)
         return process.eps_of_output(ctx.x_t, ctx.t, output + self.scale * (output - weaker)) - pred.eps
 
     def degraded(self, ctx: StepContext, pred: Prediction) -> Tensor:
