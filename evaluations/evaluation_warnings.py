@@ -20,7 +20,8 @@ def evaluation_warnings(reference: FileFeatures, samples: Sequence[FileFeatures]
     yield from _of_statistics(samples, options)
     yield from _of_labels(samples, options, kind)
     yield from _of_few_samples(samples, options, kind)
-    yield from _of_counts((reference, *samples), kind)
+    yield from _of_training(reference, options)
+    yield from _of_counts((reference, *samples), options, kind)
     yield from _of_sizes((reference, *samples))
 
 
@@ -60,13 +61,21 @@ def _of_few_samples(samples: Sequence[FileFeatures], options: EvaluatorOptions, 
                "images for each feature")
 
 
-def _of_counts(files: Sequence[FileFeatures], kind: ExtractorKind) -> Iterator[str]:
+def _of_training(reference: FileFeatures, options: EvaluatorOptions) -> Iterator[str]:
+    """Where copies of training images are looked for, which only a reference of these can tell."""
+    for metric in options.wanted:
+        if metric is METRICS["authenticity"]:
+            yield (f"{metric.label} tells copies of the images of {reference.file.path}, which must be those that the "
+                   "network was trained on")
+
+
+def _of_counts(files: Sequence[FileFeatures], options: EvaluatorOptions, kind: ExtractorKind) -> Iterator[str]:
     """Where numbers of images differ; the first metric that falls with them stands for all that depend on them."""
     counts = [features.count for features in files if features.count]
     if len(set(counts)) > 1:
-        first = next(metric for metric in METRICS.values() if metric.falls_with_count)
-        yield (f"different numbers of images ({_listed(counts)}), on which {first.by(kind.network).label} and the "
-               "others depend")
+        falling = [metric.by(kind.network).label for metric in options.wanted if metric.falls_with_count]
+        yield (f"different numbers of images ({_listed(counts)}), on which "
+               f"{f'{falling[0]} and others depend' if falling else 'such numbers depend'}")
 
 
 def _of_sizes(files: Sequence[FileFeatures]) -> Iterator[str]:

@@ -157,6 +157,9 @@ def test_result_says_what_it_is(save, evaluate):
         assert words in printed.out
     assert "different numbers of images (30, 20)" in printed.err
     assert [line.split(": ")[0] for line in printed.out.splitlines()[-5:]] == FIVE
+    _, printed = evaluate(reference, sample, "--metrics", "authenticity")
+    assert f"copies of the images of {reference}, which must be those that the network was trained on" in printed.err
+    assert "FID" not in printed.err
 
 
 def test_held_out_images_are_shown_before_the_samples(save, evaluate, refused):

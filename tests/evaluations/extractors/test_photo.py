@@ -181,7 +181,7 @@ def test_numbers_are_named_for_the_network(file, cache, monkeypatch, tmp_path, c
                      "Class accuracy in %"]
     assert (f"{files[1]}: its labels go up to 6, class_accuracy reads them as those of the 43 classes of icons"
             in said.err)
-    assert "on which Frechet distance by EfficientNet-Lite0 features and the others depend" in said.err
+    assert "on which Frechet distance by EfficientNet-Lite0 features and others depend" in said.err
     assert not re.search(r"\bs?FID\b|Inception", said.out + said.err)
     (result,) = json.loads((tmp_path / "result.json").read_text())
     assert result["backend"] == {"name": PhotoExtractor.name, "sha256": load_weights(file, cache).sha256,
