@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv, ShowOptions, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=preset_values)
     if options.table:
-        check_table(options.table, options.metric)
+        check_table(options.table, options.metric, options.model_path)
     text = write_probe(run_probe(options, model, diffusion, methods))
     if show.open:
         from evaluations.reports.report import with_page  # here, as it takes a second to load

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.checkpoint import locate
+from guided_diffusion.dist_util import say
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import check_folder, write, write_json, write_text
 from guided_diffusion.foreign import read_json
 from guided_diffusion.guidance import GuidanceOptions
@@ -73,9 +76,17 @@ def agreement(result: ProbeResult, path: str | Path, metric: str) -> Agreement:
                      table.get("features_of", ""), common, {why: count for why, count in left_out.items() if count})
 
 
-def check_table(path: str | Path, metric: str) -> None:
-    """Raises UserError for a file from which `agreement` could not be taken."""
-    _measured_table(path, metric)
+def check_table(path: str | Path, metric: str, model_path: str | Path) -> None:
+    """Raises UserError for a file from which `agreement` could not be taken, or which is of another network.
+
+    A table that does not say of which network it is, as older ones, is taken, and a line says so.
+    """
+    table, _ = _measured_table(path, metric)
+    known = {row["network_sha256"] for row in table["rows"].values() if row.get("network_sha256")}
+    if not known:
+        say(f"--table {path}: does not say of which network it is, and is taken as one of {model_path}")
+    elif sha256_of(locate(model_path)) not in known:
+        raise UserError(f"--table {path}: is of another network than {model_path}, which is probed")
 
 
 def _measured_table(path: str | Path, metric: str) -> tuple[dict[str, Any], dict[str, float]]:

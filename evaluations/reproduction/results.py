@@ -66,7 +66,7 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     count = passes(row.run)
     described = {"title": title, "guidance": guidance(row.run), "sampler": sampler_alone(row.run),
                  "state": NOT_RUN if why else "measured", "why": why,
-                 "images": row.images, "samples": None, "sha256": None, "heads": heads(row.run),
+                 "images": row.images, "samples": None, "sha256": None, "network_sha256": None, "heads": heads(row.run),
                  "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
                  "work": round(equivalent_evaluations(row.run), 2), "flags": guidance_flags(row.run),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
@@ -78,7 +78,8 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     seconds = sum(chunk["seconds"] for chunk in chunks)
     speed = sum(chunk["images"] for chunk in chunks) / seconds if seconds else None
     return {**described, "samples": f"{row.name}/{row.run.samples.name}", "sha256": record["sha256"]["samples"],
-            "seconds": round(seconds, 1), "images_per_second": speed and round(speed, 3)}
+            "network_sha256": record["sha256"].get("model"), "seconds": round(seconds, 1),
+            "images_per_second": speed and round(speed, 3)}
 
 
 def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:

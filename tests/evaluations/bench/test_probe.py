@@ -20,6 +20,7 @@ from evaluations.bench.probe import (
 )
 from evaluations.bench.probe_report import agreement
 from guided_diffusion.capture import override_attention
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import (
     ContrastGuidance,
     IndependentConditionGuidance,
@@ -27,6 +28,7 @@ from guided_diffusion.guidance import (
     PerturbedAttentionGuidance,
     SagOptions,
 )
+from guided_diffusion.presets import find_preset
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_noise
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -233,6 +235,22 @@ def test_a_table_without_flags_is_a_sentence(line, tmp_path, capsys):
     (tmp_path / "old.json").write_text('{"rows": {"unguided": {}}, "sections": []}')
     assert call("probe", *line(methods="ICG", table=tmp_path / "old.json")) == 2
     assert "--table" in capsys.readouterr().err
+
+
+def test_a_table_must_be_of_the_network_that_is_probed(line, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    table = measured(tmp_path / "table.json", unguided=({}, 1.0), icg=({"icg_scale": 0.5}, 2.0))
+    own = sha256_of(find_preset("fmnist32").path)
+    for sha256, code, message in (("0" * 64, 2, f"--table {table}: is of another network than"), (own, 0, ""),
+                                  (None, 0, f"--table {table}: does not say of which network it is")):
+        content = json.loads(table.read_text())
+        for row in content["rows"].values():
+            row["network_sha256"] = sha256
+        table.write_text(json.dumps(content))
+        caplog.clear()
+        assert call("probe", *line(methods="ICG", table=table)) == code
+        said = capsys.readouterr().err + caplog.text
+        assert message in said and (message or "--table" not in said)
 
 
 def test_a_table_that_is_not_there_is_said_before_any_evaluation(line, tmp_path, capsys, monkeypatch):
