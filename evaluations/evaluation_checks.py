@@ -61,6 +61,10 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
         if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
             raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
                             "image")
+        needed = max(metric.smallest_count for metric in options.wanted if metric.feature == name)
+        if shape[0] < needed:
+            raise UserError(f"{reference.path}: {name} has {shape[0]} images, --metrics {options.metrics} needs at "
+                            f"least {needed}")
         if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
             raise UserError(f"{reference.path}: {name} must be finite numbers")
 

@@ -512,8 +512,9 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
         return images, None
     if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
-    if labels.min() < 0:
-        raise UserError(f"{where}: arr_1 has the class {labels.min()}, classes are from 0 up")
+    for extreme in (int(labels.min()), int(labels.max())):
+        if not 0 <= extreme <= np.iinfo(np.int64).max:          # also what would wrap from uint64
+            raise UserError(f"{where}: arr_1 has the class {extreme}, classes are from 0 up")
     return images, labels.astype(np.int64)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -43,6 +43,8 @@ AT_ONCE = 1024                  # files that a thread checks at a time
 Source = Path | IO[bytes]
 
 _ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339         # of TIFF
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -137,6 +139,7 @@ def read_depth_image(path: Path) -> np.ndarray:
     with opened(path) as image:
         if image.mode not in ("L", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(f"{path}: has colour mode {image.mode}, a depth map must be grey, of 8 or 16 bits")
+        _check_mode(image)
         return np.asarray(_upright(image))
 
 
@@ -201,6 +204,24 @@ def _check_mode(image: Image.Image) -> None:
         raise ValueError("its pixels are floating-point numbers, of which none is known to be white")
     if image.mode == "LAB":
         raise ValueError("its colours are of the mode LAB, save it as RGB")
+    if image.format == "TIFF":
+        _check_tiff(image)
+
+
+def _check_tiff(image: Any) -> None:
+    """Raises ValueError for levels of which Pillow's mode tells neither depth nor sign nor direction."""
+    bits, kinds = (_values(image.tag_v2.get(tag, 1)) for tag in (_BITS, _SAMPLE_FORMAT))
+    if bits - {1, 2, 4, 8, 16}:
+        raise ValueError(f"its levels have {', '.join(map(str, sorted(bits)))} bits, save it with 8 or 16")
+    if _SIGNED in kinds:
+        raise ValueError("its levels have a sign, save it without")
+    if 16 in bits and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise ValueError("its level 0 is white, save it with black as 0")
+
+
+def _values(tag: Any) -> set[int]:
+    """Those of a tag, which holds one number, or one for each channel."""
+    return set(tag) if isinstance(tag, tuple) else {tag}
 
 
 def _opaque(image: Image.Image, mode: str) -> Image.Image:

@@ -14,6 +14,7 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
+SINGLE_STEPS = 4294967290                   # from here on steps of Slurm are the shells and scripts of an allocation
 STEP_TASKS = "SLURM_STEP_NUM_TASKS"         # of a step of Slurm, where SLURM_NTASKS may be that of the whole allocation
 
 
@@ -33,7 +34,7 @@ def launched() -> Launched:
     """
     for rank_name, size_name, local_name in LAUNCHERS:
         if rank_name.startswith("SLURM"):
-            if not _set("SLURM_STEP_ID"):
+            if not _set("SLURM_STEP_ID") or (not _set(STEP_TASKS) and _is_single(os.environ["SLURM_STEP_ID"].strip())):
                 continue
             size_name = STEP_TASKS if _set(STEP_TASKS) else size_name
         if _set(rank_name) and _set(size_name):
@@ -42,6 +43,10 @@ def launched() -> Launched:
                 raise UserError(f"{rank_name} {rank}: must be less than {size_name}, which is {size}")
             return Launched(rank, size, _number(local_name, 0) if _set(local_name) else rank)
     return Launched(0, 1, 0)
+
+
+def _is_single(step: str) -> bool:
+    return step.isdigit() and int(step) >= SINGLE_STEPS
 
 
 def _set(name: str) -> bool:

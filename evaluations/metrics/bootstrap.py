@@ -9,6 +9,7 @@ import numpy as np
 
 from guided_diffusion.errors import UserError
 
+ALIKE = 1e-9                        # values that differ by less than this share of a number differ by rounding alone
 MOST_RESAMPLINGS = 10**5            # of 50,000 images they take 10 GB
 
 # A metric of resampled images: from counts (B, N) of how often each image occurs to its B values.
@@ -79,8 +80,14 @@ class Replicates(NamedTuple):
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval; None where there is none that keeps its promise, which values of NaN say."""
+        """The 95 % interval; None where there is none that keeps its promise.
+
+        Values of NaN say so, and values that are all alike, which images do that are: they do not say how far the
+        number moves. A difference of 0 of equal images is one.
+        """
         if not np.isfinite(self.values).all() or not np.isfinite(self.estimate):
+            return None
+        if self.estimate and np.ptp(self.values) <= ALIKE * abs(self.estimate):
             return None
         return bootstrap_interval(self.values, self.estimate)
 

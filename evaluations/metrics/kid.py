@@ -23,7 +23,10 @@ def kid(reference: np.ndarray, sample: np.ndarray, max_images: int = 10_000, see
     fit, too few images, NaN or infinity. Source: Binkowski et al. 1801.01401, eq. 3 and 4.
     """
     size = min(len(sample), max_images)
-    return float(resampled_kid(reference, sample, max_images, seed)(np.ones((1, size)))[0])
+    found = float(resampled_kid(reference, sample, max_images, seed)(np.ones((1, size)))[0])
+    if not np.isfinite(found):
+        raise UserError("KID: is no number, as the features are too large for it")
+    return found
 
 
 def resampled_kid(reference: np.ndarray, sample: np.ndarray, max_images: int = 10_000, seed: int = 0) -> Statistic:

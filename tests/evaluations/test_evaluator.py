@@ -541,6 +541,7 @@ def stored(**arrays):
     (stored(pooled=np.zeros(64, np.float32)), "pooled is (64,) float32, it must hold floating-point numbers of each"),
     (stored(pooled=np.array([["a"] * 64] * 12)), "pooled is (12, 64) <U1"),
     (stored(pooled=np.full((12, 64), np.nan, np.float16)), "pooled must be finite numbers"),
+    (stored(pooled=np.zeros((1, 64), np.float32)), "pooled has 1 images, --metrics"),
     (stored(pooled=np.zeros((12, 3), np.float32)), "its pooled features have 3 numbers an image, those of"),
     (stored(mu=np.zeros(7), sigma=np.eye(7)), "reference.npz: statistics of 7 and of 64 channels"),
     (stored(sigma=np.triu(np.ones((64, 64)))), "reference.npz: sigma1 is not a covariance"),

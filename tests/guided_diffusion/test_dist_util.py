@@ -36,13 +36,14 @@ def no_launcher(monkeypatch):
     ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, 5, 6),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, 0, 1),                 # an allocation, but no job step
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 0, 1),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967291"}, 0, 1),
     ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
     ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, 1),
     ({"RANK": "0", "WORLD_SIZE": " "}, 0, 1),
     ({"RANK": "", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, 1, 2),
     ({"RANK": "1"}, 0, 1),
     ({"RANK": "1", "WORLD_SIZE": "2", "PMI_RANK": "0", "PMI_SIZE": "1"}, 1, 2),
-], ids=["plain", "torchrun", "MPICH", "Open MPI", "Slurm", "Slurm allocation", "Slurm interactive",
+], ids=["plain", "torchrun", "MPICH", "Open MPI", "Slurm", "Slurm allocation", "Slurm interactive", "Slurm batch",
         "Slurm step of an allocation", "empty", "blank", "empty in MPI", "half", "torchrun in MPI"])
 def test_rank_and_size_come_from_the_launcher(environment, rank, size, monkeypatch):
     for name, value in environment.items():

@@ -496,6 +496,9 @@ def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
     assert images.labels.tolist() == [2, 0, 0] and images.class_names == known
     with pytest.raises(UserError, match=r"class ant, which is none of the 2 classes: 0 bee, 1 cow \(of a run\)"):
         open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True, known=ClassNames(("bee", "cow"), "", "a run"))
+    np.savez(tmp_path / "wraps.npz", arr_0=arrays["arr_0"], arr_1=np.array([0, 1, 2**63 + 1], np.uint64))
+    with pytest.raises(UserError, match="arr_1 has the class 9223372036854775809, classes are from 0 up"):
+        open_images(tmp_path / "wraps.npz", (3, 4, 4), class_cond=True)
     np.savez(tmp_path / "few.npz", **arrays, class_names=np.array(["ant"]))
     with pytest.raises(UserError, match="arr_1 has the class 1, and its class_names are 1 class: 0 ant"):
         open_images(tmp_path / "few.npz", (3, 4, 4), class_cond=True)

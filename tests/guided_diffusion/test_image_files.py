@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -118,13 +119,33 @@ def encoded(pixels, format, **options):
     return stream.getvalue()
 
 
+def tiff(bits, photometric=1, kind=1):
+    """A grey TIFF of 16x16 pixels that are all 0; kind: 1 without a sign, 2 with."""
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 16, 279: 32 * bits, 339: kind}
+    tags[273] = 14 + 12 * len(tags)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4 + 32 * bits)
+
+
+def test_a_grey_tiff_of_eight_bits_may_have_white_as_zero(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(8, photometric=0))
+    assert np.asarray(read_image(tmp_path / "x.tif", 1)).min() == 255
+    (tmp_path / "x.tif").write_bytes(tiff(16))
+    assert read_depth_image(tmp_path / "x.tif").max() == 0
+    (tmp_path / "x.tif").write_bytes(tiff(16, photometric=0))
+    with pytest.raises(UserError, match="level 0 is white"):
+        read_depth_image(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "none of the formats PNG, "), (b"no picture", "none of the formats PNG, "),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of the formats PNG, "),
     (encoded(UP, "PNG")[:60], ""), (encoded(np.zeros((64, 64, 3), np.uint8), "JPEG")[:300], "[Tt]runcated"),
     (encoded(np.zeros((150_000, 1), np.uint8), "PNG"), "1x150000 pixels, one side may be 100 times the other"),
     (encoded(np.zeros((9, 9), np.float32), "TIFF"), "floating-point"),
-    (encoded(np.full((9, 9), 70000, np.int32), "TIFF"), "70000"),
+    (encoded(np.full((9, 9), 70000, np.int32), "TIFF"), "levels have 32 bits, save it with 8 or 16"),
+    (tiff(12), "levels have 12 bits"), (tiff(32), "levels have 32 bits"), (tiff(8, kind=2), "levels have a sign"),
+    (tiff(16, photometric=0), "level 0 is white, save it with black as 0"),
 ])
 def test_files_that_are_refused(tmp_path, content, message):
     path = tmp_path / "x.png"

@@ -158,6 +158,17 @@ def test_there_is_no_interval_where_too_few_images_decide(word, random):
         METRICS[word].replicates(comparison(reference + 1, reference), 1)
 
 
+@pytest.mark.parametrize("word", ["fid", "kid", "mind"])
+def test_there_is_no_interval_where_all_samples_are_alike(word, random):
+    """Images that are all the same say nothing of how far a number moves; equal sets have a difference of 0."""
+    metric = METRICS[word]
+    reference = random.uniform(0.1, 1, (100, 3))
+    number = metric.replicates(comparison(np.repeat(random.uniform(0.1, 1, (1, 3)), 40, axis=0), reference), 20)
+    assert number.interval is None
+    assert metric.replicates(comparison(random.uniform(0.1, 1, (40, 3)), reference), 20).interval is not None
+    assert tuple(number.minus(number).interval) == (0, 0)
+
+
 @pytest.mark.parametrize("word", ["precision", "density"])
 def test_there_is_no_interval_where_all_samples_are_outside_or_inside_alike(word, random):
     reference = random.standard_normal((100, 3))
