@@ -131,8 +131,7 @@ def preset_sampling(given: dict[str, Any]) -> dict[str, Any]:
     values = find_preset(given["model"]).sampling
     if values:
         flags = " ".join(f"--{name} {given.get(name, value)}" for name, value in values.items())
-        _log.info("--model %s: samples with %s, the best for its cost (--sampler ddpm: the full chain)", given["model"],
-                  flags)
+        _log.info("--model %s: samples with %s, to save time (--sampler ddpm: the full chain)", given["model"], flags)
     return values
 
 
