@@ -252,7 +252,7 @@ def check_number(what: str, value: object) -> None:
 
 
 class Guidance:
-    """A term with a scale and a window of steps; terms of a method extend one of the three kinds below.
+    """A term with a scale and a window of steps; terms of a method extend one of the four kinds below.
 
     scale: finite; 0 is off. start, stop, sigma_min, sigma_max: guided only where stop <= t < start and
     sigma_min < sigma <= sigma_max, see `Window`; None leaves that side open. `start` is `--guide_start`. passes: what a
