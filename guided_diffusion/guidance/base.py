@@ -66,9 +66,12 @@ class Reader(Protocol):
         """What it reads, (N, ...)."""
 
 
-def start_option(doing: str = "guided") -> Any:
-    """A field like `pag_start`: the step from which on a method acts. doing: what it does, in a word."""
-    return option(None, f"{doing} only at respaced steps below this one; unset: at all", minimum=0)
+def start_option(doing: str = "guided", later: bool = False) -> Any:
+    """A field like `pag_start`: the step from which on a method acts. doing: what it does, in a word.
+
+    later: see `option`.
+    """
+    return option(None, f"{doing} only at respaced steps below this one; unset: at all", minimum=0, later=later)
 
 
 def sigma_min_option() -> Any:

@@ -20,7 +20,7 @@ from ..presets import Preset, find_preset, is_bundled
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option
+from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
@@ -66,6 +66,7 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
     classifier_guidance: bool = option(False, "guide by a classifier")
     classifier_path: str = option("", "checkpoint of the noise-aware classifier; bundled models have theirs")
     classifier_scale: float = option(1.0, "scale of classifier guidance; 0: off")
+    classifier_start: int | None = start_option(later=True)
     classifier_sigma_min: float | None = sigma_min_option()
     classifier_sigma_max: float | None = sigma_max_option()
 
@@ -103,12 +104,11 @@ class ClassifierGuidanceOptions(ClassifierOptions, GuidanceOptions):
         classifier = self.load_classifier(nets)
         if classifier is None:
             return []
-        return [ClassifierGuidance(classifier, self.classifier_scale, **self.sigma_range)]
+        return [ClassifierGuidance(classifier, self.classifier_scale, **self.window)]
 
     def schedule(self) -> list[tuple[Guidance, Passes]]:
         """An evaluation and a gradient of the classifier at every step of the window."""
-        return [(Guidance(self.classifier_scale if self.active else 0.0, **self.sigma_range),
-                 ClassifierGuidance.passes)]
+        return [(Guidance(self.classifier_scale if self.active else 0.0, **self.window), ClassifierGuidance.passes)]
 
     @classmethod
     def preset_values(cls, preset: Preset) -> dict[str, Any]:

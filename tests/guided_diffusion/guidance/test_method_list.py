@@ -154,7 +154,12 @@ def test_options_that_came_later_are_no_part_of_a_run_that_does_not_use_them():
     assert identity(older, {}) == plain
     for changes in ({"sag_sigma_min": 0.5}, {"pag_sigma_max": 3.0}, {"batch_contrasts": True}):
         assert identity(run.changed(**changes).configuration(), {}) == {**plain, **changes}
-    assert identity(run.changed(classifier_sigma_min=0.5).configuration(), {}) == plain          # CG is off
+    for changes in ({"classifier_sigma_min": 0.5}, {"classifier_start": 5}):
+        assert identity(run.changed(**changes).configuration(), {}) == plain            # CG is off
+    run = run.changed(classifier_guidance=True)
+    plain = identity(run.configuration(), {})
+    assert "classifier_scale" in plain and "classifier_start" not in plain
+    assert identity(run.changed(classifier_start=5).configuration(), {}) == {**plain, "classifier_start": 5}
 
 
 # What a run's identity is
