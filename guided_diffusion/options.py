@@ -39,14 +39,15 @@ Preset = Callable[[dict[str, Any]], dict[str, Any]]     # from what the user gav
 
 def option(default: Any, help: str, *, choices: Collection[Any] | None = None, minimum: float | None = None,
            above: float | None = None, maximum: float | None = None, later: bool = False,
-           old_names: Sequence[str] = ()) -> Any:
+           old_names: Sequence[str] = (), infinity: float | None = None) -> Any:
     """A dataclass field with help text and the values it allows (`minimum` and `maximum` inclusive).
 
     choices: what is allowed beside the default; one that grows, such as that of samplers, counts as it is then.
     later: the option came after the first records of runs: at its default it is no part of what a run is.
-    old_names: what it was called before, which command lines and configurations may go on saying.
+    old_names: what it was called before, which command lines and configurations may go on saying. infinity: the number
+    that is meant where inf is given; None: inf is refused.
     """
-    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum, "infinity": infinity}
     return dataclasses.field(default=default, metadata={"help": help, "later": later, "old_names": old_names, **limits})
 
 
@@ -194,6 +195,8 @@ def _converted(field: OptionField, value: Any) -> Any:
         if isinstance(value, bool):
             raise refusal
         number = field.type(value)
+        if number == math.inf and field.metadata.get("infinity") is not None:
+            return field.metadata["infinity"]
         if not math.isfinite(number) or (isinstance(value, float) and number != value):
             raise refusal
     except UserError:

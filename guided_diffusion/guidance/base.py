@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 from .. import checkpoint
 from ..errors import UserError
 from ..late import Tensor, nn, torch
-from ..options import Options, option, option_fields
+from ..options import Options, comma_separated, option, option_fields
 from ..presets import Preset
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, WindowArguments
 
@@ -91,7 +91,15 @@ def naming(flag: str, value: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"--{flag} {value}: {error}") from None
+        raise UserError(f"--{flag} {value or repr(value)}: {error}") from None
+
+
+def block_names(value: str) -> list[str]:
+    """The blocks that an option names, comma-separated. Raises UserError, for `naming`, where it names none."""
+    names = comma_separated(value)
+    if not names:
+        raise UserError("must name blocks of the network, comma-separated, like middle")
+    return names
 
 
 def each(flag: str, *values: Any, **common: Any) -> tuple[Mapping[str, Any], ...]:

@@ -67,6 +67,7 @@ class CfgOptions(ScaledOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term. Raises UserError for a network that was not trained for it."""
         if nets.model.null_label is None:
+            advice = "" if nets.model.num_classes is None else "; without one there is --icg_scale"
             raise UserError(f"--cfg_scale {self.cfg_scale:g}: needs a network with labels and a null class, as "
-                            "--label_dropout trains it; for others there is --icg_scale")
+                            f"--label_dropout trains it{advice}")
         return [ClassifierFreeGuidance(self.cfg_scale, nets.model.null_label, **self.window)]

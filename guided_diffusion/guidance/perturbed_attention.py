@@ -19,7 +19,7 @@ from ..late import Tensor
 from ..options import comma_separated, option
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
-from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, block_names, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder, UNetModel
@@ -117,7 +117,8 @@ class PagOptions(ScaledOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         with naming("pag_blocks", self.pag_blocks):
-            return [PerturbedAttentionGuidance(nets.model, self.blocks, self.pag_scale, **self.window)]
+            return [PerturbedAttentionGuidance(nets.model, block_names(self.pag_blocks), self.pag_scale,
+                                               **self.window)]
 
     @property
     def passes(self) -> Passes:

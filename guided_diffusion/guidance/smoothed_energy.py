@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..late import Tensor
 from ..options import comma_separated, option
 from ..terms import Guidance, Passes, SigmaRange
-from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, block_names, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import gaussian_blur
 from .perturbed_attention import AttentionContrast
 
@@ -78,8 +78,8 @@ class SegOptions(ScaledOptions):
 
     seg_scale: float = option(0.0, "scale s of smoothed energy guidance; 0: off")
     seg_blocks: str = option("middle", "attention blocks whose queries are smoothed, comma-separated")
-    seg_blur_sigma: float = option(INFINITE, "standard deviation of the blur in tokens; from 9999 on, infinite: every "
-                                   "query becomes their mean", above=0)
+    seg_blur_sigma: float = option(INFINITE, "standard deviation of the blur in tokens; inf, as from 9999 on: every "
+                                   "query becomes their mean", above=0, infinity=INFINITE)
     seg_start: int | None = start_option()
     seg_sigma_min: float | None = sigma_min_option()
     seg_sigma_max: float | None = sigma_max_option()
@@ -97,7 +97,7 @@ class SegOptions(ScaledOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         with naming("seg_blocks", self.seg_blocks):
-            return [SmoothedEnergyGuidance(nets.model, comma_separated(self.seg_blocks), self.seg_scale,
+            return [SmoothedEnergyGuidance(nets.model, block_names(self.seg_blocks), self.seg_scale,
                                            self.seg_blur_sigma, **self.window)]
 
     @property

@@ -18,11 +18,11 @@ import numpy as np
 from ..capture import find_blocks, perturb_embedding
 from ..errors import UserError
 from ..late import Tensor, torch
-from ..options import comma_separated, option
+from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, SigmaRange, StepContext, check_number
-from .base import Networks, ScaledOptions, each, naming, sigma_max_option, sigma_min_option, start_option
+from .base import Networks, ScaledOptions, block_names, each, naming, sigma_max_option, sigma_min_option, start_option
 
 if TYPE_CHECKING:
     from ..unet import Encoder
@@ -96,5 +96,6 @@ class TsgOptions(ScaledOptions):
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         with naming("tsg_blocks", self.tsg_blocks):
+            blocks = block_names(self.tsg_blocks) if self.tsg_blocks else None
             return [TimestepGuidance(nets.model, self.tsg_scale, self.tsg_noise_scale, self.tsg_power, nets.seed,
-                                     comma_separated(self.tsg_blocks) or None, **self.window)]
+                                     blocks, **self.window)]
