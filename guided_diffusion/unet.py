@@ -23,6 +23,11 @@ from .winograd import Conv3x3
 class StepSequential(nn.ModuleList):
     """Layers one after the other, of which the residual blocks are also given the timestep embedding."""
 
+    @property
+    def sees_embedding(self) -> bool:
+        """Whether there is a residual block among them."""
+        return any(isinstance(layer, ResBlock) for layer in self)
+
     def forward(self, x: Tensor, emb: Tensor, first: int = 0) -> Tensor:
         """(N, C, H, W) and the embedding (N, E) -> the output of the last layer; x goes into layer `first`."""
         for layer in list(self)[first:]:

@@ -146,7 +146,7 @@ def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
                 if one not in fitting:
                     method.build(run.networks(network(run.model)))
                     if method.files():
-                        method.check(digests.of(files))
+                        method.check(digests.of(files), run.sample.checkpoint_entry)
                     fitting.add(one)
             check_same_names(files)
             read(run.model, run.diffusion, run.sample.model_path, run.sample.checkpoint_entry)

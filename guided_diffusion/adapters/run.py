@@ -166,6 +166,8 @@ class LatentRun:
     def without_effect(self, given: Collection[str]) -> str:
         """One line on the flags among `given` that no image depends on; "" where there is none."""
         idle = methods_off(self.methods)
+        for method in self.methods:
+            idle |= method.useless() if method.active else {}
         if not self.options.sag_scale:
             idle["sag_block"] = "--sag_scale is 0"
         if not self._prompts:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ..build import DiffusionOptions, ModelOptions, build_model
+from ..checkpoint import taken_entry
 from ..errors import UserError
 from ..late import Tensor, torch
 from ..options import option, option_fields
@@ -98,6 +99,14 @@ class AutoguidanceOptions(ScaledOptions):
         nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
         network = weak if weak.num_classes is not None else without_labels(weak)
         return [AutoGuidance(network, self.autoguidance_scale, **self.window)]
+
+    def check(self, sha256: Mapping[str, str], entry: str = "") -> None:
+        """Raises UserError where the weaker network is the one that is sampled."""
+        path = self.weak_model_path
+        same_file = self.active and sha256["weak_model_path"] == sha256["model_path"]
+        if same_file and taken_entry(path) == taken_entry(path, entry):
+            raise UserError(f"--weak_model_path {path}: is the network that is sampled, which gives no contrast; "
+                            f"name {self.remedies['weak_model_path']}")
 
     @classmethod
     def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -224,8 +224,11 @@ class GuidanceOptions(Options):
         """Flags that change no image beside the others as they are, and why: {"threshold": "nothing is masked"}."""
         return {}
 
-    def check(self, sha256: Mapping[str, str]) -> None:
-        """Raises UserError where files do not belong together; sha256: of the run's checkpoints, by flag."""
+    def check(self, sha256: Mapping[str, str], entry: str = "") -> None:
+        """Raises UserError where files do not belong together.
+
+        sha256: of the run's checkpoints, by flag. entry: that is taken of the file of the network that is sampled.
+        """
 
     @property
     def attention_block(self) -> str | None:

@@ -299,7 +299,7 @@ class DagOptions(GuidanceOptions):
                 for scale, passes in ((self.dcg_scale, DepthConsistencyGuidance.passes),
                                       (self.dpg_scale, GRADIENTS[self.dpg_gradient]))]
 
-    def check(self, sha256: Mapping[str, str]) -> None:
+    def check(self, sha256: Mapping[str, str], entry: str = "") -> None:
         """Raises UserError where the predictors, which `build` has read, were trained on another checkpoint."""
         if self.active:
             from ..depth.predictor import check_network

@@ -18,7 +18,7 @@ import numpy as np
 from ..capture import find_blocks, perturb_embedding
 from ..errors import UserError
 from ..late import Tensor, torch
-from ..options import option
+from ..options import option, option_fields
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, SigmaRange, StepContext, check_number
@@ -48,8 +48,15 @@ class TimestepGuidance(ContrastGuidance):
         self.noise_scale = noise_scale
         self.power = power
         self.seed = seed
+        if isinstance(blocks, str) or (blocks is not None and not blocks):
+            raise UserError(f"blocks {blocks!r}: must be a list of blocks, like ['middle'], or None")
         self.blocks = tuple(find_blocks(model.feature_blocks, model.feature_blocks if blocks is None else blocks,
                                         "block"))
+        # Of ours some are convolutions alone; all that an adapter names see it.
+        seeing = [name for name, block in model.feature_blocks.items() if getattr(block, "sees_embedding", True)]
+        if not set(self.blocks) & set(seeing):
+            raise UserError(f"the embedding of the step does not reach {', '.join(self.blocks)}; it reaches: "
+                            f"{', '.join(seeing)}")
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast, (N, C, H, W)."""
@@ -92,6 +99,11 @@ class TsgOptions(ScaledOptions):
         """Noise, its power, and the blocks."""
         return {"noise": f"noise {self.tsg_noise_scale:g}", "power": f"power {self.tsg_power:g}",
                 "blocks": f"block {self.tsg_blocks}" if self.tsg_blocks else "all blocks"}
+
+    def useless(self) -> dict[str, str]:
+        """Everything, where there is no noise."""
+        return {} if self.tsg_noise_scale else dict.fromkeys((field.name for field in option_fields(type(self))),
+                                                             "without noise the step is not perturbed")
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""

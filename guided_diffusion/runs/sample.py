@@ -216,7 +216,7 @@ class SamplingRun:
                 checkpoint.check_unchanged(self.checkpoints(), before)      # else the digests are of other weights
                 if dist_util.is_main():
                     for method in self.active:
-                        method.check(sha256)
+                        method.check(sha256, self.sample.checkpoint_entry)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
                     todo = self._chunks(named, labels, base).prepare(self.sample.overwrite)

@@ -122,7 +122,15 @@ def test_time_step_guidance_perturbs_the_blocks_that_it_names(case):
     everywhere = delta(list(case.model.feature_blocks))
     assert torch.equal(delta(None), everywhere)
     assert not torch.equal(delta(["middle"]), everywhere) and delta(["middle"]).abs().max() > 1e-4
-    assert delta(["input.0"]).abs().max() == 0              # a convolution, which sees no embedding
+    # The first block is a convolution, which sees no embedding.
+    assert torch.equal(delta(["input.0", "middle"]), delta(["middle"]))
+    with pytest.raises(UserError, match=r"the embedding of the step does not reach input\.0; it reaches: input\.1, "):
+        delta(["input.0"])
+
+
+def test_more_noise_in_the_embedding_moves_further(case):
+    sizes = [float(delta_of(case, TimestepGuidance(case.model, 1.0, noise)).norm()) for noise in (0.0, 0.1, 0.3, 1.0)]
+    assert sizes[0] == 0 and all(one < other for one, other in itertools.pairwise(sizes))
 
 
 def smoothed_by_hand(q, grid, sigma):

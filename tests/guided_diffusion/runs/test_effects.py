@@ -4,6 +4,7 @@ import pytest
 from commands import call, flags
 from networks import TINY
 
+from guided_diffusion.adapters.run import LatentRun
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import option_fields, options_from
 from guided_diffusion.runs.effects import without_effect
@@ -41,6 +42,16 @@ def line(**given):
      "--pag_sigma_max, --pag_sigma_min (every step of the window of PAG is within)"),
     ({"dcg_scale": 1.0, "dag_start": 9, "dag_stop": 0, "depth_tau": 0.1, "timestep_respacing": "10"},
      "--dag_stop (every step of the window of DAG is within); --depth_tau (--dpg_scale is 0)"),
+    ({"tsg_scale": 1.0, "tsg_noise_scale": 0.0}, "--tsg_scale, --tsg_noise_scale (without noise the step is not "
+     "perturbed)"), ({"tsg_scale": 1.0, "tsg_noise_scale": 0.1}, ""),
+    ({"clean_classifier_scale": 1.0, "clean_classifier_temperature": 0.0}, "--clean_classifier_scale, "
+     "--clean_classifier_temperature (with both temperatures 0 there is no gradient)"),
+    ({"clean_classifier_scale": 1.0, "clean_classifier_temperature": 0.0, "clean_classifier_margin_temperature": 0.0},
+     "--clean_classifier_scale, --clean_classifier_temperature, --clean_classifier_margin_temperature (with both "
+     "temperatures 0 there is no gradient)"),
+    ({"clean_classifier_scale": 1.0, "clean_classifier_temperature": 0.0, "clean_classifier_margin_temperature": 1.0},
+     ""), ({"classifier_guidance": True, "classifier_start": 9, "timestep_respacing": "9"},
+           "--classifier_start (every step of the window of CG is within)"),
     ({"guide_scale": 1.1, "mask": "global", "sel_attn_depth": 99, "blur_sigma": 2.0},
      "--sel_attn_depth (--mask global reads no attention)"),
     ({"num_heads": 2, "num_head_channels": 32}, "--num_heads (--num_head_channels 32 counts)"),
@@ -49,6 +60,12 @@ def line(**given):
      "--eta (the sampler is ddpm); --pag_blocks, --pag_start (PAG is off)")])
 def test_flags_without_effect_are_named(given, said):
     assert line(**given) == (f"without effect: {said}" if said else "")
+
+
+def test_flags_of_runs_of_pipelines_without_effect_are_named_too():
+    options, *methods = options_from({"tsg_scale": 1.0, "tsg_noise_scale": 0.0}, *LatentRun.classes())
+    assert LatentRun(options, tuple(methods)).without_effect(["tsg_scale", "steps"]) == (
+        "without effect: --tsg_scale (without noise the step is not perturbed)")
 
 
 @pytest.mark.parametrize("kind", [*GUIDANCE, *SAMPLERS.values()], ids=lambda kind: kind.__name__)
