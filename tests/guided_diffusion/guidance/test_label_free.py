@@ -235,14 +235,25 @@ def test_clean_classifier_sees_images_of_its_own_size(case):
         return x.flatten(1)[:, :2]
 
     ctx = context(case)
-    CleanClassifierGuidance(classifier, 1.0, image_size=8).gradient(ctx, ctx.denoise(ctx.x_t, ctx.t))
-    assert sizes == [(3, 1, 8, 8)]
+    for size in (6, 8, 12, None):
+        term = CleanClassifierGuidance(classifier, 1.0, image_size=size)
+        assert term.gradient(ctx, ctx.denoise(ctx.x_t, ctx.t)).shape == case.x.shape
+    assert sizes == [(3, 1, 6, 6), (3, 1, 8, 8), (3, 1, 12, 12), (3, 1, 8, 8)]
+
+
+def test_the_gradient_of_a_clean_classifier_grows_with_its_temperature(case):
+    """In proportion, where the logits of other classes do not count."""
+    ctx = context(case)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    one, other = (CleanClassifierGuidance(Clean(), 1.0, temperature, 0.0).gradient(ctx, pred)
+                  for temperature in (1.0, 2.5))
+    check(other, 2.5 * one)
 
 
 # Transforms
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"norm_threshold": 0.5}, {"eta": 1.0},
+@pytest.mark.parametrize("options", [{}, {"eta": 0.3}, {"norm_threshold": 0.5}, {"norm_threshold": 1e3}, {"eta": 1.0},
                                      {"momentum": -0.5, "norm_threshold": 2.0}], ids=str)
 def test_projected_guidance_projects_the_change_of_x0(case, options):
     change, before = (torch.randn(case.x.shape, generator=torch.Generator().manual_seed(s)).double() for s in (1, 2))
@@ -263,6 +274,50 @@ def test_projected_guidance_projects_the_change_of_x0(case, options):
         parallel = (d @ x0) / (x0 @ x0) * x0
         d = d - parallel + options.get("eta", 0.0) * parallel
         check(actual[i].flatten(), -d / ratio)
+
+
+def test_more_eta_a_higher_threshold_and_more_phi_act_more(case):
+    ctx = context(case)
+    pred = ctx.denoise(ctx.x_t, ctx.t)
+    change = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def moved(term):
+        return term.transform(ctx, pred, change)
+
+    def rising(values):
+        return all((one < other).all() for one, other in itertools.pairwise(values))
+
+    norms = [moved(ProjectedGuidance(eta)).flatten(1).norm(dim=1) for eta in (0.0, 0.3, 0.6, 1.0)]
+    assert rising(norms)
+    torch.testing.assert_close(moved(ProjectedGuidance(1.0)), change, **CLOSE)
+    abar = case.diffusion.alphas_cumprod[6]
+    in_x0 = change.flatten(1).norm(dim=1) * math.sqrt((1 - abar) / abar)
+    norms = [moved(ProjectedGuidance(1.0, share * float(in_x0.min()))).flatten(1).norm(dim=1)
+             for share in (0.1, 0.5, 0.9)]
+    assert rising(norms)
+    torch.testing.assert_close(moved(ProjectedGuidance(1.0, 1.1 * float(in_x0.max()))), change, **CLOSE)
+    norms = [(moved(Rescale(phi)) - change).flatten(1).norm(dim=1) for phi in (0.0, 0.2, 0.6, 1.0)]
+    assert rising(norms) and norms[0].max() < 1e-6
+
+
+def test_transforms_are_applied_in_the_order_of_the_list(case):
+    contrast = PerturbedAttentionGuidance(case.model, BLOCKS, 20.0)
+    project, rescale = ProjectedGuidance(0.2, 3.0), Rescale(0.8)
+    ctx = context(case)
+    with contrast.observe() as ctx.observed[contrast]:
+        pred = ctx.denoise(ctx.x_t, ctx.t)
+    delta = contrast.delta(ctx, pred)
+    results = {}
+    for order in ((project, rescale), (rescale, project)):
+        changed = delta
+        for term in order:
+            changed = term.transform(ctx, pred, changed)
+        with torch.no_grad():
+            out = sampling.sample_step(sampling.ddim_step, ctx.denoise, case.x, case.t, lambda: None,
+                                       [contrast, *order], case.ids)
+        check(out["eps"], pred.eps + changed)
+        results[order[0]] = changed
+    assert (results[project] - results[rescale]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sampler", ["p_sample", "ddim_sample"])
@@ -402,6 +457,8 @@ def test_transforms_apply_where_their_window_is_open_only(case):
     lambda model: ClassifierFreeGuidance(1.0, -1), lambda model: IndependentConditionGuidance(1.0, 0),
     lambda model: TimestepGuidance(model, 1.0, -0.1), lambda model: TimestepGuidance(model, 1.0, 1.0, math.nan),
     lambda model: TimestepGuidance(model, 1.0, 1.0, blocks=["output.9"]),
+    lambda model: TimestepGuidance(model, 1.0, 1.0, blocks=[]),
+    lambda model: TimestepGuidance(model, 1.0, 1.0, blocks="middle"),
     lambda model: SmoothedEnergyGuidance(model, ["input.0"], 1.0), lambda model: SmoothedEnergyGuidance(model, [], 1.0),
     lambda model: SmoothedEnergyGuidance(model, ["middle"], 1.0, 0.0),
     lambda model: CleanClassifierGuidance(Clean(), 1.0, math.inf),
