@@ -9,15 +9,27 @@ import pytest
 import torch
 from golden import cases
 from mixture import Mixture
-from networks import TINY_CLASSIFIER, normal, with_random_weights
+from networks import TINY, TINY_CLASSIFIER, normal, with_random_weights
 from networks import TINY_SHAPE as SHAPE
 
 from guided_diffusion import sampling
 from guided_diffusion.errors import UserError
 from guided_diffusion.grids import GridProcess, log_snr
-from guided_diffusion.guidance import ClassifierGuidance, PerturbedAttentionGuidance, SelfAttentionGuidance
+from guided_diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    CleanClassifierGuidance,
+    IndependentConditionGuidance,
+    PerturbedAttentionGuidance,
+    ProjectedGuidance,
+    Rescale,
+    SelfAttentionGuidance,
+    SmoothedEnergyGuidance,
+    TimestepGuidance,
+)
 from guided_diffusion.process import DiffusionProcess, dynamically_thresholded
-from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
+from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model_and_diffusion
 from guided_diffusion.solvers import DEFAULT_STEPS, solver_options
 from guided_diffusion.terms import LossGuidance
 
@@ -211,6 +223,53 @@ def test_every_term_composes_at_fractional_steps(network, options):
     plain, samples = sample([]), [sample(guidance), *(sample([term]) for term in guidance)]
     assert all(one.isfinite().all() and not torch.equal(one, plain) for one in samples)
     assert torch.equal(plain, sample([Pull(0.0)]))
+
+
+class Counted(torch.nn.Module):
+    """A network that counts its evaluations."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, *inputs, **conditions):
+        self.calls += 1
+        return self.network(*inputs, **conditions)
+
+
+@pytest.mark.parametrize("options", [
+    {"solver": "dpm-solver++"}, {"solver": "unipc"}, {"solver": "dpm-solver++", "eta": 1.0}],
+                         ids=["DPM-Solver++", "UniPC", "SDE-DPM-Solver++"])
+def test_terms_of_labels_embeddings_and_other_networks_compose_in_solvers_too(options):
+    model, diffusion = create_model_and_diffusion(**TINY, null_class=True)
+    with_random_weights(model, seed=1).requires_grad_(False)
+    sampled, weak, clean = Counted(model), Counted(lambda x, t, y: model(x / 2, t, y)), Counted(
+        lambda x: x.flatten(1)[:, :2])
+
+    def terms(scale):
+        return [SmoothedEnergyGuidance(model, ["output.0"], 20 * scale), TimestepGuidance(model, scale, 0.5),
+                IndependentConditionGuidance(scale, 2, seed=1), ClassifierFreeGuidance(scale, model.null_label),
+                AutoGuidance(weak, scale), CleanClassifierGuidance(clean, scale)]
+
+    def sample(guidance):
+        torch.manual_seed(0)
+        sampled.calls = weak.calls = clean.calls = 0
+        return diffusion.solver_sample_loop(sampled, (2, *SHAPE), guidance=guidance, steps=3, noise=normal(0),
+                                            model_kwargs={"y": torch.tensor([0, 1])}, device="cpu", **options)
+
+    plain, evaluations = sample([]), sampled.calls
+    transforms = [ProjectedGuidance(0.2, 5.0, -0.5), Rescale(0.7)]
+    assert torch.equal(sample([*terms(0.0), *transforms]), plain)
+    assert (sampled.calls, weak.calls, clean.calls) == (evaluations, 0, 0)
+    contrast = terms(0.5)[3]
+    alone = [sample([term]) for term in terms(0.5)]
+    guided = sample([contrast])
+    changed = [sample([contrast, term]) for term in transforms]
+    assert all(one.isfinite().all() and not torch.equal(one, plain) for one in [*alone, *changed])
+    assert not any(torch.equal(one, guided) for one in changed)
+    everything = sample([*terms(0.5), *transforms])
+    assert (sampled.calls, weak.calls, clean.calls) == (5 * evaluations, evaluations, evaluations)
+    assert everything.isfinite().all() and not any(torch.equal(everything, one) for one in [plain, *alone, *changed])
 
 
 def test_chains_do_not_know_each_other(network):
