@@ -7,7 +7,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from commands import samples_in
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion import checkpoint, execution
@@ -30,6 +29,13 @@ SETTINGS = {
     "UniPC": {"sampler": "unipc", "solver_order": 3, "sampling_steps": 4, "timestep_respacing": "",
               "dynamic_threshold": 0.99},
     "SAG and classifier": {**SAG, **TINY_CLASSIFIER, "classifier_guidance": True, "classifier_scale": 2.0}}
+# What draws numbers of its own, or remembers the steps before
+DRAWN = {
+    "TSG": {"tsg_scale": 1.0, "tsg_noise_scale": 0.5}, "ICG": {"icg_scale": 1.0},
+    "ICG, APG with momentum": {"icg_scale": 2.0, "apg": True, "apg_momentum": -0.5},
+    "TSG, APG with momentum, UniPC": {"tsg_scale": 1.0, "tsg_noise_scale": 0.5, "apg": True, "apg_momentum": -0.5,
+                                      "sampler": "unipc", "sampling_steps": 3, "timestep_respacing": ""}}
+SETTINGS |= DRAWN
 
 
 @pytest.fixture
@@ -43,7 +49,8 @@ def sample(tiny_checkpoints, tmp_path):
                  "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "out": tmp_path / f"out{next(count)}",
                  **changes}
         path = SamplingRun.of(options_from(flags, SampleOptions, *option_classes())).run()
-        return samples_in(path.parent)
+        with np.load(path, allow_pickle=False) as file:
+            return file["arr_0"], file.get("arr_1")
     return run
 
 
@@ -58,6 +65,28 @@ def test_images_are_the_same_for_any_batch_size_and_count(setting, sample):
         other, other_labels = sample(**setting, num_samples=3, batch_size=batch_size)
         assert (other_labels == labels).all()
         assert np.abs(other.astype(int) - images).max() <= 1
+
+
+@pytest.mark.parametrize("setting", DRAWN.values(), ids=DRAWN)
+def test_images_are_the_same_in_a_run_that_was_extended_or_broken_off(setting, sample, tmp_path, monkeypatch):
+    whole, _ = sample(**setting)
+    sample(**setting, num_samples=3, out=tmp_path / "extended")
+    assert (sample(**setting, out=tmp_path / "extended")[0] == whole).all()
+
+    images, made = sampler.ImageSampler.images, []
+
+    def broken_off(self, image_ids, *rest):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(list(image_ids))
+        return images(self, image_ids, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.ImageSampler, "images", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            sample(**setting, out=tmp_path / "broken")
+    assert made == [[0, 1]]
+    assert (sample(**setting, out=tmp_path / "broken")[0] == whole).all()
 
 
 def test_labels_are_random_by_seed_or_balanced(sample):
