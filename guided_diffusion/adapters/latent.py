@@ -86,10 +86,9 @@ class LatentDiffusion:
 
     def self_attention_guidance(self, scale: float, block: str = "middle", blur_sigma: float = LATENT_BLUR_SIGMA,
                                 blur_taps: int = LATENT_BLUR_TAPS, **options: Any) -> SelfAttentionGuidance:
-        """SAG with blur and contrast of diffusers' pipeline; scale is its `sag_scale`, options are the term's."""
+        """SAG with the blur of diffusers' pipeline; scale is its `sag_scale`, options are the term's."""
         network: Any = self.unet
-        return SelfAttentionGuidance(network, block, scale, blur_sigma, blur_taps=blur_taps,
-                                     **{"of_output": True, **options})
+        return SelfAttentionGuidance(network, block, scale, blur_sigma, blur_taps=blur_taps, **options)
 
     @no_grad
     def independent_prompt_guidance(self, scale: float, prompts: Sequence[str] | None = None, *,

@@ -220,7 +220,8 @@ def test_sag_is_that_of_the_sag_pipeline_at_any_size(size, cfg_scale, prediction
     unet, start, steps = prompted_unet(), noise((2, 4, *size), 3), scheduler(prediction_type=prediction)
     theirs = prompted_pipeline("StableDiffusionSAGPipeline", unet, steps=steps)
     latent = LatentDiffusion.from_pipeline(prompted_pipeline(unet=unet, steps=steps))
-    found = ours(latent, cfg_scale=cfg_scale, guidance=[latent.self_attention_guidance(0.75)], latents=start)
+    sag = latent.self_attention_guidance(0.75, of_output=prediction != "epsilon")
+    found = ours(latent, cfg_scale=cfg_scale, guidance=[sag], latents=start)
     expected = images(theirs, guidance_scale=cfg_scale, sag_scale=0.75, latents=start, height=2 * size[0],
                       width=2 * size[1])
     assert relative_error(found, expected) < SAME
