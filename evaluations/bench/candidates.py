@@ -82,7 +82,7 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path, netwo
     if not missing:
         on.build(base.run.networks(network()))
     if needed and all(files.values()) and not {file.file for file in lacking} & set(files.values()):
-        on.check(digests.of(files))
+        on.check(digests.of(files), row.run.sample.checkpoint_entry)
         check_same_names(files)
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
                      issubclass(method.kind, ContrastGuidance), missing, method.search_scale)

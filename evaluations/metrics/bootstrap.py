@@ -80,22 +80,22 @@ class Replicates(NamedTuple):
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval; None where there is none that keeps its promise.
-
-        Values of NaN say so, and values that are all alike, which images do that are: they do not say how far the
-        number moves. A difference of 0 of equal images is one.
-        """
+        """The 95 % interval; None where there is none that keeps its promise, which values of NaN say."""
         if not np.isfinite(self.values).all() or not np.isfinite(self.estimate):
-            return None
-        if self.estimate and np.ptp(self.values) <= ALIKE * abs(self.estimate):
             return None
         return bootstrap_interval(self.values, self.estimate)
 
 
 def bootstrap_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
                          seed: int) -> Replicates:
-    """Returns a number with the values of `statistic` for resampled images; arguments and errors as of `bootstrap`."""
-    return Replicates(estimate, statistic(resamplings(sizes, replicates, seed)))
+    """Returns a number with the values of `statistic` for resampled images; arguments and errors as of `bootstrap`.
+
+    Where the values are all alike, as images are that are all the same, they are unknown: see `unknown_replicates`.
+    """
+    values = statistic(resamplings(sizes, replicates, seed))
+    if np.ptp(values) <= ALIKE * abs(estimate):
+        return unknown_replicates(statistic, sizes, estimate, replicates, seed)
+    return Replicates(estimate, values)
 
 
 def unknown_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,

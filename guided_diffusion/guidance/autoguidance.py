@@ -103,7 +103,7 @@ class AutoguidanceOptions(ScaledOptions):
     def check(self, sha256: Mapping[str, str], entry: str = "") -> None:
         """Raises UserError where the weaker network is the one that is sampled."""
         path = self.weak_model_path
-        same_file = self.active and sha256["weak_model_path"] == sha256["model_path"]
+        same_file = self.active and sha256["weak_model_path"] == sha256.get("model_path")
         if same_file and taken_entry(path) == taken_entry(path, entry):
             raise UserError(f"--weak_model_path {path}: is the network that is sampled, which gives no contrast; "
                             f"name {self.remedies['weak_model_path']}")

@@ -160,13 +160,12 @@ def test_there_is_no_interval_where_too_few_images_decide(word, random):
 
 @pytest.mark.parametrize("word", ["fid", "kid", "mind"])
 def test_there_is_no_interval_where_all_samples_are_alike(word, random):
-    """Images that are all the same say nothing of how far a number moves; equal sets have a difference of 0."""
+    """They say nothing of how far a number moves."""
     metric = METRICS[word]
     reference = random.uniform(0.1, 1, (100, 3))
     number = metric.replicates(comparison(np.repeat(random.uniform(0.1, 1, (1, 3)), 40, axis=0), reference), 20)
     assert number.interval is None
     assert metric.replicates(comparison(random.uniform(0.1, 1, (40, 3)), reference), 20).interval is not None
-    assert tuple(number.minus(number).interval) == (0, 0)
 
 
 @pytest.mark.parametrize("word", ["precision", "density"])
