@@ -63,10 +63,10 @@ def _of_few_samples(samples: Sequence[FileFeatures], options: EvaluatorOptions, 
 
 def _of_training(reference: FileFeatures, options: EvaluatorOptions) -> Iterator[str]:
     """Where copies of training images are looked for, which only a reference of these can tell."""
-    for metric in options.wanted:
-        if metric is METRICS["authenticity"]:
-            yield (f"{metric.label} tells copies of the images of {reference.file.path}, which must be those that the "
-                   "network was trained on")
+    metric = METRICS["authenticity"]
+    if metric in options.wanted:
+        yield (f"{metric.label} tells copies of the images of {reference.file.path}, which must be those that the "
+               "network was trained on")
 
 
 def _of_counts(files: Sequence[FileFeatures], options: EvaluatorOptions, kind: ExtractorKind) -> Iterator[str]:

@@ -29,12 +29,12 @@ class Launched(NamedTuple):
 def launched() -> Launched:
     """Reads the environment; (0, 1, 0) where there is no launcher. An empty variable counts as one that is not set.
 
-    An allocation of Slurm also sets SLURM_NTASKS: only a job step also has SLURM_STEP_ID. Raises UserError where a
-    variable is no number, or the numbers do not fit together.
+    An allocation of Slurm also sets SLURM_NTASKS: only a job step also has SLURM_STEP_ID, and that of a shell or a
+    batch script is one process. Raises UserError where a variable is no number, or the numbers do not fit together.
     """
     for rank_name, size_name, local_name in LAUNCHERS:
         if rank_name.startswith("SLURM"):
-            if not _set("SLURM_STEP_ID") or (not _set(STEP_TASKS) and _is_single(os.environ["SLURM_STEP_ID"].strip())):
+            if not _set("SLURM_STEP_ID") or (not _set(STEP_TASKS) and _is_single_step()):
                 continue
             size_name = STEP_TASKS if _set(STEP_TASKS) else size_name
         if _set(rank_name) and _set(size_name):
@@ -45,8 +45,9 @@ def launched() -> Launched:
     return Launched(0, 1, 0)
 
 
-def _is_single(step: str) -> bool:
-    return step.isdigit() and int(step) >= SINGLE_STEPS
+def _is_single_step() -> bool:
+    step = os.environ["SLURM_STEP_ID"].strip()
+    return step.isdecimal() and int(step) >= SINGLE_STEPS
 
 
 def _set(name: str) -> bool:

@@ -240,10 +240,13 @@ class DiffusionProcess:
 
         For networks that predict x_{t-1} it is eps. All are (N, C, H, W).
         """
-        if self.model_mean_type not in (ModelMeanType.START_X, ModelMeanType.VELOCITY):
-            return eps
-        xstart = self.predict_xstart_from_eps(x_t, t, eps)
-        return xstart if self.model_mean_type is ModelMeanType.START_X else self.velocity(xstart, t, eps)
+        match self.model_mean_type:
+            case ModelMeanType.START_X:
+                return self.predict_xstart_from_eps(x_t, t, eps)
+            case ModelMeanType.VELOCITY:
+                return self.velocity(self.predict_xstart_from_eps(x_t, t, eps), t, eps)
+            case _:
+                return eps
 
     def eps_of_output(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The noise in x_t that an output says, which `output_at` gives; (N, C, H, W) each."""

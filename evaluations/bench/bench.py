@@ -92,9 +92,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
         try:
             work.sample(found)
-            text = work.write()
-            work.draw_strip()
-            return text
+            return work.write()
         finally:                        # also the time of what was stopped
             work.count()
 
@@ -322,14 +320,19 @@ class BenchRun:
     # The tables
 
     def write(self) -> str:
-        """Evaluates and writes both tables; returns the reported one as Markdown on rank 0, else ""."""
+        """Evaluates and writes both tables and the strip; returns the reported table as Markdown on rank 0, else ""."""
         if self.searches:
             self._write_table("search", self._search_table())
-        return self._write_table("report", self._report_table())
+        table = self._report_table()
+        text = self._write_table("report", table)
+        self._draw_strip(titles(table))
+        return text
 
-    def draw_strip(self) -> None:
-        """Samples the first images of the methods alone from one noise, whatever their steps, and draws them."""
-        named = titles(self._report_table())
+    def _draw_strip(self, named: Mapping[str, str]) -> None:
+        """Samples the first images of the methods alone from one noise, whatever their steps, and draws them.
+
+        named: titles by row.
+        """
         rows = [self.bench.in_strip(row, STRIP_IMAGES) for row in next(iter(self.reports.values()))]
         for row in rows:
             row.run.run()

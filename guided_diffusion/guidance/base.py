@@ -224,6 +224,10 @@ class GuidanceOptions(Options):
         """Flags that change no image beside the others as they are, and why: {"threshold": "nothing is masked"}."""
         return {}
 
+    def all_useless(self, why: str) -> dict[str, str]:
+        """All flags of the method, for `useless`, with one reason."""
+        return dict.fromkeys((field.name for field in option_fields(type(self))), why)
+
     def check(self, sha256: Mapping[str, str], entry: str = "") -> None:
         """Raises UserError where files do not belong together.
 

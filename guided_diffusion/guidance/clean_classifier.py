@@ -22,7 +22,7 @@ from ..build import ClassifierOptions, build_classifier
 from ..checkpoint import read_metadata
 from ..errors import UserError
 from ..late import F, Tensor, nn, torch
-from ..options import option, option_fields
+from ..options import option
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
@@ -150,8 +150,7 @@ class CleanClassifierOptions(ScaledOptions):
         """Everything, where no logit counts."""
         if self.clean_classifier_temperature or self.clean_classifier_margin_temperature:
             return {}
-        return dict.fromkeys((field.name for field in option_fields(type(self))),
-                             "with both temperatures 0 there is no gradient")
+        return self.all_useless("with both temperatures 0 there is no gradient")
 
     def _classifier_options(self) -> ClassifierOptions:
         """What the classifier's file states. Raises UserError where it states nothing."""

@@ -18,7 +18,7 @@ import numpy as np
 from ..capture import find_blocks, perturb_embedding
 from ..errors import UserError
 from ..late import Tensor, torch
-from ..options import option, option_fields
+from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, SigmaRange, StepContext, check_number
@@ -102,8 +102,7 @@ class TsgOptions(ScaledOptions):
 
     def useless(self) -> dict[str, str]:
         """Everything, where there is no noise."""
-        return {} if self.tsg_noise_scale else dict.fromkeys((field.name for field in option_fields(type(self))),
-                                                             "without noise the step is not perturbed")
+        return {} if self.tsg_noise_scale else self.all_useless("without noise the step is not perturbed")
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""

@@ -233,12 +233,11 @@ def _labels(runs: Sequence[ComparedRun], labels: Sequence[np.ndarray | None], im
 
 def _steps(runs: Sequence[ComparedRun]) -> Iterator[str]:
     """A sentence where the numbers of steps differ, from which the noise follows too, or how the first is drawn."""
-    shared = {run.folder: bool(run.configuration.get("shared_start")) for run in runs}
-    if len(set(shared.values())) > 1:
-        yield (f"--shared_start is True of {', '.join(str(folder) for folder, one in shared.items() if one)} alone, so "
-               "that images of the same number begin with different noise")
-        return
-    if all(shared.values()):
+    shared = [str(run.folder) for run in runs if run.configuration.get("shared_start")]
+    if 0 < len(shared) < len(runs):
+        yield (f"--shared_start is True of {', '.join(shared)} alone, so that images of the same number begin with "
+               "different noise")
+    if shared:
         return
     steps = {run.folder: num_steps(run.configuration) for run in runs if "diffusion_steps" in run.configuration}
     if len(set(steps.values())) > 1:

@@ -26,7 +26,7 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     idle = {flag: why for flag, why in _switched_off(run).items() if flag not in shared}      # why, by flag
     idle |= _useless_beside_others(run)
     for method, why in _idle_methods(run):
-        idle |= dict.fromkeys((field.name for field in option_fields(type(method))), why)
+        idle |= method.all_useless(why)
     if not run.labelled:
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:

@@ -106,9 +106,9 @@ class ImageSampler:
         """The steps of these images, as `sampling.sample_chain` gives them; labels: (N,) int64."""
         device = dist_util.dev()
         shape = (self.model.image_channels, self.model.image_size, self.model.image_size)
-        stream = "noise" if self.low_res is None else "upsampling"
+        stream, start = ("noise", "start") if self.low_res is None else ("upsampling", "upsampling start")
 
-        def noise(step: int) -> Tensor:
+        def noise(step: int, stream: str = stream) -> Tensor:
             return image_noise(self.options.seed, image_ids, step, shape, stream).to(device)
 
         kwargs = {} if labels is None else {"y": labels.to(device)}
@@ -117,8 +117,5 @@ class ImageSampler:
         denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs,
                                           dynamic_threshold=self.sampler.threshold_quantile)
         denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
-        x_T = noise(self.diffusion.num_timesteps)
-        if self.options.shared_start:
-            start = "start" if self.low_res is None else "upsampling start"
-            x_T = image_noise(self.options.seed, image_ids, 0, shape, start).to(device)
+        x_T = noise(0, start) if self.options.shared_start else noise(self.diffusion.num_timesteps)
         return sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
