@@ -168,7 +168,7 @@ class Record:
         lines = []
         for name, now in self.options.items():
             then = before.options.get(name, now)
-            if (now == then or str(now) == str(then)) and name not in ("batch_size", "data_dir"):   # 0 became "0"
+            if self._says_the_same(name, before):
                 continue
             why = self._reason(name, before)
             if why is None and name in allowed:
@@ -185,9 +185,14 @@ class Record:
         return same_classes and all(self._repeats(name, before) for name in self.options)
 
     def _repeats(self, name: str, before: Record) -> bool:
-        if name in ("batch_size", "data_dir", *HARMLESS):
-            return self._reason(name, before) is not None
-        return str(self.options[name]) == str(before.options.get(name, self.options[name]))
+        if self._says_the_same(name, before):
+            return True
+        return name in ("batch_size", "data_dir", *HARMLESS) and self._reason(name, before) is not None
+
+    def _says_the_same(self, name: str, before: Record) -> bool:
+        """Whether an option is as it was, and that is all there is to it: 0 became "0" in some, images may differ."""
+        now, then = self.options[name], before.options.get(name, self.options[name])
+        return name not in ("batch_size", "data_dir") and (now == then or str(now) == str(then))
 
     def _reason(self, name: str, before: Record) -> str | None:
         """Why the training may go on with a new value of an option; "": there is nothing new; None: it may not."""

@@ -11,7 +11,6 @@ from tiny_training import log_of, train, train_tiny_classifier
 from guided_diffusion import checkpoint, files
 from guided_diffusion.errors import UserError
 from guided_diffusion.train_folder import Record, data_digest, locked_folder
-from guided_diffusion.train_util import TrainLoop
 
 
 @pytest.fixture(scope="module")
@@ -173,16 +172,21 @@ def test_weights_of_a_training_that_is_not_known_are_not_mixed_with_those_of_a_n
         train(data_dir, tmp_path / "new")
 
 
-def test_the_same_training_makes_its_files_again(data_dir, tmp_path, monkeypatch, caplog):
-    def killed(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("unwritten", "left"), [("model.safetensors", 8), ("state.safetensors", 11)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_training_makes_its_files_again(data_dir, tmp_path, monkeypatch, caplog, unwritten, left, dropout):
+    def killed_save(path, tensors, metadata=None):
+        if path.name == unwritten:
+            raise KeyboardInterrupt
+        save_state(path, tensors, metadata)
 
-    values = {"snapshot_images": 4, "lr_anneal_steps": 4}
+    save_state = checkpoint.save_state
+    values = {"snapshot_images": 4, "lr_anneal_steps": 4, "dropout": dropout}
     whole = train(data_dir, tmp_path / "whole", **values)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # before the first save
-        patch.setattr(TrainLoop, "_write", killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save_state", killed_save)
         train(data_dir, tmp_path / "killed", **values)
-    assert len(list((tmp_path / "killed").glob("snapshot_*"))) == 8
+    assert len(list((tmp_path / "killed").glob("*.safetensors"))) == left
     caplog.set_level("INFO")
     train(data_dir, tmp_path / "killed", log_interval=2, **values)
     assert "snapshot_4_ema_0.9.safetensors" in caplog.text and "starts anew, and writes over them" in caplog.text
