@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.foreign import reading, short_reason
+from guided_diffusion.foreign import reading
+from guided_diffusion.functions import find_function
 
 from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
@@ -74,8 +72,8 @@ class OwnDepthExtractor(OwnExtractor):
 
 def function_record(word: str) -> ExtractorKind:
     """Returns what is known of the extractor before it is made; UserError where the function is not there."""
-    module_name, name = word.split(":")
-    function, code = _found(module_name, name, word)
+    function, file = find_function(word, "--backend")
+    code = sha256_of(file) if file else ""
     outputs = getattr(function, "outputs", PARTS)
     unknown = [one for one in outputs if one not in (*PARTS, Feature.DEPTH)]
     if unknown or Feature.POOLED not in outputs:
@@ -84,24 +82,6 @@ def function_record(word: str) -> ExtractorKind:
     with_depth = Feature.DEPTH in outputs
     return ExtractorKind(word, "an extractor of yours", partial(_load, word, function, code, with_depth), 0, 0, 0,
                          outputs=frozenset(map(Feature, outputs)), estimates_depth=with_depth, is_own=True)
-
-
-def _found(module_name: str, name: str, word: str) -> tuple[Callable[..., FeatureExtractor], str]:
-    """Returns the function, and the SHA-256 of its module's file; the current folder is looked at first."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:          # whatever the user's module raises
-        raise UserError(f"--backend {word}: {module_name} cannot be imported ({short_reason(error)})") from None
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--backend {word}: {module_name} has no function {name}")
-    file = getattr(module, "__file__", None)
-    return function, sha256_of(Path(file)) if file else ""
 
 
 def _load(word: str, function: Callable[..., FeatureExtractor], code: str, with_depth: bool, *,

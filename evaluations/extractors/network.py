@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
+from guided_diffusion.preparation import Outputs, Preparation, chosen_output
 
 from ..features import Features
 from ..metrics.comparison import Feature
 from .base import IMAGE_SIZE
-from .preparation import Preparation
 
-Outputs = Mapping[str, Tensor] | Sequence[Tensor]
 Network = Callable[[Tensor], Outputs]       # images as it reads them to outputs by name or number
 
 
@@ -48,7 +47,7 @@ class NetworkExtractor:
         shape = "x".join(map(str, inputs.shape))
         with reading(self.file, f"the network fails on an input of {shape}", flag="--backend"), torch.no_grad():
             found = self._network(inputs)
-        chosen = {name: _chosen(found, place, f"--backend {self.file}: {name}")
+        chosen = {name: chosen_output(found, place, f"--backend {self.file}: {name}")
                   for name, place in self.preparation.outputs}
         for name, values in chosen.items():
             if values.ndim < (3 if name == "depth" else 2) or len(values) != len(images) or not values[0].numel():
@@ -83,21 +82,8 @@ def _as_features(outputs: Mapping[str, Tensor]) -> Features:
     return Features(*(part.flatten(1).contiguous().numpy() for part in parts))
 
 
-def _chosen(outputs: Outputs, place: int | str, where: str) -> Tensor:
-    """Returns an output by its number or name; UserError where there is none."""
-    known = list(outputs) if isinstance(outputs, Mapping) else list(range(len(outputs)))
-    if isinstance(outputs, Mapping) and type(place) is int:
-        place = known[place] if place < len(known) else place
-    if place not in known:
-        raise UserError(f"{where} is the output {place}, but the network has {', '.join(map(str, known))}")
-    found = outputs[place]                  # type: ignore[index]
-    if not isinstance(found, Tensor):
-        raise UserError(f"{where} is the output {place}, which is no tensor")
-    return found
-
-
 def as_extractor(path: Path, fingerprint: str, network: Network, preparation: Preparation, device: torch.device,
                  runtime: str) -> NetworkExtractor:
     """Returns the extractor of a network, one that estimates depth where an output is depth."""
-    kind = DepthNetworkExtractor if Feature.DEPTH in preparation.kinds else NetworkExtractor
+    kind = DepthNetworkExtractor if Feature.DEPTH in dict(preparation.outputs) else NetworkExtractor
     return kind(path, fingerprint, network, preparation, device, runtime)

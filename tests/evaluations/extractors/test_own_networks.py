@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from evaluations.extractors import check_backend, find_extractor
-from evaluations.extractors.preparation import read_preparation
 from evaluations.metrics import Feature, mind
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.npz import BatchFile, write_batch
+from guided_diffusion.preparation import read_preparation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")        # old, and what people have
 

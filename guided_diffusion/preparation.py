@@ -8,26 +8,27 @@
     outputs: {pooled: 0}                    # by number or name
     depth_range: [0, 80]                    # with an output depth: its values for the nearest and the farthest
 
-What is left out is as `Preparation` has it.
+What is left out is as `Preparation` has it. Evaluation reads such files (an output `pooled` must be there), and so does
+guidance by a classifier (an output `logits`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from guided_diffusion.config_files import read_mapping
-from guided_diffusion.errors import UserError
-from guided_diffusion.late import F, Tensor, torch
-from guided_diffusion.npz import MAX_SIDE
-from guided_diffusion.options import nearest, shortened
+from .config_files import read_mapping
+from .errors import UserError
+from .late import F, Tensor, torch
+from .npz import MAX_SIDE
+from .options import nearest, shortened
 
-from ..metrics.comparison import Feature
+Outputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]          # what a network may give: one, or several
 
 RESIZES = {"bicubic": True, "bilinear": True, "nearest": False, "area": False}      # whether with antialiasing
 KEYS = ("input_size", "resize", "range", "mean", "std", "outputs", "depth_range")
@@ -53,16 +54,10 @@ class Preparation:
     near: float | str = OF_MAP[0]
     far: float | str = OF_MAP[1]
 
-    @property
-    def kinds(self) -> frozenset[Feature]:
-        """The kinds of features that the outputs give."""
-        given = {"probabilities" if name == "logits" else name for name, _ in self.outputs}
-        return frozenset(Feature(name) for name in given)
-
     def described(self) -> dict[str, Any]:
         """Returns all of it, as JSON has it."""
         values = asdict(self)
-        if Feature.DEPTH not in self.kinds:
+        if "depth" not in dict(self.outputs):
             del values["near"], values["far"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
                 if name != "outputs"} | {"outputs": dict(self.outputs)}
@@ -73,12 +68,25 @@ class Preparation:
         Bicubic resizing is cut off at 0 and 255, as it is where pictures are resized.
         """
         x = torch.from_numpy(np.array(images)).to(device).movedim(3, 1).float()
-        if self.size is not None and tuple(x.shape[2:]) != self.size:
-            smooth = {"antialias": True, "align_corners": False} if RESIZES[self.resize] else {}
-            x = F.interpolate(x, self.size, mode=self.resize, **smooth).clamp(0, 255)
-        x = x * ((self.high - self.low) / 255) + self.low
-        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return ((x - mean) / std).contiguous()
+        return self._scaled(self._resized(x).clamp(0, 255))
+
+    def inputs_of_samples(self, x: Tensor) -> Tensor:
+        """Returns samples (N, 3 or 1, H, W) in [-1, 1] as (N, 3, height, width) in their type; differentiable.
+
+        Nothing is cut off, as no gradient would reach what is; white and black would lose theirs to rounding.
+        """
+        return self._scaled(self._resized((x.expand(-1, 3, -1, -1) + 1) * 127.5))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.size is None or tuple(x.shape[2:]) == self.size:
+            return x
+        smooth = {"antialias": True, "align_corners": False} if RESIZES[self.resize] else {}
+        return F.interpolate(x, self.size, mode=self.resize, **smooth)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Values from 0 to 255 as the network reads them."""
+        mean, std = (x.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return ((x * ((self.high - self.low) / 255) + self.low - mean) / std).contiguous()
 
     def depth(self, maps: Tensor, side: int) -> np.ndarray:
         """Returns maps (N, 1, H, W) or (N, H, W) as depth (N, side, side), float32, from -1 (near) to 1 (far)."""
@@ -91,14 +99,45 @@ class Preparation:
         return F.interpolate(unit, (side, side), mode="area")[:, 0].numpy()
 
 
-def read_preparation(path: Path) -> Preparation:
-    """Reads such a file. Raises UserError where it is missing or says something that is not allowed."""
-    values = read_mapping(path, flag="--backend, settings")
+def settings_beside(network: Path, flag: str) -> Path:
+    """Returns the YAML file beside a network. Raises UserError, naming the option (with its dashes), without one."""
+    settings = network.with_suffix(".yaml")
+    if not settings.is_file():
+        raise UserError(f"{flag} {network}: needs {settings} beside it, which says how images become its input: "
+                        f"{', '.join(KEYS[:-1])}")
+    return settings
+
+
+def chosen_output(outputs: Outputs, place: int | str, where: str) -> Tensor:
+    """Returns an output of a network by its number or name; where: how a sentence about it begins.
+
+    Raises UserError where there is none.
+    """
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    known = list(outputs) if isinstance(outputs, Mapping) else list(range(len(outputs)))
+    if isinstance(outputs, Mapping) and type(place) is int:
+        place = known[place] if place < len(known) else place
+    if place not in known:
+        raise UserError(f"{where} is the output {place}, but the network has {', '.join(map(str, known))}")
+    found = outputs[place]                  # type: ignore[index]
+    if not isinstance(found, Tensor):
+        raise UserError(f"{where} is the output {place}, which is no tensor")
+    return found
+
+
+def read_preparation(path: Path, output: str = "pooled", flag: str = "--backend") -> Preparation:
+    """Reads such a file. Raises UserError where it is missing or says something that is not allowed.
+
+    output: the one that must be there, which is the first where the file names none. flag: the option that named the
+    network, with its dashes.
+    """
+    values = read_mapping(path, flag=f"{flag}, settings")
     for key in values:
         if key not in KEYS:
             raise UserError(f"{key} in {path}: no such setting{nearest(str(key), KEYS)}, there are {', '.join(KEYS)}")
     reader = _Reader(path, values)
-    outputs = reader.outputs()
+    outputs = reader.outputs(output)
     near, far = reader.depth_range("depth" in dict(outputs))
     low, high = reader.numbers("range", (0.0, 1.0), 2)
     if not low < high:
@@ -148,12 +187,12 @@ class _Reader:
         given = self._values.get(key, default)
         return (float(given),) if _is_number(given) else self.numbers(key, (), 3)
 
-    def outputs(self) -> tuple[tuple[str, int | str], ...]:
+    def outputs(self, needed: str) -> tuple[tuple[str, int | str], ...]:
         """Returns which outputs are what."""
-        given = self._values.get("outputs", {"pooled": 0})
-        if not isinstance(given, dict) or "pooled" not in given or not all(
+        given = self._values.get("outputs", {needed: 0})
+        if not isinstance(given, dict) or needed not in given or not all(
                 type(place) is str or (type(place) is int and place >= 0) for place in given.values()):
-            raise self.refusal("outputs", "numbers or names of outputs by what they are, pooled among them")
+            raise self.refusal("outputs", f"numbers or names of outputs by what they are, {needed} among them")
         for name in given:
             if name not in OUTPUTS:
                 raise self.refusal("outputs", f"of {', '.join(OUTPUTS)}{nearest(str(name), OUTPUTS)}")
