@@ -25,6 +25,7 @@ from .errors import UserError
 from .facts import check_options
 from .fetch import is_address, local
 from .files import write
+from .functions import is_function, source_of
 from .late import Tensor, nn, torch
 from .places import find_bundled
 
@@ -36,18 +37,25 @@ _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors for
 
 
 def locate(path: str | Path) -> str | Path:
-    """Where a checkpoint is on this machine: a path as it is, an address (see `fetch.local`) in the cache.
-
-    A bundled file is also found by its path in a checkout, see `places.find_bundled`.
+    """Where a checkpoint is on this machine: see `on_disk`, and an address (see `fetch.local`) in the cache.
 
     Raises UserError where it cannot be fetched, or what came is no checkpoint.
     """
-    return local(find_bundled(path), check=damage)
+    return local(on_disk(path), check=damage)
+
+
+def on_disk(path: str | Path) -> str | Path:
+    """The file that an option names: of a network in MODULE:FUNCTION the module's, any other path as it is.
+
+    A bundled file is also found by its path in a checkout, see `places.find_bundled`. What is not there, and an
+    address, is returned as it is.
+    """
+    return (source_of(str(path)) or path) if is_function(str(path)) else find_bundled(path)
 
 
 def check_there(flag: str, path: str) -> None:
     """Raises UserError, naming the option, where a file that it names does not exist; an address may yet be fetched."""
-    if path and not is_address(path) and not os.path.lexists(find_bundled(path)):
+    if path and not is_address(path) and not os.path.lexists(on_disk(path)):
         raise UserError(f"--{flag} {path}: there is no such file")
 
 
@@ -59,7 +67,7 @@ def stamps(files: Mapping[str, str]) -> dict[str, tuple[int, int, int] | None]:
     found: dict[str, tuple[int, int, int] | None] = {}
     for flag, path in files.items():
         try:
-            status = None if is_address(path) else os.stat(find_bundled(path))
+            status = None if is_address(path) else os.stat(on_disk(path))
         except (OSError, ValueError):          # who reads it says so
             status = None
         found[flag] = None if status is None else (status.st_ino, status.st_mtime_ns, status.st_size)

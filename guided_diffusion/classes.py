@@ -28,6 +28,7 @@ import numpy as np
 from . import checkpoint
 from .errors import UserError
 from .fetch import without_secrets
+from .functions import is_function
 from .options import nearest
 
 CLASS_RULES = ("folders", "prefix")
@@ -278,9 +279,9 @@ def _names_in(path: str) -> ClassNames | None:
 def first_names(files: Iterable[str], read: Callable[[str], ClassNames | None] = _names_in) -> ClassNames | None:
     """The classes that the first of these checkpoints states which states any; None where none does.
 
-    read: what gives the classes of a file. "" is no file.
+    read: what gives the classes of a file. "" is no file, and a function states nothing.
     """
-    return next((names for path in files if path and (names := read(path)) is not None), None)
+    return next((names for path in files if path and not is_function(path) and (names := read(path)) is not None), None)
 
 
 def check_same_names(files: Mapping[str, str], images: ClassNames | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import zipfile
 from pathlib import Path
@@ -29,8 +30,14 @@ def load_torchscript(path: Path, device: torch.device, flag: str) -> ScriptModul
         if not any("/code/" in name for name in archive.namelist()):
             raise UserError(f"{flag} {path}: holds weights without a network, which are not unpickled: save the "
                             "network itself with torch.jit.script or torch.jit.trace")
-    if is_main():
-        _log.info("%s: a TorchScript file, whose code is run", path)
+    _say(path)
     with reading(path, "is no TorchScript file that can be used", flag=flag):
         module: Any = torch.jit.load(str(path), map_location=device)
         return module.eval()
+
+
+@functools.cache
+def _say(path: Path) -> None:
+    """Logs, once, that the code of a file is run."""
+    if is_main():
+        _log.info("%s: a TorchScript file, whose code is run", path)

@@ -115,7 +115,7 @@ def _check_reference(row: Row, references: Path) -> None:
 def _check_folder(row: Row, digests: Digests) -> None:
     """Raises UserError where the row's folder holds the images of another configuration."""
     if (row.run.out / "run.json").exists() or (row.run.out / "shards").exists():
-        row.run.check_folder(digests.of(row.run.checkpoints()))
+        row.run.check_folder(digests.of(row.run.files()))
 
 
 def _check_runs(rows: Sequence[Row], digests: Digests) -> None:

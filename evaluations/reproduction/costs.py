@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.capture import capture_features, capture_prefix, end_graph, first_block
 from guided_diffusion.errors import UserError
+from guided_diffusion.foreign import reading
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.late import Tensor, nn, torch
 from guided_diffusion.runs.sample import SamplingRun
@@ -253,10 +254,8 @@ def _other_flops(method: GuidanceOptions, name: str, channels: int, size: int, g
     if isinstance(model, Encoder):          # which sees images of its own size, as x_t is resized for it
         channels, size = model.config.in_channels, model.image_size
     inputs = _inputs(model, channels, size)
-    if gradient:
-        return _counted(lambda: model(*inputs).sum().backward())
-    with torch.no_grad():
-        return _counted(lambda: model(*inputs))
+    with reading(name, "its operations cannot be counted"), torch.set_grad_enabled(gradient):
+        return _counted(lambda: model(*inputs).sum().backward() if gradient else model(*inputs))
 
 
 def _on_meta(build: Callable[[], Network]) -> Network:
@@ -272,9 +271,9 @@ def _on_meta(build: Callable[[], Network]) -> Network:
 
 
 def _inputs(model: nn.Module, channels: int, size: int) -> list[Tensor]:
-    """Returns an image, a step and, where the network takes one, a label for it."""
-    with torch.device("meta"):
-        inputs = [torch.empty(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long)]
+    """Returns an image, a step and, where the network takes one, a label for it, where it is."""
+    with torch.device(getattr(model, "device", "meta")):           # a network of the user's has its weights
+        inputs = [torch.zeros(1, channels, size, size, requires_grad=True), torch.zeros(1, dtype=torch.long)]
         return inputs + [torch.zeros(1, dtype=torch.long)] * (getattr(model, "num_classes", None) is not None)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion.places import find_bundled
+from guided_diffusion.checkpoint import on_disk
 from guided_diffusion.presets import find_preset, released_names
 from guided_diffusion.runs.record import MODEL_FLAG
 from guided_diffusion.runs.sample import SamplingRun
@@ -56,8 +56,13 @@ def needs_depth_maps(row: Row) -> bool:
 
 def _missing_checkpoints(run: SamplingRun) -> Iterator[MissingFile]:
     for flag, path in run.checkpoints().items():
-        if not path or ("://" not in path and not Path(find_bundled(path)).is_file()):
+        if not path or ("://" not in path and not Path(on_disk(path)).is_file()):
             yield MissingFile(path or f"--{flag}", _remedy(run, flag, Path(path).stem))
+    for method in run.active:
+        for path in method.beside().values():
+            if not Path(path).is_file():
+                yield MissingFile(path, "says how images become the input of the network beside it, write it "
+                                  "(docs/methods.md)")
 
 
 def _remedy(run: SamplingRun, flag: str, stem: str) -> str:

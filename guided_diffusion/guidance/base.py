@@ -206,6 +206,13 @@ class GuidanceOptions(Options):
         """The checkpoints that the terms need, by flag; they enter the run's fingerprint. None where it is off."""
         return {}
 
+    def beside(self) -> dict[str, str]:
+        """Files that lie beside those and are read as well, by the name that run.json has for them.
+
+        They enter the run's fingerprint, too. Whether they are there is not looked at.
+        """
+        return {}
+
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """Other networks of `Passes.others` by name, as functions that build them; each takes x_t (N, C, H, W) and t.
 

@@ -6,6 +6,7 @@ f: logits of a classifier of clean images. The predicted image is detached: no b
 network. tau_2 is half of tau_1 by default, ReLUs of the classifier are replaced by softplus (beta 3), and the gradient
 enters as one at x_t does. `gamma` multiplies it by 1 + gamma sin(pi t), t the step as a fraction of the chain, as the
 reference code does with 0.3.
+The classifier may be one of this project, or any network in a TorchScript file or of a function.
 Needs: a classifier of clean images, labels y. Cost: one forward and backward pass of the classifier.
 """
 
@@ -16,23 +17,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
-from ..checkpoint import read_metadata
+from ..checkpoint import check_there, on_disk, read_metadata
 from ..errors import UserError
+from ..fetch import is_address
+from ..functions import find_function, is_function
 from ..late import F, Tensor, nn, torch
 from ..options import option
+from ..preparation import settings_beside
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
+from ..torchscript import SUFFIXES as TORCHSCRIPT
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 from .classifier_free import labels_of
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
+    from .foreign_classifier import ForeignClassifier
 
 SOFTPLUS_BETA = 3.0
+FLAG = "--clean_classifier_path"
+ONNX = ".onnx"
 
 
 class CleanClassifierGuidance(GradientGuidance):
@@ -87,7 +96,7 @@ class CleanClassifierGuidance(GradientGuidance):
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         if self.mean is None or self.std is None:
             return x
-        mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (x.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
         return ((x + 1) / 2 - mean) / std
 
 
@@ -120,8 +129,10 @@ class CleanClassifierOptions(ScaledOptions):
     sigma_flags = "clean_classifier"
 
     clean_classifier_scale: float = option(0.0, "scale of guidance by a classifier of clean images; 0: off")
-    clean_classifier_path: str = option("", "checkpoint of that classifier, as scripts/classifier_train.py writes it; "
-                                        "it must state its options")
+    clean_classifier_path: str = option("", "that classifier: a checkpoint that states its options, as "
+                                        "scripts/classifier_train.py writes it; a TorchScript file (.pt) with "
+                                        "FILE.yaml beside it, as --backend of the evaluator takes it; or "
+                                        "MODULE:FUNCTION, which returns a module")
     clean_classifier_temperature: float = option(1.0, "tau_1, factor of the label's logit")
     clean_classifier_margin_temperature: float | None = option(None, "tau_2, factor of all logits; unset: half of "
                                                                "tau_1", later=True)
@@ -146,6 +157,37 @@ class CleanClassifierOptions(ScaledOptions):
         """The classifier."""
         return {"clean_classifier_path": self.clean_classifier_path} if self.active else {}
 
+    def beside(self) -> dict[str, str]:
+        """The YAML file of a classifier in TorchScript."""
+        path = Path(self.clean_classifier_path)
+        return {"clean_classifier_settings": str(path.with_suffix(".yaml"))} if self.active and _is_script(path) else {}
+
+    def check_files(self) -> None:
+        """Raises UserError also for a classifier of another kind that cannot be one, or lacks its YAML file."""
+        super().check_files()
+        if self.active and self._is_foreign:
+            self._check_foreign()
+
+    @property
+    def _is_foreign(self) -> bool:
+        """Whether the classifier is none of this project's."""
+        path = self.clean_classifier_path
+        return is_function(path) or _is_script(Path(path)) or Path(path).suffix.lower() == ONNX
+
+    def _check_foreign(self) -> None:
+        path = self.clean_classifier_path
+        if Path(path).suffix.lower() == ONNX:
+            raise UserError(f"{FLAG} {path}: ONNX files are run without a gradient, which guidance needs; export the "
+                            "network with torch.jit.trace, as a TorchScript file (.pt)")
+        if is_address(path):
+            raise UserError(f"{FLAG} {path}: must be a file on this machine, as its YAML file lies beside it")
+        if is_function(path):
+            _, file = find_function(path, FLAG)
+            if file is None:
+                raise UserError(f"{FLAG} {path}: must be a function of a module with a file, by which a run knows it")
+        elif Path(path).is_file():          # else whoever reads it says so
+            settings_beside(Path(path), FLAG)
+
     def useless(self) -> dict[str, str]:
         """Everything, where no logit counts."""
         if self.clean_classifier_temperature or self.clean_classifier_margin_temperature:
@@ -157,35 +199,64 @@ class CleanClassifierOptions(ScaledOptions):
         stated = statement_of(self.clean_classifier_path, "classifier")
         if stated is None:
             read_metadata(self.clean_classifier_path)           # which says it where there is no such file
-            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: must be a classifier that states "
-                            "its options, as scripts/classifier_train.py --noised False writes it")
+            raise UserError(f"{FLAG} {self.clean_classifier_path}: must be a classifier that states its options, as "
+                            "scripts/classifier_train.py --noised False writes it, a TorchScript file "
+                            f"({', '.join(TORCHSCRIPT)}) or MODULE:FUNCTION")
         return stated.options(ClassifierOptions)
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The classifier, where there is a file."""
         if not self.clean_classifier_path:
             return {}
+        if self._is_foreign:
+            needed = [on_disk(self.clean_classifier_path), *self.beside().values()]
+            there = all(Path(path).is_file() for path in needed)
+            return {"clean classifier": lambda: self._foreign(torch.device("cpu"))} if there else {}
         return {"clean classifier": lambda: build_classifier(self._classifier_options())}
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term, with its classifier. Raises UserError where that has other classes or channels."""
         if nets.random_weights and not self.clean_classifier_path:
             return []
+        classifier, image_size = self._foreign_that_fits(nets) if self._is_foreign else self._own(nets)
+        return [CleanClassifierGuidance(
+            classifier, self.clean_classifier_scale, self.clean_classifier_temperature,
+            self.clean_classifier_margin_temperature, gamma=self.clean_classifier_gamma, image_size=image_size,
+            **self.window)]
+
+    def _foreign(self, device: torch.device) -> ForeignClassifier:
+        from .foreign_classifier import load_classifier
+
+        self._check_foreign()
+        check_there("clean_classifier_path", self.clean_classifier_path)
+        return load_classifier(self.clean_classifier_path, FLAG, device)
+
+    def _foreign_that_fits(self, nets: Networks) -> tuple[nn.Module, None]:
+        """A classifier of another kind, which sees images of the size that is sampled."""
+        from .foreign_classifier import check_classifier
+
+        classifier, size = self._foreign(nets.device), nets.model.image_size
+        check_classifier(classifier, nets.device, (nets.model.image_channels, size, size), nets.model.num_classes)
+        return classifier, None
+
+    def _own(self, nets: Networks) -> tuple[nn.Module, int]:
+        """A classifier of this project, and the size of images that it sees."""
         options = self._classifier_options()
         channels, classes = nets.model.image_channels, nets.model.num_classes
         if channels != options.in_channels:
-            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: sees images of "
+            raise UserError(f"{FLAG} {self.clean_classifier_path}: sees images of "
                             f"{options.in_channels} channels, and the network that is sampled makes {channels}")
         if classes is not None and classes != options.num_classes:
-            raise UserError(f"--clean_classifier_path {self.clean_classifier_path}: has {options.num_classes} classes, "
+            raise UserError(f"{FLAG} {self.clean_classifier_path}: has {options.num_classes} classes, "
                             f"and the network that is sampled {classes}")
         with torch.device("meta"):
             classifier = build_classifier(options)
         nets.load(classifier, self.clean_classifier_path, asdict(options))
-        return [CleanClassifierGuidance(
-            at_step_0(classifier), self.clean_classifier_scale, self.clean_classifier_temperature,
-            self.clean_classifier_margin_temperature, gamma=self.clean_classifier_gamma,
-            image_size=options.image_size, **self.window)]
+        return at_step_0(classifier), options.image_size
+
+
+def _is_script(path: Path) -> bool:
+    return path.suffix.lower() in TORCHSCRIPT
 
 
 def at_step_0(classifier: EncoderUNetModel) -> EncoderUNetModel:

@@ -17,6 +17,7 @@ from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
+from ..functions import is_function
 from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
@@ -50,7 +51,7 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
     shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
     sample, = _read(configuration, SampleOptions)
-    files, unused = [MODEL_FLAG], set()
+    files, beside, unused = [MODEL_FLAG], list[str](), set()
     for name, sampler in SAMPLERS.items():
         unused |= _flags(sampler) if name != sample.sampler_name else set()
     used, = _read(configuration, SAMPLERS[sample.sampler_name])
@@ -58,15 +59,22 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
         files += (read := method.files())
+        beside += method.beside()
         unused |= guidance.remedies.keys() - read.keys() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
     later = _later_defaults()
     values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= used.settled(values.get("timestep_respacing") or "")
-    values |= {"sampler": sample.sampler_name, **{flag: sha256.get(name_of(flag)) for flag in files}}
+    values |= {"sampler": sample.sampler_name, **{name: sha256.get(name) for name in beside},
+               **{flag: _content(sha256.get(name_of(flag)), configuration.get(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
+
+
+def _content(sha256: str | None, path: Any) -> str | None:
+    """What the file of an option holds, and which function of it is used where the option names one."""
+    return f"{sha256}:{path.partition(':')[2]}" if isinstance(path, str) and is_function(path) else sha256
 
 
 def _later_defaults() -> dict[str, Any]:

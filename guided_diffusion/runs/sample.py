@@ -109,7 +109,7 @@ class SamplingRun:
         return Path(self.sample.out) if self.sample.out else self._default_folder()
 
     def _default_folder(self) -> Path:
-        files = {name_of(flag): without_secrets(path) for flag, path in self.checkpoints().items()}
+        files = {name_of(flag): without_secrets(path) for flag, path in self.files().items()}
         beside = {"labels": self.sample.labels, "base_samples": getattr(self.sample, "base_samples", "")}
         return default_folder("samples", self.sample, {**identity(self.configuration(), files), **beside})
 
@@ -208,12 +208,12 @@ class SamplingRun:
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
-                before = checkpoint.stamps(self.checkpoints())
+                before = checkpoint.stamps(self.files())
                 sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
             queue = WorkQueue()
             with dist_util.together():
                 sha256 = self._sha256() if dist_util.is_main() else {}
-                checkpoint.check_unchanged(self.checkpoints(), before)      # else the digests are of other weights
+                checkpoint.check_unchanged(self.files(), before)      # else the digests are of other weights
                 if dist_util.is_main():
                     for method in self.active:
                         method.check(sha256, self.sample.checkpoint_entry)
@@ -238,19 +238,23 @@ class SamplingRun:
         return shards.samples_file(self.out, self.sample.num_samples, self.model.image_size, self.model.in_channels)
 
     def check_folder(self, sha256: dict[str, str]) -> None:
-        """Raises UserError where the output folder holds images of another run; sha256: of the `checkpoints`."""
+        """Raises UserError where the output folder holds images of another run; sha256: of the `files`."""
         base = self.base_images()
         self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels(base), base).check()
 
     def checkpoints(self) -> dict[str, str]:
-        """The files that the images depend on, by flag."""
+        """The files of networks that the images depend on, by flag."""
         files = {MODEL_FLAG: self.sample.model_path}
         for method in self.active:
             files |= method.files()
         return files
 
+    def files(self) -> dict[str, str]:
+        """All files that the images depend on: the checkpoints by flag, and what lies beside them by name."""
+        return self.checkpoints() | {name: path for method in self.active for name, path in method.beside().items()}
+
     def _sha256(self) -> dict[str, str]:
-        return {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.checkpoints().items()}
+        return {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.files().items()}
 
     def _check_out(self) -> None:
         """Raises UserError where the output folder cannot be written."""

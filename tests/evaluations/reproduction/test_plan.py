@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,12 +120,18 @@ def further(tiny_checkpoints, tmp_path_factory):
     for name, create, flags in (("depth_prior", create_model, prior),
                                 ("clean_classifier_path", create_classifier, classifier)):
         save_state(paths[name], create(**flags).state_dict(), {"config": json.dumps(flags)})
+    foreign = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                  torch.nn.Linear(64, 2)).eval()
+    torch.jit.trace(foreign, torch.zeros(1, 3, 32, 32)).save(str(folder / "foreign.pt"))
+    (folder / "foreign.yaml").write_text("input_size: 32")
     return paths
 
 
 @pytest.mark.parametrize("changes", [
     {"dcg_scale": 40}, {"dcg_scale": 40, "dpg_scale": 40, "dag_start": 3}, {"clean_classifier_scale": 1.0},
+    {"clean_classifier_scale": 1.0, "clean_classifier_path": "foreign.pt"},
 ], ids=str)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_operations_are_those_of_gradients_and_further_networks(operations, further, changes):
     """A gradient begins at the last block that a loss reads, and other networks see images of their own size.
 
@@ -132,7 +139,10 @@ def test_operations_are_those_of_gradients_and_further_networks(operations, furt
     """
     files = further if "clean_classifier_scale" in changes else {
         name: path for name, path in further.items() if name != "clean_classifier_path"}
-    (_, made, counted), (_, plain, steps) = operations(**changes, **files), operations()
+    if "clean_classifier_path" in changes:
+        foreign = Path(files["clean_classifier_path"]).with_name("foreign.pt")
+        changes = {**changes, "clean_classifier_path": str(foreign)}
+    (_, made, counted), (_, plain, steps) = operations(**{**files, **changes}), operations()
     assert counted > steps and made / plain == pytest.approx(counted / steps, rel=0.1)
 
 
@@ -202,6 +212,20 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(monkeypatch, tmp
     of_references, of_samples = [file for file, thing in church.items() if not thing.blocks][1:]
     assert of_references == "references/lsun_church_depth.npz"
     assert of_samples.startswith("samples/lsun_church-") and of_samples.endswith("/depth.npz")
+
+
+def test_a_classifier_in_torchscript_needs_its_settings(row, tmp_path):
+    files = [str(tmp_path / name) for name in ("net.pt", "net.yaml")]
+    lacking = row(clean_classifier_scale=1.0, clean_classifier_path=files[0])
+    found = {thing.file: thing for thing in missing_files(lacking, "references")}
+    assert all(found[file].blocks for file in files)
+    assert "says how images become the input of the network beside it" in found[files[1]].remedy
+    assert equivalent_evaluations(lacking.run) == 12                    # counted as the network itself
+    (tmp_path / "net.pt").write_bytes(b"")
+    assert [thing.file for thing in missing_files(lacking, "references") if thing.file in files] == files[1:]
+    assert equivalent_evaluations(lacking.run) == 12
+    off = row(clean_classifier_path=files[0])
+    assert not {thing.file for thing in missing_files(off, "references")} & set(files)
 
 
 def test_a_bundled_table_lacks_nothing():

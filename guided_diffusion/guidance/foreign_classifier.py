@@ -1,0 +1,134 @@
+"""Classifiers of clean images that were not trained here: TorchScript files, and modules that a function returns."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import ready
+from ..errors import UserError
+from ..foreign import reading
+from ..functions import find_function, is_function
+from ..launchers import is_main
+from ..preparation import Preparation, chosen_output, read_preparation, settings_beside
+from ..torchscript import load_torchscript
+
+OUTPUT = "logits"               # of those that a YAML file may name
+PROBES = 2                      # images on which a classifier is tried
+TOLERANCE = 0.01                # of the largest logit; an image's logits do not depend on the others of a batch
+
+_log = logging.getLogger(__name__)
+
+
+class ForeignClassifier(nn.Module):
+    """A network as a classifier of clean images, in float32, frozen, on a device.
+
+    network: gives logits of its input, alone or among other outputs. preparation: how images become its input, and
+    which output is the logits; None: they are given as they are, and it gives the logits alone. where: how sentences
+    about it begin.
+    """
+
+    def __init__(self, network: nn.Module, preparation: Preparation | None, where: str, device: torch.device) -> None:
+        super().__init__()
+        self.network, self.preparation, self.where, self.device = network, preparation, where, device
+        ready(self.float(), device)
+        self.output = 0 if preparation is None else dict(preparation.outputs)[OUTPUT]
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) in [-1, 1], differentiable; t is what classifiers of noise take.
+
+        Raises UserError where there is no such output.
+        """
+        # TorchScript would compile itself at its second call, and an image would depend on how many were made before.
+        with torch.jit.optimized_execution(False):
+            found = self.network(self.inputs(x))
+        return chosen_output(found, self.output, f"{self.where}: {OUTPUT}")
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the network is given of images, float32."""
+        return (x if self.preparation is None else self.preparation.inputs_of_samples(x)).float()
+
+
+def load_classifier(path: str, flag: str, device: torch.device) -> ForeignClassifier:
+    """The classifier in a TorchScript file, or that of a MODULE:FUNCTION.
+
+    flag: the option that named it, with its dashes. Raises UserError where it cannot be loaded.
+    """
+    where = f"{flag} {path}"
+    if is_function(path):
+        function, _ = find_function(path, flag)
+        with reading(path, "the function fails", flag=flag), torch.device(device):
+            network = function()
+        if not isinstance(network, nn.Module):
+            raise UserError(f"{where}: returns a {type(network).__name__}, it must return a torch.nn.Module")
+        return ForeignClassifier(network, None, where, device)
+    preparation = read_preparation(settings_beside(Path(path), flag), OUTPUT, flag)
+    script = load_torchscript(Path(path), device, flag)
+    with reading(path, "is no TorchScript file that can be used", flag=flag):
+        if "aten::relu" in str(script.inlined_graph):
+            _say_relus(where)
+    return ForeignClassifier(script, preparation, where, device)
+
+
+@functools.cache
+def _say_relus(where: str) -> None:
+    """Logs, once, that a classifier is not as in the paper."""
+    if is_main():
+        _log.info("%s: has ReLUs, which stay as they are; export it with nn.Softplus(beta=3) in their place, as the "
+                  "paper has it", where)
+
+
+def check_classifier(classifier: ForeignClassifier, device: torch.device, shape: tuple[int, int, int],
+                     classes: int | None) -> None:
+    """Tries a classifier on images of noise, with its gradient. Raises UserError where it cannot guide.
+
+    shape: channels, height and width of the images that are sampled. classes: of the network that is sampled, None
+    where it has none.
+    """
+    where, channels = classifier.where, shape[0]
+    if classifier.preparation is not None and channels not in (1, 3):
+        raise UserError(f"{where}: sees images of 3 channels (of 1 as grey), and the network that is sampled makes "
+                        f"{channels}")
+    noise = torch.rand((PROBES, *shape), generator=torch.Generator().manual_seed(0))
+    x = (2 * noise - 1).to(device).requires_grad_()
+    size = "x".join(map(str, classifier.inputs(x).shape))
+    with torch.enable_grad():
+        with reading(where, f"the network fails on an input of {size}"):
+            logits = classifier(x)
+        _check_logits(logits, where, classes)
+        gradient = _gradient(logits, x, where)
+    if not (logits.isfinite().all() and gradient.isfinite().all()):
+        raise UserError(f"{where}: gives logits or a gradient that are not finite, of images of noise")
+    if not gradient.any():
+        raise UserError(f"{where}: has a gradient of 0 everywhere, of images of noise; guidance needs logits that "
+                        "follow the image smoothly, not classes or rounded numbers")
+    with reading(where, f"the network fails on an input of 1{size.removeprefix(str(PROBES))}"), torch.no_grad():
+        alone = torch.cat([classifier(one) for one in x.split(1)])
+    if alone.shape != logits.shape or (alone - logits).abs().max() > TOLERANCE * logits.abs().max():
+        raise UserError(f"{where}: gives an image other logits alone than beside another image, or at each call; "
+                        "export it after .eval()")
+
+
+def _check_logits(logits: Tensor, where: str, classes: int | None) -> None:
+    if logits.ndim != 2 or len(logits) != PROBES or not logits.is_floating_point():
+        raise UserError(f"{where}: gives {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')} for {PROBES} "
+                        "images, it must give floating-point logits (N, classes)")
+    if classes is not None and logits.shape[1] != classes:
+        raise UserError(f"{where}: has {logits.shape[1]} classes, and the network that is sampled {classes}")
+
+
+def _gradient(logits: Tensor, x: Tensor, where: str) -> Tensor:
+    """The gradient of the first class's log-odds, (N, C, H, W). Raises UserError where there is none."""
+    found = None
+    if logits.requires_grad:
+        with reading(where, "its gradient fails"):
+            odds = logits[:, 0] - (logits / 2).logsumexp(dim=1)
+            found, = torch.autograd.grad(odds.sum(), x, allow_unused=True)
+    if found is None:
+        raise UserError(f"{where}: is not differentiable, no gradient of its logits reaches the image; does it detach, "
+                        "or run under torch.no_grad()?")
+    return found
