@@ -39,7 +39,10 @@ def short_reason(error: BaseException) -> str:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return "".join(char if char.isprintable() else "?" for char in reason(error)[:MAX_DETAIL])
+    said = reason(error)
+    if "TorchScript" in said:           # which tells where it was before it tells why
+        said = said.rpartition("RuntimeError: ")[2]
+    return "".join(char if char.isprintable() else "?" for char in said[:MAX_DETAIL])
 
 
 def read_json(path: str | Path, kind: Callable[[Any], bool] = lambda content: True,

@@ -209,7 +209,7 @@ def test_a_network_that_cannot_guide_is_a_sentence(exported, then, sentence, fun
 
 
 def test_files_that_cannot_be_used_are_a_sentence(exported, tmp_path, module):
-    with pytest.raises(UserError, match=r"net\.pt: the network fails on an input of 2x3x2x2 "):
+    with pytest.raises(UserError, match=r"net\.pt: the network fails on an input of 2x3x2x2 .Calculated pad"):
         built(exported(settings="input_size: 2"))
     with pytest.raises(UserError, match=r"size in .*net\.yaml: no such setting"):
         built(exported(settings="size: 2"))
