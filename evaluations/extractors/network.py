@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
-from guided_diffusion.preparation import Outputs, Preparation, chosen_output
+from guided_diffusion.network_inputs import Outputs, Preparation, chosen_output
 
 from ..features import Features
 from ..metrics.comparison import Feature

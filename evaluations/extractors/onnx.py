@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
-from guided_diffusion.preparation import Outputs, Preparation
+from guided_diffusion.network_inputs import Outputs, Preparation
 
 from ..features import FeatureExtractor
 from .base import chosen_device

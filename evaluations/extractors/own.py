@@ -13,7 +13,7 @@ from pathlib import Path
 from guided_diffusion.errors import UserError
 from guided_diffusion.foreign import reading
 from guided_diffusion.functions import is_function
-from guided_diffusion.preparation import read_preparation, settings_beside
+from guided_diffusion.network_inputs import read_preparation, settings_beside
 from guided_diffusion.torchscript import SUFFIXES as TORCHSCRIPT
 
 from ..features import FeatureExtractor

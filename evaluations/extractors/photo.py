@@ -22,7 +22,7 @@ from guided_diffusion.dtypes import exact_convolutions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import default_cache, sha256_of
 from guided_diffusion.foreign import reading
-from guided_diffusion.preparation import Preparation
+from guided_diffusion.network_inputs import Preparation
 
 from ..features import FeatureExtractor, Features
 from .base import chosen_device

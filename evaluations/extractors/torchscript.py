@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.preparation import Preparation
+from guided_diffusion.network_inputs import Preparation
 from guided_diffusion.torchscript import load_torchscript
 
 from ..features import FeatureExtractor

@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..fetch import is_address
 from ..functions import find_function, is_function
 from ..late import F, Tensor, nn, torch
+from ..network_inputs import settings_beside
 from ..options import option
-from ..preparation import settings_beside
 from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..foreign import reading
 from ..functions import find_function, is_function
 from ..launchers import is_main
-from ..preparation import Preparation, chosen_output, read_preparation, settings_beside
+from ..network_inputs import Preparation, chosen_output, read_preparation, settings_beside
 from ..torchscript import load_torchscript
 
 OUTPUT = "logits"               # of those that a YAML file may name

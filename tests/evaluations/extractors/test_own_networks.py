@@ -16,8 +16,8 @@ from evaluations.extractors import check_backend, find_extractor
 from evaluations.metrics import Feature, mind
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
+from guided_diffusion.network_inputs import read_preparation
 from guided_diffusion.npz import BatchFile, write_batch
-from guided_diffusion.preparation import read_preparation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")        # old, and what people have
 

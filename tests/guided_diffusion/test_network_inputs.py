@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.preparation import RESIZES, Preparation, chosen_output
+from guided_diffusion.network_inputs import RESIZES, Preparation, chosen_output
 
 LINEAR = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0)}
 
