@@ -25,9 +25,9 @@ from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
 from .extractors.depth import DepthExtractor, depth_extractor
-from .features import FeatureExtractor, Features, extract
+from .features import FeatureExtractor, Features, extract, first_features
 from .image_sets import open_images
-from .metrics import Comparison, FileFeatures, Interval, Metric
+from .metrics import Comparison, FileFeatures, FromReference, Interval, Metric
 from .metrics.comparison import SUFFIXES, Feature
 from .nearest import draw_nearest
 from .references import open_reference
@@ -124,12 +124,14 @@ class Evaluation:
                 self.extractor_options.kind.check_classifier(extractor)
             if self.depth:
                 self.depth.is_stored(self.reference)
-        wanted = self.options.wanted
-        lacking = [metric for metric in wanted if not is_stored(self.reference, metric)]
-        drawn = self.options.is_drawn
+                for file in self.samples:
+                    self.depth.check(file, self._count(file))
+            if dist_util.is_main():
+                self._check_widths(folder)
+        wanted, drawn = self.options.wanted, self.options.is_drawn
         samples = []
         with progress_bar(1 + len(self.samples), "features", "file") as progress:
-            reference = self._extract(self.reference, len(self.reference), folder, lacking,
+            reference = self._extract(self.reference, len(self.reference), folder, self._lacking,
                                       drawn and Feature.POOLED not in self.reference.members)
             progress.update()
             for file in self.samples:
@@ -137,9 +139,35 @@ class Evaluation:
                     foreign = self._foreign(file)
                 samples.append(self._extract(file, self._count(file), folder, wanted, drawn, foreign))
                 progress.update()
-        with dist_util.together():
-            check_same_widths(reference, samples)
         return reference, samples
+
+    @property
+    def _lacking(self) -> list[Metric]:
+        """The metrics for which features of the reference are extracted."""
+        return [metric for metric in self.options.wanted if not is_stored(self.reference, metric)]
+
+    def _check_widths(self, folder: Path) -> None:
+        """Raises UserError where features that files store or give cannot be compared, by the first image of each."""
+        metrics = [metric for metric in self.options.wanted if metric.needs_network]
+        drawn = {Feature.POOLED} if self.options.is_drawn else set()
+        seen = list(self.samples) if metrics or drawn else []
+        if drawn - self.reference.members.keys() or any(metric.needs_network for metric in self._lacking):
+            seen.append(self.reference)
+        given = {file: self._given_widths(file, folder) for file in seen}
+        rows = {metric.feature for metric in metrics if metric.needs is FromReference.FEATURES} | drawn
+        statistics = {metric.feature for metric in metrics if metric.needs is FromReference.STATISTICS}
+        for file in (*self.samples, self.reference) if given else ():
+            widths = given.get(file) or {kind: file.header(kind)[0][1] for kind in rows & file.members.keys()}
+            stored = statistics - self._foreign(file).keys() if self._count(file) >= len(file) else set()
+            check_same_widths(file, self.samples[0], given[self.samples[0]],
+                              {kind: width for kind, width in widths.items() if kind in rows | statistics},
+                              statistics if file is self.reference else stored)
+
+    def _given_widths(self, file: BatchFile, folder: Path) -> dict[Feature, int]:
+        """Returns how many numbers of an image the extractor gives, by kind; UserError where it refuses the image."""
+        count = len(file) if file is self.reference else self._count(file)
+        first = first_features(file, self.extractor, folder, count)
+        return {Feature(kind): values.shape[1] for kind, values in first._asdict().items()}
 
     def _foreign(self, file: BatchFile) -> dict[Feature, str]:
         """Returns whose statistics a sample file stores, by their kind, where they are not those of the extractor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from guided_diffusion.npz import BatchFile
 
 from .evaluator_options import EvaluatorOptions
 from .extractors import EXTRACTORS, ExtractorKind
-from .metrics import FileFeatures, FromReference, Metric
+from .metrics import FromReference, Metric
 from .metrics.comparison import SUFFIXES, Feature
 
 ROWS = 4096                     # of stored features, that are looked at together
@@ -54,14 +54,14 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: Extra
 def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
     """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
     read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]
-    for name in dict.fromkeys(read):
+    for name in dict.fromkeys([*read, *[Feature.POOLED] * options.is_drawn]):
         if name not in reference.members:
             continue
         shape, dtype = reference.header(name)
         if dtype.kind != "f" or len(shape) != (1 if name == Feature.SHARPNESS else 2) or min(shape) < 1:
             raise UserError(f"{reference.path}: {name} is {shape} {dtype}, it must hold floating-point numbers of each "
                             "image")
-        needed = max(metric.smallest_count for metric in options.wanted if metric.feature == name)
+        needed = max((metric.smallest_count for metric in options.wanted if metric.feature == name), default=1)
         if shape[0] < needed:
             raise UserError(f"{reference.path}: {name} has {shape[0]} images, --metrics {options.metrics} needs at "
                             f"least {needed}")
@@ -69,16 +69,21 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
             raise UserError(f"{reference.path}: {name} must be finite numbers")
 
 
-def check_same_widths(reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
-    """Raises UserError where the features that a reference holds are of another width than those of the samples."""
-    for sample in samples:
-        for name, values in sample.features.items():
-            if name in reference.features or name not in reference.file.members:
-                continue
-            width, expected = reference.file.header(name)[0][1:], values.shape[1:]
-            if width != expected:
-                raise UserError(f"{reference.file.path}: its {name} features have {width[0]} numbers an image, those "
-                                f"of {sample.file.path} {expected[0]}: they are of another network")
+def check_same_widths(file: BatchFile, of: BatchFile, expected: Mapping[Feature, int],
+                      features: Mapping[Feature, int], statistics: Collection[Feature]) -> None:
+    """Raises UserError where what metrics read of a file has other widths than the features of the file `of`.
+
+    expected: how many numbers of an image `of` has, by kind. features: the same of the file, as stored or extracted, of
+    the kinds that are compared with it. statistics: the kinds whose stored mean and covariance are read.
+    """
+    widths = [(kind, "features", width) for kind, width in features.items()]
+    for kind in statistics:
+        if stored := file.statistics(SUFFIXES[kind]):
+            widths.append((kind, "statistics", len(stored.mean)))
+    for kind, what, width in widths:
+        if width != expected[kind]:
+            raise UserError(f"{file.path}: its {kind} {what} have {width} numbers an image, the features of {of.path} "
+                            f"{expected[kind]}: they are of another network")
 
 
 def is_stored(reference: BatchFile, metric: Metric) -> bool:

@@ -30,7 +30,7 @@ from guided_diffusion.version import __version__
 from . import feature_files
 from .feature_files import Features
 
-__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder", "own_folder"]
+__all__ = ["FeatureExtractor", "Features", "extract", "feature_folder", "first_features", "own_folder"]
 
 PARTIAL = r"\.[0-9a-f]{32}-[0-9a-f]{32}-[0-9]+-[0-9a-f]+|\.own-[0-9a-f]{14}"      # folders of half-made features
 TEMPORARY = "features-[0-9a-f]{14}"                             # and of the folder that stands in for --cache
@@ -106,8 +106,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
     """
     total = len(images) if num_images is None else num_images
     made_of = _made_of(images, extractor, total)
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    done = folder / f"{images.sha256[:32]}-{key[:32]}-{total}"
+    done = _place(images, folder, made_of)
     if not _is_known(done, made_of, images):
         partial = folder / f".{done.name}-{_shared_token()}"
         with _made_by_main(partial):
@@ -117,6 +116,25 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
                     feature_files.seal(partial, made_of)
                     _publish(partial, done, made_of)
     return feature_files.mapped(done)
+
+
+def first_features(images: BatchFile, extractor: FeatureExtractor, folder: Path, num_images: int) -> Features:
+    """The features of the first image, (1, D) each, for what can be refused before the others are read.
+
+    They are those that `extract` left in `folder`, where it did. Raises UserError as that.
+    """
+    try:
+        found = feature_files.mapped(_place(images, folder, _made_of(images, extractor, num_images)))
+    except UserError:               # they are not there, or damaged, and will be made
+        _, first = next(images.batches(1, num_images=1))
+        return _checked_features(extractor, first, images, 0)
+    return Features(*(values[:1] for values in found))
+
+
+def _place(images: BatchFile, folder: Path, made_of: Mapping[str, Any]) -> Path:
+    """The folder of features that were made of this and with this."""
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return folder / f"{images.sha256[:32]}-{key[:32]}-{made_of['num_images']}"
 
 
 def _made_of(images: BatchFile, extractor: FeatureExtractor, total: int) -> dict[str, Any]:

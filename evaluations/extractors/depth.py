@@ -67,12 +67,16 @@ class DepthExtractor:
                               "accuracy": self.scenes.accuracy},
                 "extractor": {"name": self.classifier.name, "sha256": self.classifier.fingerprint}}
 
+    def check(self, file: BatchFile, count: int | None = None) -> None:
+        """Raises UserError where a file has fewer than `count` images (None: two), or of a size that is not read."""
+        check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
+
     def features(self, file: BatchFile, count: int | None = None) -> DepthFeatures:
         """Returns the features of the first `count` images of a file (None: of all).
 
         Raises UserError where the file has fewer images, or images of another size.
         """
-        check_scenes(file, count, any_size=getattr(self.scenes, "any_size", False))
+        self.check(file, count)
         count, parts = count or len(file), []
         limits = getattr(self.scenes, "limits", (NEAR, FAR))
         with progress_bar(count, file.path.name, "image") as progress:

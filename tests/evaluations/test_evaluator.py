@@ -521,7 +521,7 @@ def test_files_that_are_refused(save, refused, tmp_path):
                         (save("empty"), "no images"), (tmp_path / "float.npz", "uint8 from 0 to 255"),
                         (tmp_path / "grey.npz", "must be (N, H, W, 3)"), (tmp_path / "pickle.npz", "pickled"),
                         (save("few", clothes(3)), "has 3 images"), (bright, "not 0 to 1"),
-                        (save("large", np.zeros((10, 64, 64, 3), np.uint8) + 9), "(10, 64, 64, 3)")):
+                        (save("large", np.zeros((10, 64, 64, 3), np.uint8) + 9), "(1, 64, 64, 3)")):
         message = refused(good, path)
         assert words in message, message
         assert str(path) in message or path.name == "large.npz"
@@ -542,8 +542,8 @@ def stored(**arrays):
     (stored(pooled=np.array([["a"] * 64] * 12)), "pooled is (12, 64) <U1"),
     (stored(pooled=np.full((12, 64), np.nan, np.float16)), "pooled must be finite numbers"),
     (stored(pooled=np.zeros((1, 64), np.float32)), "pooled has 1 images, --metrics"),
-    (stored(pooled=np.zeros((12, 3), np.float32)), "its pooled features have 3 numbers an image, those of"),
-    (stored(mu=np.zeros(7), sigma=np.eye(7)), "reference.npz: statistics of 7 and of 64 channels"),
+    (stored(pooled=np.zeros((12, 3), np.float32)), "its pooled features have 3 numbers an image, the features of"),
+    (stored(mu=np.zeros(7), sigma=np.eye(7)), "reference.npz: its pooled statistics have 7 numbers an image, the"),
     (stored(sigma=np.triu(np.ones((64, 64)))), "reference.npz: sigma1 is not a covariance"),
     (stored(backend=np.array(4)), "backend must be a single word"),
     (stored(count=np.array(-5)), "count is -5, it must be the number of images"),
@@ -554,6 +554,33 @@ def test_references_that_are_refused(arrays, message, save, refused):
     reference = save("reference", **arrays)
     words = ("--metrics", "fid,precision" if "pooled" in arrays or "pictures" in arrays else "fid", "--batch_size", 64)
     assert message in refused(reference, save("sample", clothes(10)), *words)
+
+
+def test_files_that_do_not_fit_are_told_before_the_network_sees_more_than_their_first_images(
+        save, refused, monkeypatch):
+    seen, real = [], FashionMnistClassifier.features
+
+    def features(self, images):
+        seen.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(FashionMnistClassifier, "features", features)
+    good, narrow = save("good", clothes(10)), np.zeros((12, 3), np.float32)
+    statistics = stored(mu=np.zeros(7), sigma=np.eye(7))
+    for reference, sample, words, message in (
+            (save("rows", clothes(12), **stored(pooled=narrow)), good, ("--metrics", "is,precision"),
+             "rows.npz: its pooled features have 3 numbers"),
+            (save("drawn", clothes(12), **stored(pooled=narrow)), good,
+             ("--metrics", "fid", "--plot", good.with_suffix(".png")),
+             "drawn.npz: its pooled features have 3 numbers"),
+            (save("reference", clothes(12), **statistics), good, ("--metrics", "fid,sfid"),
+             "reference.npz: its pooled statistics have 7 numbers"),
+            (good, save("sample", clothes(12), **statistics), ("--metrics", "fid"),
+             "sample.npz: its pooled statistics have 7 numbers"),
+            (good, save("large", np.zeros((10, 64, 64, 3), np.uint8) + 9), ("--metrics", "is"), "64, 64, 3")):
+        seen.clear()
+        assert message in refused(reference, sample, *words)
+        assert set(seen) <= {1} and len(seen) <= 2
 
 
 def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
@@ -590,7 +617,7 @@ def test_features_that_are_not_numbers_end_it(save, refused, monkeypatch):
 
     def broken(self, images):
         features = real(self, images)
-        features.pooled[2] = np.nan
+        features.pooled[2:3] = np.nan
         return features
 
     monkeypatch.setattr(FashionMnistClassifier, "features", broken)

@@ -224,7 +224,7 @@ def test_evaluator_refuses_what_the_extractor_cannot_read(tmp_path, scenes, caps
     large = np.zeros((10, 64, 64, 3), np.uint8) + 9
     write_batch(tmp_path / "large.npz", {}, iter([large]), large.shape)
     write_batch(tmp_path / "real.npz", {}, iter([scenes.rgb[:10]]), (10, 32, 32, 3))
-    for words, message in ((("scenes32", tmp_path / "large.npz"), "(10, 64, 64, 3)"),
+    for words, message in ((("scenes32", tmp_path / "large.npz"), "(1, 64, 64, 3)"),
                            (("fmnist32", tmp_path / "real.npz"), "another --backend")):
         assert call("evaluations/evaluator", *words, "--backend", "scenes") == 2
         assert message in capsys.readouterr().err
