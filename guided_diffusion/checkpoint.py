@@ -104,9 +104,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", entry:
     where it can't be read, is truncated, is no checkpoint, or holds something else than plain tensors by name.
     """
     path = locate(path)
-    format = _format(path)
-    state = _load_safetensors(path) if format == "safetensors" else _load_pickled(path, mappable=format == "zip")
-    return {name: value.detach().to(device) for name, value in weights_in(state, path, entry).items()}
+    return {name: value.detach().to(device) for name, value in weights_in(_load(path), path, entry).items()}
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -156,8 +154,7 @@ def _sort_metadata(path: Path) -> None:
 def taken_entry(path: str | Path, entry: str = "") -> str:
     """The place of the entry that `load_state_dict` takes of a file, "" where the file wraps none; errors as there."""
     path = locate(path)
-    format = _format(path)
-    return taken_in({} if format == "safetensors" else _load_pickled(path, mappable=format == "zip"), path, entry)
+    return taken_in(_load(path), path, entry)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -218,6 +215,12 @@ def _held(folder: Path) -> str:
     except OSError:
         return ""
     return f"; it holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+
+
+def _load(path: str | Path) -> Any:
+    """What a file holds, as `entries.weights_in` takes it; where the format allows it, mapped."""
+    format = _format(path)
+    return _load_safetensors(path) if format == "safetensors" else _load_pickled(path, mappable=format == "zip")
 
 
 def _load_safetensors(path: str | Path) -> dict[str, Tensor]:

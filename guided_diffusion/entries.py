@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ def weights_in(content: Any, path: str | Path, entry: str | None = None) -> dict
     """The tensors by name in what the file `path` holds.
 
     content: tensors by name, or a mapping that has such a mapping as an entry, or as an entry of an entry, beside what
-    else it holds. entry: the one to take; "": the first of ENTRIES that is there, or the only one; None: the same,
-    where the user has no option that chooses. Which one was taken is logged. The prefixes of DistributedDataParallel
-    and torch.compile, which all names have or none, are left out, and so is any other before a network of this project.
+    else it holds. A network with a prefix before its names, beside tensors of others, is an entry of the prefix's name:
+    model and ema_model, where names begin with model. and ema_model. (Lightning). entry: the one to take; "": the first
+    of ENTRIES that is there, or the only one; None: the same, where the user has no option that chooses. Which one was
+    taken is logged. The prefixes of DistributedDataParallel and torch.compile, which all names have or none, are left
+    out, and so is any other before a network of this project.
 
     Raises UserError, one sentence that names the file, where there are no tensors by name, where the entry is not
     there or could be one of several, and for tensors that are no plain ones.
@@ -63,13 +66,33 @@ def _entries(content: Mapping[Any, Any], layers: int = LAYERS) -> dict[str, Mapp
 
     What lies deeper counts below the names of ENTRIES, and everywhere where there is nothing else.
     """
+    if _holds_tensors(content):
+        return _networks(content)
     direct = {name: value for name, value in content.items() if isinstance(name, str) and _holds_tensors(value)}
     deeper: dict[str, Mapping[str, Tensor]] = {}
     for name, value in content.items():
         opens = layers > 1 and name not in direct and (name in ENTRIES or not direct)
         if opens and isinstance(name, str) and isinstance(value, Mapping) and not value.keys() >= OPTIMISER:
             deeper |= {f"{name}/{place}": found for place, found in _entries(value, layers - 1).items()}
-    return direct | deeper
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for name, value in direct.items():
+        networks = {f"{name}/{prefix}": network for prefix, network in _networks(value).items()}
+        found |= networks or {name: value}
+    return found | deeper
+
+
+def _networks(state: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """The networks of this project among tensors that have other names besides, by their prefixes without the dot."""
+    prefixes = sorted((name.removesuffix(FIRST) for name in state if name.endswith(f".{FIRST}")), key=len, reverse=True)
+    if FIRST in state or (len(prefixes) == 1 and all(name.startswith((prefixes[0], AVERAGED)) for name in state)):
+        return {}
+    found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in sorted(prefixes)}
+    for name, value in state.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                found[prefix][name.removeprefix(prefix)] = value
+                break
+    return {prefix.removesuffix("."): network for prefix, network in found.items()}
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -93,9 +116,12 @@ def _chosen(wrapped: Mapping[str, Any], path: str | Path, entry: str | None) -> 
     return best[0]
 
 
-def _rank(name: str) -> int:
-    """The place in ENTRIES of an entry, or of one that it lies in; behind them where it is none."""
-    return min(ENTRIES.index(part) if part in ENTRIES else len(ENTRIES) for part in name.split("/"))
+def _rank(name: str) -> list[int]:
+    """The places in ENTRIES of an entry and of those that it lies in, the first of all first; behind them for others.
+
+    So model comes before classifier, in state_dict as elsewhere.
+    """
+    return sorted(ENTRIES.index(part) if part in ENTRIES else len(ENTRIES) for part in re.split("[/.]", name))
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:

@@ -56,10 +56,7 @@ def infer_options(state: Mapping[str, Any], in_channels: int | None = None) -> d
         channels = shapes["middle_block.0.out_layers.0.weight"][0]
         found["use_scale_shift_norm"] = shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * channels
     except KeyError as error:
-        name = error.args[0]
-        other = next((f", but {there}: leave what stands before it out of the names" for there in shapes
-                      if there.endswith(f".{name}")), "")
-        raise UserError(f"the weights are not those of an ADM network: there is no {name}{other}") from None
+        raise UserError(f"the weights are not those of an ADM network: there is no {error.args[0]}") from None
     except (IndexError, ValueError):
         raise UserError("the weights are not those of an ADM network: their shapes do not fit together") from None
     pooled_size = found.pop("pooled_size", None)

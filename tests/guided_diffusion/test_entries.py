@@ -6,13 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from networks import TINY
+from commands import call
+from networks import TINY, TINY_CLASSIFIER
 
-from guided_diffusion.checkpoint import load_into, load_state_dict, save_state
+from guided_diffusion.checkpoint import load_into, load_state_dict, save_state, taken_entry
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.record import identity
-from guided_diffusion.script_util import create_model
+from guided_diffusion.script_util import create_classifier, create_model
 
 STATE = {"a.weight": torch.ones(2), "b.weight": torch.zeros(3)}
 OTHER = {name: value + 1 for name, value in STATE.items()}
@@ -75,9 +76,40 @@ def test_any_prefix_of_a_network_is_left_out_and_said(saved, caplog):
         path = saved({"state_dict": {f"model.net.{name}": value for name, value in state.items()}})
         assert_same(load_state_dict(path), state)
     assert caplog.messages[-1] == f"{path}: the prefix model.net. of its names is left out"
-    path = saved({**{f"model.{name}": value for name, value in state.items()}, "loss.weight": torch.ones(1)})
-    with pytest.raises(UserError, match=r"no input_blocks.0.0.weight, but model.input_blocks.0.0.weight: leave what"):
-        load_into(create_model(**TINY), path, TINY)
+
+
+@pytest.mark.parametrize("wrapped", [lambda names: {"state_dict": names, "epoch": 3}, lambda names: names])
+def test_a_network_beside_others_is_taken_by_its_prefix(saved, caplog, wrapped):
+    """As in checkpoints of Lightning, of which one holds a network, its average and the loss."""
+    model = create_model(**TINY)
+    state = model.state_dict()
+    average = {name: value + 1 for name, value in state.items()}
+    content = {f"model.{name}": value for name, value in state.items()} | {"loss.weight": torch.ones(1)}
+    assert_same(load_state_dict(saved(wrapped(content))), state)
+    classifier = create_classifier(**TINY_CLASSIFIER).state_dict()
+    classifier = {f"classifier.{name}": value for name, value in classifier.items()}
+    assert_same(load_state_dict(saved(wrapped(classifier | content))), state)
+    path = saved(wrapped(content | {f"ema_model.net.{name}": value for name, value in average.items()}))
+    with caplog.at_level(logging.INFO, "guided_diffusion"):
+        assert_same(load_state_dict(path, entry=""), average)
+    assert "ema_model.net is taken of" in caplog.text and "--checkpoint_entry chooses" in caplog.text
+    assert_same(load_state_dict(path, entry="model"), state)
+    load_into(model, path, TINY, "ema_model.net")
+    assert_same(model.state_dict(), average)
+
+
+def test_the_advice_to_choose_one_of_several_networks_works(tmp_path, capsys):
+    states = {"denoiser": create_model(**TINY).state_dict(), "judge": create_classifier(**TINY_CLASSIFIER).state_dict()}
+    names = {f"{network}.{name}": value for network, state in states.items() for name, value in state.items()}
+    path, out = tmp_path / "last.ckpt", tmp_path / "judge.safetensors"
+    torch.save({"state_dict": names, "pytorch-lightning_version": "2.5"}, path)
+    assert call("convert_checkpoint", path, "--out", out, "--dtype", "float32") == 2
+    assert ("holds several entries of weights, state_dict/denoiser, state_dict/judge: choose one with "
+            "--checkpoint_entry") in capsys.readouterr().err
+    assert call("convert_checkpoint", path, "--out", out, "--dtype", "float32", "--checkpoint_entry", "judge") == 0
+    assert_same(load_state_dict(out), states["judge"])
+    save_state(tmp_path / "both.safetensors", names)
+    assert taken_entry(tmp_path / "both.safetensors", "judge") == "judge"
 
 
 @pytest.mark.parametrize(("content", "entry", "said"), [
