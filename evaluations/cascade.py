@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,21 +21,34 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion import dist_util
+from guided_diffusion.classes import first_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
 from guided_diffusion.jobs import job
 from guided_diffusion.options import Options, option, seed_option
-from guided_diffusion.runs.base_images import OF_BASE
+from guided_diffusion.runs.base_images import OF_BASE, taken_labels
+from guided_diffusion.runs.comparison import class_names_of
 from guided_diffusion.runs.options import MOST_IMAGES
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
 from .evaluation import Evaluation
-from .evaluation_checks import check_outputs, check_reference
+from .evaluation_checks import (
+    check_count,
+    check_enough,
+    check_options,
+    check_reference,
+    check_same_widths,
+    check_stored_features,
+    kinds_read,
+    stored_widths,
+)
 from .evaluation_results import summary
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, feature_folder
+from .image_sets import open_images
+from .metrics.comparison import Feature
 from .references import open_reference
 from .stored_statistics import check_extractor_of
 
@@ -99,15 +113,42 @@ class Cascade:
             if run.model.image_size != upsampler.model.small_size:
                 raise UserError(f"{after} --small_size {upsampler.model.small_size}: the images of {name} have "
                                 f"{run.model.image_size} pixels")
-            if upsampler.labelled and upsampler.sample.labels == OF_BASE and not run.labelled:
-                raise UserError(f"{after} --labels base: the images of {name} have no classes; pass others, like "
-                                "--labels random")
+        for (name, run), (after, upsampler) in pairwise(runs):
+            if upsampler.labelled and upsampler.sample.labels == OF_BASE:
+                self._check_classes(after, upsampler, name, run)
         for _, run in runs:
             run.build()                 # so that a file that does not fit shows now, and not after the part before
         if self.evaluation is not None:
-            check_outputs(self.evaluation.options.wanted, self.evaluation.extractor.kind)
-            check_reference(open_reference(self.evaluation.reference), self.evaluation.options,
-                            self.evaluation.extractor.kind)
+            self._check_evaluation(self.evaluation)
+        if dist_util.is_main():
+            for name, run in runs:
+                with _about(name):
+                    run.check_kept()
+
+    def _check_classes(self, after: str, upsampler: UpsamplingRun, name: str, run: SamplingRun) -> None:
+        """Raises UserError where the images of a part have no classes, or some that the upsampler after it has not."""
+        labels = None if run.sample.labels == OF_BASE else run.labels()     # those of a base are checked before it
+        if not run.labelled:
+            raise UserError(f"{after} --labels base: the images of {name} have no classes; pass others, like "
+                            "--labels random")
+        if labels is not None:
+            taken_labels(labels(range(self.options.num_samples)).numpy(), upsampler.model.num_classes,
+                         class_names_of({"model_path": run.sample.model_path}),
+                         first_names(upsampler.checkpoints().values()), f"{after} --labels base: {name}")
+
+    def _check_evaluation(self, part: EvaluationPart) -> None:
+        """Raises UserError where the evaluation cannot work, as far as that shows before there are images."""
+        reference, options = open_reference(part.reference), part.options
+        with _about("evaluation"):
+            check_options(options, part.extractor.kind)
+            check_count("the cascade", self.options.num_samples, options)
+            check_reference(reference, options, part.extractor.kind)
+            check_stored_features(reference, options)
+            if len(reference):
+                check_enough(str(reference.path), len(reference), options)
+            if options.held_out:
+                held_out = open_images(options.held_out)
+                check_count(str(held_out.path), len(held_out), options)
 
     def run(self) -> str:
         """Makes what is missing, on all ranks; "" on ranks but the first."""
@@ -138,8 +179,13 @@ class Cascade:
             return None
         extractor = load_extractor_once(self.evaluation.extractor)
         with dist_util.together():
-            check_extractor_of(open_reference(self.evaluation.reference), extractor)
-            extractor.features(np.zeros((1, *[self._last.model.image_size] * 2, 3), np.uint8))
+            reference, options = open_reference(self.evaluation.reference), self.evaluation.options
+            check_extractor_of(reference, extractor)
+            with _about(f"evaluation --backend {self.evaluation.extractor.backend}"):
+                found = extractor.features(np.zeros((1, *[self._last.model.image_size] * 2, 3), np.uint8))
+            widths = {Feature(kind): values.size for kind, values in found._asdict().items()}
+            check_same_widths(reference, extractor.name, widths, stored_widths(reference, options),
+                              kinds_read(options)[1])
         return extractor
 
     def _evaluate(self, part: EvaluationPart, extractor: FeatureExtractor | None) -> str:
@@ -152,3 +198,12 @@ class Cascade:
         with job("evaluation", options.json), feature_folder(cached.cache) as folder:
             results = evaluation.run(folder)
         return f"results: {options.json}\n{summary(results)}" if results else ""
+
+
+@contextmanager
+def _about(part: str) -> Iterator[None]:
+    """Begins a UserError with the part that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{part}: {error}") from None

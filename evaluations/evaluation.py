@@ -12,14 +12,25 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_ending, check_writable, write_json
+from guided_diffusion.files import write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import Progress, progress_bar
 
 from .class_accuracy import read_labels_by_name
-from .evaluation_checks import check_outputs, check_reference, check_same_widths, check_stored_features, is_stored
-from .evaluation_plot import check_plot, plot_evaluation, plotted_file
+from .evaluation_checks import (
+    check_count,
+    check_enough,
+    check_options,
+    check_outputs,
+    check_reference,
+    check_same_widths,
+    check_stored_features,
+    is_stored,
+    kinds_read,
+    stored_widths,
+)
+from .evaluation_plot import plot_evaluation, plotted_file
 from .evaluation_results import described_extractor, protocol, summary, versions
 from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
@@ -27,7 +38,7 @@ from .extractor_options import ExtractorOptions, load_extractor, load_extractor_
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract, first_features
 from .image_sets import open_images
-from .metrics import Comparison, FileFeatures, FromReference, Interval, Metric
+from .metrics import Comparison, FileFeatures, Interval, Metric
 from .metrics.comparison import SUFFIXES, Feature
 from .nearest import draw_nearest
 from .references import open_reference
@@ -60,23 +71,12 @@ class Evaluation:
         self.samples = [open_images(path) for path in (*given, *samples)] if samples else []
         self.warn = warn
         self._given = extractor
-        self._check_options()
+        check_options(options, extractor_options.kind)
         self._check_samples()
         check_reference(self.reference, options, extractor_options.kind)
         check_stored_features(self.reference, options)
-        self._check_counts()
-
-    def _check_options(self) -> None:
-        options, kind = self.options, self.extractor_options.kind
-        for flag in ("json", "plot", "nearest"):
-            check_writable(f"--{flag}", getattr(options, flag))
-        if options.nearest:
-            check_ending("--nearest", options.nearest, ".png")
-        if options.plot:
-            check_plot(options.plot)
-        if options.bootstrap == 1:
-            raise UserError("--bootstrap 1: must be 0, or at least 2")
-        check_outputs(options.wanted, kind)
+        if len(self.reference):
+            check_enough(str(self.reference.path), len(self.reference), options)
 
     def _check_samples(self) -> None:
         if not self.samples:
@@ -84,18 +84,9 @@ class Evaluation:
         for file in self.samples:
             if not len(file):
                 raise UserError(file.without_images)
-            if self.options.num_images and self.options.num_images > len(file):
-                raise UserError(f"--num_images {self.options.num_images}: {file.path} holds {len(file)}")
+            check_count(str(file.path), len(file), self.options)
             if any(metric.feature is Feature.CORRECTNESS for metric in self.options.wanted):
                 read_labels_by_name(file, self.extractor_options.kind.class_names())
-
-    def _check_counts(self) -> None:
-        needed = max(metric.smallest_count for metric in self.options.wanted)
-        counts = [(file, self._count(file)) for file in self.samples] + [(self.reference, len(self.reference))]
-        for file, count in counts:
-            if 0 < count < needed:
-                raise UserError(f"{file.path}: has {count} images, --metrics {self.options.metrics} needs at least "
-                                f"{needed}")
 
     def _count(self, file: BatchFile) -> int:
         return self.options.num_images or len(file)
@@ -148,18 +139,16 @@ class Evaluation:
 
     def _check_widths(self, folder: Path) -> None:
         """Raises UserError where features that files store or give cannot be compared, by the first image of each."""
-        metrics = [metric for metric in self.options.wanted if metric.needs_network]
         drawn = {Feature.POOLED} if self.options.is_drawn else set()
-        seen = list(self.samples) if metrics or drawn else []
+        seen = list(self.samples) if drawn or any(metric.needs_network for metric in self.options.wanted) else []
         if drawn - self.reference.members.keys() or any(metric.needs_network for metric in self._lacking):
             seen.append(self.reference)
         given = {file: self._given_widths(file, folder) for file in seen}
-        rows = {metric.feature for metric in metrics if metric.needs is FromReference.FEATURES} | drawn
-        statistics = {metric.feature for metric in metrics if metric.needs is FromReference.STATISTICS}
+        rows, statistics = kinds_read(self.options)
         for file in (*self.samples, self.reference) if given else ():
-            widths = given.get(file) or {kind: file.header(kind)[0][1] for kind in rows & file.members.keys()}
+            widths = given.get(file) or stored_widths(file, self.options)
             stored = statistics - self._foreign(file).keys() if self._count(file) >= len(file) else set()
-            check_same_widths(file, self.samples[0], given[self.samples[0]],
+            check_same_widths(file, str(self.samples[0].path), given[self.samples[0]],
                               {kind: width for kind, width in widths.items() if kind in rows | statistics},
                               statistics if file is self.reference else stored)
 

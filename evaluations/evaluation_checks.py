@@ -7,14 +7,43 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.npz import BatchFile
 
+from .evaluation_plot import check_plot
 from .evaluator_options import EvaluatorOptions
 from .extractors import EXTRACTORS, ExtractorKind
 from .metrics import FromReference, Metric
 from .metrics.comparison import SUFFIXES, Feature
 
 ROWS = 4096                     # of stored features, that are looked at together
+
+
+def check_options(options: EvaluatorOptions, kind: ExtractorKind) -> None:
+    """Raises UserError for files that cannot be written, and for metrics that the extractor cannot give."""
+    for flag in ("json", "plot", "nearest"):
+        check_writable(f"--{flag}", getattr(options, flag))
+    if options.nearest:
+        check_ending("--nearest", options.nearest, ".png")
+    if options.plot:
+        check_plot(options.plot)
+    if options.bootstrap == 1:
+        raise UserError("--bootstrap 1: must be 0, or at least 2")
+    check_outputs(options.wanted, kind)
+
+
+def check_count(file: str, count: int, options: EvaluatorOptions) -> None:
+    """Raises UserError where a file has too few images for the metrics, or fewer than --num_images asks for."""
+    if options.num_images and options.num_images > count:
+        raise UserError(f"--num_images {options.num_images}: {file} holds {count}")
+    check_enough(file, options.num_images or count, options)
+
+
+def check_enough(file: str, count: int, options: EvaluatorOptions) -> None:
+    """Raises UserError where so many images of a file are too few for the metrics."""
+    needed = max(metric.smallest_count for metric in options.wanted)
+    if count < needed:
+        raise UserError(f"{file}: has {count} images, --metrics {options.metrics} needs at least {needed}")
 
 
 def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
@@ -69,12 +98,26 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
             raise UserError(f"{reference.path}: {name} must be finite numbers")
 
 
-def check_same_widths(file: BatchFile, of: BatchFile, expected: Mapping[Feature, int],
-                      features: Mapping[Feature, int], statistics: Collection[Feature]) -> None:
-    """Raises UserError where what metrics read of a file has other widths than the features of the file `of`.
+def kinds_read(options: EvaluatorOptions) -> tuple[set[Feature], set[Feature]]:
+    """The kinds of features of the reference that are read themselves, and those of which the statistics are."""
+    metrics = [metric for metric in options.wanted if metric.needs_network]
+    rows = {metric.feature for metric in metrics if metric.needs is FromReference.FEATURES}
+    return (rows | {Feature.POOLED} if options.is_drawn else rows,
+            {metric.feature for metric in metrics if metric.needs is FromReference.STATISTICS})
 
-    expected: how many numbers of an image `of` has, by kind. features: the same of the file, as stored or extracted, of
-    the kinds that are compared with it. statistics: the kinds whose stored mean and covariance are read.
+
+def stored_widths(reference: BatchFile, options: EvaluatorOptions) -> dict[Feature, int]:
+    """How many numbers of an image a reference stores, by the kinds of features that are read."""
+    return {kind: reference.header(kind)[0][1] for kind in kinds_read(options)[0] if kind in reference.members}
+
+
+def check_same_widths(file: BatchFile, of: str, expected: Mapping[Feature, int],
+                      features: Mapping[Feature, int], statistics: Collection[Feature]) -> None:
+    """Raises UserError where what metrics read of a file has other widths than the features of others.
+
+    of: the others, in words. expected: how many numbers of an image these have, by kind. features: the same of the
+    file, as stored or extracted, of the kinds that are compared. statistics: the kinds whose stored mean and covariance
+    are read.
     """
     widths = [(kind, "features", width) for kind, width in features.items()]
     for kind in statistics:
@@ -82,7 +125,7 @@ def check_same_widths(file: BatchFile, of: BatchFile, expected: Mapping[Feature,
             widths.append((kind, "statistics", len(stored.mean)))
     for kind, what, width in widths:
         if width != expected[kind]:
-            raise UserError(f"{file.path}: its {kind} {what} have {width} numbers an image, the features of {of.path} "
+            raise UserError(f"{file.path}: its {kind} {what} have {width} numbers an image, the features of {of} "
                             f"{expected[kind]}: they are of another network")
 
 

@@ -82,11 +82,19 @@ class BaseImages:
             raise UserError(f"{where}: its classes (arr_1) must be a whole number for each of {len(self)} images")
         labels, names = named_labels(self.file.path, labels.astype(np.int64), known, where)
         made_with = names_of_samples(self.file.path) if names is None and known is not None else None
-        most = num_classes if made_with is None else len(made_with)
-        wrong = np.flatnonzero((labels < 0) | (labels >= most))
-        if len(wrong):
-            raise UserError(f"{where}: class {labels[wrong[0]]} of image {wrong[0]} must be from 0 to {most - 1}")
-        if known is not None and made_with is not None:
-            labels = known.renumbered(labels, made_with, where)
-        found = torch.from_numpy(labels)
+        found = torch.from_numpy(taken_labels(labels, num_classes, made_with, known, where))
         return lambda image_ids: found[[image_id % len(self) for image_id in image_ids]]
+
+
+def taken_labels(labels: np.ndarray, num_classes: int, made_with: ClassNames | None, known: ClassNames | None,
+                 where: str) -> np.ndarray:
+    """The classes of images, (N,) int64, by the numbers of the network that upsamples them, which has `num_classes`.
+
+    made_with, known: the names of the classes for the network that made them, and for this one; None where there are
+    none. Raises UserError, beginning with `where`, for a class that this network has not.
+    """
+    most = num_classes if made_with is None or known is None else len(made_with)
+    wrong = np.flatnonzero((labels < 0) | (labels >= most))
+    if len(wrong):
+        raise UserError(f"{where}: class {labels[wrong[0]]} of image {wrong[0]} must be from 0 to {most - 1}")
+    return labels if made_with is None or known is None else known.renumbered(labels, made_with, where)

@@ -242,6 +242,19 @@ class SamplingRun:
         base = self.base_images()
         self._chunks({name_of(flag): value for flag, value in sha256.items()}, self.labels(base), base).check()
 
+    def check_kept(self) -> None:
+        """Raises UserError where the output folder holds images of other options or checkpoints, which the run keeps.
+
+        The images themselves are not looked at, nor the labels: those of images to upsample may yet have to be made.
+        """
+        kept = not self.sample.overwrite and any((self.out / name).exists() for name in ("run.json", "shards/run.json"))
+        if not kept:
+            return
+        if self.sample.dtype == AUTO:
+            return self.changed(dtype=recorded_dtype(self.out) or "").check_kept()
+        sha256 = {name_of(flag): value for flag, value in self._sha256().items()}
+        Shards(self.out, self.configuration(), sha256).recorded()
+
     def checkpoints(self) -> dict[str, str]:
         """The files of networks that the images depend on, by flag."""
         files = {MODEL_FLAG: self.sample.model_path}

@@ -130,6 +130,15 @@ class Shards(ChunkFiles):
 
     def check(self) -> Shards | None:
         """A finished run in this folder, of this configuration; UserError where it holds another, or is damaged."""
+        earlier = self.recorded()
+        if earlier is not None:
+            if sha256_of(earlier.samples) != earlier.sha256.get("samples"):
+                raise UserError(f"{earlier.samples}: is damaged or was changed; {REMEDY}")
+            self._check_labels(earlier)
+        return earlier
+
+    def recorded(self) -> Shards | None:
+        """A finished run in this folder, of this configuration, by its record; UserError where it is of another."""
         self.check_begun()
         record = self.out / "run.json"
         if not record.exists():
@@ -144,12 +153,7 @@ class Shards(ChunkFiles):
         if different is not None and self.begun() != self.identity:        # else its overwriting was allowed before
             raise UserError(f"--out {self.out}: holds samples of another configuration "
                             f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
-        if not exists:
-            return None
-        if sha256_of(earlier.samples) != content["sha256"].get("samples"):
-            raise UserError(f"{earlier.samples}: is damaged or was changed; {REMEDY}")
-        self._check_labels(earlier)
-        return earlier
+        return earlier if exists else None
 
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))

@@ -7,7 +7,8 @@ import pytest
 from commands import call, flags, samples_in
 from networks import TINY, with_random_weights
 
-from guided_diffusion.checkpoint import save_state
+from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+from guided_diffusion.npz import write_batch
 from guided_diffusion.runs.record import read_record, title
 from guided_diffusion.runs.sampler import ImageSampler
 from guided_diffusion.script_util import sr_create_model_and_diffusion
@@ -104,6 +105,45 @@ def test_what_cannot_work_is_refused_before_the_first_image(line, upsampler, tmp
         assert call("cascade", *arguments) == 2, message
         assert message in capsys.readouterr().err
         assert not list(tmp_path.glob("out/*/samples*"))
+
+
+def test_what_a_later_part_cannot_use_is_refused_before_the_base_is_made(line, tmp_path, monkeypatch, capsys):
+    assert call("cascade", *line()) == 0
+    small = tmp_path / "small.npz"
+    write_batch(small, {}, iter([np.full((3, 32, 32, 3), 9, np.uint8)]), (3, 32, 32, 3))
+    narrow = tmp_path / "narrow.npz"
+    write_batch(narrow, {"mu": np.zeros(7), "sigma": np.eye(7),
+                         "backend": np.array("embedded Fashion-MNIST classifier")})
+    monkeypatch.setattr(ImageSampler, "images", None)
+    fid = ["--backend", "fashion_mnist", "--metrics", "fid"]
+    for arguments, message in (
+            (line(upsample=["--pag_scale", 2], num_samples=8), "upsampler: --out "),
+            (line(["--guide_scale", 1.5, "--sel_attn_depth", 1]), "(--guide_scale differs)"),
+            (line(out=tmp_path / "new", evaluation=[*EVALUATION, "--num_images", 7]), "--num_images 7: the cascade"),
+            (line(out=tmp_path / "new", evaluation=[*EVALUATION, "--held_out", "nowhere.npz"]), "nowhere.npz"),
+            (line(out=tmp_path / "new", evaluation=[*EVALUATION, "--json", "/nowhere/x.json"]), "--json /nowhere"),
+            (line(out=tmp_path / "new", evaluation=["evaluation", small, *EVALUATION[2:-1], "recall"]), "has 3 images"),
+            (line(out=tmp_path / "new", evaluation=["evaluation", narrow, *fid]), "statistics have 7 numbers")):
+        capsys.readouterr()
+        assert call("cascade", *arguments) == 2, message
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("new/*/samples*"))
+
+
+def test_classes_that_the_upsampler_has_not_are_refused_before_the_base_is_made(
+        line, tiny_checkpoints, upsampler, tmp_path, capsys):
+    paths = []
+    for name, path, classes in (("base", tiny_checkpoints / "model.safetensors", ["cat", "dog"]),
+                                ("up", upsampler, ["dog", "hen"])):
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_state(paths[-1], load_state_dict(path), {**read_metadata(path), "class_names": json.dumps(classes)})
+    base, up = paths
+    words = (["--model_path", base, "--labels", "balanced"], ["--model_path", up])
+    assert call("cascade", *line(*words)) == 2
+    assert "upsampler --labels base: base: has images of the class cat" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*/samples*"))
+    assert call("cascade", *line([*words[0][:2], "--labels", "dog"], words[1])) == 0
+    assert [samples_in(tmp_path / "out" / part)[1].tolist() for part in ("base", "upsampler")] == [[1] * 6, [0] * 6]
 
 
 @pytest.mark.parametrize(("part", "option"), [
