@@ -124,6 +124,12 @@ def override_grid_attention(model: Encoder, names: Iterable[str], attention: Gri
             block.override = before[name]
 
 
+def sees_embedding(block: nn.Module) -> bool:
+    """Whether the embedding of the step reaches a block of features, one of this project's networks or of diffusers."""
+    own = getattr(block, "sees_embedding", None)
+    return getattr(block, "time_emb_proj", block) is not None if own is None else bool(own)
+
+
 @contextmanager
 def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Tensor], Tensor]) -> Iterator[list[str]]:
     """Lets the named blocks of `model.feature_blocks` see `change(emb)` in place of the embedding of step and label.
@@ -136,16 +142,18 @@ def perturb_embedding(model: Encoder, names: Iterable[str], change: Callable[[Te
     last: tuple[Tensor, Tensor] | None = None               # the embedding of an evaluation, and the changed one
 
     def hook(name: str) -> Callable[..., tuple[Any, ...]]:
-        def replace(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def replace(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
             nonlocal last
-            x, emb, *rest = inputs
+            emb = inputs[1] if len(inputs) > 1 else named["temb"]       # some networks of diffusers pass it by name
             if last is None or last[0] is not emb:
                 last = emb, change(emb)
             reached.append(name)
-            return x, last[1], *rest
+            if len(inputs) > 1:
+                return (inputs[0], last[1], *inputs[2:]), named
+            return inputs, {**named, "temb": last[1]}
         return replace
 
-    handles = [block.register_forward_pre_hook(hook(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_pre_hook(hook(name), with_kwargs=True) for name, block in blocks.items()]
     try:
         yield reached
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 
 import numpy as np
 
-from ..capture import find_blocks, perturb_embedding
+from ..capture import find_blocks, perturb_embedding, sees_embedding
 from ..errors import UserError
 from ..late import Tensor, torch
 from ..options import option
@@ -50,13 +50,12 @@ class TimestepGuidance(ContrastGuidance):
         self.seed = seed
         if isinstance(blocks, str) or (blocks is not None and not blocks):
             raise UserError(f"blocks {blocks!r}: must be a list of blocks, like ['middle'], or None")
-        self.blocks = tuple(find_blocks(model.feature_blocks, model.feature_blocks if blocks is None else blocks,
-                                        "block"))
-        # Of ours some are convolutions alone; all that an adapter names see it.
-        seeing = [name for name, block in model.feature_blocks.items() if getattr(block, "sees_embedding", True)]
-        if not set(self.blocks) & set(seeing):
-            raise UserError(f"the embedding of the step does not reach {', '.join(self.blocks)}; it reaches: "
-                            f"{', '.join(seeing)}")
+        named = find_blocks(model.feature_blocks, model.feature_blocks if blocks is None else blocks, "block")
+        seeing = [name for name, block in model.feature_blocks.items() if sees_embedding(block)]
+        self.blocks = tuple(name for name in named if name in seeing)       # others are convolutions alone
+        if not self.blocks:
+            raise UserError(f"the embedding of the step does not reach {', '.join(named) or 'any block'}; it reaches: "
+                            f"{', '.join(seeing) or 'no block'}")
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast, (N, C, H, W)."""

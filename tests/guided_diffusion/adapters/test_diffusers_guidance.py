@@ -19,6 +19,7 @@ from tiny_diffusers import (
 )
 
 from guided_diffusion.adapters.diffusers import DiffusersUNet, LatentDiffusion, process_of
+from guided_diffusion.capture import perturb_embedding
 from guided_diffusion.depth.predictor import DepthPredictors
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import (
@@ -26,11 +27,13 @@ from guided_diffusion.guidance import (
     CleanClassifierGuidance,
     ContrastGuidance,
     Inputs,
+    Networks,
     PerturbedAttentionGuidance,
     ProjectedGuidance,
     Rescale,
     SmoothedEnergyGuidance,
     TimestepGuidance,
+    TsgOptions,
 )
 from guided_diffusion.rng import image_generator
 from guided_diffusion.sampling import sample_step
@@ -71,6 +74,43 @@ def test_contrasts_in_any_list_add_up(latent, terms, together):
                   tuple(reversed(terms))]:
         found = changed(latent, [terms[name] for name in names], batch_contrasts=together) - plain
         assert relative_error(found, free + sum(alone[name] for name in names)) < 1e-3, names
+
+
+def test_time_step_guidance_leaves_out_blocks_that_see_no_step():
+    from diffusers.models.resnet import ResnetBlock2D
+
+    class WithoutStep(ResnetBlock2D):
+        def forward(self, x, temb):
+            return super().forward(x, None)
+
+    unet = pixel_unet()
+    usual = unet.mid_block.resnets[0]
+    unet.mid_block.resnets[0] = WithoutStep(in_channels=usual.in_channels, temb_channels=None,
+                                            groups=usual.norm1.num_groups)
+    model = DiffusersUNet(unet)
+    with pytest.raises(UserError, match=r"does not reach middle\.0; it reaches: down\.0\.0, "):
+        TimestepGuidance(model, 1.0, 0.5, blocks=["middle.0"])
+    with pytest.raises(UserError, match=r"--tsg_blocks middle\.0: the embedding of the step does not reach middle\.0"):
+        TsgOptions(tsg_scale=1.0, tsg_blocks="middle.0").build(Networks(model, torch.device("cpu"), 0))
+    latent = LatentDiffusion.from_pipeline(diffusers.DDIMPipeline(unet=unet, scheduler=scheduler()))
+    plain, guided = (latent.sample(latents=noise((2, 3, 8, 8), 3), guidance=guidance, steps=3, output_type="latent")
+                     for guidance in ([], [TimestepGuidance(latent.unet, 20.0, 0.5)]))
+    assert (guided - plain).abs().max() > 1e-3
+
+
+def test_the_embedding_is_perturbed_where_blocks_are_given_it_by_name():
+    class ByName(torch.nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.feature_blocks = torch.nn.ModuleDict({"block": unet.mid_block.resnets[0]})
+
+        def forward(self, x, emb):
+            return self.feature_blocks["block"](x, temb=emb)
+
+    network, x, emb = ByName(pixel_unet()), noise((2, 16, 4, 4), 1), noise((2, 32), 2)
+    with perturb_embedding(network, ["block"], lambda emb: emb + 1) as reached:
+        found = network(x, emb)
+    assert reached == ["block"] and torch.equal(found, network(x, emb + 1)) and not torch.equal(found, network(x, emb))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++", "unipc"])
