@@ -25,11 +25,11 @@ from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.classes import stored_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_folder
-from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
+from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, StepContext
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
-from guided_diffusion.options import Options, batch_option, comma_separated, option, required, seed_option
+from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option, required, seed_option
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
@@ -50,6 +50,7 @@ class ProbeOptions(Options):
 
     model: str = option("", "a model by name: a bundled one (scenes32), or the flags of a released checkpoint")
     model_path: str = option("", "checkpoint of the diffusion network, .pt or .safetensors")
+    checkpoint_entry: str = entry_option()
     data_dir: str = required("images that the network has not seen: a folder, an .npz file, or fashion-mnist, of which "
                              "the test images are taken")
     methods: str = option("", "which methods, comma-separated, by their short names, like SAG,PAG; unset: all that "
@@ -150,7 +151,7 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     """Probes all methods at all blocks. Raises UserError for what is wrong with the options, before any evaluation."""
     _check_windows(methods)
     sample = SampleOptions(model=options.model, model_path=options.model_path, batch_size=options.batch_size,
-                           seed=options.seed)
+                           seed=options.seed, checkpoint_entry=options.checkpoint_entry)
     off = [type(method)(**_files_of(method)) for method in methods]
     run = SamplingRun.of([sample, model, diffusion, *(kind() for kind in SAMPLERS.values()), *off])
     if options.labels == "none" and not model.null_class:
@@ -160,7 +161,7 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     built = run.build()
     if options.labels == "none":
         built = built._replace(network=unlabelled(built.network, model.num_classes))
-    nets = Networks(built.model, dist_util.dev(), options.seed)
+    nets = run.networks(built.model)
     terms: list[ContrastGuidance] = []
     named: list[tuple[GuidanceOptions, str]] = []
     for method in chosen:

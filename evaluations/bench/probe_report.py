@@ -162,7 +162,9 @@ def described(result: ProbeResult, found: Agreement | None) -> dict[str, Any]:
     """Returns what probe.json holds. found: of a table, None where there is none."""
     options = result.options
     return {
-        "model": options.model or Path(options.model_path).name, "images": options.num_images, "seed": options.seed,
+        "model": options.model or Path(options.model_path).name,
+        **({"checkpoint_entry": options.checkpoint_entry} if options.checkpoint_entry else {}),
+        "images": options.num_images, "seed": options.seed,
         "levels": [{"step": step, "sigma": sigma} for step, sigma in zip(result.steps, result.sigmas, strict=True)],
         "contrasts": [{
             "method": one.options.short, "block": one.block, "ratios": one.moments.ratios,

@@ -20,6 +20,7 @@ from evaluations.bench.probe import (
 )
 from evaluations.bench.probe_report import agreement
 from guided_diffusion.capture import override_attention
+from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import (
     ContrastGuidance,
@@ -257,3 +258,14 @@ def test_a_table_that_is_not_there_is_said_before_any_evaluation(line, tmp_path,
     monkeypatch.setattr("evaluations.bench.probe.run_probe", None)
     assert call("probe", *line(table=tmp_path / "none.json")) == 2
     assert "--table" in capsys.readouterr().err
+
+
+def test_a_network_of_a_file_of_several_is_chosen(line, tmp_path):
+    state = load_state_dict(find_preset("fmnist32").path)
+    torch.save({"ema": {name: value * 0.9 for name, value in state.items()}, "model": state}, tmp_path / "two.pt")
+    found = {}
+    for name, more in (("plain", {}), ("model", {"model_path": tmp_path / "two.pt", "checkpoint_entry": "model"}),
+                       ("unset", {"model_path": tmp_path / "two.pt"})):
+        assert call("probe", *line(methods="PAG", out=tmp_path / name, **more)) == 0
+        found[name] = json.loads((tmp_path / name / "probe.json").read_text())["contrasts"]
+    assert found["model"] == found["plain"] != found["unset"]

@@ -16,6 +16,7 @@ from evaluations.reproduction.reproduce import WorkOptions
 from guided_diffusion.build import build_model
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.errors import UserError
+from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import GUIDANCE, Networks
 from guided_diffusion.presets import MODELS
 
@@ -79,6 +80,22 @@ def test_a_method_whose_files_do_not_belong_to_the_model_is_not_supported(model,
     methods, why = candidates.candidates(bench(model).base.changed(model_path=str(other)), "references")
     assert short not in {one.short for one in methods} and reason in why[short]
     assert {"SAG", "PAG"} <= {one.short for one in methods}
+
+
+@pytest.mark.parametrize("entry", ["", "model"])
+def test_predictors_of_another_entry_of_the_models_file_leave_a_method_out(entry, tmp_path):
+    base = bench("scenes32").base
+    path, read = tmp_path / "two.pt", tmp_path / "predictors.safetensors"
+    state, learnt = (load_state_dict(base.run.checkpoints()["model_path"]),
+                     next(method.depth_predictor for method in base.run.guidance if method.short == "DAG"))
+    torch.save({"ema": state, "model": state}, path)
+    metadata = {**read_metadata(learnt), "network_sha256": sha256_of(path)}
+    training = json.loads(metadata["training"]) | {"checkpoint_entry": "model"}
+    save_state(read, load_state_dict(learnt), {**metadata, "training": json.dumps(training)})
+    methods, why = candidates.candidates(base.changed(model_path=str(path), depth_predictor=str(read),
+                                                      checkpoint_entry=entry), "references")
+    assert ("DAG" in {one.short for one in methods}) == (entry == "model") == ("DAG" not in why)
+    assert entry or "on the entry model of" in why["DAG"]
 
 
 def test_beyond_its_ends_a_search_halves_or_doubles_the_scale():
