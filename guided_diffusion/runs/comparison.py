@@ -15,10 +15,10 @@ from ..classes import ClassNames, stored_names
 from ..errors import UserError
 from ..files import check_ending
 from ..foreign import read_json
-from ..npz import BatchFile
 from ..options import Options, image_numbers, option, required
 from ..pictures import save_comparison
-from .record import finished_run, num_steps
+from .pairing import ComparedRun, differences, false_pairs, read_run
+from .record import num_steps
 
 LOG = logging.getLogger(__name__)
 
@@ -59,21 +59,6 @@ class ComparisonOptions(Options):
     def pictures(self) -> list[Path]:
         """The pictures to write."""
         return [path for path in [Path(self.out)] if path not in self.pages]
-
-
-@dataclass(frozen=True)
-class ComparedRun:
-    """A finished run. title: guidance and sampler in words. file: of its samples."""
-
-    folder: Path
-    title: str
-    file: BatchFile
-    configuration: dict[str, Any]
-
-    @property
-    def seed(self) -> Any:
-        """The seed of its noise."""
-        return self.configuration.get("seed")
 
 
 @dataclass(frozen=True)
@@ -140,18 +125,19 @@ def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tupl
 def read_comparison(folders: Sequence[str], options: ComparisonOptions) -> Comparison:
     """The runs in these folders, of which some may be folders of tables, as the options say.
 
-    Raises UserError for a folder without a finished run, and for runs without common images, of different seeds or
-    labels (unless the options allow it), or of sizes of which none is a whole multiple of all others. What is not the
-    same is logged otherwise.
+    Raises UserError for a folder without a finished run, and for runs without common images, of different seeds, base
+    images or labels (unless the options allow it), or of sizes of which none is a whole multiple of all others. What
+    else differs beside the guidance is logged.
     """
-    runs = [_read(folder) for name in folders for folder in _runs_in(Path(name))]
+    runs = [read_run(folder) for name in folders for folder in _runs_in(Path(name))]
     image_ids = _image_ids(runs, options)
     labels = [run.file.labels for run in runs]
-    notes = [*_seeds(runs), *_labels(runs, labels, image_ids)]
+    notes = [*false_pairs(runs, image_ids), *_labels(runs, labels, image_ids)]
     if notes and not options.allow_different:
         raise UserError(f"{notes[0]}; pass --allow_different True to compare them all the same")
     pictures, resized = _of_one_size(runs, [run.file.pick(image_ids) for run in runs])
-    notes += [*_steps(runs), *resized]
+    steps = list(_steps(runs))
+    notes += [*steps, *differences(runs, ["timestep_respacing"] if steps else []), *resized]
     for note in notes:
         LOG.warning(note)
     words = () if labels[0] is None or any(part is None for part in labels) else class_words(
@@ -172,11 +158,6 @@ def _runs_in(folder: Path) -> Iterator[Path]:
             yield from found
             return
     yield folder
-
-
-def _read(folder: Path) -> ComparedRun:
-    run = finished_run(folder)
-    return ComparedRun(folder, run.title, BatchFile(run.samples), run.configuration)
 
 
 def _names(runs: Sequence[ComparedRun]) -> tuple[str, ...]:
@@ -204,16 +185,6 @@ def _image_ids(runs: Sequence[ComparedRun], options: ComparisonOptions) -> list[
         raise UserError(f"--images {options.images}: {fewest.folder} has the images 0 to {common - 1} alone, so that "
                         f"number {asked[-1]} is no common one")
     return asked
-
-
-def _seeds(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    """A sentence where seeds differ."""
-    first = runs[0]
-    for run in runs[1:]:
-        if run.seed != first.seed:
-            yield (f"{run.folder} has seed {run.seed} and {first.folder} seed {first.seed}, so that images of the same "
-                   "number begin with different noise")
-            return
 
 
 def _labels(runs: Sequence[ComparedRun], labels: Sequence[np.ndarray | None], image_ids: Sequence[int],

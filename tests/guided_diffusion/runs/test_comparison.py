@@ -31,8 +31,9 @@ def test_the_same_images_of_all_runs(runs, caplog):
     caplog.set_level("INFO")
     found = read(*runs)
     assert found.names == ("plain: no guidance", "sag: SAG s = 0.5") and found.image_ids == (0, 1, 2, 3, 4)
-    assert caplog.messages == [f"images 0 to 4 are compared, as {runs[1]} has no more"]
-    assert found.labels[:3] == ("class 0", "class 1", "class 2") and found.notes == ()
+    note = "beside the guidance the runs differ in --num_samples (6, 5)"
+    assert caplog.messages == [f"images 0 to 4 are compared, as {runs[1]} has no more", note]
+    assert found.labels[:3] == ("class 0", "class 1", "class 2") and found.notes == (note,)
     assert np.array_equal(found.images[0], IMAGES[:5]) and found.images.shape == (2, 5, 8, 8, 3)
     assert np.allclose(found.changes(0), [[0] * 5, [0, 4, 8, 12, 16]])
     assert np.allclose(found.changes(1)[0], found.changes(0)[1])
@@ -76,9 +77,37 @@ def test_other_numbers_of_steps_are_said(runs, tmp_path):
     assert "different numbers of steps" in note and f"{steps[1]} 10" in note
     shared = [write_run(tmp_path / f"shared{count}", IMAGES, diffusion_steps=1000, timestep_respacing=count,
                         shared_start=True) for count in ("5", "10")]
-    assert read(*shared).notes == ()
+    assert read(*shared).notes == ("beside the guidance the runs differ in --timestep_respacing (5, 10)",)
     note, = read(steps[1], shared[1]).notes
     assert f"--shared_start is True of {shared[1]} alone" in note
+
+
+def test_what_differs_beside_the_guidance_is_one_sentence(runs, tmp_path):
+    ours = write_run(tmp_path / "ours", IMAGES, sampler="ddim", batch_size=4, eta=0.0, guide_scale=1.5)
+    other = write_run(tmp_path / "unipc", IMAGES, sampler="unipc", noise_schedule="cosine", pag_scale=1.0)
+    assert read(ours, other).notes == ("beside the guidance the runs differ in --sampler (ddim, unipc)",)
+    assert read(runs[0], write_run(tmp_path / "more", IMAGES, batch_size=3, seg_scale=1.0)).notes == ()
+
+
+def test_runs_of_other_base_images_are_told(runs, tmp_path):
+    bases = {"same": {}, "guided": {"guide_scale": 1.5}, "sampled": {"sampler": "unipc"}, "seed": {"seed": 1}}
+    upsampled = {}
+    for name, changes in bases.items():
+        base = write_run(tmp_path / name / "base", IMAGES, **{"sampler": "ddpm", **changes})
+        upsampled[name] = write_run(tmp_path / name / "up", IMAGES, base_samples=str(base))
+    assert read(upsampled["same"], upsampled["guided"]).notes == ()
+    assert read(upsampled["same"], upsampled["sampled"]).notes == (
+        "beside the guidance the runs differ in --sampler (ddpm, unipc) of the base images",)
+    with pytest.raises(UserError, match=r"seed/up began as image 0 of seed 1 and that of .*same/up as image 0 of seed 0"
+                                        ".*; pass --allow_different True"):
+        read(upsampled["same"], upsampled["seed"])
+    few = write_run(tmp_path / "few" / "base", IMAGES[:4], sampler="ddpm")
+    short = write_run(tmp_path / "few" / "up", IMAGES, base_samples=str(few / "samples_4x8x8x3.npz"))
+    assert "--num_samples (6, 4) of the base images" in read(upsampled["same"], short, num_images=4).notes[0]
+    with pytest.raises(UserError, match=r"image 4 of .*few/up began as image 0 of seed 0 and .* as image 4 of seed 0"):
+        read(upsampled["same"], short)
+    gone = write_run(tmp_path / "gone" / "up", IMAGES, base_samples="nowhere")
+    assert read(upsampled["same"], gone).notes == ()
 
 
 def test_small_images_are_enlarged_by_whole_numbers_alone(runs, tmp_path):
