@@ -185,13 +185,13 @@ class NoisedFeatures:
             for start in range(0, count, EVALUATED_AT_ONCE):
                 rows = np.arange(start, min(start + EVALUATED_AT_ONCE, count))
                 maps, _ = self(*np.divmod(rows, draws))
+                maps = {name: x.half() for name, x in maps.items()}
+                if name := first_not_finite(maps):
+                    raise UserError(f"--cache_gb {gigabytes:g}: must be 0, as features of block {name!r} are too large "
+                                    "for the half precision in which they are kept")
                 for name, x in maps.items():
                     kept[name][start:start + len(rows)] = x.movedim(1, 3)
                 progress.update(len(rows))
-        for name, x in kept.items():
-            if not torch.isfinite(x).all():
-                raise UserError(f"--cache_gb {gigabytes:g}: must be 0, as features of block {name!r} are too large for "
-                                "the half precision in which they are kept")
         self._kept, self._draws = kept, draws
         return f"features of {count} noised images are kept in {needed:.2f} GB"
 
@@ -202,6 +202,12 @@ class NoisedFeatures:
         t = torch.tensor([int(generator.integers(self.network.diffusion.num_timesteps)) for generator in generators])
         shape = (0,) if self._kept else self.pairs.images.shape[1:]
         return t, torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
+
+
+def first_not_finite(maps: Mapping[str, Tensor]) -> str:
+    """The first block whose map holds NaN or infinity, "" where none does; the device is waited for once."""
+    finite = torch.stack([x.isfinite().all() for x in maps.values()]).tolist()
+    return next((name for name, good in zip(maps, finite, strict=True) if not good), "")
 
 
 @no_grad
@@ -217,9 +223,8 @@ def features_at(network: Network, pairs: Pairs, blocks: Sequence[str], images: n
     y = None if pairs.labels is None else pairs.labels[images].to(device)
     seen = diffusion.model_timesteps(t)
     maps = decoder_features(network.model, blocks, x_t, seen, y, graph=False)
-    for name, x in maps.items():
-        if not x.isfinite().all():
-            raise NonFiniteError(f"the network returned NaN or infinity in block {name!r}")
+    if name := first_not_finite(maps):
+        raise NonFiniteError(f"the network returned NaN or infinity in block {name!r}")
     return {name: x.float() for name, x in maps.items()}, seen
 
 

@@ -71,6 +71,39 @@ def test_the_file(world, tmp_path):
     assert (tmp_path / "p_log" / "loss.png").is_file()
 
 
+def test_the_device_is_waited_for_once_however_many_blocks_are_checked(world, tmp_path, monkeypatch):
+    network = load_network(*parts(world_flags(world, tmp_path / "p.safetensors")))
+    held = read_pairs(str(world / "held.npz"), size=8, depth_range="0,1")
+    waited, tell = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: waited.append(1) or tell(self))
+    counts = []
+    for blocks in (["output.1"], [f"output.{i}" for i in range(4)]):
+        waited.clear()
+        depth_train.features_at(network, held, blocks, np.arange(2), torch.tensor([3, 9]),
+                                torch.zeros(2, *held.images.shape[1:]))
+        counts.append(len(waited))
+    assert counts[0] == counts[1]
+    bad = torch.tensor([1.0, float("nan")])
+    assert depth_train.first_not_finite({"one": torch.ones(2), "two": bad, "three": bad}) == "two"
+    assert depth_train.first_not_finite({"one": torch.ones(2)}) == ""
+
+
+def test_features_that_cannot_be_kept_are_told_with_the_first_of_them(world, tmp_path, monkeypatch):
+    calls, features_at = [], depth_train.features_at
+
+    def huge(*arguments):
+        calls.append(len(arguments[3]))
+        maps, t = features_at(*arguments)
+        return {name: x * 1e6 for name, x in maps.items()}, t
+
+    monkeypatch.setattr(depth_train, "features_at", huge)
+    monkeypatch.setattr(depth_train, "EVALUATED_AT_ONCE", 4)
+    with pytest.raises(UserError, match=r"--cache_gb 2: must be 0, as features of block 'output\.1' are too large"):
+        train(world, tmp_path / "p.safetensors", cache_gb=2)
+    assert calls == [1, 4]
+    train(world, tmp_path / "p.safetensors", cache_gb=0)
+
+
 @pytest.mark.parametrize("changes", [{}, {"cache_gb": 0}, {"draws": 0}])
 def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypatch, changes):
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
