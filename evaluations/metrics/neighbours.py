@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from guided_diffusion.errors import UserError
 
+from . import arrays
 from .arrays import check_k, checked_pair, slices
 from .distances import (
     Balls,
     Membership,
     Points,
     centred_points,
+    comparison_margin,
     lengths,
     nearest_neighbours,
+    precise_squared_distances,
+    smallest,
     squared_distances,
     strictly_within,
 )
 from .official import official_membership
+
+TOLD = 1e-4         # the part of a squared distance that its round-off may be: no picture shows it
 
 
 class Neighbourhoods(NamedTuple):
@@ -119,17 +126,60 @@ def neighbourhoods(reference: np.ndarray, sample: np.ndarray, k: int = 3, densit
     membership = Membership(real, balls, generated, Balls(generated, k))
     count = len(generated.centred)
     counts = _BallCounts(real, Balls(real, density_k, neighbours), generated)
+    spread = _told_neighbours(real, neighbours)
+    radii, slack = spread[:, k], (balls.squared_radii - balls.surely).astype(np.float64)
+    badly = _told_badly(real, neighbours[:, 1])
+    slack[badly] = _round_off(real, badly)
+    trusted = radii - slack <= np.median(radii)         # also those that tie with it but for rounding
+    divisors = np.maximum(radii, np.finfo(np.float32).tiny).astype(np.float32)[:, None]
     nearest, ratio = np.full(count, np.inf, np.float32), np.full(count, np.inf, np.float32)
-    trusted = balls.surely <= np.median(balls.squared_radii)       # also those that tie with it but for rounding
     for rows, squared in squared_distances(real, generated):
         membership.update(rows, squared)
         counts.update(rows, squared)
         np.minimum(nearest, squared.min(axis=0), out=nearest)
         chosen = np.flatnonzero(trusted[rows])
-        radii = np.maximum(balls.squared_radii[rows][chosen, None], np.finfo(np.float32).tiny)
-        np.minimum(ratio, (squared[chosen] / radii).min(axis=0, initial=np.inf), out=ratio)
+        with np.errstate(over="ignore"):                # of balls without a radius
+            np.minimum(ratio, (squared[chosen] / divisors[rows][chosen]).min(axis=0, initial=np.inf), out=ratio)
     sample_inside, reference_inside = membership.decide()
+    to_nearest, to_radius = np.maximum(nearest, 0, dtype=np.float64), np.maximum(ratio, 0, dtype=np.float64)
+    for told, precise in _precise_rows(generated, nearest, real):
+        to_nearest[told] = precise.min(axis=1)
+        to_radius[told] = (precise[:, trusted] / divisors[trusted, 0]).min(axis=1)
     with np.errstate(divide="ignore"):
-        realism = 1 / np.sqrt(np.maximum(ratio, 0, dtype=np.float64))
+        realism = 1 / np.sqrt(to_radius)
     return Neighbourhoods(sample_inside, reference_inside, counts.density / density_k, counts.covered, realism,
-                          lengths(nearest, generated), lengths(neighbours[:, 1], real))
+                          lengths(to_nearest, generated), lengths(spread[:, 1], real))
+
+
+def _told_neighbours(points: Points, nearest: np.ndarray) -> np.ndarray:
+    """Returns what `nearest_neighbours` does, float64, with those rows computed in it that float32 tells badly."""
+    told = nearest.astype(np.float64)
+    for rows, precise in _precise_rows(points, nearest[:, 1], points):
+        precise[np.arange(len(rows)), rows] = 0
+        told[rows] = np.sort(smallest(precise, nearest.shape[1] - 1), axis=1)
+    return told
+
+
+def _precise_rows(points: Points, nearest: np.ndarray, others: Points) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields squared distances (n, M) to the others in float64, of those points that float32 tells badly.
+
+    nearest: (N,) squared distances to the nearest of them in float32. What float64 does not tell from 0 is 0, so that
+    copies are alike.
+    """
+    badly = _told_badly(points, nearest)
+    for part in slices(len(badly), max(64, arrays.BLOCK_ENTRIES // (4 * len(others.centred)))):
+        rows: np.ndarray = badly[part]
+        precise = precise_squared_distances(points.take(rows), others)
+        precise[precise <= _round_off(points, rows)[:, None]] = 0
+        yield rows, precise
+
+
+def _told_badly(points: Points, nearest: np.ndarray) -> np.ndarray:
+    """Returns the indices of points whose squared distance to the nearest is beside the truth in float32."""
+    return np.flatnonzero(comparison_margin(points, np.maximum(nearest, 0)) > TOLD * nearest)
+
+
+def _round_off(points: Points, rows: np.ndarray) -> np.ndarray:
+    """Bounds what squared distances of those points to others that are near are off by in float64."""
+    squares = points.squares[rows].astype(np.float64)
+    return 4 * np.finfo(np.float64).eps * (4 + np.sqrt(points.centred.shape[1])) * squares

@@ -395,6 +395,22 @@ def test_realism_takes_all_balls_whose_radii_tie_with_the_median():
         np.testing.assert_allclose(found.realism, (radii[kept, None] / distances[kept]).max(axis=0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("far", [1.0, 1e4, 1e6])
+def test_distances_and_realism_are_those_of_float64_beside_a_far_image_and_of_copies(far, rng):
+    reference, sample = rng.standard_normal((301, 64)), rng.standard_normal((300, 64))
+    reference[0] *= far
+    sample[:20] = reference[1:21]
+    reference[30:33] = reference[33]
+    found = neighbourhoods(reference, sample, k=2, density_k=2)
+    distances, own = cdist(reference, sample), np.sort(cdist(reference, reference), axis=1)
+    np.testing.assert_allclose(found.sample_distance, distances.min(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(found.reference_distance, own[:, 1], rtol=1e-3)
+    assert np.isinf(found.realism[:20]).sum() == (own[1:21, 2] <= np.median(own[:, 2])).sum()
+    kept = own[:, 2] <= np.median(own[:, 2])
+    realism = (own[kept, 2, None] / distances[kept][:, 20:]).max(axis=0)
+    np.testing.assert_allclose(found.realism[20:], realism, rtol=1e-3)
+
+
 @pytest.mark.parametrize("far", [1e3, 3e4, 1e6])
 def test_density_and_coverage_are_those_of_float64_beside_a_far_image(far, rng):
     reference, sample = rng.standard_normal((301, 64)), rng.standard_normal((300, 64))
