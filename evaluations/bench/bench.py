@@ -265,7 +265,7 @@ class BenchRun:
         if dist_util.is_main():
             cost = missing_cost(row)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
-        row.run.run()
+        row.sample()
         self.count(evaluations=cost)
 
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
@@ -335,7 +335,7 @@ class BenchRun:
         """
         rows = [self.bench.in_strip(row, STRIP_IMAGES) for row in next(iter(self.reports.values()))]
         for row in rows:
-            row.run.run()
+            row.sample()
         with dist_util.together():
             if dist_util.is_main():
                 save_comparison({named[row.name]: BatchFile(row.run.samples).first(STRIP_IMAGES) for row in rows},

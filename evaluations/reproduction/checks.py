@@ -30,7 +30,7 @@ from ..references import find_reference
 from .measurements import EvaluationSettings
 from .missing import missing_files
 from .results import features_of
-from .tables import Row, Table
+from .tables import Row, Table, as_of_a_table
 
 if TYPE_CHECKING:
     from guided_diffusion.unet import UNetModel
@@ -115,7 +115,8 @@ def _check_reference(row: Row, references: Path) -> None:
 def _check_folder(row: Row, digests: Digests) -> None:
     """Raises UserError where the row's folder holds the images of another configuration."""
     if (row.run.out / "run.json").exists() or (row.run.out / "shards").exists():
-        row.run.check_folder(digests.of(row.run.files()))
+        with as_of_a_table():
+            row.run.check_folder(digests.of(row.run.files()))
 
 
 def _check_runs(rows: Sequence[Row], digests: Digests) -> None:

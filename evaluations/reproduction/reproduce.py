@@ -208,7 +208,7 @@ def sample(table: Table, why: Mapping[str, str]) -> None:
                 _log.info("row %d of %d, %s: %s, %s, %d images", number, len(rows), row.name, named[row.name],
                           sampler(row.run), row.images)
             progress.note(row.name)
-            row.run.run()
+            row.sample()
             progress.update()
 
 

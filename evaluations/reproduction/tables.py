@@ -23,7 +23,8 @@ its file as `--config`, and a section `evaluation`, which only this package read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ from guided_diffusion.options import (
     read_yaml,
 )
 from guided_diffusion.places import configurations
+from guided_diffusion.runs.chunk_files import ANEW, REMEDY
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.sampler import SMALLER
 
 from ..extractors import ExtractorKind, check_backend, find_extractor
 from ..extractors.own import NoSuchNetwork
@@ -127,9 +130,27 @@ class Row:
         """The number of images that are sampled."""
         return self.run.sample.num_samples
 
+    def sample(self) -> None:
+        """Samples what is missing. Raises UserError as `SamplingRun.run`, with what commands of tables allow."""
+        with as_of_a_table():
+            self.run.run()
+
     def changed(self, **values: Any) -> Row:
         """Returns the row with other values of some flags of its sampling run."""
         return dataclasses.replace(self, run=self.run.changed(**values))
+
+
+@contextmanager
+def as_of_a_table() -> Iterator[None]:
+    """Lets a UserError of a row's run advise what commands of tables have, which is neither of two of its options."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for words, others in ((REMEDY, "pass another --out, or remove that to have it sampled again"), (ANEW, ""),
+                              (SMALLER, "pass a smaller --batch_size, and another --out where a row was begun")):
+            text = text.replace(words, others)
+        raise UserError(text) from None
 
 
 @dataclass(frozen=True)

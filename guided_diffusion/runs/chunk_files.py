@@ -29,6 +29,7 @@ from .chunks import Chunks, Indices
 from .record import READ_ERRORS, difference
 
 REMEDY = "name another folder, or pass --overwrite True"
+ANEW = ", or pass --overwrite True to begin anew"
 
 
 class DamagedError(UserError):
@@ -149,7 +150,7 @@ class ChunkFiles:
                 damaged.append(self.path(index).name)
         if damaged:
             raise DamagedError(f"{self.folder}: {len(damaged)} damaged ({', '.join(damaged[:8])}); delete what is "
-                               "damaged to have it sampled again, or pass --overwrite True to begin anew")
+                               f"damaged to have it sampled again{ANEW}")
         return Indices.without(len(self.chunks), finished)
 
     def made_ready(self, overwrite: bool) -> Indices:

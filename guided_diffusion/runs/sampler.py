@@ -23,6 +23,8 @@ from .options import SampleOptions
 if TYPE_CHECKING:
     from ..unet import UNetModel
 
+SMALLER = "pass --auto_batch True, which keeps finished chunks, or a smaller --batch_size"      # where memory ends
+
 
 class BuiltRun(NamedTuple):
     """What a run samples with.
@@ -79,7 +81,7 @@ class ImageSampler:
         if not self.options.auto_batch or self.size == 1:
             tried = f" (in evaluations of {self.size})" if self.size < self.options.batch_size else ""
             raise UserError(f"--batch_size {self.options.batch_size}{tried}: {dist_util.dev()} is out of memory; "
-                            "pass --auto_batch True, which keeps finished chunks, or a smaller --batch_size")
+                            f"{SMALLER}")
         self.size = (self.size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from commands import REPOSITORY, call, samples_in
 
@@ -14,6 +16,7 @@ from evaluations.reproduction import reproduce as reproduction
 from guided_diffusion import checkpoint
 from guided_diffusion.errors import UserError
 from guided_diffusion.presets import find_preset
+from guided_diffusion.runs.sampler import ImageSampler
 from guided_diffusion.runs.shards import locked
 
 SHARED = {"model": "fmnist32", "timestep_respacing": "2", "batch_size": 4, "labels": "balanced", "num_samples": 6,
@@ -298,6 +301,22 @@ def test_folders_of_another_configuration_are_refused_before_the_first_row(mini,
     message = refused(line())
     assert "sag" in message and "--guide_scale differs" in message
     assert not (tmp_path / "out" / "mini" / "unguided").exists()
+    assert message.endswith("; pass another --out, or remove that to have it sampled again")     # no --overwrite here
+    assert call("reproduce", *line(out=tmp_path / "other", rows="sag")) == 0
+    shutil.rmtree(tmp_path / "out" / "mini" / "sag")
+    assert call("reproduce", *line(rows="sag")) == 0
+
+
+def test_memory_that_ends_in_a_row_is_told_with_options_that_tables_have(mini, line, refused, monkeypatch):
+    def ends(self, *_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    images = ImageSampler._images
+    monkeypatch.setattr(ImageSampler, "_images", ends)
+    message = refused(line(rows="sag"))
+    assert "--auto_batch" not in message and "pass a smaller --batch_size, and another --out where" in message
+    monkeypatch.setattr(ImageSampler, "_images", images)
+    assert call("reproduce", *line(rows="sag", batch_size=2)) == 0
 
 
 def test_one_job_at_a_time_works_on_a_table(mini, line, refused, tmp_path):
