@@ -115,7 +115,7 @@ def read_labels(file: BatchFile, classes: int) -> np.ndarray:
     """Reads the labels (N,) int64, below `classes`, of a sample file. Raises UserError where it holds none."""
     path = file.path
     if "arr_1" not in file.members:
-        raise UserError(f"{path}: has no labels, arr_1 must be (N,): sample with --class_cond True")
+        raise UserError(f"{path}: has no labels, arr_1 must be (N,), as samples of a network with classes have")
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")

@@ -210,14 +210,14 @@ class Evaluation:
                                for sample, comparison in zip(samples, comparisons, strict=True)]
                 if self.options.held_out:
                     results[0]["held_out"] = True
+                if self.options.json:           # before the pictures, so that none that fails loses the numbers
+                    write_json(self.options.json, results)
                 if self.options.plot:
                     title = f"{self.extractor.name}, reference {self.reference.path.name}"
                     plot_evaluation(self.options.plot, list(map(plotted_file, samples, comparisons, results)),
                                     comparisons[0].neighbourhoods.reference_distance, title)
                 if self.options.nearest:
                     draw_nearest(self.options.nearest, reference, samples)
-                if self.options.json:
-                    write_json(self.options.json, results)
         return results
 
     def _warn(self, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:

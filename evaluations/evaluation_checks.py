@@ -14,7 +14,7 @@ from .evaluation_plot import check_plot
 from .evaluator_options import EvaluatorOptions
 from .extractors import EXTRACTORS, ExtractorKind
 from .metrics import FromReference, Metric
-from .metrics.comparison import SUFFIXES, Feature
+from .metrics.comparison import DENSITY_K, SUFFIXES, Feature
 
 ROWS = 4096                     # of stored features, that are looked at together
 
@@ -44,6 +44,13 @@ def check_enough(file: str, count: int, options: EvaluatorOptions) -> None:
     needed = max(metric.smallest_count for metric in options.wanted)
     if count < needed:
         raise UserError(f"{file}: has {count} images, --metrics {options.metrics} needs at least {needed}")
+    check_drawn(file, count, options)
+
+
+def check_drawn(file: str, count: int, options: EvaluatorOptions) -> None:
+    """Raises UserError where so many images of a file are too few for the picture."""
+    if options.plot and count <= DENSITY_K:
+        raise UserError(f"{file}: has {count} images, --plot {options.plot} needs at least {DENSITY_K + 1}")
 
 
 def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = "") -> None:
@@ -65,13 +72,19 @@ def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = 
 def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
     """Raises UserError where a reference lacks what the metrics need, or was made by another kind of extractor."""
     lacking = [metric.word for metric in options.wanted if not is_stored(reference, metric)]
-    if options.plot and Feature.POOLED not in reference.members:
-        lacking.append("plot")
     if options.nearest and not len(reference):
         raise UserError(f"--nearest {options.nearest}: {reference.path} has no images (arr_0) to draw")
+    if options.nearest and Feature.POOLED in reference.members and not lacking:
+        rows = reference.header(Feature.POOLED)[0][:1]
+        if rows != (len(reference),):
+            raise UserError(f"--nearest {options.nearest}: {reference.path} has {len(reference)} images, and pooled "
+                            f"features of {rows[0] if rows else 0}")
     if lacking and not len(reference):
         raise UserError(f"{reference.path}: has no images (arr_0), which {', '.join(lacking)} would need: leave "
                         f"them out of --metrics; its arrays are: {reference.array_names}")
+    if options.plot and Feature.POOLED not in reference.members and not len(reference):
+        raise UserError(f"--plot {options.plot}: {reference.path} has neither images (arr_0) nor pooled features, "
+                        "which a picture needs: leave it out")
     made_by = reference.value("backend", str)
     if made_by is None and not kind.is_inception and reference.statistics():
         raise UserError(f"{reference.path}: its statistics are Inception's, not those of --backend {kind.name}")
@@ -94,6 +107,8 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
         if shape[0] < needed:
             raise UserError(f"{reference.path}: {name} has {shape[0]} images, --metrics {options.metrics} needs at "
                             f"least {needed}")
+        if name == Feature.POOLED:
+            check_drawn(f"{reference.path}: {name}", shape[0], options)
         if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
             raise UserError(f"{reference.path}: {name} must be finite numbers")
 

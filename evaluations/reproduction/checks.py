@@ -45,7 +45,9 @@ def check_rows(table: Table, flag: str = "num_samples") -> None:
             raise UserError(f"--{flag} {row.images}: row {name} needs at least {fewest} images, for "
                             f"{' and '.join(needing)}")
         if network := row.evaluation.kind:
-            check_outputs([METRICS[word] for word in row.evaluation.words], network, f" of row {name} in {row.file}")
+            with _metrics_of(row):
+                check_outputs([METRICS[word] for word in row.evaluation.words], network,
+                              f" of row {name} in {row.file}")
         named = [word for word in row.evaluation.words if METRICS[word].feature is Feature.CORRECTNESS]
         if named and (not row.run.labelled or row.run.sample.labels == NONE):
             raise UserError(f"metrics {row.evaluation.metrics} of row {name} in {row.file}: the row has no labels, "
@@ -107,9 +109,19 @@ def _check_reference(row: Row, references: Path) -> None:
     file, size = BatchFile(path), row.run.model.image_size
     if len(file) and file.shape[1:3] != (size, size):
         raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
-    check_reference(file, EvaluatorOptions(metrics=spec.metrics), find_extractor(spec.backend))
+    with _metrics_of(row):
+        check_reference(file, EvaluatorOptions(metrics=spec.metrics), find_extractor(spec.backend))
     if 0 < len(file) < spec.smallest_count:
         raise UserError(f"{file.path}: has {len(file)} images, at least {spec.smallest_count} are needed")
+
+
+@contextmanager
+def _metrics_of(row: Row) -> Iterator[None]:
+    """Lets a UserError of an evaluation advise what is said of the metrics in the row's file, not of --metrics."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--metrics", f"metrics of row {row.name} in {row.file}")) from None
 
 
 def _check_folder(row: Row, digests: Digests) -> None:

@@ -583,6 +583,29 @@ def test_files_that_do_not_fit_are_told_before_the_network_sees_more_than_their_
         assert set(seen) <= {1} and len(seen) <= 2
 
 
+def test_what_a_picture_needs_is_told_before_the_work_and_numbers_are_written_before_it(
+        save, evaluate, refused, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    good, few, bare = save("good", clothes(12)), save("few", clothes(5)), save("bare", **stored())
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr(FashionMnistClassifier, "features", None)
+    for files, words, message in (
+            ((good, few), ("--plot", picture), "few.npz: has 5 images, --plot"),
+            ((good, good), ("--num_images", 5, "--plot", picture), "good.npz: has 5 images, --plot"),
+            ((save("five", **stored(pooled=np.eye(5, 64))), good), ("--plot", picture), "pooled: has 5 images, --plot"),
+            ((bare, good), ("--plot", picture), f"--plot {picture}: {bare} has neither images (arr_0) nor pooled"),
+            ((save("other", clothes(8), **stored(pooled=np.eye(12, 64))), good), ("--nearest", picture),
+             "other.npz has 8 images, and pooled features of 12")):
+        message_found = refused(*files, "--metrics", "fid", *words)
+        assert message in message_found, message_found
+    monkeypatch.undo()
+    monkeypatch.setattr("evaluations.evaluation.plot_evaluation", None)
+    with pytest.raises(TypeError):
+        call("evaluate", good, good, *FASHION_MNIST, "--metrics", "fid", "--plot", picture, "--json",
+             tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text())[0]["metrics"].keys() == {"fid"}
+
+
 def test_a_sample_file_without_images_is_told_with_its_arrays(save, refused):
     message = refused(save("reference", clothes(10)), save("sample", x=np.zeros(2), y=np.zeros(2)))
     assert message.endswith("sample.npz: has no images, arr_0 must be (N, H, W, 3) uint8; its arrays are: x, y")

@@ -307,6 +307,14 @@ def test_folders_of_another_configuration_are_refused_before_the_first_row(mini,
     assert call("reproduce", *line(rows="sag")) == 0
 
 
+def test_metrics_that_a_reference_is_too_little_for_are_told_where_they_stand(mini, line, refused, tmp_path):
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, mu=np.zeros(64), sigma=np.eye(64), backend=np.array("embedded Fashion-MNIST classifier"))
+    mini({"evaluation": {"reference": str(bare), "backend": "fashion_mnist", "metrics": "fid,recall"}})
+    message = refused(line())
+    assert "recall would need: leave them out of metrics of row unguided in " in message and "--" not in message
+
+
 def test_memory_that_ends_in_a_row_is_told_with_options_that_tables_have(mini, line, refused, monkeypatch):
     def ends(self, *_):
         raise torch.OutOfMemoryError("out of memory")
