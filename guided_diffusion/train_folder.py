@@ -236,6 +236,9 @@ class Record:
         if name == "data_dir" and now == then:
             return (f"--data_dir {shown(now)}: holds other images than when the run in {out} began; restore them, give "
                     "another --out, or --change data_dir")
+        if name in STARTS:
+            return (f"--{name} {shown(now)}: counts at the start only, and the run in {out} began with {shown(then)}; "
+                    "leave it out, or give another --out")
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))

@@ -497,8 +497,7 @@ class TrainLoop:
             return Start({})
         if options.total_steps is not None and start.step >= options.total_steps:
             raise UserError(f"--resume_checkpoint {without_secrets(options.resume_checkpoint)}: is at step "
-                            f"{start.step} already, and the training ends at step {options.total_steps}; let it end "
-                            "later")
+                            f"{start.step} already, and --{options.ends_by} is {options.total_steps}; give more")
         self._fill(self.precision.master_params, start.weights)
         self.precision.copy_to_model()
         official = {RateProfile(rate).name: average for rate, average in start.averages.items()}

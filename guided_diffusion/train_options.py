@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .averages import Profile, RateProfile, parse_widths
 from .classes import CLASS_RULES
@@ -80,6 +81,8 @@ class LoopOptions(DescentOptions):
                 raise UserError(f"--change {self.change}: must name options of the training with commas, and "
                                 f"{name!r} is none that can change")
 
+    ends_by: ClassVar[str] = ""             # the option that says how many steps there are
+
     @property
     def total_steps(self) -> int | None:
         """Steps of the training; None: until it is stopped."""
@@ -134,6 +137,8 @@ class LoopOptions(DescentOptions):
 class TrainOptions(LoopOptions):
     """Options of the training of a diffusion model."""
 
+    ends_by: ClassVar[str] = "lr_anneal_steps"
+
     schedule_sampler: str = option("uniform", "how timesteps are drawn", choices=SCHEDULE_SAMPLERS)
     lr_anneal_steps: int = option(0, "steps of the training, over which --lr decays linearly to 0; 0: no end, no decay",
                                   minimum=0)
@@ -181,6 +186,8 @@ class TrainOptions(LoopOptions):
 @dataclass(frozen=True)
 class ClassifierTrainOptions(LoopOptions):
     """Options of the training of a classifier."""
+
+    ends_by: ClassVar[str] = "iterations"
 
     iterations: int = option(150000, "steps of the training", minimum=1)
     lr: float = option(3e-4, "learning rate of AdamW", above=0)

@@ -104,6 +104,8 @@ def test_an_official_classifier_goes_on(data_dir, tmp_path, caplog):
     torch.save(weights(given), tmp_path / "model000003.pt")
     train_tiny_classifier(data_dir, tmp_path / "out", iterations=4, resume_checkpoint=tmp_path / "model000003.pt")
     assert log_of(tmp_path / "out", "step") == [4] and "opt000003.pt is missing" in caplog.text
+    with pytest.raises(UserError, match=r"is at step 3 already, and --iterations is 2; give more$"):
+        train_tiny_classifier(data_dir, tmp_path / "no", iterations=2, resume_checkpoint=tmp_path / "model000003.pt")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -122,8 +124,10 @@ def test_an_optimiser_that_is_something_else(data_dir, own, tmp_path, content, m
 
 def test_an_official_run_that_is_past_the_end(data_dir, own, tmp_path):
     path = official_files(own, tmp_path / "official", flat=False)
-    with pytest.raises(UserError, match=r"--resume_checkpoint .*: is at step 3 already, .* ends at step 3"):
+    with pytest.raises(UserError, match=r"--resume_checkpoint .*: is at step 3 already, and --lr_anneal_steps is "
+                                        "3; give more$"):
         train(data_dir, tmp_path / "out", ema_rate="0.9", resume_checkpoint=path)
+    train(data_dir, tmp_path / "out", ema_rate="0.9", resume_checkpoint=path, lr_anneal_steps=4)
 
 
 @pytest.mark.parametrize("path, step", [
