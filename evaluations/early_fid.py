@@ -42,7 +42,8 @@ def watchers(training: TrainOptions, options: PreviewOptions, guidance: Sequence
     """
     options.check_beside(training.log_interval)
     if options.eval_fid_interval and importlib.util.find_spec("scipy") is None:
-        raise UserError(f"{FLAG} {options.eval_fid_interval}: needs scipy: install the extra `eval`")
+        raise UserError(f"{FLAG} {options.eval_fid_interval}: needs scipy: pip install "
+                        "'guided-pixels[eval]'")
     preview = Preview(options, guidance)
     grids: list[Watcher] = [SampleGrids(preview)] if options.grid_interval else []
     return [*grids, *([EarlyFid(preview)] if options.eval_fid_interval else [])]

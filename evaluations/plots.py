@@ -14,12 +14,12 @@ def require_matplotlib(what: str) -> None:
     """Checks that matplotlib is installed.
 
     what: the beginning of the sentence with its verb, such as "--plot needs" or "the figures need". Raises UserError
-    "WHAT matplotlib: install the extra `eval`" where it is not.
+    "WHAT matplotlib: pip install 'guided-pixels[eval]'" where it is not.
     """
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise UserError(f"{what} matplotlib: install the extra `eval`") from None
+        raise UserError(f"{what} matplotlib: pip install 'guided-pixels[eval]'") from None
 
 
 def new_figure(width: float, height: float, dpi: float | None = None,

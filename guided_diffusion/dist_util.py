@@ -205,8 +205,8 @@ def _store_over_mpi(this: int, size: int) -> dist.TCPStore:
     try:
         from mpi4py import MPI
     except ImportError:
-        raise UserError("running on several ranks with mpiexec needs mpi4py: install the extra `mpi`, or use "
-                        "torchrun") from None
+        raise UserError("running on several ranks with mpiexec needs mpi4py: pip install 'guided-pixels[mpi]', or "
+                        "use torchrun") from None
     comm = MPI.COMM_WORLD
     if comm.Get_size() != size:
         raise UserError(f"the launcher started {size} ranks but mpi4py sees {comm.Get_size()}: mpi4py and mpiexec "

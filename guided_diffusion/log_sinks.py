@@ -126,7 +126,8 @@ def check_sinks(text: str) -> None:
     """Raises UserError where a package that `--log` needs is not installed."""
     for word in parse_sinks(text):
         if importlib.util.find_spec(SINKS[word].package) is None:
-            raise UserError(f"--log {text}: needs the package {SINKS[word].package}: install the extra `log`")
+            raise UserError(f"--log {text}: needs the package {SINKS[word].package}: pip install "
+                            "'guided-pixels[log]'")
 
 
 def open_sinks(text: str, out: Path, resume_step: int, config: Mapping[str, Any], online: bool) -> list[Sink]:

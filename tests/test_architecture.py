@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,14 @@ def test_arrows_up_and_circles_are_named(written):
     assert circle_in({"high": {"low": 1}, "low": {}}) == []
     with pytest.raises(AssertionError, match="must stand on one floor"):
         floors_of(["attic"], floors)
+
+
+def test_packages_that_are_missing_are_told_by_a_command_that_works_outside_a_checkout_too():
+    """Not `.[eval]`, which pip finds in a checkout alone; and every extra that is named is one."""
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = {path: path.read_text() for name in PACKAGES for path in (REPOSITORY / name).rglob("*.py")}
+    named = {(path.name, extra) for path, text in sources.items()
+             for extra in re.findall(r"guided-pixels\[([a-z,-]+)\]", text)}
+    assert len(named) > 8 and {extra for _, extra in named} <= extras.keys()
+    for path, text in sources.items():
+        assert "install the extra" not in text and "pip install '." not in text, path

@@ -38,7 +38,7 @@ class Pages:
             from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
             from markupsafe import Markup
         except ImportError:
-            raise UserError("pages need jinja2, which the extra installs: pip install '.[eval]'") from None
+            raise UserError("pages need jinja2: pip install 'guided-pixels[eval]'") from None
         self._markup = Markup
         self.environment = Environment(loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
                                        autoescape=True, trim_blocks=True, lstrip_blocks=True,

@@ -305,7 +305,7 @@ def load_pipeline(name: str) -> Any:
     try:
         from diffusers import DiffusionPipeline
     except ImportError:
-        raise UserError("--pipeline: needs diffusers, which the extra installs: pip install '.[diffusers]'") from None
+        raise UserError("--pipeline: needs diffusers: pip install 'guided-pixels[diffusers]'") from None
     try:
         return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError) as error:

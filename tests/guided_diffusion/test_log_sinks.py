@@ -108,7 +108,7 @@ def test_pictures_go_to_both(tmp_path, wandb):
 def test_a_missing_package_is_said_before_any_work(data_dir, tmp_path, monkeypatch, word):
     monkeypatch.setattr(log_sinks.importlib.util, "find_spec", lambda name: None)
     for trainer in (train, train_tiny_classifier, train_world):
-        with pytest.raises(UserError, match=f"--log {word}: needs the package {word}: install the extra `log`"):
+        with pytest.raises(UserError, match=rf"--log {word}: needs the package {word}: pip install 'guided-pixels"):
             trainer(data_dir, tmp_path / "run", log=word)
     assert not (tmp_path / "run").exists()
 

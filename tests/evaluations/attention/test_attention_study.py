@@ -411,7 +411,7 @@ def test_a_folder_that_cannot_be_written_and_no_matplotlib(tiny, tmp_path, capsy
     assert f"--out {tmp_path / 'file'}: cannot be written" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call("attention", *flags({**tiny, "out": tmp_path / "out"})) == 2
-    assert "need matplotlib: install the extra `eval`" in capsys.readouterr().err
+    assert "need matplotlib: pip install 'guided-pixels[eval]'" in capsys.readouterr().err
 
 
 def test_the_network_is_an_entry_of_its_file():

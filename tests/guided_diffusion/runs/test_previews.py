@@ -157,5 +157,5 @@ def test_a_classifier_of_other_classes_is_refused(data_dir, tmp_path, capsys):
 
 def test_without_scipy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--eval_fid_interval 10: needs scipy: install the extra `eval`"):
+    with pytest.raises(UserError, match=r"--eval_fid_interval 10: needs scipy: pip install 'guided-pixels\[eval\]'"):
         watchers(TrainOptions(), PreviewOptions(eval_fid_interval=10, eval_fid_reference="fmnist32"), [])
