@@ -58,9 +58,9 @@ class ProbeOptions(Options):
     labels: str = option("given", "classes of the images: given, those of --data_dir; none, of a network with a null "
                          "class", choices=("given", "none"))
     levels: int = option(8, "noise levels, evenly spaced over the steps", minimum=1)
-    num_images: int = option(32, "images, the first ones", minimum=2)
+    num_images: int = option(32, "images, drawn at random from all", minimum=2)
     batch_size: int = batch_option(16, "images at a time")
-    seed: int = seed_option("seed of the noise")
+    seed: int = seed_option("seed of the noise, and of which images are drawn")
     table: str = option("", "table.json of a table or bench of this model: how well what the probe says of its rows "
                         "agrees with what was measured")
     metric: str = option("fid", "which metric of that table", choices=tuple(METRICS))
@@ -250,8 +250,9 @@ def _held_out(options: ProbeOptions, model_path: str, model: ModelOptions) -> Tr
 
 
 def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
-    """Yields the first images with their places and conditions, without augmentation."""
-    plan = BatchPlan(images.count, options.batch_size, 0, shuffle=False, flip=False, crop=False, rank=0, world_size=1)
+    """Yields images drawn at random, each once, with numbers of their own and conditions, without augmentation."""
+    plan = BatchPlan(images.count, options.batch_size, options.seed, shuffle=True, flip=False, crop=False, rank=0,
+                     world_size=1)
     batches = images.batches(plan, 0)
     with progress_bar(options.num_images, "probing", "image") as progress:
         for start in range(0, options.num_images, options.batch_size):

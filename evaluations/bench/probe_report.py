@@ -185,9 +185,10 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
     options = result.options
     yield f"# Where contrasts point: {options.model or Path(options.model_path).name}"
     yield ""
-    yield (f"{options.num_images:,} images, seed {options.seed}. A column is a noise level sigma, its number the scale "
-           "that is best there on average; below 0 the contrast points away from the image. The best scale is one for "
-           "all levels, with its 95 % interval; *error left* is the part of the squared error that is left at it.")
+    yield (f"{options.num_images:,} images, drawn at random, seed {options.seed}. A column is a noise level sigma, its "
+           "number the scale that is best there on average; below 0 the contrast points away from the image. The best "
+           "scale is one for all levels, with its 95 % interval; *error left* is the part of the squared error that is "
+           "left at it.")
     yield ""
     yield f"| contrast | best scale | error left | {' | '.join(f'{sigma:.3g}' for sigma in result.sigmas)} |"
     yield f"|---|---|---|{'---|' * len(result.sigmas)}"

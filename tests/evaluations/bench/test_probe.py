@@ -269,3 +269,21 @@ def test_a_network_of_a_file_of_several_is_chosen(line, tmp_path):
         assert call("probe", *line(methods="PAG", out=tmp_path / name, **more)) == 0
         found[name] = json.loads((tmp_path / name / "probe.json").read_text())["contrasts"]
     assert found["model"] == found["plain"] != found["unset"]
+
+
+def test_images_are_drawn_from_all_of_a_file(line, tmp_path):
+    random = np.random.default_rng(1)
+    images, other = random.integers(0, 256, (2, 64, 32, 32, 3), np.uint8)
+    images[:32] = images[0]                                 # as in a file that is sorted by class
+    np.savez(tmp_path / "sorted.npz", arr_0=images, arr_1=np.zeros(64, np.int64))
+    np.savez(tmp_path / "others.npz", arr_0=np.concatenate([images[:32], other[32:]]), arr_1=np.zeros(64, np.int64))
+    found = {}
+    for name, seed, size in (("sorted", 0, 2), ("others", 0, 2), ("sorted", 1, 2), ("sorted", 0, 3)):
+        out = tmp_path / f"{name}{seed}{size}"
+        assert call("probe", *line(methods="TSG", data_dir=tmp_path / f"{name}.npz", num_images=8, seed=seed,
+                                   batch_size=size, out=out)) == 0
+        contrast, = json.loads((out / "probe.json").read_text())["contrasts"]
+        found[name, seed, size] = contrast["best_scale"]
+    assert found["sorted", 0, 2] != pytest.approx(found["others", 0, 2], rel=1e-3)
+    assert found["sorted", 0, 2] != pytest.approx(found["sorted", 1, 2], rel=1e-3)
+    assert found["sorted", 0, 2] == pytest.approx(found["sorted", 0, 3], rel=1e-3)
