@@ -6,10 +6,10 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
-import secrets
 import socket
 import stat
 import tempfile
@@ -90,21 +90,24 @@ def write(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fals
 
     Arguments and errors are those of `prepare`.
     """
-    temporary = prepare(path, save, sync=sync, ending=ending, parents=parents)
-    try:
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error, ending) from None
+    with contextlib.ExitStack() as held:
+        temporary = _prepare(Path(path), save, held, sync, ending, parents)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(path, error, ending) from None
 
 
 def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "",
             parents: bool = False) -> Path:
     """Calls `save(temporary)` and returns the temporary file, which a rename then turns into `path`.
 
-    The temporary file lies beside `path`, under a name that no other process uses or can guess, and is made anew: no
-    link that others planted is followed. It ends in .tmp, so that whoever lists files by their suffix finds whole ones
-    alone: `save` must be told the format. The file has the access rights of any new one.
+    The temporary file lies beside `path`, under a name that no other process uses, and is made anew: no link that
+    others planted is followed. It ends in .tmp, so that whoever lists files by their suffix finds whole ones alone:
+    `save` must be told the format, and must write this very file, not another in its place. The file has the access
+    rights of any new one. What a killed process left of such a file is removed by the next one that writes `path`;
+    until the rename, see to it that no other does.
 
     sync: have the data on the disk before the rename, so that a power cut leaves the old file or the new one.
     ending: what comforts the user, at the end of the sentence, like "finished chunks are kept".
@@ -112,25 +115,75 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
 
     Raises UserError where the operating system refuses. Whatever `save` raises, no temporary file is left.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:NAME_KEPT]}.{secrets.token_hex(16)}.tmp")
+    with contextlib.ExitStack() as held:
+        return _prepare(Path(path), save, held, sync, ending, parents)
+
+
+def _prepare(path: Path, save: Callable[[Path], object], held: contextlib.ExitStack, sync: bool, ending: str,
+             parents: bool) -> Path:
+    """As `prepare`; held: at its end, others may take the file for one that a killed process left."""
+    temporary: Path | None = None
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666))
-        mode = temporary.stat().st_mode
+        temporary, stream = _made_anew(path)
+        held.enter_context(stream)
         save(temporary)
-        if temporary.stat().st_mode != mode:          # safetensors makes its files private
-            temporary.chmod(mode)
         if sync:
             _sync(temporary)
     except BaseException as error:
-        with contextlib.suppress(OSError):          # where its folder is none, there is nothing to remove either
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         if isinstance(error, OSError):
             raise _unwritable(path, error, ending) from None
         raise
     return temporary
+
+
+def _made_anew(path: Path) -> tuple[Path, IO[bytes]]:
+    """Makes the temporary file of `path`, and returns it with the open file, by which this process holds it.
+
+    It has the first name that is free; what is there, and held by no process, was left by one that was killed.
+    """
+    names = (path.with_name(f".{path.name[:NAME_KEPT]}.{number}.tmp") for number in itertools.count())
+    for temporary in names:
+        _remove_left(temporary)
+        try:
+            stream = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666), "wb")
+        except FileExistsError:
+            continue
+        if _held(stream) is not False and _is_same_file(stream, temporary):
+            while _remove_left(next(names)):
+                pass
+            return temporary, stream
+        stream.close()                      # another process has just taken it for one that was left
+    raise AssertionError
+
+
+def _remove_left(temporary: Path) -> bool:
+    """Removes a temporary file that no process holds; on a file system without locks, none. Says whether it did."""
+    try:
+        with os.fdopen(open_own(temporary, os.O_WRONLY), "wb") as stream:
+            left = bool(_held(stream)) and _is_same_file(stream, temporary)
+            if left:
+                temporary.unlink()
+            return left
+    except OSError:                         # there is none, or it is another user's
+        return False
+
+
+def _held(stream: IO[Any]) -> bool | None:
+    """Holds an open file by a lock, until it is closed; False: another process does; None: there are no locks here."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):
+        return None
+    return True
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -285,7 +338,7 @@ def _lock_file(path: Path, waits: bool) -> IO[str]:
         raise UserError(f"{path}: cannot be locked ({reason(error)})") from None
 
 
-def _is_same_file(stream: IO[str], path: Path) -> bool:
+def _is_same_file(stream: IO[Any], path: Path) -> bool:
     """Whether `path` is the open file; opened anew, as a network file system may remember what was there before."""
     try:
         with os.fdopen(open_own(path, os.O_RDONLY)) as now:

@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import PeerError, UserError
 from .fetch import without_secrets
-from .files import reason, remove_leftovers, write_json
+from .files import reason, write_json
 from .foreign import read_json
 from .launchers import is_main, world_size
 from .progress import Progress, Step, clock, watched
@@ -201,8 +201,6 @@ class _Keeper:
             "command": command_line()}
         self.under_way: tuple[Progress, ...] = ()
         self.next = 0.0
-        with contextlib.suppress(OSError):
-            remove_leftovers(self.path.parent, f"{self.path.name}.*")
 
     def told(self, under_way: Sequence[Progress]) -> None:
         """Writes what is under way, where the last state is old enough."""

@@ -38,7 +38,6 @@ from .files import (
     locked,
     open_own,
     reason,
-    remove_leftovers,
     write_json,
     write_text,
 )
@@ -300,8 +299,6 @@ def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], s
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})
     if not as_npz:
         (out / RECORD).unlink(missing_ok=True)
-        for folder in {(out / row["file"]).parent for row in rows}:
-            remove_leftovers(folder, "*.png.*")
     if found.left_out:
         say(f"left out: {found}")
     if damaged:

@@ -26,7 +26,7 @@ from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..guidance import GuidanceOptions, Networks
 from ..guidance.base import without_labels
-from ..jobs import job
+from ..jobs import job, mark_finished
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields
@@ -333,6 +333,8 @@ class SamplingRun:
                         self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
                         if dist_util.is_main():
                             self._finish(chunks, began)
+                else:
+                    mark_finished(self.out)
         finally:
             if dist_util.is_main():
                 chunks.tidy()

@@ -133,7 +133,8 @@ def test_what_was_stopped_ends_with_the_bytes_of_what_was_not(stopped, data):
     before = kept.stat().st_mtime_ns
     record = data / "out" / prepare.RECORD
     record.write_text(record.read_text() + '{"file": "dog/x_00')           # as a kill may leave the last line
-    (data / "out" / "cat" / ".x_0000001.png.0123.tmp").write_bytes(b"x")        # and an image that it was writing
+    (data / "out" / "dog").mkdir(exist_ok=True)
+    (data / "out" / "dog" / ".x_0000002.png.0.tmp").write_bytes(b"x")        # and the image that it was writing
     assert call("prepare_images", *line) == 0
     assert kept.stat().st_mtime_ns == before and content_of(data / "out") == whole
 
