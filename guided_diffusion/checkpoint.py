@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import stat
@@ -28,6 +27,7 @@ from .files import write
 from .functions import is_function, source_of
 from .late import Tensor, nn, torch
 from .places import find_bundled
+from .tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from .unet import Encoder
@@ -119,36 +119,19 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
         raise UserError(f"{path}: the name of a checkpoint must end in .safetensors, .pt or .pth")
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
-    from safetensors import SafetensorError  # here, as networks and samplers run without this package
-    from safetensors.torch import save_file
-
     separate = _separate(tensors)
 
     def save(temporary: Path) -> None:
-        try:
+        with temporary.open("wb") as stream:          # given a name, torch writes it into the file
             if path.suffix == ".safetensors":
-                save_file(separate, temporary, metadata=dict(metadata or {}))
-                _sort_metadata(temporary)
-            else:
-                with temporary.open("wb") as stream:          # given a name, torch writes it into the file
-                    torch.save(separate, stream)
-        except (RuntimeError, SafetensorError) as error:          # a full disk, in the words of either library
-            raise OSError(str(error).splitlines()[0]) from None
+                write_tensors(stream, separate, metadata or {})
+                return
+            try:
+                torch.save(separate, stream)
+            except RuntimeError as error:             # a full disk, in the words of torch
+                raise OSError(str(error).splitlines()[0]) from None
 
     write(path, save, sync=True)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sorts the metadata in a file of the safetensors library, which writes them in an order that changes."""
-    with path.open("rb+") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > size:          # the offsets of the tensors begin where the header ends
-            raise OSError("its metadata cannot be put in order")
-        stream.seek(8)
-        stream.write(text.ljust(size))
 
 
 def taken_entry(path: str | Path, entry: str = "") -> str:

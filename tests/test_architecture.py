@@ -19,7 +19,8 @@ FLOORS = [
         "allocator", "config_files", "errors", "late", "launchers", "places", "shapes", "version")],
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
-        "fetch", "pictures", "image_files", "links", "cores", "network_inputs", "torchscript", "functions")],
+        "fetch", "pictures", "image_files", "links", "cores", "network_inputs", "torchscript", "functions",
+        "tensor_files")],
     ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "winograd", "attention", "unet", "capture", "unfilled")],
     ["guided_diffusion.process"],
