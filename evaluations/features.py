@@ -24,7 +24,7 @@ from guided_diffusion.files import check_folder, reason
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.scratch import publish, remove_abandoned, scratch_folder
+from guided_diffusion.scratch import disown, publish, remove_abandoned, scratch_folder
 from guided_diffusion.version import __version__
 
 from . import feature_files
@@ -149,6 +149,7 @@ def _is_known(done: Path, made_of: Mapping[str, Any], images: BatchFile) -> bool
     known = False
     with dist_util.together():
         if dist_util.is_main() and done.is_dir():
+            disown(done)
             fault = feature_files.fault(done, made_of)
             known = not fault
             if fault:

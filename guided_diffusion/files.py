@@ -127,7 +127,7 @@ def _prepare(path: Path, save: Callable[[Path], object], held: contextlib.ExitSt
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary, stream = _made_anew(path)
-        held.enter_context(stream)
+        held.callback(stream.close)
         save(temporary)
         if sync:
             _sync(temporary)
@@ -153,11 +153,15 @@ def _made_anew(path: Path) -> tuple[Path, IO[bytes]]:
             stream = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666), "wb")
         except FileExistsError:
             continue
-        if _held(stream) is not False and _is_same_file(stream, temporary):
+        ours = hold(stream)
+        if ours and is_same_file(stream, temporary):
             while _remove_left(next(names)):
                 pass
             return temporary, stream
-        stream.close()                      # another process has just taken it for one that was left
+        stream.close()
+        if ours is None:                  # Windows renames no open file
+            return temporary, stream
+        # Else another process has just taken it for one that was left.
     raise AssertionError
 
 
@@ -165,25 +169,12 @@ def _remove_left(temporary: Path) -> bool:
     """Removes a temporary file that no process holds; on a file system without locks, none. Says whether it did."""
     try:
         with os.fdopen(open_own(temporary, os.O_WRONLY), "wb") as stream:
-            left = bool(_held(stream)) and _is_same_file(stream, temporary)
+            left = bool(hold(stream)) and is_same_file(stream, temporary)
             if left:
                 temporary.unlink()
             return left
     except OSError:                         # there is none, or it is another user's
         return False
-
-
-def _held(stream: IO[Any]) -> bool | None:
-    """Holds an open file by a lock, until it is closed; False: another process does; None: there are no locks here."""
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (OSError, ImportError):
-        return None
-    return True
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -258,6 +249,28 @@ def open_own(path: str | Path, flags: int) -> int:
 # Locks
 
 
+def hold(stream: IO[Any]) -> bool | None:
+    """Holds an open file by a lock, until it is closed; False: another process does; None: there are no locks here."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):
+        return None
+    return True
+
+
+def is_same_file(stream: IO[Any], path: Path) -> bool:
+    """Whether `path` is this open file; opened anew, as a network file system may remember what was there before."""
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY)) as now:
+            return os.path.samestat(os.fstat(now.fileno()), os.fstat(stream.fileno()))
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[str | None], Exception] | None = None) -> Iterator[None]:
     """Holds the lock file `path` for this process, against others on this machine and on those that share the folder.
@@ -318,7 +331,7 @@ def _acquired(path: Path, busy: Callable[[str | None], Exception] | None) -> IO[
                           "work there", stacklevel=4)
             return stream
         else:
-            if _is_same_file(stream, path):          # else who had the lock before has removed its file
+            if is_same_file(stream, path):          # else who had the lock before has removed its file
                 return stream
         stream.close()
         attempts += 1
@@ -336,12 +349,3 @@ def _lock_file(path: Path, waits: bool) -> IO[str]:
         if waits:
             raise
         raise UserError(f"{path}: cannot be locked ({reason(error)})") from None
-
-
-def _is_same_file(stream: IO[Any], path: Path) -> bool:
-    """Whether `path` is the open file; opened anew, as a network file system may remember what was there before."""
-    try:
-        with os.fdopen(open_own(path, os.O_RDONLY)) as now:
-            return os.path.samestat(os.fstat(now.fileno()), os.fstat(stream.fileno()))
-    except OSError:
-        return False

@@ -10,8 +10,9 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from .files import open_own
+from .files import PAUSE, hold, is_same_file, open_own
 
 OWNER = ".owner"                # a file in each folder: the name of the host, locked by the process that works there
 DAY, WEEK = 86400, 7 * 86400    # seconds
@@ -25,23 +26,28 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     made.
     """
     new = folder.with_name(f"{folder.name}.new")        # gets its name when it has an owner
-    owner: int | None = None
+    owner: IO[str] | None = None
     try:
-        new.mkdir()
-        owner = _owned(new)
+        owner = _made(new)
         new.rename(folder)
         yield folder
     finally:
         if owner is not None:
-            os.close(owner)
+            owner.close()
         for left in (new, folder):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
 
 
 def publish(folder: Path, done: Path) -> None:
     """Gives a scratch folder that is finished its lasting name; raises OSError."""
-    (folder / OWNER).unlink(missing_ok=True)
     os.replace(folder, done)
+    disown(done)
+
+
+def disown(done: Path) -> None:
+    """Removes from a folder that was published what a kill left there, where that can be done."""
+    with contextlib.suppress(OSError):
+        (done / OWNER).unlink()
 
 
 def remove_abandoned(parent: Path, name: str) -> None:
@@ -54,39 +60,49 @@ def remove_abandoned(parent: Path, name: str) -> None:
     with contextlib.suppress(OSError):
         for folder in parent.iterdir():
             if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and _is_abandoned(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
 
 
-def _owned(folder: Path) -> int:
-    """Locks the owner's file of a new folder and returns its descriptor."""
-    descriptor = open_own(folder / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    os.write(descriptor, socket.gethostname().encode())
-    with contextlib.suppress(OSError, ImportError):     # a file system without locks, Windows
-        import fcntl
+def _made(folder: Path) -> IO[str]:
+    """Makes a new folder with its owner's file, and returns that, locked."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):        # another process has just taken it for one that was left
+            owner = os.fdopen(open_own(folder / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+")
+            if hold(owner) is not False and is_same_file(owner, folder / OWNER):
+                owner.write(socket.gethostname())
+                owner.flush()
+                return owner
+            owner.close()
+            time.sleep(PAUSE)
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, its owner's file last, so that what a kill leaves still tells whose it was."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != OWNER:
+                path.unlink(missing_ok=True)
+        disown(folder)
+        folder.rmdir()
 
 
 def _is_abandoned(folder: Path) -> bool:
     try:
-        descriptor = open_own(folder / OWNER, os.O_RDWR)
+        owner = os.fdopen(open_own(folder / OWNER, os.O_RDWR), "rb")
     except FileNotFoundError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()                      # nothing is in it where a kill came before it had an owner
         return _age(folder) > DAY
     except OSError:
         return False
-    with os.fdopen(descriptor, "rb") as stream:
-        if stream.read(1000) != socket.gethostname().encode():
+    with owner:
+        if owner.read(1000) not in (socket.gethostname().encode(), b""):        # b"": a kill came before it was written
             return _age(folder) > WEEK
-        try:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except (OSError, ImportError):
-            return _age(folder) > WEEK
-    return True
+        held = hold(owner)
+        return held or (held is None and _age(folder) > WEEK)
 
 
 def _age(folder: Path) -> float:

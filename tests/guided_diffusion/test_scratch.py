@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from guided_diffusion.scratch import OWNER, publish, remove_abandoned, scratch_folder
+from guided_diffusion.scratch import OWNER, disown, publish, remove_abandoned, scratch_folder
 
 NAME = r"work-[0-9]"
 
@@ -43,6 +43,31 @@ def test_what_is_published_stays(tmp_path):
     assert names(tmp_path) == ["done"] and names(tmp_path / "done") == ["x"]
 
 
+def test_a_kill_within_the_publication_leaves_nothing(tmp_path, monkeypatch):
+    def killed(done):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("guided_diffusion.scratch.disown", killed)
+    with pytest.raises(KeyboardInterrupt), scratch_folder(tmp_path / "work-1") as folder:
+        (folder / "x").write_text("x")
+        publish(folder, tmp_path / "done")
+    monkeypatch.undo()
+    disown(tmp_path / "done")
+    assert names(tmp_path) == ["done"] and names(tmp_path / "done") == ["x"]
+
+
+def test_a_kill_within_the_removal_leaves_what_is_removed_later(tmp_path, monkeypatch):
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), scratch_folder(tmp_path / "work-1") as folder:
+        (folder / "x").mkdir()
+        monkeypatch.setattr("shutil.rmtree", killed)
+    monkeypatch.undo()
+    remove_abandoned(tmp_path, NAME)
+    assert names(tmp_path) == []
+
+
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     here = os.uname().nodename
     left_behind(tmp_path / "work-1", here)
@@ -51,6 +76,8 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     left_behind(tmp_path / "work-4", age=60)
     left_behind(tmp_path / "work-5", age=2 * 86400)
     left_behind(tmp_path / "work-6.new", here)
+    left_behind(tmp_path / "work-7.new", "")            # the folder has its owner's file, and that no name yet
+    (tmp_path / "work-8.new").mkdir()
     left_behind(tmp_path / ".config", here, age=10**7)
     left_behind(tmp_path / "work-7x", here, age=10**7)
     (tmp_path / "elsewhere").mkdir()
