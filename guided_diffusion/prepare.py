@@ -38,6 +38,7 @@ from .files import (
     locked,
     open_own,
     reason,
+    remove_leftovers,
     write_json,
     write_text,
 )
@@ -313,6 +314,7 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
     Raises UserError where it holds anything else than a part of the same images.
     """
     manifest, record = out / MANIFEST, out / RECORD
+    remove_leftovers(out, f"{MANIFEST}.*")
     if all(file in (manifest, record, out / LOCK) for file in out.iterdir()):       # the settings at most were written
         write_json(manifest, {"settings": settings})
         record.unlink(missing_ok=True)
