@@ -17,7 +17,8 @@ from PIL import Image
 from ..classes import natural_order
 from ..cores import on_all_cores
 from ..errors import UserError
-from ..files import check_folder, write_json
+from ..files import check_folder, locked, remove_leftovers, write_json
+from ..foreign import read_json
 from ..npz import write_batch
 from ..options import Options, option
 from ..pictures import grid, save
@@ -30,6 +31,10 @@ CHUNK = 100                     # drawings that a process renders at a time
 NEAR_SIZE = 16                  # side in pixels at which drawings are compared
 NEAR = 8.0                      # root mean square difference, of 255, below which two are near duplicates
 SHEET_COLUMNS = 16
+MADE_OF = ("image_size", "label", "format")          # options that the files depend on
+MANIFEST = "manifest.json"
+LOCK = ".lock"                  # of the folder that is being written
+UNFINISHED = ".unfinished.json"     # in it until all is written: what the files are made of
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,48 @@ class Icons(NamedTuple):
 
 
 def write_icons(options: IconOptions, say: Callable[[str], object]) -> None:
-    """Renders all icons and writes their files.
+    """Renders all icons and writes their files, unless they are there; what a kill left of them is written again.
 
     say: called with each line on what was taken, left out or found. Raises UserError, before anything is rendered,
-    where the renderer is missing, the packages are not the pinned ones, or the folder cannot be written.
+    where the renderer is missing, the packages are not the pinned ones, the folder holds anything else than a part of
+    the same icons, or it cannot be written.
     """
     out = check_folder("--out", options.out)
-    if any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; name a new folder")
+    with locked(out / LOCK, lambda who: UserError(
+            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
+        if _is_finished(out, options):
+            say(f"{out} has these icons already: there is nothing to do")
+            return
+        _begin(out, {name: getattr(options, name) for name in MADE_OF})
+        _write(options, out, say)
+        (out / UNFINISHED).unlink()
+
+
+def _is_finished(out: Path, options: IconOptions) -> bool:
+    manifest = out / MANIFEST
+    if (out / UNFINISHED).exists() or not manifest.exists():
+        return False
+    made_of = read_json(manifest, lambda content: isinstance(content, dict))
+    return ((made_of.get("image_size"), made_of.get("label")) == (options.image_size, options.label)
+            and (out / "train.npz").exists() == (options.format == "npz"))
+
+
+def _begin(out: Path, made_of: Mapping[str, object]) -> None:
+    """Notes in a new folder what its files are made of; UserError for any other one, unless they were begun there."""
+    record = out / UNFINISHED
+    remove_leftovers(out, f"{record.name}.*")
+    if any(path.name not in (LOCK, UNFINISHED) for path in out.iterdir()):
+        if not record.exists():
+            raise UserError(f"--out {out}: is not empty; name a new folder")
+        before = read_json(record, lambda content: content.keys() == made_of.keys())
+        for name, value in made_of.items():
+            if before[name] != value:
+                raise UserError(f"--out {out}: holds a part of icons with {name} {before[name]}, and now it is "
+                                f"{value}; name another folder")
+    write_json(record, made_of)
+
+
+def _write(options: IconOptions, out: Path, say: Callable[[str], object]) -> None:
     _renderer()
     found = drawings(read_packages(Path(options.packages)) if options.packages else fetch_packages())
     icons = Icons(found, render(found, options.image_size), [_class_of(d, options.label) for d in found],
@@ -69,7 +108,7 @@ def write_icons(options: IconOptions, say: Callable[[str], object]) -> None:
     for split in SPLITS:
         _write_split(icons, split, out, options.format)
     duplicates = near_duplicates(icons)
-    write_json(out / "manifest.json", _manifest(icons, options, duplicates))
+    write_json(out / MANIFEST, _manifest(icons, options, duplicates))
     save(contact_sheet(icons.rgb), out / "sheet.png")
     for line in _summary(icons, duplicates):
         say(line)

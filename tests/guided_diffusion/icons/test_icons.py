@@ -6,6 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from crashes import content_of, restore, states_of
 from PIL import Image
 
 from guided_diffusion.errors import UserError
@@ -107,6 +108,23 @@ def test_files_hold_every_drawing_once_with_its_class(folder, tmp_path, kind):
     assert image.shape == (16, 16, 3)
     np.testing.assert_array_equal(image[0], 255)                # what is not square is centred, on white
     np.testing.assert_array_equal(image[8], [[0, 0, 255]] * 16)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_what_was_killed_goes_on_to_the_same_files(folder, tmp_path, kind):
+    out = tmp_path / "out"
+    options = IconOptions(packages=str(folder), image_size=8, format=kind, out=str(out))
+    with states_of(out) as states:
+        write_icons(options, print)
+    whole = content_of(out)
+    some = states[1:6] + states[6:-4:len(states) // 2] + states[-4:]
+    for state in some:
+        restore(out, state)
+        write_icons(options, print)
+        assert content_of(out) == whole
+    restore(out, states[-4])
+    with pytest.raises(UserError, match="holds a part of icons with image_size 8, and now it is 9; name another"):
+        write_icons(replace(options, image_size=9), print)
 
 
 def test_another_version_and_a_missing_package_are_refused(folder, tmp_path):
