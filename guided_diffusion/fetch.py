@@ -143,12 +143,16 @@ class Download:
         """
         fetched = False
         try:
+            lock, part = self.target.with_name(f".{self.target.name}.lock"), _Part(self.target, self.url)
             if not self.target.exists():
                 self.target.parent.mkdir(parents=True, exist_ok=True)
-                with locked(self.target.with_name(f".{self.target.name}.lock")):
+                with locked(lock):
                     if not self.target.exists():          # as another process may have been first
-                        self._fetch()
+                        self._fetch(part)
                         fetched = True
+            elif lock.exists() or part.is_there():        # a kill came when the file was there
+                with contextlib.suppress(OSError), locked(lock):
+                    part.remove()
             problem = None if fetched else self._problem(self.target)
         except _Failure as failure:
             raise UserError(f"{self._shown} {failure}: {self._by_hand}") from None
@@ -167,8 +171,7 @@ class Download:
     def _by_hand(self) -> str:
         return f"download {self._shown} elsewhere and put it at {self.target}{self.otherwise}"
 
-    def _fetch(self) -> None:
-        part = _Part(self.target, self.url)
+    def _fetch(self, part: _Part) -> None:
         try:
             for _ in range(2):
                 resumed = self._receive(part)
@@ -254,6 +257,9 @@ class _Part:
         self.path = target.with_name(f".{target.name}.part")
         self._record = target.with_name(f".{target.name}.part.json")
         self._url = _digest(url)          # as the address itself may hold a secret
+
+    def is_there(self) -> bool:
+        return self.path.exists() or self._record.exists()
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import PATIENCE
+from crashes import content_of, restore, states_of
 from local_server import serving
 
 from guided_diffusion import fetch
@@ -350,6 +351,19 @@ def test_several_processes_fetch_once(server, tmp_path):
         process.join()
     assert len(paths) == 1 and Path(paths.pop()).read_bytes() == CONTENT
     assert server.ranges == [None]
+
+
+def test_a_kill_at_any_moment_leaves_what_the_next_download_ends(server, tmp_path):
+    url = server.add("/file", b"x" * 1000)
+    (tmp_path / "out").mkdir()
+    with states_of(tmp_path / "out") as states:
+        download(url, tmp_path / "out")
+    whole = content_of(tmp_path / "out")
+    assert list(whole) == ["file"]
+    for state in states:
+        restore(tmp_path / "out", state)
+        download(url, tmp_path / "out")
+        assert content_of(tmp_path / "out") == whole, f"otherwise after {sorted(state)}"
 
 
 def test_a_process_that_is_killed_leaves_its_part_and_no_lock(server, tmp_path):
