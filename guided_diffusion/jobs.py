@@ -137,15 +137,19 @@ def read_state(place: Path) -> JobState | None:
     return None
 
 
-def mark_finished(folder: Path) -> None:
+def mark_finished(place: Path) -> None:
     """Says, on rank 0, of the last job that wrote a folder that it had done all, whatever ended it then.
 
-    It is for jobs that have ended. A folder without a state gets none, and a state that cannot be written stays.
+    place: the folder; of a file the state is removed, as `job` does. It is for jobs that have ended. A folder without a
+    state gets none, and a state that cannot be written stays.
     """
-    path = folder / STATE
+    path = state_file(place)
     if not is_main() or not path.is_file():
         return
     with contextlib.suppress(UserError, OSError):
+        if not place.is_dir():
+            path.unlink()
+            return
         before = JobState.of(read_json(path, _can_be_told))
         if before.state is not State.FINISHED:
             write_json(path, replace(before, state=State.FINISHED, steps=(), why="").as_dict())

@@ -28,10 +28,10 @@ from ..fetch import sha256_of
 from ..files import check_folder, check_writable, locked
 from ..fp16_util import MixedPrecisionTrainer
 from ..gaussian_diffusion import GaussianDiffusion
-from ..jobs import job
+from ..jobs import job, mark_finished, state_file
 from ..late import Tensor, no_grad, torch
 from ..log_sinks import check_sinks
-from ..logger import MetricLogger, open_log
+from ..logger import MetricLogger, Totals, open_log
 from ..loss_curve import draw_loss_curve
 from ..options import Options, batch_option, entry_option, option, seed_option
 from ..presets import find_preset
@@ -261,18 +261,24 @@ class PredictorTraining:
         self.precision = MixedPrecisionTrainer(self.predictors)
         self.features = NoisedFeatures(network, pairs, self.predictors.blocks, options.seed)
         self.step = 0
+        self._unwritten: Totals = {}            # what the log had not written when the state was saved
 
     def run(self) -> DepthPredictors:
         """Trains to the last step, unless that was done before; UserError where another job does so."""
-        if self.out.exists():
-            from .predictor import load_predictors
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        finished = self.out.exists()
+        if not finished or any(left.exists() for left in (lock, self.state, state_file(self.out))):
+            with locked(lock, lambda who: UserError(
+                    f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+                if not finished:
+                    with job("training", self.out):
+                        return self._train()
+                self.state.unlink(missing_ok=True)          # a kill came at the end of the training
+                mark_finished(self.out)
+        from .predictor import load_predictors
 
-            _log.info("%s is finished: there is nothing to do", self.out)
-            return load_predictors(self.out, dist_util.dev())
-        with locked(self.out.with_name(f".{self.out.name}.lock"), lambda who: UserError(
-                f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")), \
-                job("training", self.out):
-            return self._train()
+        _log.info("%s is finished: there is nothing to do", self.out)
+        return load_predictors(self.out, dist_util.dev())
 
     def _train(self) -> DepthPredictors:
         from .predictor import save_predictors
@@ -295,7 +301,9 @@ class PredictorTraining:
         if self.descent is None:
             return MetricLogger(None)
         folder = check_folder("--out", self.log)
-        return open_log(folder, self.step, self.descent.log, self.config, self.descent.log_online)
+        logger = open_log(folder, self.step, self.descent.log, self.config, self.descent.log_online)
+        logger.take(self._unwritten)
+        return logger
 
     def _descend(self, logger: MetricLogger) -> None:
         """All steps that are left, and what is saved and logged on the way."""
@@ -315,7 +323,7 @@ class PredictorTraining:
                     logged, began = self.step, now
                 if self.step % options.save_interval == 0 or ends:
                     if not ends:
-                        self._save()
+                        self._save(logger)
                     if self.descent is not None:
                         draw_loss_curve(self.log / "progress.csv", self.log / "loss.png")
 
@@ -375,10 +383,12 @@ class PredictorTraining:
                 raise UserError(f"--out {self.out}: is of a training with {name} {before.get(name)}, not {value}; give "
                                 "the same or another --out")
 
-    def _save(self) -> None:
+    def _save(self, logger: MetricLogger) -> None:
         tensors = {f"predictors/{name}": value for name, value in self.predictors.state_dict().items()}
         for name, parameter in self.predictors.named_parameters():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        tensors |= {f"log/{name}": torch.tensor([float(total), count], dtype=torch.float64)
+                    for name, (total, count) in logger.unwritten.items()}
         checkpoint.save_state(self.state, tensors, {
             "kind": STATE_KIND, "training": json.dumps(self.config), "step": str(self.step)})
 
@@ -397,6 +407,8 @@ class PredictorTraining:
                 moments = {key: groups[key][name] for key in ("exp_avg", "exp_avg_sq", "step")}
                 self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
             self.step = int(checkpoint.read_metadata(self.state)["step"])
+            self._unwritten = {name: (float(total), int(count))
+                               for name, (total, count) in groups.get("log", {}).items()}
         except (KeyError, ValueError, RuntimeError):
             raise UserError(f"{self.state}: is damaged; delete it to begin anew") from None
         _log.info("going on from step %d, saved in %s", self.step, self.state)

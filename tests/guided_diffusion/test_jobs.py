@@ -78,6 +78,9 @@ def test_a_job_that_had_done_all_is_marked_as_finished(tmp_path):
     after = read_state(tmp_path)
     assert after.state is State.FINISHED and not after.steps and not after.why
     assert (after.began, after.written) == (before.began, before.written)
+    (tmp_path / "file.status.json").write_text((tmp_path / "status.json").read_text())
+    jobs.mark_finished(tmp_path / "file")               # a file says enough
+    assert not (tmp_path / "file.status.json").exists()
 
 
 def test_other_ranks_write_no_state(tmp_path, monkeypatch):

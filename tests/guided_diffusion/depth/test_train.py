@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call, flags
+from crashes import content_of, restore, states_of, timeless
 from depth_world import MODEL, parts, world_flags, write_world
 from depth_world import train_world as train
 from networks import with_random_weights
@@ -127,6 +128,18 @@ def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypat
     before = killed.stat().st_mtime_ns
     train(world, killed, **changes)          # finished: stays as it is
     assert killed.stat().st_mtime_ns == before
+
+
+def test_a_kill_at_any_moment_leaves_what_the_same_command_ends(world, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with states_of(out) as states:
+        train(world, out / "p.safetensors", steps=2, save_interval=1)
+    whole = timeless(content_of(out))
+    for state in states:
+        restore(out, state)
+        train(world, out / "p.safetensors", steps=2, save_interval=1)
+        assert timeless(content_of(out)) == whole, f"otherwise after {sorted(state)}"
 
 
 def test_features_are_the_same_kept_or_not(world, tmp_path, caplog):
