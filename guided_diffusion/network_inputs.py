@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from .config_files import read_mapping
 from .errors import UserError
 from .late import F, Tensor, torch
 from .npz import MAX_SIDE
@@ -132,6 +131,8 @@ def read_preparation(path: Path, output: str = "pooled", flag: str = "--backend"
     output: the one that must be there, which is the first where the file names none. flag: the option that named the
     network, with its dashes.
     """
+    from .config_files import read_mapping  # here, as the library runs without YAML
+
     values = read_mapping(path, flag=f"{flag}, settings")
     for key in values:
         if key not in KEYS:
