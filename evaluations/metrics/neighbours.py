@@ -130,7 +130,7 @@ def neighbourhoods(reference: np.ndarray, sample: np.ndarray, k: int = 3, densit
     radii, slack = spread[:, k], (balls.squared_radii - balls.surely).astype(np.float64)
     badly = _told_badly(real, neighbours[:, 1])
     slack[badly] = _round_off(real, badly)
-    trusted = radii - slack <= np.median(radii)         # also those that tie with it but for rounding
+    trusted = radii - slack <= np.median(radii + slack)         # also those that tie with it but for rounding
     divisors = np.maximum(radii, np.finfo(np.float32).tiny).astype(np.float32)[:, None]
     nearest, ratio = np.full(count, np.inf, np.float32), np.full(count, np.inf, np.float32)
     for rows, squared in squared_distances(real, generated):
