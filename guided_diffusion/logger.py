@@ -24,6 +24,16 @@ Totals = dict[str, tuple[Tensor | float, int]]
 IN_THE_WAY = "; move it away, or name another --out"       # of a training that would write there
 
 
+def totals_as_tensors(totals: Totals) -> dict[str, Tensor]:
+    """What `MetricLogger.unwritten` gives, as the state of a training keeps it: (2,) float64 each."""
+    return {name: torch.tensor([float(total), count], dtype=torch.float64) for name, (total, count) in totals.items()}
+
+
+def totals_of_tensors(tensors: Mapping[str, Tensor]) -> Totals:
+    """The other way; raises ValueError and the like for tensors of something else."""
+    return {name: (float(total), int(count)) for name, (total, count) in tensors.items()}
+
+
 class MetricLogger:
     """Collects values and writes their means, one row per call of `write`.
 

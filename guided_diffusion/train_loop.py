@@ -44,7 +44,7 @@ from .files import reason
 from .fp16_util import MixedPrecisionTrainer
 from .jobs import job, mark_finished
 from .late import Tensor, dist, no_grad, torch
-from .logger import MetricLogger, Totals, open_log
+from .logger import MetricLogger, Totals, open_log, totals_as_tensors, totals_of_tensors
 from .loss_curve import draw_loss_curve
 from .progress import progress_bar
 from .resample import ScheduleSampler
@@ -449,8 +449,7 @@ class TrainLoop:
                 "loop/ema_warmup": torch.tensor(self.warms_up)}
         if self._pending:
             loop["loop/pending"] = torch.tensor(self._pending)
-        log = {f"log/{name}": torch.tensor([float(total), count], dtype=torch.float64)
-               for name, (total, count) in self._unwritten.items()}
+        log = {f"log/{name}": total for name, total in totals_as_tensors(self._unwritten).items()}
         return {**moments, **sampler, **loop, **log}
 
     def _start(self) -> None:
@@ -533,7 +532,7 @@ class TrainLoop:
         self.warms_up = bool(groups["loop"].get("ema_warmup", True))
         self.images = int(groups["loop"].get("images", self.step * self._global_batch))
         self._pending = int(groups["loop"].get("pending", 0))
-        self._unwritten = {name: (float(total), int(count)) for name, (total, count) in groups.get("log", {}).items()}
+        self._unwritten = totals_of_tensors(groups.get("log", {}))
         self.saved = self.step
 
     def _state_shapes(self) -> dict[str, Shapes]:

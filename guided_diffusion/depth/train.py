@@ -31,7 +31,7 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..jobs import job, mark_finished, state_file
 from ..late import Tensor, no_grad, torch
 from ..log_sinks import check_sinks
-from ..logger import MetricLogger, Totals, open_log
+from ..logger import MetricLogger, Totals, open_log, totals_as_tensors, totals_of_tensors
 from ..loss_curve import draw_loss_curve
 from ..options import Options, batch_option, entry_option, option, seed_option
 from ..presets import find_preset
@@ -387,8 +387,7 @@ class PredictorTraining:
         tensors = {f"predictors/{name}": value for name, value in self.predictors.state_dict().items()}
         for name, parameter in self.predictors.named_parameters():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        tensors |= {f"log/{name}": torch.tensor([float(total), count], dtype=torch.float64)
-                    for name, (total, count) in logger.unwritten.items()}
+        tensors |= {f"log/{name}": total for name, total in totals_as_tensors(logger.unwritten).items()}
         checkpoint.save_state(self.state, tensors, {
             "kind": STATE_KIND, "training": json.dumps(self.config), "step": str(self.step)})
 
@@ -407,8 +406,7 @@ class PredictorTraining:
                 moments = {key: groups[key][name] for key in ("exp_avg", "exp_avg_sq", "step")}
                 self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
             self.step = int(checkpoint.read_metadata(self.state)["step"])
-            self._unwritten = {name: (float(total), int(count))
-                               for name, (total, count) in groups.get("log", {}).items()}
+            self._unwritten = totals_of_tensors(groups.get("log", {}))
         except (KeyError, ValueError, RuntimeError):
             raise UserError(f"{self.state}: is damaged; delete it to begin anew") from None
         _log.info("going on from step %d, saved in %s", self.step, self.state)
