@@ -236,7 +236,7 @@ class CleanClassifierOptions(ScaledOptions):
         from .foreign_classifier import check_classifier
 
         classifier, size = self._foreign(nets.device), nets.model.image_size
-        check_classifier(classifier, nets.device, (nets.model.image_channels, size, size), nets.model.num_classes)
+        check_classifier(classifier, (nets.model.image_channels, size, size), nets.model.num_classes)
         return classifier, None
 
     def _own(self, nets: Networks) -> tuple[nn.Module, int]:

@@ -82,8 +82,7 @@ def _say_relus(where: str) -> None:
                   "paper has it", where)
 
 
-def check_classifier(classifier: ForeignClassifier, device: torch.device, shape: tuple[int, int, int],
-                     classes: int | None) -> None:
+def check_classifier(classifier: ForeignClassifier, shape: tuple[int, int, int], classes: int | None) -> None:
     """Tries a classifier on images of noise, with its gradient. Raises UserError where it cannot guide.
 
     shape: channels, height and width of the images that are sampled. classes: of the network that is sampled, None
@@ -94,7 +93,7 @@ def check_classifier(classifier: ForeignClassifier, device: torch.device, shape:
         raise UserError(f"{where}: sees images of 3 channels (of 1 as grey), and the network that is sampled makes "
                         f"{channels}")
     noise = torch.rand((PROBES, *shape), generator=torch.Generator().manual_seed(0))
-    x = (2 * noise - 1).to(device).requires_grad_()
+    x = (2 * noise - 1).to(classifier.device).requires_grad_()
     size = "x".join(map(str, classifier.inputs(x).shape))
     with torch.enable_grad():
         with reading(where, f"the network fails on an input of {size}"):
