@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.classes import first_names
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.files import check_folder
 from guided_diffusion.jobs import job
 from guided_diffusion.options import Options, option, seed_option
@@ -35,11 +35,9 @@ from guided_diffusion.runs.upsample import UpsamplingRun
 from .evaluation import Evaluation
 from .evaluation_checks import (
     check_count,
-    check_enough,
     check_options,
-    check_reference,
     check_same_widths,
-    check_stored_features,
+    check_whole_reference,
     kinds_read,
     stored_widths,
 )
@@ -142,10 +140,7 @@ class Cascade:
         with _about("evaluation"):
             check_options(options, part.extractor.kind)
             check_count("the cascade", self.options.num_samples, options)
-            check_reference(reference, options, part.extractor.kind)
-            check_stored_features(reference, options)
-            if len(reference):
-                check_enough(str(reference.path), len(reference), options)
+            check_whole_reference(reference, options, part.extractor.kind)
             if options.held_out:
                 held_out = open_images(options.held_out)
                 check_count(str(held_out.path), len(held_out), options)
@@ -200,10 +195,6 @@ class Cascade:
         return f"results: {options.json}\n{summary(results)}" if results else ""
 
 
-@contextmanager
-def _about(part: str) -> Iterator[None]:
+def _about(part: str) -> AbstractContextManager[None]:
     """Begins a UserError with the part that it is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{part}: {error}") from None
+    return said_otherwise(lambda text: f"{part}: {text}")

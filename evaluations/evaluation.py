@@ -20,12 +20,12 @@ from guided_diffusion.progress import Progress, progress_bar
 from .class_accuracy import read_labels_by_name
 from .evaluation_checks import (
     check_count,
-    check_enough,
     check_options,
     check_outputs,
     check_reference,
     check_same_widths,
     check_stored_features,
+    check_whole_reference,
     is_stored,
     kinds_read,
     stored_widths,
@@ -73,10 +73,7 @@ class Evaluation:
         self._given = extractor
         check_options(options, extractor_options.kind)
         self._check_samples()
-        check_reference(self.reference, options, extractor_options.kind)
-        check_stored_features(self.reference, options)
-        if len(self.reference):
-            check_enough(str(self.reference.path), len(self.reference), options)
+        check_whole_reference(self.reference, options, extractor_options.kind)
 
     def _check_samples(self) -> None:
         if not self.samples:

@@ -93,6 +93,14 @@ def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: Extra
                         "another --backend")
 
 
+def check_whole_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
+    """Raises UserError as `check_reference`, for stored features that are none, and for too few images."""
+    check_reference(reference, options, kind)
+    check_stored_features(reference, options)
+    if len(reference):
+        check_enough(str(reference.path), len(reference), options)
+
+
 def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> None:
     """Raises UserError where the features that a reference holds, and that the metrics read, are no features."""
     read = [metric.feature for metric in options.wanted if metric.needs is FromReference.FEATURES]

@@ -1,5 +1,8 @@
 """The exceptions that end a command with one sentence."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake in an option, a file or an argument.
@@ -7,6 +10,15 @@ class UserError(ValueError):
     The message is one sentence that names the option, the value and what is allowed. Scripts print it and
     exit with code 2; library users may catch it as a ValueError.
     """
+
+
+@contextmanager
+def said_otherwise(change: Callable[[str], str]) -> Iterator[None]:
+    """Lets a UserError say `change` of its sentence, where that is about options that the user has not named."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(change(str(error))) from None
 
 
 class NonFiniteError(ValueError):

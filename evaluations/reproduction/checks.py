@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_model
 from guided_diffusion.checkpoint import load_into, locate
 from guided_diffusion.classes import check_same_names
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
@@ -115,13 +115,9 @@ def _check_reference(row: Row, references: Path) -> None:
         raise UserError(f"{file.path}: has {len(file)} images, at least {spec.smallest_count} are needed")
 
 
-@contextmanager
-def _metrics_of(row: Row) -> Iterator[None]:
+def _metrics_of(row: Row) -> AbstractContextManager[None]:
     """Lets a UserError of an evaluation advise what is said of the metrics in the row's file, not of --metrics."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--metrics", f"metrics of row {row.name} in {row.file}")) from None
+    return said_otherwise(lambda text: text.replace("--metrics", f"metrics of row {row.name} in {row.file}"))
 
 
 def _check_folder(row: Row, digests: Digests) -> None:
@@ -165,10 +161,6 @@ def _check_runs(rows: Sequence[Row], digests: Digests) -> None:
             read(run.model, run.diffusion, run.sample.model_path, run.sample.checkpoint_entry)
 
 
-@contextmanager
-def _naming(row: Row) -> Iterator[None]:
+def _naming(row: Row) -> AbstractContextManager[None]:
     """Begins a UserError that is raised in the block with the row that it is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"row {row.name} in {row.file}: {error}") from None
+    return said_otherwise(lambda text: f"row {row.name} in {row.file}: {text}")

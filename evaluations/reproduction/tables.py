@@ -23,13 +23,13 @@ its file as `--config`, and a section `evaluation`, which only this package read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.options import (
     EVALUATION_SECTION,
     Options,
@@ -140,17 +140,15 @@ class Row:
         return dataclasses.replace(self, run=self.run.changed(**values))
 
 
-@contextmanager
-def as_of_a_table() -> Iterator[None]:
+def as_of_a_table() -> AbstractContextManager[None]:
     """Lets a UserError of a row's run advise what commands of tables have, which is neither of two of its options."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
+    def change(text: str) -> str:
         for words, others in ((REMEDY, "pass another --out, or remove that to have it sampled again"), (ANEW, ""),
                               (SMALLER, "pass a smaller --batch_size, and another --out where a row was begun")):
             text = text.replace(words, others)
-        raise UserError(text) from None
+        return text
+
+    return said_otherwise(change)
 
 
 @dataclass(frozen=True)
