@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +35,10 @@ from .candidates import FURTHER, Candidate, Flags, beyond, candidates
 from .hours import Hours
 from .plan import plan
 from .settings import Bench, load_bench
-from .units import Unit, alone, elsewhere, in_pairs, missing_cost, unguided
+from .units import Unit, alone, elsewhere, fewer_steps, in_pairs, missing_cost, unguided
 
 STRIP, STRIP_IMAGES = "strip.png", 10
+FEWER = "No guidance, fewer steps"      # title of a section
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
 
 _log = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ class BenchRun:
         self.reports: dict[str, list[Row]] = {}
         self.left_out: list[str] = []
         self.impossible: list[str] = []
+        self.fewer: set[int] = set()                # evaluations of no guidance with fewer steps, done or left out
         self.values: dict[str, float] = {}          # by method, the best of its search
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
@@ -175,6 +177,7 @@ class BenchRun:
             self._time_evaluation()
             for unit in alone(self.bench, found):
                 self._do(unit, progress)
+            self._do_fewer_steps(progress)
             for unit in elsewhere(self.bench, dict(self.best)):
                 self._do(unit, progress)
             order = self.decisions.same(self._in_order())
@@ -182,6 +185,19 @@ class BenchRun:
             searched = [replace(one, settings=self.tried.get(one.short, one.settings)) for one in found]
             for unit in in_pairs(self.bench, searched, best, order):
                 self._do(unit, progress)
+            self._do_fewer_steps(progress)
+
+    def _do_fewer_steps(self, progress: Progress) -> None:
+        """Samples no guidance with the steps of the rows so far, where that was not tried yet."""
+        for unit in fewer_steps(self.bench, ((row.name, row) for row in self._guided())):
+            if unit.evaluations not in self.fewer:
+                self.fewer.add(unit.evaluations)
+                self._do(unit, progress)
+
+    def _guided(self) -> list[Row]:
+        """Returns the reported rows with guidance at the main number of evaluations."""
+        return [row for title, rows in self.reports.items() for row in rows
+                if title.endswith(f" {self.bench.spec.evaluations} evaluations") and row.run.active]
 
     def _in_order(self) -> list[str]:
         """Returns the methods from the best search to the worst."""
@@ -315,6 +331,8 @@ class BenchRun:
         self.count()
 
     def _section(self, unit: Unit) -> str:
+        if unit.steps_of:
+            return FEWER
         return f"{'Pairs' if unit.pair else 'Methods alone'}, {unit.evaluations} evaluations"
 
     # The tables
@@ -348,22 +366,36 @@ class BenchRun:
         return _table(self.bench, self.searches, title=f"{self.bench.title}: the search", note=note)
 
     def _report_table(self) -> Table:
-        """Returns the reported table: methods beside no guidance, pairs beside the method that was best alone."""
+        """Returns the reported table.
+
+        Methods stand beside no guidance, pairs beside the method that was best alone, and both once more beside no
+        guidance with as many steps.
+        """
         main = next(iter(self.reports))
         table = _table(self.bench, self.reports, title=self.bench.title, note=self._note())
         alone_rows = {short: self.bench.reported(flags, self.bench.spec.evaluations).name
                       for short, flags in self.best.items()}
         first = next((alone_rows[short] for short in self._in_order()), self.reports[main][0].name)
-        sections = tuple(replace(section, against_row=first) if section.title.startswith("Pairs") else section
-                         for section in table.sections)
+        against = {title: first if title.startswith("Pairs") else self.reports[main][0].name if title == FEWER else ""
+                   for title in self.reports}
+        sections = [replace(section, against_row=against[section.title]) for section in table.sections]
         shown = tuple(title for title in self.reports if not title.startswith("Pairs"))
-        return replace(table, sections=sections, chart=ChartSpec("work", self.bench.spec.metric, shown))
+        return replace(table, sections=(*sections, *self._by_steps()),
+                       chart=ChartSpec("work", self.bench.spec.metric, shown))
+
+    def _by_steps(self) -> Iterator[Section]:
+        """Yields a section for each row of no guidance with fewer steps: the methods that have as many."""
+        for plain in self.reports.get(FEWER, []):
+            steps = plain.run.num_steps
+            rows = [row.name for row in self._guided() if row.run.num_steps == steps]
+            yield Section(f"As many steps: {steps}", (plain.name, *dict.fromkeys(rows)))
 
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
         spec, label = self.bench.spec, self.bench.metric_label()
         parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
-                 "by their operations, so that methods that cost more have fewer steps. Each has the setting that had "
+                 "by their operations, so that methods that cost more have fewer steps; what these do by themselves is "
+                 "shown by rows without guidance that have as many. Each has the setting that had "
                  f"the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared "
                  "with the method that was best alone there."]
         if self.left_out:

@@ -27,25 +27,29 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
              "| piece | settings tried | evaluations of an image | images | hours | together |",
              "|---|---|---|---|---|---|"]
     total, beyond, left_out = 0.0, [], dict(why)
-    gone = set[str]()                   # methods that are not searched alone: the bench goes no further with them
+    gone = set[str]()                   # what is not searched: the bench goes no further with it
+    done = set(known.done)
     for unit in all_units(bench, found):
-        if gone & set(unit.title.split(" + ")):
+        if gone & set(unit.title.split(" + ")) or (unit.steps_of and gone >= set(unit.steps_of)):
+            if unit.searched:
+                gone.add(unit.title)
             continue
-        reason, one = "", 0.0
+        reason, one, key = "", 0.0, unit.key(bench)
         try:
             cost = unit.cost(bench)
-            one = 0.0 if unit.key(bench) in known.done else known.expected(cost) / 3600
+            one = 0.0 if key in done else known.expected(cost) / 3600
         except UserError as error:
             reason = str(error)
         if not reason and (not one or 3600 * (total + one) <= there):
             total += one
+            done.add(key)               # a row may be one of fewer steps and one of other evaluations, too
             lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
                          f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
             continue
         if reason:
             left_out[unit.what] = reason
         else:
-            beyond.append(unit.title)
+            beyond.append(unit.what)
         if unit.searched:
             gone.add(unit.title)
     lines += ["", f"{known.rate:.4g} s for an evaluation of one image, on all ranks together. Hours are those of "

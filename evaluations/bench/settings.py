@@ -57,6 +57,8 @@ class BenchSpec(Options):
     seed: int = seed_option("seed of what is reported, another one than that of the search", 1)
     metric: str = option("fid", "what the search chooses by", choices=tuple(METRICS))
     pairs: bool = option(True, "compare pairs of methods too")
+    same_steps: bool = option(True, "compare with no guidance of as many steps too, which tells what a method does "
+                              "from what its smaller number of steps does")
 
     def __post_init__(self) -> None:
         super().__post_init__()

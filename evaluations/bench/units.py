@@ -1,13 +1,16 @@
 """The pieces of work of a bench, in the order in which hours are given to them, and what each costs.
 
 First no guidance, then each method alone, then those methods at the further numbers of evaluations, then the pairs:
-those whose methods did best alone come first. A piece is a search and the row that is reported of it.
+those whose methods did best alone come first. Methods alone, and pairs, are followed by no guidance with their numbers
+of steps. A piece is a search and the row that is reported of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.sample import SamplingRun
@@ -26,8 +29,9 @@ class Unit:
     """A piece of work.
 
     title: the methods in it. settings: flags that are tried, or the one that is reported. evaluations: of an image.
-    searched: whether the best of the settings is looked for. pair: whether it is one of two methods. scale: see
-    `Candidate`, of a search that goes on beyond its settings.
+    searched: whether the best of the settings is looked for. pair: whether it is one of two methods. steps_of: titles
+    of the pieces whose number of steps it has, of no guidance with fewer steps. scale: see `Candidate`, of a search
+    that goes on beyond its settings.
     """
 
     title: str
@@ -35,6 +39,7 @@ class Unit:
     evaluations: int
     searched: bool = True
     pair: bool = False
+    steps_of: tuple[str, ...] = ()
     scale: tuple[str, float] | None = None
 
     def rows(self, bench: Bench) -> list[Row]:
@@ -83,6 +88,22 @@ def alone(bench: Bench, found: Iterable[Candidate]) -> list[Unit]:
             for one in found if not one.transforms]
 
 
+def fewer_steps(bench: Bench, rows: Iterable[tuple[str, Row]]) -> list[Unit]:
+    """Returns no guidance with the numbers of steps of these rows, the most first, where it has more by itself.
+
+    rows: with the titles of their pieces.
+    """
+    spec = bench.spec
+    if not spec.same_steps:
+        return []
+    whole = bench.reported({}, spec.evaluations).run.num_steps
+    titles: dict[int, list[str]] = {}
+    for title, row in rows:
+        titles.setdefault(row.run.num_steps, []).append(title)
+    return [replace(unguided(bench, math.ceil(spec.evaluations * steps / whole)), steps_of=tuple(titles[steps]))
+            for steps in sorted(titles, reverse=True) if steps < whole]
+
+
 def elsewhere(bench: Bench, best: Mapping[str, Flags]) -> Iterator[Unit]:
     """Yields the pieces at the further numbers of evaluations. best: by method, what was best alone."""
     for evaluations in bench.spec.others:
@@ -111,8 +132,17 @@ def all_units(bench: Bench, found: Sequence[Candidate]) -> list[Unit]:
     """
     best = {one.short: one.settings[len(one.settings) // 2] for one in found}
     guiding = {one.short: best[one.short] for one in found if not one.transforms}
-    return [unguided(bench, bench.spec.evaluations), *alone(bench, found), *elsewhere(bench, guiding),
-            *in_pairs(bench, found, best, [one.short for one in found])]
+    single = alone(bench, found)
+    both = in_pairs(bench, found, best, [one.short for one in found])
+    return [unguided(bench, bench.spec.evaluations), *single, *fewer_steps(bench, _reportable(bench, single)),
+            *elsewhere(bench, guiding), *both, *fewer_steps(bench, _reportable(bench, both))]
+
+
+def _reportable(bench: Bench, units: Iterable[Unit]) -> Iterator[tuple[str, Row]]:
+    """Yields the title and a row of each piece that can be had at its evaluations."""
+    for unit in units:
+        with contextlib.suppress(UserError):            # the piece says itself why it cannot
+            yield unit.title, bench.reported(unit.settings[-1], unit.evaluations)
 
 
 def missing_cost(row: Row) -> float:

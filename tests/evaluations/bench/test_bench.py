@@ -36,7 +36,7 @@ def line(tmp_path):
         content = {"title": "A small bench", "shared": SHARED, "bench": {
             "evaluations": 4, "other_evaluations": "2", "search_images": 4, "images": 6}}
         (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content))
-        options = {"out": tmp_path / "out", "bootstrap": 10, "evaluation_seconds": 0.01, **changes}
+        options = {"out": tmp_path / "out", "bootstrap": 10, "evaluation_seconds": 0.01, "same_steps": False, **changes}
         return [str(tmp_path / "mini.yaml"), *(str(word) for name, value in options.items()
                                                for word in (f"--{name}", value))]
     return words
@@ -53,10 +53,12 @@ def test_the_plan_says_what_fits_and_what_does_not(line, capsys):
 
 
 def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what_is_used(line, tmp_path, capsys):
-    few = {"methods": "SAG,CG,rescale", "plan": True}
+    few = {"methods": "SAG,CG,rescale", "plan": True, "same_steps": True}
     assert call("bench", *line(**few, hours=0.0003)) == 0
     text = capsys.readouterr().out
-    assert "2 pieces do not fit into 0.0003 hours: CG, SAG + rescale\n" in text and "| SAG | - | 2 | 6 |" in text
+    left_out = "CG at 4 evaluations, SAG + rescale at 4 evaluations\n"
+    assert f"2 pieces do not fit into 0.0003 hours: {left_out}" in text and "| SAG | - | 2 | 6 |" in text
+    assert "| no guidance | - | 2 | 6 | 3.33e-05 |" in text and "| no guidance | - | 2 | 6 | 0 |" in text   # one row
     assert "SAG + CG" not in text and "| CG |" not in text
 
     assert call("bench", *line(methods="SAG", other_evaluations="", pairs=False)) == 0
@@ -66,19 +68,26 @@ def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what
     assert call("bench", *line(**few, hours=2.001)) == 0
     text = capsys.readouterr().out
     assert "2 hours were used by earlier starts" in text and "0.1 s for an evaluation of one image" in text
-    assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG, SAG + rescale\n" in text
+    assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG at 4" in text
 
 
 def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
-    assert call("bench", *line(methods="SAG,CG")) == 0
+    assert call("bench", *line(methods="SAG,CG", same_steps=True)) == 0
     folder = tmp_path / "out" / "mini"
     text = capsys.readouterr().out
     assert (folder / "report" / "table.md").read_text().strip() in text
     said = json.loads((folder / "report" / "table.json").read_text())
     titles = [section["title"] for section in said["sections"]]
-    assert titles == ["Methods alone, 4 evaluations", "Methods alone, 2 evaluations", "Pairs, 4 evaluations"]
-    alone, fewer, paired = said["sections"]
-    assert [len(section["rows"]) for section in said["sections"]] == [3, 3, 1]
+    assert titles == ["Methods alone, 4 evaluations", "No guidance, fewer steps", "Methods alone, 2 evaluations",
+                      "Pairs, 4 evaluations", "As many steps: 2", "As many steps: 1"]
+    alone, plain, fewer, paired, *by_steps = said["sections"]
+    assert [len(section["rows"]) for section in said["sections"]] == [3, 2, 3, 1, 3, 2]
+    assert [row["row"] for row in plain["rows"]] == [f"no_guidance_{steps}" for steps in (2, 1)]
+    assert plain["against_row"] == "no_guidance_4" and all(row["metrics"]["fid"]["versus"] for row in plain["rows"])
+    for section, steps in zip(by_steps, (2, 1), strict=True):
+        assert section["against_row"] == section["rows"][0]["row"] == f"no_guidance_{steps}"
+        assert section["rows"][1]["metrics"]["fid"]["versus"], "a method beside no guidance with as many steps"
+        assert said["rows"][section["against_row"]]["work"] == steps
     assert alone["rows"][0]["row"] == alone["against_row"] == "no_guidance_4"
     assert all(row["metrics"]["fid"]["versus"] for row in alone["rows"][1:])       # paired with no guidance
     assert paired["against_row"] in [row["row"] for row in alone["rows"][1:]]
@@ -106,7 +115,7 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
 
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("samples_*.npz")}
     used = json.loads((folder / "hours.json").read_text())
-    assert call("bench", *line(methods="SAG,CG", hours=used["seconds"] / 3600 + 1)) == 0
+    assert call("bench", *line(methods="SAG,CG", same_steps=True, hours=used["seconds"] / 3600 + 1)) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("samples_*.npz")} == files
     again = json.loads((folder / "report" / "table.json").read_text())
     assert again["sections"] == said["sections"]
