@@ -144,7 +144,7 @@ def test_other_networks_and_gradients_count_by_their_operations():
     one = flops(run)
     assert equivalent_evaluations(run) == pytest.approx(10 + 10 * one.others["classifier"] / one.forward)
     run = bench("scenes32").base.run.changed(dcg_scale=1.0, sampling_steps=10)
-    assert equivalent_evaluations(run) == pytest.approx(10 * 1.54, rel=0.01)      # docs/bench.md: 13 steps of 20
+    assert equivalent_evaluations(run) == pytest.approx(10 * 1.54, rel=0.01)  # docs/bench_results.md: 13 steps of 20
 
 
 def test_a_network_that_only_its_file_describes_counts_as_the_diffusion_network():
