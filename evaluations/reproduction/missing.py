@@ -62,7 +62,7 @@ def _missing_checkpoints(run: SamplingRun) -> Iterator[MissingFile]:
         for path in method.beside().values():
             if not Path(path).is_file():
                 yield MissingFile(path, "says how images become the input of the network beside it, write it "
-                                  "(docs/methods.md)")
+                                  "(docs/clean_classifiers.md)")
 
 
 def _remedy(run: SamplingRun, flag: str, stem: str) -> str:
