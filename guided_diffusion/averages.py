@@ -115,7 +115,7 @@ def update_ema(average: list[Tensor], params: Sequence[Tensor], rate: float) -> 
 
 
 def sampled(profiles: Sequence[Profile]) -> Profile | None:
-    """The profile whose average a training's folder is sampled with, as `trainings.best_weights` chooses its file."""
+    """The profile whose average a training's folder is sampled with, as `model_folders.best_weights` chooses it."""
     rates = [profile for profile in profiles if isinstance(profile, RateProfile)]
     widths = [profile for profile in profiles if isinstance(profile, PowerProfile)]
     if rates:

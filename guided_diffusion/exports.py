@@ -29,10 +29,10 @@ from .files import check_folder, write_json, write_text
 from .foreign import reading
 from .jobs import STATE
 from .late import Tensor
+from .model_folders import CONFIG, GUIDANCE_KEY
 from .options import Options, entry_option, option, required
 from .presets import MODELS, Preset, find_preset
 from .stated import NETWORKS
-from .trainings import CONFIG, GUIDANCE_KEY
 from .unet2d.files import PIPELINE_FILES, WEIGHTS, write_pipeline
 
 _log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from .build import kind_of
 from .checkpoint import read_metadata
 from .errors import UserError
 from .fetch import Download, sha256_of, size_of
+from .model_folders import best_weights, classifier_beside, guidance_in
 from .options import nearest
 from .progress import in_bytes
 from .stated import statement_of
-from .trainings import best_weights, classifier_beside, guidance_in
 
 MODELS = Path(__file__).parent / "models"
 

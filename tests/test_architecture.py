@@ -33,7 +33,7 @@ FLOORS = [
     ["guided_diffusion.entries", "guided_diffusion.facts"],
     ["guided_diffusion.checkpoint"],
     ["guided_diffusion.execution", "guided_diffusion.stated"],
-    ["guided_diffusion.trainings"],
+    ["guided_diffusion.model_folders"],
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion." + name for name in ("cli", "exports", "unet2d.*", "zoo")],
     ["guided_diffusion." + name for name in (
