@@ -20,8 +20,8 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.guidance.base import naming
 from guided_diffusion.runs.previews import Preview, PreviewOptions, SampleGrids
-from guided_diffusion.train_options import TrainOptions
-from guided_diffusion.train_watch import Watched, Watcher
+from guided_diffusion.training.options import TrainOptions
+from guided_diffusion.training.watch import Watched, Watcher
 
 if TYPE_CHECKING:
     from .features import FeatureExtractor
@@ -51,7 +51,7 @@ def watchers(training: TrainOptions, options: PreviewOptions, guidance: Sequence
 
 @dataclass
 class EarlyFid:
-    """Measures FID of samples every so many steps (`guided_diffusion.train_watch.Watcher`).
+    """Measures FID of samples every so many steps (`guided_diffusion.training.watch.Watcher`).
 
     The reference must hold statistics, of the extractor that --eval_fid_backend names.
     """

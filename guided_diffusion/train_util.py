@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import dist_util
-from .averages import sampled
 from .build import (
     ClassifierOptions,
     DiffusionOptions,
@@ -29,10 +28,11 @@ from .late import F, Tensor, torch
 from .log_sinks import check_sinks
 from .resample import UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
-from .train_folder import locked_folder
-from .train_loop import Data, DropLabels, Network, TrainingBatch, TrainLoop, average_over_ranks
-from .train_options import ClassifierTrainOptions, LoopOptions, TrainOptions
-from .train_watch import Watched, Watcher
+from .training.averages import sampled
+from .training.folder import locked_folder
+from .training.loop import Data, DropLabels, Network, TrainingBatch, TrainLoop, average_over_ranks
+from .training.options import ClassifierTrainOptions, LoopOptions, TrainOptions
+from .training.watch import Watched, Watcher
 
 __all__ = ["Network", "TrainLoop", "TrainOptions", "TrainingBatch", "average_over_ranks", "classification_losses",
            "in_small", "label_dropout", "train_classifier", "train_diffusion"]

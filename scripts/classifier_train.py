@@ -13,8 +13,8 @@ from guided_diffusion.build import ClassifierOptions, DiffusionOptions
 from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.options import parse_options
 from guided_diffusion.stated import starting_values
-from guided_diffusion.train_options import ClassifierTrainOptions
 from guided_diffusion.train_util import train_classifier
+from guided_diffusion.training.options import ClassifierTrainOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

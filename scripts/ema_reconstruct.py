@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
-from guided_diffusion.reconstruction import ReconstructionOptions, reconstruct
+from guided_diffusion.training.reconstruction import ReconstructionOptions, reconstruct
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,8 +14,8 @@ from guided_diffusion.cli import log_to_stdout, run_script
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.previews import PreviewOptions, preview_values
-from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import train_diffusion
+from guided_diffusion.training.options import TrainOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:

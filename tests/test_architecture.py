@@ -37,9 +37,9 @@ FLOORS = [
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion." + name for name in ("cli", "exports", "unet2d.*", "zoo")],
     ["guided_diffusion." + name for name in (
-        "averages", "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "loss_curve", "reconstruction",
-        "resample", "train_folder", "train_loop", "train_options", "train_start", "train_util", "train_watch",
-        "prepare", "depth.*", "icons.*")],
+        "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "prepare", "resample", "icons.*")],
+    ["guided_diffusion.training.*"],
+    ["guided_diffusion.train_util", "guided_diffusion.depth.*"],
     ["guided_diffusion.guidance.*"],
     ["guided_diffusion.runs.*", "guided_diffusion.script_util", "guided_diffusion.loading"],
     ["guided_diffusion.adapters.*"],

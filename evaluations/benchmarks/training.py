@@ -29,8 +29,8 @@ from guided_diffusion.logger import MetricLogger
 from guided_diffusion.options import options_from
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.resample import UniformSampler
-from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import Network, TrainingBatch, TrainLoop
+from guided_diffusion.training.options import TrainOptions
 
 from .against import AGREEMENT, ALIAS, AgainstOptions, Shape, official_copy, official_networks, seeded_weights
 from .speed import CallCost, measure_calls

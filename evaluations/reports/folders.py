@@ -30,7 +30,7 @@ from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.previews import GRIDS
 from guided_diffusion.runs.record import READ_ERRORS, active_guidance, finished_run, recorded_command, sampler_title
 from guided_diffusion.sampling import SAMPLERS
-from guided_diffusion.train_folder import Record
+from guided_diffusion.training.folder import Record
 
 from ..early_fid import COLUMN
 from ..metrics import METRICS

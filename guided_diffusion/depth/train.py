@@ -32,12 +32,12 @@ from ..jobs import job, mark_finished, state_file
 from ..late import Tensor, no_grad, torch
 from ..log_sinks import check_sinks
 from ..logger import MetricLogger, Totals, open_log, totals_as_tensors, totals_of_tensors
-from ..loss_curve import draw_loss_curve
 from ..options import Options, batch_option, entry_option, option, seed_option
 from ..presets import find_preset
 from ..progress import progress_bar
 from ..rng import seeded_torch, stream_generator
-from ..train_options import DescentOptions
+from ..training.loss_curve import draw_loss_curve
+from ..training.options import DescentOptions
 from .features import decoder_features, feature_channels, parse_blocks
 from .pairs import SCENES, Pairs, checked_depth_range, class_names_of, read_pairs
 

@@ -38,7 +38,7 @@ from ..npz import write_batch
 from ..options import batch_option, option, seed_option
 from ..process import DiffusionProcess
 from ..rng import image_noise
-from ..train_folder import data_digest
+from ..training.folder import data_digest
 from . import shards
 from .chunk_files import ChunkFiles
 from .chunks import Indices

@@ -27,7 +27,7 @@ from ..late import Tensor, no_grad, torch
 from ..options import Options, batch_option, option, option_fields
 from ..sampling import SAMPLERS
 from ..stated import starting_values
-from ..train_watch import Watched
+from ..training.watch import Watched
 from .options import SampleOptions
 from .sample import SamplingRun
 from .sampler import BuiltRun, ImageSampler
@@ -178,7 +178,7 @@ class Preview:
 
 @dataclass
 class SampleGrids:
-    """Draws the pictures of samples (`train_watch.Watcher`). folder: for them, which `prepare` sets."""
+    """Draws the pictures of samples (`training.watch.Watcher`). folder: for them, which `prepare` sets."""
 
     preview: Preview
     folder: Path = Path(GRIDS)

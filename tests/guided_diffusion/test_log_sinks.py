@@ -12,7 +12,7 @@ from tiny_training import log_of, train, train_tiny_classifier
 
 from guided_diffusion import log_sinks
 from guided_diffusion.errors import UserError
-from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.training.options import TrainOptions
 
 
 @pytest.fixture

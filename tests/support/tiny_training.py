@@ -4,8 +4,8 @@ import csv
 
 from guided_diffusion import checkpoint
 from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
-from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
 from guided_diffusion.train_util import train_classifier, train_diffusion
+from guided_diffusion.training.options import ClassifierTrainOptions, TrainOptions
 
 MODEL = {"image_size": 8, "in_channels": 1, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1",
          "attention_resolutions": "8", "num_heads": 1, "class_cond": True, "num_classes": 2, "learn_sigma": True}

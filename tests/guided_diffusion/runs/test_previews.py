@@ -16,7 +16,7 @@ from guided_diffusion import checkpoint, train_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.runs.previews import PreviewOptions
-from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.training.options import TrainOptions
 
 PREVIEWS = {"grid_interval": 2, "grid_images": 3, "preview_steps": 2, "preview_batch_size": 2, "pag_scale": 0.5}
 FID = {"eval_fid_interval": 1, "eval_fid_images": 5, "eval_fid_backend": "brightness"}

@@ -9,11 +9,11 @@ from commands import call
 from tiny_training import largest_difference, train, weights
 
 from guided_diffusion import checkpoint, train_util
-from guided_diffusion.averages import Kept, PowerProfile, combine, products, sampled, update_ema
 from guided_diffusion.errors import UserError
 from guided_diffusion.model_folders import best_weights
 from guided_diffusion.stated import statement_of
-from guided_diffusion.train_options import TrainOptions
+from guided_diffusion.training.averages import Kept, PowerProfile, combine, products, sampled, update_ema
+from guided_diffusion.training.options import TrainOptions
 
 
 def discrete(step, width, total):

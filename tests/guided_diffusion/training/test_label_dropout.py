@@ -11,8 +11,8 @@ from guided_diffusion import checkpoint
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.facts import check_options
-from guided_diffusion.train_options import TrainOptions
 from guided_diffusion.train_util import label_dropout
+from guided_diffusion.training.options import TrainOptions
 
 
 @pytest.fixture(scope="module")

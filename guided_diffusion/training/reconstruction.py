@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checkpoint
+from .. import checkpoint
+from ..classes import KEY
+from ..errors import UserError
+from ..files import check_folder
+from ..foreign import reading
+from ..late import Tensor, torch
+from ..options import Options, option, required
 from .averages import FACT, Combination, Kept, PowerProfile, combine, parse_widths
-from .classes import KEY
-from .errors import UserError
-from .files import check_folder
-from .foreign import reading
-from .late import Tensor, torch
-from .options import Options, option, required
-from .train_start import weight_shapes
+from .start import weight_shapes
 
 _log = logging.getLogger(__name__)
 

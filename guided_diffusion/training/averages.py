@@ -21,8 +21,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .errors import UserError
-from .late import Tensor, no_grad, torch
+from ..errors import UserError
+from ..late import Tensor, no_grad, torch
 
 WIDEST = 0.28               # sigma_rel; a profile that is the same for all steps (gamma = 0) has 12^(-1/2) = 0.2887
 NARROWEST = 0.001

@@ -10,7 +10,7 @@ from tiny_training import log_of, train, train_tiny_classifier
 
 from guided_diffusion import checkpoint, files
 from guided_diffusion.errors import UserError
-from guided_diffusion.train_folder import Record, data_digest, locked_folder
+from guided_diffusion.training.folder import Record, data_digest, locked_folder
 
 
 @pytest.fixture(scope="module")

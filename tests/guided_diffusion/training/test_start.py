@@ -11,7 +11,7 @@ from tiny_training import largest_difference, log_of, train, train_tiny_classifi
 
 from guided_diffusion import checkpoint
 from guided_diffusion.errors import UserError
-from guided_diffusion.train_start import MOMENTS, official_step
+from guided_diffusion.training.start import MOMENTS, official_step
 
 # The order of the parameters in the official code, where the label embedding comes before the input blocks.
 PARTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "out")

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
-from .entries import check_weights
-from .errors import UserError
-from .fetch import is_address, without_secrets
-from .late import Tensor, torch
+from .. import checkpoint
+from ..entries import check_weights
+from ..errors import UserError
+from ..fetch import is_address, without_secrets
+from ..late import Tensor, torch
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, Sequence[int]]

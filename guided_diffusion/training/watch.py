@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .build import DiffusionOptions, ModelOptions, UpsamplerOptions
-from .late import Tensor
+from ..build import DiffusionOptions, ModelOptions, UpsamplerOptions
+from ..late import Tensor
 
 if TYPE_CHECKING:
-    from .classes import ClassNames
-    from .unet import UNetModel
+    from ..classes import ClassNames
+    from ..unet import UNetModel
 
 
 @dataclass(frozen=True)

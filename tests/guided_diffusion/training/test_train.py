@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import PATIENCE, call, samples_in
+from commands import PATIENCE, REPOSITORY, call, samples_in
 from PIL import Image
 from tiny_training import (
     DIFFUSION,
@@ -31,14 +31,13 @@ from tiny_training import (
 from torch import nn
 
 from guided_diffusion import checkpoint, execution, train_util
-from guided_diffusion.averages import update_ema
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.train_options import ClassifierTrainOptions, TrainOptions
 from guided_diffusion.train_util import classification_losses
+from guided_diffusion.training.averages import update_ema
+from guided_diffusion.training.options import ClassifierTrainOptions, TrainOptions
 
-REPOSITORY = Path(__file__).parents[2]
 TRAINING = REPOSITORY / "scripts" / "image_train.py"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .logger import read_log
-from .pictures import save
+from ..logger import read_log
+from ..pictures import save
 
 SIZE = (800, 420)
 LEFT, TOP, RIGHT, BOTTOM = 76, 34, 16, 40          # margins of the axes

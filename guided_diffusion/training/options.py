@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..classes import CLASS_RULES
+from ..errors import UserError
+from ..fetch import without_secrets
+from ..log_sinks import SINKS, parse_sinks
+from ..options import Options, batch_option, cut, option, option_fields, seed_option, whole_number
+from ..resample import SCHEDULE_SAMPLERS
 from .averages import Profile, RateProfile, parse_widths
-from .classes import CLASS_RULES
-from .errors import UserError
-from .fetch import without_secrets
-from .log_sinks import SINKS, parse_sinks
-from .options import Options, batch_option, cut, option, option_fields, seed_option, whole_number
-from .resample import SCHEDULE_SAMPLERS
-from .train_folder import FIXED
+from .folder import FIXED
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, dist_util
-from .classes import KEY
-from .errors import UserError
-from .fetch import public_values, sha256_of, without_secrets
-from .files import check_folder, locked, remove_leftovers, write_json
-from .foreign import reading
-from .image_datasets import find_data, holds_idx, is_npz
-from .image_files import find_pictures
-from .late import Tensor, torch
-from .options import WATCHED
+from .. import checkpoint, dist_util
+from ..classes import KEY
+from ..errors import UserError
+from ..fetch import public_values, sha256_of, without_secrets
+from ..files import check_folder, locked, remove_leftovers, write_json
+from ..foreign import reading
+from ..image_datasets import find_data, holds_idx, is_npz
+from ..image_files import find_pictures
+from ..late import Tensor, torch
+from ..options import WATCHED
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from tiny_training import train_tiny_classifier
 
-from guided_diffusion.loss_curve import CURVES, curve, draw_loss_curve
+from guided_diffusion.training.loss_curve import CURVES, curve, draw_loss_curve
 
 LOSS, VALIDATION = (tuple(bytes.fromhex(colour[1:])) for colour in CURVES.values())
 

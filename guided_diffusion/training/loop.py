@@ -33,29 +33,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import checkpoint, dist_util
+from .. import checkpoint, dist_util
+from ..classes import KEY, SHOWN, ClassNames, stored_names
+from ..dist_util import say
+from ..errors import LostRankError, UserError
+from ..execution import check_memory, enough_memory, explained_compilation
+from ..fetch import without_secrets
+from ..files import reason
+from ..fp16_util import MixedPrecisionTrainer
+from ..jobs import job, mark_finished
+from ..late import Tensor, dist, no_grad, torch
+from ..logger import MetricLogger, Totals, open_log, totals_as_tensors, totals_of_tensors
+from ..progress import progress_bar
+from ..resample import ScheduleSampler
+from ..rng import seeded_torch, stream_generator
 from .averages import Profile, RateProfile, sampled, update_ema
-from .classes import KEY, SHOWN, ClassNames, stored_names
-from .dist_util import say
-from .errors import LostRankError, UserError
-from .execution import check_memory, enough_memory, explained_compilation
-from .fetch import without_secrets
-from .files import reason
-from .fp16_util import MixedPrecisionTrainer
-from .jobs import job, mark_finished
-from .late import Tensor, dist, no_grad, torch
-from .logger import MetricLogger, Totals, open_log, totals_as_tensors, totals_of_tensors
+from .folder import Record, data_digest, read_state
 from .loss_curve import draw_loss_curve
-from .progress import progress_bar
-from .resample import ScheduleSampler
-from .rng import seeded_torch, stream_generator
-from .train_folder import Record, data_digest, read_state
-from .train_options import LoopOptions
-from .train_start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
-from .train_watch import Watcher
+from .options import LoopOptions
+from .start import Shapes, Start, from_checkpoint, from_weights, weight_shapes
+from .watch import Watcher
 
 if TYPE_CHECKING:
-    from .unet import Encoder
+    from ..unet import Encoder
 
 _log = logging.getLogger(__name__)
 
