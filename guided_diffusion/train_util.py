@@ -29,8 +29,9 @@ from .log_sinks import check_sinks
 from .resample import UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
 from .training.averages import sampled
+from .training.batch import Data, DropLabels, Network, TrainingBatch
 from .training.folder import locked_folder
-from .training.loop import Data, DropLabels, Network, TrainingBatch, TrainLoop, average_over_ranks
+from .training.loop import TrainLoop, average_over_ranks
 from .training.options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .training.watch import Watched, Watcher
 
@@ -82,7 +83,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         loop = TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
                          drop_labels=drop, watchers=watchers)
         if not loop.finished:
-            profile = sampled(list(loop.averages))
+            profile = sampled(options.profiles)
             low_res = (functools.partial(in_small, size=model_options.small_size)
                        if isinstance(model_options, UpsamplerOptions) else None)
             watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,

@@ -1,4 +1,4 @@
-"""The folder of a training: its record in config.json, what may differ when it goes on, its lock, and its state.
+"""The folder of a training: its record in config.json, what may differ when it goes on, and its lock.
 
 Whether a training may go on with another value of an option is decided here, option by option:
     counts no more      STARTS, --init_from and its like, once the folder has a state: they may be left out
@@ -30,7 +30,6 @@ from ..files import check_folder, locked, remove_leftovers, write_json
 from ..foreign import reading
 from ..image_datasets import find_data, holds_idx, is_npz
 from ..image_files import find_pictures
-from ..late import Tensor, torch
 from ..options import WATCHED
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
@@ -42,8 +41,6 @@ STARTS = ("resume_checkpoint", "init_from", "checkpoint_entry")
 ENDS = ("lr_anneal_steps", "iterations")
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
 UNPACKED = frozenset((".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"))
-
-State = dict[str, dict[str, Tensor]]        # kind ("model", "ema_0.999", "optimizer" ...) -> name -> tensor
 
 
 @contextmanager
@@ -242,32 +239,3 @@ class Record:
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))
-
-
-# The state
-
-
-def read_state(path: Path, expected: Mapping[str, Mapping[str, Sequence[int]]], optional: str,
-               ) -> tuple[State, int]:
-    """The tensors of a state by kind and name, and the step after which it was saved.
-
-    expected: the names that each kind has, and their shapes. optional: a kind that may be missing. Raises UserError
-    where the file is damaged, or is not the state of such a training.
-    """
-    groups: State = {}
-    for key, value in checkpoint.load_state_dict(path).items():
-        kind, _, name = key.partition("/")
-        groups.setdefault(kind, {})[name] = value
-    for kind, shapes in expected.items():
-        held = groups.get(kind, {})
-        if kind == optional and not held:
-            continue
-        for name, shape in shapes.items():
-            if name not in held or tuple(held[name].shape) != tuple(shape):
-                fault = "has no" if name not in held else "has another size of"
-                raise UserError(f"{path}: is not the state of this training, it {fault} {kind}/{name}; put the right "
-                                "file back, or name another --out")
-    step = groups["loop"]["step"]
-    if step.dtype != torch.int64 or step < 0:
-        raise UserError(f"{path}: is damaged, its step is {step.item()}")
-    return groups, int(step)

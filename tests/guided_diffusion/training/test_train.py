@@ -37,6 +37,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.train_util import classification_losses
 from guided_diffusion.training.averages import update_ema
 from guided_diffusion.training.options import ClassifierTrainOptions, TrainOptions
+from guided_diffusion.training.state import TrainingState
 
 TRAINING = REPOSITORY / "scripts" / "image_train.py"
 
@@ -312,16 +313,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data_dir, tmp_path, monkeypatch,
     assert log_of(whole, logged) == log_of(stopped, logged) != []
 
 
-def fail_at(monkeypatch, step, method="_descend", error=UserError):
-    """Makes a method of the loop raise an error in a step."""
-    original = getattr(train_util.TrainLoop, method)
+def fail_at(monkeypatch, step, method="_descend", error=UserError, owner=train_util.TrainLoop):
+    """Makes a method of the loop, or of its state, raise an error in a step."""
+    original = getattr(owner, method)
 
-    def failing(loop, *args):
-        if loop.step == step:
+    def failing(self, *args):
+        if self.step == step:
             raise error("a mistake")
-        return original(loop, *args)
+        return original(self, *args)
 
-    monkeypatch.setattr(train_util.TrainLoop, method, failing)
+    monkeypatch.setattr(owner, method, failing)
 
 
 @pytest.mark.parametrize("error", [UserError, OSError, KeyboardInterrupt, PeerError, LostRankError])
@@ -427,7 +428,7 @@ def test_a_validation_that_was_cut_off_is_done_again(data_dir, tmp_path, monkeyp
 
 
 def test_half_a_step_is_not_saved(data_dir, tmp_path, monkeypatch):
-    fail_at(monkeypatch, 2, "_update_ema", OSError)
+    fail_at(monkeypatch, 2, "_update_averages", OSError, TrainingState)
     with pytest.raises(OSError):
         train(data_dir, tmp_path, save_interval=1)
     assert checkpoint.read_metadata(tmp_path / "state.safetensors")["step"] == "2"
