@@ -37,7 +37,7 @@ FLOORS = [
     ["guided_diffusion.dist_util", "guided_diffusion.presets"],
     ["guided_diffusion." + name for name in ("cli", "exports", "unet2d.*", "zoo")],
     ["guided_diffusion." + name for name in (
-        "classes", "fp16_util", "image_datasets", "log_sinks", "logger", "prepare", "resample", "icons.*")],
+        "classes", "digests", "fp16_util", "image_datasets", "log_sinks", "logger", "prepare", "resample", "icons.*")],
     ["guided_diffusion.training.*"],
     ["guided_diffusion.train_util", "guided_diffusion.depth.*"],
     ["guided_diffusion.guidance.*"],

@@ -27,6 +27,7 @@ import numpy as np
 from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import CLASS_RULES, stored_names
+from ..digests import data_digest
 from ..errors import NonFiniteError, UserError
 from ..fetch import public_values, sha256_of
 from ..files import check_folder, write_csv, write_json
@@ -38,7 +39,6 @@ from ..npz import write_batch
 from ..options import batch_option, option, seed_option
 from ..process import DiffusionProcess
 from ..rng import image_noise
-from ..training.folder import data_digest
 from . import shards
 from .chunk_files import ChunkFiles
 from .chunks import Indices

@@ -35,6 +35,7 @@ import numpy as np
 
 from .. import dist_util
 from ..classes import KEY, SHOWN, ClassNames, stored_names
+from ..digests import data_digest
 from ..dist_util import say
 from ..errors import LostRankError, UserError
 from ..execution import check_memory, enough_memory, explained_compilation
@@ -47,7 +48,7 @@ from ..progress import progress_bar
 from ..resample import ScheduleSampler
 from ..rng import seeded_torch, stream_generator
 from .batch import Data, DropLabels, Losses, Network, TrainingBatch
-from .folder import Record, data_digest
+from .folder import Record
 from .loss_curve import draw_loss_curve
 from .options import LoopOptions
 from .start import Start, from_checkpoint, from_weights, weight_shapes
