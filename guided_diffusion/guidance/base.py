@@ -113,7 +113,8 @@ class Networks:
 
     model: the network that is sampled. device: where further networks go. seed: of the run. random_weights: networks
     whose file is not given have random weights, for timing; else that is an error. model_path, entry: the file of the
-    network that is sampled, where it has one, and the entry that is taken of it.
+    network that is sampled, where it has one, and the entry that is taken of it. num_classes: of the labels of images
+    whose network has none, where that is known.
     """
 
     model: UNetModel
@@ -122,6 +123,16 @@ class Networks:
     random_weights: bool = False
     model_path: str = ""
     entry: str = ""
+    num_classes: int | None = None
+
+    def check_classes(self, where: str, classes: int) -> None:
+        """Raises UserError where a classifier, which `where` names, has other classes than the labels of the images."""
+        own = self.model.num_classes
+        if own is not None and own != classes:
+            raise UserError(f"{where}: has {classes} classes, and the network that is sampled {own}")
+        if own is None and self.num_classes not in (None, classes):
+            raise UserError(f"{where}: has {classes} classes, and the images have those of --num_classes "
+                            f"{self.num_classes}: pass --num_classes {classes}")
 
     def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str | None = None,
              ) -> AnyEncoder:

@@ -13,12 +13,12 @@ Needs: a classifier of clean images, labels y. Cost: one forward and backward pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
 from ..checkpoint import check_there, on_disk, read_metadata
@@ -204,6 +204,17 @@ class CleanClassifierOptions(ScaledOptions):
                             f"({', '.join(TORCHSCRIPT)}) or MODULE:FUNCTION")
         return stated.options(ClassifierOptions)
 
+    @classmethod
+    def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The classes of a network that has none: those of a classifier that states them."""
+        if values.get("class_cond") or not values.get("clean_classifier_scale"):
+            return {}
+        stated = statement_of(values.get("clean_classifier_path", ""), "classifier")
+        if stated is None:
+            return {}
+        stated.check({name: value for name, value in given.items() if name == "num_classes"})
+        return {name: value for name, value in stated.facts.items() if name == "num_classes"}
+
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The classifier, where there is a file."""
         if not self.clean_classifier_path:
@@ -235,20 +246,18 @@ class CleanClassifierOptions(ScaledOptions):
         """A classifier of another kind, which sees images of the size that is sampled."""
         from .foreign_classifier import check_classifier
 
-        classifier, size = self._foreign(nets.device), nets.model.image_size
-        check_classifier(classifier, (nets.model.image_channels, size, size), nets.model.num_classes)
+        classifier = self._foreign(nets.device)
+        check_classifier(classifier, nets)
         return classifier, None
 
     def _own(self, nets: Networks) -> tuple[nn.Module, int]:
         """A classifier of this project, and the size of images that it sees."""
         options = self._classifier_options()
-        channels, classes = nets.model.image_channels, nets.model.num_classes
+        channels = nets.model.image_channels
         if channels != options.in_channels:
             raise UserError(f"{FLAG} {self.clean_classifier_path}: sees images of "
                             f"{options.in_channels} channels, and the network that is sampled makes {channels}")
-        if classes is not None and classes != options.num_classes:
-            raise UserError(f"{FLAG} {self.clean_classifier_path}: has {options.num_classes} classes, "
-                            f"and the network that is sampled {classes}")
+        nets.check_classes(f"{FLAG} {self.clean_classifier_path}", options.num_classes)
         with torch.device("meta"):
             classifier = build_classifier(options)
         nets.load(classifier, self.clean_classifier_path, asdict(options))

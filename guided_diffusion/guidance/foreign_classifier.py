@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from ..functions import find_function, is_function
 from ..launchers import is_main
 from ..network_inputs import Preparation, chosen_output, read_preparation, settings_beside
 from ..torchscript import load_torchscript
+
+if TYPE_CHECKING:
+    from .base import Networks
 
 OUTPUT = "logits"               # of those that a YAML file may name
 PROBES = 2                      # images on which a classifier is tried
@@ -82,42 +86,37 @@ def _say_relus(where: str) -> None:
                   "paper has it", where)
 
 
-def check_classifier(classifier: ForeignClassifier, shape: tuple[int, int, int], classes: int | None) -> None:
-    """Tries a classifier on images of noise, with its gradient. Raises UserError where it cannot guide.
-
-    shape: channels, height and width of the images that are sampled. classes: of the network that is sampled, None
-    where it has none.
-    """
-    where, channels = classifier.where, shape[0]
+def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
+    """Tries a classifier on images of noise, with its gradient. Raises UserError where it cannot guide."""
+    where, channels, size = classifier.where, nets.model.image_channels, nets.model.image_size
     if classifier.preparation is not None and channels not in (1, 3):
         raise UserError(f"{where}: sees images of 3 channels (of 1 as grey), and the network that is sampled makes "
                         f"{channels}")
-    noise = torch.rand((PROBES, *shape), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand((PROBES, channels, size, size), generator=torch.Generator().manual_seed(0))
     x = (2 * noise - 1).to(classifier.device).requires_grad_()
-    size = "x".join(map(str, classifier.inputs(x).shape))
+    shape = "x".join(map(str, classifier.inputs(x).shape))
     with torch.enable_grad():
-        with reading(where, f"the network fails on an input of {size}"):
+        with reading(where, f"the network fails on an input of {shape}"):
             logits = classifier(x)
-        _check_logits(logits, where, classes)
+        _check_logits(logits, where)
+        nets.check_classes(where, logits.shape[1])
         gradient = _gradient(logits, x, where)
     if not (logits.isfinite().all() and gradient.isfinite().all()):
         raise UserError(f"{where}: gives logits or a gradient that are not finite, of images of noise")
     if not gradient.any():
         raise UserError(f"{where}: has a gradient of 0 everywhere, of images of noise; guidance needs logits that "
                         "follow the image smoothly, not classes or rounded numbers")
-    with reading(where, f"the network fails on an input of 1{size.removeprefix(str(PROBES))}"), torch.no_grad():
+    with reading(where, f"the network fails on an input of 1{shape.removeprefix(str(PROBES))}"), torch.no_grad():
         alone = torch.cat([classifier(one) for one in x.split(1)])
     if alone.shape != logits.shape or (alone - logits).abs().max() > TOLERANCE * logits.abs().max():
         raise UserError(f"{where}: gives an image other logits alone than beside another image, or at each call; "
                         "export it after .eval()")
 
 
-def _check_logits(logits: Tensor, where: str, classes: int | None) -> None:
+def _check_logits(logits: Tensor, where: str) -> None:
     if logits.ndim != 2 or len(logits) != PROBES or not logits.is_floating_point():
         raise UserError(f"{where}: gives {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')} for {PROBES} "
                         "images, it must give floating-point logits (N, classes)")
-    if classes is not None and logits.shape[1] != classes:
-        raise UserError(f"{where}: has {logits.shape[1]} classes, and the network that is sampled {classes}")
 
 
 def _gradient(logits: Tensor, x: Tensor, where: str) -> Tensor:

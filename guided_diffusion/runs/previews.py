@@ -115,7 +115,7 @@ class Preview:
             for method in run.active:
                 method.check_files()
             model = training.model
-            nets = Networks(model, dist_util.dev(), training.seed)
+            nets = Networks(model, dist_util.dev(), training.seed, num_classes=training.model_options.num_classes)
             terms = [term for method in run.active for term in method.build(nets)]
             check_same_names({flag: path for method in run.active for flag, path in method.files().items()},
                              training.class_names)

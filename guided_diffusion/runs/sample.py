@@ -294,7 +294,7 @@ class SamplingRun:
     def networks(self, model: UNetModel) -> Networks:
         """What the terms of its guidance are built from; model: the network that is sampled, on any device."""
         return Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
-                        entry=self.sample.checkpoint_entry)
+                        entry=self.sample.checkpoint_entry, num_classes=self.model.num_classes)
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""

@@ -149,6 +149,18 @@ def test_a_network_without_classes_takes_those_of_its_classifier(save):
     assert values["num_classes"] == 2
 
 
+def test_a_network_without_classes_takes_those_of_a_clean_classifier_that_guides_it(save):
+    plain = save("x.safetensors", {**CONFIG, "class_cond": False, "num_classes": 1000})
+    clean = {"model_path": plain, "clean_classifier_path": save("c.safetensors", CLASSIFIER)}
+    assert "num_classes" not in preset_values(clean)                        # it is off
+    guided = {**clean, "clean_classifier_scale": 1.0}
+    assert preset_values(guided)["num_classes"] == 2
+    assert refusal(**guided, num_classes=3) == (
+        f"--num_classes 3: {clean['clean_classifier_path']} states num_classes 2 of itself, pass --num_classes 2 or "
+        "leave it out")
+    assert preset_values({**guided, "model_path": save("y.safetensors")})["num_classes"] == CONFIG["num_classes"]
+
+
 # The folder of a training
 
 

@@ -11,6 +11,7 @@ from networks import TINY, with_random_weights
 from torch import nn
 from torch.nn import functional as F
 
+from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import CleanClassifierOptions, Networks, StepContext
@@ -303,3 +304,15 @@ def test_a_command_refuses_before_it_samples(exported, sample, tmp_path):
     assert code == 2 and "net.pt: has 5 classes, and the network that is sampled 2" in said
     assert not list((tmp_path / "out").glob("*.npz"))
     assert sample(exported(), labels="cat")[1].count("names of classes are not known") == 1
+
+
+def test_without_classes_of_its_own_a_network_has_labels_of_as_many_as_the_classifier(exported, sample, tmp_path):
+    network, plain = tmp_path / "plain.safetensors", {"class_cond": False, "num_classes": 1000}
+    save_state(network, with_random_weights(create_model(**{**TINY, **plain})).state_dict())
+    path = exported()
+    code, said = sample(path, model_path=network, **plain)
+    assert (code, said.splitlines()[-1]) == (
+        2, f"error: --clean_classifier_path {path}: has 2 classes, and the images have those of --num_classes 1000: "
+           "pass --num_classes 2")
+    assert not list((tmp_path / "out").glob("*"))
+    assert sample(path, model_path=network, **{**plain, "num_classes": 2})[0] == 0

@@ -313,5 +313,10 @@ def test_a_clean_classifier_must_state_its_options_and_fit(files, model):
     five = create_model(**{**TINY, "num_classes": 5})
     with pytest.raises(UserError, match="has 2 classes, and the network that is sampled 5"):
         fitting.build(Networks(five, torch.device("cpu")))
+    plain = create_model(**{**TINY, "class_cond": False})
+    with pytest.raises(UserError, match=r"clean\.safetensors: has 2 classes, and the images have those of --num_classes"
+                                        " 5: pass --num_classes 2"):
+        fitting.build(Networks(plain, torch.device("cpu"), num_classes=5))
+    fitting.build(Networks(plain, torch.device("cpu"), num_classes=2))
     with pytest.raises(UserError, match=f"sees images of {TINY['in_channels']} channels, and the network .* makes 3"):
         fitting.build(Networks(create_model(**{**TINY, "in_channels": 3}), torch.device("cpu")))
