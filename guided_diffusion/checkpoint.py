@@ -27,7 +27,7 @@ from .files import write
 from .functions import is_function, source_of
 from .late import Tensor, nn, torch
 from .places import find_bundled
-from .tensor_files import write_tensors
+from .tensor_files import save_tensors
 
 if TYPE_CHECKING:
     from .unet import Encoder
@@ -120,12 +120,12 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
     if metadata and path.suffix != ".safetensors":
         raise UserError(f"{path}: metadata is kept in .safetensors files only")
     separate = _separate(tensors)
+    if path.suffix == ".safetensors":
+        save_tensors(path, separate, metadata or {}, sync=True)
+        return
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as stream:          # given a name, torch writes it into the file
-            if path.suffix == ".safetensors":
-                write_tensors(stream, separate, metadata or {})
-                return
             try:
                 torch.save(separate, stream)
             except RuntimeError as error:             # a full disk, in the words of torch

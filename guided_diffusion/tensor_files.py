@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from .errors import UserError
+from .files import write
 from .late import Tensor, torch
 
 # In the order of the library, whose files begin with the last of these.
@@ -40,3 +42,16 @@ def write_tensors(stream: IO[bytes], tensors: Mapping[str, Tensor], metadata: Ma
     stream.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sync: bool = False,
+                 parents: bool = False) -> None:
+    """Writes a file of contiguous tensors on the CPU, whole or not at all; the same ones give the same bytes.
+
+    sync, parents, and the UserError where it cannot be written: as `files.write`; also as `write_tensors`.
+    """
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            write_tensors(stream, tensors, metadata)
+
+    write(path, save, sync=sync, parents=parents)

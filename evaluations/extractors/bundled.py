@@ -10,11 +10,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write
+from guided_diffusion.tensor_files import save_tensors
 
 from ..features import Features
 from .base import IMAGE_SIZE
@@ -135,9 +134,9 @@ def load_bundled(path: str | Path, kind: str, build: Callable[[Mapping[str, str]
 
 def save_bundled(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Writes weights and metadata to a file: convolutions in float16, the rest in float32."""
-    weights = {name: (tensor.half() if tensor.ndim == 4 else tensor).contiguous()
+    weights = {name: (tensor.half() if tensor.ndim == 4 else tensor).cpu().contiguous()
                for name, tensor in model.state_dict().items()}
-    write(path, lambda file: file.write_bytes(save(weights, dict(metadata))))
+    save_tensors(path, weights, metadata)
 
 
 def channels_last(model: Network) -> Network:

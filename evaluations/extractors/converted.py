@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write
 from guided_diffusion.late import Tensor
+from guided_diffusion.tensor_files import save_tensors
 
 FORMAT, CONTENT = "format", "content_sha256"        # names in the metadata
 
@@ -40,10 +40,8 @@ def write_conversion(path: Path, format: str, tensors: Mapping[str, Tensor], met
 
     Missing folders are made. Raises UserError where the file cannot be written.
     """
-    from safetensors.torch import save
-
     said = {FORMAT: format, **metadata, CONTENT: _content_sha256(tensors)}
-    write(path, lambda file: file.write_bytes(save(dict(tensors), said)), parents=True)
+    save_tensors(path, tensors, said, parents=True)
 
 
 def _content_sha256(tensors: Mapping[str, Tensor]) -> str:

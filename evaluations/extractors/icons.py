@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write
+from guided_diffusion.tensor_files import save_tensors
 
 from ..features import FeatureExtractor, Features
 from .base import bundled_file
@@ -107,5 +107,6 @@ def save_layer(layer: Layer, path: str | Path, notes: dict[str, str]) -> None:
     """Writes the layer; notes: further metadata, such as the training command."""
     metadata = {**notes, "class_names": json.dumps(list(layer.class_names)), "accuracy": json.dumps(layer.accuracy),
                 "features_sha256": layer.features_sha256}
-    tensors = {"weight": np.ascontiguousarray(layer.weight, np.float32), "bias": np.asarray(layer.bias, np.float32)}
-    write(path, lambda file: file.write_bytes(save(tensors, metadata)))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values, np.float32))
+               for name, values in (("weight", layer.weight), ("bias", layer.bias))}
+    save_tensors(path, tensors, metadata)
