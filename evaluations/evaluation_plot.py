@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion.files import check_ending, write
+from guided_diffusion.files import check_ending
 
 from .metrics import METRICS, Comparison, FileFeatures
-from .plots import SUFFIXES, new_figure, require_matplotlib
+from .plots import SUFFIXES, new_figure, require_matplotlib, save_figure
 
 PRECISION, RECALL = METRICS["precision"], METRICS["recall"]         # the axes
 SHOWN = 10                      # images of the highest, and as many of the lowest realism
@@ -74,7 +74,7 @@ def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_di
             axes.imshow(_side_by_side(images))
             axes.set_axis_off()
             axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
-    write(path, lambda file: figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png"))
+    save_figure(figure, path)
 
 
 def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:

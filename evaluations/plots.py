@@ -1,13 +1,16 @@
-"""Figures of matplotlib: the check that it is installed, and an empty figure."""
+"""Figures of matplotlib: the check that it is installed, an empty figure, and its file."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any, Literal
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import write
 
 SUFFIXES = (".png", ".svg", ".pdf")
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}       # metadata by format
 
 
 def require_matplotlib(what: str) -> None:
@@ -35,3 +38,15 @@ def new_figure(width: float, height: float, dpi: float | None = None,
     figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a figure in the format that its name ends in, whole or not at all; the same figure gives the same bytes.
+
+    Raises UserError where the file cannot be written.
+    """
+    import matplotlib
+
+    kind = Path(path).suffix[1:].lower() or "png"
+    with matplotlib.rc_context({"svg.hashsalt": "figure"}):         # else its elements have random names
+        write(path, lambda file: figure.savefig(file, dpi=120, format=kind, metadata=UNDATED.get(kind)))

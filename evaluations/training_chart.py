@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_ending, check_writable, write
+from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.logger import read_log
 from guided_diffusion.options import Options, comma_separated, option, required
 
-from .plots import SUFFIXES, new_figure, require_matplotlib
+from .plots import SUFFIXES, new_figure, require_matplotlib, save_figure
 
 SAMPLES = "samples"         # the column of images seen
 
@@ -73,5 +73,5 @@ def draw_trainings(paths: Sequence[str], options: TrainingChartOptions) -> str:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=9)
-    write(options.out, lambda file: figure.savefig(file, dpi=120, format=Path(options.out).suffix[1:].lower()))
+    save_figure(figure, options.out)
     return f"chart: {options.out}"

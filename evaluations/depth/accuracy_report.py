@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guided_diffusion.files import write
-
-from ..plots import new_figure
+from ..plots import new_figure, save_figure
 
 MEAN_DEPTH = "mean depth"       # the branch that knows no image
 CLOSE = 1.1                     # L1 with few labels against L1 with many, up to which it counts as close
@@ -95,5 +93,5 @@ def draw_accuracy(folder: Path, blocks: Sequence[AccuracyRow], timesteps: Sequen
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    write(folder / "accuracy.png", lambda path: figure.savefig(path, dpi=120, format="png"))
-    write(folder / "accuracy.svg", lambda path: figure.savefig(path, dpi=120, format="svg", metadata={"Date": None}))
+    save_figure(figure, folder / "accuracy.png")
+    save_figure(figure, folder / "accuracy.svg")

@@ -8,7 +8,7 @@ from evaluations.extractors.converted import write_conversion
 from evaluations.extractors.fashion_mnist import FashionMnistClassifier, save_fashion_mnist
 from evaluations.extractors.icons import Layer, save_layer
 
-NOTES = {name: name for name in "data command torch seed host".split()}
+NOTES = {name: name for name in ["data", "command", "torch", "seed", "host"]}
 
 
 def bundled(path):
