@@ -164,8 +164,7 @@ def _engine() -> Any:
 @contextmanager
 def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
     """A map of the engine, ready for views, without monsters, weapon and texts."""
-    running, litter = engine.DoomGame(), Path("_vizdoom")       # the engine makes that folder, which stays empty
-    had_litter = litter.exists()
+    running = engine.DoomGame()
     with tempfile.TemporaryDirectory() as folder:
         running.set_doom_config_path(str(Path(folder) / "vizdoom.ini"))
         running.set_doom_game_path(str(Path(engine.__file__).parent / f"{MAPS[name]}.wad"))
@@ -189,9 +188,8 @@ def game(engine: Any, name: str, seed: int) -> Iterator[Any]:
             yield running
         finally:
             running.close()
-            if not had_litter:
-                with suppress(OSError):             # gone, or in use by another rendering in the same folder
-                    litter.rmdir()
+            with suppress(OSError):                 # gone, or in use by another rendering in the same folder
+                Path("_vizdoom").rmdir()            # which the engine makes, and leaves empty
 
 
 def views(engine: Any, running: Any, name: str, count: int, seed: int) -> Iterator[View]:

@@ -82,6 +82,18 @@ def test_files_are_pairs_and_the_manifest_names_sources(engine, tmp_path):
     assert (out / "train.npz").read_bytes() == before
 
 
+def test_the_folder_that_a_killed_engine_left_empty_goes_and_no_other(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    litter, options = tmp_path / "_vizdoom", DoomOptions(maps="MAP01", num_train=1, image_size=16, out="rooms")
+    litter.mkdir()
+    render_doom(options)
+    assert not litter.exists()
+    litter.mkdir()
+    (litter / "mine").touch()
+    render_doom(options)
+    assert (litter / "mine").exists()
+
+
 def test_what_is_refused(tmp_path, capsys, monkeypatch):
     assert call("doom_render", "--maps", "MAP33", "--out", tmp_path / "out") == 2
     assert "there is no map 'MAP33' (did you mean MAP3" in capsys.readouterr().err
