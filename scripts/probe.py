@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         preset=preset_values)
     if options.table:
         check_table(options.table, options.metric, options.model_path)
-    text = write_probe(run_probe(options, model, diffusion, methods))
+    text = run_probe(options, model, diffusion, methods, write_probe)
     if show.open:
         from evaluations.reports.report import with_page  # here, as it takes a second to load
 

@@ -147,8 +147,11 @@ class ProbeResult:
 
 
 def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOptions,
-              methods: Sequence[GuidanceOptions]) -> ProbeResult:
-    """Probes all methods at all blocks. Raises UserError for what is wrong with the options, before any evaluation."""
+              methods: Sequence[GuidanceOptions], write: Callable[[ProbeResult], str]) -> str:
+    """Probes all methods at all blocks; returns what `write` does, which writes the files and ends the job.
+
+    Raises UserError for what is wrong with the options, before any evaluation.
+    """
     _check_windows(methods)
     sample = SampleOptions(model=options.model, model_path=options.model_path, batch_size=options.batch_size,
                            seed=options.seed, checkpoint_entry=options.checkpoint_entry)
@@ -172,9 +175,9 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     steps = levels(process.num_timesteps, options.levels)
     with job("probe", check_folder("--out", options.out)):
         moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
-    sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
-    return ProbeResult(options, steps, sigmas, [
-        Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why)
+        sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
+        return write(ProbeResult(options, steps, sigmas, [
+            Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why))
 
 
 def _check_windows(methods: Sequence[GuidanceOptions]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,8 +103,15 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
     recorders = [Recorder(one, image_ids, blocks, options.apart_interval) for one in runs.values()]
     if "apart_interval" in given and not any(recorder.shared for recorder in recorders):
         LOG.warning("without effect: --apart_interval (no step is guided by several losses)")
+    with job("explorer", folder):
+        return _write(runs, recorders, folder, command)
+
+
+def _write(runs: Mapping[str, SamplingRun], recorders: Sequence[Recorder], folder: Path, command: str) -> str:
+    """Records all runs, writes the files into the folder, and says where they are."""
+    run, image_ids = runs["recording"], recorders[0].image_ids
     steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
-    with job("explorer", folder), progress_bar(steps, "recording", "step") as progress:
+    with progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
     for left in ("explore.html", "against.npz"):            # of a recording before; this one may have neither
         (folder / left).unlink(missing_ok=True)

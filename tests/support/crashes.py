@@ -54,6 +54,11 @@ def states_of(folder):
         yield states
 
 
+def says_finished(content):
+    """Whether a state of a job in this content says that the job has done all."""
+    return any(json.loads(data)["state"] == "finished" for name, data in content.items() if name.endswith("status.json"))
+
+
 def timeless(content):
     """The content of a folder without the times, which differ: in JSON, in chunks and in logs of trainings."""
     return {name: _without_times(name, data) for name, data in content.items()}
