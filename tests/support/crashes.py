@@ -56,7 +56,8 @@ def states_of(folder):
 
 def says_finished(content):
     """Whether a state of a job in this content says that the job has done all."""
-    return any(json.loads(data)["state"] == "finished" for name, data in content.items() if name.endswith("status.json"))
+    states = [json.loads(data)["state"] for name, data in content.items() if name.endswith("status.json")]
+    return "finished" in states
 
 
 def timeless(content):
