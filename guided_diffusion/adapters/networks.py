@@ -168,8 +168,8 @@ class DiffusersUNet(nn.Module):
     unet: the network, which stays what it is: nothing is left in it after an evaluation, whatever happens there.
     `attention_blocks` holds its self-attention by the name of its place, like "down.1.0" (block 1, layer 0), "middle"
     and "up.2.1"; further layers of one transformer are "middle/1" and so on. `feature_blocks` holds the residual
-    blocks, which the embedding of the step reaches: "down.0.0", "middle.0", "up.0.1". Raises UserError for any other
-    network.
+    blocks, which the embedding of the step reaches: "down.0.0", "middle.0", "up.0.1", and "down.0.down" and "up.0.up"
+    where they resample. Raises UserError for any other network.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -194,8 +194,12 @@ class DiffusersUNet(nn.Module):
     @property
     def feature_blocks(self) -> dict[str, nn.Module]:
         """The residual blocks by name, in the order in which an evaluation reaches them."""
-        return {f"{name}.{i}": block for name, part in self._places.items()
-                for i, block in enumerate(getattr(part, "resnets", ()))}
+        found: dict[str, nn.Module] = {}
+        for name, part in self._places.items():
+            found |= {f"{name}.{i}": block for i, block in enumerate(getattr(part, "resnets", ()))}
+            found |= {f"{name}.{word}": block for word in ("down", "up")
+                      for block in getattr(part, f"{word}samplers", None) or () if hasattr(block, "time_emb_proj")}
+        return found
 
     @property
     def image_size(self) -> int | None:

@@ -9,12 +9,13 @@ from golden import noise, relative_error
 from networks import with_random_weights
 from tiny_diffusers import diffusers, pixel_unet
 
-from guided_diffusion.adapters.diffusers import LatentDiffusion, process_of
+from guided_diffusion.adapters.diffusers import DiffusersUNet, LatentDiffusion, process_of
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from guided_diffusion.guidance import SelfAttentionGuidance
+from guided_diffusion.guidance import SelfAttentionGuidance, TimestepGuidance
 from guided_diffusion.options import options_from
 from guided_diffusion.rng import image_noise
 from guided_diffusion.sampling import DdimOptions, ddim_step, ddpm_step, last, sample_chain
+from guided_diffusion.terms import StepContext
 from guided_diffusion.unet2d.files import read_network, write_pipeline
 
 SMALL = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
@@ -48,6 +49,21 @@ def test_diffusers_gives_what_our_network_gives(flags, tmp_path):
     theirs = process_of(pipe.scheduler)
     np.testing.assert_allclose(theirs.alphas_cumprod, process.alphas_cumprod, rtol=1e-4)
     assert (theirs.model_mean_type, theirs.model_var_type) == (process.model_mean_type, process.model_var_type)
+
+
+@pytest.mark.parametrize("resblock_updown", [False, True])
+def test_time_step_guidance_reaches_the_same_blocks(resblock_updown, tmp_path):
+    flags = {**SMALL, "resblock_updown": resblock_updown}
+    model, process = built(flags)
+    write_pipeline(tmp_path, model.state_dict(), flags, {})
+    theirs = DiffusersUNet(diffusers.UNet2DModel.from_pretrained(tmp_path / "unet"))
+    deltas = []
+    with torch.no_grad():
+        for network in (model, theirs):
+            denoiser = process.denoiser(network)
+            ctx = StepContext(denoiser, X, T, torch.arange(2))
+            deltas.append(TimestepGuidance(network, 1.0, 1.0).delta(ctx, denoiser(X, T)))
+    assert relative_error(deltas[1], deltas[0]) < 10 * SAME
 
 
 @pytest.mark.parametrize("changes", [
