@@ -168,7 +168,9 @@ def _size_differences(config: Mapping[str, Any]) -> Iterator[str]:
     if any(int(float(_multiple(width, widths[0])) * widths[0]) != width for width in widths):
         yield f"block_out_channels {widths} (they must be multiples of the first)"
     attended = [width for width, kind in zip(widths, _kinds(config, "down"), strict=True) if kind == ATTENTION_DOWN]
-    if head is not None and any(width % head for width in [*attended, widths[-1]]):
+    if head is not None and (isinstance(head, bool) or not isinstance(head, int) or head < 1):
+        yield f"attention_head_dim {head} (it must be a whole number above 0)"
+    elif head is not None and any(width % head for width in [*attended, widths[-1]]):
         yield f"attention_head_dim {head} (it must divide the channels of every attention block)"
 
 

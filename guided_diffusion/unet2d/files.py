@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"predict_xstart": "sample", "predict_v": "v_prediction"}
 EMBEDDED_STEPS = 1000           # to which rescale_timesteps scales any chain
 LINEAR = 0.1, 20.0              # the first and the last of the linear betas, times the number of steps
+LINEAR_BY_DEFAULT = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")     # whose file may leave the betas out
+VARIANCES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
 def write_pipeline(out: Path, weights: Mapping[str, Tensor], flags: Mapping[str, Any], metadata: Mapping[str, str],
@@ -99,11 +101,18 @@ def _process(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     scheduler = read_json(path, lambda content: isinstance(content, dict))
     try:
-        return process_flags_of(scheduler, flags["learn_sigma"])
+        found = process_flags_of(scheduler, flags["learn_sigma"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, ZeroDivisionError):
         raise UserError(f"{path}: describes no scheduler") from None
+    if scheduler.get("thresholding"):
+        _log.warning("%s: its thresholding is no part of the conversion; sampling clips predictions to [-1, 1]", path)
+    elif scheduler.get("clip_sample") is False:
+        _log.warning("%s: does not clip predictions; sampling does, unless --clip_denoised False is given", path)
+    elif scheduler.get("clip_sample_range", 1) != 1:
+        _log.warning("%s: clips predictions at %s; sampling clips them at 1", path, scheduler["clip_sample_range"])
+    return found
 
 
 def scheduler_of(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,26 +142,37 @@ def process_flags_of(scheduler: Mapping[str, Any], learn_sigma: bool) -> dict[st
     learn_sigma: whether the network gives twice the channels. Raises UserError that says all that differs.
     """
     steps = scheduler.get("num_train_timesteps", EMBEDDED_STEPS)
-    words = {word: name for name, word in SCHEDULES.items()}
-    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
-    variance = scheduler.get("variance_type")
-    betas = [scheduler.get(name, usual / EMBEDDED_STEPS)
-             for name, usual in zip(("beta_start", "beta_end"), LINEAR, strict=True)]
-    found = []
-    if scheduler.get("trained_betas") is not None:
-        found.append("trained_betas (betas follow a noise_schedule)")
-    elif schedule not in words or (schedule == "linear" and not all(
-            math.isclose(beta * steps, usual, rel_tol=1e-6) for beta, usual in zip(betas, LINEAR, strict=True))):
-        found.append(f"betas {schedule} from {betas[0]:g} to {betas[1]:g} (there are the linear ones, "
-                     f"{LINEAR[0] / steps:g} to {LINEAR[1] / steps:g} for {steps} steps, and squaredcos_cap_v2)")
+    prediction, variance = scheduler.get("prediction_type", "epsilon"), scheduler.get("variance_type")
+    found = list(_beta_differences(scheduler, steps))
     if prediction not in (*PREDICTIONS.values(), "epsilon"):
         found.append(f"prediction_type {prediction} (there are epsilon, sample and v_prediction)")
-    if scheduler.get("rescale_betas_zero_snr"):
-        found.append("rescale_betas_zero_snr (the last step must keep some signal)")
-    if variance == "learned" or (variance is not None and learn_sigma != (variance == "learned_range")):
+    if variance not in VARIANCES:
+        found.append(f"variance_type {variance} (there are {', '.join(filter(None, VARIANCES))})")
+    elif variance == "learned" or (variance is not None and learn_sigma != (variance == "learned_range")):
         found.append(f"variance_type {variance} (a network with twice the images' channels has learned_range)")
     if found:
         raise UserError("our processes have no like of it: " + "; ".join(found))
+    schedule = {word: name for name, word in SCHEDULES.items()}[scheduler.get("beta_schedule", "linear")]
     return {"learn_sigma": learn_sigma, "sigma_small": variance in (None, "fixed_small", "fixed_small_log"),
-            "diffusion_steps": steps, "noise_schedule": words[schedule],
+            "diffusion_steps": steps, "noise_schedule": schedule,
             **{flag: word == prediction for flag, word in PREDICTIONS.items()}}
+
+
+def _beta_differences(scheduler: Mapping[str, Any], steps: int) -> Iterator[str]:
+    """What a scheduler's noise levels differ in from those of our processes."""
+    name, schedule = scheduler.get("_class_name"), scheduler.get("beta_schedule", "linear")
+    betas = [scheduler.get(name, usual / EMBEDDED_STEPS)
+             for name, usual in zip(("beta_start", "beta_end"), LINEAR, strict=True)]
+    if scheduler.get("trained_betas") is not None:
+        yield "trained_betas (betas follow a noise_schedule)"
+    elif "beta_schedule" not in scheduler and name not in (None, *LINEAR_BY_DEFAULT):
+        yield f"{name} without a beta_schedule (there are processes of discrete steps with betas)"
+    elif schedule not in SCHEDULES.values() or (schedule == "linear" and not all(
+            math.isclose(beta * steps, usual, rel_tol=1e-6) for beta, usual in zip(betas, LINEAR, strict=True))):
+        yield (f"betas {schedule} from {betas[0]:g} to {betas[1]:g} (there are the linear ones, "
+               f"{LINEAR[0] / steps:g} to {LINEAR[1] / steps:g} for {steps} steps, and squaredcos_cap_v2)")
+    if scheduler.get("rescale_betas_zero_snr"):
+        yield "rescale_betas_zero_snr (the last step must keep some signal)"
+    for option, off in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+        if scheduler.get(option, off) != off:
+            yield f"{option} {scheduler[option]} (the network must see discrete steps of a chain with betas)"

@@ -114,11 +114,41 @@ def test_processes_that_differ_are_said():
             ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "betas scaled_linear"),
             ({"beta_end": 0.012}, "betas linear from 0.0001 to 0.012"), ({"trained_betas": [0.1]}, "trained_betas"),
             ({"prediction_type": "flow"}, "prediction_type flow"), ({"variance_type": "learned"}, "variance_type"),
-            ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr")]:
+            ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+            ({"variance_type": "none"}, "variance_type none"),
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "without a beta_schedule"),
+            ({"timestep_type": "continuous", "beta_schedule": "linear"}, "timestep_type continuous"),
+            ({"use_flow_sigmas": True, "beta_schedule": "linear"}, "use_flow_sigmas True")]:
         with pytest.raises(UserError, match=said):
             process_flags_of(scheduler, False)
     with pytest.raises(UserError, match="variance_type fixed_small"):
         process_flags_of({"variance_type": "fixed_small"}, True)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"thresholding": True}, "its thresholding is no part of the conversion"),
+    ({"clip_sample": False}, "does not clip predictions; sampling does, unless --clip_denoised False"),
+    ({"clip_sample_range": 2.0}, "clips predictions at 2.0; sampling clips them at 1"), ({}, "")])
+def test_clipping_that_differs_is_said(changes, said, tmp_path, caplog):
+    _, out = written(NETWORKS["released"], tmp_path)
+    path = out / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    caplog.clear()
+    read_network(out)
+    warned = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert [said in one for one in warned] == [True] * bool(said)
+
+
+def test_strange_numbers_of_other_files_are_sentences(tmp_path):
+    _, out = written(NETWORKS["released"], tmp_path)
+    scheduler = "scheduler/scheduler_config.json"
+    for name, changes, said in ((scheduler, {"num_train_timesteps": 0}, "describes no scheduler"),
+                                ("unet/config.json", {"attention_head_dim": -1}, "attention_head_dim -1 .it must be")):
+        content = (out / name).read_text()
+        (out / name).write_text(json.dumps(json.loads(content) | changes))
+        with pytest.raises(UserError, match=said):
+            read_network(out)
+        (out / name).write_text(content)
 
 
 def test_folders_and_networks_that_cannot_be_converted_are_sentences(tmp_path, capsys, caplog):
