@@ -18,6 +18,7 @@ import numpy as np
 from guided_diffusion.classes import ClassNames
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
+from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
 from guided_diffusion.runs.comparison import names_of_samples
@@ -92,17 +93,19 @@ def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple
 def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarray:
     """Reads the labels (N,) int64 of a sample file, in the numbers of `class_names`.
 
-    Where the network of the sampling run names its classes, those of the same names are meant; else the numbers are,
-    which is said where it has other names alone. Raises UserError where it holds no labels, and for a class that is
-    none of them.
+    Where the file names its classes, or the network of the sampling run does, those of the same names are meant; else
+    the numbers are, which is said where it has other names alone. Raises UserError where it holds no labels, and for a
+    class that is none of them.
     """
-    stated = names_of_samples(file.path)
+    labels = read_labels(file)
+    _, stored = named_labels(file.path, labels, where=str(file.path))
+    stated = stored or names_of_samples(file.path)
     if stated is not None:
         if set(stated.names) & set(class_names):
             known = ClassNames(tuple(class_names), source="the classifier")
-            return known.renumbered(read_labels(file, len(stated)), stated, file.path)
+            return known.renumbered(_below(labels, len(stated), file.path), stated, file.path)
         _say_once(f"{file.path}: has {stated}; the classifier calls none of its classes so, their numbers are compared")
-    return read_labels(file, len(class_names))
+    return _below(labels, len(class_names), file.path)
 
 
 @functools.cache
@@ -111,17 +114,24 @@ def _say_once(line: str) -> None:
     _log.info(line)
 
 
-def read_labels(file: BatchFile, classes: int) -> np.ndarray:
-    """Reads the labels (N,) int64, below `classes`, of a sample file. Raises UserError where it holds none."""
+def read_labels(file: BatchFile) -> np.ndarray:
+    """Reads the labels (N,) int64 of a sample file. Raises UserError where it holds none."""
     path = file.path
     if "arr_1" not in file.members:
         raise UserError(f"{path}: has no labels, arr_1 must be (N,), as samples of a network with classes have")
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
+    if labels.max() > np.iinfo(np.int64).max:
+        raise UserError(f"{path}: arr_1 has the label {labels.max()}, which is none of a class")
+    return labels.astype(np.int64)
+
+
+def _below(labels: np.ndarray, classes: int, path: Path) -> np.ndarray:
+    """Returns the labels; raises UserError where they are not all from 0 to below `classes`."""
     if labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{path}: arr_1 has labels {labels.min()} to {labels.max()}, must be 0 to {classes - 1}")
-    return labels.astype(np.int64)
+    return labels
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

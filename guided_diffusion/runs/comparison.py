@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,10 +14,12 @@ import numpy as np
 
 from ..classes import ClassNames, stored_names
 from ..errors import UserError
+from ..fetch import sha256_of
 from ..files import check_ending
 from ..foreign import read_json
 from ..options import Options, image_numbers, option, required
 from ..pictures import save_comparison
+from ..places import find_bundled
 from .pairing import ComparedRun, differences, false_pairs, read_run
 from .record import num_steps
 
@@ -101,19 +104,45 @@ class Comparison:
 
 def class_names_of(configuration: Mapping[str, Any]) -> ClassNames | None:
     """The classes of a recorded run's network; None where that is gone, or has no names."""
-    network = Path(str(configuration.get("model_path", "")))
+    network = _network_of(configuration)
     with suppress(UserError):
         return stored_names(network) if network.is_file() else None
     return None
 
 
+def _network_of(configuration: Mapping[str, Any]) -> Path:
+    """The weights that a recorded run names, of a bundled network wherever they are installed."""
+    return Path(find_bundled(str(configuration.get("model_path", ""))))
+
+
 def names_of_samples(path: Path) -> ClassNames | None:
-    """The classes of the network that made a file of samples, None where nothing beside it says them."""
+    """The classes of the network that made a file of samples, None where nothing beside it says them.
+
+    That is where the record beside it is of this file, and the weights that it names are still those it was made with;
+    where they are not, that is said.
+    """
     record = path.parent / "run.json"
     if not record.is_file():
         return None
-    content = read_json(record, lambda content: isinstance(content["configuration"], dict))
-    return class_names_of(content["configuration"])
+    try:
+        content = read_json(record, lambda content: isinstance(content["configuration"], dict))
+    except UserError:                   # of somebody else
+        return None
+    configuration, sha256 = content["configuration"], dict(content.get("sha256") or {}).get("model")
+    if content.get("samples", path.name) != path.name:
+        return None
+    network = _network_of(configuration)
+    if not network.is_file() or sha256 not in (None, sha256_of(network)):
+        _say_once(f"{path}: its network {network} is not there, or another one by now, so that its classes go by their "
+                  "numbers")
+        return None
+    return class_names_of(configuration)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Says a line in the first of the places that read the same file."""
+    LOG.warning(line)
 
 
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Status:
 
     def __str__(self) -> str:
         if self.run is None and self.job is None:
-            return "finished: the file is there, and is written whole"
+            return "finished: the file is there, and no job writes it (commands here name a file when it is whole)"
         return "\n".join(str(part) for part in (self.run, self.job, self.reader) if part is not None)
 
 

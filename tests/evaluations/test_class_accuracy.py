@@ -1,5 +1,6 @@
 """Class accuracy: shares and intervals that are known, the command, and the files that it refuses."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -51,6 +52,30 @@ def test_classes_go_by_their_names_where_the_network_has_some(samples, tmp_path,
     save_state(path, {"x": torch.zeros(1)}, {"class_names": '["hat", "trouser"]'})
     with pytest.raises(UserError, match=r"samples.npz: has images of the class hat, which is none of the 10 classes"):
         class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
+
+
+def test_names_in_the_file_itself_come_first(tmp_path, noise):
+    path = tmp_path / "named.npz"
+    np.savez(path, noise, np.array([1, 1, 0, 1, 0]), class_names=np.array(["dress", "trouser"]))
+    (tmp_path / "run.json").write_text('{"foo": 1}')                # of another tool
+    assert class_accuracy.read_labelled_samples(path, CLASS_NAMES)[1].tolist() == [1, 1, 3, 1, 3]
+    np.savez(path, noise, np.array([1, 1, 0, 2, 0]), class_names=np.array(["dress", "trouser"]))
+    with pytest.raises(UserError, match=r"named.npz: arr_1 has the class 2, and its class_names are"):
+        class_accuracy.read_labelled_samples(path, CLASS_NAMES)
+
+
+@pytest.mark.parametrize(("changes", "expected", "said"), [
+    ({}, [1, 1, 3, 1, 3], ""), ({"samples": "other.npz"}, [1, 1, 0, 1, 0], ""),
+    ({"sha256": {"model": "0" * 64}}, [1, 1, 0, 1, 0], "another one by now"),
+    ({"configuration": {"model_path": "gone.safetensors"}}, [1, 1, 0, 1, 0], "is not there")])
+def test_the_network_beside_counts_where_it_made_the_file(changes, expected, said, samples, tmp_path, caplog):
+    path = tmp_path / "x.safetensors"
+    save_state(path, {"x": torch.zeros(1)}, {"class_names": json.dumps(["dress", "trouser"])})
+    record = {"configuration": {"model_path": str(path)}, "samples": samples.name,
+              "sha256": {"model": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    (tmp_path / "run.json").write_text(json.dumps({**record, **changes}))
+    assert class_accuracy.read_labelled_samples(samples, CLASS_NAMES)[1].tolist() == expected
+    assert said in caplog.text and bool(caplog.text) == bool(said)
 
 
 def test_wilson_interval_known_values():
