@@ -58,6 +58,13 @@ class BaseImages:
         pixels = self.file.pick([image_id % len(self) for image_id in image_ids])
         return torch.from_numpy(from_uint8(grey(pixels) if self.channels == 1 else pixels)).movedim(3, 1).contiguous()
 
+    def check_all(self) -> None:
+        """Reads all images; raises UserError where some cannot be read, or hold no 8-bit values."""
+        try:
+            _ = self._digests
+        except UserError as error:
+            raise UserError(f"--base_samples {error}") from None
+
     def digests(self, image_ids: Sequence[int]) -> np.ndarray:
         """What tells each of these images from others, (N, DIGEST) uint8."""
         return self._digests[np.asarray(image_ids) % len(self)]

@@ -204,6 +204,8 @@ class SamplingRun:
             with dist_util.together():
                 base = self.base_images()
                 labels = self.labels(base)
+                if base is not None:
+                    base.check_all()
                 self._check_out()
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
