@@ -313,10 +313,28 @@ def load_pipeline(name: str) -> Any:
 
 
 def _digest(pipe: Any) -> str:
-    """SHA-256 of all weights of a pipeline, and of its scheduler's configuration, hexadecimal."""
-    digest = hashlib.sha256(json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str).encode())
-    for name, part in sorted(pipe.components.items()):
+    """SHA-256 of what computes in a pipeline: its classes, configurations, weights and tokenizers; hexadecimal."""
+    digest = hashlib.sha256()
+    for name, part in [("", pipe), *sorted(pipe.components.items())]:
+        digest.update(json.dumps([name, type(part).__name__, _configuration(part)], sort_keys=True,
+                                 default=str).encode())
         for key, value in sorted(part.state_dict().items()) if hasattr(part, "state_dict") else ():
             digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if hasattr(part, "vocab_files_names"):          # a tokenizer, which notes the folder that it was read from
+            for path in sorted(path for path in Path(part.name_or_path).glob("*") if path.is_file()):
+                digest.update(f"{name}/{path.name} {sha256_of(path)}".encode())
     return digest.hexdigest()
+
+
+def _configuration(part: Any) -> Any:
+    """The configuration of a pipeline or of its component, without notes on where and with what it was saved."""
+    config = getattr(part, "config", None) or {}
+
+    def cleaned(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {str(key): cleaned(inner) for key, inner in value.items()
+                if not str(key).startswith("_") and key != "transformers_version"}
+
+    return cleaned(config.to_dict() if hasattr(config, "to_dict") else dict(config))

@@ -1,6 +1,7 @@
 """Sampling runs of pipelines of diffusers: resumed, as one run, and refused where they are of another."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,6 +85,32 @@ def test_a_pipeline_with_classes_is_refused_in_a_sentence(command, tmp_path, cap
     diffusers.DDPMPipeline(unet=pixel_unet(num_class_embeds=3), scheduler=scheduler()).save_pretrained(tmp_path / "p")
     assert command(pipeline=tmp_path / "p", prompt="") == 2
     assert "its network takes classes" in capsys.readouterr().err
+
+
+def edit(path, **values):
+    """Changes values of a file in JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_run_goes_on_with_the_same_pipeline_alone(command, folder, tmp_path, capsys):
+    """Weights are not all that computes; where a pipeline lies, and what saved it, does not matter."""
+    other = tmp_path / "pipeline"
+    shutil.copytree(folder, other)
+    assert command(num_samples=1) == 0
+    edit(other / "model_index.json", _diffusers_version="0.40.0")
+    edit(other / "unet" / "config.json", _name_or_path="elsewhere", _diffusers_version="0.40.0")
+    edit(other / "text_encoder" / "config.json", transformers_version="4.0")
+    assert command(num_samples=1, pipeline=other) == 0
+    words = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    words["model"]["vocab"] |= {"a</w>": words["model"]["vocab"]["b</w>"], "b</w>": words["model"]["vocab"]["a</w>"]}
+    for name, values in {"vae/config.json": {"scaling_factor": 0.5}, "unet/config.json": {"attention_head_dim": 4},
+                         "text_encoder/config.json": {"hidden_act": "gelu"}, "tokenizer/tokenizer.json": words,
+                         "model_index.json": {"requires_safety_checker": True}}.items():
+        shutil.copytree(folder, other, dirs_exist_ok=True)
+        edit(other / name, **values)
+        capsys.readouterr()
+        assert command(num_samples=1, pipeline=other) == 2, name
+        assert "of another configuration" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
