@@ -21,7 +21,7 @@ from ..guidance.depth import DepthConsistencyGuidance, DepthPriorGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
 from ..pixels import unit_to_uint8
-from ..process import Denoiser
+from ..process import Denoiser, DiffusionProcess
 from ..rng import image_noise
 from ..solvers import SolverOptions
 from ..steps import SamplerOptions, ddim_step
@@ -164,8 +164,7 @@ class LatentDiffusion:
         ids = _image_ids(numbers, embedded.count, latents, labels)
         shape = self._shape(height, width, latents)
         embedded = self._with_sizes(_expanded(embedded, len(ids)), shape)
-        options = _sampler_options(sampler, steps)
-        process = options.process(process_of(self.pipe.scheduler, steps))
+        options, process = self._process(sampler, steps)
         conditions = {**embedded.prompts, **({} if labels is None else {"y": labels.to(self._device)})}
         together = batch_contrasts and not any(isinstance(term, LossGuidance) for term in guidance)
         if together:
@@ -182,6 +181,15 @@ class LatentDiffusion:
         step = functools.partial(ddim_step, clipped_eps=False) if as_pipelines else options.step()
         chain = sampling.sample_chain(step, denoise, x_T, noise, terms, torch.tensor(ids))
         return self._output(sampling.last(chain, on_step)["sample"], output_type)
+
+    def check(self, sampler: str | SamplerOptions = "ddim", steps: int = 50) -> None:
+        """Raises UserError for a sampler and steps that `sample` would refuse, without sampling."""
+        self._process(sampler, steps)
+
+    def _process(self, sampler: str | SamplerOptions, steps: int) -> tuple[SamplerOptions, DiffusionProcess]:
+        """The sampler's options, and the process that it goes through."""
+        options = _sampler_options(sampler, steps)
+        return options, options.process(process_of(self.pipe.scheduler, steps))
 
     @property
     def _channels(self) -> int:
@@ -216,8 +224,8 @@ class LatentDiffusion:
             raise UserError(f"output_type {output_type!r}: the pipeline has no VAE that makes images of latents; take "
                             "'latent'")
 
-    def _denoiser(self, model: Callable[..., Tensor], process: Any, conditions: Conditions, options: SamplerOptions,
-                  ) -> Denoiser:
+    def _denoiser(self, model: Callable[..., Tensor], process: DiffusionProcess, conditions: Conditions,
+                  options: SamplerOptions) -> Denoiser:
         """The network with its prompts; only pixels are clipped, and only where the scheduler clips them."""
         config = self.pipe.scheduler.config
         clipped = self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..files import reason
 from ..process import DiffusionProcess, LossType, ModelMeanType, ModelVarType
 
 MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VELOCITY,
@@ -80,13 +81,24 @@ def _steps_of(scheduler: Any, steps: int) -> np.ndarray:
     trained = len(scheduler.betas)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
         raise UserError(f"steps {steps!r}: must be a whole number from 1 to {trained}, the steps of the scheduler")
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps)
-    times = own.timesteps.double().cpu().numpy()
-    if (times != times.round()).any() or len(np.unique(times)) > steps:
+    times = None if _is_runge_kutta(scheduler) else _times(scheduler, steps)
+    if times is None or (times != times.round()).any() or len(np.unique(times)) > steps:
         from diffusers import DDIMScheduler
 
-        own = DDIMScheduler.from_config(scheduler.config)
-        own.set_timesteps(steps)
-        times = own.timesteps.double().cpu().numpy()
+        times = _times(DDIMScheduler.from_config(scheduler.config), steps)
     return np.unique(times.astype(np.int64).clip(0, trained - 1))
+
+
+def _is_runge_kutta(scheduler: Any) -> bool:
+    """Whether it is a `PNDMScheduler` that begins with Runge-Kutta steps; those cannot be fewer than four."""
+    return getattr(scheduler.config, "skip_prk_steps", None) is False
+
+
+def _times(scheduler: Any, steps: int) -> np.ndarray:
+    """The scheduler's own places of so many steps. Raises UserError where it does not take so many."""
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps)
+    except Exception as error:          # of any kind: some schedulers check the number, others fail with it
+        raise UserError(f"steps {steps}: {type(scheduler).__name__} cannot take so many ({reason(error)})") from None
+    return own.timesteps.double().cpu().numpy()

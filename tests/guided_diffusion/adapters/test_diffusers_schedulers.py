@@ -32,10 +32,11 @@ def test_steps_are_those_of_the_scheduler(kind, spacing):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_runge_kutta_steps_become_those_of_ddim(spacing):
-    """A step of them takes four evaluations, at steps between."""
-    used = process_of(diffusers.PNDMScheduler(timestep_spacing=spacing), 5).timestep_map
+    """A step of them takes four evaluations, at steps between, and fewer than four are not to be had."""
     own = diffusers.DDIMScheduler(timestep_spacing=spacing, set_alpha_to_one=False)
-    assert used.tolist() == process_of(own, 5).timestep_map.tolist()
+    for steps in (2, 3, 5):
+        used = process_of(diffusers.PNDMScheduler(timestep_spacing=spacing), steps).timestep_map
+        assert used.tolist() == process_of(own, steps).timestep_map.tolist()
 
 
 def test_fractions_of_steps_become_those_of_ddim():
@@ -70,6 +71,12 @@ def test_cosine_schedules_are_taken_and_only_those_without_any_signal_refused():
     betas = [*scheduler().betas[:-1].tolist(), 1.0]
     with pytest.raises(UserError, match="zero terminal"):
         process_of(scheduler("DPMSolverMultistepScheduler", trained_betas=betas))
+
+
+@pytest.mark.parametrize("kind, steps", [("LCMScheduler", 51), ("TCDScheduler", 60), ("UnCLIPScheduler", 1)])
+def test_a_number_of_steps_that_the_scheduler_refuses_is_a_sentence(kind, steps):
+    with pytest.raises(UserError, match=f"steps {steps}: {kind} cannot take so many"):
+        process_of(getattr(diffusers, kind)(), steps)
 
 
 def test_a_scheduler_that_does_not_fit_is_a_sentence():

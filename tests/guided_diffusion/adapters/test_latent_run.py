@@ -8,6 +8,8 @@ import pytest
 from commands import call
 from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, scheduler, text_parts
 
+from guided_diffusion.adapters import run
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -18,11 +20,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def command(folder, tmp_path):
-    def run(**options):
+    def sample(**options):
         values = {"pipeline": folder, "prompt": "a cat", "num_samples": 3, "batch_size": 2, "steps": 2,
                   "sag_scale": 0.75, "pag_scale": 1, "out": tmp_path / "out", "log_every": 1, **options}
         return call("latent_sample", *(word for name, value in values.items() for word in (f"--{name}", str(value))))
-    return run
+    return sample
 
 
 def samples(out):
@@ -111,6 +113,14 @@ def test_a_run_goes_on_with_the_same_pipeline_alone(command, folder, tmp_path, c
         capsys.readouterr()
         assert command(num_samples=1, pipeline=other) == 2, name
         assert "of another configuration" in capsys.readouterr().err
+
+
+def test_wrong_steps_are_refused_before_weights_are_read(command, tmp_path, capsys, monkeypatch):
+    steps = diffusers.LCMScheduler()
+    diffusers.DDPMPipeline(unet=pixel_unet(), scheduler=steps).save_pretrained(tmp_path / "p")
+    monkeypatch.setattr(run, "_digest", lambda pipe: pytest.fail("weights are hashed"))
+    assert command(pipeline=tmp_path / "p", prompt="", sag_scale=0, pag_scale=0, steps=60) == 2
+    assert "steps 60: LCMScheduler cannot take so many" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
