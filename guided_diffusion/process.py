@@ -109,16 +109,16 @@ class Denoiser:
         return replace(pred, eps=eps, pred_xstart=pred_xstart, mean=mean)
 
 
-def dynamically_thresholded(x: Tensor, quantile: float) -> Tensor:
+def dynamically_thresholded(x: Tensor, quantile: float, largest: float = math.inf) -> Tensor:
     """Images (N, C, H, W) whose values far out are pulled into [-1, 1] (Saharia et al., 2205.11487, section 2.3).
 
-    Per image: with q the quantile of |x|, at least 1, x is clipped to [-q, q] and divided by q.
+    Per image: with q the quantile of |x|, at least 1 and at most `largest`, x is clipped to [-q, q] and divided by q.
     """
     values = x.abs().flatten(1)
     place = quantile * (values.shape[1] - 1)
     below = int(place)
-    largest = values.topk(values.shape[1] - below, dim=1).values       # the last is number `below` from the bottom
-    limit = torch.lerp(largest[:, -1], largest[:, max(-2, -largest.shape[1])], place - below).clamp(min=1)
+    upper = values.topk(values.shape[1] - below, dim=1).values         # the last is number `below` from the bottom
+    limit = torch.lerp(upper[:, -1], upper[:, max(-2, -upper.shape[1])], place - below).clamp(1, largest)
     limit = limit.reshape(-1, 1, 1, 1)
     return torch.clamp(x, -limit, limit) / limit
 

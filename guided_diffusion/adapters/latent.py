@@ -21,7 +21,7 @@ from ..guidance.depth import DepthConsistencyGuidance, DepthPriorGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
 from ..pixels import unit_to_uint8
-from ..process import Denoiser, DiffusionProcess
+from ..process import Denoiser, DiffusionProcess, dynamically_thresholded
 from ..rng import image_noise
 from ..solvers import SolverOptions
 from ..steps import SamplerOptions, ddim_step
@@ -226,13 +226,23 @@ class LatentDiffusion:
 
     def _denoiser(self, model: Callable[..., Tensor], process: DiffusionProcess, conditions: Conditions,
                   options: SamplerOptions) -> Denoiser:
-        """The network with its prompts; only pixels are clipped, and only where the scheduler clips them."""
+        """The network with its prompts, and x0 bounded as the scheduler does; but only pixels are clipped.
+
+        A sampler that thresholds by itself does so in place of that.
+        """
         config = self.pipe.scheduler.config
-        clipped = self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False)
-        limit = float(getattr(config, "clip_sample_range", 1.0))
-        clip = functools.partial(torch.clamp, min=-limit, max=limit)
-        return process.denoiser(model, clip_denoised=False, denoised_fn=clip if clipped else None,
-                                model_kwargs=conditions, dynamic_threshold=options.threshold_quantile)
+        quantile = options.threshold_quantile
+        bound: Callable[[Tensor], Tensor] | None = None
+        if quantile is not None:
+            pass
+        elif getattr(config, "thresholding", False):            # goes before clip_sample in diffusers, on latents too
+            bound = functools.partial(dynamically_thresholded, quantile=float(config.dynamic_thresholding_ratio),
+                                      largest=float(config.sample_max_value))
+        elif self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False):
+            limit = float(getattr(config, "clip_sample_range", 1.0))
+            bound = functools.partial(torch.clamp, min=-limit, max=limit)
+        return process.denoiser(model, clip_denoised=False, denoised_fn=bound, model_kwargs=conditions,
+                                dynamic_threshold=quantile)
 
     def _shape(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""

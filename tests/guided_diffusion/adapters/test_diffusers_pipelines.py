@@ -62,6 +62,38 @@ def test_pixels_are_those_of_the_ddim_pipeline(clipped_noise, sampler):
     assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("most", [1.0, 1.5, 100.0])
+@pytest.mark.parametrize("clipped_noise, sampler", [(False, "ddim"), (True, DdimOptions())])
+def test_pixels_are_thresholded_as_in_the_ddim_pipeline(clipped_noise, sampler, most):
+    steps = diffusers.DDIMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=most)
+    pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 6, "use_clipped_model_output": clipped_noise, "output_type": "np"}
+    expected = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), **options).images
+    start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=6, sampler=sampler, output_type="np")
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind, sampler, tolerance", [("DDIMScheduler", "ddim", SAME),
+                                                      ("DPMSolverMultistepScheduler", "dpm-solver++", 1e-3)])
+def test_latents_are_thresholded_as_in_stable_diffusion(kind, sampler, tolerance):
+    pipe = prompted_pipeline(steps=scheduler(kind, thresholding=True, sample_max_value=2.0))
+    expected = images(pipe, guidance_scale=2.0)
+    found = ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=2.0, sampler=sampler)
+    assert relative_error(found, expected) < tolerance
+
+
+def test_a_sampler_that_thresholds_does_so_in_place_of_the_scheduler():
+    options = {"latents": noise((2, 3, 8, 8), 3), "steps": 4, "output_type": "latent",
+               "sampler": DpmSolverOptions(solver_grid="chain", dynamic_threshold=0.9)}
+    plain, *bounded = (LatentDiffusion.from_pipeline(diffusers.DDIMPipeline(pixel_unet(), steps)).sample(**options)
+                       for steps in (diffusers.DDIMScheduler(clip_sample=False), diffusers.DDIMScheduler(),
+                                     diffusers.DDIMScheduler(thresholding=True)))
+    for images_of_one in bounded:
+        assert torch.equal(images_of_one, plain)
+
+
 @pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 def test_perturbed_attention_is_that_of_the_pag_pipeline(cfg_scale):
     unet = prompted_unet()
