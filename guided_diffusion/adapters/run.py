@@ -322,7 +322,7 @@ def _digest(pipe: Any) -> str:
         for key, value in sorted(part.state_dict().items()) if hasattr(part, "state_dict") else ():
             digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        if hasattr(part, "vocab_files_names"):          # a tokenizer, which notes the folder that it was read from
+        if getattr(part, "name_or_path", "") and hasattr(part, "vocab_files_names"):       # a tokenizer, and its folder
             for path in sorted(path for path in Path(part.name_or_path).glob("*") if path.is_file()):
                 digest.update(f"{name}/{path.name} {sha256_of(path)}".encode())
     return digest.hexdigest()
