@@ -308,9 +308,27 @@ def load_pipeline(name: str) -> Any:
     except ImportError:
         raise UserError("--pipeline: needs diffusers: pip install 'guided-pixels[diffusers]'") from None
     try:
-        return DiffusionPipeline.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        missing = _missing(Path(name))
+        pipe = None if missing else DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+    except Exception as error:          # of any kind: the loaders of diffusers and transformers raise what they come by
         raise UserError(f"--pipeline {name}: diffusers cannot load it ({reason(error)})") from None
+    if missing:
+        raise UserError(f"--pipeline {name}: its model_index.json names {', '.join(missing)}, of which there is no "
+                        "folder")
+    return pipe
+
+
+def _missing(folder: Path) -> list[str]:
+    """Components that the index of a pipeline's folder names and that have no folder; none for names on the hub.
+
+    Diffusers looks for some of them in the folder of the pipeline then, and takes a tokenizer without words.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return []
+    return [name for name, kind in json.loads(path.read_text(encoding="utf-8")).items()
+            if isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)
+            and not (folder / name).is_dir()]
 
 
 def _digest(pipe: Any) -> str:

@@ -9,6 +9,7 @@ from commands import call
 from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, scheduler, text_parts
 
 from guided_diffusion.adapters import run
+from guided_diffusion.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,22 @@ def test_a_run_goes_on_with_the_same_pipeline_alone(command, folder, tmp_path, c
         capsys.readouterr()
         assert command(num_samples=1, pipeline=other) == 2, name
         assert "of another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, content", [("text_encoder/model.safetensors", b"\xff" * 64), ("tokenizer", None),
+                                           ("model_index.json", b"[]"), ("text_encoder/config.json", None)])
+def test_a_damaged_pipeline_is_a_sentence(folder, tmp_path, file, content):
+    path = tmp_path / "pipeline"
+    shutil.copytree(folder, path)
+    if content is not None:
+        (path / file).write_bytes(content)
+    elif (path / file).is_dir():
+        shutil.rmtree(path / file)
+    else:
+        (path / file).unlink()
+    words = "names tokenizer, of which there is no folder" if file == "tokenizer" else "diffusers cannot load it"
+    with pytest.raises(UserError, match=f"^--pipeline {path}: .*{words}"):
+        run.load_pipeline(str(path))
 
 
 def test_wrong_steps_are_refused_before_weights_are_read(command, tmp_path, capsys, monkeypatch):
