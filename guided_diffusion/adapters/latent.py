@@ -279,6 +279,9 @@ class LatentDiffusion:
         for name, part in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
             if part is not None and part.ndim != 3:
                 raise UserError(f"{name} {tuple(part.shape)}: must be (N, T, E), T vectors for each prompt")
+            if part is not None and (widths := self._prompt_widths) and part.shape[2] not in widths:
+                raise UserError(f"{name} {tuple(part.shape)}: the last must be {' or '.join(map(str, widths))}, the "
+                                "cross_attention_dim of the network")
         if embeds is None or (guided and negative_embeds is None):
             if getattr(self.pipe, "text_encoder", None) is None:
                 raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds, and, unless cfg_scale "
@@ -289,13 +292,24 @@ class LatentDiffusion:
         return Embedded(self._conditions(embeds, pooled),
                         self._conditions(negative_embeds, negative_pooled) if guided else None)
 
+    @property
+    def _prompt_widths(self) -> list[int]:
+        """What embedded prompts may have as last dimension; [] where the network projects them first."""
+        network = self.unet.unet
+        if getattr(network, "encoder_hid_proj", None) is not None:
+            return []
+        width = network.config.cross_attention_dim
+        return [width] if isinstance(width, int) else sorted(set(width))
+
     def _encoded(self, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, guided: bool,
                  **embeds: Tensor | None) -> tuple[Any, ...]:
         """Embeddings with and without the prompt, and the pooled ones, by the pipeline's own `encode_prompt`."""
-        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts, negatives = _texts("prompt", prompt), _texts("negative_prompt", negative)
         count = len(prompts) if prompts is not None else len(embeds["prompt_embeds"])      # type: ignore[arg-type]
         # None is not "": pipelines of SDXL may take zeros for it (`force_zeros_for_empty_prompt`).
-        negatives = [negative] * count if isinstance(negative, str) else None if negative is None else list(negative)
+        if negatives is not None and len(negatives) not in (1, count):
+            raise UserError(f"negative_prompt: {len(negatives)} of them for {count} prompts, must be one, or as many")
+        negatives = negatives * count if negatives is not None and len(negatives) == 1 else negatives
         given = {name: value for name, value in embeds.items() if value is not None}
         found = self.pipe.encode_prompt(
             prompt=prompts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
@@ -384,6 +398,16 @@ def _image_ids(numbers: Sequence[int] | None, prompts: int | None, *given: Tenso
         if min(ids := [operator.index(number) for number in numbers]) >= 0:
             return ids
     raise UserError(f"numbers {list(numbers)}: must be whole numbers from 0 up, the places of the images in the run")
+
+
+def _texts(name: str, value: Any) -> list[str] | None:
+    """One text or several as a list; None for none. Raises UserError for anything else."""
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} {value!r}: must be a text, or a list of texts")
+    return list(texts)
 
 
 def _expanded(embedded: Embedded, count: int) -> Embedded:

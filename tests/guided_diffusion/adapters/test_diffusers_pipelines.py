@@ -211,6 +211,20 @@ def test_prompts_are_encoded_by_the_pipeline(negative):
     assert relative_error(one, expected[:1]) < SAME
 
 
+def test_prompts_that_do_not_fit_are_a_sentence():
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(**text_parts()))
+    for options, words in [
+            ({"prompt": ["a", 3]}, r"prompt \['a', 3\]: must be a text"), ({"prompt": 3}, "prompt 3: must be a text"),
+            ({"prompt": "a", "negative_prompt": 3}, "negative_prompt 3: must be a text"),
+            ({"prompt": "a", "negative_prompt": ["b", "c"]}, "negative_prompt: 2 of them for 1 prompts"),
+            ({"prompt_embeds": PROMPTS[..., :15]}, r"prompt_embeds \(2, 5, 15\): the last must be 16"),
+            ({"prompt_embeds": PROMPTS, "negative_prompt_embeds": NO_PROMPTS[..., :15]}, "negative_.*must be 16")]:
+        with pytest.raises(UserError, match=words):
+            latent.sample(**options)
+    options = {"prompt": ["a", "b"], "steps": 2, "output_type": "latent"}
+    assert torch.equal(latent.sample(negative_prompt=["c"], **options), latent.sample(negative_prompt="c", **options))
+
+
 def test_sdxl_sees_its_further_conditions():
     pipe = diffusers.StableDiffusionXLPipeline(
         vae=vae(), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=sdxl_unet(),
