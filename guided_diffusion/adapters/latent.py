@@ -182,9 +182,11 @@ class LatentDiffusion:
         chain = sampling.sample_chain(step, denoise, x_T, noise, terms, torch.tensor(ids))
         return self._output(sampling.last(chain, on_step)["sample"], output_type)
 
-    def check(self, sampler: str | SamplerOptions = "ddim", steps: int = 50) -> None:
-        """Raises UserError for a sampler and steps that `sample` would refuse, without sampling."""
+    def check(self, sampler: str | SamplerOptions = "ddim", steps: int = 50, height: int | None = None,
+              width: int | None = None) -> None:
+        """Raises UserError for a sampler, steps and sizes that `sample` would refuse, without sampling."""
         self._process(sampler, steps)
+        self._shape(height, width, None)
 
     def _process(self, sampler: str | SamplerOptions, steps: int) -> tuple[SamplerOptions, DiffusionProcess]:
         """The sampler's options, and the process that it goes through."""
@@ -244,6 +246,13 @@ class LatentDiffusion:
         return process.denoiser(model, clip_denoised=False, denoised_fn=bound, model_kwargs=conditions,
                                 dynamic_threshold=quantile)
 
+    @property
+    def _multiple(self) -> int:
+        """What height and width of latents must be multiples of."""
+        unet = self.unet.unet
+        # A UNet2DConditionModel gives its upsamplers the odd sizes of its maps, a UNet2DModel does not.
+        return 1 if hasattr(unet, "num_upsamplers") else 2 ** (len(unet.down_blocks) - 1)
+
     def _shape(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
         channels = self._channels
@@ -251,16 +260,20 @@ class LatentDiffusion:
             if latents.ndim != 4 or latents.shape[1] != channels or height is not None or width is not None:
                 raise UserError(f"latents {tuple(latents.shape)}: must be (N, {channels}, h, w), and then neither "
                                 "height nor width is given")
+            if any(side < 1 or side % self._multiple for side in latents.shape[2:]):
+                raise UserError(f"latents {tuple(latents.shape)}: height and width must be multiples of "
+                                f"{self._multiple}, as the network halves them")
             return channels, latents.shape[2], latents.shape[3]
         factor = 1 if self.vae is None else int(self.pipe.vae_scale_factor)
+        multiple = factor * self._multiple
         size = self.unet.unet.config.sample_size
         usual = (size, size) if isinstance(size, int) else size
         sizes = []
         for name, value, default in (("height", height, usual and usual[0]), ("width", width, usual and usual[1])):
             if value is None and default is None:
                 raise UserError(f"{name}: must be given, as the network's configuration has no sample_size")
-            if value is not None and (not isinstance(value, int) or value < factor or value % factor):
-                raise UserError(f"{name} {value}: must be a multiple of {factor}")
+            if value is not None and (not isinstance(value, int) or value < factor or value % multiple):
+                raise UserError(f"{name} {value}: must be a multiple of {multiple}")
             sizes.append(int(default) if value is None else value // factor)
         return channels, sizes[0], sizes[1]
 

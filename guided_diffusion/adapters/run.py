@@ -215,7 +215,7 @@ class LatentRun:
             raise UserError(f"--pipeline {self.options.pipeline}: its network takes classes, which this command does "
                             "not give; LatentDiffusion.sample takes labels, and scripts/convert_checkpoint.py makes a "
                             "checkpoint of a UNet2DModel for scripts/image_sample.py")
-        latent.check(self.options.sampler, self.options.steps)
+        latent.check(self.options.sampler, self.options.steps, self.options.height or None, self.options.width or None)
         nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
         guidance = [term for method in self.methods if method.active for term in self._terms(method, latent, nets)]
         if self.options.sag_scale:

@@ -191,6 +191,16 @@ def test_images_have_the_size_that_is_asked_for(latent):
     assert arrays.shape == (2, 16, 16, 3) and arrays.min() >= 0 and arrays.max() <= 1
 
 
+def test_pixels_have_sizes_that_the_network_can_halve(latent):
+    pixels = LatentDiffusion.from_pipeline(diffusers.DDIMPipeline(pixel_unet(), diffusers.DDIMScheduler()))
+    assert pixels.sample(height=6, width=10, steps=2, output_type="np").shape == (1, 6, 10, 3)
+    for options, words in [({"height": 7}, "height 7: must be a multiple of 2"), ({"width": 9}, "width 9: must be a"),
+                           ({"latents": noise((1, 3, 8, 7), 0)}, "must be multiples of 2")]:
+        with pytest.raises(UserError, match=words):
+            pixels.sample(steps=2, **options)
+    assert ours(latent, cfg_scale=1.0, steps=2, latents=noise((2, 4, 7, 9), 3)).shape == (2, 4, 7, 9)
+
+
 def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
     expected = images(pipe, guidance_scale=2.0, output_type="np")
     assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
