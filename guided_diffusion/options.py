@@ -151,10 +151,10 @@ def whole_number(text: str) -> int | None:
 def image_numbers(text: str, most: int) -> list[int]:
     """The different numbers, rising, that an option --images names, like 0:8 (0 to 7) or 3,5,12.
 
-    Raises UserError for anything but one to `most` numbers from 0 up.
+    Raises UserError for anything but one to `most` numbers from 0 to below MOST.
     """
-    refusal = UserError(f"--images {cut(text)}: must be a range of numbers from 0 up, like 0:8, or a list of them, "
-                        f"like 3,5,12, of at most {most}")
+    refusal = UserError(f"--images {cut(text)}: must be a range of numbers from 0 to {MOST - 1}, like 0:8, or a "
+                        f"list of them, like 3,5,12, of at most {most}")
     numbers: set[int] = set()
     for part in comma_separated(text):
         first, colon, last = part.partition(":")
@@ -163,7 +163,7 @@ def image_numbers(text: str, most: int) -> list[int]:
         if start is None or end is None:
             raise refusal
         span = range(start, end if colon else end + 1)
-        if not 0 < len(span) <= most:
+        if not 0 < len(span) <= most or span[-1] >= MOST:
             raise refusal
         numbers |= set(span)
     if not 0 < len(numbers) <= most:

@@ -38,7 +38,7 @@ from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import read_arrays
-from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option, seed_option
+from guided_diffusion.options import MOST, Options, batch_option, comma_separated, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
@@ -105,7 +105,7 @@ class AttentionOptions(Options):
     @property
     def image_ids(self) -> list[int]:
         """The images that are drawn."""
-        return _parsed_list("images", self.images, int, "image numbers from 0 up, like 0,1,2", lambda n: n >= 0)
+        return _parsed_list("images", self.images, int, "image numbers from 0 up, like 0,1,2", lambda n: 0 <= n < MOST)
 
     @property
     def psis(self) -> list[float]:

@@ -19,7 +19,7 @@ from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.labels import NONE
 
-from ..evaluation_checks import check_outputs, check_reference
+from ..evaluation_checks import check_outputs, check_reference, check_stored_features
 from ..evaluator_options import EvaluatorOptions
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
@@ -75,9 +75,13 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
         raise UserError(f"{len(why)} of {len(table.rows)} rows cannot be run, files are missing: {'; '.join(files)} "
                         "(--plan True lists all; --allow_missing True goes on with the other rows)")
     rows = [row for name, row in table.rows.items() if name not in why]
+    read = set[tuple[str, str, str]]()
     for row in rows:
-        find_extractor(row.evaluation.backend).check()
-        _check_reference(row, settings.references)
+        spec = row.evaluation
+        find_extractor(spec.backend).check()
+        stored = (spec.reference, spec.metrics, spec.backend)
+        _check_reference(row, settings.references, whole=stored not in read)
+        read.add(stored)
     if dist_util.is_main():
         digests = Digests()
         _check_runs(rows, digests)
@@ -100,8 +104,11 @@ class Digests(dict[str, str]):
         return {flag: self[path] for flag, path in paths.items()}
 
 
-def _check_reference(row: Row, references: Path) -> None:
-    """Raises UserError where the row's reference does not fit its images or its metrics."""
+def _check_reference(row: Row, references: Path, whole: bool) -> None:
+    """Raises UserError where the row's reference does not fit its images or its metrics.
+
+    whole: whether the features that it holds are looked at, too, which reads them all.
+    """
     spec = row.evaluation
     path = find_reference(spec.reference, references)
     if path is None:
@@ -109,8 +116,11 @@ def _check_reference(row: Row, references: Path) -> None:
     file, size = BatchFile(path), row.run.model.image_size
     if len(file) and file.shape[1:3] != (size, size):
         raise UserError(f"{file.path}: its images are {file.resolution}, those of row {row.name} {size}x{size}")
+    options = EvaluatorOptions(metrics=spec.metrics)
     with _metrics_of(row):
-        check_reference(file, EvaluatorOptions(metrics=spec.metrics), find_extractor(spec.backend))
+        check_reference(file, options, find_extractor(spec.backend))
+        if whole:
+            check_stored_features(file, options)
     if 0 < len(file) < spec.smallest_count:
         raise UserError(f"{file.path}: has {len(file)} images, at least {spec.smallest_count} are needed")
 

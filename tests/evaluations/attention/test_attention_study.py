@@ -362,6 +362,7 @@ def test_labels_of_real_images_reach_the_network(tiny, object_file, tmp_path, no
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"images": "0,-1"}, "--images 0,-1: must be image numbers from 0 up"),
+    ({"images": "99999999999"}, "--images 99999999999: must be image numbers from 0 up"),
     ({"images": "0,x"}, "--images 0,x: must be image numbers from 0 up"),
     ({"steps": "8"}, "--steps 8: must be steps from 0 to 7 of this chain"),
     ({"steps": "2.5"}, "--steps 2.5: must be steps from 0 to 7 of this chain"),

@@ -14,7 +14,7 @@ from evaluations.extractors.train_icons import IconsTrainingOptions, train
 from evaluations.features import Features
 from guided_diffusion.errors import UserError
 
-NAMES = np.array(["animals-noto", "flags-noto", "food-noto"])
+NAMES = np.array(["animals-noto", "people-noto", "food-noto"])
 
 
 class Colours:

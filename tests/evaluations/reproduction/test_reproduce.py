@@ -253,6 +253,8 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
 
     np.savez(tmp_path / "numbers.npz", mu=np.zeros(64), sigma=np.eye(64), mu_s=np.zeros(512), sigma_s=np.eye(512))
     assert "has no images (arr_0), which precision, recall" in refused(line(reference=tmp_path / "numbers.npz"))
+    np.savez(tmp_path / "nan.npz", arr_0=np.full((8, 32, 32, 3), 9, np.uint8), pooled=np.full((8, 64), np.nan, "f4"))
+    assert "pooled must be finite numbers" in refused(line(reference=tmp_path / "nan.npz"))
     assert "of --backend fashion_mnist" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
 
     mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
