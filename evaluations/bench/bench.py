@@ -393,11 +393,11 @@ class BenchRun:
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
         spec, label = self.bench.spec, self.bench.metric_label()
+        shown = "; what these do by themselves is shown by rows without guidance that have as many" * spec.same_steps
         parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
-                 "by their operations, so that methods that cost more have fewer steps; what these do by themselves is "
-                 "shown by rows without guidance that have as many. Each has the setting that had "
-                 f"the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are compared "
-                 "with the method that was best alone there."]
+                 f"by their operations, so that methods that cost more have fewer steps{shown}. Each has the setting "
+                 f"that had the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are "
+                 "compared with the method that was best alone there."]
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
         if self.impossible:
