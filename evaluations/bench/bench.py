@@ -196,8 +196,8 @@ class BenchRun:
 
     def _guided(self) -> list[Row]:
         """Returns the reported rows with guidance at the main number of evaluations."""
-        return [row for title, rows in self.reports.items() for row in rows
-                if title.endswith(f" {self.bench.spec.evaluations} evaluations") and row.run.active]
+        titles = [_section_title(self.bench.spec.evaluations, pair) for pair in (False, True)]
+        return [row for title in titles for row in self.reports.get(title, []) if row.run.active]
 
     def _in_order(self) -> list[str]:
         """Returns the methods from the best search to the worst."""
@@ -217,7 +217,8 @@ class BenchRun:
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
         row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
-        self.reports.setdefault(self._section(unit), []).append(row)
+        title = FEWER if unit.steps_of else _section_title(unit.evaluations, unit.pair)
+        self.reports.setdefault(title, []).append(row)
         self.hours.reserve += self._report_seconds
         self.count(key)
         progress.update()
@@ -330,11 +331,6 @@ class BenchRun:
         self.hours.reserve += self._report_seconds
         self.count()
 
-    def _section(self, unit: Unit) -> str:
-        if unit.steps_of:
-            return FEWER
-        return f"{'Pairs' if unit.pair else 'Methods alone'}, {unit.evaluations} evaluations"
-
     # The tables
 
     def write(self) -> str:
@@ -419,6 +415,11 @@ class BenchRun:
             described = {**results(table, numbers, {}, self.settings), **made_here()}
             draw = (lambda: pictures(table, {})) if part == "report" else Pictures
             return write_all(self.bench.folder / part, described, draw)
+
+
+def _section_title(evaluations: int, pair: bool) -> str:
+    """Returns the title of the section of the methods at so many evaluations, alone or in pairs."""
+    return f"{'Pairs' if pair else 'Methods alone'}, {evaluations} evaluations"
 
 
 def _table(bench: Bench, sections: Mapping[str, Sequence[Row]], title: str = "", note: str = "") -> Table:

@@ -228,23 +228,22 @@ class LatentDiffusion:
 
     def _denoiser(self, model: Callable[..., Tensor], process: DiffusionProcess, conditions: Conditions,
                   options: SamplerOptions) -> Denoiser:
-        """The network with its prompts, and x0 bounded as the scheduler does; but only pixels are clipped.
-
-        A sampler that thresholds by itself does so in place of that.
-        """
-        config = self.pipe.scheduler.config
+        """The network with its prompts; a sampler that thresholds by itself does so in place of the scheduler."""
         quantile = options.threshold_quantile
-        bound: Callable[[Tensor], Tensor] | None = None
-        if quantile is not None:
-            pass
-        elif getattr(config, "thresholding", False):            # goes before clip_sample in diffusers, on latents too
-            bound = functools.partial(dynamically_thresholded, quantile=float(config.dynamic_thresholding_ratio),
-                                      largest=float(config.sample_max_value))
-        elif self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False):
+        return process.denoiser(model, clip_denoised=False, denoised_fn=self._bound if quantile is None else None,
+                                model_kwargs=conditions, dynamic_threshold=quantile)
+
+    @property
+    def _bound(self) -> Callable[[Tensor], Tensor] | None:
+        """How the scheduler bounds x0; only pixels are clipped. None where it does not."""
+        config = self.pipe.scheduler.config
+        if getattr(config, "thresholding", False):              # goes before clip_sample in diffusers, on latents too
+            return functools.partial(dynamically_thresholded, quantile=float(config.dynamic_thresholding_ratio),
+                                     largest=float(config.sample_max_value))
+        if self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False):
             limit = float(getattr(config, "clip_sample_range", 1.0))
-            bound = functools.partial(torch.clamp, min=-limit, max=limit)
-        return process.denoiser(model, clip_denoised=False, denoised_fn=bound, model_kwargs=conditions,
-                                dynamic_threshold=quantile)
+            return functools.partial(torch.clamp, min=-limit, max=limit)
+        return None
 
     @property
     def _multiple(self) -> int:
