@@ -5,7 +5,6 @@ A sample file holds arr_0, (N, 32, 32, 3) uint8, and arr_1, (N,) the classes ask
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,13 +20,11 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option
-from guided_diffusion.runs.comparison import names_of_samples
+from guided_diffusion.runs.comparison import names_of_samples, say_once
 
 from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
 from .image_sets import open_images
-
-_log = logging.getLogger(__name__)
 
 
 class Classifier(Protocol):
@@ -104,14 +101,9 @@ def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarr
         if set(stated.names) & set(class_names):
             known = ClassNames(tuple(class_names), source="the classifier")
             return known.renumbered(_below(labels, len(stated), file.path), stated, file.path)
-        _say_once(f"{file.path}: has {stated}; the classifier calls none of its classes so, their numbers are compared")
+        say_once(f"{file.path}: has {stated}; the classifier calls none of its classes so, their numbers are compared",
+                 logging.INFO)
     return _below(labels, len(class_names), file.path)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Says a line in the first of the places that read the same labels."""
-    _log.info(line)
 
 
 def read_labels(file: BatchFile) -> np.ndarray:

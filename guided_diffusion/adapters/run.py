@@ -29,6 +29,7 @@ from .. import dist_util, pictures
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
+from ..foreign import read_json
 from ..guidance import GUIDANCE, GuidanceOptions, IcgOptions, Networks
 from ..jobs import job
 from ..late import torch
@@ -326,7 +327,7 @@ def _missing(folder: Path) -> list[str]:
     path = folder / "model_index.json"
     if not path.is_file():
         return []
-    return [name for name, kind in json.loads(path.read_text(encoding="utf-8")).items()
+    return [name for name, kind in read_json(path, lambda content: isinstance(content, dict)).items()
             if isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)
             and not (folder / name).is_dir()]
 

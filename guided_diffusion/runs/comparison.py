@@ -133,16 +133,16 @@ def names_of_samples(path: Path) -> ClassNames | None:
         return None
     network = _network_of(configuration)
     if not network.is_file() or sha256 not in (None, sha256_of(network)):
-        _say_once(f"{path}: its network {network} is not there, or another one by now, so that its classes go by their "
-                  "numbers")
+        say_once(f"{path}: its network {network} is not there, or another one by now, so that its classes go by their "
+                 "numbers")
         return None
     return class_names_of(configuration)
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def say_once(line: str, level: int = logging.WARNING) -> None:
     """Says a line in the first of the places that read the same file."""
-    LOG.warning(line)
+    LOG.log(level, line)
 
 
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
