@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from ..classes import check_same_names, first_names, label_number
+from ..classes import ClassNames, check_same_names, first_names, label_number
 from ..dtypes import AUTO, dtype_name, with_dtype
 from ..errors import UserError
 from ..execution import choose_dtype, compile_for
@@ -212,6 +212,7 @@ class SamplingRun:
             with dist_util.together():
                 before = checkpoint.stamps(self.files())
                 sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
+                names = self._class_names()
             queue = WorkQueue()
             with dist_util.together():
                 sha256 = self._sha256() if dist_util.is_main() else {}
@@ -221,14 +222,20 @@ class SamplingRun:
                         method.check(sha256, self.sample.checkpoint_entry)
                     named = {name_of(flag): value for flag, value in sha256.items()}
                     queue.put("sha256", named)
-                    todo = self._chunks(named, labels, base).prepare(self.sample.overwrite)
+                    todo = self._chunks(named, labels, base, names).prepare(self.sample.overwrite)
                     queue.put("todo", None if todo is None else todo.spans)
-            return self._sample(sampler, self._chunks(queue.get("sha256"), labels, base), queue, began)
+            return self._sample(sampler, self._chunks(queue.get("sha256"), labels, base, names), queue, began)
 
-    def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None) -> Shards:
+    def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None,
+                names: ClassNames | None = None) -> Shards:
         return Shards(self.out, self.configuration(), sha256,
                       lambda image_ids: None if labels is None else labels(image_ids).numpy(),
-                      None if base is None else base.digests)
+                      None if base is None else base.digests, names)
+
+    def _class_names(self) -> ClassNames | None:
+        """The names of the classes that the images are labelled with; None where they have none."""
+        labelled = self.labelled and self.sample.labels != NONE
+        return first_names(self.checkpoints().values()) if labelled else None
 
     def base_images(self) -> BaseImages | None:
         """The images that this run upsamples; None where it begins with noise alone."""
@@ -358,9 +365,8 @@ class SamplingRun:
 
     def _finish(self, chunks: Shards, began: float) -> None:
         """Packs the chunks, draws the picture, and writes the record last."""
-        record_path = self.out / "run.json"
         packed, timing = chunks.pack()
-        record_path.unlink(missing_ok=True)
+        chunks.set_record_aside()
         os.replace(packed, chunks.samples)
         pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / "grid.png")
         record = {
@@ -371,4 +377,4 @@ class SamplingRun:
             **made_by(),
             "timing": {"seconds": time.time() - began, "chunks": timing},
         }
-        write_json(record_path, record, sync=True, ending="the samples are kept")
+        write_json(chunks.record, record, sync=True, ending="the samples are kept")

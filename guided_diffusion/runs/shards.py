@@ -3,6 +3,8 @@
     OUT/.lock                  held by the job that works there
     OUT/shards/run.json        what the images depend on
     OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds; base
+    OUT/run.json               the record of the finished run
+    OUT/run_500.json           that of another of this configuration, of 500 images, which was finished there before
 
 `run` is the fingerprint of what the images depend on; rank and seconds say who made them, and how long it took. `base`
 tells the images that they were upsampled from, where they were.
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import files
+from ..classes import KEY, ClassNames
 from ..errors import UserError
 from ..fetch import sha256_of
 from ..npz import BatchFile, Chunk, prepare_samples
@@ -50,6 +55,7 @@ class Shards(ChunkFiles):
 
     labels: LabelArrays | None = None       # labels that the chunks must have; None: any
     base: Digests | None = None             # what tells the images that they must be upsampled from; None: any
+    class_names: ClassNames | None = None   # of the labels, for the packed file; None: not known
 
     @property
     def _in_channels(self) -> int:
@@ -75,6 +81,11 @@ class Shards(ChunkFiles):
         images = arrays["images"]
         return (images.shape == (count, *self.shape[1:]) and images.dtype == np.uint8
                 and ("labels" not in arrays or arrays["labels"].shape == (count,)))
+
+    @property
+    def record(self) -> Path:
+        """The file that says of the finished run what its images depend on, and how they were made."""
+        return self.out / "run.json"
 
     # One shard
 
@@ -111,8 +122,13 @@ class Shards(ChunkFiles):
         """
         if overwrite:
             self.remove()
+            for path in self._set_aside():
+                path.unlink()
         earlier = None if overwrite else self.check()
         if earlier and earlier.num_samples == self.num_samples:
+            if (record := self._aside(self.num_samples)).exists():
+                self.set_record_aside()
+                os.replace(record, self.record)
             return None
         missing = self.missing()
         files.remove_leftovers(self.out, "samples_*.npz.*")         # they take space
@@ -138,9 +154,16 @@ class Shards(ChunkFiles):
         return earlier
 
     def recorded(self) -> Shards | None:
-        """A finished run in this folder, of this configuration, by its record; UserError where it is of another."""
+        """A finished run in this folder, of this configuration, by its record; UserError where one is of another.
+
+        Of several, the one of as many images, else the longest.
+        """
         self.check_begun()
-        record = self.out / "run.json"
+        found = [run for record in (self.record, *self._set_aside()) if (run := self._of_record(record))]
+        return max(found, key=lambda run: (run.num_samples == self.num_samples, run.num_samples), default=None)
+
+    def _of_record(self, record: Path) -> Shards | None:
+        """The finished run of a record; None where there is none, or its samples are gone."""
         if not record.exists():
             return None
         try:
@@ -152,8 +175,24 @@ class Shards(ChunkFiles):
             different, exists = "", False
         if different is not None and self.begun() != self.identity:        # else its overwriting was allowed before
             raise UserError(f"--out {self.out}: holds samples of another configuration "
-                            f"({f'--{different} differs' if different else 'its run.json is unreadable'}); {REMEDY}")
+                            f"({f'--{different} differs' if different else f'its {record.name} is unreadable'}); "
+                            f"{REMEDY}")
         return earlier if exists else None
+
+    def _aside(self, num_samples: int) -> Path:
+        return self.out / f"run_{num_samples}.json"
+
+    def _set_aside(self) -> list[Path]:
+        """The records of runs of other numbers of images."""
+        return sorted(path for path in self.out.glob("run_*.json") if re.fullmatch(r"run_[0-9]+\.json", path.name))
+
+    def set_record_aside(self) -> None:
+        """Makes room for the record of this run: one of another number of images is kept under another name."""
+        other = self._of_record(self.record)
+        if other is None or other.num_samples == self.num_samples:
+            self.record.unlink(missing_ok=True)
+        else:
+            os.replace(self.record, self._aside(other.num_samples))
 
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))
@@ -194,6 +233,8 @@ class Shards(ChunkFiles):
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
         beside = {} if self.base is None else {"base": self.base(range(self.num_samples))}
+        if self.class_names is not None:
+            beside[KEY] = np.array(self.class_names.to_json())
         return prepare_samples(arrays(), self.shape, self.samples, beside), timing
 
     def tidy(self) -> None:

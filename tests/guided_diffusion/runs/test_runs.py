@@ -19,6 +19,8 @@ from commands import PATIENCE, REPOSITORY, call, execute, flags, samples_in
 from launchers import needs_mpi, usual_signals
 from networks import TINY
 
+from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.rng import image_labels
 from guided_diffusion.runs import sampler
 from guided_diffusion.runs.shards import locked
@@ -279,8 +281,10 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
         assert (longer["arr_0"][:5] == shorter["arr_0"]).all() and (longer["arr_1"][:5] == shorter["arr_1"]).all()
 
     made.clear()
-    assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": 9})) == 0          # finished
-    assert made == []
+    for count in (9, 5, 9, 4, 9):
+        assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": count})) == 0
+        assert json.loads((tmp_path / "grown" / "run.json").read_text())["samples"] == f"samples_{count}x16x16x3.npz"
+        assert made == []                           # none of the finished ones is forgotten, nor sampled again
 
 
 def test_labels_of_the_run(line, tmp_path, capsys):
@@ -301,6 +305,16 @@ def test_labels_of_the_run(line, tmp_path, capsys):
         assert not (tmp_path / "new").exists()
     assert call("image_sample", *line(tmp_path / "new", labels=1, class_cond=False, **SHORT)) == 2
     assert "has no classes" in capsys.readouterr().err
+
+
+def test_samples_state_the_names_of_their_classes(line, tiny_checkpoints, tmp_path):
+    plain, named = tiny_checkpoints / "model.safetensors", tmp_path / "named.safetensors"
+    save_state(named, load_state_dict(plain), {**read_metadata(plain), "class_names": '["cat", "dog"]'})
+    for path, expected in ((named, ["cat", "dog"]), (plain, None)):
+        assert call("image_sample", *line(tmp_path / path.stem, **{**SHORT, "model_path": path})) == 0
+        with np.load(tmp_path / path.stem / "samples_5x16x16x3.npz") as file:
+            assert file.get("class_names", np.array(None)).tolist() == expected
+    assert named_labels(tmp_path / "named" / "samples_5x16x16x3.npz", np.arange(2))[1].names == ("cat", "dog")
 
 
 def test_lines_of_progress_and_record(line, tmp_path, capsys):
