@@ -18,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from guided_diffusion import dist_util
 from guided_diffusion.classes import first_names
 from guided_diffusion.errors import UserError, said_otherwise
@@ -33,22 +31,13 @@ from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
 from .evaluation import Evaluation
-from .evaluation_checks import (
-    check_count,
-    check_options,
-    check_same_widths,
-    check_whole_reference,
-    kinds_read,
-    stored_widths,
-)
+from .evaluation_checks import check_count, check_extractor, check_options, check_whole_reference
 from .evaluation_results import summary
 from .evaluator_options import EvaluatorOptions
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .features import FeatureExtractor, feature_folder
 from .image_sets import open_images
-from .metrics.comparison import Feature
 from .references import open_reference
-from .stored_statistics import check_extractor_of
 
 _log = logging.getLogger(__name__)
 
@@ -174,13 +163,10 @@ class Cascade:
             return None
         extractor = load_extractor_once(self.evaluation.extractor)
         with dist_util.together():
-            reference, options = open_reference(self.evaluation.reference), self.evaluation.options
-            check_extractor_of(reference, extractor)
-            with _about(f"evaluation --backend {self.evaluation.extractor.backend}"):
-                found = extractor.features(np.zeros((1, *[self._last.model.image_size] * 2, 3), np.uint8))
-            widths = {Feature(kind): values.size for kind, values in found._asdict().items()}
-            check_same_widths(reference, extractor.name, widths, stored_widths(reference, options),
-                              kinds_read(options)[1])
+            part = self.evaluation
+            with _about("evaluation"):
+                check_extractor(open_reference(part.reference), extractor, part.extractor.kind, part.options,
+                                self._last.model.image_size)
         return extractor
 
     def _evaluate(self, part: EvaluationPart, extractor: FeatureExtractor | None) -> str:

@@ -26,6 +26,8 @@ from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
 from .image_sets import open_images
 
+AT_A_TIME = 1000        # images that are read together
+
 
 class Classifier(Protocol):
     """A classifier of clean images (N, 32, 32, 3), which took no part in sampling.
@@ -84,7 +86,7 @@ def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple
     labels = read_labels_by_name(file, class_names)
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
-    return file.read("arr_0"), labels
+    return np.concatenate([images for _, images in file.batches(AT_A_TIME)]), labels
 
 
 def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarray:

@@ -6,15 +6,18 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.npz import BatchFile
 
 from .evaluation_plot import check_plot
 from .evaluator_options import EvaluatorOptions
 from .extractors import EXTRACTORS, ExtractorKind
+from .features import FeatureExtractor
 from .metrics import FromReference, Metric
 from .metrics.comparison import DENSITY_K, SUFFIXES, Feature
+from .metrics.frechet import check_covariance
+from .stored_statistics import check_extractor_of
 
 ROWS = 4096                     # of stored features, that are looked at together
 
@@ -119,6 +122,29 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
             check_drawn(f"{reference.path}: {name}", shape[0], options)
         if not all(np.isfinite(rows).all() for rows in reference.pieces(name, ROWS)):
             raise UserError(f"{reference.path}: {name} must be finite numbers")
+
+
+def check_extractor(reference: BatchFile, extractor: FeatureExtractor, kind: ExtractorKind, options: EvaluatorOptions,
+                    size: int) -> None:
+    """Raises UserError where an extractor cannot compare images of `size` pixels with a reference.
+
+    That is where it refuses such images, where what the reference stores was made by another one, has other widths or
+    is no covariance, and where the classifier of class accuracy was trained on another one's features.
+    """
+    check_extractor_of(reference, extractor)
+    if any(metric.feature is Feature.CORRECTNESS for metric in options.wanted):
+        kind.check_classifier(extractor)
+    features, statistics = kinds_read(options)
+    if not features | statistics:
+        return
+    with said_otherwise(lambda text: f"--backend {kind.name}: {text}"):
+        found = extractor.features(np.zeros((1, size, size, 3), np.uint8))
+    widths = {Feature(name): values.size for name, values in found._asdict().items()}
+    stored = {name: width for name, width in stored_widths(reference, options).items() if name in widths}
+    check_same_widths(reference, extractor.name, widths, stored, statistics & widths.keys())
+    for name in statistics:
+        if (of_reference := reference.statistics(SUFFIXES[name])) is not None:
+            check_covariance(of_reference.covariance, f"{reference.path}: sigma{SUFFIXES[name]}")
 
 
 def kinds_read(options: EvaluatorOptions) -> tuple[set[Feature], set[Feature]]:

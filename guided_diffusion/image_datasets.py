@@ -36,7 +36,7 @@ from .image_files import (
     read_image,
 )
 from .late import Tensor, torch
-from .npz import BLOCK, MAX_RATIO, SMALL, read_arrays
+from .npz import BLOCK, MAX_RATIO, SMALL, check_brightness, read_arrays
 from .pixels import file_channels, from_uint8
 from .rng import stream_generator
 
@@ -498,7 +498,7 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     """All images of an .npz file, (N, H, W, C) uint8, and, if `labelled`, labels (N,) int64; C is 3 for grey.
 
     frame: channels, height and width in training. Raises UserError where the file is damaged, or its
-    arrays are missing or of other shapes.
+    arrays are missing or of other shapes, or no pixel is above 1.
     """
     where = f"--data_dir {path}"
     images, *others = read_arrays(Path(path), ["arr_0", "arr_1"] if labelled else ["arr_0"],
@@ -508,14 +508,20 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
     if images is None or images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
-    if not labelled:
-        return images, None
-    if labels is None or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise UserError(f"{where}: arr_1 must be the classes of the {len(images)} images, as whole numbers")
+    if labelled:
+        labels = _checked_classes(where, labels, len(images))
+    check_brightness(where, images)
+    return images, labels
+
+
+def _checked_classes(where: str, labels: np.ndarray | None, count: int) -> np.ndarray:
+    """The labels (N,) int64; raises UserError where they are not `count` classes."""
+    if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{where}: arr_1 must be the classes of the {count} images, as whole numbers")
     for extreme in (int(labels.min()), int(labels.max())):
         if not 0 <= extreme <= np.iinfo(np.int64).max:          # also what would wrap from uint64
             raise UserError(f"{where}: arr_1 has the class {extreme}, classes are from 0 up")
-    return images, labels.astype(np.int64)
+    return labels.astype(np.int64)
 
 
 def named_labels(path: str | os.PathLike, labels: np.ndarray, known: ClassNames | None = None, where: str = "",

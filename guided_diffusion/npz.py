@@ -1,8 +1,9 @@
 """Sample files and reference batches (.npz), read and written as a stream: a few images in memory, whatever the size.
 
 The format is that of guided-diffusion: `arr_0` holds images (N, H, W, 3) uint8, and `arr_1` their labels (N,) int64, if
-they have any. A reference batch may also hold the statistics `mu`, `sigma` (pooled features) and `mu_s`, `sigma_s`
-(spatial features) of a larger set of images. Written files are not compressed; the same arrays give the same bytes.
+they have any; `class_names` (K,) are the names of the classes, where they are known. A reference batch may also hold
+the statistics `mu`, `sigma` (pooled features) and `mu_s`, `sigma_s` (spatial features) of a larger set of images.
+Written files are not compressed; the same arrays give the same bytes.
 """
 
 from __future__ import annotations
@@ -191,8 +192,7 @@ class BatchFile(ArrayFile):
         step = max(1, BLOCK // math.prod(self.shape[1:]))
         ranges = (range(start, min(start + step, len(self))) for start in range(0, len(self), step))
         if all(images.max() <= 1 for images in self.images(ranges)):
-            raise UserError(f"{self.path}: its {len(self)} images hold nothing above 1: pixels must be 0 to 255, not 0 "
-                            "to 1")
+            raise _dark(str(self.path), len(self))
 
     def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
         """The images (n, H, W, 3) of each range of indices; the ranges must rise. Nothing else is kept in memory."""
@@ -260,6 +260,16 @@ def checked_image_shape(where: str, shape: tuple[int, ...], dtype: np.dtype, cha
         raise UserError(f"{where}: images may have {MAX_SIDE} pixels a side at most")
     count, height, width, _ = shape
     return count, height, width, channels
+
+
+def check_brightness(where: str, images: np.ndarray) -> None:
+    """Raises UserError, which begins with `where`, for images (N, H, W, C) uint8 of which no pixel is above 1."""
+    if images.max() <= 1:
+        raise _dark(where, len(images))
+
+
+def _dark(where: str, count: int) -> UserError:
+    return UserError(f"{where}: its {count} images hold nothing above 1: pixels must be 0 to 255, not 0 to 1")
 
 
 def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[np.ndarray | None]:

@@ -37,7 +37,7 @@ from guided_diffusion.guidance.base import naming
 from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.jobs import job
 from guided_diffusion.late import Tensor, no_grad, torch
-from guided_diffusion.npz import read_arrays
+from guided_diffusion.npz import check_brightness, read_arrays
 from guided_diffusion.options import MOST, Options, batch_option, comma_separated, entry_option, option, seed_option
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
@@ -272,7 +272,7 @@ def read_objects(options: AttentionOptions, model: ModelOptions) -> ObjectImages
 
 def _checked_images(flag: str, images: np.ndarray | None, mask: np.ndarray | None, size: int,
                     ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and masks as they are; raises UserError where one is missing, or they are not of `size` pixels."""
+    """Images and masks as they are; raises UserError where one is missing or cannot be used."""
     if images is None or mask is None:
         raise UserError(f"{flag}: has no {'arr_0 (images)' if images is None else 'mask (objects)'}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -280,6 +280,7 @@ def _checked_images(flag: str, images: np.ndarray | None, mask: np.ndarray | Non
     if images.shape[1:3] != (size, size):
         raise UserError(f"{flag}: holds images of {images.shape[1]}x{images.shape[2]}, those of the model are "
                         f"{size}x{size}")
+    check_brightness(flag, images)
     if mask.shape != images.shape[:3] or mask.dtype.kind not in "biu":
         raise UserError(f"{flag}: mask is {mask.shape} {mask.dtype}, must be {images.shape[:3]} whole numbers")
     if not mask.any():

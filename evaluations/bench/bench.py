@@ -23,7 +23,7 @@ from guided_diffusion.progress import Progress, progress_bar
 
 from ..extractor_options import ExtractorOptions
 from ..features import FeatureExtractor
-from ..reproduction.checks import check_files, check_rows
+from ..reproduction.checks import check_extractors, check_files, check_rows
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
@@ -76,13 +76,18 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         bench = replace(bench, base=bench.base.changed(dtype=dtype))
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, {})
+    first = {"images": bench.reported({}, bench.spec.evaluations), "search_images": bench.searched({})}
+    tables = {flag: Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
+              for flag, row in first.items()}
+    extractors: dict[str, FeatureExtractor] = {}
     with ExitStack() as stack:
         with dist_util.together():
-            for flag, row in (("images", bench.reported({}, bench.spec.evaluations)),
-                              ("search_images", bench.searched({}))):
-                table = Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
+            for flag, table in tables.items():
                 check_rows(table, flag)
                 check_files(table, settings, allow_missing=False)
+        for table in tables.values():
+            check_extractors(table, {}, settings, extractors)
+        with dist_util.together():
             found, why = _chosen(bench, options)
             if dist_util.is_main():
                 stack.enter_context(prepared(bench.folder))
@@ -90,7 +95,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
         why |= {one.short: "; ".join(map(str, one.missing)) for one in found if one.missing}
         found = [one for one in found if not one.missing]
         seconds = _rank_seconds(bench, options) / dist_util.world_size()
-        work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why)
+        work = BenchRun(bench, settings, Hours(bench.folder, options.hours, seconds), why, extractors)
         try:
             work.sample(found)
             return work.write()
@@ -150,10 +155,12 @@ class Decisions:
 class BenchRun:
     """The work of a bench on all ranks, in the order of `units`.
 
-    why: by method, the reason why it is not compared. The rows are kept for the tables by the titles of their sections.
+    why: by method, the reason why it is not compared. extractors: by backend, those that are loaded. The rows are kept
+    for the tables by the titles of their sections.
     """
 
-    def __init__(self, bench: Bench, settings: EvaluationSettings, hours: Hours, why: Mapping[str, str]) -> None:
+    def __init__(self, bench: Bench, settings: EvaluationSettings, hours: Hours, why: Mapping[str, str],
+                 extractors: dict[str, FeatureExtractor]) -> None:
         self.bench, self.settings, self.hours, self.why = bench, settings, hours, dict(why)
         self.decisions = Decisions()
         self.searches: dict[str, list[Row]] = {}
@@ -165,7 +172,7 @@ class BenchRun:
         self.best: dict[str, Flags] = {}
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
         self._report_seconds = self._search_seconds = 0.0       # of the evaluation of a row at the end
-        self._extractors: dict[str, FeatureExtractor] = {}
+        self._extractors = extractors
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""

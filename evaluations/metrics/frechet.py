@@ -159,6 +159,11 @@ def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
 
+def check_covariance(sigma: np.ndarray, name: str) -> None:
+    """Raises UserError, which begins with `name`, for a matrix (D, D) of which `frechet_distance` is not defined."""
+    _factor(_covariance(sigma, name, len(sigma)), name)
+
+
 class FrechetSums(NamedTuple):
     """Sums over resampled images, from which ProjectedFeatures has their distance; those of two parts add up."""
 

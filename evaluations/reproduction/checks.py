@@ -19,15 +19,16 @@ from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.runs.labels import NONE
 
-from ..evaluation_checks import check_outputs, check_reference, check_stored_features
+from ..evaluation_checks import check_extractor, check_outputs, check_reference, check_stored_features
 from ..evaluator_options import EvaluatorOptions
 from ..extractors import find_extractor
 from ..extractors.inception_graph import find_graph
+from ..features import FeatureExtractor
 from ..metrics import METRICS
 from ..metrics.comparison import Feature
 from ..plots import require_matplotlib
 from ..references import find_reference
-from .measurements import EvaluationSettings
+from .measurements import EvaluationSettings, loaded
 from .missing import missing_files
 from .results import features_of
 from .tables import Row, Table, as_of_a_table
@@ -90,6 +91,25 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
         if any(row.evaluation.reference and find_extractor(row.evaluation.backend).is_inception for row in rows):
             find_graph(inception or None)
     return why
+
+
+def check_extractors(table: Table, why: Mapping[str, str], settings: EvaluationSettings,
+                     extractors: dict[str, FeatureExtractor]) -> None:
+    """Raises UserError where the extractors of the rows do not fit their references; all ranks call it together.
+
+    why: of rows that are left out, the reason. extractors: by backend, those that are loaded; others are added.
+    """
+    seen = set[tuple[str, str, str, int]]()
+    for name, row in table.rows.items():
+        spec, size = row.evaluation, row.run.model.image_size
+        path = None if name in why else find_reference(spec.reference, settings.references)
+        if path is None or (spec.reference, spec.backend, spec.metrics, size) in seen:
+            continue
+        seen.add((spec.reference, spec.backend, spec.metrics, size))
+        extractor = loaded(spec.backend, settings, extractors)
+        with dist_util.together(), _metrics_of(row):
+            check_extractor(BatchFile(path), extractor, find_extractor(spec.backend),
+                            EvaluatorOptions(metrics=spec.metrics), size)
 
 
 class Digests(dict[str, str]):

@@ -86,9 +86,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     evaluated = 0
     for group, rows in _groups(table, sampled).items():
         options = replace(settings.extractor, backend=group.backend)
-        if group.backend not in extractors:
-            extractors[group.backend] = load_extractor_once(options)
-        extractor = extractors[group.backend]
+        extractor = loaded(group.backend, settings, extractors)
         chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap)
         with dist_util.together():
             evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
@@ -104,6 +102,13 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                       **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
     depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
     return Measurements(replicates, depth, *first) if dist_util.is_main() else None
+
+
+def loaded(backend: str, settings: EvaluationSettings, extractors: dict[str, FeatureExtractor]) -> FeatureExtractor:
+    """Returns the extractor of a backend, on all ranks together; extractors: those that there are, which it joins."""
+    if backend not in extractors:
+        extractors[backend] = load_extractor_once(replace(settings.extractor, backend=backend))
+    return extractors[backend]
 
 
 def _shared_out(rows: Sequence[Row], samples: Sequence[FileFeatures], counts: Mapping[str, Sequence[int]],

@@ -29,8 +29,9 @@ from guided_diffusion.runs.shards import locked
 
 from ..attention.study import attention_method, overlay_strip
 from ..extractor_options import ExtractorOptions
+from ..features import FeatureExtractor
 from ..metrics.bootstrap import MOST_RESAMPLINGS
-from .checks import check_files, check_rows
+from .checks import check_extractors, check_files, check_rows
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
@@ -155,15 +156,19 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
     folder = Path(options.out) / table.name
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, changed)
+    extractors: dict[str, FeatureExtractor] = {}
     with ExitStack() as stack:
         with dist_util.together():
             check_rows(table)
             why = check_files(table, settings, options.allow_missing)
+        check_extractors(table, why, settings, extractors)
+        with dist_util.together():
             if dist_util.is_main():
                 stack.enter_context(prepared(folder))
                 stack.enter_context(job("table", folder, table.name))
         sample(table, why)
-        numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES)
+        numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES,
+                               extractors)
         with dist_util.together():
             if numbers is None:
                 return ""

@@ -30,7 +30,7 @@ from ..errors import UserError
 from ..image_datasets import crop_square, named_labels, resize_smaller_side, say_left_out
 from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
 from ..late import Tensor, torch
-from ..npz import read_arrays, read_npy
+from ..npz import check_brightness, read_arrays, read_npy
 from ..pixels import from_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
@@ -223,6 +223,8 @@ def _read_npz(path: Path) -> _Arrays:
                                         f"{path}: is no .npz file of images and depth maps, or is damaged")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise UserError(f"{path}: arr_0 {_shown(images)}, must be images (N, H, W, 3) uint8")
+    if len(images):
+        check_brightness(str(path), images)
     if depth is not None and depth.ndim == 4 and depth.shape[3] == 1:
         depth = depth[..., 0]
     if depth is None or depth.dtype.kind not in "fiu" or depth.ndim != 3:

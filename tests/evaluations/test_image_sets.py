@@ -13,8 +13,14 @@ from fuzzing import damaged, fuzz, survives
 from hypothesis import given
 from PIL import Image
 
+from evaluations.attention.study import AttentionOptions, read_objects
+from evaluations.class_accuracy import read_labelled_samples
+from evaluations.extractors.fashion_mnist import CLASS_NAMES
 from evaluations.image_sets import open_images
+from guided_diffusion.build import ModelOptions
+from guided_diffusion.depth.pairs import read_pairs
 from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import load_npz
 from guided_diffusion.npz import BatchFile, write_batch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), np.uint8)
@@ -187,6 +193,17 @@ def test_values_are_0_to_1_only_where_the_whole_file_has_no_others(tmp_path):
     assert len(list(open_images(tmp_path / "dark.npy").batches(1))) == 9
     np.save(tmp_path / "dark.npy", images // 2)
     assert "its 9 images hold nothing above 1" in refused(tmp_path / "dark.npy")
+
+
+def test_values_of_0_to_1_are_refused_by_all_who_read_a_file(tmp_path):
+    path, size = str(tmp_path / "dark.npz"), 32
+    images = np.random.default_rng(0).integers(0, 2, (4, size, size, 3), np.uint8)
+    np.savez(path, arr_0=images, arr_1=np.arange(4), mask=images[..., 0], depth=images[..., 0])
+    for read in (lambda: list(open_images(path).batches(3)), lambda: load_npz(path, (3, size, size), labelled=True),
+                 lambda: read_labelled_samples(path, CLASS_NAMES), lambda: read_pairs(path, size=size),
+                 lambda: read_objects(AttentionOptions(objects=path, num_images=4), ModelOptions(image_size=size))):
+        with pytest.raises(UserError, match=r"dark.npz: its 4 images hold nothing above 1"):
+            read()
 
 
 def packed(**pictures):

@@ -256,6 +256,15 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(mini, line, refu
     np.savez(tmp_path / "nan.npz", arr_0=np.full((8, 32, 32, 3), 9, np.uint8), pooled=np.full((8, 64), np.nan, "f4"))
     assert "pooled must be finite numbers" in refused(line(reference=tmp_path / "nan.npz"))
     assert "of --backend fashion_mnist" in refused(line(reference=with_statistics(tmp_path / "inception.npz")))
+    whole = {"arr_0": np.full((8, 32, 32, 3), 9, np.uint8), "backend": np.array("embedded Fashion-MNIST classifier")}
+    np.savez(tmp_path / "of.npz", **whole, pooled=np.ones((8, 64), "f4"), backend_sha256=np.array("0" * 64))
+    assert "of.npz: its statistics are of the network" in refused(line(reference=tmp_path / "of.npz"))
+    np.savez(tmp_path / "narrow.npz", **whole, pooled=np.ones((8, 7), "f4"))
+    assert "narrow.npz: its pooled features have 7 numbers an image" in refused(line(reference=tmp_path / "narrow.npz"))
+    lopsided = np.eye(64) + np.eye(64, k=1)
+    np.savez(tmp_path / "lopsided.npz", **whole, mu=np.zeros(64), sigma=lopsided)
+    assert "lopsided.npz: sigma is not a covariance" in refused(line(reference=tmp_path / "lopsided.npz"))
+    assert not list(tmp_path.glob("out/*/*"))
 
     mini(rows={"other": {"guide_scale": 1.2, "attention_heads": "official"}})
     assert "mixes attention heads" in refused(line()) and not list(tmp_path.glob("out/*/*"))

@@ -166,7 +166,7 @@ def test_weights_that_fit_are_loaded_and_others_start_anew(data_dir, own, tmp_pa
 
 def test_classes_that_are_called_otherwise_are_said(data_dir, own, tmp_path, caplog):
     caplog.set_level("INFO")
-    arrays = {"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.arange(4) % 2}
+    arrays = {"arr_0": np.full((4, 8, 8, 3), 9, np.uint8), "arr_1": np.arange(4) % 2}
     np.savez(tmp_path / "ants.npz", **arrays, class_names=np.array(["ant", "bee"]))
     np.savez(tmp_path / "cows.npz", **arrays, class_names=np.array(["bee", "cow"]))
     start = train(tmp_path / "ants.npz", tmp_path / "ants", in_channels=3, lr_anneal_steps=1) / "model.safetensors"
