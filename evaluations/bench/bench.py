@@ -32,7 +32,7 @@ from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
 from .candidates import FURTHER, Candidate, Flags, beyond, candidates
-from .hours import Hours
+from .hours import Hours, count_killed
 from .plan import plan
 from .settings import Bench, load_bench
 from .units import Unit, alone, elsewhere, fewer_steps, in_pairs, missing_cost, unguided
@@ -91,6 +91,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
             found, why = _chosen(bench, options)
             if dist_util.is_main():
                 stack.enter_context(prepared(bench.folder))
+                count_killed(bench.folder)
                 stack.enter_context(job("bench", bench.folder, bench.title))
         why |= {one.short: "; ".join(map(str, one.missing)) for one in found if one.missing}
         found = [one for one in found if not one.missing]

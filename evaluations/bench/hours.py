@@ -9,8 +9,29 @@ from typing import Any
 
 from guided_diffusion.files import write_json
 from guided_diffusion.foreign import read_json
+from guided_diffusion.jobs import State, read_state
 
 FILE = "hours.json"
+NOTHING: dict[str, Any] = {"seconds": 0.0, "sampling": 0.0, "evaluations": 0.0, "done": []}
+
+
+def count_killed(folder: Path) -> None:
+    """Counts what a start that was killed took after it last counted, as far as its state tells.
+
+    To be called before another job says its state in that folder. Raises UserError where one of the files is damaged.
+    """
+    state = read_state(folder)
+    if state is None or state.state is not State.GONE:
+        return
+    known = _known(folder / FILE)
+    counted = max(known.get("counted", 0.0), state.began)
+    if state.written > counted:
+        write_json(folder / FILE, {**known, "seconds": known["seconds"] + state.written - counted,
+                                   "counted": state.written})
+
+
+def _known(path: Path) -> dict[str, Any]:
+    return read_json(path, lambda found: found.keys() >= NOTHING.keys()) if path.is_file() else NOTHING
 
 
 class Hours:
@@ -23,9 +44,7 @@ class Hours:
 
     def __init__(self, folder: Path, limit: float | None, first_rate: float) -> None:
         self.path, self.limit, self.first_rate = folder / FILE, limit, first_rate
-        known: dict[str, Any] = {"seconds": 0.0, "sampling": 0.0, "evaluations": 0.0, "done": []}
-        if self.path.is_file():
-            known = read_json(self.path, lambda found: found.keys() >= known.keys())
+        known = _known(self.path)
         self.seconds: float = known["seconds"]              # of everything
         self.sampling: float = known["sampling"]            # of rows alone, which made these evaluations
         self.evaluations: float = known["evaluations"]
@@ -63,4 +82,4 @@ class Hours:
         if key and key not in self.done:
             self.done.append(key)
         write_json(self.path, {"seconds": self.seconds, "sampling": self.sampling, "evaluations": self.evaluations,
-                               "done": self.done, "evaluating": self.evaluating})
+                               "done": self.done, "evaluating": self.evaluating, "counted": time.time()})

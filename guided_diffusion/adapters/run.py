@@ -310,12 +310,15 @@ def load_pipeline(name: str) -> Any:
         raise UserError("--pipeline: needs diffusers: pip install 'guided-pixels[diffusers]'") from None
     try:
         missing = _missing(Path(name))
-        pipe = None if missing else DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+        pipe: Any = None if missing else DiffusionPipeline.from_pretrained(name, use_safetensors=True)
     except Exception as error:          # of any kind: the loaders of diffusers and transformers raise what they come by
         raise UserError(f"--pipeline {name}: diffusers cannot load it ({reason(error)})") from None
     if missing:
         raise UserError(f"--pipeline {name}: its model_index.json names {', '.join(missing)}, of which there is no "
                         "folder")
+    for part, words in pipe.components.items():
+        if hasattr(words, "get_vocab") and len(words.get_vocab()) <= len(words.all_special_tokens):
+            raise UserError(f"--pipeline {name}: its {part} knows no words, its files are missing or damaged")
     return pipe
 
 

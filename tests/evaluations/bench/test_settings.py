@@ -9,7 +9,7 @@ import yaml
 
 from evaluations.bench import candidates, settings
 from evaluations.bench.candidates import beyond, pair_settings, pairs
-from evaluations.bench.hours import Hours
+from evaluations.bench.hours import Hours, count_killed
 from evaluations.bench.units import all_units, in_pairs
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
 from evaluations.reproduction.reproduce import WorkOptions
@@ -18,6 +18,7 @@ from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_sta
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import GUIDANCE, Networks
+from guided_diffusion.jobs import SILENT, STATE, JobState, State
 from guided_diffusion.presets import MODELS
 
 OPTIONS = WorkOptions()
@@ -265,3 +266,24 @@ def test_hours_are_counted_over_all_starts(tmp_path, monkeypatch):
     again = Hours(tmp_path, 2.0, 0.5)
     assert again.done == ["first"] and again.rate == 0.6 and again.left == 7200 - 650
     assert Hours(tmp_path, None, 0.5).left == float("inf")
+
+
+@pytest.mark.parametrize(("state", "added"), [(State.RUNNING, 250.0), (State.FINISHED, 0.0)])
+def test_a_start_that_was_killed_is_counted_until_its_last_word(state, added, tmp_path, monkeypatch):
+    hours = Hours(tmp_path, 1.0, 0.5)
+    hours.count("first", 1000)
+    counted = json.loads((tmp_path / "hours.json").read_text())
+    told = JobState("bench", "", "", state, "elsewhere", 1, 0, 1, counted["counted"] - 900, counted["counted"] + 250)
+    (tmp_path / STATE).write_text(json.dumps(told.as_dict()))
+    monkeypatch.setattr("time.time", lambda: told.written + SILENT + 1)
+    for _ in range(2):                              # and once only
+        count_killed(tmp_path)
+        again = Hours(tmp_path, 1.0, 0.5)
+        assert again.seconds == pytest.approx(counted["seconds"] + added) and again.done == ["first"]
+
+
+def test_a_start_that_was_killed_before_it_counted_anything(tmp_path):
+    told = JobState("bench", "", "", State.RUNNING, "elsewhere", 1, 0, 1, 1000.0, 1030.0)
+    (tmp_path / STATE).write_text(json.dumps(told.as_dict()))
+    count_killed(tmp_path)
+    assert Hours(tmp_path, 1.0, 0.5).seconds == 30

@@ -117,6 +117,7 @@ def test_a_run_goes_on_with_the_same_pipeline_alone(command, folder, tmp_path, c
 
 
 @pytest.mark.parametrize("file, content", [("text_encoder/model.safetensors", b"\xff" * 64), ("tokenizer", None),
+                                           ("tokenizer/tokenizer.json", None),
                                            ("model_index.json", b"[]"), ("text_encoder/config.json", None)])
 def test_a_damaged_pipeline_is_a_sentence(folder, tmp_path, file, content):
     path = tmp_path / "pipeline"
@@ -127,7 +128,8 @@ def test_a_damaged_pipeline_is_a_sentence(folder, tmp_path, file, content):
         shutil.rmtree(path / file)
     else:
         (path / file).unlink()
-    words = "names tokenizer, of which there is no folder" if file == "tokenizer" else "diffusers cannot load it"
+    words = {"tokenizer": "names tokenizer, of which there is no folder", "tokenizer/tokenizer.json":
+             "its tokenizer knows no words"}.get(file, "diffusers cannot load it")
     with pytest.raises(UserError, match=f"^--pipeline {path}: .*{words}"):
         run.load_pipeline(str(path))
 
