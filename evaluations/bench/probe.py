@@ -12,6 +12,7 @@ noise, which the network was trained on. Nothing is sampled.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from ..metrics import METRICS
 from ..reproduction.tables import EvaluationSpec, Row
 from .candidates import candidates
 
-RESAMPLINGS = 200
+RESAMPLINGS = 2000
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,19 @@ class Moments:
         error, toward, change = (float(self._together(part).sum()) for part in (self.error, self.toward, self.change))
         return 1 - (2 * scale * toward - scale**2 * change) / error
 
-    def scale_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the best scale, over resamplings of the images."""
+    def scale_interval(self, chosen_of: int = 1) -> tuple[float, float]:
+        """The 95 % interval of the best scale, over resamplings of the images.
+
+        chosen_of: contrasts of which this one is the best; the interval then holds for whichever is chosen
+        (Bonferroni).
+        """
         toward, change = (self._together(part).sum(axis=1) for part in (self.toward, self.change))
         count = len(toward)
         drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLINGS)
         below = drawn @ change
         scales = np.divide(drawn @ toward, below, out=np.zeros(RESAMPLINGS), where=below != 0)
-        low, high = np.quantile(scales, (0.025, 0.975))
+        tail = 0.025 / chosen_of
+        low, high = np.quantile(scales, (tail, 1 - tail))
         return float(low), float(high)
 
     def _together(self, part: np.ndarray) -> np.ndarray:
@@ -144,6 +150,12 @@ class ProbeResult:
             if known is None or one.moments.left(one.moments.scale) < known.moments.left(known.moments.scale):
                 best[one.options.short] = one
         return list(best.values())
+
+    @property
+    def proposed(self) -> list[Probed]:
+        """Of the best, those whose scale is above 0 beyond chance, with the choice among blocks taken into account."""
+        blocks = Counter(one.options.short for one in self.probed)
+        return [one for one in self.best if one.moments.scale_interval(blocks[one.options.short])[0] > 0]
 
 
 def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOptions,

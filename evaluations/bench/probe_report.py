@@ -171,7 +171,7 @@ def described(result: ProbeResult, found: Agreement | None) -> dict[str, Any]:
             "best_scale": one.moments.scale, "best_scale95": list(one.moments.scale_interval()),
             "left": one.moments.left(one.moments.scale)} for one in result.probed],
         "proposed": [{"method": one.options.short, "block": one.block, "scale": one.moments.scale}
-                     for one in result.best],
+                     for one in result.proposed],
         "not_probed": dict(result.why),
         "table": None if found is None else {
             "metric": found.metric, "correlation": found.correlation, "sampled": found.sampled,
@@ -188,7 +188,7 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
     yield (f"{options.num_images:,} images, drawn at random, seed {options.seed}. A column is a noise level sigma, its "
            "number the scale that is best there on average; below 0 the contrast points away from the image. The best "
            "scale is one for all levels, with its 95 % interval; *error left* is the part of the squared error that is "
-           "left at it.")
+           "left at it: of the images that chose it, so that it is never above 1.")
     yield ""
     yield f"| contrast | best scale | error left | {' | '.join(f'{sigma:.3g}' for sigma in result.sigmas)} |"
     yield f"|---|---|---|{'---|' * len(result.sigmas)}"
@@ -198,7 +198,11 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
         yield (f"| {one.title} | {one.moments.scale:.2f} ({low:.2f} to {high:.2f}) | "
                f"{one.moments.left(one.moments.scale):.4f} | {ratios} |")
     yield ""
-    yield "Proposed: " + "; ".join(f"{one.title}, s = {one.moments.scale:.2f}" for one in result.best)
+    proposed = [f"{one.title}, s = {one.moments.scale:.2f}" for one in result.proposed]
+    yield f"Proposed: {'; '.join(proposed) or 'nothing'}"
+    if others := [one.title for one in result.best if one not in result.proposed]:
+        yield ("not proposed: " + "; ".join(others) + ": their best scale is not above 0 beyond chance, as the best of "
+               "all blocks of the method")
     for short, reason in result.why.items():
         yield f"not probed: {short}: {reason}"
     if found is not None:
