@@ -127,7 +127,7 @@ class Cascade:
         """Raises UserError where the evaluation cannot work, as far as that shows before there are images."""
         reference, options = open_reference(part.reference), part.options
         with _about("evaluation"):
-            check_options(options, part.extractor.kind)
+            check_options(options, part.extractor.kind, [reference.path])
             check_count("the cascade", self.options.num_samples, options)
             check_whole_reference(reference, options, part.extractor.kind)
             if options.held_out:

@@ -174,7 +174,7 @@ def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str
 
     Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
     """
-    check_writable("--json", options.json)
+    check_writable("--json", options.json, read=samples)
     classifier = CLASSIFIERS[options.classifier]()
     results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name, classifier.class_names))
                for name in samples}

@@ -71,7 +71,7 @@ class Evaluation:
         self.samples = [open_images(path) for path in (*given, *samples)] if samples else []
         self.warn = warn
         self._given = extractor
-        check_options(options, extractor_options.kind)
+        check_options(options, extractor_options.kind, [file.path for file in (self.reference, *self.samples)])
         self._check_samples()
         check_whole_reference(self.reference, options, extractor_options.kind)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,10 +23,15 @@ from .stored_statistics import check_extractor_of
 ROWS = 4096                     # of stored features, that are looked at together
 
 
-def check_options(options: EvaluatorOptions, kind: ExtractorKind) -> None:
-    """Raises UserError for files that cannot be written, and for metrics that the extractor cannot give."""
+def check_options(options: EvaluatorOptions, kind: ExtractorKind, read: Iterable[str | Path] = ()) -> None:
+    """Raises UserError for files that cannot be written, and for metrics that the extractor cannot give.
+
+    read: the files that are evaluated, which no other may replace.
+    """
+    taken = [*read, options.held_out]
     for flag in ("json", "plot", "nearest"):
-        check_writable(f"--{flag}", getattr(options, flag))
+        check_writable(f"--{flag}", getattr(options, flag), read=taken)
+        taken.append(getattr(options, flag))
     if options.nearest:
         check_ending("--nearest", options.nearest, ".png")
     if options.plot:

@@ -36,6 +36,7 @@ from .metrics import feature_statistics
 from .stored_statistics import settings_text
 
 LABELS, CLASS_NAMES = "arr_1", "class_names"        # arrays of a reference batch
+MOST_MOVED = 0.01           # by float16, as a share of how far features lie from their mean; Inception's move by 0.0003
 READ_AS_THEY_ARE = (".npz", ".npy", ".zip")         # suffixes of files that hold images of one size
 
 
@@ -75,7 +76,7 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     dist_util.setup_dist()
     with dist_util.together():
         if dist_util.is_main():
-            check_writable("OUT", out)
+            check_writable("OUT", out, read=[source])
     with feature_folder(options.cache) as folder, own_folder(folder) as own:
         written = own / f"images-{Path(out).name}"
         with dist_util.together(), given_as(""):
@@ -120,10 +121,22 @@ def _of_network(features: Features, extractor: FeatureExtractor, images: BatchFi
     if options.kind.is_own:
         arrays["backend_settings"] = np.array(settings_text(extractor))
     if options.keep == "features":
-        arrays["pooled"] = features.pooled.astype(np.float16 if options.half else np.float32)
+        arrays["pooled"] = _in_half(features.pooled, extractor) if options.half else features.pooled.astype(np.float32)
     if options.kind.estimates_depth:
         arrays |= depth_extractor(extractor).reference_arrays(images, count)
     return arrays
+
+
+def _in_half(pooled: np.ndarray, extractor: FeatureExtractor) -> np.ndarray:
+    """Returns features (N, D) as float16; raises UserError where it moves them by more than rounding."""
+    with np.errstate(over="ignore"):
+        half = pooled.astype(np.float16)
+    spread = np.linalg.norm(pooled - pooled.mean(axis=0))
+    moved = np.linalg.norm(half.astype(np.float64) - pooled)
+    if not moved <= MOST_MOVED * spread:
+        raise UserError(f"--half True: the features of {extractor.name} are up to {abs(pooled).max():.3g}, differ by "
+                        f"{spread / pooled.size**0.5:.3g}, and do not fit into float16; leave it out")
+    return half
 
 
 def _statistics(features: Features, extractor: FeatureExtractor, count: int) -> dict[str, np.ndarray]:

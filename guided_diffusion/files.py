@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,13 +37,16 @@ def reason(error: object) -> str:
 # Checks before the work
 
 
-def check_writable(flag: str, path: str | Path, parents: bool = False) -> None:
+def check_writable(flag: str, path: str | Path, parents: bool = False, read: Iterable[str | Path] = ()) -> None:
     """Raises UserError, naming the flag (with its dashes), where the file `path` could not be written; "" is fine.
 
-    parents: make the folder of `path` first.
+    parents: make the folder of `path` first. read: files that the command reads or writes otherwise, which `path` would
+    replace.
     """
     if not path:
         return
+    if any(other and Path(other).resolve() == Path(path).resolve() for other in read):
+        raise UserError(f"{flag} {path}: is another file of this command, which would be lost; name another one")
     folder = Path(path).parent
     try:
         if parents:

@@ -264,7 +264,7 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
     if as_npz:
-        check_writable("--out", out, parents=True)
+        check_writable("--out", out, parents=True, read=[path, options.labels_file])
         _check_manifest(out.with_suffix(".json"))
         _write(path, options, lines, settings, say)
         return

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import check_writable
 from guided_diffusion.options import Options, Words, option, parse_words, required
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from guided_diffusion.unet2d.files import read_network
 
     path, dtype = files[0], getattr(torch, options.dtype)
+    check_writable("--out", options.out, read=[path])
     if not Path(path).is_dir():
         weights, metadata = load_state_dict(path, entry=options.checkpoint_entry), read_metadata(path)
     elif options.checkpoint_entry:

@@ -117,7 +117,7 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
     dist_util.setup_dist()
     with dist_util.together():
         limits = parse_depth_range(options.depth_range)
-        check_writable("--json", options.json)
+        check_writable("--json", options.json, read=[reference, *samples])
         files = _checked_files(reference, samples, options)
     with (evaluation_job(options.json, Path(samples[0])), feature_folder(extractor.cache) as folder,
           own_folder(folder) as own):

@@ -150,7 +150,7 @@ def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsO
 
     Raises UserError for files that do not hold scenes, and where `--json` cannot be written.
     """
-    check_writable("--json", options.json)
+    check_writable("--json", options.json, read=[reference, *samples])
     files = {name: open_images(name) for name in samples}
     for file in files.values():
         check_scenes(file, options.num_images)

@@ -131,7 +131,7 @@ def draw_geometry(folders: Sequence[str], options: DepthPicturesOptions) -> str:
     """
     for flag, path in (("--out", options.out), *([("--cloud", options.cloud)] if options.cloud else [])):
         check_ending(flag, path, ".png")
-        check_writable(flag, path, parents=True)
+        check_writable(flag, path, parents=True, read=[options.out] if flag == "--cloud" else [])
     rows: dict[str, np.ndarray] = {}
     clouds: dict[str, np.ndarray] = {}
     columns, estimator = min(12, options.num_images), _estimator(options.backend)

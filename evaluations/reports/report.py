@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_writable, reason
+from guided_diffusion.files import check_ending, check_writable, reason
 from guided_diffusion.foreign import read_json
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option
@@ -49,6 +49,7 @@ def write_pages(words: Sequence[str], options: ReportOptions) -> str:
     if options.out:
         if len(folders) > 1:
             raise UserError(f"--out {options.out}: is one file, and there are {len(folders)} pages to write")
+        check_ending("--out", options.out, ".html", ".htm")
         check_writable("--out", options.out, parents=True)
     return "\n".join(f"page: {_page_of(folder, options)}" for folder in folders)
 
@@ -106,20 +107,21 @@ def _write_table(folder: Path, path: Path) -> None:
     from jinja2 import TemplateError
 
     results = read_json(folder / TABLE, lambda found: bool(found["rows"]) and bool(found["sections"]))
-    grids = []
-    for section in results["sections"]:
-        rows = {}
-        for row in section["rows"]:
-            samples = results["rows"][row["row"]]["samples"]
-            if samples and (folder / samples).is_file():
-                rows[results["rows"][row["row"]]["title"]] = BatchFile(folder / samples).first(SHOWN_IMAGES)
-        if rows:
-            grids.append((section["title"], rows))
     try:
-        write_report(path, results, Pictures(grids))
+        write_report(path, results, Pictures(list(_grids(folder, results))))
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError):
         raise UserError(f"{folder / TABLE}: was written by another version; the command of the table writes its page "
                         "again") from None
+
+
+def _grids(folder: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The first images of the rows whose samples are still there, by the titles of their sections."""
+    for section in results["sections"]:
+        found = [results["rows"][row["row"]] for row in section["rows"]]
+        rows = {row["title"]: BatchFile(folder / row["samples"]).first(SHOWN_IMAGES) for row in found
+                if row["samples"] and (folder / row["samples"]).is_file()}
+        if rows:
+            yield section["title"], rows
 
 
 def _is_known(folder: Path) -> bool:

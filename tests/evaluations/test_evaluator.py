@@ -507,6 +507,18 @@ def test_reference_that_cannot_be_made(words, message, refused):
     assert message in refused(*words, script="make_reference")
 
 
+@pytest.mark.parametrize(("factor", "fits"), [(1.0, True), (1e6, False), (1e-11, False)])
+def test_features_in_half_precision_are_refused_where_they_do_not_fit(factor, fits, save, monkeypatch, capsys):
+    features = FashionMnistClassifier.features
+    monkeypatch.setattr(FashionMnistClassifier, "features", lambda self, images: (
+        found := features(self, images))._replace(pooled=found.pooled * np.float32(factor)))
+    images = save("images", clothes(10))
+    words = [images, images.with_name("out.npz"), *FASHION_MNIST, "--keep", "features", "--half", True]
+    assert call("make_reference", *words) == (0 if fits else 2)
+    assert ("do not fit into float16; leave it out" in capsys.readouterr().err) != fits
+    assert images.with_name("out.npz").exists() == fits
+
+
 # What is refused
 
 
@@ -530,6 +542,20 @@ def test_files_that_are_refused(save, refused, tmp_path):
                         (save("foreign", clothes(10), mu=np.zeros(2048), sigma=np.eye(2048)), "Inception's"),
                         (save("other", clothes(10), backend=np.array("torch Inception 2015")), "another --backend")):
         assert words in refused(path, good)
+
+
+def test_no_file_that_is_read_or_written_is_replaced(save, refused, tmp_path):
+    good, other = save("good", clothes(10), arr_1=np.arange(10)), save("other", clothes(12))
+    picture = tmp_path / "a.png"
+    before = good.read_bytes()
+    lost = "is another file of this command, which would be lost"
+    for words in ((good, other, "--json", good), (good, other, "--json", other.parent / "." / other.name),
+                  (good, other, "--plot", picture, "--nearest", picture),
+                  (good, other, "--held_out", save("held_out", clothes(10)), "--json", tmp_path / "held_out.npz")):
+        assert lost in refused(*words)
+    assert lost in refused(good, good, script="make_reference")
+    assert lost in refused(good, "--json", good, script="class_accuracy", backend=())
+    assert good.read_bytes() == before
 
 
 def stored(**arrays):

@@ -728,6 +728,8 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(command, tmp_
     assert "there is no such file" in capsys.readouterr().err
     assert call(*command, whole) == 2
     assert "required: --out" in capsys.readouterr().err
+    assert call(*command, whole, "--out", whole) == 2
+    assert "which would be lost" in capsys.readouterr().err
     save_state(whole, {"a": torch.tensor([1e5])})
     assert call(*command, whole, "--out", half) == 2
     assert "has no numbers as large as some of a, up to 1e+05" in capsys.readouterr().err

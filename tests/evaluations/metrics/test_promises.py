@@ -18,7 +18,7 @@ from evaluations.metrics import (
     subset_coverage,
     subset_recall,
 )
-from evaluations.metrics.bootstrap import bootstrap_replicates
+from evaluations.metrics.bootstrap import bootstrap_interval, bootstrap_replicates
 from guided_diffusion.errors import UserError
 
 # 144 sets of images. halves: of metrics whose spread itself is estimated.
@@ -115,6 +115,15 @@ def share_of_false_words(numbers):
 
 
 # Subsets
+
+
+@pytest.mark.parametrize("replicates", [2, 5, 20, 38, 40])
+def test_few_resamplings_promise_no_more_than_they_hold(replicates):
+    random, sets = np.random.default_rng(0), 4000
+    means = random.standard_normal(sets)
+    drawn = random.normal(means[:, None], 1, (sets, replicates))
+    bounds = [bootstrap_interval(values, mean) for values, mean in zip(drawn, means, strict=True)]
+    assert 0.94 < np.mean([low <= 0 <= high for low, high in bounds]) < 0.975
 
 
 @pytest.fixture

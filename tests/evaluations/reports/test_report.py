@@ -138,6 +138,12 @@ def test_what_is_refused(run, tmp_path):
         {"title": "A", "rows": [{"row": "a"}]}]}))
     with pytest.raises(UserError, match="was written by another version"):
         written(tmp_path)
+    for sections in ([1], [{"title": "A", "rows": [{"row": "b"}]}], [{"rows": []}]):
+        (tmp_path / "table.json").write_text(json.dumps({"rows": {"a": {"title": "x"}}, "sections": sections}))
+        with pytest.raises(UserError, match="was written by another version"):
+            written(tmp_path)
+    with pytest.raises(UserError, match=r"must end in \.html, \.htm"):
+        written(run, out=run / "run.json")
 
 
 def test_a_table_of_before_sections_named_the_row_that_they_compare_with(tmp_path):
