@@ -6,6 +6,7 @@ The process itself is in `process`, the step bodies in `steps` and `solvers`, th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,15 @@ from .process import (
     Prediction,
 )
 from .progress import progress_bar
-from .schedules import gather
+from .schedules import betas_for_alpha_bar, gather, get_named_beta_schedule
 from .solvers import DEFAULT_STEPS, solver_options
 from .terms import FunctionGuidance, Guidance
 
-__all__ = ["Denoiser", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "Prediction"]
+__all__ = ["Denoiser", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "Prediction",
+           "betas_for_alpha_bar", "get_named_beta_schedule"]
 
 CondFn = Callable[..., Tensor]
+Ids = Sequence[int] | Tensor
 Memory = dict[Guidance, Tensor]
 DenoisedFn = Callable[[Tensor], Tensor]
 
@@ -40,27 +43,34 @@ class GaussianDiffusion(DiffusionProcess):
     [-1, 1]. denoised_fn: applied to x0 before. guidance: terms of `guided_diffusion.guidance`. cond_fn: the older way
     to give a gradient, (x, t, **model_kwargs) -> gradient at x. model_kwargs: labels and the like. noise:
     (N, C, H, W), drawn where None. device: that of the network where None. memory, of single steps: a dict, empty at
-    first and the same for all steps of a chain, for terms that go on from the step before.
+    first and the same for all steps of a chain, for terms that go on from the step before. image_ids: the numbers of
+    the images, (N,), which terms that draw at random depend on; 0 to N - 1 where None, and so the same for each batch.
+
+    Where a subclass has another `p_sample` or `ddim_sample`, the loops go step by step through that. Other methods of a
+    step are not called by `p_sample` and `ddim_sample`, which raise UserError for a subclass that has others.
     """
 
     def p_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                  denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
                  model_kwargs: Mapping[str, Any] | None = None, guidance: Sequence[Guidance] = (),
-                 noise: Tensor | None = None, memory: Memory | None = None) -> Images:
+                 noise: Tensor | None = None, memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each."""
+        self._check_own()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         return sampling.sample_step(sampling.ddpm_step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
-                                    memory=memory)
+                                    _numbers(image_ids, len(x)), memory)
 
     def ddim_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                     denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
                     model_kwargs: Mapping[str, Any] | None = None, eta: float = 0.0,
                     guidance: Sequence[Guidance] = (), noise: Tensor | None = None,
-                    memory: Memory | None = None) -> Images:
+                    memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDIM step, as `p_sample`; eta in [0, 1]: its share of fresh noise."""
+        self._check_own()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         step = sampling.DdimOptions(eta=eta).step()
-        return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn), memory=memory)
+        return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
+                                    _numbers(image_ids, len(x)), memory)
 
     def condition_mean(self, cond_fn: CondFn, p_mean_var: Images, x: Tensor, t: Tensor,
                        model_kwargs: Mapping[str, Any] | None = None) -> Tensor:
@@ -88,12 +98,17 @@ class GaussianDiffusion(DiffusionProcess):
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-        progress: bool = False, guidance: Sequence[Guidance] = (),
+        progress: bool = False, guidance: Sequence[Guidance] = (), image_ids: Ids | None = None,
     ) -> Iterator[Images]:
         """The DDPM chain from noise (x_T) to images, step by step as `p_sample` gives them."""
+        x_T = _first_noise(model, shape, noise, device)
+        if self._is_own("p_sample"):
+            step = functools.partial(self.p_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
+                                     cond_fn=cond_fn, model_kwargs=model_kwargs)
+            return self._own_chain(step, x_T, guidance, image_ids, progress)
+        self._check_own()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
-        return self._chain(sampling.ddpm_step, denoise, _first_noise(model, shape, noise, device),
-                           _terms(guidance, cond_fn), progress)
+        return self._chain(sampling.ddpm_step, denoise, x_T, _terms(guidance, cond_fn), progress, image_ids)
 
     def p_sample_loop(self, model: nn.Module, shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
         """Images (N, C, H, W) by DDPM; the other arguments are those of `p_sample_loop_progressive`."""
@@ -103,12 +118,18 @@ class GaussianDiffusion(DiffusionProcess):
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-        progress: bool = False, eta: float = 0.0, guidance: Sequence[Guidance] = (),
+        progress: bool = False, eta: float = 0.0, guidance: Sequence[Guidance] = (), image_ids: Ids | None = None,
     ) -> Iterator[Images]:
         """The DDIM chain, as `p_sample_loop_progressive`."""
+        x_T = _first_noise(model, shape, noise, device)
+        if self._is_own("ddim_sample"):
+            step = functools.partial(self.ddim_sample, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
+                                     cond_fn=cond_fn, model_kwargs=model_kwargs, eta=eta)
+            return self._own_chain(step, x_T, guidance, image_ids, progress)
+        self._check_own()
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
-        return self._chain(sampling.DdimOptions(eta=eta).step(), denoise, _first_noise(model, shape, noise, device),
-                           _terms(guidance, cond_fn), progress)
+        return self._chain(sampling.DdimOptions(eta=eta).step(), denoise, x_T, _terms(guidance, cond_fn), progress,
+                           image_ids)
 
     def ddim_sample_loop(self, model: nn.Module, shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
         """Images (N, C, H, W) by DDIM; the other arguments are those of `ddim_sample_loop_progressive`."""
@@ -120,7 +141,7 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None, clip_denoised: bool = True, dynamic_threshold: float | None = None,
         denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-        progress: bool = False, guidance: Sequence[Guidance] = (),
+        progress: bool = False, guidance: Sequence[Guidance] = (), image_ids: Ids | None = None,
     ) -> Iterator[Images]:
         """The chain of a multistep solver (see `solvers`), as `p_sample_loop_progressive`.
 
@@ -131,11 +152,12 @@ class GaussianDiffusion(DiffusionProcess):
         and 2). dynamic_threshold: a quantile, such as 0.995, see `process.dynamically_thresholded`. Raises UserError
         for what is not allowed.
         """
+        self._check_own()
         options = solver_options(solver, order, variant, steps, grid, eta, dynamic_threshold)
         process = options.process(self)
         denoise = process.denoiser(model, clip_denoised, denoised_fn, model_kwargs, options.threshold_quantile)
         return self._chain(options.step(), denoise, _first_noise(model, shape, noise, device),
-                           _terms(guidance, cond_fn), progress)
+                           _terms(guidance, cond_fn), progress, image_ids)
 
     def solver_sample_loop(
         self, model: nn.Module, shape: Sequence[int], solver: str = "dpm-solver++", order: int = 2,
@@ -143,17 +165,47 @@ class GaussianDiffusion(DiffusionProcess):
         noise: Tensor | None = None, clip_denoised: bool = True, dynamic_threshold: float | None = None,
         denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
         model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-        progress: bool = False, guidance: Sequence[Guidance] = (),
+        progress: bool = False, guidance: Sequence[Guidance] = (), image_ids: Ids | None = None,
     ) -> Tensor:
         """Images (N, C, H, W) by a multistep solver; options as in `solver_sample_loop_progressive`."""
         return sampling.last(self.solver_sample_loop_progressive(
             model, shape, solver, order, variant, steps, grid, eta, noise, clip_denoised, dynamic_threshold,
-            denoised_fn, cond_fn, model_kwargs, device, progress, guidance))["sample"]
+            denoised_fn, cond_fn, model_kwargs, device, progress, guidance, image_ids))["sample"]
 
     def _chain(self, step: sampling.Step, denoise: Denoiser, x_T: Tensor, guidance: Sequence[Guidance],
-               progress: bool) -> Iterator[Images]:
-        chain = sampling.sample_chain(step, denoise, x_T, lambda index: torch.randn_like(x_T), guidance)
+               progress: bool, image_ids: Ids | None) -> Iterator[Images]:
+        chain = sampling.sample_chain(step, denoise, x_T, lambda index: torch.randn_like(x_T), guidance,
+                                      _numbers(image_ids, len(x_T)))
         return _shown(chain, denoise.diffusion.num_timesteps) if progress else chain
+
+    # Of subclasses
+
+    def _is_own(self, name: str) -> bool:
+        """Whether a method is another one than that of this class: of a subclass, or put in its place."""
+        return name in vars(self) or getattr(type(self), name) is not METHODS[name]
+
+    def _check_own(self) -> None:
+        for name in NOT_CALLED:
+            if self._is_own(name):
+                raise UserError(f"{type(self).__name__}.{name}: is never called, as samplers here know terms of "
+                                "guidance alone; pass such a term (guidance=), or replace p_sample or ddim_sample")
+
+    def _own_chain(self, step: Callable[..., Images], x_T: Tensor, guidance: Sequence[Guidance],
+                   image_ids: Ids | None, progress: bool) -> Iterator[Images]:
+        """The chain through a step of a subclass, which need not know what the official code does not have."""
+        further: dict[str, Any] = {"guidance": guidance, "memory": {}} if guidance else {}
+        if image_ids is not None:
+            further["image_ids"] = image_ids
+
+        def steps() -> Iterator[Images]:
+            x = x_T
+            for index in reversed(range(self.num_timesteps)):
+                with torch.no_grad():
+                    out = step(x, torch.full((len(x),), index, device=x.device), **further)
+                x = out["sample"]
+                yield out
+
+        return _shown(steps(), self.num_timesteps) if progress else steps()
 
     def ddim_reverse_sample(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                             denoised_fn: DenoisedFn | None = None, model_kwargs: Mapping[str, Any] | None = None,
@@ -174,6 +226,17 @@ class GaussianDiffusion(DiffusionProcess):
             t = torch.full((len(x),), index, device=x.device)
             x = self.ddim_reverse_sample(model, x, t, **options)["sample"]
         return x
+
+
+NOT_CALLED = ("p_mean_variance", "q_posterior_mean_variance", "condition_mean", "condition_score")
+METHODS = {name: getattr(GaussianDiffusion, name) for name in (*NOT_CALLED, "p_sample", "ddim_sample")}
+
+
+def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
+    """The numbers of images, (N,); raises UserError for another number of them."""
+    if image_ids is not None and len(image_ids) != count:
+        raise UserError(f"image_ids: {len(image_ids)} numbers for {count} images")
+    return None if image_ids is None else torch.as_tensor(image_ids)
 
 
 def _terms(guidance: Sequence[Guidance], cond_fn: CondFn | None) -> list[Guidance]:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import open_own, reason, write_csv
+from .files import check_folder, open_own, reason, write_csv
 from .late import Tensor, torch
+from .launchers import is_main
 from .log_sinks import Sink, open_sinks
 
 _log = logging.getLogger(__name__)
+
+_folder: list[Path] = []        # of `log`, one at most
 
 Totals = dict[str, tuple[Tensor | float, int]]
 
@@ -32,6 +35,31 @@ def totals_as_tensors(totals: Totals) -> dict[str, Tensor]:
 def totals_of_tensors(tensors: Mapping[str, Tensor]) -> Totals:
     """The other way; raises ValueError and the like for tensors of something else."""
     return {name: (float(total), int(count)) for name, (total, count) in tensors.items()}
+
+
+def configure(dir: str | Path | None = None) -> None:
+    """What official scripts call first: `log` writes from then on, also into log.txt in the folder `dir`, if any.
+
+    Raises UserError where that cannot be written.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _folder[:] = [] if dir is None else [check_folder("dir", dir)]
+
+
+def get_dir() -> str | None:
+    """The folder that `configure` was given."""
+    return str(_folder[0]) if _folder else None
+
+
+def log(*words: object) -> None:
+    """Writes a line, on the first rank alone."""
+    line = " ".join(map(str, words))
+    if not is_main():
+        return
+    _log.info(line)
+    for folder in _folder:
+        with os.fdopen(open_own(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a") as file:
+            file.write(f"{line}\n")
 
 
 class MetricLogger:

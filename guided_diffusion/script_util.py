@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from .build import (
     build_diffusion,
     build_model,
 )
+from .errors import UserError
 from .guidance import SagOptions
 from .options import options_from, parse_bool
 from .respace import SpacedDiffusion
@@ -25,9 +26,11 @@ from .unet import EncoderUNetModel, UNetModel
 __all__ = [
     "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults",
     "classifier_defaults", "create_classifier", "create_classifier_and_diffusion", "create_gaussian_diffusion",
-    "create_model", "create_model_and_diffusion", "model_and_diffusion_defaults", "sag_defaults",
-    "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults",
+    "create_model", "create_model_and_diffusion", "model_and_diffusion_defaults", "sag_defaults", "sr_create_model",
+    "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults", "str2bool",
 ]
+
+str2bool = parse_bool
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -55,9 +58,38 @@ def sag_defaults() -> dict[str, Any]:
     return asdict(SagOptions())
 
 
-def create_model(**flags: Any) -> UNetModel:
-    """A UNet from flags; those not given have the defaults of `model_and_diffusion_defaults`."""
-    return build_model(*options_from(flags, ModelOptions))
+# What the official functions take by position, in their order.
+_SHARED = ("attention_resolutions", "num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm",
+           "dropout", "resblock_updown", "use_fp16")
+ARGUMENTS = ("image_size", "num_channels", "num_res_blocks", "channel_mult", "learn_sigma", "class_cond",
+             "use_checkpoint", *_SHARED, "use_new_attention_order")
+SR_ARGUMENTS = ("large_size", "small_size", "num_channels", "num_res_blocks", "learn_sigma", "class_cond",
+                "use_checkpoint", *_SHARED)
+
+
+def create_model(*arguments: Any, **flags: Any) -> UNetModel:
+    """A UNet from flags, which may also be given by position as the official function takes them.
+
+    Those not given have the defaults of `model_and_diffusion_defaults`, which are those of the commands: there are four
+    heads, scale and shift in the norms and attention at 16 and 8, where the official function, called by itself, has
+    one head, neither, and attention at 16.
+    """
+    return build_model(*options_from(_named(ARGUMENTS, arguments, flags), ModelOptions))
+
+
+def sr_create_model(*arguments: Any, **flags: Any) -> UNetModel:
+    """An upsampling UNet from flags, as `create_model`, with the defaults of `sr_model_and_diffusion_defaults`."""
+    return build_model(*options_from(_named(SR_ARGUMENTS, arguments, flags), UpsamplerOptions))
+
+
+def _named(names: Sequence[str], arguments: Sequence[Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by name; raises UserError for more arguments than names, and for one that is given twice."""
+    if len(arguments) > len(names):
+        raise UserError(f"{len(arguments)} arguments by position: there are {len(names)}, {', '.join(names)}")
+    by_place = dict(zip(names, arguments, strict=False))
+    if twice := by_place.keys() & flags.keys():
+        raise UserError(f"{min(twice)}: is given by position and by name")
+    return {**by_place, **flags}
 
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from ..build import DiffusionOptions, ModelOptions, build_model
+from ..build import DiffusionOptions, ModelOptions, UpsamplerOptions, build_model
 from ..checkpoint import taken_entry
 from ..errors import UserError
 from ..late import Tensor, torch
 from ..options import option, option_fields
 from ..process import Prediction
-from ..stated import CHOICES, statement_of
+from ..stated import CHOICES, Statement, statement_of
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option, without_labels
 
@@ -47,6 +47,15 @@ class AutoGuidance(ContrastGuidance):
         return self.scale * (pred.eps - replace(ctx.denoise, model=self.weak)(ctx.x_t, ctx.t).eps)
 
 
+KINDS: dict[str, type[ModelOptions] | type[UpsamplerOptions]] = {"diffusion": ModelOptions,
+                                                                 "upsampler": UpsamplerOptions}
+
+
+def _statement(path: str) -> Statement | None:
+    """What the file of a weaker network states, of whichever kind it is."""
+    return next((stated for kind in KINDS if (stated := statement_of(path, kind)) is not None), None)
+
+
 @dataclass(frozen=True)
 class AutoguidanceOptions(ScaledOptions):
     """Autoguidance."""
@@ -70,10 +79,10 @@ class AutoguidanceOptions(ScaledOptions):
         """The weaker network."""
         return {"weak_model_path": self.weak_model_path} if self.active else {}
 
-    def _stated(self) -> ModelOptions | None:
+    def _stated(self) -> ModelOptions | UpsamplerOptions | None:
         """The options that the file of the weaker network states; None where it states none."""
-        stated = statement_of(self.weak_model_path, "diffusion")
-        return None if stated is None else stated.options(ModelOptions)
+        stated = _statement(self.weak_model_path)
+        return None if stated is None else stated.options(KINDS[stated.kind])
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The weaker network, where its file states how it is built."""
@@ -88,15 +97,18 @@ class AutoguidanceOptions(ScaledOptions):
         else:
             with torch.device("cpu" if nets.random_weights and not self.weak_model_path else "meta"):
                 weak = build_model(options)
-        for name in ("image_size", "in_channels", "out_channels", "num_classes"):
-            one, other = getattr(weak, name), getattr(nets.model, name)
+        compared = {name: (getattr(weak, name), getattr(nets.model, name))
+                    for name in ("image_size", "in_channels", "out_channels", "num_classes")}
+        if options is not None and nets.flags:
+            compared["small_size"] = getattr(options, "small_size", None), nets.flags.get("small_size")
+        for name, (one, other) in compared.items():
             if one != other:
                 raise UserError(f"--weak_model_path {self.weak_model_path}: has {name} {one}, and the network that is "
                                 f"sampled {other}; both must see the same images and labels")
         if weak.null_label is None and nets.model.null_label is not None:
             raise UserError(f"--weak_model_path {self.weak_model_path}: has no null class (--label_dropout), and the "
                             "network that is sampled has one; both must know the same labels")
-        nets.load(weak, self.weak_model_path, {} if options is None else asdict(options))
+        nets.load(weak, self.weak_model_path, nets.flags if options is None else asdict(options))
         network = weak if weak.num_classes is not None else without_labels(weak)
         return [AutoGuidance(network, self.autoguidance_scale, **self.window)]
 
@@ -111,7 +123,7 @@ class AutoguidanceOptions(ScaledOptions):
     @classmethod
     def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing; raises UserError where the weaker network was trained on another process than the model."""
-        weak = statement_of(values.get("weak_model_path", ""), "diffusion")
+        weak = _statement(values.get("weak_model_path", ""))
         if weak is not None and values.get("autoguidance_scale"):
             defaults = {field.name: field.default for field in option_fields(DiffusionOptions)}
             for name in sorted((weak.facts.keys() & defaults.keys()).difference(CHOICES)):

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 from .. import checkpoint
@@ -114,7 +114,7 @@ class Networks:
     model: the network that is sampled. device: where further networks go. seed: of the run. random_weights: networks
     whose file is not given have random weights, for timing; else that is an error. model_path, entry: the file of the
     network that is sampled, where it has one, and the entry that is taken of it. num_classes: of the labels of images
-    whose network has none, where that is known.
+    whose network has none, where that is known. flags: the options of the network that is sampled, where they are known.
     """
 
     model: UNetModel
@@ -124,6 +124,7 @@ class Networks:
     model_path: str = ""
     entry: str = ""
     num_classes: int | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
 
     def check_classes(self, where: str, classes: int) -> None:
         """Raises UserError where a classifier, which `where` names, has other classes than the labels of the images."""

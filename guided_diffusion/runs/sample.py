@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, check_same_names, first_names, label_number
@@ -49,6 +51,22 @@ if TYPE_CHECKING:
     from ..unet import UNetModel
 
 LOG = logging.getLogger(__name__)
+
+
+LEAST_SIGMA = 5.0           # of the first step; the network sees more of the image in less noise
+
+
+def begins_late(process: DiffusionProcess) -> str:
+    """A sentence for a chain whose first step is at so little noise that the network takes pure noise for an image.
+
+    "" where that is not so.
+    """
+    first, last = (float(np.sqrt(1 / abar[-1] - 1)) for abar in (process.alphas_cumprod, process.original_alphas_cumprod))
+    if first >= min(LEAST_SIGMA, last):
+        return ""
+    return (f"the first of {process.num_timesteps} step{'s' * (process.num_timesteps > 1)} is at the noise level "
+            f"{first:.2g}, and images begin in noise as at {last:.3g}, the last step of the training: what of it is too "
+            "much stays in them; more steps begin nearer to it")
 
 
 @dataclass(frozen=True)
@@ -303,7 +321,7 @@ class SamplingRun:
     def networks(self, model: UNetModel) -> Networks:
         """What the terms of its guidance are built from; model: the network that is sampled, on any device."""
         return Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
-                        entry=self.sample.checkpoint_entry, num_classes=self.model.num_classes)
+                        entry=self.sample.checkpoint_entry, num_classes=self.model.num_classes, flags=asdict(self.model))
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""
@@ -334,6 +352,8 @@ class SamplingRun:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
         spans = queue.get("todo")
         if spans is not None:
+            if dist_util.is_main() and (late := begins_late(sampler.diffusion)):
+                LOG.warning(late)
             self._compile(sampler.model)
         try:
             with queue:

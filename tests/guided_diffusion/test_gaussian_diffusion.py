@@ -7,6 +7,8 @@ from scipy import stats
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.guidance import LossGuidance
+from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.schedules import get_named_beta_schedule
 
 SHAPE = (3, 2, 4, 4)
@@ -375,3 +377,61 @@ def test_bound_has_a_column_for_each_step_and_sums_to_the_total():
     abar = Marginals().abar[-1]
     prior = (abar * x0.double().numpy() ** 2 - abar - np.log(1 - abar)).mean(axis=(1, 2, 3)) / 2 / np.log(2)
     np.testing.assert_allclose(result["prior_bpd"], prior, rtol=1e-2, atol=1e-7)
+
+
+# What is built on the ancestor's classes
+
+class Counting(SpacedDiffusion):
+    """A step of its own, as the ancestor's subclasses have: it knows nothing of terms."""
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None):
+        self.steps = [*getattr(self, "steps", []), int(t[0])]
+        out = super().p_sample(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs,
+                               noise=torch.zeros_like(x))
+        return {**out, "sample": out["sample"] + 1}
+
+
+def small(kind=SpacedDiffusion):
+    return kind([0, 300, 999], betas=get_named_beta_schedule("linear", 1000), model_mean_type=ModelMeanType.EPSILON,
+                model_var_type=ModelVarType.FIXED_LARGE, loss_type=LossType.MSE)
+
+
+def halved(x, t, **kwargs):
+    return x / 2
+
+
+def test_a_step_of_a_subclass_is_taken_by_the_loop():
+    own, noise = small(Counting), torch.randn(2, 3, 4, 4)
+    found = own.p_sample_loop(halved, (2, 3, 4, 4), noise=noise)
+    expected = noise
+    for index in (2, 1, 0):
+        t = torch.full((2,), index)
+        expected = small().p_sample(halved, expected, t, noise=torch.zeros_like(noise))["sample"] + 1
+    assert own.steps == [2, 1, 0] and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["p_mean_variance", "condition_mean", "condition_score", "q_posterior_mean_variance"])
+def test_what_no_step_calls_is_told_and_not_ignored(name):
+    own = small()
+    setattr(own, name, lambda *words, **options: pytest.fail("is called"))
+    for sample in (own.p_sample_loop, own.ddim_sample_loop, own.solver_sample_loop):
+        with pytest.raises(UserError, match=rf"{name}: is never called"):
+            sample(halved, (2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "solver_sample_loop"])
+def test_random_guidance_follows_the_numbers_of_the_images(loop):
+    numbers = []
+
+    class Term(LossGuidance):
+        def loss(self, ctx, pred):
+            numbers.append(ctx.image_ids.tolist())
+            return pred.pred_xstart.flatten(1).sum(dim=1)
+
+    sample = getattr(small(), loop)
+    for ids, expected in ((None, [0, 1]), (range(6, 8), [6, 7]), (torch.tensor([3, 1]), [3, 1])):
+        numbers.clear()
+        sample(lambda x, t: x / 2, (2, 3, 4, 4), guidance=[Term(1.0)], image_ids=ids)
+        assert numbers and all(one == expected for one in numbers)
+    with pytest.raises(UserError, match="image_ids: 3 numbers for 2 images"):
+        sample(halved, (2, 3, 4, 4), image_ids=[1, 2, 3])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden import cases
 
+from guided_diffusion import logger
 from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOptions
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import NonFiniteError, UserError
@@ -29,8 +30,10 @@ from guided_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
     sag_defaults,
+    sr_create_model,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
+    str2bool,
 )
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -354,3 +357,29 @@ def test_sizes_that_no_memory_holds_are_refused_at_once(create, flags, said):
 def test_the_length_of_the_chain_has_a_bound():
     with pytest.raises(UserError, match="--diffusion_steps 1000000000000: must be at most"):
         DiffusionOptions(diffusion_steps=10**12)
+
+
+def test_arguments_by_position_are_those_of_the_official_function():
+    model = create_model(32, 32, 1, "1,2", True, True, False, "16", 2, num_classes=10)
+    same = create_model(image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1,2", learn_sigma=True,
+                        class_cond=True, attention_resolutions="16", num_heads=2, num_classes=10)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in same.state_dict().items()}
+    assert model.attention_blocks["middle"].num_heads == 2
+    large = sr_create_model(64, 32, 32, 1, True, False, False, "16", 4, -1, -1, True, 0.0, False, False)
+    assert isinstance(large, SuperResModel) and large.attention_blocks["middle"].num_heads == 4
+    with pytest.raises(UserError, match="num_channels: is given by position and by name"):
+        create_model(32, 32, num_channels=64)
+    with pytest.raises(UserError, match="17 arguments by position: there are 16, image_size, num_channels"):
+        create_model(*range(17))
+
+
+def test_the_beginning_of_an_official_script(tmp_path, caplog):
+    """Which calls these before anything else; the rest of it is in `test_golden_chains` and above."""
+    caplog.set_level("INFO")
+    logger.configure(dir=tmp_path / "log")
+    logger.log("sampling...", 3)
+    assert logger.get_dir() == str(tmp_path / "log") and "sampling... 3" in caplog.text
+    assert (tmp_path / "log" / "log.txt").read_text() == "sampling... 3\n"
+    logger.configure()
+    assert logger.get_dir() is None and str2bool("yes") is True

@@ -10,6 +10,7 @@ import torch
 from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion import checkpoint, execution
+from guided_diffusion.build import DiffusionOptions, build_diffusion
 from guided_diffusion.checkpoint import load_state_dict, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
@@ -18,7 +19,7 @@ from guided_diffusion.rng import image_labels
 from guided_diffusion.runs import sampler
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import run_samples
-from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.sample import SamplingRun, begins_late
 from guided_diffusion.script_util import create_classifier, create_model
 
 SAG = {"guide_scale": 1.2, "sel_attn_depth": 1}
@@ -180,6 +181,13 @@ def test_weights_that_are_replaced_while_they_are_read_are_not_recorded(name, sa
             sample(**flags)
     assert not any(out.rglob("*.npz")) and not any(out.rglob("run.json"))
     assert sample(**flags)[0].shape == (5, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("respacing", "late"), [("1", True), ("ddim1", True), ("2,0,0", True), ("ddim2", True),
+                                                 ("3", False), ("ddim25", False), ("", False)])
+def test_a_chain_that_does_not_begin_in_noise_is_told(respacing, late):
+    said = begins_late(build_diffusion(DiffusionOptions(timestep_respacing=respacing)))
+    assert bool(said) == late and (not late or "and images begin in noise as at 157" in said)
 
 
 def test_to_uint8_truncates_and_clamps():

@@ -106,6 +106,20 @@ def test_image_i_is_made_of_image_i_with_its_class(upsampled, files, tmp_path):
     assert (again[6] != again[0]).any()
 
 
+def test_autoguidance_by_a_weaker_upsampler(upsampled, line, files, tmp_path, capsys):
+    weak = with_random_weights(sr_create_model_and_diffusion(**UPSAMPLER)[0], seed=5).state_dict()
+    save_state(tmp_path / "stated.safetensors", weak, {"config": json.dumps(UPSAMPLER)})
+    torch.save(weak, tmp_path / "plain.pt")
+    first, second = (upsampled(autoguidance_scale=1, weak_model_path=tmp_path / name)[0]
+                     for name in ("stated.safetensors", "plain.pt"))
+    assert (first == second).all() and (first != upsampled()[0]).any()
+    smaller = UPSAMPLER | {"small_size": 4}
+    save_state(tmp_path / "smaller.safetensors", weak, {"config": json.dumps(smaller)})
+    capsys.readouterr()
+    assert call("super_res_sample", *line(autoguidance_scale=1, weak_model_path=tmp_path / "smaller.safetensors")) == 2
+    assert "has small_size 4, and the network that is sampled 8" in capsys.readouterr().err
+
+
 def files_labels(folder):
     np.save(folder / "labels.npy", np.arange(6) % 2)
     return folder / "labels.npy"
