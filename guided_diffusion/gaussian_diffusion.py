@@ -239,8 +239,8 @@ def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
     return None if image_ids is None else torch.as_tensor(image_ids)
 
 
-def _terms(guidance: Sequence[Guidance], cond_fn: CondFn | None) -> list[Guidance]:
-    return [*guidance, *([FunctionGuidance(cond_fn)] if cond_fn is not None else [])]
+def _terms(guidance: Sequence[Guidance], cond_fn: CondFn | None) -> Sequence[Guidance]:
+    return guidance if cond_fn is None else [*guidance, FunctionGuidance(cond_fn)]
 
 
 def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:

@@ -40,6 +40,8 @@ __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", 
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
 LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
 
+KINDS = (ContrastGuidance, GradientGuidance, LossGuidance, TransformGuidance)
+
 Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
 
 SAMPLERS: dict[str, type[SamplerOptions]] = {"ddpm": DdpmOptions, "ddim": DdimOptions, **SOLVERS}
@@ -53,8 +55,11 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
     from step to step, empty at the first one; all steps of a chain are given the same. eps is that of the guided
     prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
-    where a term remembers and there is no memory.
+    where a term remembers and there is no memory, for what is no term, and for a term that returns another shape.
     """
+    if isinstance(guidance, Guidance) or not all(isinstance(term, KINDS) for term in guidance):
+        raise UserError(f"guidance: {guidance!r} must be a list of terms, each an object of a class below "
+                        f"{', '.join(kind.__name__ for kind in KINDS)}")
     if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
         raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
                         "of a chain the same dict as memory")
@@ -70,11 +75,12 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
     if denoise.batch_contrasts:
         ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
-    deltas = [_within(window, g.delta(ctx, unguided)) for g, window in contrasts]
+    deltas = [_within(window, _checked(g, "delta", g.delta(ctx, unguided), x_t.shape)) for g, window in contrasts]
     if deltas:
         delta = _transformed(ctx, unguided, _sum(deltas), active)
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
-    gradients = [_within(window, g.gradient(ctx, unguided)) for g, window in active if isinstance(g, GradientGuidance)]
+    gradients = [_within(window, _gradient(g, ctx, unguided)) for g, window in active
+                 if isinstance(g, GradientGuidance)]
     sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
     out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
     if loss_gradient is None:
@@ -86,8 +92,23 @@ def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Acti
     """The sum of the contrasts after all transforms, in the order of the list."""
     for term, window in active:
         if isinstance(term, TransformGuidance):
-            delta = torch.where(window.reshape(-1, 1, 1, 1), term.transform(ctx, pred, delta), delta)
+            changed = _checked(term, "transform", term.transform(ctx, pred, delta), delta.shape)
+            delta = torch.where(window.reshape(-1, 1, 1, 1), changed, delta)
     return delta
+
+
+def _gradient(term: GradientGuidance, ctx: StepContext, pred: Prediction) -> Tensor:
+    """The gradient of a term, which may use autograd for it."""
+    with torch.enable_grad():
+        return _checked(term, "gradient", term.gradient(ctx, pred), ctx.x_t.shape).detach()
+
+
+def _checked(term: Guidance, what: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """What a term returned; raises UserError where it has not a value of its own for each image."""
+    if getattr(value, "shape", None) != shape:
+        found = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UserError(f"{type(term).__name__}.{what}: gave {found}, must be one of {tuple(shape)}")
+    return value
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
@@ -137,7 +158,8 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
             for end in ends if len(ends) == len(losses) else []:
                 stack.enter_context(end)
             pred = _evaluated(with_graph, active)
-        loss = _sum([_within(window, term.loss(with_graph, pred)).sum() for term, window in losses])
+        loss = _sum([_within(window, _checked(term, "loss", term.loss(with_graph, pred), window.shape)).sum()
+                     for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "
                         "through the network, so that it has no gradient")
@@ -175,7 +197,7 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.
 
     noise_at: respaced step index -> (N, C, H, W); called at most once a step, by samplers that draw noise there. Raises
-    NonFiniteError where the network returns NaN or infinity.
+    NonFiniteError where the network or a term returns NaN or infinity.
     """
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
     memory: dict[Guidance, Tensor] = {}
@@ -188,7 +210,8 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
         finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
         if not finite.all():
             bad = ", ".join(str(n) for n in list(dict.fromkeys(image_ids.cpu()[~finite].tolist()))[:8])
-            raise NonFiniteError(f"step {index}: the network returned NaN or infinity for image {bad}")
+            who = "the network or its guidance" if guidance else "the network"
+            raise NonFiniteError(f"step {index}: {who} returned NaN or infinity for image {bad}")
         yield out
 
 

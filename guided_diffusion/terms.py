@@ -337,7 +337,11 @@ class ContrastGuidance(Guidance):
 
     def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """What `weaker` gives at this step, where it is asked once."""
-        return ctx.once((self, "weaker"), lambda: self.weaker(ctx, pred))
+        found = ctx.once((self, "weaker"), lambda: self.weaker(ctx, pred))
+        if not isinstance(found, Inputs | None):
+            raise UserError(f"{type(self).__name__}.weaker: gave a {type(found).__name__}, must be Inputs, what the "
+                            "network is given (or None, where delta is the term's own)")
+        return found
 
 
 class TransformGuidance(Guidance):

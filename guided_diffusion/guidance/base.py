@@ -114,7 +114,7 @@ class Networks:
     model: the network that is sampled. device: where further networks go. seed: of the run. random_weights: networks
     whose file is not given have random weights, for timing; else that is an error. model_path, entry: the file of the
     network that is sampled, where it has one, and the entry that is taken of it. num_classes: of the labels of images
-    whose network has none, where that is known. flags: the options of the network that is sampled, where they are known.
+    whose network has none, where that is known. flags: the options of the sampled network, where they are known.
     """
 
     model: UNetModel

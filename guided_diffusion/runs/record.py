@@ -56,10 +56,11 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
         unused |= _flags(sampler) if name != sample.sampler_name else set()
     used, = _read(configuration, SAMPLERS[sample.sampler_name])
     unused -= _flags(type(used))
+    beside += own_sources(used)
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
         files += (read := method.files())
-        beside += method.beside()
+        beside += [*method.beside(), *(own_sources(method) if method.active else ())]
         unused |= guidance.remedies.keys() - read.keys() if method.active else _flags(guidance)
     values = {name: value for name, value in values.items() if name in shared or name not in unused}
     later = _later_defaults()
@@ -70,6 +71,20 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
+
+
+def own_sources(*options: Options) -> dict[str, str]:
+    """The files of methods and samplers that are not of this library, by the names that run.json has for them.
+
+    Images depend on their code, as on that of a MODULE:FUNCTION.
+    """
+    found = {}
+    for one in options:
+        for kind in (type(one), getattr(one, "term", type(one))):
+            file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+            if file and Path(file).is_file() and not kind.__module__.startswith("guided_diffusion."):
+                found[f"source of {kind.__name__}"] = file
+    return found
 
 
 def _content(sha256: str | None, path: Any) -> str | None:

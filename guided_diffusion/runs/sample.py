@@ -41,7 +41,7 @@ from .chunks import Indices
 from .folders import default_folder
 from .labels import NONE, Labels, is_class, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
-from .record import MODEL_FLAG, identity, made_by, name_of, recorded_dtype
+from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
 from .shards import Shards
 from .work import make_chunks
@@ -61,12 +61,13 @@ def begins_late(process: DiffusionProcess) -> str:
 
     "" where that is not so.
     """
-    first, last = (float(np.sqrt(1 / abar[-1] - 1)) for abar in (process.alphas_cumprod, process.original_alphas_cumprod))
+    first, last = (float(np.sqrt(1 / abar[-1] - 1))
+                   for abar in (process.alphas_cumprod, process.original_alphas_cumprod))
     if first >= min(LEAST_SIGMA, last):
         return ""
     return (f"the first of {process.num_timesteps} step{'s' * (process.num_timesteps > 1)} is at the noise level "
-            f"{first:.2g}, and images begin in noise as at {last:.3g}, the last step of the training: what of it is too "
-            "much stays in them; more steps begin nearer to it")
+            f"{first:.2g}, and images begin in noise as at {last:.3g}, the last step of the training: what of it is "
+            "too much stays in them; more steps begin nearer to it")
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,8 @@ class SamplingRun:
 
     def files(self) -> dict[str, str]:
         """All files that the images depend on: the checkpoints by flag, and what lies beside them by name."""
-        return self.checkpoints() | {name: path for method in self.active for name, path in method.beside().items()}
+        beside = {name: path for method in self.active for name, path in method.beside().items()}
+        return self.checkpoints() | beside | own_sources(self.sampler, *self.active)
 
     def _sha256(self) -> dict[str, str]:
         return {flag: sha256_of(checkpoint.locate(path)) for flag, path in self.files().items()}
@@ -321,7 +323,8 @@ class SamplingRun:
     def networks(self, model: UNetModel) -> Networks:
         """What the terms of its guidance are built from; model: the network that is sampled, on any device."""
         return Networks(model, dist_util.dev(), self.sample.seed, model_path=self.sample.model_path,
-                        entry=self.sample.checkpoint_entry, num_classes=self.model.num_classes, flags=asdict(self.model))
+                        entry=self.sample.checkpoint_entry, num_classes=self.model.num_classes,
+                        flags=asdict(self.model))
 
     def build(self) -> BuiltRun:
         """Everything that the options describe, so that what is wrong with them shows before the large file is read."""

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -7,12 +8,15 @@ from networks import TINY_SHAPE as SHAPE
 from networks import normal, with_random_weights
 
 from guided_diffusion import sampling
-from guided_diffusion.errors import NonFiniteError
+from guided_diffusion.errors import NonFiniteError, UserError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
 from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_labels, image_noise
 from guided_diffusion.sampling import sample_chain
+from guided_diffusion.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
+from guided_diffusion.terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, TransformGuidance
 
 
 def half(x, t, **kwargs):
@@ -223,3 +227,82 @@ def test_loops_raise_for_nan_too():
     diffusion = create_gaussian_diffusion(timestep_respacing="10")
     with pytest.raises(NonFiniteError, match=r"step 9.*image 0, 1"):
         diffusion.p_sample_loop(lambda x, t: x * math.nan, (2, *SHAPE), device="cpu")
+
+
+# Terms that are not right
+
+
+class Returns(GradientGuidance):
+    def gradient(self, ctx, pred):
+        return self.value(ctx.x_t)
+
+
+class Loss(LossGuidance):
+    def loss(self, ctx, pred):
+        return self.value(pred.pred_xstart)
+
+
+class Contrast(ContrastGuidance):
+    def delta(self, ctx, pred):
+        return self.value(ctx.x_t)
+
+
+class Transform(TransformGuidance):
+    def transform(self, ctx, pred, delta):
+        return self.value(delta)
+
+
+@pytest.mark.parametrize(("kind", "what", "shape"), [
+    (Returns, "gradient", "(3, 2, 4, 4)"), (Loss, "loss", "(3,)"), (Contrast, "delta", "(3, 2, 4, 4)"),
+    (Transform, "transform", "(3, 2, 4, 4)")])
+@pytest.mark.parametrize("value", [lambda x: x.square().sum(), lambda x: x[:1], lambda x: x.flatten(1)[:, :1],
+                                   lambda x: 0.5])
+def test_a_term_must_return_a_value_for_each_image(kind, what, shape, value):
+    term = kind(1.0)
+    term.value = value
+    terms = [term] if kind is not Transform else [zero_contrast(), term]
+    with pytest.raises(UserError, match=re.escape(f"{kind.__name__}.{what}: gave ")) as error:
+        sampled(terms)
+    assert str(error.value).endswith(f"must be one of {shape}")
+
+
+def zero_contrast():
+    term = Contrast(1.0)
+    term.value = torch.zeros_like
+    return term
+
+
+def sampled(guidance):
+    process = GaussianDiffusion(betas=get_named_beta_schedule("linear", 30), model_mean_type=ModelMeanType.EPSILON,
+                                model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
+    return process.p_sample_loop(lambda x, t: x / 2, (3, 2, 4, 4), guidance=guidance)
+
+
+def test_a_gradient_may_use_autograd():
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(x.square().sum(), x)[0]
+
+    torch.manual_seed(0)
+    term = Returns(1.0)
+    term.value = gradient
+    found = sampled([term])
+    torch.manual_seed(0)
+    term.value = lambda x: -2 * x
+    assert torch.equal(found, sampled([term])) and not found.requires_grad
+
+
+def test_what_is_no_term_is_told():
+    class Sideways(ContrastGuidance):
+        def weaker(self, ctx, pred):
+            return ctx.x_t
+
+    class Idle(Guidance):
+        def delta(self, ctx, pred):
+            return ctx.x_t
+
+    for guidance in (Returns, Returns(1.0), [Returns], [Idle(1.0)], "SAG"):
+        with pytest.raises(UserError, match="must be a list of terms, each an object of a class below Contrast"):
+            sampled([guidance] if guidance is Returns else guidance)
+    with pytest.raises(UserError, match=r"Sideways\.weaker: gave a Tensor, must be Inputs"):
+        sampled([Sideways(1.0)])

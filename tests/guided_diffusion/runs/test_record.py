@@ -1,13 +1,20 @@
 """Records of runs that are damaged, odd or hostile: a sentence, whatever they hold."""
 
+import importlib
 import json
+from contextlib import nullcontext
 
 import pytest
 from fuzzing import damaged, fuzz, survives
 from hypothesis import given
+from networks import TINY
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.options import fill
+from guided_diffusion.runs.options import preset_values
 from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, read_record, run_samples
+from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
 
@@ -46,6 +53,53 @@ def test_a_record_that_is_none_is_refused_everywhere(content, tmp_path):
     assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 1000
     with pytest.raises(UserError, match=r"its run\.json is unreadable"):
         Shards(tmp_path, CONFIGURATION, RECORD["sha256"]).check()
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from guided_diffusion.guidance import GradientGuidance, ScaledOptions
+from guided_diffusion.options import option
+
+
+class TowardsGrey(GradientGuidance):
+    def gradient(self, ctx, pred):
+        return -self.scale * ctx.x_t
+
+
+@dataclass(frozen=True)
+class GreyOptions(ScaledOptions):
+    short, sigma_flags, term = "grey", "grey", TowardsGrey
+    switched_on: ClassVar = {"grey_scale": 0.1}
+    grey_scale: float = option(0.0, "scale")
+
+    def build(self, nets):
+        return [TowardsGrey(self.grey_scale)]
+"""
+
+
+def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch, tiny_checkpoints):
+    """A formula that was changed makes other images, and so another run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_grey.py").write_text(OWN)
+    method = importlib.import_module("my_grey").GreyOptions
+    GUIDANCE.append(method)
+    try:
+        def sample(**changes):
+            flags = {**TINY, "model_path": str(tiny_checkpoints / "model.safetensors"), "num_samples": 2,
+                     "batch_size": 1, "timestep_respacing": "2", "out": str(tmp_path / "out"), **changes}
+            return SamplingRun.of(fill(flags, SamplingRun.classes(), preset_values, source="here")).run()
+
+        for scale, refused in ((0.0, False), (0.5, True)):
+            (tmp_path / "my_grey.py").write_text(OWN)
+            sample(grey_scale=scale, overwrite=True)
+            sample(grey_scale=scale)
+            (tmp_path / "my_grey.py").write_text(OWN.replace("-self", "self"))
+            with pytest.raises(UserError, match="--source of GreyOptions differs") if refused else nullcontext():
+                sample(grey_scale=scale)
+    finally:
+        GUIDANCE.remove(method)
 
 
 @pytest.mark.parametrize("name", ["../x.npz", "/x.npz", "a/b.npz", ".", "", 3, None, ["x.npz"], "a\0b", "x" * 5000])
