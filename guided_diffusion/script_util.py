@@ -24,10 +24,10 @@ from .respace import SpacedDiffusion
 from .unet import EncoderUNetModel, UNetModel
 
 __all__ = [
-    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults",
-    "classifier_defaults", "create_classifier", "create_classifier_and_diffusion", "create_gaussian_diffusion",
-    "create_model", "create_model_and_diffusion", "model_and_diffusion_defaults", "sag_defaults", "sr_create_model",
-    "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults", "str2bool",
+    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults", "classifier_defaults",
+    "create_classifier", "create_classifier_and_diffusion", "create_gaussian_diffusion", "create_model",
+    "create_model_and_diffusion", "diffusion_defaults", "model_and_diffusion_defaults", "sag_defaults",
+    "sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults", "str2bool",
 ]
 
 str2bool = parse_bool
@@ -36,6 +36,11 @@ str2bool = parse_bool
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of `create_model_and_diffusion` and their defaults."""
     return {**asdict(ModelOptions()), **asdict(DiffusionOptions())}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Flags of `create_gaussian_diffusion` and their defaults."""
+    return asdict(DiffusionOptions())
 
 
 def classifier_defaults() -> dict[str, Any]:

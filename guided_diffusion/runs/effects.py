@@ -10,6 +10,8 @@ from ..guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
 from ..late import Tensor, torch
 from ..options import option_fields
 from ..sampling import SAMPLERS
+from .base_images import OF_BASE
+from .labels import ANY_LABELS
 from .sample import SamplingRun
 
 
@@ -27,7 +29,7 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     idle |= _useless_beside_others(run)
     for method, why in _idle_methods(run):
         idle |= method.all_useless(why)
-    if not run.labelled:
+    if not run.labelled and run.sample.labels in (*ANY_LABELS, OF_BASE):       # others are refused
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:
         idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")

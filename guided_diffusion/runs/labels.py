@@ -12,6 +12,7 @@ from ..npz import read_npy
 from ..options import cut, whole_number
 from ..rng import image_labels
 
+ANY_LABELS = ("random", "balanced")
 NONE = "none"                   # images of no class
 Labels = Callable[[Sequence[int]], Tensor]          # indices of images -> (N,) int64
 
@@ -49,7 +50,7 @@ def is_file(text: str) -> bool:
 
 def is_class(text: str) -> bool:
     """Whether `--labels` is the name or the number of a class: none of the words, no file."""
-    return text not in ("random", "balanced", NONE) and not is_file(text)
+    return text not in (*ANY_LABELS, NONE) and not is_file(text)
 
 
 def _read(path: str, num_classes: int, num_samples: int) -> Tensor:

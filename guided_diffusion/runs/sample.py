@@ -39,7 +39,7 @@ from . import shards
 from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
-from .labels import NONE, Labels, is_class, make_labels
+from .labels import ANY_LABELS, NONE, Labels, is_class, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
@@ -305,7 +305,7 @@ class SamplingRun:
     def labels(self, base: BaseImages | None = None) -> Labels | None:
         """The labels of the images; None where nothing asks for them. base: the images that are upsampled."""
         if not self.labelled:
-            if self.sample.labels not in ("random", "balanced", *([] if base is None else [OF_BASE])):
+            if self.sample.labels not in (*ANY_LABELS, *([] if base is None else [OF_BASE])):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
         text = self.sample.labels

@@ -79,7 +79,7 @@ def test_each_method_and_sampler_is_watched(kind):
 
 
 def test_the_command_says_it_once_on_stderr_and_not_of_presets(tmp_path, tiny_checkpoints, caplog):
-    short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 1, "num_samples": 1,
+    short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 3, "num_samples": 1,
              "batch_size": 1}
     (tmp_path / "run.yaml").write_text("eta: 0.5\n")
     assert call("image_sample", "--config", tmp_path / "run.yaml", "--blur_sigma", "4", *flags(short), "--out",
@@ -87,6 +87,6 @@ def test_the_command_says_it_once_on_stderr_and_not_of_presets(tmp_path, tiny_ch
     assert [record.getMessage() for record in caplog.records] == [
         "without effect: --eta (the sampler is ddpm); --blur_sigma (SAG is off)"]
     caplog.clear()
-    assert call("image_sample", "--model", "fmnist32", *flags({"timestep_respacing": 1, "num_samples": 1}), "--out",
+    assert call("image_sample", "--model", "fmnist32", *flags({"timestep_respacing": 3, "num_samples": 1}), "--out",
                 tmp_path / "b", "--batch_size", 1) == 0
     assert not caplog.records
