@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LATENT_BLUR_SIGMA, LATENT_BLUR_TAPS = 1.0, 9            # of SAG in diffusers' pipeline
 OUTPUT_TYPES = ("pil", "np", "latent")
+DECODERS = ("vae", "vqvae")                             # where pipelines keep what makes images of latents
 Conditions = Mapping[str, Tensor]
 
 
@@ -72,8 +73,8 @@ class LatentDiffusion:
         """The pipeline's own network, scheduler, VAE and text encoders; it stays usable, and unchanged.
 
         pipe: a text-to-image pipeline (Stable Diffusion 1, 2, XL) or an unconditional one (`DDIMPipeline`,
-        `DDPMPipeline`) of diffusers. Raises UserError for one without a UNet, and for networks that take more than
-        latents and prompts.
+        `DDPMPipeline`, `LDMPipeline`) of diffusers. Raises UserError for one without a UNet, and for networks that take
+        more than latents and prompts.
         """
         if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
             raise UserError(f"{type(pipe).__name__}: must be a pipeline of diffusers with a unet and a scheduler")
@@ -81,8 +82,8 @@ class LatentDiffusion:
 
     @property
     def vae(self) -> Any:
-        """The pipeline's VAE; None where it samples pixels."""
-        return getattr(self.pipe, "vae", None)
+        """The pipeline's VAE, or its VQ model; None where it samples pixels."""
+        return next((part for name in DECODERS if (part := getattr(self.pipe, name, None)) is not None), None)
 
     def self_attention_guidance(self, scale: float, block: str = "middle", blur_sigma: float = LATENT_BLUR_SIGMA,
                                 blur_taps: int = LATENT_BLUR_TAPS, **options: Any) -> SelfAttentionGuidance:
@@ -235,15 +236,23 @@ class LatentDiffusion:
 
     @property
     def _bound(self) -> Callable[[Tensor], Tensor] | None:
-        """How the scheduler bounds x0; only pixels are clipped. None where it does not."""
+        """How the scheduler bounds x0; None where it does not."""
         config = self.pipe.scheduler.config
         if getattr(config, "thresholding", False):              # goes before clip_sample in diffusers, on latents too
             return functools.partial(dynamically_thresholded, quantile=float(config.dynamic_thresholding_ratio),
                                      largest=float(config.sample_max_value))
-        if self.vae is None and not self.unet.takes_prompts and getattr(config, "clip_sample", False):
+        if getattr(config, "clip_sample", False):               # pipelines of Stable Diffusion turn it off
             limit = float(getattr(config, "clip_sample_range", 1.0))
             return functools.partial(torch.clamp, min=-limit, max=limit)
         return None
+
+    @property
+    def _factor(self) -> int:
+        """How many pixels a latent stands for in height and width; 1 where pixels are sampled."""
+        if self.vae is None:
+            return 1
+        known = getattr(self.pipe, "vae_scale_factor", None)
+        return int(known or 2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def _multiple(self) -> int:
@@ -263,7 +272,7 @@ class LatentDiffusion:
                 raise UserError(f"latents {tuple(latents.shape)}: height and width must be multiples of "
                                 f"{self._multiple}, as the network halves them")
             return channels, latents.shape[2], latents.shape[3]
-        factor = 1 if self.vae is None else int(self.pipe.vae_scale_factor)
+        factor = self._factor
         multiple = factor * self._multiple
         size = self.unet.unet.config.sample_size
         usual = (size, size) if isinstance(size, int) else size

@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, SCHEDULER = "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 INDEX = "model_index.json"
+DECODERS = ("vae", "vqvae", "movq")
 PIPELINE_FILES = (INDEX, f"unet/{CONFIG}", f"unet/{WEIGHTS}", f"scheduler/{SCHEDULER}")     # of `write_pipeline`
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"predict_xstart": "sample", "predict_v": "v_prediction"}
@@ -63,9 +64,10 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of a `UNet2DModel` in a folder, or in that of a pipeline, by our names, and the options they state.
 
     Without a scheduler beside the network nothing is known of its process: its options are left out, which is said in
-    one line. Raises UserError for a folder without such a network, and one that says all that ADM networks, or our
-    processes, have no like of.
+    one line. Raises UserError for a folder without such a network, for a pipeline that decodes what its network makes,
+    and one that says all that ADM networks, or our processes, have no like of.
     """
+    _check_pixels(folder)
     place = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
     config = read_json(place / CONFIG, lambda content: isinstance(content, dict))
     if config.get("_class_name") != "UNet2DModel":
@@ -84,6 +86,16 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         model = build_model(_model_options(flags))
     sines_first = not (DEFAULTS | config)["flip_sin_to_cos"]
     return from_unet2d(model, checkpoint.load_state_dict(place / WEIGHTS), str(place), sines_first), flags
+
+
+def _check_pixels(folder: Path) -> None:
+    """Raises UserError for a pipeline with a decoder, whose network makes latents."""
+    if not (folder / INDEX).exists():
+        return
+    parts = read_json(folder / INDEX, lambda content: isinstance(content, dict))
+    if found := [name for name in DECODERS if parts.get(name) not in (None, [None, None])]:
+        raise UserError(f"{folder}: its network makes latents, which its {found[0]} decodes; must be a pipeline whose "
+                        "network makes images, as the samplers of checkpoints do not decode")
 
 
 def _model_options(flags: Mapping[str, Any]) -> ModelOptions:

@@ -169,6 +169,10 @@ def test_folders_and_networks_that_cannot_be_converted_are_sentences(tmp_path, c
     with caplog.at_level("INFO"):
         assert "do not fit together" in converted(small) or "has no" in converted(small)
     assert "has no scheduler" in caplog.text
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps({
+        "_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vae": [None, None],
+        "vqvae": ["diffusers", "VQModel"]}))
+    assert "folder: its network makes latents, which its vqvae decodes" in converted(small)
     assert call("export_model", "--model", "icons64_upsampler", "--layout", "diffusers", "--out", tmp_path / "up") == 2
     assert "is an upsampler" in capsys.readouterr().err
     assert call("export_model", "--model", "scenes32", "--layout", "diffusers", "--out", tmp_path / "up") in (0, 2)

@@ -42,6 +42,13 @@ def vae():
                                         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4))
 
 
+def vq_model():
+    """A VQModel that halves the sizes."""
+    return fill(diffusers.VQModel(block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=3,
+                                  num_vq_embeddings=16, down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4))
+
+
 def text_parts(projected=False):
     """A text encoder of one layer, and a tokenizer of single letters; projected: both kinds of SDXL."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

@@ -21,6 +21,7 @@ from tiny_diffusers import (
     sdxl_unet,
     text_parts,
     vae,
+    vq_model,
 )
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
@@ -206,6 +207,34 @@ def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
     assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_decoded_images_are_those_of_latent_diffusion(clip):
+    """Unconditional pipelines keep their decoder by another name, scale its latents, and clip as the scheduler says."""
+    pipe = diffusers.LDMPipeline(vqvae=vq_model(), unet=pixel_unet(), scheduler=scheduler(clip_sample=clip))
+    pipe.set_progress_bar_config(disable=True)
+    start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    expected = pipe(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(0),
+                    output_type="np").images
+    latent = LatentDiffusion.from_pipeline(pipe)
+    found = latent.sample(latents=start, steps=6, output_type="np")
+    assert found.shape == (2, 16, 16, 3) and np.abs(found - expected).max() < 1e-4
+    assert latent.sample(height=16, width=24, steps=1, output_type="np").shape == (1, 16, 24, 3)
+
+
+def test_text_to_image_latent_diffusion_takes_embedded_prompts():
+    parts = {"bert": torch.nn.Identity(), "tokenizer": text_parts()["tokenizer"]}
+    pipe = diffusers.LDMTextToImagePipeline(vqvae=vae(), unet=prompted_unet(), scheduler=scheduler(), **parts)
+    pipe.vqvae.register_to_config(scaling_factor=0.5)
+    latent = LatentDiffusion.from_pipeline(pipe)
+    latents = ours(latent, cfg_scale=2.0)
+    with torch.no_grad():
+        expected = pipe.vqvae.decode(latents / 0.5).sample.permute(0, 2, 3, 1) / 2 + 0.5
+    found = ours(latent, cfg_scale=2.0, output_type="np")
+    assert np.abs(found - expected.clamp(0, 1).numpy()).max() < 1e-5
+    with pytest.raises(UserError, match="give prompt_embeds"):
+        latent.sample("a cat")
+
+
 @pytest.mark.parametrize("negative", [None, "dog"])
 def test_prompts_are_encoded_by_the_pipeline(negative):
     pipe = prompted_pipeline(**text_parts())
@@ -253,6 +282,18 @@ def test_sdxl_sees_its_further_conditions():
         ours(latent)
     with pytest.raises(UserError, match="do not make the 64 that the network takes"):
         ours(latent, pooled_prompt_embeds=noise((2, 8), 4), negative_pooled_prompt_embeds=noise((2, 8), 5))
+
+
+def test_latents_are_clipped_where_the_scheduler_of_sdxl_does():
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=vae(), unet=sdxl_unet(cross_attention_dim=32), scheduler=scheduler(clip_sample=True), add_watermarker=False,
+        **text_parts(projected=True))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"prompt": ["a cat", "b"], "latents": noise((2, 4, 8, 8), 3), "output_type": "latent"}
+    with torch.no_grad():
+        expected = pipe(num_inference_steps=3, guidance_scale=5.0, height=16, width=16, **options).images
+    latent = LatentDiffusion.from_pipeline(pipe)
+    assert relative_error(latent.sample(steps=3, cfg_scale=5.0, **options), expected) < SAME
 
 
 @pytest.mark.parametrize("negative, zeros", [(None, True), (None, False), ("dog", True)])
