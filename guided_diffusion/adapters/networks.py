@@ -16,6 +16,8 @@ from ..errors import UserError
 from ..nn import rows_of
 from ..unet import PrefixRecorder
 
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+
 
 class SelfAttentionSite(nn.Module):
     """A self-attention block of a diffusers UNet, with what `guided_diffusion.capture` sets on attention blocks.
@@ -165,17 +167,18 @@ class PartialEvaluation:
 class DiffusersUNet(nn.Module):
     """`UNet2DModel` or `UNet2DConditionModel` of diffusers, called as our networks are.
 
-    unet: the network, which stays what it is: nothing is left in it after an evaluation, whatever happens there.
+    unet: the network, or a module around it with its attributes, as a compiled one. It stays what it is: nothing is
+    left in it after an evaluation, whatever happens there.
     `attention_blocks` holds its self-attention by the name of its place, like "down.1.0" (block 1, layer 0), "middle"
     and "up.2.1"; further layers of one transformer are "middle/1" and so on. `feature_blocks` holds the residual
     blocks, which the embedding of the step reaches: "down.0.0", "middle.0", "up.0.1", and "down.0.down" and "up.0.up"
-    where they resample. Raises UserError for any other network.
+    where they resample. Raises UserError for any other network, and for one that is told the guidance scale (latent
+    consistency) or sees images (IP-Adapter, Kandinsky).
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        if not all(hasattr(unet, name) for name in ("down_blocks", "mid_block", "up_blocks", "config")):
-            raise UserError(f"{type(unet).__name__}: must be a UNet2DModel or a UNet2DConditionModel of diffusers")
+        _check(unet)
         self.unet: Any = unet
         self._places: dict[str, Any] = {
             **{f"down.{i}": part for i, part in enumerate(unet.down_blocks)},
@@ -308,6 +311,23 @@ class DiffusersUNet(nn.Module):
             for handle in handles:
                 handle.remove()
         recorder.prefixes.append(PartialEvaluation(outputs, copies))    # type: ignore[arg-type]  # another network's
+
+
+def _check(unet: Any) -> None:
+    """Raises UserError for what is no UNet for images of diffusers, and for conditions that it would not be given."""
+    name = type(unet).__name__
+    if not (isinstance(unet, nn.Module)
+            and any(kind.__name__ in UNETS for part in unet.modules() for kind in type(part).__mro__)
+            and all(hasattr(unet, part) for part in ("down_blocks", "mid_block", "up_blocks", "config"))):
+        raise UserError(f"{name}: must be a {' or a '.join(UNETS)} of diffusers")
+    config: Any = unet.config
+    if (width := getattr(config, "time_cond_proj_dim", None)) is not None:
+        raise UserError(f"{name} time_cond_proj_dim {width}: must be None; networks of latent consistency, which "
+                        "are told the guidance scale, are not supported")
+    for option in ("encoder_hid_dim_type", "addition_embed_type"):
+        if "image" in (kind := getattr(config, option, None) or ""):
+            raise UserError(f"{name} {option} {kind!r}: must be one without images; networks that also see "
+                            "an image, as by an IP-Adapter, are not supported")
 
 
 def _sites(places: Mapping[str, Any]) -> Iterator[tuple[str, SelfAttentionSite]]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden import noise
-from tiny_diffusers import PROMPTS, pixel_unet, prompted_unet
+from tiny_diffusers import PROMPTS, diffusers, pixel_unet, prompted_unet
 
 from guided_diffusion.adapters.diffusers import DiffusersUNet
 from guided_diffusion.capture import (
@@ -227,6 +227,28 @@ def test_half_precision_computes_in_its_type(dtype):
     with torch.no_grad(), capture_attention(wrapped, ["middle"]) as captured:
         out = wrapped(noise((2, 4, 8, 8), 0), T, encoder_hidden_states=PROMPTS)
     assert out.dtype == torch.float32 and captured["middle"].received.dtype == torch.float32
+
+
+def test_networks_of_other_kinds_and_with_other_conditions_are_refused():
+    """Some have the parts of a UNet for images, and some conditions have defaults: they would sample in silence."""
+    blocks = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 4}
+    video = diffusers.UNet3DConditionModel(
+        **blocks, cross_attention_dim=16, attention_head_dim=4, up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"))
+    sound = diffusers.UNet1DModel(sample_size=64, extra_in_channels=16)
+    for network in (video, sound):
+        with pytest.raises(UserError, match="must be a UNet2DModel or a UNet2DConditionModel of diffusers"):
+            DiffusersUNet(network)
+    for changes, words in [({"time_cond_proj_dim": 8}, "time_cond_proj_dim 8: must be None"),
+                           ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16}, "'image_proj': must be one"),
+                           ({"addition_embed_type": "image", "encoder_hid_dim": 16}, "'image': must be one without")]:
+        with pytest.raises(UserError, match=f"^UNet2DConditionModel .*{words}"):
+            DiffusersUNet(prompted_unet(**changes))
+
+
+def test_a_network_may_be_wrapped():
+    wrapped = DiffusersUNet(torch.compile(pixel_unet(), backend="eager"))
+    assert list(wrapped.attention_blocks) == NAMES
 
 
 def test_what_is_missing_or_not_wanted_is_a_sentence():
