@@ -15,6 +15,7 @@ MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VE
               "sample": ModelMeanType.START_X}
 VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
                   "learned": ModelVarType.LEARNED, "learned_range": ModelVarType.LEARNED_RANGE}
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 LEAST_ABAR = 1e-12              # less than in any cosine schedule; without signal x0 is no function of eps
 
 
@@ -43,8 +44,8 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     `steps_offset`); those of a `DDIMScheduler` with its configuration where its own are fractions, as Euler's, or more
     than so many, as the Runge-Kutta ones of a `PNDMScheduler`. None: all. Where the chain ends in abar of its first
     step, and that step is among them, it is left out, as nothing changes there. The scheduler itself is not changed.
-    Raises UserError for a scheduler without betas, with a zero terminal signal-to-noise ratio, with another prediction,
-    and for a number of steps it cannot take.
+    Raises UserError for a scheduler without betas, one of consistency models (LCM, TCD), one with a zero terminal
+    signal-to-noise ratio or another prediction, and for a number of steps it cannot take.
     """
     name = type(scheduler).__name__
     betas = getattr(scheduler, "betas", None)
@@ -52,6 +53,9 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
         raise UserError(f"{name}: has no betas, and this project samples processes that have them; take for example a "
                         "DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler")
     config = scheduler.config
+    if name in CONSISTENCY:
+        raise UserError(f"{name}: jumps from step to step by a consistency function, which no sampler here does; take "
+                        "for example a DDIMScheduler, and a network that was not distilled for it")
     prediction = getattr(config, "prediction_type", "epsilon")
     if prediction not in MEAN_TYPES:
         raise UserError(f"{name} prediction_type {prediction!r}: must be one of {', '.join(MEAN_TYPES)}")
