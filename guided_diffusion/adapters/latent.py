@@ -202,8 +202,8 @@ class LatentDiffusion:
         """The network; where it has no classes, one that leaves labels to a classifier."""
         if labels is None:
             return self.unet
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-            raise UserError("labels: must be a tensor (N,) of whole numbers, the classes of the images")
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
+            raise UserError("labels: must be a tensor (N,) of whole numbers (int64), the classes of the images")
         if self.unet.has_labels:
             count = self.unet.num_classes
             if count is not None and not ((labels >= 0) & (labels < count)).all():

@@ -352,6 +352,7 @@ def test_what_does_not_fit_is_a_sentence(latent):
     classes = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline(pixel_unet(num_class_embeds=3), scheduler()))
     for options, words in [({"labels": torch.tensor([3])}, r"labels \[3\]: must be classes from 0 to 2"),
                            ({"labels": torch.tensor([0.5])}, "labels: must be a tensor"), ({"labels": [0]}, "a tensor"),
+                           ({"labels": torch.tensor([True])}, "labels: must be a tensor"),
                            ({"labels": torch.tensor([0]), "negative_prompt": "b"}, "network takes none")]:
         with pytest.raises(UserError, match=words):
             classes.sample(**options)
