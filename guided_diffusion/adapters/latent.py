@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,7 +38,12 @@ if TYPE_CHECKING:
 LATENT_BLUR_SIGMA, LATENT_BLUR_TAPS = 1.0, 9            # of SAG in diffusers' pipeline
 OUTPUT_TYPES = ("pil", "np", "latent")
 DECODERS = ("vae", "vqvae")                             # where pipelines keep what makes images of latents
+PARTS = ("unet", "scheduler", *DECODERS, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "bert",
+         "feature_extractor")                           # the last one is for parts that are not called
+UNCALLED = ("safety_checker", "watermarker", "image_encoder")
 Conditions = Mapping[str, Tensor]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,20 @@ class LatentDiffusion:
         """The pipeline's own network, scheduler, VAE and text encoders; it stays usable, and unchanged.
 
         pipe: a text-to-image pipeline (Stable Diffusion 1, 2, XL) or an unconditional one (`DDIMPipeline`,
-        `DDPMPipeline`, `LDMPipeline`) of diffusers. Raises UserError for one without a UNet, and for networks that take
-        more than latents and prompts.
+        `DDPMPipeline`, `LDMPipeline`) of diffusers. What of it is not called, as its safety checker, is said in one
+        line. Raises UserError for one without a UNet, for networks that take more than latents and prompts, and for
+        further parts, as a ControlNet.
         """
         if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
             raise UserError(f"{type(pipe).__name__}: must be a pipeline of diffusers with a unet and a scheduler")
-        return cls(DiffusersUNet(pipe.unet), pipe)
+        unet = DiffusersUNet(pipe.unet)
+        parts = [name for name, part in getattr(pipe, "components", {}).items() if part is not None]
+        if further := [name for name in parts if name not in (*PARTS, *UNCALLED)]:
+            raise UserError(f"{type(pipe).__name__}: its {', '.join(further)} would have no effect here; must be a "
+                            "pipeline without")
+        if uncalled := [name for name in parts if name in UNCALLED]:
+            _log.warning("%s: not called: %s", type(pipe).__name__, ", ".join(uncalled))
+        return cls(unet, pipe)
 
     @property
     def vae(self) -> Any:

@@ -332,6 +332,22 @@ def test_the_example_of_the_documentation_runs():
     assert len(names["images"]) == 2
 
 
+def test_parts_that_images_depend_on_are_refused_and_those_that_look_at_them_said(caplog):
+    unet = prompted_unet()
+    control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    adapter = diffusers.T2IAdapter(channels=(8, 16), num_res_blocks=1, downscale_factor=2)
+    for kind, name, part in [("StableDiffusionControlNetPipeline", "controlnet", control),
+                             ("StableDiffusionAdapterPipeline", "adapter", adapter)]:
+        with pytest.raises(UserError, match=f"^{kind}: its {name} would have no effect here"):
+            LatentDiffusion.from_pipeline(prompted_pipeline(kind, unet, **{name: part}))
+    pipe = prompted_pipeline(unet=unet)
+    LatentDiffusion.from_pipeline(pipe)
+    assert not caplog.messages
+    pipe.safety_checker = torch.nn.Identity()
+    LatentDiffusion.from_pipeline(pipe)
+    assert caplog.messages == ["StableDiffusionPipeline: not called: safety_checker"]
+
+
 def test_what_does_not_fit_is_a_sentence(latent):
     for options, words in [
             ({"prompt_embeds": PROMPTS}, "no text encoder"), ({}, "one of prompt and prompt_embeds"),
