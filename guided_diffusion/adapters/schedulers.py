@@ -14,7 +14,7 @@ from ..process import DiffusionProcess, LossType, ModelMeanType, ModelVarType
 MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VELOCITY,
               "sample": ModelMeanType.START_X}
 VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
-                  "learned": ModelVarType.LEARNED, "learned_range": ModelVarType.LEARNED_RANGE}
+                  "learned_range": ModelVarType.LEARNED_RANGE}
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 LEAST_ABAR = 1e-12              # less than in any cosine schedule; without signal x0 is no function of eps
 
@@ -45,7 +45,8 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     than so many, as the Runge-Kutta ones of a `PNDMScheduler`. None: all. Where the chain ends in abar of its first
     step, and that step is among them, it is left out, as nothing changes there. The scheduler itself is not changed.
     Raises UserError for a scheduler without betas, one of consistency models (LCM, TCD), one with a zero terminal
-    signal-to-noise ratio or another prediction, and for a number of steps it cannot take.
+    signal-to-noise ratio, another prediction or variances that are neither fixed nor in a range, and for a number of
+    steps it cannot take.
     """
     name = type(scheduler).__name__
     betas = getattr(scheduler, "betas", None)
@@ -59,6 +60,8 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     prediction = getattr(config, "prediction_type", "epsilon")
     if prediction not in MEAN_TYPES:
         raise UserError(f"{name} prediction_type {prediction!r}: must be one of {', '.join(MEAN_TYPES)}")
+    if getattr(config, "variance_type", None) == "learned":         # of the variance, and here of its logarithm
+        raise UserError(f"{name} variance_type 'learned': must be learned_range, or a fixed one")
     abar = np.cumprod(1 - betas.double().cpu().numpy())
     if getattr(config, "rescale_betas_zero_snr", False) or abar[-1] < LEAST_ABAR:
         raise UserError(f"{name}: its last step has no signal left (zero terminal signal-to-noise ratio), so that x0 "

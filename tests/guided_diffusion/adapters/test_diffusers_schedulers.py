@@ -65,6 +65,19 @@ def test_the_three_predictions_of_one_function_give_the_same_images():
     torch.testing.assert_close(results[2], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
+def test_a_step_is_that_of_the_scheduler_with_each_variance(variance, monkeypatch):
+    own = scheduler("DDPMScheduler", steps_offset=0, variance_type=variance, clip_sample=False)
+    own.set_timesteps(5)
+    process, index = process_of(own, 5), 2
+    x, drawn, output = noise((2, 4, 8, 8), 0), noise((2, 4, 8, 8), 1), noise((2, 8, 8, 8), 2)
+    output = output if variance == "learned_range" else output[:, :4]
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **options: drawn)
+    expected = own.step(output, int(process.timestep_map[index]), x).prev_sample
+    found = process.interpret(output, x, torch.tensor([index, index]))
+    torch.testing.assert_close(found.mean + (0.5 * found.log_variance).exp() * drawn, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_cosine_schedules_are_taken_and_only_those_without_any_signal_refused():
     cosine = scheduler(beta_schedule="squaredcos_cap_v2")
     assert 0 < process_of(cosine).alphas_cumprod[-1] < 1e-8
@@ -93,6 +106,8 @@ def test_a_scheduler_that_does_not_fit_is_a_sentence():
         process_of(scheduler(rescale_betas_zero_snr=True))
     with pytest.raises(UserError, match="prediction_type 'flow'"):
         process_of(scheduler(prediction_type="flow"))
+    with pytest.raises(UserError, match=r"^DDPMScheduler variance_type 'learned': must be learned_range"):
+        process_of(scheduler("DDPMScheduler", variance_type="learned"))
     with pytest.raises(UserError, match="from 1 to 1000"):
         process_of(scheduler(), 0)
     with pytest.raises(UserError, match="take more"):
