@@ -205,8 +205,11 @@ class LatentDiffusion:
 
     def _process(self, sampler: str | SamplerOptions, steps: int) -> tuple[SamplerOptions, DiffusionProcess]:
         """The sampler's options, and the process that it goes through."""
-        options = _sampler_options(sampler, steps)
-        return options, options.process(process_of(self.pipe.scheduler, steps))
+        options, process = _sampler_options(sampler, steps), process_of(self.pipe.scheduler, steps)
+        if isinstance(sampler, str) and process.num_timesteps < options.fewest_steps:
+            raise UserError(f"steps {steps}: the scheduler makes {process.num_timesteps} of them, and "
+                            f"{sampler} needs {options.fewest_steps} or more")
+        return options, options.process(process)
 
     @property
     def _channels(self) -> int:

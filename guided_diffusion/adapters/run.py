@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from .. import dist_util, pictures
-from ..errors import UserError
+from ..errors import UserError, said_otherwise
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
 from ..foreign import read_json
 from ..guidance import GUIDANCE, GuidanceOptions, IcgOptions, Networks
+from ..guidance.base import naming
 from ..jobs import job
 from ..late import torch
 from ..npz import BatchFile, prepare_samples
@@ -208,20 +209,33 @@ class LatentRun:
     def _prepared(self, prompts: list[str]) -> Prepared:
         from .latent import LatentDiffusion
 
-        latent = LatentDiffusion.from_pipeline(load_pipeline(self.options.pipeline).to(dist_util.dev()))
+        pipe = load_pipeline(self.options.pipeline).to(dist_util.dev())
+        with self._as_typed():
+            latent = LatentDiffusion.from_pipeline(pipe)
         if latent.unet.takes_prompts != bool(prompts):
             raise UserError("--prompt: " + ("is missing, the pipeline takes one" if latent.unet.takes_prompts
                                             else "the pipeline takes none"))
+        if prompts and getattr(pipe, "text_encoder", None) is None:
+            raise UserError(f"--pipeline {self.options.pipeline}: has no text_encoder, which --prompt needs; "
+                            "LatentDiffusion.sample takes prompt_embeds")
         if latent.unet.has_labels:
             raise UserError(f"--pipeline {self.options.pipeline}: its network takes classes, which this command does "
                             "not give; LatentDiffusion.sample takes labels, and scripts/convert_checkpoint.py makes a "
                             "checkpoint of a UNet2DModel for scripts/image_sample.py")
-        latent.check(self.options.sampler, self.options.steps, self.options.height or None, self.options.width or None)
+        with self._as_typed():
+            latent.check(self.options.sampler, self.options.steps, self.options.height or None,
+                         self.options.width or None)
         nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
         guidance = [term for method in self.methods if method.active for term in self._terms(method, latent, nets)]
         if self.options.sag_scale:
-            guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
+            with naming("sag_block", self.options.sag_block):
+                guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
         return Prepared(latent, guidance, prompts)
+
+    def _as_typed(self) -> AbstractContextManager[None]:
+        """Lets what is said of an argument of `LatentDiffusion` name the option, and all else the pipeline."""
+        return said_otherwise(lambda text: f"--{text}" if text.startswith(("steps", "height", "width"))
+                              else f"--pipeline {self.options.pipeline}: {text}")
 
     def _terms(self, method: GuidanceOptions, latent: LatentDiffusion, nets: Networks) -> list[Guidance]:
         """The terms of a method; independent conditions are prompts where the network takes them, else labels."""

@@ -71,7 +71,7 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     used = np.arange(len(abar)) if steps is None else _steps_of(scheduler, steps)
     used = used[abar[used] < last]
     if not len(used):
-        raise UserError(f"{name}: of {steps} steps none changes anything, as its chain ends where it begins; take more")
+        raise UserError(f"steps {steps}: none changes anything, as the chain of {name} ends where it begins; take more")
     return ScheduledProcess(abar, used, last, MEAN_TYPES[prediction], variance)
 
 

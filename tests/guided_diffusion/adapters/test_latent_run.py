@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from commands import call
-from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, scheduler, text_parts
+from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, prompted_unet, scheduler, text_parts
 
 from guided_diffusion.adapters import run
 from guided_diffusion.errors import UserError
@@ -134,12 +134,22 @@ def test_a_damaged_pipeline_is_a_sentence(folder, tmp_path, file, content):
         run.load_pipeline(str(path))
 
 
+def test_a_pipeline_that_cannot_be_sampled_is_named_by_its_option(command, capsys, monkeypatch):
+    control = diffusers.ControlNetModel.from_unet(prompted_unet(), conditioning_embedding_out_channels=(4, 8))
+    for pipe, words in [(prompted_pipeline(), "has no text_encoder, which --prompt needs"),
+                        (prompted_pipeline("StableDiffusionControlNetPipeline", controlnet=control, **text_parts()),
+                         "StableDiffusionControlNetPipeline: its controlnet would have no effect")]:
+        monkeypatch.setattr(run, "load_pipeline", lambda name, pipe=pipe: pipe)
+        assert command(pipeline="p") == 2
+        assert f"--pipeline p: {words}" in capsys.readouterr().err
+
+
 def test_wrong_steps_are_refused_before_weights_are_read(command, tmp_path, capsys, monkeypatch):
     steps = diffusers.UnCLIPScheduler()
     diffusers.DDPMPipeline(unet=pixel_unet(), scheduler=steps).save_pretrained(tmp_path / "p")
     monkeypatch.setattr(run, "_digest", lambda pipe: pytest.fail("weights are hashed"))
     assert command(pipeline=tmp_path / "p", prompt="", sag_scale=0, pag_scale=0, steps=1) == 2
-    assert "steps 1: UnCLIPScheduler cannot take so many" in capsys.readouterr().err
+    assert "--steps 1: UnCLIPScheduler cannot take so many" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
@@ -152,6 +162,10 @@ def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
                            ({"icg_scale": 1}, "needs other prompts to draw from"),
                            ({"icg_scale": 1, "icg_prompts": tmp_path / "none"}, "none: cannot be read"),
                            ({"icg_prompts": tmp_path / "none"}, "acts with --icg_scale only"),
-                           ({"sag_block": "middel", "out": tmp_path / "b"}, "no attention block")]:
+                           ({"sag_block": "middel", "out": tmp_path / "b"}, "--sag_block middel: 'middel' is no"),
+                           ({"steps": 2000, "out": tmp_path / "b"}, "--steps 2000: must be"),
+                           ({"steps": 1, "sampler": "unipc", "out": tmp_path / "b"},
+                            "--steps 1: the scheduler makes 1 of them, and unipc needs 2 or more"),
+                           ({"height": 17, "out": tmp_path / "b"}, "--height 17: must be a multiple")]:
         assert command(**options) == 2
         assert words in capsys.readouterr().err
