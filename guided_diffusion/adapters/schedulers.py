@@ -43,7 +43,8 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     steps: how many the scheduler takes of those it was trained with, at its own places (`timestep_spacing`,
     `steps_offset`); those of a `DDIMScheduler` with its configuration where its own are fractions, as Euler's, or more
     than so many, as the Runge-Kutta ones of a `PNDMScheduler`. None: all. Where the chain ends in abar of its first
-    step, and that step is among them, it is left out, as nothing changes there. The scheduler itself is not changed.
+    step, and that step is among them, it is left out, as nothing changes there but what is clipped. The scheduler
+    itself is not changed.
     Raises UserError for a scheduler without betas, one of consistency models (LCM, TCD), one with a zero terminal
     signal-to-noise ratio, another prediction or variances that are neither fixed nor in a range, and for a number of
     steps it cannot take.

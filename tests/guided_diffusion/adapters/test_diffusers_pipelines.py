@@ -63,6 +63,18 @@ def test_pixels_are_those_of_the_ddim_pipeline(clipped_noise, sampler):
     assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("clip, tolerance", [(False, 1e-4), (True, 5e-3)])
+def test_a_last_step_from_0_to_0_does_nothing_but_clip(clip, tolerance):
+    steps = diffusers.DDIMScheduler(clip_sample=clip, set_alpha_to_one=False, steps_offset=0)
+    pipe = diffusers.DDIMPipeline(unet=pixel_unet(), scheduler=steps)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(batch_size=2, num_inference_steps=5, generator=torch.Generator().manual_seed(0),
+                    output_type="np").images
+    start = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = LatentDiffusion.from_pipeline(pipe).sample(latents=start, steps=5, output_type="np")
+    assert np.abs(found - expected).max() < tolerance
+
+
 @pytest.mark.parametrize("most", [1.0, 1.5, 100.0])
 @pytest.mark.parametrize("clipped_noise, sampler", [(False, "ddim"), (True, DdimOptions())])
 def test_pixels_are_thresholded_as_in_the_ddim_pipeline(clipped_noise, sampler, most):
