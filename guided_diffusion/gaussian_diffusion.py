@@ -92,7 +92,8 @@ class GaussianDiffusion(DiffusionProcess):
         gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
         eps = self.eps_with_gradient(self.predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"]), t, gradient)
         pred_xstart = self.predict_xstart_from_eps(x, t, eps)
-        return {**p_mean_var, "eps": eps, "pred_xstart": pred_xstart, "mean": self.posterior_mean(pred_xstart, x, t)}
+        return {**p_mean_var, "eps": eps, "xstart": pred_xstart, "pred_xstart": pred_xstart,
+                "mean": self.posterior_mean(pred_xstart, x, t)}
 
     def p_sample_loop_progressive(
         self, model: nn.Module, shape: Sequence[int], noise: Tensor | None = None, clip_denoised: bool = True,

@@ -60,11 +60,12 @@ class LossType(enum.Enum):
 class Prediction:
     """One network evaluation at x_t, all (N, C, H, W).
 
-    eps: the noise in x_t, before any clipping. pred_xstart: x0, clipped where asked. mean, variance, log_variance: of
-    x_{t-1} given x_t.
+    eps, xstart: the noise in x_t and x0, before any clipping. pred_xstart: x0, clipped where asked. mean, variance,
+    log_variance: of x_{t-1} given x_t.
     """
 
     eps: Tensor
+    xstart: Tensor
     pred_xstart: Tensor
     mean: Tensor
     variance: Tensor
@@ -104,9 +105,14 @@ class Denoiser:
 
     def with_eps(self, pred: Prediction, x_t: Tensor, t: Tensor, eps: Tensor) -> Prediction:
         """`pred` with another eps; the variance stays."""
-        pred_xstart = self.process_xstart(self.diffusion.predict_xstart_from_eps(x_t, t, eps))
+        if self.diffusion.model_mean_type is ModelMeanType.EPSILON:
+            xstart = self.diffusion.predict_xstart_from_eps(x_t, t, eps)
+        else:           # from its own x0: that of eps has the rounding of eps, up to 1 / sqrt(abar) times
+            change = self.diffusion.predict_xstart_from_eps(torch.zeros_like(x_t), t, eps - pred.eps)
+            xstart = pred.xstart + change
+        pred_xstart = self.process_xstart(xstart)
         mean = self.diffusion.posterior_mean(pred_xstart, x_t, t)
-        return replace(pred, eps=eps, pred_xstart=pred_xstart, mean=mean)
+        return replace(pred, eps=eps, xstart=xstart, pred_xstart=pred_xstart, mean=mean)
 
 
 def dynamically_thresholded(x: Tensor, quantile: float, largest: float = math.inf) -> Tensor:
@@ -289,7 +295,7 @@ class DiffusionProcess:
             eps = self.predict_eps_from_xstart(x_t, t, xstart)
         pred_xstart = process_xstart(xstart)
         mean = values if previous else self.posterior_mean(pred_xstart, x_t, t)
-        return Prediction(eps, pred_xstart, mean, variance, log_variance)
+        return Prediction(eps, xstart, pred_xstart, mean, variance, log_variance)
 
     def _learned_log_variance(self, values: Tensor, t: Tensor) -> Tensor:
         if self.model_var_type is ModelVarType.LEARNED:
@@ -318,7 +324,7 @@ class DiffusionProcess:
     def p_mean_variance(self, model: nn.Module, x: Tensor, t: Tensor, clip_denoised: bool = True,
                         denoised_fn: Callable[[Tensor], Tensor] | None = None,
                         model_kwargs: Mapping[str, Any] | None = None) -> Images:
-        """{"mean", "variance", "log_variance", "pred_xstart", "eps"} of p(x_{t-1} | x_t)."""
+        """{"mean", "variance", "log_variance", "pred_xstart", "xstart", "eps"} of p(x_{t-1} | x_t)."""
         return dict(vars(self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)(x, t)))
 
     # Losses and likelihoods

@@ -114,6 +114,21 @@ def test_ddim_with_all_noise_survives_rounding_at_the_noisiest_step(schedule, st
     assert diffusion.ddim_sample_loop(half, (1, 1, 2, 2), normal(0)[:1, :1, :2, :2], eta=1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("flags", [{}, {"predict_v": True}, {"predict_xstart": True}], ids=["eps", "v", "x0"])
+def test_a_contrast_of_zero_changes_no_bit_at_the_noisiest_step(flags):
+    """There x0 of eps has the rounding of eps 20,000 times."""
+    class Zero(ContrastGuidance):
+        def delta(self, ctx, pred):
+            return torch.zeros_like(pred.eps)
+
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="9", **flags)
+    x, t = normal(0), torch.tensor([8, 8])
+    plain, guided = (diffusion.ddim_sample(half, x, t, clip_denoised=False, guidance=guidance)
+                     for guidance in ([], [Zero(1.0)]))
+    assert torch.equal(guided["pred_xstart"], plain["pred_xstart"])
+    assert torch.equal(guided["sample"], plain["sample"])
+
+
 def test_conditioning_by_hand_is_what_samplers_do(network):
     model, diffusion = network
     x, t, kwargs = normal(0), torch.tensor([3, 7]), {"y": torch.tensor([0, 1])}
