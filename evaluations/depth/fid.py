@@ -18,7 +18,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.depth.images import depth_images
-from guided_diffusion.depth.pairs import read_depth
+from guided_diffusion.depth.pairs import DepthReader
 from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable, write_json
@@ -71,10 +71,10 @@ class DepthFile:
     def images(self, limits: tuple[float, float] | None) -> Iterator[np.ndarray]:
         """The depth maps as images, in pieces (n, size, size, 3) uint8.
 
-        limits: NEAR and FAR, or None: each map has its own. Raises UserError as `read_depth` does, and for images that
+        limits: NEAR and FAR, or None: each map has its own. Raises UserError as `DepthReader` does, and for images that
         are not grey.
         """
-        size, first = self.size, 0
+        maps, first = DepthReader(self.size, limits), 0
         for depth in self.file.pieces(self.member, PIECE):
             if depth.ndim == 4:
                 if (depth != depth[..., :1]).any():
@@ -82,8 +82,9 @@ class DepthFile:
                                     "colour images, not grey ones of depth maps")
                 depth = depth[..., 0]
             piece = _DepthPiece(depth, f"{self.file.path}: depth map", first)
-            yield depth_images(np.stack([read_depth(piece, index, size, limits) for index in range(len(depth))]))
+            yield depth_images(np.stack([maps.read(piece, index) for index in range(len(depth))]))
             first += len(depth)
+        dist_util.say(maps.clamped(self.file.path))
 
     def write_images(self, path: Path, limits: tuple[float, float] | None) -> None:
         """Writes the depth maps as images; limits as in `images`."""
@@ -92,7 +93,7 @@ class DepthFile:
 
 @dataclass(frozen=True)
 class _DepthPiece:
-    """Depth maps (n, H, W) of a file, from number `first` on, as `read_depth` asks for them."""
+    """Depth maps (n, H, W) of a file, from number `first` on, as `DepthReader` asks for them."""
 
     maps: np.ndarray
     title: str

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from guided_diffusion.depth.pairs import SCENES, checked_depth_range, open_pairs, read_depth
+from guided_diffusion.depth.pairs import SCENES, DepthReader, checked_depth_range, open_pairs
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range, to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import MOST_SCENES, render_scenes
+from guided_diffusion.dist_util import say
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
@@ -133,7 +134,9 @@ def _as_scenes(data: str, count: int, flag: str, limits: tuple[float, float]) ->
     wrong = next((image.shape for image in images if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE)), None)
     if wrong:
         raise UserError(f"{data}: has images of {wrong[1]}x{wrong[0]} pixels, must be {IMAGE_SIZE}x{IMAGE_SIZE}")
-    depth = np.stack([read_depth(source, index, IMAGE_SIZE, limits) for index in range(count)])
+    maps = DepthReader(IMAGE_SIZE, limits)
+    depth = np.stack([maps.read(source, index) for index in range(count)])
+    say(maps.clamped(data))
     return Scenes(np.stack(images), from_unit_range(depth, *limits), np.zeros(depth.shape, np.uint8),
                   np.zeros(count, np.int64))
 

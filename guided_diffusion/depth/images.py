@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..dist_util import say
 from ..npz import write_batch
 from ..options import Options, option, seed_option
 from ..pixels import to_rounded_uint8
 from ..progress import progress_bar
-from .pairs import checked_depth_range, open_pairs, read_depth
+from .pairs import DepthReader, checked_depth_range, open_pairs
 from .ranges import parse_depth_range
 from .scenes.files import checked_npz
 
@@ -35,10 +36,12 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
     source = open_pairs(options.data, size=size, count=options.num_images, flag="num_images", seed=options.seed)
     count = options.num_images or len(source)
     images = np.empty((count, size, size, 3), np.uint8)
+    maps = DepthReader(size, limits)
     with progress_bar(count, "depth images", "image") as progress:
         for index in range(count):
-            images[index] = depth_images(read_depth(source, index, size, limits))
+            images[index] = depth_images(maps.read(source, index))
             progress.update()
+    say(maps.clamped(options.data))
     return images
 
 

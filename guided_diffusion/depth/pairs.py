@@ -12,7 +12,7 @@ Images of another size are resized and cut as `image_datasets` does it without r
 way, except that the last step is bilinear, since bicubic resizing overshoots at edges.
 
 A depth range says what becomes -1 and 1: "image" each map's own least and greatest depth, or "NEAR,FAR" two depths in
-the units of the files, beyond which is clamped.
+the units of the files, beyond which is clamped; how much of a data set was, is said in a line.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ..classes import ClassNames
+from ..dist_util import say
 from ..errors import UserError
 from ..image_datasets import crop_square, named_labels, resize_smaller_side, say_left_out
 from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
@@ -95,7 +96,9 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
     if class_cond and labels is None:
         raise UserError(f"{data}: has no labels, which the class-conditional network needs: arr_1, one for each image")
     indices = range(len(source) if count is None else count)
-    depth = np.stack([read_depth(source, index, size, limits) for index in indices])[:, None]
+    maps = DepthReader(size, limits)
+    depth = np.stack([maps.read(source, index) for index in indices])[:, None]
+    say(maps.clamped(data))
     images = np.stack([read_pixels(source, index, size, channels) for index in indices])
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
                  None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
@@ -162,27 +165,45 @@ def checked_depth_range(data: str, text: str) -> str:
     return text or OWN_RANGE
 
 
-def read_depth(source: DepthMaps, index: int, size: int, limits: tuple[float, float] | None) -> np.ndarray:
-    """One depth map, (size, size) float32 in [-1, 1]; limits: what becomes -1 and 1, None for its own extremes.
+class DepthReader:
+    """Reads depth maps as (size, size) float32 in [-1, 1], and counts the pixels that are clamped to that.
 
-    Raises UserError where it is not finite, is constant or lies outside the limits.
+    limits: what becomes -1 and 1; None: the extremes of each map, beyond which nothing is.
     """
-    values, name = source.depth(index), source.name(index)
-    depth = values.astype(np.float32)
-    if not np.isfinite(depth).all():
-        raise UserError(f"{name}: has {(~np.isfinite(depth)).sum()} pixels without a finite depth (NaN or infinite)")
-    if depth.min() == depth.max():
-        raise UserError(f"{name}: is constant, every pixel has depth {depth.flat[0]:g}")
-    picture = resize_smaller_side(Image.fromarray(depth), size, Image.Resampling.BILINEAR)
-    resized = np.asarray(crop_square(picture, size))
-    near, far = limits or (float(resized.min()), float(resized.max()))
-    if near == far:
-        raise UserError(f"{name}: is constant in the part of the image that is used")
-    unit = to_unit_range(resized, near, far)
-    if unit.min() == unit.max():
-        raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {depth.min():g} to "
-                        f"{depth.max():g}")
-    return unit.astype(np.float32)
+
+    def __init__(self, size: int, limits: tuple[float, float] | None) -> None:
+        self.size, self.limits = size, limits
+        self._pixels = self._beyond = 0
+
+    def read(self, source: DepthMaps, index: int) -> np.ndarray:
+        """One depth map; raises UserError where it is not finite, is constant or lies outside the limits."""
+        values, name = source.depth(index), source.name(index)
+        depth = values.astype(np.float32)
+        if not np.isfinite(depth).all():
+            raise UserError(f"{name}: has {(~np.isfinite(depth)).sum()} pixels without a finite depth (NaN or "
+                            "infinite)")
+        if depth.min() == depth.max():
+            raise UserError(f"{name}: is constant, every pixel has depth {depth.flat[0]:g}")
+        picture = resize_smaller_side(Image.fromarray(depth), self.size, Image.Resampling.BILINEAR)
+        resized = np.asarray(crop_square(picture, self.size))
+        near, far = self.limits or (float(resized.min()), float(resized.max()))
+        if near == far:
+            raise UserError(f"{name}: is constant in the part of the image that is used")
+        unit = to_unit_range(resized, near, far)
+        if unit.min() == unit.max():
+            raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {depth.min():g} to "
+                            f"{depth.max():g}")
+        self._pixels += resized.size
+        self._beyond += int(((resized < near) | (resized > far)).sum())
+        return unit.astype(np.float32)
+
+    def clamped(self, data: object) -> str:
+        """How much of the maps of `data` was clamped so far, as a line of a log; "" where nothing was."""
+        if self.limits is None or not self._beyond:
+            return ""
+        near, far = self.limits
+        return (f"{data}: {100 * self._beyond / self._pixels:.2g} % of the pixels of its depth maps were beyond "
+                f"--depth_range {near:g},{far:g} and clamped")
 
 
 def read_pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.classes import ClassNames
+from guided_diffusion.depth.images import DepthImageOptions, grey_images
 from guided_diffusion.depth.pairs import Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, render
@@ -54,6 +55,21 @@ def test_pairs_of_an_npz(tmp_path):
     clamped = read_pairs(npz(tmp_path), size=16, depth_range="2,3").depth
     assert (clamped[:, 0].numpy() == 1).sum() == (values["depth"] >= 3).sum()
     assert read_pairs(npz(tmp_path), size=16, channels=1).images.shape == (4, 1, 16, 16)
+
+
+def test_clamped_depth_is_said_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data, depth = npz(tmp_path), arrays()["depth"]
+    read_pairs(data, size=16)
+    read_pairs(data, size=16, depth_range="1,9")
+    read_pairs("scenes", size=16, count=3)
+    assert "clamped" not in caplog.text
+    share = f"{100 * ((depth < 2) | (depth > 3)).mean():.2g}"
+    line = f"{data}: {share} % of the pixels of its depth maps were beyond --depth_range 2,3 and clamped"
+    read_pairs(data, size=16, depth_range="2,3")
+    assert [record.message for record in caplog.records if "clamped" in record.message] == [line]
+    grey_images(DepthImageOptions(data=data, depth_range="2,3", image_size=16))
+    assert [record.message for record in caplog.records if "clamped" in record.message] == [line] * 2
 
 
 def test_whole_numbers_as_depth(tmp_path):
