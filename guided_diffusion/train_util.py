@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import dist_util
+from . import checkpoint, dist_util
 from .build import (
     ClassifierOptions,
     DiffusionOptions,
@@ -18,6 +18,7 @@ from .build import (
     build_classifier,
     build_diffusion,
     build_model,
+    kind_of,
 )
 from .classes import ClassNames, names_of_run, stored_names
 from .dist_util import say
@@ -28,11 +29,13 @@ from .late import F, Tensor, torch
 from .log_sinks import check_sinks
 from .resample import UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
+from .stated import statement_of
 from .training.averages import sampled
 from .training.batch import Data, DropLabels, Network, TrainingBatch
-from .training.folder import locked_folder
+from .training.folder import Record, locked_folder
 from .training.loop import TrainLoop, average_over_ranks
 from .training.options import ClassifierTrainOptions, LoopOptions, TrainOptions
+from .training.state import FILE
 from .training.watch import Watched, Watcher
 
 __all__ = ["Network", "TrainLoop", "TrainOptions", "TrainingBatch", "average_over_ranks", "classification_losses",
@@ -50,11 +53,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     with dist_util.together():
         check_sinks(options.log)
         _check_whole_chain(diffusion_options)
-    if options.label_dropout:
-        if not model_options.class_cond:
-            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
-                            "--class_cond True")
-        model_options = replace(model_options, null_class=True)
+        model_options = _with_null_class(model_options, options)
     if options.ema_power and not options.snapshots:
         say(f"--ema_power {options.ema_power}: no snapshots are kept, as --snapshot_images is 0, so that no other "
             "widths can be made after the training")
@@ -95,6 +94,44 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     upsamples = isinstance(model_options, UpsamplerOptions)
     command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
+
+
+def _with_null_class(network: ModelOptions | UpsamplerOptions, options: TrainOptions,
+                     ) -> ModelOptions | UpsamplerOptions:
+    """The options of the network: with a null class where labels are dropped, or the run that goes on has one.
+
+    Raises UserError for a null class that would stay random: without dropped labels, and in no weights at the start.
+    """
+    if options.label_dropout:
+        if not network.class_cond:
+            raise UserError(f"--label_dropout {options.label_dropout:g}: needs a network with labels, "
+                            "--class_cond True")
+        return replace(network, null_class=True)
+    state = Path(options.out) / FILE
+    before = (Record.read(state.parent) or Record.stated_by(state)) if state.exists() else None
+    if before is not None and before.model.get("null_class") and network.class_cond:
+        if not network.null_class:
+            say(f"--null_class True: as the run in {options.out} has it, which goes on")
+        return replace(network, null_class=True)
+    if network.null_class and network.class_cond and before is None and not _starts_with_null_class(network, options):
+        raise UserError("--null_class True: is never trained without --label_dropout; give one, like --label_dropout "
+                        "0.1")
+    return network
+
+
+def _starts_with_null_class(network: ModelOptions | UpsamplerOptions, options: TrainOptions) -> bool:
+    """Whether the weights that a training starts from have the null class: as they state, else by their shapes."""
+    path = options.init_from or options.resume_checkpoint
+    if not path:
+        return False
+    stated = statement_of(path, kind_of(asdict(network)))
+    if stated is not None and "null_class" in stated.facts:
+        return bool(stated.facts["null_class"])
+    try:
+        labels = checkpoint.load_state_dict(path, entry=options.checkpoint_entry).get("label_emb.weight")
+    except UserError:           # of a file that cannot be read, which says so when it is loaded
+        return True
+    return labels is not None and len(labels) == network.num_classes + 1
 
 
 def _check_whole_chain(options: DiffusionOptions) -> None:

@@ -46,10 +46,29 @@ def test_the_null_class_is_trained_and_stated(run):
     assert (trained[2] - model.label_emb.weight[2]).abs().max() > 0
 
 
-def test_a_training_without_it_never_sees_the_null_class(data_dir, tmp_path):
-    out = train(data_dir, tmp_path, null_class=True, weight_decay=0.0)
-    start = train(data_dir, tmp_path / "start", null_class=True, lr_anneal_steps=1, lr=1e-12)
-    assert torch.equal(weights(out)["label_emb.weight"][2], weights(start)["label_emb.weight"][2])
+def test_a_null_class_that_would_stay_random_is_refused(run, data_dir, tmp_path):
+    with pytest.raises(UserError, match="--null_class True: is never trained without --label_dropout; give one"):
+        train(data_dir, tmp_path / "new", null_class=True)
+    plain = train(data_dir, tmp_path / "plain", lr_anneal_steps=1) / "model.safetensors"
+    with pytest.raises(UserError, match="--null_class True: is never trained"):
+        train(data_dir, tmp_path / "new", null_class=True, init_from=str(plain))
+    tuned = train(data_dir, tmp_path / "tuned", null_class=True, init_from=str(run / "model.safetensors"))
+    torch.save(weights(run), tmp_path / "silent.pt")
+    also = train(data_dir, tmp_path / "silent", null_class=True, resume_checkpoint=str(tmp_path / "silent.pt"))
+    for out in (tuned, also):
+        assert torch.equal(weights(out)["label_emb.weight"][2], weights(run)["label_emb.weight"][2])
+
+
+def test_a_training_goes_on_without_dropped_labels(data_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    out = train(data_dir, tmp_path / "run", label_dropout=0.5)
+    before = weights(out)["label_emb.weight"]
+    train(data_dir, out, label_dropout=0.0, change="label_dropout", lr_anneal_steps=6)
+    assert "--null_class True: as the run in" in caplog.text
+    after = weights(out)["label_emb.weight"]
+    assert after.shape == before.shape and not torch.equal(after[:2], before[:2])
+    with pytest.raises(UserError, match=r"--label_dropout 0\.2: the run in"):
+        train(data_dir, out, label_dropout=0.2, lr_anneal_steps=9)
 
 
 def test_snapshots_are_the_averages_at_multiples_of_so_many_images(run, data_dir, tmp_path):
