@@ -4,7 +4,8 @@ The classes of an image folder are found by one of two rules:
     prefix     the file name before the first underscore, as the official code reads it: cat_001.png, n01440764_10.JPEG
     folders    the folder below the data folder: cat/001.png, dog/001.png
 Unless a rule is given, it is prefix, but folders where there are several of them and the file names tell no classes
-apart: where all have the same prefix, or one has none.
+apart: where all have the same prefix, or one has none. In a folder that prepare_images.py wrote with classes it is
+folders. Where both rules tell several classes, and others, a line says so.
 
 Names are numbered in natural order: as text, except that digits in them count as numbers, so that kind2 comes before
 kind10. The official code sorts as text; for ImageNet's names, and all whose digits are equally many, that is the same.
@@ -26,12 +27,14 @@ from typing import Any, Self
 import numpy as np
 
 from . import checkpoint
+from .dist_util import say
 from .errors import UserError
 from .fetch import without_secrets
 from .functions import is_function
 from .options import nearest
 
 CLASS_RULES = ("folders", "prefix")
+MANIFEST = "manifest.json"      # of scripts/prepare_images.py, in the folder of its images
 KEY = "class_names"             # in config.json and in metadata
 SHOWN = 8                       # names that messages show; of more, the first ones and the last
 
@@ -65,7 +68,9 @@ class ClassNames:
 
         rule: one of CLASS_RULES; "": the one that fits. Raises UserError where a file has no class by that rule.
         """
-        rule = rule or _fitting_rule(root, files)
+        if not rule:
+            rule, doubt = _fitting_rule(root, files)
+            say(doubt)
         found = _by_prefix(files) if rule == "prefix" else next(_by_folders(root, files), None)
         if found is None:
             raise _without_class(root, files, rule)
@@ -132,7 +137,7 @@ class ClassNames:
         otherwise than those that the names are from: by prefix there and by folders here. Raises UserError for a file
         of another class.
         """
-        rule = rule or self.rule or _fitting_rule(root, files)
+        rule = rule or self.rule or _fitting_rule(root, files)[0]
         readings = list(_readings(root, files, rule))
         for found, names in readings:
             if set(names) <= self._number_of.keys():
@@ -156,10 +161,29 @@ class ClassNames:
 # How the names of files tell classes
 
 
-def _fitting_rule(root: Path, files: Sequence[Path]) -> str:
-    prefixes, folders = _by_prefix(files), next(_by_folders(root, files), None)
-    untold = prefixes is None or len(set(prefixes)) == 1
-    return "folders" if untold and folders is not None and len(set(folders)) > 1 else "prefix"
+def _fitting_rule(root: Path, files: Sequence[Path]) -> tuple[str, str]:
+    """The rule that fits, and a line of a log where the other one tells several classes as well; "" else."""
+    if _prepared_in_folders(root):
+        return "folders", ""
+    prefixes, levels = _by_prefix(files), _by_folders(root, files)
+    first = next(levels, None)
+    if first is None or len(there := set(first)) == 1:
+        return "prefix", ""
+    if prefixes is None or len(told := set(prefixes)) == 1:
+        return "folders", ""
+    if any(len(told) == len(set(level)) == len(set(zip(prefixes, level, strict=True))) for level in (first, *levels)):
+        return "prefix", ""
+    return "prefix", (f"{root}: its file names tell {len(told)} classes, and its {len(there)} folders others; those of "
+                      "the names are taken (--classes prefix), not those of the folders (--classes folders)")
+
+
+def _prepared_in_folders(root: Path) -> bool:
+    """Whether the manifest of scripts/prepare_images.py says that the folders are classes."""
+    try:
+        settings = json.loads((root / MANIFEST).read_bytes())["settings"]
+        return bool(settings["labels_file"] or settings["labels"] != "none")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # there is none, or one of something else
+        return False
 
 
 def _readings(root: Path, files: Sequence[Path], rule: str) -> Iterator[tuple[str, list[str]]]:

@@ -28,7 +28,7 @@ from typing import IO, Any, NamedTuple, NoReturn, Self
 import numpy as np
 from PIL import Image
 
-from .classes import natural_order
+from .classes import MANIFEST, natural_order
 from .errors import UserError
 from .fetch import sha256_of
 from .files import (
@@ -53,7 +53,6 @@ from .progress import progress_bar
 CROPS = ("adm", "box")
 LABELS = ("folders", "prefix", "none")
 AHEAD = 64              # pictures that are read before they are needed
-MANIFEST = "manifest.json"
 LOCK = ".lock"
 RECORD = "sources.jsonl"        # rows of the manifest, each written before its image, until the manifest has them all
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on

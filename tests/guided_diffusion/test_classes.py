@@ -50,6 +50,32 @@ def test_the_rule_that_fits(given, names, rule):
     assert (found.names, found.rule) == (names, rule)
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    (["cat/1_a.png", "cat/2_a.png", "dog/3_a.png"], "its file names tell 3 classes, and its 2 folders others"),
+    (["x/cat_1.png", "y/dog_1.png", "y/cat_2.png"], "its file names tell 2 classes, and its 2 folders others"),
+    (["n01/n01_1.JPEG", "n02/n02_1.JPEG"], ""),
+    (["train/n01/n01_1.JPEG", "val/n02/n02_1.JPEG", "val/n01/n01_2.png"], ""),
+    (["cat_1.png", "x/dog_1.png"], ""), (["x/cat_1.png", "x/dog_1.png"], ""), (["cat/a_1.png", "dog/a_2.png"], "")])
+def test_folders_that_tell_other_classes_than_names_are_said(caplog, given, said):
+    caplog.set_level("INFO")
+    ClassNames.from_images(ROOT, files(*given))
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    caplog.clear()
+    ClassNames.from_images(ROOT, files(*given), "prefix")
+    assert not caplog.text
+
+
+def test_folders_of_prepared_images_are_classes(tmp_path, caplog):
+    given = [tmp_path / name for name in ("cat/1_a.png", "cat/2_a.png", "dog/3_a.png")]
+    manifest = tmp_path / "manifest.json"
+    for settings, names in (({"labels": "folders", "labels_file": ""}, ("cat", "dog")),
+                            ({"labels": "none", "labels_file": "x.txt"}, ("cat", "dog")),
+                            ({"labels": "none", "labels_file": ""}, ("1", "2", "3")), ([], ("1", "2", "3"))):
+        manifest.write_text(json.dumps({"settings": settings}))
+        assert ClassNames.from_images(tmp_path, given).names == names
+        assert ClassNames.from_images(tmp_path, given, "prefix").names == ("1", "2", "3")
+
+
 def test_a_rule_that_is_given_counts():
     given = files("cat/img_0.png", "dog/pic_0.png")
     assert ClassNames.from_images(ROOT, given).names == ("img", "pic")
