@@ -133,6 +133,7 @@ class TrainLoop:
             return
         with dist_util.together():
             if dist_util.is_main():
+                self.state.check_space(self.out, bool(self.options.snapshots))
                 self.record.write(self.out)
             logger = self._logger()
         try:

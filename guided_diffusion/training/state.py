@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,6 +108,23 @@ class TrainingState:
         named = {f"{kind}/{name}": value for kind, (group, _) in weights.items() for name, value in group.items()}
         checkpoint.save_state(folder / FILE, {**named, **self._other_tensors()}, metadata)
         self.saved = self.step
+
+    def check_space(self, folder: Path, snapshots: bool) -> None:
+        """Raises UserError where the disk cannot hold what saves write; snapshots: one of them, too.
+
+        A file is written beside the one that it replaces, so that the largest counts twice.
+        """
+        weights = sum(param.numel() * param.element_size() for param in self.precision.master_params)
+        sizes = {f"{name}.safetensors": weights for name in self._weights()}
+        sizes[FILE] = (len(sizes) + 2) * weights            # AdamW has two moments of each weight
+        there = sum(path.stat().st_size for name in sizes if (path := folder / name).is_file())
+        needed = sum(sizes.values()) + max(sizes.values()) - there + snapshots * max(len(self.averages), 1) * weights
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            more = ", and a snapshot" if snapshots else ""
+            raise UserError(f"--out {folder}: cannot hold what a save writes (No space left on device: {needed:,} "
+                            f"bytes are needed, for weights, averages and state, the largest file twice while it is "
+                            f"replaced{more}; {free:,} are free)")
 
     def save_snapshot(self, folder: Path, metadata: Mapping[str, str]) -> None:
         """Writes the averages, or the weights where there are none, under names that no later step has."""

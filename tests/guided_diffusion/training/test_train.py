@@ -5,11 +5,13 @@ import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -440,6 +442,25 @@ def test_weights_that_diverge_replace_no_save(data_dir, tmp_path):
     with pytest.raises(UserError, match="smaller one and --change lr"):
         train(data_dir, tmp_path, lr=1e30, lr_anneal_steps=9, change="lr")
     assert checkpoint.read_metadata(tmp_path / "state.safetensors")["step"] == "2"
+
+
+@pytest.mark.parametrize(("snapshots", "parts"), [("0", 3 + 5 + 5), ("8", 3 + 5 + 5 + 2)])     # the state is 5 twice
+def test_space_for_a_save_is_looked_for_before_the_first_step(data_dir, tmp_path, monkeypatch, snapshots, parts):
+    whole = train(data_dir, tmp_path / "whole", snapshot_images=snapshots)
+    one = sum(value.numel() * 4 for value in weights(whole).values())
+    files = sum((whole / f"{name}.safetensors").stat().st_size for name in ("model", "ema_0.9", "ema_0.99", "state"))
+    assert 8 * one < files < 1.2 * 8 * one
+    disk = SimpleNamespace(free=parts * one - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    with pytest.raises(UserError, match=rf"--out .*new: cannot hold .*No space left on device: {parts * one:,} bytes"):
+        train(data_dir, tmp_path / "new", snapshot_images=snapshots)
+    assert not rows_of(tmp_path / "new")
+    disk.free += 1
+    train(data_dir, tmp_path / "new", snapshot_images=snapshots)
+    disk.free = parts * one - files                                     # of what is there already
+    train(data_dir, whole, snapshot_images=snapshots, lr_anneal_steps=6)
+    disk.free = 0
+    train(data_dir, whole, snapshot_images=snapshots, lr_anneal_steps=6)            # there is nothing to do
 
 
 def test_a_full_disk_after_an_error_hides_nothing(data_dir, tmp_path, monkeypatch, caplog):
