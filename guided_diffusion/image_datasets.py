@@ -104,6 +104,9 @@ def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, spl
     if holds_idx(folder):
         images, labels = load_arrays(folder, split)
         check_fits(images, frame[1])
+        with contextlib.suppress(UserError):            # of a folder that cannot be read, and need not be
+            if beside := len(find_pictures(folder).files):
+                say(f"{data_dir}: its IDX files are read, and {beside} picture(s) beside them are not")
         return ArrayImages(data_dir, frame, labels if class_cond else None, images)
     if split != "train":
         kind = "an .npz file" if is_npz(folder) else "an image folder"

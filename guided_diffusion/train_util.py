@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -239,7 +239,23 @@ def _images(options: LoopOptions, network: ModelOptions | UpsamplerOptions | Cla
             damaged = list(images.damaged().items())
     damaged = dist_util.told_by_main(damaged)
     with dist_util.together():
+        for line in _without_effect(options, images, class_cond, held_out):
+            say(line)
         return images.without(dict(damaged))
+
+
+def _without_effect(options: LoopOptions, images: TrainingImages, class_cond: bool, held_out: bool) -> Iterator[str]:
+    """The options of data that change nothing with these images, a line of a log each."""
+    if options.classes and not class_cond:
+        yield f"--classes {options.classes}: has no effect, as the network has no classes (--class_cond False)"
+    if isinstance(images, FolderImages):
+        return
+    if options.classes and class_cond:
+        yield f"--classes {options.classes}: has no effect on {images.data_dir}, which holds the classes as numbers"
+    if options.random_crop and not held_out:
+        yield f"--random_crop True: has no effect on {images.data_dir}, whose images are never cut"
+    if options.skip_damaged:
+        yield f"--skip_damaged True: has no effect on {images.data_dir}, whose images are not in files of their own"
 
 
 def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,

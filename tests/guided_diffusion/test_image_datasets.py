@@ -77,6 +77,15 @@ def test_idx_batches_are_padded_with_black_and_labelled(idx_folder):
     assert take(1, data_dir=idx_folder)[0][1] == {}
 
 
+def test_pictures_beside_idx_files_are_said(idx_folder, caplog):
+    caplog.set_level("INFO")
+    take(1, data_dir=idx_folder)
+    assert "beside" not in caplog.text
+    Image.new("L", (28, 28), 9).save(idx_folder / "x.png")
+    take(1, data_dir=idx_folder)
+    assert f"{idx_folder}: its IDX files are read, and 1 picture(s) beside them are not" in caplog.text
+
+
 def test_test_split_and_gzip(idx_folder):
     images, labels = load_arrays(idx_folder, "test")
     assert images.shape == (7, 28, 28) and images.dtype == np.uint8 and images[6, 5, 5] == 6

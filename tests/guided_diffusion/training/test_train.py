@@ -616,6 +616,28 @@ def test_a_training_takes_all_steps(data_dir, tmp_path, trainer):
     assert not (tmp_path / "run").exists()
 
 
+def test_options_of_data_without_effect_are_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    np.savez(tmp_path / "x.npz", arr_0=np.full((4, 8, 8, 3), 99, np.uint8), arr_1=np.arange(4) % 2)
+    given = {"lr_anneal_steps": 1, "classes": "folders", "random_crop": True, "skip_damaged": True}
+
+    def said(data, **changes):
+        caplog.clear()
+        train(data, tmp_path / f"out {len(list(tmp_path.iterdir()))}", **{**given, **changes})
+        return [record.message for record in caplog.records if "no effect" in record.message]
+
+    path = tmp_path / "x.npz"
+    assert said(path) == [
+        f"--classes folders: has no effect on {path}, which holds the classes as numbers",
+        f"--random_crop True: has no effect on {path}, whose images are never cut",
+        f"--skip_damaged True: has no effect on {path}, whose images are not in files of their own"]
+    assert said(path, classes="", random_crop=False, skip_damaged=False) == []
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "folder" / "one.png")
+    assert said(tmp_path / "folder", class_cond=False) == [
+        "--classes folders: has no effect, as the network has no classes (--class_cond False)"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_that_ends_is_one_sentence(data_dir, tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(torch, "compile", lambda model: model)
