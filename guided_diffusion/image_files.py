@@ -45,6 +45,8 @@ Source = Path | IO[bytes]
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339         # of TIFF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
+_KEYS: dict[str, Callable[[int], int]] = {       # of PNG, by how its pixels lie in the file
+    "L;2": lambda level: level % 4 * 85, "L;4": lambda level: level % 16 * 17, "RGB;16B": lambda level: level >> 8}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -131,6 +133,7 @@ def read_image(path: Source, in_channels: int) -> Image.Image:
     damaged, or its sides are absurd.
     """
     with opened(path) as image:
+        _scale_key(image)
         return _opaque(_upright(image), "RGB" if in_channels == 3 else "L")
 
 
@@ -182,6 +185,14 @@ def _check_sides(path: Source, size: tuple[int, int]) -> None:
     if max(size) > MAX_RATIO * min(size):
         raise UserError(f"{path}: cannot be read as an image (it has {size[0]}x{size[1]} pixels, one side may be "
                         f"{MAX_RATIO} times the other at most)")
+
+
+def _scale_key(image: Any) -> None:
+    """Scales the transparent colour of a PNG to 8 bits, as Pillow scales the pixels when they are read."""
+    scale = _KEYS.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    key = image.info.get("transparency")
+    if scale and key is not None:
+        image.info["transparency"] = tuple(map(scale, key)) if isinstance(key, tuple) else scale(key)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -105,6 +106,22 @@ def test_transparency_is_white(tmp_path):
     for name, dtype, white in (("l.png", np.uint8, 7), ("i.png", np.uint16, 700)):
         save(tmp_path / name, np.array([[0, white]], dtype), transparency=white)
         assert np.asarray(read_image(tmp_path / name, 1)).tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize(("bits", "kind", "row", "key", "expected"), [
+    (4, 0, bytes([0x5A]), struct.pack(">H", 5), [[255] * 3, [170] * 3]),
+    (4, 0, bytes([0x5A]), struct.pack(">H", 10), [[85] * 3, [255] * 3]),
+    (2, 0, bytes([0b01100000]), struct.pack(">H", 1), [[255] * 3, [170] * 3]),
+    (16, 2, struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0), struct.pack(">3H", 0x1234, 0x5678, 0x9ABC),
+     [[255] * 3, [0x12, 0x56, 0]])])
+def test_transparent_colours_of_few_or_many_bits_are_white(tmp_path, bits, kind, row, key, expected):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, kind, 0, 0, 0)) + chunk(b"tRNS", key)
+        + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    assert np.asarray(read_image(tmp_path / "x.png", 3)).tolist() == [expected]
 
 
 def test_an_animation_is_its_first_picture(tmp_path):
