@@ -138,8 +138,8 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
     if where.lower().endswith(".zip"):
         with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
             yield from _members(where, inside, [
-                Member(info.filename, info.file_size, partial(archive.read, info)) for info in archive.infolist()
-                if not info.is_dir()], depth, found)
+                Member(name, info.file_size, partial(archive.read, info)) for info in archive.infolist()
+                if not (name := _with_slashes(info.filename)).endswith("/")], depth, found)
     elif where.lower().endswith(TARS):
         with (reading(where, "is no .tar file, or is damaged"),
               tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
@@ -148,6 +148,11 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
+
+
+def _with_slashes(name: str) -> str:
+    r"""A name in a .zip file, in which some programs of Windows write \ in place of /."""
+    return name if "/" in name else name.replace("\\", "/")
 
 
 class WholeInfo(tarfile.TarInfo):

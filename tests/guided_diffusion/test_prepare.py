@@ -81,6 +81,17 @@ def test_an_archive_within_a_folder_of_any_name_is_a_class(tmp_path):
     assert {path.parent.name for path in (tmp_path / "out").rglob("*.png")} == {"cat", "dog", "emu.v1", "fox"}
 
 
+def test_backslashes_in_a_zip_file_part_folders(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cat\\", "cat\\a.png", "dog\\b.png", "..\\c.png", "emu/d\\e.png"):
+            archive.writestr(name, png(0) if name.endswith("png") else b"")
+    assert call("prepare_images", tmp_path / "a.zip", "--labels", "folders", "--image_size", 8, "--out",
+                tmp_path / "out") == 0
+    assert "left out: 1 hidden or system file(s) (c.png)" in capsys.readouterr().out
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")} == {
+        "cat/a.png", "dog/b.png", "emu/d\\e.png"}
+
+
 def test_links_in_an_archive_are_counted(tmp_path, capsys):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("a.png", tarfile.REGTYPE), ("b.png", tarfile.LNKTYPE), ("c.png", tarfile.SYMTYPE)):
