@@ -73,7 +73,8 @@ _loops = itertools.count()
 class TrainLoop:
     """Descends `losses(network, batch)["loss"]`, and logs, averages and saves, until `options.total_steps`.
 
-    losses: returns tensors (N,), all of which are logged, also by quarter of the timesteps (`loss_q0` ...).
+    losses: returns tensors (N,), all of which are logged, with noised images also by quarter of the timesteps
+    (`loss_q0` ...).
     data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
     validation.
     config: the options of the network and the process by flag name, stored with the weights.
@@ -238,8 +239,10 @@ class TrainLoop:
             logger.add_gradient(norm, self.options.grad_clip)
         elif state.precision.lg_loss_scale <= 0:
             with dist_util.together():      # all ranks find the same; one says so
+                remedy = ("start again from the last save with a smaller one and --change lr" if state.saved >= 0 else
+                          "start again with a smaller one; nothing is saved yet")
                 raise UserError(f"--lr {self.options.lr:g}: the loss or its gradient is not finite at step "
-                                f"{self.step}, start again from the last save with a smaller one and --change lr")
+                                f"{self.step}, {remedy}")
         if state.precision.scaled:
             logger.add("lg_loss_scale", state.precision.lg_loss_scale)
         state.sampler.update_with_losses(batch.t, losses["loss"])
@@ -336,6 +339,8 @@ class TrainLoop:
         for name, values in losses.items():
             values = values * batch.weights
             logger.add(prefix + name, values)
+            if not self.options.noises:
+                continue
             for quarter in quarters.unique().tolist():
                 logger.add(f"{prefix}{name}_q{quarter}", values[quarters == quarter])
 

@@ -94,6 +94,11 @@ class LoopOptions(DescentOptions):
         return False
 
     @property
+    def noises(self) -> bool:
+        """Whether images are noised, to timesteps that are drawn."""
+        return True
+
+    @property
     def ema_rates(self) -> tuple[float, ...]:
         """Decay per step of the moving averages of the weights that go by a rate."""
         return ()
@@ -207,6 +212,11 @@ class ClassifierTrainOptions(LoopOptions):
     def decays(self) -> bool:
         """Whether the learning rate falls linearly to 0 at `total_steps`."""
         return self.anneal_lr
+
+    @property
+    def noises(self) -> bool:
+        """Whether images are noised, to timesteps that are drawn."""
+        return self.noised
 
     @property
     def validation_interval(self) -> int:

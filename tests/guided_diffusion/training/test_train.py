@@ -438,6 +438,8 @@ def test_half_a_step_is_not_saved(data_dir, tmp_path, monkeypatch):
 
 
 def test_weights_that_diverge_replace_no_save(data_dir, tmp_path):
+    with pytest.raises(UserError, match="not finite at step 1, start again with a smaller one; nothing is saved yet"):
+        train(data_dir, tmp_path, lr=1e30)
     train(data_dir, tmp_path, lr_anneal_steps=2)
     with pytest.raises(UserError, match="smaller one and --change lr"):
         train(data_dir, tmp_path, lr=1e30, lr_anneal_steps=9, change="lr")
@@ -577,6 +579,7 @@ def test_one_rank_looks_for_damaged_pictures_and_tells_the_others(python, tmp_pa
 def test_clean_classifier_sees_no_noise(data_dir, tmp_path):
     train_tiny_classifier(data_dir, tmp_path, noised=False, iterations=25, lr=1e-2)
     assert log_of(tmp_path, "val_acc@1")[-1] == 1
+    assert not [name for name in rows_of(tmp_path)[0] if "_q" in name]
 
 
 def test_classification_losses():
