@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -50,6 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
     _print_any_name()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb")      # twice as large: refused
     keep_freed_memory()
     try:
         with _signals_raised():

@@ -9,9 +9,11 @@ import sys
 
 import pytest
 from launchers import usual_signals
+from PIL import Image
 
 from guided_diffusion import cli
 from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+from guided_diffusion.image_files import read_image
 from guided_diffusion.launchers import launched
 
 
@@ -35,6 +37,15 @@ def ended(main, capsys):
         code = end.code
     assert {number: signal.getsignal(number) for number in before} == before
     return code, capsys.readouterr().err
+
+
+def test_large_pictures_are_read_without_a_warning(tmp_path, monkeypatch, recwarn):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    read_image(tmp_path / "x.png", 1)
+    assert [warning.category for warning in recwarn] == [Image.DecompressionBombWarning]
+    cli.run_script(lambda: read_image(tmp_path / "x.png", 1))
+    assert len(recwarn) == 1
 
 
 def raising(error):
