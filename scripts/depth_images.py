@@ -8,13 +8,14 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script, tell
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, = parse_options(argv, DepthImageOptions, description=__doc__)
     write_depth_images(options)
     tell(f"depth images: {options.out}")

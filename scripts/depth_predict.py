@@ -8,7 +8,7 @@ Example:
 from collections.abc import Sequence
 
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import run_script, tell
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.depth.reading import DepthReadingOptions, write_read_depth
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
@@ -16,6 +16,7 @@ from guided_diffusion.runs.options import preset_values
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options = parse_options(argv, DepthReadingOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
     clamped = write_read_depth(*options)

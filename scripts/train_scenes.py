@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 
 from evaluations.extractors.train_scenes import ScenesTrainingOptions, accuracy_in_words, train
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, = parse_options(argv, ScenesTrainingOptions, description=__doc__)
     arguments = sys.argv[1:] if argv is None else argv
     extractor = train(options, command_line(["scripts/train_scenes.py", *arguments]))

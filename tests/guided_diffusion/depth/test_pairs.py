@@ -1,14 +1,15 @@
 """Pairs of images and depth maps: read, resized together, and refused where something is wrong with them."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
-from commands import call
+from commands import call, execute
 from PIL import Image
 
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.classes import ClassNames
-from guided_diffusion.depth.images import DepthImageOptions, grey_images
 from guided_diffusion.depth.pairs import Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE, render
@@ -68,8 +69,9 @@ def test_clamped_depth_is_said_once(tmp_path, caplog):
     line = f"{data}: {share} % of the pixels of its depth maps were beyond --depth_range 2,3 and clamped"
     read_pairs(data, size=16, depth_range="2,3")
     assert [record.message for record in caplog.records if "clamped" in record.message] == [line]
-    grey_images(DepthImageOptions(data=data, depth_range="2,3", image_size=16))
-    assert [record.message for record in caplog.records if "clamped" in record.message] == [line] * 2
+    ended = execute(sys.executable, "scripts/depth_images.py", "--data", data, "--depth_range", "2,3", "--image_size",
+                    16, "--out", tmp_path / "grey.npz")
+    assert ended.returncode == 0 and ended.stderr.splitlines().count(line) == 1
 
 
 def test_whole_numbers_as_depth(tmp_path):
