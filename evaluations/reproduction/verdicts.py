@@ -2,9 +2,9 @@
 
 A number counts as *reproduced* where the published one lies within its 95 % interval, widened by the square root of
 two, as the published number is of a random sample too, and by half a unit of its last digit; else it *differs*. It is
-*not comparable* where it is of another number of images, another reference, another evaluator or other attention heads
-than the published one, or where one of these is not known of the published one. There is *no word* on a number without
-an interval.
+*not comparable* where it is of another number of images, another reference, another evaluator, another network than
+Inception or other attention heads than the published one, or where one of these is not known of the published one.
+There is *no word* on a number without an interval.
 
 The numbers of a row are judged together: of five numbers that are each right in 95 % of all cases, one would differ
 in 23 % of all rows that reproduce exactly. The correction of Holm (1979, Scandinavian Journal of Statistics 6, 65)
@@ -98,6 +98,9 @@ def not_comparable(row: Row, images: int, changed: Sequence[str]) -> list[str]:
         reasons.append("the number of images of the published number is not known")
     elif images != spec.images:
         reasons.append(f"{images:,} images, published with {spec.images:,}")
+    seen = [METRICS[word] for word in row.published if METRICS[word].needs_network or METRICS[word].needs_depth]
+    if seen and not (spec.kind and spec.kind.is_inception):
+        reasons.append(f"backend {spec.backend} is not the Inception of the official evaluator")
     if spec.evaluator:
         reasons.append(f"published with {spec.evaluator}: not comparable with the official evaluator to the last digit")
     used = {method.heads for method in row.run.active if method.heads is not None}

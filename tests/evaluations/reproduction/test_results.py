@@ -1,5 +1,6 @@
 """Verdicts: what a measured number says of a published one, and of another row."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,18 @@ def test_reasons_why_numbers_do_not_compare():
     unguided = exact.changed(guide_scale=1.0)
     assert not_comparable(unguided, 50_000, []) == []
     assert "not known" in not_comparable(load_table("dag_dfid").rows["bedroom"], 5000, [])[0]
+
+
+@pytest.mark.parametrize("backend", ["fashion_mnist", "scenes", "photo", "missing.pt", "evaluations.metrics:kid"])
+def test_numbers_of_another_network_than_inception_do_not_compare(backend, table):
+    row = table.rows["unguided"]
+    reason = f"backend {backend} is not the Inception of the official evaluator"
+    other = replace(row, evaluation=replace(row.evaluation, backend=backend))
+    assert not_comparable(other, 50_000, []) == [reason]
+    assert not_comparable(replace(other, published={"dfid": 14.0}), 50_000, []) == [reason]
+    assert not_comparable(replace(other, published={"saturation": 0.3}), 50_000, []) == []      # no network sees pixels
+    tensorflow = replace(row.evaluation, backend="tensorflow")
+    assert not_comparable(replace(row, evaluation=tensorflow), 50_000, []) == []
 
 
 @pytest.fixture
