@@ -9,7 +9,7 @@ from .sections import SectionRow, ShownSection, shown_sections
 from .table_chart import CHART_FILE, chart_drawing
 from .tables import COSTS, TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, REFERENCE, facts, reading, written_count
+from .wording import DOES_NOT_APPLY, facts, reading, written_count
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -46,13 +46,13 @@ def _published_lines(shown: ShownSection) -> list[str]:
 
 
 def _compared_lines(shown: ShownSection) -> list[str]:
-    """Returns a line for each row, and one for the reference's own values."""
+    """Returns a line for each row, and one for the own values of each reference."""
     cost = [shown.cost_head] if shown.cost_head else []
     lines = [[row.title, *[row.cost for _ in cost], *(_compared_cell(row, word) for word in shown.words)]
              for row in shown.rows]
-    if shown.reference:
-        own = (str(shown.reference.get(word, DOES_NOT_APPLY)) for word in shown.words)
-        lines.append([REFERENCE, *[DOES_NOT_APPLY for _ in cost], *own])
+    for title, own in shown.references:
+        lines.append([title, *[DOES_NOT_APPLY for _ in cost],
+                      *(str(own.get(word, DOES_NOT_APPLY)) for word in shown.words)])
     return _table_lines(["row", *cost, *(shown.metric(word).label for word in shown.words)], lines)
 
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,15 @@ class Measurements:
 
     replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
     the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
-    images, sha256 and, for the metrics that have any, its own values. network: of the first row.
+    images, sha256 and, for the metrics that have any, its own values. network: of the first row. by_row: both of each
+    row that has a reference.
     """
 
     replicates: Mapping[tuple[str, int], Mapping[str, Replicates]]
     depth: Mapping[str, Mapping[str, Any]]
     reference: Mapping[str, Any] | None
     network: Mapping[str, Any] | None
+    by_row: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     counts = _counts(table, sampled)
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     extractors = {} if extractors is None else extractors
-    first: tuple[Any, Any] = (None, None)
+    by_row: dict[str, dict[str, Any]] = {}
     evaluated = 0
     for group, rows in _groups(table, sampled).items():
         options = replace(settings.extractor, backend=group.backend)
@@ -96,12 +98,16 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
         with progress_bar(len(counts), "evaluating", "row", evaluated) as progress:
             replicates |= _shared_out(rows, samples, counts, progress.update, measure)
         evaluated += len(rows)
-        if dist_util.is_main() and first[0] is None:
-            first = (_described(reference, rows[0].evaluation, settings.bootstrap),
-                     {"name": extractor.name, "sha256": extractor.fingerprint,
-                      **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})})
+        if dist_util.is_main():
+            network = {"name": extractor.name, "sha256": extractor.fingerprint,
+                       **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})}
+            described = _described(reference, rows[0].evaluation, settings.bootstrap)
+            by_row |= {row.name: {"reference": described, "network": network} for row in rows}
     depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
-    return Measurements(replicates, depth, *first) if dist_util.is_main() else None
+    if not dist_util.is_main():
+        return None
+    first = next((by_row[name] for name in sampled if name in by_row), {})
+    return Measurements(replicates, depth, first.get("reference"), first.get("network"), by_row)
 
 
 def loaded(backend: str, settings: EvaluationSettings, extractors: dict[str, FeatureExtractor]) -> FeatureExtractor:

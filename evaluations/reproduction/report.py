@@ -22,7 +22,7 @@ from .sections import shown_sections
 from .table_chart import chart_figure
 from .tables import TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, REFERENCE, VERDICTS, facts, reading, written_count
+from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, written_count
 
 __all__ = ["Pictures", "markdown", "page", "write_report"]
 
@@ -72,8 +72,7 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
     chart = chart_figure(results)
     words = reading(published, [verdict for section in sections for verdict in section.verdicts])
     pages = pages_of(__package__, ("report.css",), inline_styles=True)
-    pages.environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY,
-                                  "reference_title": REFERENCE}
+    pages.environment.globals |= {"verdicts": VERDICTS, "not_run": NOT_RUN, "does_not_apply": DOES_NOT_APPLY}
     return pages.render(
         "report.html.jinja", results["title"],
         results=results, facts=facts(results), reading=words, counts=_verdict_counts(results) if published else {},

@@ -39,7 +39,9 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
         "settings": usual(table), "chart": table.chart and asdict(table.chart),
         "bootstrap": settings.bootstrap, "network": numbers.network, "reference": numbers.reference,
         **({"features_of": network} if (network := features_of(table)) else {}),
-        "rows": {name: _row(table.rows[name], title, why.get(name, "")) for name, title in titles(table).items()},
+        "rows": {name: {**_row(table.rows[name], title, why.get(name, "")),
+                        **numbers.by_row.get(name, {"reference": None, "network": None})}
+                 for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
     }
 
@@ -92,13 +94,16 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
         row = table.rows[name]
         reasons = [] if name in evaluated.why or not row.published else \
             not_comparable(row, count, evaluated.settings.changed.get(name, ()))
-        base = {} if name == section.base else evaluated.numbers.replicates.get((section.base, count), {})
+        alike = _are_alike(row, table.rows[section.base])
+        base = evaluated.numbers.replicates.get((section.base, count), {}) if alike and name != section.base else {}
         metrics = _metrics(row, evaluated.numbers.replicates.get((name, count), {}), base, reasons)
         if needs_depth_maps(row):
             depth = evaluated.numbers.depth.get(name, {})
             metrics[DFID] = _compared(depth.get("value"), depth.get("interval95"), row.published[DFID], reasons)
             if "why" in depth:
                 reasons = [*reasons, f"dFID: {depth['why']}"]
+        if not alike and name in sampled:
+            reasons = [*reasons, f"no difference from row {section.base}, which has another reference or backend"]
         for number, word in zip(metrics.values(), jointly([number["verdict"] for number in metrics.values()]),
                                 strict=True):
             number["verdict"] = word
@@ -107,6 +112,11 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
                      "metrics": metrics})
     return {"title": section.title, "images": count, "against": section.against, "against_row": section.base,
             **({"images_seen": section.images_seen} if section.images_seen else {}), "rows": rows}
+
+
+def _are_alike(row: Row, other: Row) -> bool:
+    """Whether two rows are evaluated by one network against one reference, so that their numbers can be compared."""
+    return (row.evaluation.reference, row.evaluation.backend) == (other.evaluation.reference, other.evaluation.backend)
 
 
 def _set_apart(row: Row, flag: str) -> Any:

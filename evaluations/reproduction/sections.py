@@ -10,7 +10,7 @@ from typing import Any
 from ..metrics import METRICS, Metric
 from .tables import COSTS, DECIMALS
 from .verdicts import NOT_RUN
-from .wording import decimals, written, written_count, written_interval
+from .wording import REFERENCE, decimals, references, written, written_count, written_interval
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class ShownSection:
     def __init__(self, section: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Takes a section of `results`."""
         self.data, self._rows = section, results["rows"]
-        self._reference = (results["reference"] or {}).get("metrics", {})
+        self._references = references(results, [row["row"] for row in section["rows"]])
+        self._several = len(references(results, results["rows"])) > 1
         self._network: str = results.get("features_of", "")
         axis = (results.get("chart") or {}).get("x", "")
         self._cost = axis if axis in COSTS else ""
@@ -128,11 +129,13 @@ class ShownSection:
                             if word in row["metrics"]}) for row in self.data["rows"]]
 
     @property
-    def reference(self) -> dict[str, Cell]:
-        """The values of the reference itself, by the words of the metrics that it has any of."""
-        return {word: Cell(self.metric(word).label, written(one["value"], self.places(word)),
-                           written_interval(one["interval95"], self.places(word)))
-                for word, one in self._reference.items() if word in self.words}
+    def references(self) -> list[tuple[str, dict[str, Cell]]]:
+        """The titles of its references, and their own values by the words of the metrics that they have any of."""
+        own = [(one["file"], {word: Cell(self.metric(word).label, written(number["value"], self.places(word)),
+                                         written_interval(number["interval95"], self.places(word)))
+                              for word, number in one.get("metrics", {}).items() if word in self.words})
+               for one in self._references]
+        return [(REFERENCE if len(own) == 1 else f"{REFERENCE} of {file}", cells) for file, cells in own if cells]
 
     def places(self, word: str) -> int:
         """Returns the decimals that show two digits of the narrowest interval, and all of what was published."""
@@ -146,6 +149,8 @@ class ShownSection:
         text = f"{self.data['images']:,} images of each row" + f", compared with {self.base}" * self.compared
         sources = dict.fromkeys(filter(None, (self._rows[row["row"]].get("published_source")
                                               for row in self.data["rows"])))
+        if self._several and self._references:
+            text += f", against {' and '.join(map(self._against, self._references))}"
         return f"{text}." + (f" Published in: {'; '.join(sources)}." if self.published and sources else "")
 
     @property
@@ -158,6 +163,12 @@ class ShownSection:
             if reasons:
                 notes.append((shown.title, ": ".join(filter(None, (shown.verdict, "; ".join(reasons))))))
         return notes
+
+    def _against(self, reference: Mapping[str, Any]) -> str:
+        """Returns the file of a reference, with the titles of its rows where the section has others too."""
+        titles = [self._rows[row["row"]]["title"] for row in self.data["rows"]
+                  if (self._rows[row["row"]]["reference"] or {}).get("sha256") == reference["sha256"]]
+        return f"{reference['file']}" + f" ({', '.join(titles)})" * (len(self._references) > 1)
 
     def _ran(self, row: Mapping[str, Any]) -> bool:
         return bool(self._rows[row["row"]]["state"] == "measured")

@@ -65,8 +65,8 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{len(rows)}, of which {run} were run here" if run < len(rows) else f"{run}, all of them run here"),
         ("settings", f"{results['settings']}, where a row says nothing else" if results["settings"] else ""),
         ("images", _images(sorted({row["images"] for row in rows}))),
-        ("network", _network(results["network"])),
-        ("reference", _reference(results["reference"])),
+        ("network", "; ".join(map(_network, _of_rows(results, "network"))) or NOT_RUN),
+        ("reference", "; ".join(map(_reference, _of_rows(results, "reference"))) or NOT_RUN),
         ("intervals", _intervals(results)),
         ("made by", f"version {results['version']} on {results['device']}, "
                     f"{results['ranks']} rank{'s' * (results['ranks'] != 1)}"),
@@ -89,10 +89,12 @@ def _intervals(results: Mapping[str, Any]) -> str:
         text += f" ({halved}: random halves of the samples)"
     if falling := _labels(metric for metric, _ in numbers if metric.falls_with_count):
         text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
-    references = (results["reference"] or {}).get("images", math.inf)
-    if max(section["images"] for section in results["sections"]) > references and (
-            limited := _labels(metric for metric, _ in numbers if metric.of_fewer)):
-        text += f" ({limited}: of at most the {references:,} images of the reference)"
+    fewer = sorted({reference["images"] for section in results["sections"]
+                    for reference in references(results, [row["row"] for row in section["rows"]])
+                    if section["images"] > reference["images"]})
+    if fewer and (limited := _labels(metric for metric, _ in numbers if metric.of_fewer)):
+        text += (f" ({limited}: of at most the {' or '.join(f'{count:,}' for count in fewer)} images of the "
+                 "reference)")
     return text
 
 
@@ -100,13 +102,28 @@ def _labels(metrics: Iterable[Metric]) -> str:
     return " and ".join(dict.fromkeys(metric.label for metric in metrics))
 
 
-def _network(network: Mapping[str, Any] | None) -> str:
-    return f"{network['name']}, sha256 {network['sha256'][:16]}" if network else NOT_RUN
+def references(results: Mapping[str, Any], rows: Iterable[str]) -> list[Mapping[str, Any]]:
+    """Returns the references of rows, each once, with all values of its own that the rows have."""
+    return _of_rows(results, "reference", rows)
 
 
-def _reference(reference: Mapping[str, Any] | None) -> str:
-    if not reference:
-        return NOT_RUN
+def _of_rows(results: Mapping[str, Any], what: str, rows: Iterable[str] | None = None) -> list[Mapping[str, Any]]:
+    """Returns the references, or the networks, of rows (None: of all), each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in results["rows"] if rows is None else rows:
+        # Tables of before rows had their own said that of the first one.
+        if one := results["rows"][name].get(what, results[what]):
+            same = found.setdefault(one["sha256"], dict(one))
+            if own := {**same.get("metrics", {}), **one.get("metrics", {})}:
+                same["metrics"] = own
+    return list(found.values())
+
+
+def _network(network: Mapping[str, Any]) -> str:
+    return f"{network['name']}, sha256 {network['sha256'][:16]}"
+
+
+def _reference(reference: Mapping[str, Any]) -> str:
     return f"{reference['file']}, {reference['images']:,} images, sha256 {reference['sha256'][:16]}"
 
 

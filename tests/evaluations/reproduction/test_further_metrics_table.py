@@ -6,7 +6,7 @@ import pytest
 from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import saturation
 from evaluations.reproduction.measurements import EvaluationSettings, measure_rows
-from evaluations.reproduction.report import markdown
+from evaluations.reproduction.report import Pictures, markdown, page
 from evaluations.reproduction.results import results
 from evaluations.reproduction.tables import Section, Table, read_row
 from guided_diffusion.npz import write_batch
@@ -23,17 +23,21 @@ def coloured(count, seed, spread=40):
 
 @pytest.fixture
 def measured(tmp_path):
-    """Measures two rows, of which the second is more colourful, against a reference; returns what the results say."""
-    def measured(reference):
+    """Measures two rows, of which the second is more colourful; returns what the results say.
+
+    reference: of both. other: of the second one in its place. sections: the rows of each.
+    """
+    def measured(reference, other=None, sections=(("unguided", "guided"),), backend="fashion_mnist", metrics=WORDS):
         shared = {"model": "fmnist32", "timestep_respacing": "2", "num_samples": 60, "batch_size": 60,
-                  "evaluation": {"reference": str(reference), "backend": "fashion_mnist", "metrics": WORDS}}
+                  "evaluation": {"reference": str(reference), "backend": backend, "metrics": metrics}}
+        second = {"guide_scale": 2.0, "evaluation": {**shared["evaluation"], "reference": str(other or reference)}}
         rows = {name: read_row(name, {**shared, **values, "out": str(tmp_path / name)}, tmp_path / "table.yaml")
-                for name, values in {"unguided": {}, "guided": {"guide_scale": 2.0}}.items()}
+                for name, values in {"unguided": {}, "guided": second}.items()}
         for row, images in zip(rows.values(), (coloured(60, 1), coloured(60, 1, 80)), strict=True):
             row.run.out.mkdir(exist_ok=True)
             write_batch(row.run.samples, {}, iter([images]), images.shape)
             (row.run.out / "run.json").write_text('{"timing": {"chunks": []}, "sha256": {"samples": "abc"}}')
-        table = Table("mini", "Colours", "", "", rows, (Section("All", tuple(rows)),))
+        table = Table("mini", "Colours", "", "", rows, tuple(Section(" and ".join(names), names) for names in sections))
         settings = EvaluationSettings(tmp_path, ExtractorOptions(device="cpu"), 40, {})
         said = results(table, measure_rows(table, list(rows), settings, tmp_path / "features"), {}, settings)
         return said | {"command": "", "version": "", "device": "", "ranks": 1}
@@ -61,3 +65,42 @@ def test_a_reference_without_images_has_no_saturation_of_its_own(measured):
     assert "metrics" not in said["reference"]
     assert "| real images |" not in markdown(said)
     assert said["sections"][0]["rows"][1]["metrics"]["saturation"]["versus"]["verdict"] == "more saturated"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two references: 50 images, and 60 that are more colourful."""
+    files = [tmp_path / "grey.npz", tmp_path / "bright.npz"]
+    for file, count, spread in zip(files, (50, 60), (40, 80), strict=True):
+        images = coloured(count, 0, spread)
+        write_batch(file, {}, iter([images]), images.shape)
+    return files
+
+
+def test_each_section_says_its_own_reference(measured, two):
+    said = measured(*two, sections=(("unguided",), ("guided",)))
+    own = [row["reference"] for row in said["rows"].values()]
+    assert [(one["file"], one["images"]) for one in own] == [("grey.npz", 50), ("bright.npz", 60)]
+    values = [saturation(coloured(50, 0)).mean(), saturation(coloured(60, 0, 80)).mean()]
+    assert [one["metrics"]["saturation"]["value"] for one in own] == pytest.approx(values)
+    assert said["reference"] == own[0] and said["network"] == said["rows"]["guided"]["network"]
+    text, html = markdown(said), page(said, Pictures())
+    facts, first, second, _ = text.split("\n## ")
+    for file, count, one in zip(("grey", "bright"), (50, 60), own, strict=True):
+        assert f"{file}.npz, {count} images, sha256 {one['sha256'][:16]}" in facts
+    assert "60 images of each row, against grey.npz." in first and "against bright.npz." in second
+    for section, value in zip((first, second), values, strict=True):
+        line, = [line for line in section.splitlines() if line.startswith("| real images |")]
+        assert float(line.split("|")[5].split()[0]) == pytest.approx(value, abs=1e-3)
+    assert html.count('<th scope="row">real images</th>') == 2 and "against bright.npz." in html
+
+
+def test_rows_of_different_references_are_not_compared(measured, two):
+    said = measured(*two)
+    first, second = said["sections"][0]["rows"]
+    assert not any(number["versus"] for row in (first, second) for number in row["metrics"].values())
+    assert second["reasons"] == ["no difference from row unguided, which has another reference or backend"]
+    text = markdown(said)
+    assert "against grey.npz (no guidance) and bright.npz (SAG s = 1)." in text and second["reasons"][0] in text
+    assert "| real images of grey.npz |" in text and "| real images of bright.npz |" in text
+    assert "(MIND: of at most the 50 images of the reference)" in text
