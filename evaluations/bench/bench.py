@@ -27,7 +27,7 @@ from ..reproduction.checks import check_extractors, check_files, check_rows
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
-from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pictures, prepared, write_all
+from ..reproduction.reproduce import FEATURES, PAGE, WorkOptions, made_here, pictures, prepared, say_warnings, write_all
 from ..reproduction.results import results
 from ..reproduction.tables import ChartSpec, Row, Section, Table
 from ..reproduction.titles import titles
@@ -174,6 +174,7 @@ class BenchRun:
         self.tried: dict[str, Sequence[Flags]] = {}     # by method, the settings of its search
         self._report_seconds = self._search_seconds = 0.0       # of the evaluation of a row at the end
         self._extractors = extractors
+        self._warned: set[str] = set()
 
     def sample(self, found: Sequence[Candidate]) -> None:
         """Samples all pieces of work that fit into the hours. Raises UserError where not even the first one does."""
@@ -420,6 +421,8 @@ class BenchRun:
         with dist_util.together():
             if numbers is None:
                 return ""
+            say_warnings(text for text in numbers.warnings if text not in self._warned)
+            self._warned.update(numbers.warnings)
             described = {**results(table, numbers, {}, self.settings), **made_here()}
             draw = (lambda: pictures(table, {})) if part == "report" else Pictures
             return write_all(self.bench.folder / part, described, draw)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from guided_diffusion.progress import progress_bar
 
 from ..depth.fid import DepthFidOptions, DepthFile, depth_fid
 from ..evaluation import Evaluation
+from ..evaluation_warnings import evaluation_warnings
 from ..evaluator_options import EvaluatorOptions
 from ..extractor_options import ExtractorOptions, load_extractor_once
 from ..features import FeatureExtractor
@@ -55,7 +56,7 @@ class Measurements:
     replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
     the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
     images, sha256 and, for the metrics that have any, its own values. network: of the first row. by_row: both of each
-    row that has a reference.
+    row that has a reference. warnings: what readers of the numbers must know, each once.
     """
 
     replicates: Mapping[tuple[str, int], Mapping[str, Replicates]]
@@ -63,6 +64,7 @@ class Measurements:
     reference: Mapping[str, Any] | None
     network: Mapping[str, Any] | None
     by_row: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
     extractors = {} if extractors is None else extractors
     by_row: dict[str, dict[str, Any]] = {}
+    warnings: dict[str, None] = {}
     evaluated = 0
     for group, rows in _groups(table, sampled).items():
         options = replace(settings.extractor, backend=group.backend)
@@ -98,16 +101,23 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
         with progress_bar(len(counts), "evaluating", "row", evaluated) as progress:
             replicates |= _shared_out(rows, samples, counts, progress.update, measure)
         evaluated += len(rows)
-        if dist_util.is_main():
-            network = {"name": extractor.name, "sha256": extractor.fingerprint,
-                       **({"settings": extractor_settings(extractor)} if options.kind.is_own else {})}
-            described = _described(reference, rows[0].evaluation, settings.bootstrap)
-            by_row |= {row.name: {"reference": described, "network": network} for row in rows}
+        with dist_util.together():
+            if dist_util.is_main():
+                network = {"name": extractor.name, "sha256": extractor.fingerprint,
+                           **({"settings": extractor_settings(extractor)} if options.kind.is_own else {}),
+                           **({"caveat": extractor.caveat} if extractor.caveat else {})}
+                described = _described(reference, rows[0].evaluation, settings.bootstrap)
+                by_row |= {row.name: {"reference": described, "network": network} for row in rows}
+                seen = {row.name: sample for row, sample in zip(rows, samples, strict=True)}
+                for images in _as_in_sections(table, sampled, seen):
+                    warnings |= dict.fromkeys(evaluation_warnings(reference, images, chosen, options.kind))
+                warnings |= dict.fromkeys([extractor.caveat] * bool(extractor.caveat))
+                warnings |= dict.fromkeys(_of_numbers(rows, replicates, options.kind.network))
     depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
     if not dist_util.is_main():
         return None
     first = next((by_row[name] for name in sampled if name in by_row), {})
-    return Measurements(replicates, depth, first.get("reference"), first.get("network"), by_row)
+    return Measurements(replicates, depth, first.get("reference"), first.get("network"), by_row, list(warnings))
 
 
 def loaded(backend: str, settings: EvaluationSettings, extractors: dict[str, FeatureExtractor]) -> FeatureExtractor:
@@ -177,6 +187,32 @@ def _counts(table: Table, sampled: Sequence[str]) -> dict[str, list[int]]:
             if name in counts and count not in counts[name]:
                 counts[name].append(count)
     return counts
+
+
+def _as_in_sections(table: Table, sampled: Sequence[str], samples: Mapping[str, FileFeatures],
+                    ) -> Iterator[list[FileFeatures]]:
+    """Yields the images of rows that are evaluated together in each section. samples: of the rows that have any."""
+    for section in table.sections:
+        count = section_images(table, section, sampled)
+        rows = dict.fromkeys((*section.rows, section.base))
+        if images := [samples[name].first(count) for name in rows if name in samples]:
+            yield images
+
+
+def _of_numbers(rows: Sequence[Row], replicates: Mapping[tuple[str, int], Mapping[str, Replicates]], network: str,
+                ) -> Iterator[str]:
+    """Yields of which rows metrics are no number, or have no interval, a sentence for each metric."""
+    for word in rows[0].evaluation.words:
+        metric = METRICS[word].by(network)
+        found = {row.name: [numbers.get(word) for (name, _), numbers in replicates.items() if name == row.name]
+                 for row in rows}
+        nan = [name for name, numbers in found.items() if None in numbers]
+        wide = [name for name, numbers in found.items() if any(
+            number is not None and number.interval is None for number in numbers)]
+        if nan:
+            yield f"{metric.label} of {', '.join(nan)}: {metric.if_nan}"
+        if wide:
+            yield f"no 95 % interval of {metric.label} of {', '.join(wide)}: {metric.no_interval}"
 
 
 def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,8 +172,15 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         with dist_util.together():
             if numbers is None:
                 return ""
+            say_warnings(numbers.warnings)
             described = {**results(table, numbers, why, settings), **made_here()}
             return write_all(folder, described, lambda: pictures(table, why))
+
+
+def say_warnings(warnings: Iterable[str]) -> None:
+    """Says what readers of the numbers must know, on stderr."""
+    for text in warnings:
+        _log.warning("warning: %s", text)
 
 
 def decided(table: Table) -> Table:

@@ -43,6 +43,7 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
                         **numbers.by_row.get(name, {"reference": None, "network": None})}
                  for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
+        "warnings": list(numbers.warnings),
     }
 
 
@@ -93,7 +94,7 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
     for name in section.rows:
         row = table.rows[name]
         reasons = [] if name in evaluated.why or not row.published else \
-            not_comparable(row, count, evaluated.settings.changed.get(name, ()))
+            not_comparable(row, count, _changed(name, evaluated))
         alike = _are_alike(row, table.rows[section.base])
         base = evaluated.numbers.replicates.get((section.base, count), {}) if alike and name != section.base else {}
         metrics = _metrics(row, evaluated.numbers.replicates.get((name, count), {}), base, reasons)
@@ -112,6 +113,12 @@ def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:
                      "metrics": metrics})
     return {"title": section.title, "images": count, "against": section.against, "against_row": section.base,
             **({"images_seen": section.images_seen} if section.images_seen else {}), "rows": rows}
+
+
+def _changed(name: str, evaluated: _Evaluated) -> list[str]:
+    """Returns what is not as in a row's file, in words, and where its network is not the file that others have."""
+    caveat = evaluated.numbers.by_row.get(name, {}).get("network", {}).get("caveat", "")
+    return [*evaluated.settings.changed.get(name, ()), *filter(None, [caveat])]
 
 
 def _are_alike(row: Row, other: Row) -> bool:

@@ -70,6 +70,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("intervals", _intervals(results)),
         ("made by", f"version {results['version']} on {results['device']}, "
                     f"{results['ranks']} rank{'s' * (results['ranks'] != 1)}"),
+        *(("warning", text) for text in results.get("warnings", ())),
     ) if text]
 
 

@@ -71,7 +71,7 @@ def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what
     assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG at 4" in text
 
 
-def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
+def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys, caplog):
     assert call("bench", *line(methods="SAG,CG", same_steps=True)) == 0
     folder = tmp_path / "out" / "mini"
     text = capsys.readouterr().out
@@ -97,6 +97,10 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys):
     assert "SAG + CG" in {row["guidance"] for row in said["rows"].values()}
 
     search = json.loads((folder / "search" / "table.json").read_text())
+    few = "different numbers of images (10000, 6), on which FID and others depend"
+    assert few in said["warnings"] and few.replace("6", "4") in search["warnings"] and f"- warning: {few}" in text
+    for warning in {*search["warnings"], *said["warnings"]}:
+        assert [record.getMessage() for record in caplog.records].count(f"warning: {warning}") == 1
     tried = {section["title"]: len(section["rows"]) for section in search["sections"]}
     assert tried == {"SAG": 2, "CG": 2, "SAG + CG": tried["SAG + CG"]}       # fewer, where the weakest was best
     for section, method in zip(search["sections"], ("SAG", "CG"), strict=False):

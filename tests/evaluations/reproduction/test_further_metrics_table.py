@@ -1,10 +1,12 @@
 """The metrics beyond the official ones as columns of a table: measured, compared with the first row, and in words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from evaluations.evaluation import ExtractorOptions
-from evaluations.metrics import saturation
+from evaluations.metrics import METRICS, saturation
 from evaluations.reproduction.measurements import EvaluationSettings, measure_rows
 from evaluations.reproduction.report import Pictures, markdown, page
 from evaluations.reproduction.results import results
@@ -58,6 +60,23 @@ def test_they_are_columns_with_words(measured, tmp_path):
     assert "| row | MIND | FID at infinity | authenticity in % | saturation | contrast |" in text
     assert "more images have a lower one (MIND: of at most the 50 images of the reference)" in text
     assert "| real images | - | - | - | " in text
+
+
+def test_warnings_of_the_evaluator_stand_in_the_report(measured, two, monkeypatch):
+    monkeypatch.setitem(METRICS, "is", replace(METRICS["is"], value=lambda comparison: float("nan")))
+    said = measured(*two, sections=(("unguided",), ("guided",)), metrics="is,authenticity,coverage,fid_infinity")
+    copies = "authenticity in % tells copies of the images of {}, which must be those that the network was trained on"
+    assert said["warnings"] == [
+        "FID at infinity lies beside the truth with fewer than 20 images for each feature",
+        "95 % intervals of FID at infinity are wider than they need to be, with fewer than 4 images for each feature",
+        copies.format(two[0]), "different numbers of images (50, 60), on which such numbers depend",
+        f"Inception Score of unguided: {METRICS['is'].if_nan}",
+        f"no 95 % interval of coverage of unguided: {METRICS['coverage'].no_interval}",
+        copies.format(two[1]), f"Inception Score of guided: {METRICS['is'].if_nan}",
+        f"no 95 % interval of coverage of guided: {METRICS['coverage'].no_interval}"]
+    text, html = markdown(said), page(said, Pictures())
+    for warning in said["warnings"]:
+        assert text.count(f"- warning: {warning}\n") == 1 and html.count(f"<dt>warning</dt><dd>{warning}</dd>") == 1
 
 
 def test_a_reference_without_images_has_no_saturation_of_its_own(measured):

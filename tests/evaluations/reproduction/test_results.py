@@ -188,6 +188,18 @@ def test_published_measured_difference_and_verdict_stand_together(table):
     assert said["rows"]["unguided"]["images_per_second"] == 2.0
 
 
+def test_numbers_of_another_file_than_the_official_inception_are_not_comparable(table):
+    written(table)
+    measured = {(name, 50_000): {"fid": number(5.91)} for name in table.rows}
+    reference = {"file": "r.npz", "images": 50_000, "sha256": "0" * 64}
+    for caveat, expected in (({}, "reproduced"), ({"caveat": "another file"}, "not comparable")):
+        network = {"name": "Inception", "sha256": "1" * 64, **caveat}
+        by_row = {name: {"reference": reference, "network": network} for name in table.rows}
+        section, = results(table, Measurements(measured, {}, reference, network, by_row), {}, how())["sections"]
+        first = section["rows"][0]
+        assert first["metrics"]["fid"]["verdict"] == expected and first["reasons"] == list(caveat.values())
+
+
 def test_rows_that_were_not_run_have_no_value(table):
     said = results(table, Measurements({}, {}, None, None), dict.fromkeys(table.rows, "no checkpoint"), how())
     assert all(row["state"] == "not run here" and row["why"] == "no checkpoint" for row in said["rows"].values())
