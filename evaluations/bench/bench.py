@@ -398,11 +398,16 @@ class BenchRun:
     def _note(self) -> str:
         """Returns what else is to know: how the settings were chosen, and what was left out."""
         spec, label = self.bench.spec, self.bench.metric_label()
-        shown = "; what these do by themselves is shown by rows without guidance that have as many" * spec.same_steps
+        only = f", for those at {spec.evaluations} evaluations alone" * bool(spec.others)
+        shown = f"; what these do by themselves is shown by rows without guidance that have as many{only}"
         parts = [self.bench.note, "Every row has at most the evaluations that its section names, all networks counted "
-                 f"by their operations, so that methods that cost more have fewer steps{shown}. Each has the setting "
-                 f"that had the best {label} of {spec.search_images:,} images of seed {spec.search_seed}; pairs are "
-                 "compared with the method that was best alone there."]
+                 "by their operations, so that methods that cost more have fewer steps"
+                 f"{shown * spec.same_steps}. Each has the setting that had the best {label} of "
+                 f"{spec.search_images:,} images of seed {spec.search_seed} at {spec.evaluations} evaluations; pairs "
+                 "are compared with the method that was best alone there."]
+        if spec.others:
+            parts.append(f"At {' and '.join(map(str, spec.others))} evaluations nothing was searched: another setting "
+                         "may be the best one there.")
         if self.left_out:
             parts.append(f"Left out for lack of time: {'; '.join(self.left_out)}.")
         if self.impossible:

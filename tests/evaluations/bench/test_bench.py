@@ -96,6 +96,12 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys, caplo
         assert all(said["rows"][row["row"]]["images"] == 6 for row in section["rows"])
     assert "SAG + CG" in {row["guidance"] for row in said["rows"].values()}
 
+    assert said["note"] == (
+        "Every row has at most the evaluations that its section names, all networks counted by their operations, so "
+        "that methods that cost more have fewer steps; what these do by themselves is shown by rows without guidance "
+        "that have as many, for those at 4 evaluations alone. Each has the setting that had the best FID of 4 images "
+        "of seed 2 at 4 evaluations; pairs are compared with the method that was best alone there. At 2 evaluations "
+        "nothing was searched: another setting may be the best one there.")
     search = json.loads((folder / "search" / "table.json").read_text())
     few = "different numbers of images (10000, 6), on which FID and others depend"
     assert few in said["warnings"] and few.replace("6", "4") in search["warnings"] and f"- warning: {few}" in text
