@@ -15,14 +15,15 @@ NO_GUIDANCE = "no guidance"
 
 
 def titles(table: Table) -> dict[str, str]:
-    """Returns the title of each row: its guidance and sampler, without what `usual` says.
+    """Returns the title of each row: its guidance, sampler and seed, without what `usual` says.
 
     Like "SAG s = 0.25, psi = 1.3". Where an earlier row of one of its sections has the same title, a row's name is
     added.
     """
     details = {method: _usual_details(table, method) for method in GUIDANCE}
-    common = _usual_sampler(table)
-    words = {name: _words(row.run, details, common) for name, row in table.rows.items()}
+    common, seed = _usual_sampler(table), _usual_seed(table)
+    words = {name: _words(row.run, details, common) + f", seed {row.run.sample.seed}" * (row.run.sample.seed != seed)
+             for name, row in table.rows.items()}
     twice = {name for section in table.sections for place, name in enumerate(section.rows)
              if words[name] in [words[other] for other in section.rows[:place]]}
     return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
@@ -30,8 +31,7 @@ def titles(table: Table) -> dict[str, str]:
 
 def usual(table: Table) -> str:
     """Returns what holds where a row's title says nothing else."""
-    runs = [row.run for row in table.rows.values()]
-    parts = [*filter(None, [_usual_sampler(table)]), f"seed {_most_frequent([run.sample.seed for run in runs])}"]
+    parts = [*filter(None, [_usual_sampler(table)]), f"seed {_usual_seed(table)}"]
     for method in GUIDANCE:
         if details := _usual_details(table, method):
             parts.append(f"{method.short}: {', '.join(filter(None, details.values()))}")
@@ -86,6 +86,11 @@ def _usual_sampler(table: Table) -> str:
         return str(common)
     without_steps = {sampler_alone(row.run) for row in table.rows.values()}
     return without_steps.pop() if len(without_steps) == 1 else ""
+
+
+def _usual_seed(table: Table) -> int:
+    """Returns the most frequent seed."""
+    return int(_most_frequent([row.run.sample.seed for row in table.rows.values()]))
 
 
 def _usual_details(table: Table, kind: type[GuidanceOptions]) -> dict[str, str]:

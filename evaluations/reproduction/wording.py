@@ -6,7 +6,7 @@ Numbers that could not be had are written `not run here`. A metric that a row do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..metrics import EQUAL, METRICS, Metric
@@ -64,7 +64,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("note", results["note"]),
         ("rows", f"{len(rows)}, of which {run} were run here" if run < len(rows) else f"{run}, all of them run here"),
         ("settings", f"{results['settings']}, where a row says nothing else" if results["settings"] else ""),
-        ("images", _images(sorted({row["images"] for row in rows}))),
+        ("images", _images(sorted({row["images"] for row in rows}), {row.get("seed") for row in rows})),
         ("network", "; ".join(map(_network, _of_rows(results, "network"))) or NOT_RUN),
         ("reference", "; ".join(map(_reference, _of_rows(results, "reference"))) or NOT_RUN),
         ("intervals", _intervals(results)),
@@ -74,11 +74,13 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ) if text]
 
 
-def _images(counts: Sequence[int]) -> str:
+def _images(counts: Sequence[int], seeds: Collection[int | None]) -> str:
+    """Returns the numbers of images of the rows. seeds: all of theirs, None where a table of before does not say it."""
     if not counts:
         return ""
     span = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-    return f"{span} a row; image number i of every row is drawn from the same seed"
+    one = len(seeds) == 1 and None not in seeds
+    return f"{span} a row" + "; image number i of every row is drawn from the same seed" * one
 
 
 def _intervals(results: Mapping[str, Any]) -> str:

@@ -221,6 +221,19 @@ def test_rows_say_in_words_what_sets_them_apart():
                                 "exact heads; PAG: block middle")
 
 
+def test_one_seed_is_said_of_all_rows_and_others_of_their_own(tmp_path):
+    for seeds, titles in (((3, 3, 3), ["no guidance", "no guidance (b)", "SAG s = 0.5"]),
+                          ((3, 4, 3), ["no guidance", "no guidance, seed 4", "SAG s = 0.5"])):
+        rows = {name: read_row(name, {"model": "fmnist32", "seed": seed, "guide_scale": scale}, Path("t.yaml"))
+                for name, seed, scale in zip("abc", seeds, (1.0, 1.0, 1.5), strict=True)}
+        table = Table("mini", "Mini", "", "", rows, (Section("All", tuple(rows)),))
+        said = results(table, Measurements({}, {}, None, None), dict.fromkeys(rows, "not today"), how())
+        assert [row["title"] for row in said["rows"].values()] == titles
+        assert [row["seed"] for row in said["rows"].values()] == list(seeds) and "seed 3" in said["settings"]
+        text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
+        assert ("image number i of every row is drawn from the same seed" in text) is (len(set(seeds)) == 1)
+
+
 def test_what_a_method_that_is_off_would_do_sets_no_row_apart(tmp_path):
     shared = {"model": "fmnist32", "num_samples": 4, "evaluation": {"metrics": "fid"}}
     rows = {name: read_row(name, {**shared, **values}, Path("t.yaml"))
