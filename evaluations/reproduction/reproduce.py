@@ -85,8 +85,8 @@ class ReproduceOptions(WorkOptions):
                                  "here` in the table")
 
 
-def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict[str, list[str]]]:
-    """Returns the table that was named, as the options change it, and for each row in what it is not as in its file.
+def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, Table]:
+    """Returns the table that was named, as the options change it, and with its rows as they are in their files.
 
     Raises UserError where no table is named, or an unknown table or row.
     """
@@ -94,17 +94,20 @@ def choose(words: Sequence[str], options: ReproduceOptions) -> tuple[Table, dict
         raise UserError(f"{len(words)} tables given: name one of {', '.join(table_names())}")
     table = load_table(words[0]).chosen(options.rows)
     table = in_folder(table, Path(options.out) / table.name, options.num_samples)
-    changed = {name: _other_reference(row, options) for name, row in table.rows.items()}
     return replace(table, rows={name: _compared(as_asked(row, options), options)
-                                for name, row in table.rows.items()}), changed
+                                for name, row in table.rows.items()}), table
 
 
-def _other_reference(row: Row, options: ReproduceOptions) -> list[str]:
-    """Returns in words that a row is compared with another reference than its file names."""
-    name = Path(options.reference).name
-    if not name or name == row.evaluation.reference:
-        return []
-    return [f"reference {name}, published with {row.evaluation.reference or 'an unknown one'}"]
+def unlike_file(row: Row, in_file: Row) -> list[str]:
+    """Returns in words in what a row is not as in its file: the reference and the type in which networks compute."""
+    reference, before = row.evaluation.reference, in_file.evaluation.reference
+    types = [one.run.configuration()["dtype"] for one in (row, in_file)]
+    changed = []
+    if before not in (reference, Path(reference).name):
+        changed.append(f"reference {Path(reference).name}, published with {before or 'an unknown one'}")
+    if AUTO not in types and types[0] != types[1]:
+        changed.append(f"computed in {types[0]}, published with {types[1]}")
+    return changed
 
 
 def as_asked(row: Row, options: WorkOptions) -> Row:
@@ -146,13 +149,14 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
     Every sampling run, and the features of every sample file, lie in the folder of the table, where the same command
     goes on. Raises UserError for whatever is wrong with names, options and files, before the first image is sampled.
     """
-    table, changed = choose(words, options)
+    table, in_files = choose(words, options)
     if options.plan:
         ranks = options.ranks or dist_util.world_size()
         return plan(table, options.references, options.inception, ranks, options.evaluation_seconds) \
             if dist_util.is_main() else ""
     dist_util.setup_dist()
     table = decided(table)
+    changed = {name: unlike_file(row, in_files.rows[name]) for name, row in table.rows.items()}
     folder = Path(options.out) / table.name
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, changed)

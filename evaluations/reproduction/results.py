@@ -70,7 +70,7 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     described = {"title": title, "guidance": guidance(row.run), "sampler": sampler_alone(row.run),
                  "state": NOT_RUN if why else "measured", "why": why,
                  "images": row.images, "seed": row.run.sample.seed, "samples": None, "sha256": None,
-                 "network_sha256": None, "heads": heads(row.run),
+                 "network_sha256": None, "heads": heads(row.run), "dtype": row.run.configuration()["dtype"],
                  "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
                  "work": round(equivalent_evaluations(row.run), 2), "flags": guidance_flags(row.run),
                  "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,

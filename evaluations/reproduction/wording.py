@@ -65,6 +65,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{len(rows)}, of which {run} were run here" if run < len(rows) else f"{run}, all of them run here"),
         ("settings", f"{results['settings']}, where a row says nothing else" if results["settings"] else ""),
         ("images", _images(sorted({row["images"] for row in rows}), {row.get("seed") for row in rows})),
+        ("arithmetic", _types(results["rows"])),
         ("network", "; ".join(map(_network, _of_rows(results, "network"))) or NOT_RUN),
         ("reference", "; ".join(map(_reference, _of_rows(results, "reference"))) or NOT_RUN),
         ("intervals", _intervals(results)),
@@ -103,6 +104,15 @@ def _intervals(results: Mapping[str, Any]) -> str:
 
 def _labels(metrics: Iterable[Metric]) -> str:
     return " and ".join(dict.fromkeys(metric.label for metric in metrics))
+
+
+def _types(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the type in which the networks of the rows computed, with their names where there are several."""
+    types: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if row["state"] == "measured" and "dtype" in row:       # tables of before do not say it
+            types.setdefault(row["dtype"], []).append(name)
+    return "; ".join(word + f" ({', '.join(names)})" * (len(types) > 1) for word, names in types.items())
 
 
 def references(results: Mapping[str, Any], rows: Iterable[str]) -> list[Mapping[str, Any]]:

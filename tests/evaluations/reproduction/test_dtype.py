@@ -3,7 +3,7 @@
 from commands import flags
 
 from evaluations.reproduction import reproduce
-from evaluations.reproduction.reproduce import ReproduceOptions, choose, decided
+from evaluations.reproduction.reproduce import ReproduceOptions, choose, decided, unlike_file
 from evaluations.reproduction.tables import load_table
 from guided_diffusion.execution import Choice
 from guided_diffusion.options import parse_options
@@ -38,3 +38,14 @@ def test_auto_is_found_once_for_all_rows_and_kept(tmp_path, monkeypatch):
     for module in (reproduce, sample):
         monkeypatch.setattr(module, "recorded_dtype", lambda folder: "float16" if folder == begun else None)
     assert types(decided(table)) == {"float16"} and len(timings) == 1
+
+
+def test_numbers_of_another_type_than_the_published_ones_are_not_comparable(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "choose_dtype", lambda *_: Choice("bfloat16", {"float32": 2.0, "bfloat16": 1.0}, 1))
+    for asked, expected in (("", []), ("float16", []), ("bfloat16", ["computed in bfloat16, published with float16"]),
+                            ("float32", ["computed in float32, published with float16"]),
+                            ("auto", ["computed in bfloat16, published with float16"])):
+        options, = parse_options(flags({"out": tmp_path, "rows": "imagenet256", "dtype": asked}), ReproduceOptions)
+        table, in_files = choose(["sag_pretrained_256"], options)
+        row = decided(table).rows["imagenet256"]
+        assert unlike_file(row, in_files.rows["imagenet256"]) == expected

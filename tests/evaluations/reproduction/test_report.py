@@ -170,6 +170,14 @@ def test_markdown_of_a_small_table(small):
     assert "| SAG s = 0.1 + CG scale 2 | 5,000 | 40 | 20 | 5.44 |" in text
 
 
+def test_the_type_of_the_rows_is_said(small):
+    mixed = "float32 (unguided, sag, cg, sag_cg, sag_0.5); bfloat16 (sag_1)"
+    for types, said in ((["bfloat16"] * 7, "bfloat16"), (["float32"] * 5 + ["bfloat16", "float16"], mixed)):
+        rows = {name: {**one, "dtype": dtype} for (name, one), dtype in zip(small["rows"].items(), types, strict=True)}
+        assert f"- arithmetic: {said}\n" in markdown({**small, "rows": rows})
+    assert "arithmetic" not in markdown(small)
+
+
 def test_markdown_of_a_published_table(published):
     text = markdown(published)
     assert "| no guidance | FID | 5.91 | 5.93 (5.85 to 6.02) | +0.02 | reproduced |" in text

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -350,8 +351,11 @@ def test_one_job_at_a_time_works_on_a_table(mini, line, refused, tmp_path):
 
 def test_another_reference_or_other_heads_are_not_comparable(mini, line, tmp_path):
     options = reproduction.ReproduceOptions(reference="mine.npz", heads="official", out=str(tmp_path))
-    table, changed = reproduction.choose(["mini"], options)
-    assert all("reference mine.npz, published with fmnist32" in changed[name][0] for name in table.rows)
+    table, in_files = reproduction.choose(["mini"], options)
+    for name, row in table.rows.items():
+        assert reproduction.unlike_file(row, in_files.rows[name]) == ["reference mine.npz, published with fmnist32"]
+        elsewhere = replace(row.evaluation, reference="references/fmnist32")
+        assert reproduction.unlike_file(replace(row, evaluation=elsewhere), in_files.rows[name]) == []
     assert {row.run.configuration()["attention_heads"] for row in table.rows.values()} == {"official"}
     assert {row.evaluation.reference for row in table.rows.values()} == {"mine.npz"}
 
