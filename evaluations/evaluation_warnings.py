@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .class_accuracy import read_labels_by_name
+from .evaluation_checks import is_stored
 from .evaluator_options import EvaluatorOptions
 from .extractors import ExtractorKind
 from .metrics import METRICS, FileFeatures, FromReference, Metric
 from .metrics.comparison import Feature
+from .metrics.registry import SPLIT_SIZE
+from .stored_statistics import stored_count
 
 NARROW = 4                      # samples for each feature, below which intervals of Frechet distances are too wide
 
@@ -21,7 +24,8 @@ def evaluation_warnings(reference: FileFeatures, samples: Sequence[FileFeatures]
     yield from _of_labels(samples, options, kind)
     yield from _of_few_samples(samples, options, kind)
     yield from _of_training(reference, options)
-    yield from _of_counts((reference, *samples), options, kind)
+    yield from _of_counts(reference, samples, options, kind)
+    yield from _of_splits(samples, options, kind)
     yield from _of_sizes((reference, *samples))
 
 
@@ -69,13 +73,34 @@ def _of_training(reference: FileFeatures, options: EvaluatorOptions) -> Iterator
                "network was trained on")
 
 
-def _of_counts(files: Sequence[FileFeatures], options: EvaluatorOptions, kind: ExtractorKind) -> Iterator[str]:
+def _of_counts(reference: FileFeatures, samples: Sequence[FileFeatures], options: EvaluatorOptions,
+               kind: ExtractorKind) -> Iterator[str]:
     """Where numbers of images differ; the first metric that falls with them stands for all that depend on them."""
-    counts = [features.count for features in files if features.count]
-    if len(set(counts)) > 1:
-        falling = [metric.by(kind.network).label for metric in options.wanted if metric.falls_with_count]
-        yield (f"different numbers of images ({_listed(counts)}), on which "
-               f"{f'{falling[0]} and others depend' if falling else 'such numbers depend'}")
+    counts = [sample.count for sample in samples]
+    behind = {metric.word: _images_behind(reference, metric) for metric in options.wanted}
+    metrics = [metric for metric in options.wanted if len({behind[metric.word] or counts[0], *counts}) > 1]
+    if metrics:
+        counts = [*filter(None, (behind[metric.word] for metric in metrics)), *counts]
+        first = next((metric for metric in metrics if metric.falls_with_count), metrics[0]).by(kind.network).label
+        yield (f"different numbers of images ({_listed(counts)}), on which {first} "
+               f"{'and others depend' if len(metrics) > 1 else 'depends'}")
+
+
+def _images_behind(reference: FileFeatures, metric: Metric) -> int:
+    """Returns of how many images of the reference a metric is, 0 for none and where the reference does not say."""
+    if metric.needs is FromReference.NOTHING:
+        return 0
+    stored = metric.needs is FromReference.STATISTICS and is_stored(reference.file, metric)
+    return stored_count(reference.file) if stored else reference.count
+
+
+def _of_splits(samples: Sequence[FileFeatures], options: EvaluatorOptions, kind: ExtractorKind) -> Iterator[str]:
+    """Where the Inception Score is a mean of splits of which the last one is short."""
+    metric = METRICS["is"]
+    for count in dict.fromkeys(sample.count for sample in samples if metric in options.wanted):
+        if count > SPLIT_SIZE and (rest := count % SPLIT_SIZE):
+            yield (f"{metric.by(kind.network).label} of {count} images: the last of its splits of {SPLIT_SIZE} has "
+                   f"{rest}, and counts as much as the others, as in the official code")
 
 
 def _of_sizes(files: Sequence[FileFeatures]) -> Iterator[str]:

@@ -49,7 +49,7 @@ def check_extractor_of(reference: BatchFile, extractor: FeatureExtractor) -> Non
 
 
 def stored_count(reference: BatchFile) -> int:
-    """The number of images of the statistics in a file without images, 0 where it does not say; UserError below 1."""
+    """The number of images of the statistics in a file, 0 where it does not say; UserError below 1."""
     count = reference.value("count", int)
     if count is not None and count < 1:
         raise UserError(f"{reference.path}: count is {count}, it must be the number of images")

@@ -28,7 +28,7 @@ from ..extractor_options import ExtractorOptions, load_extractor_once
 from ..features import FeatureExtractor
 from ..metrics import METRICS, Comparison, ComparisonSettings, FileFeatures, Replicates
 from ..references import find_reference
-from ..stored_statistics import extractor_settings
+from ..stored_statistics import extractor_settings, stored_count
 from .missing import depth_maps, depth_reference, needs_depth_maps
 from .tables import DFID, EvaluationSpec, Row, Section, Table, smallest
 
@@ -55,7 +55,8 @@ class Measurements:
 
     replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
     the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
-    images, sha256 and, for the metrics that have any, its own values. network: of the first row. by_row: both of each
+    images, sha256, of how many images its stored statistics are, None where it does not say, and, for the metrics that
+    have any, its own values. network: of the first row. by_row: both of each
     row that has a reference. warnings: what readers of the numbers must know, each once.
     """
 
@@ -224,8 +225,9 @@ def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) ->
             number = metric.replicates(Comparison(reference, reference), bootstrap)
             bounds = metric.bounds(number)
             own[metric.word] = {"value": number.estimate, "interval95": bounds and list(bounds)}
+    stored = {"statistics_images": stored_count(reference.file) or None} if described["statistics"] == "stored" else {}
     return {"file": Path(described["file"]).name, "images": described["images"], "sha256": described["sha256"],
-            **({"metrics": own} if own else {})}
+            **stored, **({"metrics": own} if own else {})}
 
 
 def _row_replicates(reference: FileFeatures, settings: ComparisonSettings, bootstrap: int, row: Row,

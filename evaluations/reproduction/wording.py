@@ -137,7 +137,12 @@ def _network(network: Mapping[str, Any]) -> str:
 
 
 def _reference(reference: Mapping[str, Any]) -> str:
-    return f"{reference['file']}, {reference['images']:,} images, sha256 {reference['sha256'][:16]}"
+    images = reference["images"]
+    text = f"{images:,} images" if images else "an unknown number of images"
+    # Tables of before statistics_images was there do not say of how many the statistics are.
+    if (stored := reference.get("statistics_images", images) or 0) != images:
+        text += f", statistics of {f'{stored:,}' if stored else 'a set whose size it does not say'}"
+    return f"{reference['file']}, {text}, sha256 {reference['sha256'][:16]}"
 
 
 def reading(published: bool, verdicts: Sequence[str]) -> list[tuple[str, str]]:

@@ -162,6 +162,14 @@ def test_result_says_what_it_is(save, evaluate):
     assert "FID" not in printed.err
 
 
+@pytest.mark.parametrize(("count", "rest"), [(6, 1), (5, 0), (10, 0), (3, 0), (12, 2)])
+def test_a_short_last_split_of_the_inception_score_is_said(save, evaluate, monkeypatch, count, rest):
+    monkeypatch.setattr("evaluations.evaluation_warnings.SPLIT_SIZE", 5)
+    _, printed = evaluate(save("reference", clothes(count)), save("sample", clothes(count, 1)), "--metrics", "is")
+    warning = f"Inception Score of {count} images: the last of its splits of 5 has {rest}, and counts as much as the"
+    assert (warning in printed.err) is bool(rest) and ("splits" in printed.err) is bool(rest)
+
+
 def test_held_out_images_are_shown_before_the_samples(save, evaluate, refused):
     reference, held_out = save("reference", clothes(40)), save("held_out", clothes(30, 1))
     sample = save("sample", clothes(30, 2))

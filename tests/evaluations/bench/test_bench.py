@@ -103,7 +103,7 @@ def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys, caplo
         "of seed 2 at 4 evaluations; pairs are compared with the method that was best alone there. At 2 evaluations "
         "nothing was searched: another setting may be the best one there.")
     search = json.loads((folder / "search" / "table.json").read_text())
-    few = "different numbers of images (10000, 6), on which FID and others depend"
+    few = "different numbers of images (10000, 6), on which FID depends"
     assert few in said["warnings"] and few.replace("6", "4") in search["warnings"] and f"- warning: {few}" in text
     for warning in {*search["warnings"], *said["warnings"]}:
         assert [record.getMessage() for record in caplog.records].count(f"warning: {warning}") == 1

@@ -69,7 +69,7 @@ def test_warnings_of_the_evaluator_stand_in_the_report(measured, two, monkeypatc
     assert said["warnings"] == [
         "FID at infinity lies beside the truth with fewer than 20 images for each feature",
         "95 % intervals of FID at infinity are wider than they need to be, with fewer than 4 images for each feature",
-        copies.format(two[0]), "different numbers of images (50, 60), on which such numbers depend",
+        copies.format(two[0]), "different numbers of images (50, 60), on which coverage and others depend",
         f"Inception Score of unguided: {METRICS['is'].if_nan}",
         f"no 95 % interval of coverage of unguided: {METRICS['coverage'].no_interval}",
         copies.format(two[1]), f"Inception Score of guided: {METRICS['is'].if_nan}",
@@ -123,3 +123,22 @@ def test_rows_of_different_references_are_not_compared(measured, two):
     assert "against grey.npz (no guidance) and bright.npz (SAG s = 1)." in text and second["reasons"][0] in text
     assert "| real images of grey.npz |" in text and "| real images of bright.npz |" in text
     assert "(MIND: of at most the 50 images of the reference)" in text
+
+
+@pytest.mark.parametrize(("counted", "said_of_it", "of_fid", "of_both"), [
+    (None, "50 images, statistics of a set whose size it does not say", "", "(50, 60), on which MIND depends"),
+    (90, "50 images, statistics of 90", "(90, 60), on which FID depends",
+     "(90, 50, 60), on which FID and others depend"),
+    (60, "50 images, statistics of 60", "", "(50, 60), on which MIND depends"),
+    (50, "50 images, sha", "(50, 60), on which FID depends", "(50, 60), on which FID and others depend"),
+])
+def test_statistics_of_more_images_than_the_reference_holds(measured, tmp_path, counted, said_of_it, of_fid, of_both):
+    real, network = coloured(50, 0), np.array("embedded Fashion-MNIST classifier")
+    count = {} if counted is None else {"count": np.array(counted)}
+    write_batch(tmp_path / "real.npz", {"mu": np.zeros(64), "sigma": np.eye(64), "backend": network, **count},
+                iter([real]), real.shape)
+    for metrics, counts in (("fid,saturation", of_fid), ("fid,mind", of_both)):
+        said = measured(tmp_path / "real.npz", metrics=metrics)
+        assert [text for text in said["warnings"] if "different" in text] == [
+            f"different numbers of images {counts}"] * bool(counts)
+        assert f"- reference: real.npz, {said_of_it}" in markdown(said)
