@@ -93,7 +93,8 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
     for group, rows in _groups(table, sampled).items():
         options = replace(settings.extractor, backend=group.backend)
         extractor = loaded(group.backend, settings, extractors)
-        chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap)
+        chosen = EvaluatorOptions(metrics=group.metrics, bootstrap=settings.bootstrap,
+                                  precision_recall=table.precision_recall)
         with dist_util.together():
             evaluation = Evaluation(str(find_reference(group.reference, settings.references)),
                                     [str(row.run.samples) for row in rows], options, chosen, extractor=extractor)

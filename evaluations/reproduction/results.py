@@ -37,7 +37,8 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
     return {
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
         "settings": usual(table), "chart": table.chart and asdict(table.chart),
-        "bootstrap": settings.bootstrap, "network": numbers.network, "reference": numbers.reference,
+        "bootstrap": settings.bootstrap, "precision_recall": table.precision_recall,
+        "network": numbers.network, "reference": numbers.reference,
         **({"features_of": network} if (network := features_of(table)) else {}),
         "rows": {name: {**_row(table.rows[name], title, why.get(name, "")),
                         **numbers.by_row.get(name, {"reference": None, "network": None})}

@@ -199,6 +199,12 @@ class Table:
     sections: tuple[Section, ...]
     chart: ChartSpec | None = None
 
+    @property
+    def precision_recall(self) -> str:
+        """How precision and recall are computed: as in the official evaluator where a row has a published one."""
+        published = any({"precision", "recall"} & row.published.keys() for row in self.rows.values())
+        return "official" if published else "exact"
+
     def chosen(self, names: str) -> Table:
         """Returns the table of the comma-separated rows alone, or of all where there are none.
 

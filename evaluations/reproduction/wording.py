@@ -15,6 +15,7 @@ from .verdicts import DIFFERS, NO_WORD, NOT_COMPARABLE, NOT_RUN, REPRODUCED
 
 DOES_NOT_APPLY = "-"
 REFERENCE = "real images"       # the title of the reference's own values
+OFFICIAL = "in the half precision of the official evaluator, as the published ones"
 VERDICTS = {
     REPRODUCED: "the published number lies within the 95 % interval of the measured one, widened by the square root "
                 "of two, as both are of random samples, and by half a unit of its last digit",
@@ -67,6 +68,7 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("images", _images(sorted({row["images"] for row in rows}), {row.get("seed") for row in rows})),
         ("arithmetic", _types(results["rows"])),
         ("network", "; ".join(map(_network, _of_rows(results, "network"))) or NOT_RUN),
+        ("precision and recall", OFFICIAL if results.get("precision_recall") == "official" else ""),
         ("reference", "; ".join(map(_reference, _of_rows(results, "reference"))) or NOT_RUN),
         ("intervals", _intervals(results)),
         ("made by", f"version {results['version']} on {results['device']}, "

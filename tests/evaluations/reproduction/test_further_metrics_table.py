@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluations.evaluation import ExtractorOptions
+from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from evaluations.metrics import METRICS, saturation
 from evaluations.reproduction.measurements import EvaluationSettings, measure_rows
 from evaluations.reproduction.report import Pictures, markdown, page
@@ -27,12 +27,13 @@ def coloured(count, seed, spread=40):
 def measured(tmp_path):
     """Measures two rows, of which the second is more colourful; returns what the results say.
 
-    reference: of both. other: of the second one in its place. sections: the rows of each.
+    reference: of both. other: of the second one in its place. sections: the rows of each. published: of the second one.
     """
-    def measured(reference, other=None, sections=(("unguided", "guided"),), backend="fashion_mnist", metrics=WORDS):
+    def measured(reference, other=None, sections=(("unguided", "guided"),), metrics=WORDS, published=()):
         shared = {"model": "fmnist32", "timestep_respacing": "2", "num_samples": 60, "batch_size": 60,
-                  "evaluation": {"reference": str(reference), "backend": backend, "metrics": metrics}}
-        second = {"guide_scale": 2.0, "evaluation": {**shared["evaluation"], "reference": str(other or reference)}}
+                  "evaluation": {"reference": str(reference), "backend": "fashion_mnist", "metrics": metrics}}
+        second = {"guide_scale": 2.0, "evaluation": {**shared["evaluation"], "reference": str(other or reference),
+                                                     "published": dict(published)}}
         rows = {name: read_row(name, {**shared, **values, "out": str(tmp_path / name)}, tmp_path / "table.yaml")
                 for name, values in {"unguided": {}, "guided": second}.items()}
         for row, images in zip(rows.values(), (coloured(60, 1), coloured(60, 1, 80)), strict=True):
@@ -142,3 +143,18 @@ def test_statistics_of_more_images_than_the_reference_holds(measured, tmp_path, 
         assert [text for text in said["warnings"] if "different" in text] == [
             f"different numbers of images {counts}"] * bool(counts)
         assert f"- reference: real.npz, {said_of_it}" in markdown(said)
+
+
+def test_precision_and_recall_are_as_the_published_ones(measured, two, tmp_path):
+    values = {}
+    for word, published in (("exact", {"fid": 3.0}), ("official", {"recall": 0.6})):
+        said = measured(two[1], metrics="fid,precision,recall", published=published)
+        values[word] = [[row["metrics"][name]["value"] for name in ("precision", "recall")]
+                        for row in said["sections"][0]["rows"]]
+        assert said["precision_recall"] == word
+        assert ("- precision and recall: in the half precision" in markdown(said)) is (word == "official")
+        files = [str(tmp_path / name / "samples_60x32x32x3.npz") for name in ("unguided", "guided")]
+        evaluation = Evaluation(str(two[1]), files, ExtractorOptions(backend="fashion_mnist"),
+                                EvaluatorOptions(metrics="precision,recall", precision_recall=word))
+        assert [[*result["metrics"].values()] for result in evaluation.run(tmp_path / "features")] == values[word]
+    assert values["exact"] != values["official"]
