@@ -161,6 +161,8 @@ def load_bench(words: Sequence[str], options: WorkOptions, changed: Mapping[str,
     spec, = fill({**values, **changed}, [BenchSpec], None, source=str(path))
     evaluation = {"metrics": METRIC_WORDS, **_mapping(shared.get(EVALUATION_SECTION), EVALUATION_SECTION, path)}
     base = _with_files(as_asked(read_row("shared", {**shared, EVALUATION_SECTION: evaluation}, path), options), options)
+    if base.published:
+        raise UserError(f"published in {path}: a bench has settings and steps of its own, leave it out")
     if base.run.active:
         raise UserError(f"shared in {path}: switches {base.run.title()} on; a bench does that itself")
     if spec.metric not in base.evaluation.words:

@@ -115,7 +115,8 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                     warnings |= dict.fromkeys(evaluation_warnings(reference, images, chosen, options.kind))
                 warnings |= dict.fromkeys([extractor.caveat] * bool(extractor.caveat))
                 warnings |= dict.fromkeys(_of_numbers(rows, replicates, options.kind.network))
-    depth = {name: _depth_fid(table.rows[name], settings) for name in sampled if needs_depth_maps(table.rows[name])}
+    depth = {name: _depth_fid(table.rows[name], settings, lambda text: warnings.update({text: None}))
+             for name in sampled if needs_depth_maps(table.rows[name])}
     if not dist_util.is_main():
         return None
     first = next((by_row[name] for name in sampled if name in by_row), {})
@@ -239,8 +240,11 @@ def _row_replicates(reference: FileFeatures, settings: ComparisonSettings, boots
     return {word: number for word, number in found.items() if math.isfinite(number.estimate)}
 
 
-def _depth_fid(row: Row, settings: EvaluationSettings) -> dict[str, Any]:
-    """Returns dFID of the depth maps that the user has estimated of a row's samples, or why there is none."""
+def _depth_fid(row: Row, settings: EvaluationSettings, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Returns dFID of the depth maps that the user has estimated of a row's samples, or why there is none.
+
+    warn: receives each warning, a sentence, which begins with the name of the row.
+    """
     samples, reference = depth_maps(row), depth_reference(row, settings.references)
     absent = [str(path) for path in (reference, samples) if not path.is_file()]
     if absent:
@@ -250,5 +254,5 @@ def _depth_fid(row: Row, settings: EvaluationSettings) -> dict[str, Any]:
         if (count := DepthFile(str(samples)).shape[0]) != row.images:
             raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")
     found = depth_fid(str(reference), [str(samples)], replace(settings.extractor, backend=row.evaluation.backend),
-                      DepthFidOptions(bootstrap=settings.bootstrap))
+                      DepthFidOptions(bootstrap=settings.bootstrap), lambda text: warn(f"dFID of {row.name}: {text}"))
     return {"value": found[0]["metrics"][DFID], "interval95": list(found[0]["intervals95"][DFID])} if found else {}

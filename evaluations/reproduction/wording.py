@@ -97,7 +97,7 @@ def _intervals(results: Mapping[str, Any]) -> str:
         text += f"; of the {falling} of N images, the number that stands over each table: more images have a lower one"
     fewer = sorted({reference["images"] for section in results["sections"]
                     for reference in references(results, [row["row"] for row in section["rows"]])
-                    if section["images"] > reference["images"]})
+                    if section["images"] > reference["images"] > 0})
     if fewer and (limited := _labels(metric for metric, _ in numbers if metric.of_fewer)):
         text += (f" ({limited}: of at most the {' or '.join(f'{count:,}' for count in fewer)} images of the "
                  "reference)")

@@ -233,6 +233,8 @@ def test_a_file_of_ones_own(own):
     ({}, {"other_evaluations": "40"}, "must differ from each other and from --evaluations 40"),
     ({"shared": {"model": "fmnist32", "guide_scale": 2}}, {}, "switches SAG s = 1.* on; a bench does that itself"),
     ({"shared": {"model": "fmnist32", "seed": 2}}, {}, "seed in .*: is set by the bench"),
+    ({"shared": {"model": "fmnist32", "evaluation": {"published": {"fid": 3.0}}}}, {},
+     "published in .*: a bench has settings and steps of its own, leave it out"),
     ({"shared": 3}, {}, "shared in .*: must be names and values"),
     ({"benhc": {}}, {}, r"benhc in .*: is none of .* \(did you mean bench\?\)"),
     ({"bench": {"imgaes": 3}}, {}, r"imgaes in .*no such option.*images"),

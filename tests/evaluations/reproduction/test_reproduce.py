@@ -183,10 +183,11 @@ def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, t
 
     def said():
         assert call("reproduce", *words) == 0
-        row, = json.loads((tmp_path / "out/mini/table.json").read_text())["sections"][0]["rows"]
-        return row["metrics"]["dfid"], " ".join(row["reasons"])
+        table = json.loads((tmp_path / "out/mini/table.json").read_text())
+        row, = table["sections"][0]["rows"]
+        return row["metrics"]["dfid"], " ".join(row["reasons"]), table["warnings"]
 
-    dfid, reasons = said()
+    dfid, reasons, _ = said()
     assert dfid["value"] is None and dfid["verdict"] == "not run here"
     files = [tmp_path / "references/fmnist32_depth.npz", tmp_path / "out/mini/unguided/depth.npz"]
     assert all(str(file) in reasons for file in files)
@@ -197,7 +198,8 @@ def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, t
         np.savez(file, depth=rng.random((count, 32, 32)).astype(np.float32))
     assert "holds 5 depth maps, the row has 6 images" in refused(words)
     np.savez(files[1], depth=rng.random((6, 32, 32)).astype(np.float32))
-    dfid, reasons = said()
+    dfid, reasons, warnings = said()
+    assert "dFID of unguided: different numbers of images (12, 6), on which FID depends" in warnings
     assert dfid["value"] > 0 and dfid["difference"] == pytest.approx(dfid["value"] - 0.5)
     assert dfid["verdict"] == "not comparable"
     assert reasons == "backend embedded is not the Inception of the official evaluator"
