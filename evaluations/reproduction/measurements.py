@@ -56,8 +56,8 @@ class Measurements:
     replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
     the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
     images, sha256, of how many images its stored statistics are, None where it does not say, and, for the metrics that
-    have any, its own values. network: of the first row. by_row: both of each
-    row that has a reference. warnings: what readers of the numbers must know, each once.
+    have any, its own values. network: of the first row. by_row: both of each row that has a reference. warnings: what
+    readers of the numbers must know, each once.
     """
 
     replicates: Mapping[tuple[str, int], Mapping[str, Replicates]]
