@@ -205,13 +205,13 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)
         out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids, memory)
-        x_t = out["sample"]
         # Clipping hides an infinite eps from the sample.
-        finite = (x_t.isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
+        finite = (out["sample"].isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
         if not finite.all():
             bad = ", ".join(str(n) for n in list(dict.fromkeys(image_ids.cpu()[~finite].tolist()))[:8])
-            who = "the network or its guidance" if guidance else "the network"
+            who = "guidance" if guidance and denoise(x_t, t).eps.isfinite().all() else "the network"
             raise NonFiniteError(f"step {index}: {who} returned NaN or infinity for image {bad}")
+        x_t = out["sample"]
         yield out
 
 

@@ -78,7 +78,7 @@ def test_a_type_by_name_and_its_old_flag_are_one_run():
 
 def test_auto_says_what_it_took_and_keeps_it(tmp_path, tiny_checkpoints, monkeypatch, caplog):
     caplog.set_level("INFO")
-    short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 1, "batch_size": 1}
+    short = {**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 3, "batch_size": 1}
     monkeypatch.setattr(execution, "time_calls", lambda functions: dict(zip(functions, (2.0, 1.0), strict=True)))
 
     def sampled(out, **options):

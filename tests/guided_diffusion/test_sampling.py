@@ -307,6 +307,13 @@ def test_a_gradient_may_use_autograd():
     assert torch.equal(found, sampled([term])) and not found.requires_grad
 
 
+def test_who_returned_nan_is_told():
+    term = Returns(1.0)
+    term.value = lambda x: x * float("nan")
+    with pytest.raises(NonFiniteError, match="step 29: guidance returned NaN or infinity for image 0, 1, 2"):
+        sampled([term])
+
+
 def test_what_is_no_term_is_told():
     class Sideways(ContrastGuidance):
         def weaker(self, ctx, pred):
