@@ -7,11 +7,11 @@ The process itself is in `process`, the step bodies in `steps` and `solvers`, th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import sampling
-from .errors import UserError
+from .errors import NonFiniteError, UserError
 from .late import Tensor, nn, no_grad, torch
 from .process import (
     Denoiser,
@@ -194,7 +194,8 @@ class GaussianDiffusion(DiffusionProcess):
     def _own_chain(self, step: Callable[..., Images], x_T: Tensor, guidance: Sequence[Guidance],
                    image_ids: Ids | None, progress: bool) -> Iterator[Images]:
         """The chain through a step of a subclass, which need not know what the official code does not have."""
-        further: dict[str, Any] = {"guidance": guidance, "memory": {}} if guidance else {}
+        terms = _terms(guidance, None)
+        further: dict[str, Any] = {"guidance": terms, "memory": {}} if terms else {}
         if image_ids is not None:
             further["image_ids"] = image_ids
 
@@ -204,6 +205,8 @@ class GaussianDiffusion(DiffusionProcess):
                 with torch.no_grad():
                     out = step(x, torch.full((len(x),), index, device=x.device), **further)
                 x = out["sample"]
+                if not x.isfinite().all():
+                    raise NonFiniteError(f"step {index}: {type(self).__name__} returned NaN or infinity")
                 yield out
 
         return _shown(steps(), self.num_timesteps) if progress else steps()
@@ -240,8 +243,10 @@ def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
     return None if image_ids is None else torch.as_tensor(image_ids)
 
 
-def _terms(guidance: Sequence[Guidance], cond_fn: CondFn | None) -> Sequence[Guidance]:
-    return guidance if cond_fn is None else [*guidance, FunctionGuidance(cond_fn)]
+def _terms(guidance: Iterable[Guidance], cond_fn: CondFn | None) -> list[Guidance]:
+    if isinstance(guidance, Guidance):
+        raise UserError(f"guidance: must be a list of terms, and {type(guidance).__name__} is one of them: [term]")
+    return [*guidance, *([] if cond_fn is None else [FunctionGuidance(cond_fn)])]
 
 
 def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:

@@ -24,6 +24,7 @@ from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
 from .terms import (
     ContrastGuidance,
+    FunctionGuidance,
     GradientGuidance,
     Guidance,
     Inputs,
@@ -57,9 +58,10 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
     where a term remembers and there is no memory, for what is no term, and for a term that returns another shape.
     """
-    if isinstance(guidance, Guidance) or not all(isinstance(term, KINDS) for term in guidance):
-        raise UserError(f"guidance: {guidance!r} must be a list of terms, each an object of a class below "
-                        f"{', '.join(kind.__name__ for kind in KINDS)}")
+    for term in guidance:
+        if not isinstance(term, KINDS):
+            raise UserError(f"guidance: {term!r} is no term, which is an object of a class below "
+                            f"{', '.join(kind.__name__ for kind in KINDS)}")
     if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
         raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
                         "of a chain the same dict as memory")
@@ -79,8 +81,8 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     if deltas:
         delta = _transformed(ctx, unguided, _sum(deltas), active)
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
-    gradients = [_within(window, _gradient(g, ctx, unguided)) for g, window in active
-                 if isinstance(g, GradientGuidance)]
+    gradients = [_within(window, _checked(g, "gradient", g.gradient(ctx, unguided), x_t.shape))
+                 for g, window in active if isinstance(g, GradientGuidance)]
     sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
     out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
     if loss_gradient is None:
@@ -97,17 +99,12 @@ def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Acti
     return delta
 
 
-def _gradient(term: GradientGuidance, ctx: StepContext, pred: Prediction) -> Tensor:
-    """The gradient of a term, which may use autograd for it."""
-    with torch.enable_grad():
-        return _checked(term, "gradient", term.gradient(ctx, pred), ctx.x_t.shape).detach()
-
-
 def _checked(term: Guidance, what: str, value: Tensor, shape: torch.Size) -> Tensor:
     """What a term returned; raises UserError where it has not a value of its own for each image."""
     if getattr(value, "shape", None) != shape:
         found = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise UserError(f"{type(term).__name__}.{what}: gave {found}, must be one of {tuple(shape)}")
+        who = "cond_fn" if isinstance(term, FunctionGuidance) else f"{type(term).__name__}.{what}"
+        raise UserError(f"{who}: gave {found}, must be one of {tuple(shape)}")
     return value
 
 
@@ -201,6 +198,7 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     """
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
     memory: dict[Guidance, Tensor] = {}
+    guidance = list(guidance)                       # also of what can be walked through once
     x_t = x_T
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)

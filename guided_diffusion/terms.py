@@ -409,5 +409,8 @@ class FunctionGuidance(GradientGuidance):
         self.cond_fn = cond_fn
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """What the function gives at x_t."""
-        return self.cond_fn(ctx.x_t, ctx.model_t, **ctx.model_kwargs)
+        """What the function gives at x_t; as in the official code it may be one number for each image, (N, 1, 1, 1)."""
+        found = self.cond_fn(ctx.x_t, ctx.model_t, **ctx.model_kwargs)
+        every_image = isinstance(found, Tensor) and found.ndim == 4 and len(found) == len(ctx.x_t)
+        fits = every_image and all(one in (1, other) for one, other in zip(found.shape, ctx.x_t.shape, strict=True))
+        return found.expand_as(ctx.x_t) if fits else found

@@ -23,10 +23,12 @@ def count_killed(folder: Path) -> None:
     state = read_state(folder)
     if state is None or state.state is not State.GONE:
         return
-    known = _known(folder / FILE)
-    counted = max(known.get("counted", 0.0), state.began)
+    path = folder / FILE
+    known = _known(path)
+    # Files of before did not say when they were written.
+    counted = max(known.get("counted") or (path.stat().st_mtime if path.is_file() else 0.0), state.began)
     if state.written > counted:
-        write_json(folder / FILE, {**known, "seconds": known["seconds"] + state.written - counted,
+        write_json(path, {**known, "seconds": known["seconds"] + state.written - counted,
                                    "counted": state.written})
 
 

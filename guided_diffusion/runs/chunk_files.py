@@ -188,7 +188,7 @@ class ChunkFiles:
             return
         if different := difference(before, self.identity):
             raise UserError(f"--out {self.out}: holds unfinished {self.CONTENT} of another configuration "
-                            f"(--{different} differs); {REMEDY}")
+                            f"({different} differs); {REMEDY}")
 
     def remove(self) -> None:
         """Removes the folder of chunks with all that is in it."""

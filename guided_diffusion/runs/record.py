@@ -32,6 +32,7 @@ IRRELEVANT = ("out", "overwrite", "keep_shards", "log_every", "auto_batch", "mod
               "dtype",                # which is recorded as what it means: use_fp16 and use_bf16
               "base_samples")         # whose images are compared one by one
 MODEL_FLAG = "model_path"
+SOURCE = "source of "           # begins the names of files of code
 LONGEST_NAME = 255
 SIZES = ("num_samples", "batch_size", "image_size")         # what the chunks of a run follow from
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
@@ -83,7 +84,7 @@ def own_sources(*options: Options) -> dict[str, str]:
         for kind in (type(one), getattr(one, "term", type(one))):
             file = getattr(sys.modules.get(kind.__module__), "__file__", None)
             if file and Path(file).is_file() and not kind.__module__.startswith("guided_diffusion."):
-                found[f"source of {kind.__name__}"] = file
+                found[SOURCE + kind.__name__] = file
     return found
 
 
@@ -108,8 +109,15 @@ def _read(configuration: Mapping[str, Any], kind: type[Options]) -> list[Any]:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first flag in which two identities differ."""
-    return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+    """The first flag in which two identities differ, as "--seed", or whose code does.
+
+    Code that the record of one does not know of, as older ones do not, is taken to be the same.
+    """
+    for name in {**one, **other}:
+        of_code = name.startswith(SOURCE)
+        if one.get(name) != other.get(name) and not (of_code and None in (one.get(name), other.get(name))):
+            return f"the code of {name.removeprefix(SOURCE)}" if of_code else f"--{name}"
+    return None
 
 
 def made_by() -> dict[str, Any]:

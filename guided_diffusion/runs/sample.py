@@ -43,7 +43,7 @@ from .labels import ANY_LABELS, NONE, Labels, is_class, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
-from .shards import Shards
+from .shards import PICTURE, Shards
 from .work import make_chunks
 from .workers import WorkQueue
 
@@ -61,8 +61,9 @@ def begins_late(process: DiffusionProcess) -> str:
 
     "" where that is not so.
     """
-    first, last = (float(np.sqrt(1 / abar[-1] - 1))
-                   for abar in (process.alphas_cumprod, process.original_alphas_cumprod))
+    with np.errstate(divide="ignore"):              # abar may be 0 in pure noise
+        first, last = (float(np.sqrt(1 / abar[-1] - 1))
+                       for abar in (process.alphas_cumprod, process.original_alphas_cumprod))
     if first >= min(LEAST_SIGMA, last):
         return ""
     return (f"the first of {process.num_timesteps} step{'s' * (process.num_timesteps > 1)} is at the noise level "
@@ -355,7 +356,7 @@ class SamplingRun:
         """Samples what there is to do, on all ranks; returns the file of samples on rank 0."""
         spans = queue.get("todo")
         if spans is not None:
-            if dist_util.is_main() and (late := begins_late(sampler.diffusion)):
+            if spans and dist_util.is_main() and (late := begins_late(sampler.diffusion)):
                 LOG.warning(late)
             self._compile(sampler.model)
         try:
@@ -367,6 +368,8 @@ class SamplingRun:
                             self._finish(chunks, began)
                 else:
                     mark_finished(self.out)
+                    if dist_util.is_main() and not (self.out / PICTURE).exists():
+                        self._draw(chunks)
         finally:
             if dist_util.is_main():
                 chunks.tidy()
@@ -386,12 +389,15 @@ class SamplingRun:
 
         make_chunks(make, chunks.chunks, todo, queue, self.sample.log_every)
 
+    def _draw(self, chunks: Shards) -> None:
+        pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / PICTURE)
+
     def _finish(self, chunks: Shards, began: float) -> None:
         """Packs the chunks, draws the picture, and writes the record last."""
         packed, timing = chunks.pack()
         chunks.set_record_aside()
         os.replace(packed, chunks.samples)
-        pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / "grid.png")
+        self._draw(chunks)
         record = {
             "configuration": chunks.configuration,
             "fingerprint": chunks.fingerprint,

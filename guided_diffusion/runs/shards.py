@@ -38,6 +38,7 @@ from .record import READ_ERRORS, difference, identity, read_record
 __all__ = ["DamagedError", "Shards", "holder", "locked", "samples_file"]
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
+PICTURE = "grid.png"            # of the first samples
 Digests = Callable[[Sequence[int]], np.ndarray]
 
 
@@ -129,6 +130,7 @@ class Shards(ChunkFiles):
             if (record := self._aside(self.num_samples)).exists():
                 self.set_record_aside()
                 os.replace(record, self.record)
+                (self.out / PICTURE).unlink(missing_ok=True)        # of the other run
             return None
         missing = self.missing()
         files.remove_leftovers(self.out, "samples_*.npz.*")         # they take space
@@ -175,7 +177,7 @@ class Shards(ChunkFiles):
             different, exists = "", False
         if different is not None and self.begun() != self.identity:        # else its overwriting was allowed before
             raise UserError(f"--out {self.out}: holds samples of another configuration "
-                            f"({f'--{different} differs' if different else f'its {record.name} is unreadable'}); "
+                            f"({f'{different} differs' if different else f'its {record.name} is unreadable'}); "
                             f"{REMEDY}")
         return earlier if exists else None
 

@@ -16,7 +16,14 @@ from guided_diffusion.rng import image_labels, image_noise
 from guided_diffusion.sampling import sample_chain
 from guided_diffusion.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
-from guided_diffusion.terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, TransformGuidance
+from guided_diffusion.terms import (
+    ContrastGuidance,
+    FunctionGuidance,
+    GradientGuidance,
+    Guidance,
+    LossGuidance,
+    TransformGuidance,
+)
 
 
 def half(x, t, **kwargs):
@@ -287,24 +294,23 @@ def zero_contrast():
     return term
 
 
-def sampled(guidance):
+def sampled(guidance, **options):
     process = GaussianDiffusion(betas=get_named_beta_schedule("linear", 30), model_mean_type=ModelMeanType.EPSILON,
                                 model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
-    return process.p_sample_loop(lambda x, t: x / 2, (3, 2, 4, 4), guidance=guidance)
+    return process.p_sample_loop(lambda x, t: x / 2, (3, 2, 4, 4), guidance=guidance, **options)
 
 
-def test_a_gradient_may_use_autograd():
-    def gradient(x):
-        x = x.detach().requires_grad_()
-        return -torch.autograd.grad(x.square().sum(), x)[0]
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1, 4, 4), (3, 2, 4, 4)])
+def test_the_gradient_of_the_official_interface_may_be_one_number_for_each_image(shape):
+    def sample(shape):
+        return sampled([FunctionGuidance(lambda x, t: torch.full(shape, 0.5))], noise=torch.zeros(3, 2, 4, 4))
 
     torch.manual_seed(0)
-    term = Returns(1.0)
-    term.value = gradient
-    found = sampled([term])
+    found = sample(shape)
     torch.manual_seed(0)
-    term.value = lambda x: -2 * x
-    assert torch.equal(found, sampled([term])) and not found.requires_grad
+    assert torch.equal(found, sample((3, 2, 4, 4)))
+    with pytest.raises(UserError, match=r"cond_fn: gave a tensor of \(1, 1, 1, 1\), must be one of \(3, 2, 4, 4\)"):
+        sample((1, 1, 1, 1))
 
 
 def test_who_returned_nan_is_told():
@@ -323,8 +329,21 @@ def test_what_is_no_term_is_told():
         def delta(self, ctx, pred):
             return ctx.x_t
 
-    for guidance in (Returns, Returns(1.0), [Returns], [Idle(1.0)], "SAG"):
-        with pytest.raises(UserError, match="must be a list of terms, each an object of a class below Contrast"):
-            sampled([guidance] if guidance is Returns else guidance)
+    for guidance in ([Returns], [Idle(1.0)], "SAG"):
+        with pytest.raises(UserError, match="is no term, which is an object of a class below ContrastGuidance"):
+            sampled(guidance)
+    with pytest.raises(UserError, match="must be a list of terms, and Returns is one of them"):
+        sampled(Returns(1.0))
     with pytest.raises(UserError, match=r"Sideways\.weaker: gave a Tensor, must be Inputs"):
         sampled([Sideways(1.0)])
+
+
+def test_terms_may_come_from_anything_that_is_walked_through_once():
+    term = zero_contrast()
+    term.value = torch.ones_like
+    noise = torch.randn(3, 2, 4, 4)
+    found = []
+    for guidance in ([term], iter([term])):
+        torch.manual_seed(0)
+        found.append(sampled(guidance, noise=noise))
+    assert torch.equal(*found)

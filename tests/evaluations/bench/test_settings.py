@@ -1,6 +1,7 @@
 """What benches compare: files, methods, pairs, and the steps that an equal number of evaluations leaves."""
 
 import json
+import os
 from functools import cache
 
 import pytest
@@ -282,6 +283,16 @@ def test_a_start_that_was_killed_is_counted_until_its_last_word(state, added, tm
         count_killed(tmp_path)
         again = Hours(tmp_path, 1.0, 0.5)
         assert again.seconds == pytest.approx(counted["seconds"] + added) and again.done == ["first"]
+
+
+def test_hours_of_before_are_counted_from_when_their_file_was_written(tmp_path):
+    path = tmp_path / "hours.json"
+    path.write_text('{"seconds": 7000.0, "sampling": 0.0, "evaluations": 0.0, "done": []}')
+    os.utime(path, (8000, 8000))
+    told = JobState("bench", "", "", State.RUNNING, "elsewhere", 1, 0, 1, 1000.0, 8100.0)
+    (tmp_path / STATE).write_text(json.dumps(told.as_dict()))
+    count_killed(tmp_path)
+    assert Hours(tmp_path, 1.0, 0.5).seconds == 7100
 
 
 def test_a_start_that_was_killed_before_it_counted_anything(tmp_path):

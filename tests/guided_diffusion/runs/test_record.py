@@ -96,7 +96,7 @@ def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch
             sample(grey_scale=scale, overwrite=True)
             sample(grey_scale=scale)
             (tmp_path / "my_grey.py").write_text(OWN.replace("-self", "self"))
-            with pytest.raises(UserError, match="--source of GreyOptions differs") if refused else nullcontext():
+            with pytest.raises(UserError, match="the code of GreyOptions differs") if refused else nullcontext():
                 sample(grey_scale=scale)
     finally:
         GUIDANCE.remove(method)

@@ -281,10 +281,14 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
         assert (longer["arr_0"][:5] == shorter["arr_0"]).all() and (longer["arr_1"][:5] == shorter["arr_1"]).all()
 
     made.clear()
-    for count in (9, 5, 9, 4, 9):
+    pictures = {}
+    for count in (9, 5, 9, 4, 9, 5):
         assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": count})) == 0
         assert json.loads((tmp_path / "grown" / "run.json").read_text())["samples"] == f"samples_{count}x16x16x3.npz"
         assert made == []                           # none of the finished ones is forgotten, nor sampled again
+        picture = (tmp_path / "grown" / "grid.png").read_bytes()
+        assert pictures.setdefault(count, picture) == picture
+    assert len(set(pictures.values())) == 3
 
 
 def test_labels_of_the_run(line, tmp_path, capsys):
