@@ -25,6 +25,7 @@ from .evaluation_checks import (
     check_reference,
     check_same_widths,
     check_stored_features,
+    check_trained_on,
     check_whole_reference,
     is_stored,
     kinds_read,
@@ -107,9 +108,7 @@ class Evaluation:
         """
         extractor = self.extractor
         with dist_util.together():
-            check_extractor_of(self.reference, extractor)
-            if any(metric.feature is Feature.CORRECTNESS for metric in self.options.wanted):
-                self.extractor_options.kind.check_classifier(extractor)
+            check_trained_on(self.reference, extractor, self.extractor_options.kind, self.options)
             if self.depth:
                 self.depth.is_stored(self.reference)
                 for file in self.samples:

@@ -130,6 +130,14 @@ def check_stored_features(reference: BatchFile, options: EvaluatorOptions) -> No
             raise UserError(f"{reference.path}: {name} must be finite numbers")
 
 
+def check_trained_on(reference: BatchFile, extractor: FeatureExtractor, kind: ExtractorKind, options: EvaluatorOptions,
+                     ) -> None:
+    """Raises UserError where an extractor is not that of a reference's statistics, or of the classifier in use."""
+    check_extractor_of(reference, extractor)
+    if any(metric.feature is Feature.CORRECTNESS for metric in options.wanted):
+        kind.check_classifier(extractor)
+
+
 def check_extractor(reference: BatchFile, extractor: FeatureExtractor, kind: ExtractorKind, options: EvaluatorOptions,
                     size: int) -> None:
     """Raises UserError where an extractor cannot compare images of `size` pixels with a reference.
@@ -137,9 +145,7 @@ def check_extractor(reference: BatchFile, extractor: FeatureExtractor, kind: Ext
     That is where it refuses such images, where what the reference stores was made by another one, has other widths or
     is no covariance, and where the classifier of class accuracy was trained on another one's features.
     """
-    check_extractor_of(reference, extractor)
-    if any(metric.feature is Feature.CORRECTNESS for metric in options.wanted):
-        kind.check_classifier(extractor)
+    check_trained_on(reference, extractor, kind, options)
     features, statistics = kinds_read(options)
     if not features | statistics:
         return

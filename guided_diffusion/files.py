@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -63,6 +64,16 @@ def check_ending(flag: str, path: str | Path, *endings: str) -> None:
     """Raises UserError, naming the flag (with its dashes), where a name ends in none of these, like ".png"."""
     if not str(path).lower().endswith(endings):
         raise UserError(f"{flag} {path}: must end in {', '.join(endings)}")
+
+
+def check_space(folder: Path, needed: int, cannot: str, what: str) -> None:
+    """Raises UserError, which begins with `cannot`, where the disk of a folder has fewer than `needed` bytes left.
+
+    what: the bytes are, in words.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{cannot} (No space left on device: {needed:,} bytes are needed, {what}, {free:,} are free)")
 
 
 def check_folder(flag: str, path: str | Path) -> Path:

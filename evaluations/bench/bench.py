@@ -77,16 +77,14 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     settings = EvaluationSettings(Path(options.references), ExtractorOptions(inception=options.inception),
                                   options.bootstrap, {})
     first = {"images": bench.reported({}, bench.spec.evaluations), "search_images": bench.searched({})}
-    tables = {flag: Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
-              for flag, row in first.items()}
     extractors: dict[str, FeatureExtractor] = {}
     with ExitStack() as stack:
         with dist_util.together():
-            for flag, table in tables.items():
+            for flag, row in first.items():
+                table = Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
                 check_rows(table, flag)
                 check_files(table, settings, allow_missing=False)
-        for table in tables.values():
-            check_extractors(table, {}, settings, extractors)
+        check_extractors(first.values(), settings, extractors)
         with dist_util.together():
             found, why = _chosen(bench, options)
             if dist_util.is_main():

@@ -28,8 +28,7 @@ def count_killed(folder: Path) -> None:
     # Files of before did not say when they were written.
     counted = max(known.get("counted") or (path.stat().st_mtime if path.is_file() else 0.0), state.began)
     if state.written > counted:
-        write_json(path, {**known, "seconds": known["seconds"] + state.written - counted,
-                                   "counted": state.written})
+        write_json(path, {**known, "seconds": known["seconds"] + state.written - counted, "counted": state.written})
 
 
 def _known(path: Path) -> dict[str, Any]:

@@ -198,9 +198,9 @@ def _lines(result: ProbeResult, found: Agreement | None) -> Iterator[str]:
         yield (f"| {one.title} | {one.moments.scale:.2f} ({low:.2f} to {high:.2f}) | "
                f"{one.moments.left(one.moments.scale):.4f} | {ratios} |")
     yield ""
-    proposed = [f"{one.title}, s = {one.moments.scale:.2f}" for one in result.proposed]
-    yield f"Proposed: {'; '.join(proposed) or 'nothing'}"
-    if others := [one.title for one in result.best if one not in result.proposed]:
+    proposed = {one.title: f"{one.title}, s = {one.moments.scale:.2f}" for one in result.proposed}
+    yield f"Proposed: {'; '.join(proposed.values()) or 'nothing'}"
+    if others := [one.title for one in result.best if one.title not in proposed]:
         yield ("not proposed: " + "; ".join(others) + ": their best scale is not above 0 beyond chance, as the best of "
                "all blocks of the method")
     for short, reason in result.why.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -93,16 +93,16 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
     return why
 
 
-def check_extractors(table: Table, why: Mapping[str, str], settings: EvaluationSettings,
+def check_extractors(rows: Iterable[Row], settings: EvaluationSettings,
                      extractors: dict[str, FeatureExtractor]) -> None:
-    """Raises UserError where the extractors of the rows do not fit their references; all ranks call it together.
+    """Raises UserError where the extractors of rows do not fit their references; all ranks call it together.
 
-    why: of rows that are left out, the reason. extractors: by backend, those that are loaded; others are added.
+    extractors: by backend, those that are loaded; others are added.
     """
     seen = set[tuple[str, str, str, int]]()
-    for name, row in table.rows.items():
+    for row in rows:
         spec, size = row.evaluation, row.run.model.image_size
-        path = None if name in why else find_reference(spec.reference, settings.references)
+        path = find_reference(spec.reference, settings.references)
         if path is None or (spec.reference, spec.backend, spec.metrics, size) in seen:
             continue
         seen.add((spec.reference, spec.backend, spec.metrics, size))

@@ -54,16 +54,14 @@ class Measurements:
     """The numbers of the rows that were sampled.
 
     replicates: by row and number of images, then by the words of the metrics. depth: by row, dFID of depth maps that
-    the user has estimated, as value and interval95, or why there is none. reference: of the first row, its file,
-    images, sha256, of how many images its stored statistics are, None where it does not say, and, for the metrics that
-    have any, its own values. network: of the first row. by_row: both of each row that has a reference. warnings: what
-    readers of the numbers must know, each once.
+    the user has estimated, as value and interval95, or why there is none. by_row: of each row that has a reference, the
+    "network", and of the "reference" its file, images, sha256, of how many images its stored statistics are, None where
+    it does not say, and, for the metrics that have any, its own values. warnings: what readers of the numbers must
+    know, each once.
     """
 
     replicates: Mapping[tuple[str, int], Mapping[str, Replicates]]
     depth: Mapping[str, Mapping[str, Any]]
-    reference: Mapping[str, Any] | None
-    network: Mapping[str, Any] | None
     by_row: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -78,15 +76,14 @@ class _Group:
 
 
 def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSettings, folder: Path,
-                 extractors: dict[str, FeatureExtractor] | None = None) -> Measurements | None:
+                 extractors: dict[str, FeatureExtractor]) -> Measurements | None:
     """Evaluates all sample files, on all ranks; None on ranks other than the first.
 
     sampled: names of the rows that there are samples of. folder: keeps the features. extractors: by backend, those that
-    an earlier call loaded, to which this one adds its own.
+    are loaded, to which this adds its own.
     """
     counts = _counts(table, sampled)
     replicates: dict[tuple[str, int], dict[str, Replicates]] = {}
-    extractors = {} if extractors is None else extractors
     by_row: dict[str, dict[str, Any]] = {}
     warnings: dict[str, None] = {}
     evaluated = 0
@@ -117,10 +114,7 @@ def measure_rows(table: Table, sampled: Sequence[str], settings: EvaluationSetti
                 warnings |= dict.fromkeys(_of_numbers(rows, replicates, options.kind.network))
     depth = {name: _depth_fid(table.rows[name], settings, lambda text: warnings.update({text: None}))
              for name in sampled if needs_depth_maps(table.rows[name])}
-    if not dist_util.is_main():
-        return None
-    first = next((by_row[name] for name in sampled if name in by_row), {})
-    return Measurements(replicates, depth, first.get("reference"), first.get("network"), by_row, list(warnings))
+    return Measurements(replicates, depth, by_row, list(warnings)) if dist_util.is_main() else None
 
 
 def loaded(backend: str, settings: EvaluationSettings, extractors: dict[str, FeatureExtractor]) -> FeatureExtractor:

@@ -165,7 +165,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         with dist_util.together():
             check_rows(table)
             why = check_files(table, settings, options.allow_missing)
-        check_extractors(table, why, settings, extractors)
+        check_extractors([row for name, row in table.rows.items() if name not in why], settings, extractors)
         with dist_util.together():
             if dist_util.is_main():
                 stack.enter_context(prepared(folder))

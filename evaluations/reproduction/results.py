@@ -19,6 +19,8 @@ from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
 __all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
 
+NOTHING = {"network": None, "reference": None}          # of a row that was not evaluated
+
 
 @dataclass(frozen=True)
 class _Evaluated:
@@ -38,10 +40,11 @@ def results(table: Table, numbers: Measurements, why: Mapping[str, str], setting
         "table": table.name, "title": table.title, "source": table.source, "note": table.note,
         "settings": usual(table), "chart": table.chart and asdict(table.chart),
         "bootstrap": settings.bootstrap, "precision_recall": table.precision_recall,
-        "network": numbers.network, "reference": numbers.reference,
+        # Of the first row, as they stood before each row had its own.
+        **next((numbers.by_row[name] for name in table.rows if name in numbers.by_row), NOTHING),
         **({"features_of": network} if (network := features_of(table)) else {}),
         "rows": {name: {**_row(table.rows[name], title, why.get(name, "")),
-                        **numbers.by_row.get(name, {"reference": None, "network": None})}
+                        **numbers.by_row.get(name, NOTHING)}
                  for name, title in titles(table).items()},
         "sections": [_section(section, evaluated) for section in table.sections],
         "warnings": list(numbers.warnings),

@@ -29,7 +29,6 @@ from .. import dist_util, pictures
 from ..errors import UserError, said_otherwise
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
-from ..foreign import read_json
 from ..guidance import GUIDANCE, GuidanceOptions, IcgOptions, Networks
 from ..guidance.base import naming
 from ..jobs import job
@@ -47,6 +46,7 @@ from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
 from ..sampling import SAMPLERS
 from ..terms import Guidance
+from ..unet2d.files import read_index
 
 if TYPE_CHECKING:
     from .latent import LatentDiffusion
@@ -341,10 +341,7 @@ def _missing(folder: Path) -> list[str]:
 
     Diffusers looks for some of them in the folder of the pipeline then, and takes a tokenizer without words.
     """
-    path = folder / "model_index.json"
-    if not path.is_file():
-        return []
-    return [name for name, kind in read_json(path, lambda content: isinstance(content, dict)).items()
+    return [name for name, kind in read_index(folder).items()
             if isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind)
             and not (folder / name).is_dir()]
 

@@ -16,7 +16,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -214,10 +213,8 @@ class Shards(ChunkFiles):
         The chunks stay until they are packed.
         """
         needed = (self.chunks.images_in(missing) + self.num_samples) * math.prod(self.shape[1:])
-        free = shutil.disk_usage(self.out).free
-        if needed > free:
-            raise UserError(f"--num_samples {self.num_samples}: {self.folder} cannot hold that (No space left on "
-                            f"device: {needed:,} bytes are needed, as chunks and packed, {free:,} are free)")
+        files.check_space(self.out, needed, f"--num_samples {self.num_samples}: {self.folder} cannot hold that",
+                          "as chunks and packed")
 
     def pack(self) -> tuple[Path, list[dict[str, Any]]]:
         """A checked temporary file of all samples, and how each chunk was made; UserError where one is no good."""

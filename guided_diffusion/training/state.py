@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import checkpoint, dist_util
+from .. import checkpoint, dist_util, files
 from ..errors import UserError
 from ..fp16_util import MixedPrecisionTrainer
 from ..late import Tensor, no_grad, torch
@@ -119,12 +118,9 @@ class TrainingState:
         sizes[FILE] = (len(sizes) + 2) * weights            # AdamW has two moments of each weight
         there = sum(path.stat().st_size for name in sizes if (path := folder / name).is_file())
         needed = sum(sizes.values()) + max(sizes.values()) - there + snapshots * max(len(self.averages), 1) * weights
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            more = ", and a snapshot" if snapshots else ""
-            raise UserError(f"--out {folder}: cannot hold what a save writes (No space left on device: {needed:,} "
-                            f"bytes are needed, for weights, averages and state, the largest file twice while it is "
-                            f"replaced{more}; {free:,} are free)")
+        files.check_space(folder, needed, f"--out {folder}: cannot hold what a save writes",
+                          "for weights, averages and state, the largest file twice while it is replaced"
+                          + ", and a snapshot" * snapshots)
 
     def save_snapshot(self, folder: Path, metadata: Mapping[str, str]) -> None:
         """Writes the averages, or the weights where there are none, under names that no later step has."""

@@ -88,11 +88,15 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return from_unet2d(model, checkpoint.load_state_dict(place / WEIGHTS), str(place), sines_first), flags
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the index of a pipeline's folder says of its parts; {} for a folder, or a name, without one."""
+    path = folder / INDEX
+    return read_json(path, lambda content: isinstance(content, dict)) if path.is_file() else {}
+
+
 def _check_pixels(folder: Path) -> None:
     """Raises UserError for a pipeline with a decoder, whose network makes latents."""
-    if not (folder / INDEX).exists():
-        return
-    parts = read_json(folder / INDEX, lambda content: isinstance(content, dict))
+    parts = read_index(folder)
     if found := [name for name in DECODERS if parts.get(name) not in (None, [None, None])]:
         raise UserError(f"{folder}: its network makes latents, which its {found[0]} decodes; must be a pipeline whose "
                         "network makes images, as the samplers of checkpoints do not decode")

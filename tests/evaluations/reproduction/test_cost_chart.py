@@ -38,7 +38,7 @@ def described(table):
         (row.run.out / "run.json").write_text('{"timing": {"chunks": []}, "sha256": {"samples": "abc"}}')
     spread = np.linspace(-0.1, 0.1, 41)
     numbers = {(name, 4): {"fid": Replicates(fid, fid + spread)} for name, fid in FID.items()}
-    return {**results(table, Measurements(numbers, {}, None, None), {}, EvaluationSettings("", None, 10, {})),
+    return {**results(table, Measurements(numbers, {}), {}, EvaluationSettings("", None, 10, {})),
             "command": "", "version": "", "device": "", "ranks": 1}
 
 

@@ -87,7 +87,7 @@ def test_a_new_method_and_a_new_metric_are_in_the_report(table):
     spread = np.linspace(-0.1, 0.1, 41)
     numbers = {("unguided", 4): {"brightness": Replicates(0.5, 0.5 + spread)},
                ("shade", 4): {"brightness": Replicates(0.75, 0.75 + spread)}}
-    said = results(table, Measurements(numbers, {}, None, None), {}, EvaluationSettings("", None, 10, {}))
+    said = results(table, Measurements(numbers, {}), {}, EvaluationSettings("", None, 10, {}))
     said |= {"command": "", "version": "", "device": "", "ranks": 1}
     assert said["rows"]["shade"]["title"] == "shade 2"
     assert said["sections"][0]["rows"][1]["metrics"]["brightness"]["versus"]["verdict"] == "better"

@@ -42,7 +42,7 @@ def measured(tmp_path):
             (row.run.out / "run.json").write_text('{"timing": {"chunks": []}, "sha256": {"samples": "abc"}}')
         table = Table("mini", "Colours", "", "", rows, tuple(Section(" and ".join(names), names) for names in sections))
         settings = EvaluationSettings(tmp_path, ExtractorOptions(device="cpu"), 40, {})
-        said = results(table, measure_rows(table, list(rows), settings, tmp_path / "features"), {}, settings)
+        said = results(table, measure_rows(table, list(rows), settings, tmp_path / "features", {}), {}, settings)
         return said | {"command": "", "version": "", "device": "", "ranks": 1}
     return measured
 

@@ -81,7 +81,7 @@ def test_no_word_is_said_without_an_interval(table):
     written(table)
     unknown = Replicates(0.99, np.full(41, np.nan))
     measured = {(name, 50_000): {"recall": unknown, "fid": number(5.9)} for name in table.rows}
-    section, = results(table, Measurements(measured, {}, None, None), {}, how())["sections"]
+    section, = results(table, Measurements(measured, {}), {}, how())["sections"]
     recall = section["rows"][1]["metrics"]["recall"]
     assert recall["interval95"] is None and recall["verdict"] == "no word"
     assert recall["versus"] == {"difference": 0, "interval95": None, "verdict": "no word"}
@@ -100,7 +100,7 @@ def test_numbers_by_another_network_have_its_name(tmp_path):
     written(table)
     measured = {(name, table.rows[name].images): {"fid": number(value), "precision": number(0.98)}
                 for name, value in (("a", 3.0), ("b", 4.0))}
-    said = results(table, Measurements(measured, {}, None, None), {}, how())
+    said = results(table, Measurements(measured, {}), {}, how())
     first, second = said["sections"][0]["rows"]
     assert first["metrics"]["precision"]["interval95"] == pytest.approx([0.88025, 1])
     assert second["metrics"]["precision"]["versus"]["interval95"] == [0, 0]
@@ -176,7 +176,7 @@ def test_published_measured_difference_and_verdict_stand_together(table):
     written(table)
     measured = {(name, 50_000): {"fid": number(5.9 - index), "precision": number(0.7, 0.001)}
                 for index, name in enumerate(table.rows)}
-    said = results(table, Measurements(measured, {}, None, None), {}, how())
+    said = results(table, Measurements(measured, {}), {}, how())
     section, = said["sections"]
     first, second, *_ = section["rows"]
     fid = first["metrics"]["fid"]
@@ -195,13 +195,13 @@ def test_numbers_of_another_file_than_the_official_inception_are_not_comparable(
     for caveat, expected in (({}, "reproduced"), ({"caveat": "another file"}, "not comparable")):
         network = {"name": "Inception", "sha256": "1" * 64, **caveat}
         by_row = {name: {"reference": reference, "network": network} for name in table.rows}
-        section, = results(table, Measurements(measured, {}, reference, network, by_row), {}, how())["sections"]
+        section, = results(table, Measurements(measured, {}, by_row), {}, how())["sections"]
         first = section["rows"][0]
         assert first["metrics"]["fid"]["verdict"] == expected and first["reasons"] == list(caveat.values())
 
 
 def test_rows_that_were_not_run_have_no_value(table):
-    said = results(table, Measurements({}, {}, None, None), dict.fromkeys(table.rows, "no checkpoint"), how())
+    said = results(table, Measurements({}, {}), dict.fromkeys(table.rows, "no checkpoint"), how())
     assert all(row["state"] == "not run here" and row["why"] == "no checkpoint" for row in said["rows"].values())
     for row in said["sections"][0]["rows"]:
         assert row["verdict"] == "not run here"
@@ -209,7 +209,7 @@ def test_rows_that_were_not_run_have_no_value(table):
 
 
 def test_rows_say_in_words_what_sets_them_apart():
-    said = results(load_table("fmnist32"), Measurements({}, {}, None, None), dict.fromkeys(
+    said = results(load_table("fmnist32"), Measurements({}, {}), dict.fromkeys(
         load_table("fmnist32").rows, "not today"), how())
     titles = {name: row["title"] for name, row in said["rows"].items()}
     assert titles["unguided"] == "no guidance" and titles["sag_cg"] == "SAG s = 0.1 + CG scale 2"
@@ -227,7 +227,7 @@ def test_one_seed_is_said_of_all_rows_and_others_of_their_own(tmp_path):
         rows = {name: read_row(name, {"model": "fmnist32", "seed": seed, "guide_scale": scale}, Path("t.yaml"))
                 for name, seed, scale in zip("abc", seeds, (1.0, 1.0, 1.5), strict=True)}
         table = Table("mini", "Mini", "", "", rows, (Section("All", tuple(rows)),))
-        said = results(table, Measurements({}, {}, None, None), dict.fromkeys(rows, "not today"), how())
+        said = results(table, Measurements({}, {}), dict.fromkeys(rows, "not today"), how())
         assert [row["title"] for row in said["rows"].values()] == titles
         assert [row["seed"] for row in said["rows"].values()] == list(seeds) and "seed 3" in said["settings"]
         text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
@@ -241,7 +241,7 @@ def test_what_a_method_that_is_off_would_do_sets_no_row_apart(tmp_path):
     sections = tuple(Section(option, ("off", "on"), option) for option in ("blur_sigma", "guide_scale", "seed"))
     table = in_folder(Table("mini", "Mini", "", "", rows, sections), tmp_path)
     written(table)
-    said = results(table, Measurements({}, {}, None, None), {}, how())["sections"]
+    said = results(table, Measurements({}, {}), {}, how())["sections"]
     assert [[row["against"] for row in section["rows"]] for section in said] == [[None, 2.0], [1.0, 1.5], [0, 0]]
 
 
