@@ -17,7 +17,7 @@ from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
-from ..functions import is_function
+from ..functions import is_function, is_ours, sources_of
 from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
@@ -77,15 +77,14 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
 def own_sources(*options: Options) -> dict[str, str]:
     """The files of methods and samplers that are not of this library, by the names that run.json has for them.
 
-    Images depend on their code, as on that of a MODULE:FUNCTION.
+    Images depend on their code, as on that of a MODULE:FUNCTION, and on that of the modules written with them.
     """
-    found = {}
-    for one in options:
-        for kind in (type(one), getattr(one, "term", type(one))):
-            file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-            if file and Path(file).is_file() and not kind.__module__.startswith("guided_diffusion."):
-                found[SOURCE + kind.__name__] = file
-    return found
+    kinds = [kind for one in options for kind in (type(one), getattr(one, "term", type(one)))]
+    modules = {kind: sources_of(kind.__module__) for kind in kinds if not is_ours(kind.__module__)}
+    found = {SOURCE + kind.__name__: str(files.pop(kind.__module__)) for kind, files in modules.items()
+             if kind.__module__ in files}
+    return {SOURCE + name: str(file) for files in modules.values() for name, file in files.items()
+            if str(file) not in found.values()} | found
 
 
 def _content(sha256: str | None, path: Any) -> str | None:

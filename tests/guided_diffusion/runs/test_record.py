@@ -13,7 +13,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import fill
 from guided_diffusion.runs.options import preset_values
-from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, read_record, run_samples
+from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, own_sources, read_record, run_samples
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
@@ -100,6 +100,23 @@ def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch
                 sample(grey_scale=scale)
     finally:
         GUIDANCE.remove(method)
+
+
+def test_images_depend_on_modules_written_with_a_method(tmp_path, monkeypatch):
+    """A term may lie in another file than its options, and use a third one; no installed package is looked into."""
+    monkeypatch.syspath_prepend(tmp_path)
+    terms, options = OWN.split("@dataclass")
+    (tmp_path / "my_terms").mkdir()
+    (tmp_path / "my_terms" / "__init__.py").write_text("")
+    (tmp_path / "my_terms" / "numbers.py").write_text("SIGN = -1\n")
+    (tmp_path / "my_terms" / "grey.py").write_text("from . import numbers\n" + terms)
+    (tmp_path / "my_split_grey.py").write_text("import numpy\nfrom my_terms.grey import *\n" + terms[:terms.index(
+        "class ")] + "@dataclass" + options)
+    method = importlib.import_module("my_split_grey").GreyOptions
+    assert own_sources(method()) == {
+        "source of GreyOptions": str(tmp_path / "my_split_grey.py"),
+        "source of TowardsGrey": str(tmp_path / "my_terms" / "grey.py"),
+        "source of my_terms.numbers": str(tmp_path / "my_terms" / "numbers.py")}
 
 
 @pytest.mark.parametrize("name", ["../x.npz", "/x.npz", "a/b.npz", ".", "", 3, None, ["x.npz"], "a\0b", "x" * 5000])
