@@ -25,7 +25,7 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
 from ..errors import NonFiniteError, UserError
 from ..fetch import sha256_of
-from ..files import check_folder, check_writable, locked
+from ..files import check_folder, check_space, check_writable, locked
 from ..fp16_util import MixedPrecisionTrainer
 from ..gaussian_diffusion import GaussianDiffusion
 from ..jobs import job, mark_finished, state_file
@@ -284,6 +284,7 @@ class PredictorTraining:
         from .predictor import save_predictors
 
         resumed = self._load()
+        self._check_space()
         logger = self._logger()
         try:
             _log.info("%s", self.features.keep(self.options.draws, self.options.cache_gb))
@@ -370,6 +371,13 @@ class PredictorTraining:
         for path in (self.out, self.state):
             if path.exists():
                 self._check_same(path)
+
+    def _check_space(self) -> None:
+        """Raises UserError where the disk cannot hold the state twice, as it lies there while it is replaced."""
+        weights = sum(param.numel() * param.element_size() for param in self.predictors.parameters())
+        there = self.state.stat().st_size if self.state.exists() else 0
+        check_space(self.out.parent, 6 * weights - there, f"--out {self.out}: cannot hold what a save writes",
+                    "for weights and moments, twice while they are replaced")
 
     def _check_same(self, path: Path) -> None:
         """Raises UserError where a file is not of this training."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,22 @@ def test_a_kill_at_any_moment_leaves_what_the_same_command_ends(world, tmp_path)
         restore(out, state)
         train(world, out / "p.safetensors", steps=2, save_interval=1)
         assert timeless(content_of(out)) == whole, f"otherwise after {sorted(state)}"
+
+
+def test_space_for_the_state_is_looked_for_before_the_first_step(world, tmp_path, monkeypatch):
+    out = tmp_path / "p.safetensors"
+    disk = SimpleNamespace(free=10 ** 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    with states_of(tmp_path) as states:
+        train(world, out, steps=2, save_interval=1)
+    largest = max(len(state.get("p.state.safetensors", b"")) for state in states)
+    assert largest
+    disk.free = largest
+    with pytest.raises(UserError, match=r"--out .*p2\.safetensors: cannot hold .*No space left on device"):
+        train(world, tmp_path / "p2.safetensors", steps=2, save_interval=1)
+    assert not list(tmp_path.glob("p2*.safetensors"))
+    disk.free = 2 * largest
+    train(world, tmp_path / "p2.safetensors", steps=2, save_interval=1)
 
 
 def test_features_are_the_same_kept_or_not(world, tmp_path, caplog):
