@@ -8,7 +8,7 @@ Examples:
 from collections.abc import Sequence
 
 from guided_diffusion.cli import ShowOptions, run_script, tell
-from guided_diffusion.icons.files import IconOptions, write_icons
+from guided_diffusion.icons.files import SHEET, IconOptions, write_icons
 from guided_diffusion.options import parse_options
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, show = parse_options(argv, IconOptions, ShowOptions, description=__doc__)
     write_icons(options, print)
-    tell(f"icons: {options.out}\nsheet: {options.out}/sheet.png", show)
+    tell(f"icons: {options.out}\nsheet: {options.out}/{SHEET}", show)
 
 
 if __name__ == "__main__":

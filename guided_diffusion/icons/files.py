@@ -33,6 +33,7 @@ NEAR = 8.0                      # root mean square difference, of 255, below whi
 SHEET_COLUMNS = 16
 MADE_OF = ("image_size", "label", "format")          # options that the files depend on
 MANIFEST = "manifest.json"
+SHEET = "sheet.png"
 LOCK = ".lock"                  # of the folder that is being written
 UNFINISHED = ".unfinished.json"     # in it until all is written: what the files are made of
 
@@ -77,12 +78,27 @@ def write_icons(options: IconOptions, say: Callable[[str], object]) -> None:
 
 
 def _is_finished(out: Path, options: IconOptions) -> bool:
+    """Whether the folder holds these icons; UserError where its manifest says so and files of it are gone."""
     manifest = out / MANIFEST
     if (out / UNFINISHED).exists() or not manifest.exists():
         return False
     made_of = read_json(manifest, lambda content: isinstance(content, dict))
-    return ((made_of.get("image_size"), made_of.get("label")) == (options.image_size, options.label)
-            and (out / "train.npz").exists() == (options.format == "npz"))
+    batches = [f"{split}.npz" for split in SPLITS]
+    if ((made_of.get("image_size"), made_of.get("label")) != (options.image_size, options.label)
+            or any((out / name).exists() for name in batches) != (options.format == "npz")):
+        return False
+    try:
+        pictures = [f"{icon['split']}/{icon['class']}/{_file_name(icon['item'], icon['style'], icon['name'])}"
+                    for icon in made_of["icons"]]
+    except (KeyError, TypeError):
+        raise UserError(f"--out {out}: its {MANIFEST} is not one of icons; name a new folder") from None
+    gone = [name for name in [*(batches if options.format == "npz" else pictures), SHEET]
+            if not (out / name).is_file()]
+    if gone:
+        others = f" and {len(gone) - 1:,} more" * (len(gone) > 1)
+        raise UserError(f"--out {out}: lacks {gone[0]}{others} of what its {MANIFEST} lists; name a new folder, or "
+                        "delete this one")
+    return True
 
 
 def _begin(out: Path, made_of: Mapping[str, object]) -> None:
@@ -109,7 +125,7 @@ def _write(options: IconOptions, out: Path, say: Callable[[str], object]) -> Non
         _write_split(icons, split, out, options.format)
     duplicates = near_duplicates(icons)
     write_json(out / MANIFEST, _manifest(icons, options, duplicates))
-    save(contact_sheet(icons.rgb), out / "sheet.png")
+    save(contact_sheet(icons.rgb), out / SHEET)
     for line in _summary(icons, duplicates):
         say(line)
 
@@ -164,11 +180,12 @@ def _write_split(icons: Icons, split: str, out: Path, kind: str) -> None:
             "class_names": np.array(names)})
         return
     for i in index:
-        save(Image.fromarray(icons.rgb[i]), out / split / icons.classes[i] / _file_name(icons.drawings[i]))
+        save(Image.fromarray(icons.rgb[i]), out / split / icons.classes[i] / _file_name(
+            icons.drawings[i].item, icons.drawings[i].style, icons.drawings[i].name))
 
 
-def _file_name(drawing: Drawing) -> str:
-    return f"{drawing.item}.{drawing.style}.{drawing.name}.png"
+def _file_name(item: str, style: str, name: str) -> str:
+    return f"{item}.{style}.{name}.png"
 
 
 class Duplicates(NamedTuple):

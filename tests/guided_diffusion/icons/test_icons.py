@@ -127,6 +127,26 @@ def test_what_was_killed_goes_on_to_the_same_files(folder, tmp_path, kind):
         write_icons(replace(options, image_size=9), print)
 
 
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_icons_that_are_gone_are_not_called_finished(folder, tmp_path, kind):
+    out = tmp_path / "out"
+    options = IconOptions(packages=str(folder), image_size=8, format=kind, out=str(out))
+    write_icons(options, print)
+    lines = []
+    write_icons(options, lines.append)
+    assert lines == [f"{out} has these icons already: there is nothing to do"]
+    gone = sorted(out.rglob("test/*/*.png" if kind == "folder" else "test.npz"))[0]
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"lacks {gone.relative_to(out)} of what its manifest\.json lists; name a new"):
+        write_icons(options, print)
+    (out / "sheet.png").unlink()
+    with pytest.raises(UserError, match="and 1 more of what"):
+        write_icons(options, print)
+    (out / "manifest.json").write_text('{"image_size": 8, "label": "category-style"}')
+    with pytest.raises(UserError, match=r"its manifest\.json is not one of icons"):
+        write_icons(options, print)
+
+
 def test_another_version_and_a_missing_package_are_refused(folder, tmp_path):
     (folder / "noto" / "icons.json").write_text("{}")
     with pytest.raises(UserError, match="SHA-256"):
