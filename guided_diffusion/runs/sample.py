@@ -233,6 +233,8 @@ class SamplingRun:
                 before = checkpoint.stamps(self.files())
                 sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
                 names = self._class_names()
+            if self.sample.overwrite:
+                self._compile(sampler.model)            # which may be refused, before anything is removed
             queue = WorkQueue()
             with dist_util.together():
                 sha256 = self._sha256() if dist_util.is_main() else {}
@@ -358,7 +360,8 @@ class SamplingRun:
         if spans is not None:
             if spans and dist_util.is_main() and (late := begins_late(sampler.diffusion)):
                 LOG.warning(late)
-            self._compile(sampler.model)
+            if not self.sample.overwrite:
+                self._compile(sampler.model)
         try:
             with queue:
                 if spans is not None:

@@ -120,10 +120,6 @@ class Shards(ChunkFiles):
         Keeps what this run, or a shorter or longer one, has finished. Raises UserError, having changed nothing,
         where the folder holds anything of another run or anything damaged.
         """
-        if overwrite:
-            self.remove()
-            for path in self._set_aside():
-                path.unlink()
         earlier = None if overwrite else self.check()
         if earlier and earlier.num_samples == self.num_samples:
             if (record := self._aside(self.num_samples)).exists():
@@ -131,9 +127,14 @@ class Shards(ChunkFiles):
                 os.replace(record, self.record)
                 (self.out / PICTURE).unlink(missing_ok=True)        # of the other run
             return None
-        missing = self.missing()
+        replaced = [*self.folder.glob("*"), *self._set_aside()] if overwrite else []
+        missing = Indices.without(len(self.chunks), ()) if overwrite else self.missing()
         files.remove_leftovers(self.out, "samples_*.npz.*")         # they take space
-        self._check_space(missing)
+        self._check_space(missing, sum(path.stat().st_size for path in replaced))
+        if overwrite:
+            self.remove()
+            for path in self._set_aside():
+                path.unlink()
         self.begin()
         if earlier:
             there = range(earlier.num_samples)
@@ -207,12 +208,12 @@ class Shards(ChunkFiles):
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
                         f"{REMEDY}")
 
-    def _check_space(self, missing: Indices) -> None:
+    def _check_space(self, missing: Indices, freed: int = 0) -> None:
         """Raises UserError where the disk cannot hold the pixels of the missing chunks, and of all once more.
 
-        The chunks stay until they are packed.
+        The chunks stay until they are packed. freed: bytes of files that are removed before the first chunk is made.
         """
-        needed = (self.chunks.images_in(missing) + self.num_samples) * math.prod(self.shape[1:])
+        needed = (self.chunks.images_in(missing) + self.num_samples) * math.prod(self.shape[1:]) - freed
         files.check_space(self.out, needed, f"--num_samples {self.num_samples}: {self.folder} cannot hold that",
                           "as chunks and packed")
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from commands import PATIENCE, REPOSITORY, call, execute, flags, samples_in
+from crashes import content_of
 from launchers import needs_mpi, usual_signals
 from networks import TINY
 
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import named_labels
 from guided_diffusion.rng import image_labels
-from guided_diffusion.runs import sampler
+from guided_diffusion.runs import sample, sampler
 from guided_diffusion.runs.shards import locked
 from guided_diffusion.runs.status import run_status
 
@@ -289,6 +291,18 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
         picture = (tmp_path / "grown" / "grid.png").read_bytes()
         assert pictures.setdefault(count, picture) == picture
     assert len(set(pictures.values())) == 3
+
+
+def test_overwriting_whose_network_cannot_be_compiled_has_removed_nothing(line, tmp_path, capsys, monkeypatch):
+    assert call("image_sample", *line(tmp_path, keep_shards=True, **SHORT)) == 0
+    before = content_of(tmp_path)
+
+    def refused(*_):
+        raise UserError("--compile True: the network can't be compiled here, leave it off (no compiler)")
+    monkeypatch.setattr(sample, "compile_for", refused)
+    assert call("image_sample", *line(tmp_path, compile=True, overwrite=True, **SHORT)) == 2
+    assert "leave it off" in capsys.readouterr().err
+    assert content_of(tmp_path) == before
 
 
 def test_labels_of_the_run(line, tmp_path, capsys):

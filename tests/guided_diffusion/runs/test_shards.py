@@ -236,6 +236,26 @@ def test_the_disk_must_hold_the_chunks_and_what_they_are_packed_into(run, monkey
     assert prepared(8 * size) == [2]
 
 
+def test_overwriting_that_is_refused_has_removed_nothing(run, monkeypatch):
+    for count in (3, 6):
+        run(num_samples=count).prepare(overwrite=False)
+        fill(run(num_samples=count), [count // 3 - 1])
+        run(num_samples=count).set_record_aside()
+        finish(run(num_samples=count))
+    run().prepare(overwrite=False)
+    fill(run(), [2])
+    before, size = contents(run().out), 2 * 7 * 4 * 4 * 3
+    replaced = [*run().folder.iterdir(), run().out / "run_3.json"]
+    needed = size - sum(path.stat().st_size for path in replaced)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match="No space left on device"):
+        run().prepare(overwrite=True)
+    assert contents(run().out) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    assert list(run().prepare(overwrite=True)) == [0, 1, 2]
+    assert not (run().out / "run_3.json").exists() and [path.name for path in run().folder.iterdir()] == ["run.json"]
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
