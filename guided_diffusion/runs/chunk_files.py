@@ -135,9 +135,12 @@ class ChunkFiles:
 
     def stored(self) -> list[int]:
         """The chunks of this run that have a file, whole or not."""
+        return [index for index in self._numbered() if index < len(self.chunks)]
+
+    def _numbered(self) -> list[int]:
+        """The numbers of all files of chunks, also of those that only a longer run has."""
         stems = [path.stem for path in self.folder.glob("*.npz")]
-        numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,12}", stem)]
-        return sorted(index for index in numbers if index < len(self.chunks))
+        return sorted(int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,12}", stem))
 
     def missing(self) -> Indices:
         """The chunks that are not finished; UserError for those of another run, and damaged ones."""
@@ -169,9 +172,12 @@ class ChunkFiles:
         """Makes the folder ready, and says there of which run it is."""
         self.folder.mkdir(exist_ok=True)
         files.remove_leftovers(self.folder)
-        manifest = {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
-        files.write_text(self.folder / "run.json", json.dumps(manifest, indent=2), sync=True,
+        files.write_text(self.folder / "run.json", json.dumps(self.manifest(), indent=2), sync=True,
                          ending="nothing was changed")
+
+    def manifest(self) -> dict[str, Any]:
+        """What the folder says of the run whose chunks are there."""
+        return {"configuration": dict(self.configuration), "sha256": dict(self.sha256)}
 
     def begun(self) -> dict[str, Any] | None:
         """The identity of the run whose chunks are here; None where that cannot be read."""

@@ -142,7 +142,11 @@ def recorded_command(record: Mapping[str, Any]) -> list[str]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a run.json; raises one of READ_ERRORS where it is none."""
-    content = json.loads(path.read_text())
+    return checked_record(json.loads(path.read_text()))
+
+
+def checked_record(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a run.json, whose chunks can be told; raises one of READ_ERRORS where it is none."""
     configuration = dict(content["configuration"])
     for name in SIZES:
         value = configuration[name]

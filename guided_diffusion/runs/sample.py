@@ -369,18 +369,19 @@ class SamplingRun:
                         self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
                         if dist_util.is_main():
                             self._finish(chunks, began)
-                else:
-                    mark_finished(self.out)
-                    if dist_util.is_main() and not (self.out / PICTURE).exists():
+                            chunks.settle(self.sample.keep_shards)
+                elif dist_util.is_main():
+                    if not (self.out / PICTURE).exists():
                         self._draw(chunks)
+                    if chunks.settle(self.sample.keep_shards):
+                        with job("sampling", self.out, self.title()):
+                            pass                        # the state there may be that of the longer run
+                    else:
+                        mark_finished(self.out)
         finally:
             if dist_util.is_main():
                 chunks.tidy()
-        if not dist_util.is_main():
-            return None
-        if not self.sample.keep_shards:
-            chunks.remove()
-        return chunks.samples
+        return chunks.samples if dist_util.is_main() else None
 
     def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""

@@ -1,7 +1,7 @@
 """The finished chunks of a run as files: written whole or not at all, checked before they are used again.
 
     OUT/.lock                  held by the job that works there
-    OUT/shards/run.json        what the images depend on
+    OUT/shards/run.json        what the images depend on; of a shorter run than the one before it, `longer`: that one's
     OUT/shards/000123.npz      one chunk: images, labels, numbers (the indices of the images), run, rank, seconds; base
     OUT/run.json               the record of the finished run
     OUT/run_500.json           that of another of this configuration, of 500 images, which was finished there before
@@ -13,11 +13,13 @@ tells the images that they were upsampled from, where they were.
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,13 +34,15 @@ from ..npz import BatchFile, Chunk, prepare_samples
 from ..pixels import file_channels
 from .chunk_files import REMEDY, ChunkFiles, DamagedError
 from .chunks import Indices
-from .record import READ_ERRORS, difference, identity, read_record
+from .record import READ_ERRORS, checked_record, difference, identity, read_record
 
 __all__ = ["DamagedError", "Shards", "holder", "locked", "samples_file"]
 
 LabelArrays = Callable[[Sequence[int]], "np.ndarray | None"]
 PICTURE = "grid.png"            # of the first samples
 Digests = Callable[[Sequence[int]], np.ndarray]
+
+LOG = logging.getLogger(__name__)
 
 
 def samples_file(out: Path, num_samples: int, image_size: int, in_channels: int) -> Path:
@@ -236,6 +240,56 @@ class Shards(ChunkFiles):
         if self.class_names is not None:
             beside[KEY] = np.array(self.class_names.to_json())
         return prepare_samples(arrays(), self.shape, self.samples, beside), timing
+
+    # Longer runs, whose chunks are there too
+
+    def manifest(self) -> dict[str, Any]:
+        """What the folder says of the run whose chunks are there, and of a longer one that has some, too."""
+        longer = self._longer()
+        return {**super().manifest(), **({} if longer is None else {"longer": longer.manifest()})}
+
+    def _longer(self) -> Shards | None:
+        """The longest run of this configuration that was begun here, where it has more images; None else."""
+        runs = []
+        with suppress(*READ_ERRORS):
+            before = json.loads((self.folder / "run.json").read_text())
+            for content in (before, before.get("longer")):
+                record = checked_record(content)
+                run = Shards(self.out, record["configuration"], record["sha256"])
+                if run.num_samples > self.num_samples and difference(run.identity, self.identity) is None:
+                    runs.append(run)
+        last = max(self._numbered(), default=0)
+        if not runs and last >= len(self.chunks):           # whose record is gone
+            count = (last + 1) * self.chunks.size
+            runs.append(Shards(self.out, {**self.configuration, "num_samples": count}, self.sha256))
+        return max(runs, key=lambda run: run.num_samples, default=None)
+
+    def _has_more(self, longer: Shards) -> bool:
+        """Whether the chunks of a longer run hold images that are none of this one."""
+        last = len(self.chunks) - 1
+        if max(self._numbered(), default=0) > last:
+            return True
+        try:
+            return bool(longer.read(last)["numbers"][-1] >= self.num_samples)
+        except (FileNotFoundError, UserError):
+            return False
+
+    # The end
+
+    def settle(self, keep: bool) -> bool:
+        """Removes the chunks of the finished run, unless `keep`; returns whether a longer one has more of them.
+
+        Then all stay, those of the longer one, which goes on with them.
+        """
+        longer = self._longer()
+        if longer is not None and self._has_more(longer):
+            longer.begin()
+            if not keep:
+                LOG.info("%s: its chunks stay, as a run of %d images has more of them", self.folder, longer.num_samples)
+            return True
+        if not keep:
+            self.remove()
+        return False
 
     def tidy(self) -> None:
         """Removes the folder of shards where none is finished."""

@@ -115,5 +115,6 @@ def _of_shards(run: Shards) -> RunStatus:
         except UserError as error:
             damaged += len(image_ids)
             files.append(run.path(index).name + ("" if isinstance(error, DamagedError) else " (of another run)"))
-    packed = run.samples if done == run.num_samples and (run.out / "run.json").exists() else None
+    finished = run.recorded() if done == run.num_samples else None
+    packed = run.samples if finished is not None and finished.num_samples == run.num_samples else None
     return RunStatus(run.num_samples, done, damaged, tuple(files), holder(run.out), packed)

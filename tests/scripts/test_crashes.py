@@ -74,6 +74,29 @@ def test_a_killed_command_goes_on_to_the_same_files(command, world, tmp_path, ca
         assert timeless(content_of(out)) == whole, f"otherwise after {sorted(state)}"
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["new", "finished"])
+def test_a_killed_command_keeps_what_a_longer_run_has_made(finished, world, tmp_path):
+    out, command = tmp_path / "out", ["image_sample", *SAMPLE, "--num_samples"]
+    if finished:
+        assert call(*command, 2) == 0
+    assert call(*command, 6, "--keep_shards", "True") == 0
+    for name in ("samples_6x16x16x3.npz", "run.json", "grid.png", "status.json", "shards/000002.npz"):
+        (out / name).unlink()                   # as where a kill ended it
+    begun = content_of(out / "shards")
+    with states_of(out) as states:
+        assert call(*command, 2) == 0
+    whole = content_of(out)
+    assert content_of(out / "shards") == begun
+    for state in states:
+        assert not says_finished(state) or timeless(whole).items() <= timeless(state).items()
+        restore(out, state)
+        assert call(*command, 2) == 0
+        assert timeless(content_of(out)) == timeless(whole), f"otherwise after {sorted(state)}"
+    assert call(*command, 6) == 0 and not (out / "shards").exists()
+    assert call(*command, 6, "--out", "alone") == 0
+    assert (out / "samples_6x16x16x3.npz").read_bytes() == (tmp_path / "alone/samples_6x16x16x3.npz").read_bytes()
+
+
 SLOW = {
     "probe": ["probe", *flags({"model_path": "model.safetensors", "data_dir": "one.npz", "methods": "PAG", "levels": 1,
                                "num_images": 2, "batch_size": 2, "timestep_respacing": 1, "out": "out"})],

@@ -14,6 +14,7 @@ import pytest
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs import shards as module
 from guided_diffusion.runs.shards import DamagedError, Shards, holder, locked
+from guided_diffusion.runs.status import run_status
 
 OPTIONS = {"num_samples": 7, "batch_size": 3, "image_size": 4, "seed": 0, "labels": "random", "model_path": "a.pt",
            "out": "out"}
@@ -46,7 +47,7 @@ def finish(run):
     sha256 = {**run.sha256, "samples": module.sha256_of(run.samples)}
     record = {"configuration": run.configuration, "sha256": sha256}
     (run.out / "run.json").write_text(json.dumps(record))
-    run.remove()
+    return run.settle(keep=False)
 
 
 def contents(folder):
@@ -173,6 +174,44 @@ def test_longer_or_shorter_run_keeps_what_it_can(count, todo, packed, run, tmp_p
     result, _ = other.pack()
     with np.load(result) as file:
         assert (file["arr_0"] == images_of(range(count))).all() and (file["arr_1"] == labels_of(range(count))).all()
+
+
+@pytest.mark.parametrize("counts", [[3], [6], [6, 3], [3, 6]], ids=str)
+@pytest.mark.parametrize("record", ["whole", "lost"])
+def test_shorter_run_leaves_the_chunks_of_a_longer_one(record, counts, run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(num_samples=20).prepare(overwrite=False)
+    fill(run(num_samples=20), [0, 1, 3])
+    before = contents(tmp_path)
+    if record == "lost":
+        (tmp_path / "shards" / "run.json").unlink()
+    for count in counts:
+        assert list(run(num_samples=count).prepare(overwrite=False)) == []
+        status = run_status(tmp_path)
+        assert (status.num_samples, status.done) == (count, count)
+    assert finish(run(num_samples=count))
+    count = 20 if record == "whole" else 12             # as far as the last chunk
+    assert caplog.messages == [f"{tmp_path / 'shards'}: its chunks stay, as a run of {count} images has more of them"]
+    for _ in range(2):
+        status = run_status(tmp_path)
+        assert (status.num_samples, status.done, status.samples) == (count, 9, None)
+        if record == "whole":
+            assert contents(tmp_path / "shards") == before
+        shorter = run(num_samples=counts[-1])
+        assert shorter.prepare(overwrite=False) is None and shorter.settle(keep=False)
+    assert list(run(num_samples=20).prepare(overwrite=False)) == [2, 4, 5, 6]
+    fill(run(num_samples=20), [2, 4, 5, 6])
+    assert run_status(tmp_path).done == 20 and run_status(tmp_path).samples is None     # not packed yet
+    assert not finish(run(num_samples=20)) and not (tmp_path / "shards").exists()
+
+
+def test_chunks_of_a_longer_run_go_when_it_has_no_more_of_them(run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(num_samples=20).prepare(overwrite=False)
+    fill(run(num_samples=20), [0])
+    assert list(run(num_samples=6).prepare(overwrite=False)) == [1]
+    fill(run(num_samples=6), [1])
+    assert not finish(run(num_samples=6)) and not (tmp_path / "shards").exists() and not caplog.messages
 
 
 def test_finished_run_is_checked_and_not_done_again(run):
