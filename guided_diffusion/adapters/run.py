@@ -90,6 +90,7 @@ class LatentChunks(ChunkFiles):
 
     FOLDER: ClassVar = "latent"
     CONTENT: ClassVar = "samples"
+    BY_IMAGE: ClassVar = ("images",)
 
     def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
         """All options that an image depends on, and digests of the pipeline and of the prompts."""

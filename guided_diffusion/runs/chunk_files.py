@@ -49,6 +49,7 @@ class ChunkFiles:
 
     FOLDER: ClassVar[str]
     CONTENT: ClassVar[str]          # what the chunks hold, in words
+    BY_IMAGE: ClassVar[tuple[str, ...]] = ()    # arrays of one row an image, where a longer chunk can be cut to fewer
 
     # What a chunk is
 
@@ -105,7 +106,8 @@ class ChunkFiles:
         """The arrays of a finished chunk.
 
         Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
-        where it is of another run. A chunk of fewer or more images, from a shorter or longer run, is read too.
+        where it is of another run. A chunk of fewer images, from a shorter run, is read too, and one of more, from a
+        longer run: without those, where it can be cut.
         """
         path, image_ids = self.path(index), self.chunks[index]
         try:
@@ -122,7 +124,8 @@ class ChunkFiles:
             raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
         if run != self.fingerprint or held[0] != image_ids.start or (np.diff(held) != 1).any():
             raise UserError(f"{path}: is of another run; {REMEDY}")
-        return arrays
+        by_image = ("numbers", *self.BY_IMAGE) if self.BY_IMAGE else ()
+        return {name: array[:len(image_ids)] if name in by_image else array for name, array in arrays.items()}
 
     def has(self, index: int) -> bool:
         """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""

@@ -47,6 +47,10 @@ def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
     assert (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns == kept
     assert not np.array_equal(longer[0], longer[1])
 
+    assert command(num_samples=1) == 0              # which takes the first image of a chunk, and leaves it as it is
+    assert np.array_equal(samples(tmp_path / "out")[0], first[:1])
+    assert (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns == kept
+
 
 def test_each_image_has_its_prompt(command, tmp_path):
     """Also where a prompt holds what Unicode calls the end of a line, and editors do not."""
