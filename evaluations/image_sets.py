@@ -5,6 +5,7 @@ Each is opened as a `BatchFile`, and read as a stream: a few images in memory, w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -26,6 +27,8 @@ from guided_diffusion.image_datasets import say_left_out
 from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, find_pictures, read_image
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
 from guided_diffusion.runs.record import samples_of
+from guided_diffusion.runs.shards import PICTURE
+from guided_diffusion.runs.status import unfinished_images
 
 SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
 NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
@@ -71,7 +74,10 @@ def _beginning(path: Path) -> bytes:
 def _open_folder(folder: Path) -> BatchFile:
     samples = sorted(folder.glob(SAMPLES))
     if samples:
-        return BatchFile(samples[0] if len(samples) == 1 else _recorded(folder, samples))
+        taken = samples[0] if len(samples) == 1 else _recorded(folder, samples)
+        if dist_util.is_main():
+            _say_taken(folder, taken, samples)
+        return BatchFile(taken)
     found = find_pictures(folder)
     if not found.files:
         raise UserError(f"{folder}: the folder holds neither pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) nor the "
@@ -81,7 +87,7 @@ def _open_folder(folder: Path) -> BatchFile:
 
 
 def _recorded(folder: Path, samples: Sequence[Path]) -> Path:
-    """That one of several files of samples which the folder's run.json names; says on the first rank which it is."""
+    """That one of several files of samples which the folder's run.json names; UserError where it names none."""
     try:
         taken = samples_of(folder)
     except UserError:
@@ -89,10 +95,21 @@ def _recorded(folder: Path, samples: Sequence[Path]) -> Path:
     if taken is None or taken not in samples:
         raise UserError(f"{folder}: holds several files of samples, name one of them: "
                         f"{', '.join(path.name for path in samples[:10])}")
-    if dist_util.is_main():
-        left = ", ".join(path.name for path in samples if path != taken)
-        _log.info("%s: takes %s, which its run.json names, and leaves %s", folder, taken.name, left)
     return taken
+
+
+def _say_taken(folder: Path, taken: Path, samples: Sequence[Path]) -> None:
+    """Logs which file of a folder is taken, where it holds other images as well, or a run there makes more."""
+    left = [path.name for path in samples if path != taken]
+    named = ", which its run.json names," * bool(left)
+    with contextlib.suppress(UserError):            # a folder beside it that may not be read is none of its business
+        count = sum(path != folder / PICTURE for path in find_pictures(folder).files)
+        left += [f"{count} picture{'s' * (count > 1)}"] if count else []
+    begun = unfinished_images(folder)
+    if left or begun:
+        leaves = f"{named} and leaves {', '.join(left)}" if left else ""
+        under_way = f"; a run of {begun} images there is not finished" if begun else ""
+        _log.info("%s: takes %s%s%s", folder, taken.name, leaves, under_way)
 
 
 class SingleArray(BatchFile):

@@ -96,6 +96,21 @@ def run_status(out: Path) -> RunStatus:
     return RunStatus(total, total, 0, (), holder(out), file)
 
 
+def unfinished_images(out: Path) -> int | None:
+    """Images of the run that was begun in a folder and is not finished; None where there is none."""
+    try:
+        run = _run(out, out / "shards" / "run.json")
+        return None if run is None or _is_packed(run) else run.num_samples
+    except UserError:
+        return None
+
+
+def _is_packed(run: Shards) -> bool:
+    """Whether a run whose chunks are there has its file of samples, and the record of it."""
+    finished = run.recorded()
+    return finished is not None and finished.num_samples == run.num_samples
+
+
 def _run(out: Path, record: Path) -> Shards | None:
     try:
         content = read_record(record)
@@ -115,6 +130,5 @@ def _of_shards(run: Shards) -> RunStatus:
         except UserError as error:
             damaged += len(image_ids)
             files.append(run.path(index).name + ("" if isinstance(error, DamagedError) else " (of another run)"))
-    finished = run.recorded() if done == run.num_samples else None
-    packed = run.samples if finished is not None and finished.num_samples == run.num_samples else None
+    packed = run.samples if done == run.num_samples and _is_packed(run) else None
     return RunStatus(run.num_samples, done, damaged, tuple(files), holder(run.out), packed)

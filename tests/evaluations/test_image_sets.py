@@ -1,6 +1,7 @@
 """What can be evaluated: every form gives the same images, as a stream, and what is none is a sentence."""
 
 import io
+import json
 import logging
 import os
 import tracemalloc
@@ -127,6 +128,31 @@ def test_of_an_extended_run_the_images_of_its_record_are_taken(tmp_path, caplog)
     assert "name one of them: samples_4x6x5x3.npz, samples_7x6x5x3.npz" in refused(run)
     (run / "run.json").write_text("{}")
     assert "holds several files of samples, name one of them" in refused(run)
+
+
+@pytest.mark.parametrize("pictures, begun, stray, said", [
+    (["grid.png"], None, False, None), (["grid.png"], {}, False, None),
+    (["grid.png", "b/1.png", "2.jpg"], None, True, " and leaves 2 pictures"),
+    (["2.png"], None, False, " and leaves 1 picture"),
+    ([], {"num_samples": 40}, True, "; a run of 40 images there is not finished"),
+    ([], {"seed": 1}, False, "; a run of 7 images there is not finished"),         # which overwrites that one
+    (["2.png"], {"num_samples": 40}, False, " and leaves 1 picture; a run of 40 images there is not finished"),
+])
+def test_what_lies_beside_the_samples_of_a_run_is_said(pictures, begun, stray, said, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run = write_run(tmp_path / "run", IMAGES[:, :5])
+    record = json.loads((run / "run.json").read_text())
+    for path in (run / name for name in pictures):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    if stray:
+        (run / "run.json").unlink()                 # the file is taken, whoever has made it
+    if begun is not None:
+        (run / "shards").mkdir()
+        (run / "shards" / "run.json").write_text(json.dumps(
+            {**record, "configuration": {**record["configuration"], **begun}}))
+    assert len(open_images(run)) == 7
+    assert caplog.messages == ([f"{run}: takes samples_7x5x5x3.npz{said}"] if said else [])
 
 
 def test_pictures_are_never_all_in_memory(tmp_path):
