@@ -108,6 +108,10 @@ class ClassNames:
             raise UserError(f"{name}: is none of the {self}{self._of_source}{nearest(name, self.names)}")
         return self._number_of[name]
 
+    def called(self, name: str) -> str:
+        """The number of a class in words, for a name that may be taken for something else."""
+        return f"the class called {name} has the number {self.number(name)}"
+
     @property
     def _of_source(self) -> str:
         return f" (of {self.source})" if self.source else ""
@@ -290,9 +294,17 @@ def _meant(text: str, names: ClassNames) -> str:
     if len(text) > len(str(len(names))) or int(text) >= len(names):
         return str(called)
     if int(text) != called:
-        _log.info("--labels %s: is the number of the class %s; the class called %s has the number %d", text,
-                  names.names[int(text)], text, called)
+        _log.info("--labels %s: is the number of the class %s; %s", text, names.names[int(text)], names.called(text))
     return text
+
+
+def class_called(text: str, files: Iterable[str]) -> str:
+    """Which number has the class whose name is a word that `--labels` takes in another way; "" where there is none.
+
+    files: the checkpoints, of which the first that states names counts.
+    """
+    names = first_names(files)
+    return "" if names is None or text not in names.names else names.called(text)
 
 
 def _names_in(path: str) -> ClassNames | None:

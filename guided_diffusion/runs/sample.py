@@ -20,9 +20,9 @@ import numpy as np
 
 from .. import checkpoint, dist_util, pictures
 from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
-from ..classes import ClassNames, check_same_names, first_names, label_number
+from ..classes import ClassNames, check_same_names, class_called, first_names, label_number
 from ..dtypes import AUTO, dtype_name, with_dtype
-from ..errors import UserError
+from ..errors import UserError, said_otherwise
 from ..execution import choose_dtype, compile_for
 from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_json
@@ -39,7 +39,7 @@ from . import shards
 from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
-from .labels import ANY_LABELS, NONE, Labels, is_class, make_labels
+from .labels import ANY_LABELS, NONE, Labels, is_class, is_file, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
 from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype
 from .sampler import BuiltRun, ImageSampler
@@ -306,14 +306,27 @@ class SamplingRun:
         check_folder("--out", self.out)
 
     def labels(self, base: BaseImages | None = None) -> Labels | None:
-        """The labels of the images; None where nothing asks for them. base: the images that are upsampled."""
+        """The labels of the images; None where nothing asks for them. base: the images that are upsampled.
+
+        Says on the first rank where a word of `--labels` is the name of a class as well.
+        """
         if not self.labelled:
             if self.sample.labels not in (*ANY_LABELS, *([] if base is None else [OF_BASE])):
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
-        text = self.sample.labels
-        if base is not None and text == OF_BASE:
-            return base.labels(self.model.num_classes, first_names(self.checkpoints().values()))
+        text, files = self.sample.labels, self.checkpoints().values()
+        of_base = base if text == OF_BASE else None
+        called = "" if is_class(text) and of_base is None else class_called(text, files)
+        with said_otherwise(lambda error: f"{error}; {called}" if called else error):
+            labels = (self._labels(text) if of_base is None
+                      else of_base.labels(self.model.num_classes, first_names(files)))
+        if called:
+            dist_util.say(f"--labels {text}: is taken as {'a file' if is_file(text) else 'a word'}, not as a name; "
+                          f"{called}")
+        return labels
+
+    def _labels(self, text: str) -> Labels:
+        """The labels that a value of `--labels` stands for, whatever images there may be to upsample."""
         unlabelled = [method for method in self.active if method.needs_labels]
         if text == NONE and unlabelled:
             raise UserError(f"--labels {text}: {unlabelled[0].short} guides by classes; choose some, like "

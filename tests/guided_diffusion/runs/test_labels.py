@@ -1,8 +1,13 @@
 """Labels by image number."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
+from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import fill
 from guided_diffusion.rng import image_labels
@@ -71,6 +76,29 @@ def test_guidance_by_classes_needs_some(method):
     given = {"class_cond": True, "null_class": True, f"{method}_scale": 1.0, "labels": "none"}
     with pytest.raises(UserError, match=f"--labels none: {method.upper()} guides by classes"):
         SamplingRun.of(fill(given, [SampleOptions, *option_classes()], preset_values, "here")).labels()
+
+
+@pytest.mark.parametrize("word, number, said", [
+    ("random", 3, "is taken as a word, not as a name; "), ("base", 0, "is taken as a word, not as a name; "),
+    ("there.npy", 4, "is taken as a file, not as a name; "),
+    ("cat.npy", 1, "cannot be read (No such file or directory); "),
+    ("none", 2, "the network was not trained to do without a label (--label_dropout); "),
+    ("balanced", None, ""), ("0", None, ""), ("cat", None, "")])
+def test_a_word_that_is_also_the_name_of_a_class_is_said(word, number, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    np.save("there.npy", np.zeros(4, int))
+    save_state("x.safetensors", {"x": torch.zeros(1)}, {
+        "class_names": json.dumps(["base", "cat.npy", "none", "random", "there.npy", "cat"])})
+    given = {"class_cond": True, "num_classes": 6, "num_samples": 4, "model_path": "x.safetensors", "labels": word}
+    run = SamplingRun.of(fill(given, [SampleOptions, *option_classes()], preset_values, "here"))
+    refusal = []
+    try:
+        run.labels(SimpleNamespace(labels=lambda *_: None) if word == "base" else None)
+    except UserError as error:
+        refusal = [str(error)]
+    expected = f"--labels {word}: {said}the class called {word} has the number {number}"
+    assert caplog.messages + refusal == [expected] * bool(said)
 
 
 @pytest.mark.parametrize("flag", ["model_path", "weak_model_path"])
