@@ -24,7 +24,14 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
 from guided_diffusion.image_datasets import say_left_out
-from guided_diffusion.image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, find_pictures, read_image
+from guided_diffusion.image_files import (
+    IMAGE_SUFFIXES,
+    MAX_PACKED,
+    FoundPictures,
+    find_pictures,
+    read_image,
+    zip_members,
+)
 from guided_diffusion.npz import ENCRYPTED, MAX_SIDE, BatchFile, checked_image_shape, printable, read_npy
 from guided_diffusion.runs.record import samples_of
 from guided_diffusion.runs.shards import PICTURE
@@ -158,8 +165,8 @@ class _LoosePicture:
 class _PackedPicture:
     """A picture in an archive."""
 
-    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-        self._archive, self._info, self.name = archive, info, info.filename
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+        self._archive, self._info, self.name = archive, info, name
 
     def pixels(self) -> np.ndarray:
         where = f"{self._archive.filename}: {printable(self.name)}"
@@ -186,19 +193,21 @@ class _Member(io.BytesIO):
 
 
 def _packed_pictures(path: Path) -> list[Picture]:
-    """The pictures in a .zip, in the order of their names; UserError where there is none."""
+    """The pictures in a .zip, in the order in which a folder has them; UserError where there is none.
+
+    What else lies there is left out, which is said.
+    """
+    found = FoundPictures()
     with reading(path, "is not a .zip of pictures"):
         archive = zipfile.ZipFile(path)
-        pictures = [info for info in archive.infolist() if not info.is_dir() and _is_picture(Path(info.filename))]
-    if not pictures:
+        members = [(Path(name), info) for name, info in zip_members(archive) if found.takes(Path(name))]
+    if not members:
         held = ", ".join(printable(info.filename) for info in archive.infolist()[:10]) or "nothing"
         raise UserError(f"{path}: holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), but {held}")
-    return [_PackedPicture(archive, info) for info in sorted(pictures, key=lambda info: info.filename)]
-
-
-def _is_picture(name: Path) -> bool:
-    litter = any(part.startswith(".") or part.lower() in LITTER for part in name.parts)
-    return not litter and name.suffix.lower() in IMAGE_SUFFIXES
+    members.sort(key=lambda member: member[0])
+    found.files = [name for name, _ in members]
+    say_left_out(found, path)
+    return [_PackedPicture(archive, info, str(name)) for name, info in members]
 
 
 class Pictures(BatchFile):

@@ -15,11 +15,12 @@ import functools
 import itertools
 import os
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Self
 
 import numpy as np
@@ -53,21 +54,34 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90}
 
 
-# Folders
+# Folders and archives
 
 
 @dataclass
 class FoundPictures:
-    """The pictures below a folder, in sorted order, and what else lies there: how many of each kind, and the first."""
+    """The pictures of a folder or an archive, in sorted order, and how many files of other kinds lie there.
+
+    left_out, examples: by kind, how many there are and the name of the first.
+    """
 
     files: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(self, kind: str, path: Path) -> None:
+    def leave_out(self, kind: str, path: PurePath) -> None:
         """Counts a file that is no picture."""
         self.left_out[kind] += 1
         self.examples.setdefault(kind, path.name)
+
+    def takes(self, path: PurePath) -> bool:
+        """Whether a file of an archive is a picture, by its path there; counts one that is none as left out."""
+        if is_litter(path):
+            self.leave_out("hidden or system file(s)", path)
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            self.leave_out("file(s) that are no pictures", path)
+        else:
+            return True
+        return False
 
     def __str__(self) -> str:
         """What was left out, in one line; "" where nothing was."""
@@ -77,6 +91,19 @@ class FoundPictures:
     def line(self, folder: Path) -> str:
         """What was left out of the folder, as a line of a log; "" where nothing was."""
         return f"{folder}: {len(self.files)} images; left out: {self}" if self.left_out else ""
+
+
+def is_litter(path: PurePath) -> bool:
+    """Whether a file is hidden or what systems leave behind, or lies in a folder that is."""
+    return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)
+
+
+def zip_members(archive: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
+    r"""The files of a .zip with their names, in which some programs of Windows write \ in place of /."""
+    for info in archive.infolist():
+        name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")
+        if not name.endswith("/"):
+            yield name, info
 
 
 def find_pictures(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> FoundPictures:
@@ -103,7 +130,7 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...], suffixes: frozense
         return
     for entry in entries:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name.lower() in LITTER:
+        if is_litter(PurePath(entry.name)):
             found.leave_out("hidden or system file(s)", path)
         elif _leads(entry.is_dir):
             _search(path, (*above, here), suffixes, found)

@@ -44,7 +44,7 @@ from .files import (
 )
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
-from .image_files import IMAGE_SUFFIXES, LITTER, MAX_PACKED, FoundPictures, find_pictures, read_image
+from .image_files import MAX_PACKED, FoundPictures, find_pictures, is_litter, read_image, zip_members
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -137,9 +137,8 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
         raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
     if where.lower().endswith(".zip"):
         with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
-            yield from _members(where, inside, [
-                Member(name, info.file_size, partial(archive.read, info)) for info in archive.infolist()
-                if not (name := _with_slashes(info.filename)).endswith("/")], depth, found)
+            yield from _members(where, inside, [Member(name, info.file_size, partial(archive.read, info))
+                                                for name, info in zip_members(archive)], depth, found)
     elif where.lower().endswith(TARS):
         with (reading(where, "is no .tar file, or is damaged"),
               tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
@@ -148,11 +147,6 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
-
-
-def _with_slashes(name: str) -> str:
-    r"""A name in a .zip file, in which some programs of Windows write \ in place of /."""
-    return name if "/" in name else name.replace("\\", "/")
 
 
 class WholeInfo(tarfile.TarInfo):
@@ -186,16 +180,11 @@ def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 def _members(where: str, inside: str, members: Iterable[Member], depth: int, found: FoundPictures) -> Iterator[Source]:
     for name, size, read in members:
         path = PurePosixPath(name)
-        if any(part.startswith(".") or part.lower() in LITTER for part in path.parts if part != "."):
-            found.leave_out("hidden or system file(s)", Path(name))
-            continue
         shown, place = f"{where}/{name}", str(PurePosixPath(inside) / path)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Source(place, _read_now(shown, size, read))
-        elif name.lower().endswith((".zip", *TARS)):
+        if name.lower().endswith((".zip", *TARS)) and not is_litter(path):
             yield from _archive(shown, ARCHIVE_SUFFIX.sub("", place), io.BytesIO(read()), depth + 1, found)
-        else:
-            found.leave_out("file(s) that are no pictures", Path(name))
+        elif found.takes(path):
+            yield Source(place, _read_now(shown, size, read))
 
 
 def _read_now(shown: str, size: int, read: Callable[[], bytes]) -> Callable[[], IO[bytes]]:

@@ -98,6 +98,24 @@ def test_all_forms_give_the_same_images(tmp_path, form):
     assert file.statistics() is None and file.labels is None and file.value("backend", str) is None
 
 
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_an_archive_is_read_like_the_folder_that_was_packed(tmp_path, caplog, separator):
+    """Also where text is in another order than folders, and where a program of Windows packed it."""
+    caplog.set_level(logging.INFO)
+    places = ["a-1/0.png", "a/1.png", "b.png", "a/._1.png", ".hidden/2.png", "__MACOSX/a/3.png", "a/notes.txt"]
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for number, place in enumerate(places):
+            (tmp_path / "all" / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "all" / place).write_bytes(encoded(IMAGES[number]))
+            archive.writestr(place.replace("/", separator), encoded(IMAGES[number]))
+    folder, archive = (open_images(tmp_path / name) for name in ("all", "all.zip"))
+    np.testing.assert_array_equal(folder.first(3), IMAGES[[1, 0, 2]])
+    np.testing.assert_array_equal(archive.first(3), folder.first(3))
+    assert len(archive) == len(folder) == 3
+    for name, line in zip(("all", "all.zip"), caplog.messages, strict=True):
+        assert line.startswith(f"{tmp_path / name}: 3 images; left out: 1 file(s) that are no pictures (notes.txt), 3 ")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_evaluated_has_a_checksum_of_its_content(tmp_path, form):
     path = form(tmp_path)
