@@ -10,6 +10,9 @@ import numpy as np
 from . import arrays
 from .arrays import slices
 
+AT_ONCE = 64            # balls that are compared in float64 together
+ROWS = 2048             # points that are in memory in float64 together
+
 
 class Points(NamedTuple):
     """Features of n images, as given and in the coordinates in which distances are computed."""
@@ -146,28 +149,15 @@ class Membership:
 
 
 def _within_precisely(points: Points, centres: Points, balls: Balls) -> np.ndarray:
-    """Finds by distances in float64 which points lie within a ball, (n,) bool; ties up to its round-off lie within."""
+    """Finds in float64 which points lie within a ball, (n,) bool; ties lie within."""
     asked = np.zeros(len(centres.centred), bool)
     for _, squared in squared_distances(points, centres):
         asked |= (squared <= balls.possibly).any(axis=0)
     asked = np.random.default_rng(0).permutation(np.flatnonzero(asked))     # soon done where many are duplicates
     inside = np.zeros(len(points.centred), bool)
-    for chosen in (asked[part] for part in slices(len(asked), 256)):
-        is_near = np.zeros(len(centres.centred), bool)
-        for rows, squared in squared_distances(centres.take(chosen), centres):
-            is_near |= (squared <= balls.possibly[chosen[rows], None]).any(axis=0)
-        near = np.flatnonzero(is_near)
-        middle = centres.precise(chosen)
-        nearest = np.full((len(chosen), balls.k + 1), np.inf)
-        for part in slices(len(near), 2048):
-            squared = squared_distances_float64(middle, centres.precise(near[part]))
-            nearest = smallest(np.concatenate([nearest, squared], axis=1), balls.k)
-        squared_radii = np.maximum(nearest.max(axis=1), 0)
-        squared_radii += _margin(np.einsum("ij,ij->i", middle, middle), squared_radii, middle.shape[1], np.float64)
+    for chosen in (asked[part] for part in slices(len(asked), AT_ONCE)):
         outside = np.flatnonzero(~inside)
-        for part in slices(len(outside), 2048):
-            squared = squared_distances_float64(points.precise(outside[part]), middle)
-            inside[outside[part]] = (squared <= squared_radii).any(axis=1)
+        inside[outside] = _in_balls(centres, balls, chosen, points, outside, ties=True).any(axis=0)
         if inside.all():
             break
     return inside
@@ -176,33 +166,57 @@ def _within_precisely(points: Points, centres: Points, balls: Balls) -> np.ndarr
 def strictly_within(centres: Points, balls: Balls, chosen: np.ndarray, points: Points, close: np.ndarray) -> np.ndarray:
     """Finds in float64 which close pairs are nearer than the ball's radius, (n, M) bool; ties are not.
 
-    chosen: (n,) indices of the balls. close: (n, M) bool, the pairs in question. Products decide first, with their
-    round-off; what is left is decided by differences, which are the same for a pair of equal distance.
+    chosen: (n,) indices of the balls, AT_ONCE at most. close: (n, M) bool, the pairs in question.
+    """
+    columns = np.flatnonzero(close.any(axis=0))
+    within = np.zeros(close.shape, bool)
+    within[:, columns] = close[:, columns] & _in_balls(centres, balls, chosen, points, columns, ties=False)
+    return within
+
+
+def _in_balls(centres: Points, balls: Balls, chosen: np.ndarray, points: Points, columns: np.ndarray,
+              ties: bool) -> np.ndarray:
+    """Finds in float64 which points lie within which balls, (n, m) bool; ties: whether those at the radius do.
+
+    chosen: (n,) indices of the balls. columns: (m,) those of the points. Products decide first, with their round-off,
+    from an origin amid the balls, which one very far point does not move as it moves a mean. What is left is decided by
+    differences, which are the same for a pair of equal distance.
     """
     is_near = np.zeros(len(centres.centred), bool)
     for rows, squared in squared_distances(centres.take(chosen), centres):
         is_near |= (squared <= balls.possibly[chosen[rows], None]).any(axis=0)
-    near, columns = np.flatnonzero(is_near), np.flatnonzero(close.any(axis=0))
-    middle = centres.precise(chosen)
-    to_centres = squared_distances_float64(middle, centres.precise(near))
+    near = np.flatnonzero(is_near)
+    origin = np.median(centres.given[chosen], axis=0).astype(np.float64)
+    middle = centres.given[chosen] - origin
+    to_centres = _distances_by_products(middle, centres, near, origin)
     squared_radii = np.maximum(np.partition(to_centres, balls.k, axis=1)[:, balls.k], 0)
     margin = _margin(np.einsum("ij,ij->i", middle, middle), squared_radii, middle.shape[1], np.float64)
-    squared = squared_distances_float64(middle, points.precise(columns))
-    within = np.zeros(close.shape, bool)
-    within[:, columns] = close[:, columns] & (squared < (squared_radii - margin)[:, None])
-    is_open = close[:, columns] & (abs(squared - squared_radii[:, None]) <= margin[:, None])
+    squared = _distances_by_products(middle, points, columns, origin)
+    within = squared < (squared_radii - margin)[:, None]
+    is_open = abs(squared - squared_radii[:, None]) <= margin[:, None]
     for row in np.flatnonzero(is_open.any(axis=1)):
-        undecided = columns[is_open[row]]
         at_radius = near[abs(to_centres[row] - squared_radii[row]) <= 2 * margin[row]]
         nearer = np.count_nonzero(to_centres[row] < squared_radii[row] - 2 * margin[row])
         own = centres.given[chosen[row]].astype(np.float64)
-        radius = np.sort(_squared_lengths(centres.given[at_radius] - own))[balls.k - nearer]
-        within[row, undecided] = _squared_lengths(points.given[undecided] - own) < radius
+        radius = np.sort(_distances_by_differences(own, centres, at_radius))[balls.k - nearer]
+        found = _distances_by_differences(own, points, columns[is_open[row]])
+        within[row, is_open[row]] = found <= radius if ties else found < radius
     return within
 
 
-def _squared_lengths(differences: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", differences, differences)
+def _distances_by_products(middle: np.ndarray, points: Points, indices: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """Returns squared distances (n, m) of (n, D) to those points as they are given, from `origin`, in float64."""
+    return np.concatenate([squared_distances_float64(middle, points.given[indices[part]] - origin)
+                           for part in slices(len(indices), ROWS)], axis=1)
+
+
+def _distances_by_differences(own: np.ndarray, points: Points, indices: np.ndarray) -> np.ndarray:
+    """Returns squared distances (m,) of (D,) to those points as they are given, in float64."""
+    squared = np.empty(len(indices))
+    for part in slices(len(indices), ROWS):
+        differences = np.ascontiguousarray(points.given[indices[part]] - own)       # so that all sums have one order
+        squared[part] = np.einsum("ij,ij->i", differences, differences)
+    return squared
 
 
 def squared_distances_float64(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -217,7 +231,7 @@ def precise_squared_distances(points: Points, others: Points) -> np.ndarray:
     """Returns squared distances (n, M) in float64, in the coordinates of `centred`."""
     middle = points.precise(slice(None))
     return np.concatenate([squared_distances_float64(middle, others.precise(part))
-                           for part in slices(len(others.given), 2048)], axis=1)
+                           for part in slices(len(others.given), ROWS)], axis=1)
 
 
 def lengths(squared: np.ndarray, points: Points) -> np.ndarray:

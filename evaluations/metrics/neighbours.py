@@ -12,6 +12,7 @@ from guided_diffusion.errors import UserError
 from . import arrays
 from .arrays import check_k, checked_pair, slices
 from .distances import (
+    AT_ONCE,
     Balls,
     Membership,
     Points,
@@ -103,7 +104,7 @@ class _BallCounts:
         close = squared <= self.balls.possibly[rows, None]
         close &= ~within
         open_rows = np.flatnonzero(close.any(axis=1))
-        for part in slices(len(open_rows), 64):
+        for part in slices(len(open_rows), AT_ONCE):
             chosen = open_rows[part]
             within[chosen] |= strictly_within(self.centres, self.balls, rows.start + chosen, self.samples,
                                               close[chosen])

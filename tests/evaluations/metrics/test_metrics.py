@@ -279,6 +279,20 @@ def test_exact_precision_recall_of_far_clusters(rng):
                                                    (distances <= sample_radii).any(axis=1).mean())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels, far", [(1, 1e8), (16, 1e9), (64, 1e9), (64, 1e12)])
+def test_exact_precision_recall_is_that_of_float64_beside_a_far_image(channels, far, dtype, rng):
+    """Which the common mean follows so far that products of float64 tell no pair of the others apart."""
+    reference, sample = rng.standard_normal((2, 200, channels)).astype(dtype)
+    reference[0], sample[:5], sample[5:10] = far, reference[1:6], sample[10]
+    (reference_radii, sample_radii), distances = brute_force(reference, sample, 3)
+    expected = (distances <= reference_radii[:, None]).any(axis=0), (distances <= sample_radii).any(axis=1)
+    found = neighbourhoods(reference, sample)
+    for ours in (manifold_membership(reference, sample), (found.sample_inside, found.reference_inside)):
+        for one, other in zip(ours, expected, strict=True):
+            assert np.array_equal(one, other)
+
+
 def test_several_blocks_agree_with_one(rng, monkeypatch):
     reference, sample = rng.standard_normal((2, 700, 6))
     before = precision_recall(reference, sample), density_coverage(reference, sample)
