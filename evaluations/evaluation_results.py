@@ -30,10 +30,12 @@ def described_extractor(extractor: FeatureExtractor, options: ExtractorOptions) 
 
 
 def protocol(options: EvaluatorOptions) -> dict[str, Any]:
-    """Returns what a result says of how the metrics were computed."""
-    return {"precision_recall": options.precision_recall,
-            "neighbours": {word: metric.neighbours for word, metric in METRICS.items() if metric.neighbours},
-            "inception_score_split": SPLIT_SIZE, "seed": options.seed}
+    """Returns what a result says of how the metrics were computed, of those that were."""
+    neighbours = {metric.word: metric.neighbours for metric in options.computed if metric.neighbours}
+    return {**({"precision_recall": options.precision_recall} if options.of_manifolds else {}),
+            **({"neighbours": neighbours} if neighbours else {}),
+            **({"inception_score_split": SPLIT_SIZE} if METRICS["is"] in options.computed else {}),
+            **({"seed": options.seed} if options.is_random else {})}
 
 
 def versions() -> dict[str, str]:
@@ -47,9 +49,10 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     reference, backend = first["reference"], first["backend"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    distances = first["protocol"].get("precision_recall")
     lines = [f"reference: {_described(reference)}",
              f"network:   {backend['name']}, sha256 {backend['sha256'][:16]}",
-             f"protocol:  {first['protocol']['precision_recall']} precision and recall; {versions}"]
+             f"protocol:  {f'{distances} precision and recall; ' if distances else ''}{versions}"]
     for result in results:
         lines.append(f"{'held out: ' if result.get('held_out') else 'sample:   '} {_described(result['sample'])}")
         for word, value in result["metrics"].items():

@@ -23,23 +23,26 @@ from evaluations.features import feature_folder
 from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Words, parse_words
+from guided_diffusion.options import Words, options_parser
 from guided_diffusion.progress import aside
+from guided_diffusion.runs.command import say_note
+from guided_diffusion.runs.effects import in_words
 
 __all__ = ["Evaluation", "EvaluatorOptions", "NetworkOptions", "main", "warn"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    words, (extractor, options, show) = parse_words(argv, Words("FILE", "the reference batch, then the sample files"),
-                                                    ExtractorOptions, EvaluatorOptions, ShowOptions,
-                                                    description=__doc__)
+    parser = options_parser(argv, ExtractorOptions, EvaluatorOptions, ShowOptions, description=__doc__,
+                            words=Words("FILE", "the reference batch, then the sample files"))
+    words, (extractor, options, show) = parser.read(argv)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     log_to_stderr(dist_util.is_main())
     dist_util.setup_dist()
     with dist_util.together():
         evaluation = Evaluation(words[0], words[1:], extractor, options, warn=warn)
+    say_note(in_words(extractor.useless() | options.useless(), parser.given))
     with evaluation_job(options.json, evaluation.samples[bool(options.held_out)].path), \
             feature_folder(extractor.cache) as folder:
         results = evaluation.run(folder)

@@ -11,6 +11,8 @@ from .metrics import METRICS, ComparisonSettings, Metric
 from .metrics.bootstrap import MOST_RESAMPLINGS
 from .metrics.comparison import MANIFOLD_K
 
+MANIFOLD = (METRICS["precision"], METRICS["recall"])        # whose distances --precision_recall chooses
+
 
 def _depth_words() -> str:
     return " and ".join(word for word, metric in METRICS.items() if metric.needs_depth)
@@ -54,6 +56,31 @@ class EvaluatorOptions(Options):
         """The metrics that are asked for, in the order of METRICS."""
         words = self._words()
         return [metric for word, metric in METRICS.items() if word in words]
+
+    @property
+    def computed(self) -> list[Metric]:
+        """The metrics that are computed: those that are asked for, and those that the picture of --plot shows."""
+        shown = MANIFOLD if self.plot else ()
+        return [metric for metric in METRICS.values() if metric in self.wanted or metric in shown]
+
+    @property
+    def of_manifolds(self) -> bool:
+        """Whether precision or recall is computed."""
+        return any(metric in MANIFOLD for metric in self.computed)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether random numbers have a part in the results."""
+        return self.bootstrap > 0 or any(metric.by_seed for metric in self.computed)
+
+    def useless(self) -> dict[str, str]:
+        """The options that have no effect beside the others, and why."""
+        idle = {}
+        if not self.of_manifolds:
+            idle["precision_recall"] = "neither precision nor recall is computed"
+        if not self.is_random:
+            idle["seed"] = "nothing is drawn"
+        return idle
 
     @property
     def settings(self) -> ComparisonSettings:

@@ -34,6 +34,15 @@ class ExtractorOptions(Options):
         """What is known of the extractor before it is loaded."""
         return find_extractor(self.backend)
 
+    def useless(self) -> dict[str, str]:
+        """The options that have no effect beside the others, and why. Raises UserError as `find_extractor`."""
+        idle = {}
+        if not self.kind.is_inception:
+            idle["inception"] = f"--backend {self.kind.name} is no Inception"
+        if not self.kind.has_dtype:
+            idle["dtype"] = f"--backend {self.kind.name} computes in one type"
+        return idle
+
 
 def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
     """Loads the extractor that `--backend` names. Raises UserError where its file or the device cannot be used."""

@@ -22,8 +22,9 @@ from evaluations.extractor_options import ExtractorOptions
 from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Words, cut, nearest, option_fields, options_parser, parse_words
-from guided_diffusion.runs.command import Run, read_run, say_without_effect
+from guided_diffusion.options import Words, cut, nearest, option_fields, options_parser
+from guided_diffusion.runs.command import Run, read_run, say_note, say_without_effect
+from guided_diffusion.runs.effects import in_words
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
 
@@ -86,13 +87,16 @@ def _evaluation(words: list[str] | None) -> EvaluationPart | None:
     if words is None:
         return None
     try:
-        references, (extractor, options) = parse_words(
-            words, Words("REFERENCE", "the reference batch, a file or a bundled one by name", needed=True),
-            ExtractorOptions, EvaluatorOptions, description="The part evaluation of a cascade.")
+        parser = options_parser(
+            words, ExtractorOptions, EvaluatorOptions, description="The part evaluation of a cascade.",
+            words=Words("REFERENCE", "the reference batch, a file or a bundled one by name", needed=True))
+        references, (extractor, options) = parser.read(words)
         if len(references) > 1:
             raise UserError(f"{references[1]}: one reference is enough, the samples are those of the cascade")
+        note = in_words(extractor.useless() | options.useless(), parser.given)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
+    say_note(note)
     return EvaluationPart(references[0], extractor, options)
 
 

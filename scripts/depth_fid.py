@@ -18,17 +18,20 @@ from evaluations.extractor_options import ExtractorOptions
 from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Words, parse_words
+from guided_diffusion.options import Words, options_parser
+from guided_diffusion.runs import effects
+from guided_diffusion.runs.command import say_note
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    words, (extractor, options) = parse_words(
-        argv, Words("FILE", "the reference, then the sample files, of depth maps"), ExtractorOptions, DepthFidOptions,
-        description=__doc__)
+    parser = options_parser(argv, ExtractorOptions, DepthFidOptions, description=__doc__,
+                            words=Words("FILE", "the reference, then the sample files, of depth maps"))
+    words, (extractor, options) = parser.read(argv)
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
     log_to_stderr(dist_util.is_main())
+    say_note(effects.in_words(extractor.useless() | options.useless(), parser.given))
     results = depth_fid(words[0], words[1:], extractor, options, warn)
     if results:
         print(in_words(results))

@@ -23,7 +23,7 @@ from guided_diffusion.progress import Progress, progress_bar
 
 from ..extractor_options import ExtractorOptions
 from ..features import FeatureExtractor
-from ..reproduction.checks import check_extractors, check_files, check_rows
+from ..reproduction.checks import check_extractors, check_files, check_rows, say_without_effect
 from ..reproduction.measurements import EvaluationSettings, Measurements, measure_rows
 from ..reproduction.pictures import Pictures
 from ..reproduction.plan import probe
@@ -84,6 +84,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
                 table = Table(bench.name, "", "", "", {row.name: row}, (Section("", (row.name,)),))
                 check_rows(table, flag)
                 check_files(table, settings, allow_missing=False)
+            say_without_effect(first.values(), settings)
         check_extractors(first.values(), settings, extractors)
         with dist_util.together():
             found, why = _chosen(bench, options)

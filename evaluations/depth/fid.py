@@ -47,6 +47,10 @@ class DepthFidOptions(Options):
     seed: int = seed_option("seed of the resamplings")
     json: str = option("", "also write the results to this file")
 
+    def useless(self) -> dict[str, str]:
+        """The options that have no effect beside the others, and why."""
+        return {} if self.bootstrap else {"seed": "nothing is drawn"}
+
 
 class DepthFile:
     """A file of depth maps, or of grey images of them. Raises UserError where the file holds anything else.

@@ -85,7 +85,8 @@ class Metric:
     name says nothing of the Inception. by_halves: whether its resamplings are random halves of the samples. is_share:
     whether it counts images, so that it has no interval where too few of them are on one side. least, most: its
     smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that may have either
-    sign. Its resamplings are those of that number, with the sign that makes the number itself positive.
+    sign. Its resamplings are those of that number, with the sign that makes the number itself positive. by_seed:
+    whether its value depends on the seed, of images or directions that it draws.
     """
 
     word: str
@@ -108,6 +109,7 @@ class Metric:
     least: float = 0.0
     most: float = math.inf
     is_magnitude: bool = False
+    by_seed: bool = False
 
     @property
     def no_interval(self) -> str:
@@ -312,7 +314,7 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     _of_reference("recall", "Recall", lambda comparison: comparison.membership[1], subset_recall, MANIFOLD_K,
                   official=True),
     Metric("kid", "KID", LOWER, Feature.POOLED, _kid, _resampled_kid, FromReference.FEATURES,
-           least=-math.inf, by_network="Kernel distance by {} features"),
+           least=-math.inf, by_network="Kernel distance by {} features", by_seed=True),
     _of_samples("density", "Density", lambda comparison: comparison.neighbourhoods.density, DENSITY_K,
                 most=math.inf),
     _of_reference("coverage", "Coverage", lambda comparison: comparison.neighbourhoods.covered, subset_coverage,
@@ -323,10 +325,10 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("gap", "Sharpness gap", LOWER, Feature.SHARPNESS, _sharpness_gap, _resampled_sharpness_gap,
            FromReference.FEATURES, is_magnitude=True),
     Metric("mind", "MIND", LOWER, Feature.POOLED, _mind, _resampled_mind, FromReference.FEATURES,
-           falls_with_count=True, of_fewer=True),
+           falls_with_count=True, of_fewer=True, by_seed=True),
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
            FromReference.STATISTICS, fewest=FEWEST, per_feature=TRUSTED, least=-math.inf,
-           by_network="Frechet distance at infinity by {} features"),
+           by_network="Frechet distance at infinity by {} features", by_seed=True),
     Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
            FromReference.FEATURES, is_share=True, most=100),
     Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.CORRECTNESS, _class_accuracy,

@@ -17,6 +17,8 @@ from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
+from guided_diffusion.runs.command import say_note
+from guided_diffusion.runs.effects import in_words
 from guided_diffusion.runs.labels import NONE
 
 from ..evaluation_checks import check_extractor, check_outputs, check_reference, check_stored_features
@@ -91,6 +93,13 @@ def check_files(table: Table, settings: EvaluationSettings, allow_missing: bool)
         if any(row.evaluation.reference and find_extractor(row.evaluation.backend).is_inception for row in rows):
             find_graph(inception or None)
     return why
+
+
+def say_without_effect(rows: Iterable[Row], settings: EvaluationSettings) -> None:
+    """Says on the first rank where no row has an Inception that would read the file of --inception."""
+    kinds = [row.evaluation.kind for row in rows]
+    if settings.extractor.inception and not any(kind and kind.is_inception for kind in kinds):
+        say_note(in_words({"inception": "no row has a backend that is an Inception"}, ["inception"]))
 
 
 def check_extractors(rows: Iterable[Row], settings: EvaluationSettings,

@@ -31,7 +31,7 @@ from ..attention.study import attention_method, overlay_strip
 from ..extractor_options import ExtractorOptions
 from ..features import FeatureExtractor
 from ..metrics.bootstrap import MOST_RESAMPLINGS
-from .checks import check_extractors, check_files, check_rows
+from .checks import check_extractors, check_files, check_rows, say_without_effect
 from .markdown import markdown
 from .measurements import EvaluationSettings, measure_rows
 from .pictures import Pictures
@@ -165,6 +165,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         with dist_util.together():
             check_rows(table)
             why = check_files(table, settings, options.allow_missing)
+            say_without_effect(table.rows.values(), settings)
         check_extractors([row for name, row in table.rows.items() if name not in why], settings, extractors)
         with dist_util.together():
             if dist_util.is_main():

@@ -48,7 +48,11 @@ def read_run(argv: Sequence[str] | None, kind: type[Run], description: str = "")
 
 def say_without_effect(run: SamplingRun, given: Sequence[str]) -> None:
     """Logs which of the options that were given have no effect, on the first rank."""
-    note = without_effect(run, given)
+    say_note(without_effect(run, given))
+
+
+def say_note(note: str) -> None:
+    """Logs a line on options that have no effect, unless it is empty, on the first rank."""
     if note and dist_util.is_main():
         LOG.warning(note)
 

@@ -107,6 +107,11 @@ def test_what_cannot_work_is_refused_before_the_first_image(line, upsampler, tmp
         assert not list(tmp_path.glob("out/*/samples*"))
 
 
+def test_options_of_the_evaluation_without_effect_are_said(line, caplog):
+    assert call("cascade", *line(evaluation=[*EVALUATION, "--dtype", "bfloat16", "--num_images", 7])) == 2
+    assert "without effect: --dtype (--backend fashion_mnist computes in one type)" in caplog.messages
+
+
 def test_what_a_later_part_cannot_use_is_refused_before_the_base_is_made(line, tmp_path, monkeypatch, capsys):
     assert call("cascade", *line()) == 0
     small = tmp_path / "small.npz"

@@ -162,6 +162,28 @@ def test_result_says_what_it_is(save, evaluate):
     assert "FID" not in printed.err
 
 
+OF_NETWORK = ("--dtype (--backend fashion_mnist computes in one type); "
+              "--inception (--backend fashion_mnist is no Inception)")
+
+
+@pytest.mark.parametrize("words, note, protocol", [
+    (["--metrics", "fid", "--precision_recall", "official", "--seed", 3],
+     "--precision_recall (neither precision nor recall is computed); --seed (nothing is drawn)", set()),
+    (["--metrics", "fid", "--precision_recall", "official", "--bootstrap", 5, "--seed", 3, "--plot", "x.png"], "",
+     {"precision_recall", "neighbours", "seed"}),
+    (["--metrics", "recall", "--precision_recall", "official"], "", {"precision_recall", "neighbours"}),
+    (["--metrics", "is", "--dtype", "bfloat16", "--inception", "/nowhere"], OF_NETWORK, {"inception_score_split"}),
+    (["--metrics", "kid", "--seed", 3], "", {"seed"})])
+def test_what_has_no_effect_is_said_and_the_protocol_is_that_of_what_was_computed(
+        words, note, protocol, save, evaluate, caplog, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (result,), printed = evaluate(save("reference", clothes(20)), save("sample", clothes(20, 1)), *words)
+    said = [line for line in caplog.messages if line.startswith("without effect")]
+    assert said == ([f"without effect: {note}"] if note else [])
+    assert result["protocol"].keys() == protocol
+    assert ("official precision and recall" in printed.out) == ("precision_recall" in protocol)
+
+
 @pytest.mark.parametrize(("count", "rest"), [(6, 1), (5, 0), (10, 0), (3, 0), (12, 2)])
 def test_a_short_last_split_of_the_inception_score_is_said(save, evaluate, monkeypatch, count, rest):
     monkeypatch.setattr("evaluations.evaluation_warnings.SPLIT_SIZE", 5)

@@ -315,6 +315,14 @@ def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command
     assert fixed[0]["metrics"]["dfid"] > 0.2 and fixed[1]["metrics"]["dfid"] == pytest.approx(0, abs=1e-3)
 
 
+def test_options_of_dfid_without_effect_are_said(scenes, save_depth, command, caplog):
+    files = save_depth("real", scenes.depth[:80]), save_depth("other", scenes.depth[80:])
+    for words, said in (([], "; --seed (nothing is drawn)"), (["--bootstrap", 20], "")):
+        caplog.clear()
+        command("depth_fid", *files, *FASHION_MNIST, "--dtype", "bfloat16", "--seed", 3, *words)
+        assert f"without effect: --dtype (--backend fashion_mnist computes in one type){said}" in caplog.messages
+
+
 def test_two_commands_in_one_cache_do_not_read_each_others_maps(scenes, save_depth, tmp_path, monkeypatch):
     files = [str(save_depth("real", scenes.depth[:80])), str(save_depth("other", scenes.depth[80:]))]
     extractor = ExtractorOptions(backend="fashion_mnist", cache=str(tmp_path / "cache"))

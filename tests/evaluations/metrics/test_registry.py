@@ -7,7 +7,16 @@ import pytest
 from commands import execute
 
 from evaluations.evaluation import EvaluatorOptions
-from evaluations.metrics import EQUAL, METRICS, Comparison, Feature, FeatureSet, FromReference, Replicates
+from evaluations.metrics import (
+    EQUAL,
+    METRICS,
+    Comparison,
+    ComparisonSettings,
+    Feature,
+    FeatureSet,
+    FromReference,
+    Replicates,
+)
 from guided_diffusion.npz import write_batch
 
 # A user's file: a metric of one entry, then the evaluator as its path starts it.
@@ -75,6 +84,8 @@ def test_every_record_is_whole(word, comparison):
     assert metric.direction.verdict(-1, 1) == EQUAL
     assert metric.direction.verdict(1, 2) == metric.direction.above != metric.direction.below
     assert metric.neighbours == 0 or metric.needs is FromReference.FEATURES
+    other = Comparison(comparison.reference, comparison.sample, ComparisonSettings(seed=1))
+    assert metric.by_seed or metric.value(other) == metric.value(comparison)
 
 
 def test_names_and_numbers_of_images():

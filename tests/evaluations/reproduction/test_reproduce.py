@@ -233,6 +233,15 @@ def test_a_table_without_its_checkpoints_is_written_as_not_run(line, capsys, tmp
     assert not list((tmp_path / "out").rglob("*.npz"))
 
 
+def test_an_inception_that_no_row_reads_is_said(mini, line, caplog, monkeypatch):
+    def stop(*words):
+        raise UserError("this is as far as it goes")
+
+    monkeypatch.setattr(reproduction, "check_extractors", stop)
+    assert call("reproduce", *line(inception="/nowhere.pb")) == 2
+    assert "without effect: --inception (no row has a backend that is an Inception)" in caplog.messages
+
+
 def test_unknown_tables_and_rows_are_refused_with_the_nearest(mini, line, refused):
     assert "did you mean mini?" in refused(line("mimi"))
     assert "did you mean unguided?" in refused(line(rows="sag,unguidet"))
