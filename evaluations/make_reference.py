@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from guided_diffusion.image_datasets import (
     holds_idx,
     list_images,
     load_arrays,
+    named_labels,
     pad_to_frame,
     resize_smaller_side,
 )
@@ -27,7 +28,10 @@ from guided_diffusion.image_files import read_image
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
+from guided_diffusion.runs.command import say_note
+from guided_diffusion.runs.effects import in_words
 
+from .class_accuracy import read_labels
 from .extractor_options import ExtractorOptions, load_extractor_once
 from .extractors.depth import depth_extractor
 from .features import FeatureExtractor, Features, extract, feature_folder, own_folder
@@ -56,22 +60,31 @@ class ReferenceOptions(ExtractorOptions):
     image_size: int | None = option(None, "crop pictures of a folder to squares of this many pixels, as for training; "
                                     "unset: they must have one size", minimum=1)
 
+    def useless(self) -> dict[str, str]:
+        """The options that have no effect beside the others, and why. Raises UserError as `find_extractor`."""
+        idle = super().useless() if self.statistics else dict.fromkeys(
+            ("backend", "inception", "device", "dtype"), "--statistics False needs no network")
+        return idle if self.keep == "features" else {**idle, "half": f"--keep {self.keep} keeps no features"}
 
-def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
+
+def make_reference(source: str, out: str, options: ReferenceOptions, given: Collection[str] = ()) -> str:
     """Writes the reference batch `out` of the images in `source`, on all ranks together.
 
     source: an .npz with arr_0, an .npy of images, a .zip of pictures of one size, a folder of pictures (at any depth),
-    or a folder of IDX files ("fashion-mnist": where Debian installs them; its test images). Returns a line that says
-    what was made, "" on ranks other than the first. Raises UserError for images that cannot be read, and where `out`
-    cannot be written.
+    or a folder of IDX files ("fashion-mnist": where Debian installs them; its test images). Where images are kept, so
+    are the labels and the names of classes that a file has. given: the options that the user gave, of which those
+    without effect are said. Returns a line that says what was made, "" on ranks other than the first. Raises UserError
+    for images and labels that cannot be read, and where `out` cannot be written.
     """
-    given = Path(source).suffix in READ_AS_THEY_ARE
+    as_it_is = Path(source).suffix in READ_AS_THEY_ARE and not Path(source).is_dir()
     if not options.statistics and options.keep != "images":
         raise UserError(f"--keep {options.keep}: must be images with --statistics False")
     with given_as(""):
-        numbered = given or holds_idx(find_data(source))
-    if options.classes and numbered:
-        raise UserError(f"--classes {options.classes}: must be left out, {source} is no folder of pictures")
+        of_pictures = not as_it_is and not holds_idx(find_data(source))
+    for flag in ("classes", "image_size"):
+        if getattr(options, flag) and not of_pictures:
+            raise UserError(f"--{flag} {getattr(options, flag)}: must be left out, {source} is no folder of pictures")
+    say_note(in_words(options.useless(), given))
     made = ""
     dist_util.setup_dist()
     with dist_util.together():
@@ -80,20 +93,36 @@ def make_reference(source: str, out: str, options: ReferenceOptions) -> str:
     with feature_folder(options.cache) as folder, own_folder(folder) as own:
         written = own / f"images-{Path(out).name}"
         with dist_util.together(), given_as(""):
-            if not given and dist_util.is_main():
+            if not as_it_is and dist_util.is_main():
                 write_images(source, written, options)
         with dist_util.together():
-            images = open_images(source) if given else BatchFile(written)
+            images = open_images(source) if as_it_is else BatchFile(written)
             count = options.num_images or len(images)
             if not 2 <= count <= len(images):
                 raise UserError(f"{source} holds {len(images)} images: {count} are needed")
-        made = _write(images, out, folder, count, options)
+            labels = _labels(images, count) if options.classes or options.keep == "images" else {}
+        made = _write(images, labels, out, folder, count, options)
     dist_util.shutdown()
     return made
 
 
-def _write(images: BatchFile, out: str, folder: Path, count: int, options: ReferenceOptions) -> str:
-    """Writes the reference batch of the first `count` images, and returns what `make_reference` does."""
+def _labels(images: BatchFile, count: int) -> dict[str, np.ndarray]:
+    """Returns the labels of the first `count` images and the names of the classes, as far as the file has them.
+
+    Raises UserError for labels that are none.
+    """
+    if LABELS not in images.members:
+        return {}
+    labels, names = named_labels(images.path, read_labels(images), where=str(images.path))
+    return {LABELS: labels[:count], **({CLASS_NAMES: np.array(names.to_json())} if names else {})}
+
+
+def _write(images: BatchFile, labels: dict[str, np.ndarray], out: str, folder: Path, count: int,
+           options: ReferenceOptions) -> str:
+    """Writes the reference batch of the first `count` images, and returns what `make_reference` does.
+
+    labels: what stands beside them, by name.
+    """
     arrays: dict[str, np.ndarray] = {}
     network = "images alone"
     if options.statistics:
@@ -104,13 +133,10 @@ def _write(images: BatchFile, out: str, folder: Path, count: int, options: Refer
         network = extractor.name
     if not dist_util.is_main():
         return ""
-    if options.classes:
-        arrays |= {name: images.read(name)[:count] if name == LABELS else images.read(name)
-                   for name in (LABELS, CLASS_NAMES)}
     kept = None
     if options.keep == "images":
         kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
-    write_batch(out, arrays, kept, (count, *images.shape[1:]))
+    write_batch(out, arrays | labels, kept, (count, *images.shape[1:]))
     return f"reference: {out}, {count} images, {network}"
 
 
@@ -154,11 +180,11 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
     """Writes the images of a folder into an .npz."""
     folder = find_data(source)
     if holds_idx(folder):
-        pixels, _ = load_arrays(folder, "test")
+        pixels, classes = load_arrays(folder, "test")
         side = 2 ** int(np.ceil(np.log2(max(pixels.shape[1:]))))
         grey = pad_to_frame(pixels, (1, side, side))
         images = np.repeat(to_rounded_uint8(grey.numpy()).transpose(0, 2, 3, 1), 3, axis=3)
-        write_batch(path, {}, iter([images]), images.shape)
+        write_batch(path, {LABELS: classes}, iter([images]), images.shape)
         return
     every = list_images(folder)
     files = every[:options.num_images]

@@ -21,18 +21,19 @@ from evaluations.make_reference import ReferenceOptions, make_reference
 from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Words, parse_words
+from guided_diffusion.options import Words, options_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    words, (options,) = parse_words(argv, Words("FILE", "the images, then the file to write"), ReferenceOptions,
-                                    description=__doc__)
+    parser = options_parser(argv, ReferenceOptions, description=__doc__,
+                            words=Words("FILE", "the images, then the file to write"))
+    words, (options,) = parser.read(argv)
     if len(words) != 2:
         raise UserError(f"{len(words)} words given: the images and the file to write are needed")
     images, out = words
-    made = make_reference(images, out, options)
+    made = make_reference(images, out, options, parser.given)
     if made:
         print(made)
 

@@ -473,6 +473,56 @@ def test_reference_of_images_alone_with_their_classes(tmp_path, refused):
                                                  script="make_reference")
 
 
+@pytest.mark.parametrize("names", [["cat", "dog", "hen"], None])
+def test_a_reference_keeps_labels_where_it_keeps_images(save, tmp_path, refused, names):
+    labels = np.array([2, 0, 1, 1, 2])
+    source = save("source", clothes(5), arr_1=labels, **({"class_names": np.array(names)} if names else {}))
+    words = "make_reference", source, tmp_path / "made.npz", *FASHION_MNIST
+    assert call(*words, "--num_images", 4) == 0
+    made = BatchFile(tmp_path / "made.npz")
+    assert made.labels.tolist() == [2, 0, 1, 1]
+    assert (made.read("class_names").tolist() if "class_names" in made.members else None) == names
+    assert call(*words, "--keep", "features") == 0
+    assert not {"arr_0", "arr_1", "class_names"} & BatchFile(tmp_path / "made.npz").members.keys()
+    for arrays, message in (({"arr_1": np.zeros(5)}, "wrong.npz: arr_1 is (5,) float64, must be (5,) whole numbers"),
+                            ({"arr_1": labels, "class_names": np.array(["cat", "dog"])}, "arr_1 has the class 2")):
+        assert message in refused(save("wrong", clothes(5), **arrays), tmp_path / "made.npz", script="make_reference")
+
+
+def test_a_reference_of_idx_files_keeps_their_labels(tmp_path):
+    for name, values in (("images-idx3", np.arange(3 * 28 * 28).reshape(3, 28, 28)), ("labels-idx1", [7, 0, 2])):
+        array = np.asarray(values, np.uint8)
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + array.tobytes())
+    assert call("make_reference", tmp_path, tmp_path / "made.npz", "--statistics", False) == 0
+    assert BatchFile(tmp_path / "made.npz").labels.tolist() == [7, 0, 2]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--half", True], "--half (--keep images keeps no features)"),
+    (["--half", True, "--keep", "features"], ""),
+    (["--statistics", False], "--backend (--statistics False needs no network)"),
+    (["--dtype", "bfloat16"], "--dtype (--backend fashion_mnist computes in one type)")])
+def test_options_of_a_reference_without_effect_are_said(words, said, save, caplog, tmp_path):
+    assert call("make_reference", save("images", clothes(5)), tmp_path / "made.npz", *FASHION_MNIST, *words) == 0
+    assert [line for line in caplog.messages if "without" in line] == ([f"without effect: {said}"] if said else [])
+
+
+def test_options_of_pictures_in_a_folder_are_refused_for_others(save, tmp_path, refused):
+    np.save(tmp_path / "images.npy", clothes(5))
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "t10k-images-idx3-ubyte").touch()
+    for source in (save("images", clothes(5)), tmp_path / "images.npy", tmp_path / "idx"):
+        assert refused(source, tmp_path / "made.npz", "--image_size", 8, script="make_reference").endswith(
+            f"--image_size 8: must be left out, {source} is no folder of pictures")
+    (tmp_path / "photos.npz" / "cat").mkdir(parents=True)
+    for index, image in enumerate(clothes(3)):
+        Image.fromarray(image).save(tmp_path / "photos.npz" / "cat" / f"{index}.png")
+    assert call("make_reference", tmp_path / "photos.npz", tmp_path / "made.npz", "--statistics", False, "--classes",
+                "folders", "--image_size", 8) == 0
+    assert BatchFile(tmp_path / "made.npz").resolution == "8x8"
+
+
 @pytest.mark.parametrize("suffix", ["zip", "npy"])
 def test_reference_of_an_archive_or_an_array(save, tmp_path, suffix):
     images, source = clothes(5), tmp_path / f"images.{suffix}"
