@@ -20,8 +20,8 @@ def reading(path: str | Path, otherwise: str, *, flag: str = "") -> Iterator[Non
     """Turns whatever the block raises into a UserError "FLAG PATH: OTHERWISE (REASON)".
 
     A damaged or hostile file makes the libraries that read it raise nearly anything, from KeyError over RecursionError
-    to MemoryError, so that no list of exceptions would be complete. UserErrors and errors of other ranks pass as they
-    are. The block must do nothing but read this file.
+    to MemoryError, so that no list of exceptions would be complete; code that came with it may also end the program.
+    UserErrors and errors of other ranks pass as they are. The block must do nothing but read this file.
 
     flag: the option that named the file, with its dashes.
     """
@@ -29,7 +29,7 @@ def reading(path: str | Path, otherwise: str, *, flag: str = "") -> Iterator[Non
         yield
     except (UserError, PeerError, LostRankError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{f'{flag} ' if flag else ''}{path}: {otherwise} ({short_reason(error)})") from None
 
 
@@ -39,7 +39,7 @@ def short_reason(error: BaseException) -> str:
         return "it asks for more memory than there is"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    said = reason(error)
+    said = f"it ends the program by exit({error.code})" if isinstance(error, SystemExit) else reason(error)
     if "TorchScript" in said:           # which tells where it was before it tells why
         said = said.rpartition("RuntimeError: ")[2]
     return "".join(char if char.isprintable() else "?" for char in said[:MAX_DETAIL])

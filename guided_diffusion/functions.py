@@ -35,7 +35,7 @@ def find_function(word: str, flag: str) -> tuple[Callable[..., Any], Path | None
     try:
         with _current_folder():
             module = importlib.import_module(module_name)
-    except Exception as error:          # whatever the user's module raises
+    except (Exception, SystemExit) as error:            # whatever the user's module raises
         raise UserError(f"{flag} {word}: {module_name} cannot be imported ({short_reason(error)})") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -49,7 +49,7 @@ def source_of(word: str) -> Path | None:
     try:
         with _current_folder():
             spec = importlib.util.find_spec(word.split(":")[0])
-    except Exception:                   # whoever imports it says what is wrong
+    except (Exception, SystemExit):     # whoever imports it says what is wrong
         return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 

@@ -224,12 +224,14 @@ def test_files_that_cannot_be_used_are_a_sentence(exported, tmp_path, module):
     (tmp_path / "net.yaml").write_text("{}")
     with pytest.raises(UserError, match=r"^--clean_classifier_path .*holds weights without a network, which are"):
         built(path)
-    name = module("def three():\n    return 3\ndef broken():\n    raise OSError(7)\n")
+    name = module("def three():\n    return 3\ndef broken():\n    raise OSError(7)\n"
+                  "def ends():\n    raise SystemExit(3)\n")
     for word, sentence in (
             ("none.pt", "there is no such file"), ("none.onnx", "ONNX files are run without a gradient, which guidan"),
             ("https://host/net.pt", "must be a file on this machine, as its YAML file lies beside it"),
             ("no_such_module:load", "no_such_module cannot be imported"), ("sys:exit", "must be a function of a"),
             (f"{name}:absent", "own_classifiers has no function absent"), (f"{name}:broken", "the function fails"),
+            (f"{name}:ends", r"the function fails .it ends the program by exit\(3\)"),
             (f"{name}:three", "returns a int, it must return a torch.nn.Module")):
         with pytest.raises(UserError, match=f"^--clean_classifier_path {word}: {sentence}"):
             built(word)
