@@ -20,7 +20,7 @@ FLOORS = [
     ["guided_diffusion." + name for name in (
         "options", "files", "foreign", "scratch", "npz", "pixels", "progress", "jobs", "rng", "schedules", "losses",
         "fetch", "pictures", "image_files", "links", "cores", "network_inputs", "torchscript", "functions",
-        "tensor_files")],
+        "steadiness", "tensor_files")],
     ["guided_diffusion.dtypes"],
     ["guided_diffusion." + name for name in ("nn", "winograd", "attention", "unet", "capture", "unfilled")],
     ["guided_diffusion.process"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -13,20 +15,23 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.foreign import reading
 from guided_diffusion.functions import find_function
+from guided_diffusion.options import shortened
 
 from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
 from .base import IMAGE_SIZE, ExtractorKind
 from .depth import DepthEstimator
+from .tried import TriedExtractor
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PARTS = tuple(map(Feature, Features._fields))
 
 
-class OwnExtractor:
+class OwnExtractor(TriedExtractor):
     """What a function of the user's returned, with features that it may leave out, and the code in its settings."""
 
     def __init__(self, word: str, made: FeatureExtractor, code: str) -> None:
+        super().__init__()
         self.word, self._made = word, made
         self.name, self.fingerprint, self.caveat = made.name, made.fingerprint, getattr(made, "caveat", "")
         self.settings = {"function": word, "code": code, **dict(getattr(made, "settings", {}))}
@@ -34,12 +39,26 @@ class OwnExtractor:
     def features(self, images: np.ndarray) -> Features:
         """Returns the features of images (N, H, W, 3) uint8; an array alone is the pooled ones.
 
-        Raises UserError where they are not features of so many images.
+        Raises UserError where they are not features of so many images, and at the first images where they are unsteady.
         """
-        return self._checked(self._made.features(images), images)
+        found = self._features(images)
+        self.try_once(self._features, images, f"--backend {self.word}")
+        return found
+
+    def _features(self, images: np.ndarray) -> Features:
+        with self._running("features", images):
+            return self._checked(self._made.features(images), images)
+
+    def _running(self, method: str, images: np.ndarray) -> AbstractContextManager[None]:
+        """Makes a sentence of whatever the extractor's method, or what it returned, raises in the block."""
+        return reading(self.word, f"{method}() fails on images of {'x'.join(map(str, images.shape))}", flag="--backend")
 
     def _checked(self, found: Features | np.ndarray, images: np.ndarray) -> Features:
-        given = (found,) if isinstance(found, np.ndarray) else tuple(found)
+        given = (found,) if isinstance(found, np.ndarray) else found
+        if not isinstance(given, (tuple, list)) or not 1 <= len(given) <= len(PARTS):
+            what = f"{len(given)} parts" if isinstance(given, (tuple, list)) else f"a {type(given).__name__}"
+            raise UserError(f"--backend {self.word}: gives {what}, it must give an array (N, D), or the arrays "
+                            f"{', '.join(PARTS)}")
         none = np.empty((len(images), 0), np.float32)
         parts = [none if part is None else np.asarray(part) for part in (*given, None, None)[:len(PARTS)]]
         if any(part.ndim < 2 or len(part) != len(images) or part.dtype.kind != "f" for part in parts):
@@ -61,13 +80,20 @@ class OwnDepthExtractor(OwnExtractor):
     def features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
         """Returns the features, and depth maps (N, 32, 32) from -1 (near) to 1 (far).
 
-        Raises UserError where they are not maps of so many images.
+        Raises UserError where they are not maps of so many images, and at the first images where they are unsteady.
         """
-        features, depth = self._estimator.features_and_depth(images)
-        if np.shape(depth) != (len(images), IMAGE_SIZE, IMAGE_SIZE) or not np.all(np.abs(depth) <= 1):
-            raise UserError(f"--backend {self.word}: gives depth {np.shape(depth)} for {len(images)} images, it must "
-                            f"be (N, {IMAGE_SIZE}, {IMAGE_SIZE}) from -1 (near) to 1 (far)")
-        return self._checked(features, images), np.asarray(depth, np.float32)
+        features, depth = self._features_and_depth(images)
+        self.try_once(lambda noise: [*(tried := self._features_and_depth(noise))[0], tried[1]], images,
+                      f"--backend {self.word}", "features and depth")
+        return features, depth
+
+    def _features_and_depth(self, images: np.ndarray) -> tuple[Features, np.ndarray]:
+        with self._running("features_and_depth", images):
+            features, depth = self._estimator.features_and_depth(images)
+            if np.shape(depth) != (len(images), IMAGE_SIZE, IMAGE_SIZE) or not np.all(np.abs(depth) <= 1):
+                raise UserError(f"--backend {self.word}: gives depth {np.shape(depth)} for {len(images)} images, it "
+                                f"must be (N, {IMAGE_SIZE}, {IMAGE_SIZE}) from -1 (near) to 1 (far)")
+            return self._checked(features, images), np.asarray(depth, np.float32)
 
 
 def function_record(word: str) -> ExtractorKind:
@@ -75,9 +101,12 @@ def function_record(word: str) -> ExtractorKind:
     function, file = find_function(word, "--backend")
     code = sha256_of(file) if file else ""
     outputs = getattr(function, "outputs", PARTS)
+    if not isinstance(outputs, (tuple, list, set, frozenset)) or not all(isinstance(one, str) for one in outputs):
+        raise UserError(f"--backend {word}: outputs of the function are {shortened(outputs)}, they must be a list of "
+                        'words, like ("pooled",)')
     unknown = [one for one in outputs if one not in (*PARTS, Feature.DEPTH)]
     if unknown or Feature.POOLED not in outputs:
-        raise UserError(f"--backend {word}: outputs of the function are {', '.join(map(str, outputs)) or 'none'}, they "
+        raise UserError(f"--backend {word}: outputs of the function are {', '.join(outputs) or 'none'}, they "
                         f"must be pooled and what else there is of {', '.join(PARTS)}, depth")
     with_depth = Feature.DEPTH in outputs
     return ExtractorKind(word, "an extractor of yours", partial(_load, word, function, code, with_depth), 0, 0, 0,
@@ -88,11 +117,15 @@ def _load(word: str, function: Callable[..., FeatureExtractor], code: str, with_
           inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
     with reading(word, "the function fails", flag="--backend"):
         made: Any = function(device=device)
-    needed = ("name", "fingerprint", "features", *(["features_and_depth"] if with_depth else []))
-    lacking = [name for name in needed if not hasattr(made, name)]
-    if lacking or not callable(made.features):
-        raise UserError(f"--backend {word}: returns no extractor, it has no {', '.join(lacking) or 'features()'}")
-    if not SHA256.fullmatch(str(made.fingerprint)):
-        raise UserError(f"--backend {word}: fingerprint is {str(made.fingerprint)[:80]!r}, it must be the SHA-256 of "
-                        "the weights, 64 hexadecimal digits")
-    return (OwnDepthExtractor if with_depth else OwnExtractor)(word, made, code)
+    with reading(word, "what the function returns cannot be used", flag="--backend"):
+        methods = ("features", *(["features_and_depth"] if with_depth else []))
+        lacking = [name for name in ("name", "fingerprint", *methods) if not hasattr(made, name)]
+        lacking = lacking or [f"{name}()" for name in methods if not callable(getattr(made, name))]
+        if lacking:
+            raise UserError(f"--backend {word}: returns no extractor, it has no {', '.join(lacking)}")
+        if not SHA256.fullmatch(str(made.fingerprint)):
+            raise UserError(f"--backend {word}: fingerprint is {str(made.fingerprint)[:80]!r}, it must be the SHA-256 "
+                            "of the weights, 64 hexadecimal digits")
+        extractor = (OwnDepthExtractor if with_depth else OwnExtractor)(word, made, code)
+        json.dumps([extractor.name, extractor.settings])         # as results have them
+        return extractor

@@ -16,15 +16,16 @@ from guided_diffusion.network_inputs import Outputs, Preparation, chosen_output
 from ..features import Features
 from ..metrics.comparison import Feature
 from .base import IMAGE_SIZE
+from .tried import TriedExtractor
 
 Network = Callable[[Tensor], Outputs]       # images as it reads them to outputs by name or number
 
 
-class NetworkExtractor:
+class NetworkExtractor(TriedExtractor):
     """A network of a user's file as an extractor.
 
     path: the file. fingerprint: its SHA-256. network: runs it on images (N, 3, height, width) float32. runtime: what
-    runs it, with its version. Raises UserError where one grey image shows that it cannot be used.
+    runs it, with its version. Raises UserError where one grey image, or noise, shows that it cannot be used.
     """
 
     caveat = ""
@@ -35,14 +36,21 @@ class NetworkExtractor:
         self.preparation = preparation
         self.settings = {"runtime": runtime, **self.preparation.described()}
         self._network, self._device = network, device
+        super().__init__()
         if preparation.size is not None:
             self.outputs(np.full((1, *preparation.size, 3), 128, np.uint8))
 
     def outputs(self, images: np.ndarray) -> dict[str, Tensor]:
         """Returns the outputs that the YAML file names, each (N, ...) float32 on the CPU, by what they are.
 
-        images: (N, H, W, 3) uint8. Raises UserError where the network fails, or lacks one of them.
+        images: (N, H, W, 3) uint8. Raises UserError where the network fails, or lacks one of them, and at the first
+        images where it is unsteady.
         """
+        found = self._outputs(images)
+        self.try_once(lambda noise: list(self._outputs(noise).values()), images, f"--backend {self.file}")
+        return found
+
+    def _outputs(self, images: np.ndarray) -> dict[str, Tensor]:
         inputs = self.preparation.inputs(images, self._device)
         shape = "x".join(map(str, inputs.shape))
         with reading(self.file, f"the network fails on an input of {shape}", flag="--backend"), torch.no_grad():

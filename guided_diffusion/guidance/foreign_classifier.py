@@ -16,14 +16,13 @@ from ..foreign import reading
 from ..functions import find_function, is_function
 from ..launchers import is_main
 from ..network_inputs import Preparation, chosen_output, read_preparation, settings_beside
+from ..steadiness import PROBES, check_steady, noise_images
 from ..torchscript import load_torchscript
 
 if TYPE_CHECKING:
     from .base import Networks
 
 OUTPUT = "logits"               # of those that a YAML file may name
-PROBES = 2                      # images on which a classifier is tried
-TOLERANCE = 0.01                # of the largest logit; an image's logits do not depend on the others of a batch
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +91,7 @@ def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
     if classifier.preparation is not None and channels not in (1, 3):
         raise UserError(f"{where}: sees images of 3 channels (of 1 as grey), and the network that is sampled makes "
                         f"{channels}")
-    noise = torch.rand((PROBES, channels, size, size), generator=torch.Generator().manual_seed(0))
-    x = (2 * noise - 1).to(classifier.device).requires_grad_()
+    x = (2 * noise_images(channels, size, size) - 1).to(classifier.device).requires_grad_()
     shape = "x".join(map(str, classifier.inputs(x).shape))
     with torch.enable_grad():
         with reading(where, f"the network fails on an input of {shape}"):
@@ -107,10 +105,7 @@ def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
         raise UserError(f"{where}: has a gradient of 0 everywhere, of images of noise; guidance needs logits that "
                         "follow the image smoothly, not classes or rounded numbers")
     with reading(where, f"the network fails on an input of 1{shape.removeprefix(str(PROBES))}"), torch.no_grad():
-        alone = torch.cat([classifier(one) for one in x.split(1)])
-    if alone.shape != logits.shape or (alone - logits).abs().max() > TOLERANCE * logits.abs().max():
-        raise UserError(f"{where}: gives an image other logits alone than beside another image, or at each call; "
-                        "export it after .eval()")
+        check_steady(lambda images: [classifier(images)], x, where, OUTPUT)
 
 
 def _check_logits(logits: Tensor, where: str) -> None:

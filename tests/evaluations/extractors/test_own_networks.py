@@ -18,6 +18,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.network_inputs import read_preparation
 from guided_diffusion.npz import BatchFile, write_batch
+from guided_diffusion.steadiness import check_steady
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")        # old, and what people have
 
@@ -276,7 +277,136 @@ def test_a_function_that_cannot_be_used_is_a_sentence(module, name, sentence):
         find_extractor("no_such_module:load")
 
 
+FAULTY = """
+import sys
+import numpy as np
+
+rng = np.random.default_rng(0)
+
+class Extractor:
+    name, fingerprint = "own", "ab" * 32
+
+    def __init__(self, found=None, maps=None):
+        self.found, self.maps = found, maps
+
+    def features(self, images):
+        return self.found(images.mean(axis=(1, 2), dtype=np.float32))
+
+    def features_and_depth(self, images):
+        return self.features(images), self.maps(images[:, :, :, 0] / 127.5 - 1)
+
+def fails(means):
+    raise RuntimeError("no such layer")
+
+def as_it_is(values):
+    return values
+
+def extractor(found=as_it_is, maps=as_it_is, outputs=("pooled",), **attributes):
+    def load(device=""):
+        made = Extractor(found, maps)
+        vars(made).update(attributes)
+        return made
+    load.outputs = outputs
+    return load
+
+failing = extractor(fails)
+none = extractor(lambda means: None)
+many = extractor(lambda means: [means] * 4)
+ragged = extractor(lambda means: [[[1.0], [1.0, 2.0]]])
+ending = extractor(lambda means: sys.exit(3))
+beside = extractor(lambda means: means - means.mean(axis=0))
+widths = extractor(lambda means: means @ means.T)
+chance = extractor(lambda means: means + rng.random(means.shape, np.float32) * 99)
+no_maps = extractor(maps=fails, outputs=["pooled", "depth"])
+chance_maps = extractor(maps=lambda depth: rng.random(depth.shape), outputs=["pooled", "depth"])
+number = extractor(outputs=5)
+text = extractor(outputs="pooled")
+odd = extractor(outputs=("pooled", 3))
+settings = extractor(settings=7)
+not_json = extractor(settings={"type": np.float32})
+no_method = extractor(features=3)
+
+def ends(device=""):
+    sys.exit("no weights")
+"""
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("failing", r"features\(\) fails on images of 4x32x32x3 \(no such layer\)"),
+    ("none", r"gives a NoneType, it must give an array \(N, D\), or the arrays pooled, spatial, probabilities"),
+    ("many", "gives 4 parts, it must give an array"), ("ragged", r"features\(\) fails on images of 4x32x32x3"),
+    ("ending", r"features\(\) fails on images of 4x32x32x3 \(it ends the program by exit\(3\)\)"),
+    *((name, "gives an image other features alone than beside another image, or at each call; export it after .eval")
+      for name in ("beside", "widths", "chance")),
+    ("no_maps", r"features_and_depth\(\) fails on images of 4x32x32x3 \(no such layer\)"),
+    ("chance_maps", "gives an image other features and depth alone than beside another image"),
+    ("number", r'outputs of the function are 5, they must be a list of words, like \("pooled",\)'),
+    ("text", "outputs of the function are 'pooled', they must be a list"),
+    ("odd", r"outputs of the function are \('pooled', 3\), they must be a list"),
+    ("settings", "what the function returns cannot be used .*'int' object is not iterable"),
+    ("not_json", "what the function returns cannot be used .*not JSON serializable"),
+    ("no_method", r"returns no extractor, it has no features\(\)"),
+    ("ends", r"the function fails \(it ends the program by exit\(no weights\)\)")])
+def test_whatever_is_wrong_with_a_function_is_a_sentence(module, name, sentence, tmp_path):
+    (tmp_path / "own_means.py").write_text(FAULTY)
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match=f"^--backend own_means:{name}: {sentence}"):
+        extractor = find_extractor(f"own_means:{name}").load(device="cpu")
+        (extractor.features_and_depth if "maps" in name else extractor.features)(images)
+
+
+def test_a_module_that_ends_the_program_is_a_sentence(module, tmp_path):
+    (tmp_path / "own_means.py").write_text("import sys\nsys.exit()\n")
+    with pytest.raises(UserError, match=r"own_means cannot be imported \(it ends the program by exit\(None\)\)"):
+        find_extractor("own_means:load")
+
+
 # Refusals
+
+
+class Unsteady(nn.Module):
+    """A convolution whose features depend on the batch, or on chance, as that of a network in training does."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.conv, self.then = Tiny().conv, then
+
+    def forward(self, x):
+        return self.then(self.conv(x)).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("size", ["input_size: 16", "{}"], ids=["of one size", "of any size"])
+@pytest.mark.parametrize("then", [nn.BatchNorm2d(4), nn.Dropout(), nn.Identity()], ids=lambda then: type(then).__name__)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_network_that_was_exported_in_training_is_refused(tmp_path, images, then, size):
+    torch.jit.trace(Unsteady(then).train(), torch.zeros(4, 3, 16, 16), check_trace=False).save(str(tmp_path / "net.pt"))
+    (tmp_path / "net.yaml").write_text(size)
+    kind = find_extractor(str(tmp_path / "net.pt"))
+    if isinstance(then, nn.Identity):
+        assert kind.load(device="cpu").features(images).pooled.shape == (30, 4)
+        return
+    with pytest.raises(UserError, match=r"^--backend .*net\.pt: gives an image other features alone than beside"):
+        kind.load(device="cpu").features(images[:1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_are_not_to_be_written_are_features_too():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    check_steady(lambda images: [np.broadcast_to(np.float32(1), (len(images), 4))], images, "net.pt", "features")
+    check_steady(lambda images: [np.empty((len(images), 0), np.float32)], images, "net.pt", "features")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_no_difference(dtype):
+    def rounded(images):
+        values = np.sin(np.arange(1, 65) * images.mean(axis=(1, 2, 3)).reshape(-1, 1))
+        noise = np.random.default_rng(len(images)).uniform(-1, 1, values.shape)         # of other sums in other batches
+        return [torch.tensor(values * (1 + noise * torch.finfo(dtype).eps)).to(dtype)]
+
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    check_steady(rounded, images, "net.pt", "features")
+    with pytest.raises(UserError, match=r"^net\.pt: gives an image other features"):
+        check_steady(lambda images: [rounded(images)[0] * len(images)], images, "net.pt", "features")
 
 
 @pytest.mark.parametrize("settings, sentence", [
