@@ -48,7 +48,7 @@ class CleanClassifierGuidance(GradientGuidance):
     """Guidance by the gradient of a clean classifier's log-odds of the label, at the predicted x0.
 
     classifier: images (N, C, H, W) -> logits (N, classes). scale: 0 is off. temperature, margin_temperature: tau_1 and
-    tau_2, None for half of tau_1. softplus_beta: of the softplus in place of ReLUs that are modules; None keeps them.
+    tau_2, None for half of tau_1. softplus_beta: of the softplus in place of ReLUs that are nn.ReLU; None keeps them.
     gamma: of the weight 1 + gamma sin(pi t). image_size, mean, std: the images as the classifier was trained on them,
     resized (bilinear, antialiased; None: as they are), then (x - mean) / std of images in [0, 1] by channel; without
     mean and std it sees [-1, 1]. The others: see `Guidance`.
@@ -247,7 +247,8 @@ class CleanClassifierOptions(ScaledOptions):
         from .foreign_classifier import check_classifier
 
         classifier = self._foreign(nets.device)
-        check_classifier(classifier, nets)
+        with _smooth(classifier, SOFTPLUS_BETA):            # as it guides
+            check_classifier(classifier, nets)
         return classifier, None
 
     def _own(self, nets: Networks) -> tuple[nn.Module, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import ready
 from ..errors import UserError
@@ -72,21 +73,43 @@ def load_classifier(path: str, flag: str, device: torch.device) -> ForeignClassi
     preparation = read_preparation(settings_beside(Path(path), flag), OUTPUT, flag)
     script = load_torchscript(Path(path), device, flag)
     with reading(path, "is no TorchScript file that can be used", flag=flag):
-        if "aten::relu" in str(script.inlined_graph):
-            _say_relus(where)
+        if _has_relus(script):
+            _say_relus(where, "export it with")
     return ForeignClassifier(script, preparation, where, device)
 
 
+def _has_relus(script: torch.jit.ScriptModule) -> bool:
+    """Whether a network in TorchScript has ReLUs; a ReLU6 is there under the name of what it is made of."""
+    return ("aten::relu" in str(script.inlined_graph)
+            or any(getattr(module, "original_name", "") == "ReLU6" for module in script.modules()))
+
+
+class _Relus(TorchFunctionMode):
+    """Notes whether ReLUs are called within, but those in TorchScript."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        self.found |= name in ("relu", "relu_", "relu6") or (name == "hardtanh" and kwargs.get("min_val") == 0)
+        return func(*args, **kwargs)
+
+
 @functools.cache
-def _say_relus(where: str) -> None:
-    """Logs, once, that a classifier is not as in the paper."""
+def _say_relus(where: str, remedy: str) -> None:
+    """Logs, once, that a classifier is not as in the paper; remedy: the beginning of what changes that."""
     if is_main():
-        _log.info("%s: has ReLUs, which stay as they are; export it with nn.Softplus(beta=3) in their place, as the "
-                  "paper has it", where)
+        _log.info("%s: has ReLUs, which stay as they are; %s nn.Softplus(beta=3) in their place, as the paper has it",
+                  where, remedy)
 
 
 def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
-    """Tries a classifier on images of noise, with its gradient. Raises UserError where it cannot guide."""
+    """Tries a classifier on images of noise, with its gradient, and logs where it calls ReLUs that are no nn.ReLU.
+
+    Those are called as softplus around this. Raises UserError where it cannot guide.
+    """
     where, channels, size = classifier.where, nets.model.image_channels, nets.model.image_size
     if classifier.preparation is not None and channels not in (1, 3):
         raise UserError(f"{where}: sees images of 3 channels (of 1 as grey), and the network that is sampled makes "
@@ -104,8 +127,11 @@ def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
     if not gradient.any():
         raise UserError(f"{where}: has a gradient of 0 everywhere, of images of noise; guidance needs logits that "
                         "follow the image smoothly, not classes or rounded numbers")
-    with reading(where, f"the network fails on an input of 1{shape.removeprefix(str(PROBES))}"), torch.no_grad():
+    with (reading(where, f"the network fails on an input of 1{shape.removeprefix(str(PROBES))}"), torch.no_grad(),
+          _Relus() as relus):
         check_steady(lambda images: [classifier(images)], x, where, OUTPUT)
+    if relus.found:
+        _say_relus(where, "use nn.ReLU, which becomes softplus, or")
 
 
 def _check_logits(logits: Tensor, where: str) -> None:

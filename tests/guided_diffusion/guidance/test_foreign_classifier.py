@@ -15,6 +15,7 @@ from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import CleanClassifierOptions, Networks, StepContext
+from guided_diffusion.guidance.foreign_classifier import _say_relus
 from guided_diffusion.process import Denoiser, Prediction
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 
@@ -179,6 +180,33 @@ def test_relus_of_a_file_are_said_to_stay(exported, caplog):
             network.relu = nn.Softplus(beta=3)
         built(exported(network.eval(), name=name))
     assert [message.split(": ")[0].split("/")[-1] for message in caplog.messages if "ReLU" in message] == ["with.pt"]
+
+
+class Called(nn.Module):
+    """The tiny classifier with something else in the place of its ReLU."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.network, self.hidden = Tiny(), hidden
+
+    def forward(self, x):
+        return self.network.head(self.hidden(self.network.conv(x)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("hidden, of_function, of_file", [
+    *((relu, True, True) for relu in (F.relu, F.relu6, torch.relu, torch.Tensor.relu, lambda x: x.clone().relu_(),
+                                      nn.ReLU6())),
+    (nn.ReLU(), False, True),
+    *((other, False, False) for other in (nn.Softplus(beta=3), nn.Hardtanh(), nn.LeakyReLU()))], ids=str)
+def test_all_relus_that_stay_are_said(exported, function, caplog, hidden, of_function, of_file):
+    caplog.set_level("INFO")
+    network = Called(hidden).eval()
+    for word, stays in ((function(network), of_function), (exported(network), of_file)):
+        _say_relus.cache_clear()                # a line is said once of each word
+        caplog.clear()
+        built(word)
+        assert [message.split("; ")[0] for message in caplog.messages if "ReLU" in message] == [
+            f"--clean_classifier_path {word}: has ReLUs, which stay as they are"] * stays
 
 
 # Refusals
