@@ -100,6 +100,12 @@ class ApgOptions(GuidanceOptions):
         return {"norm": "any norm" if self.apg_norm_threshold is None else f"norm <= {self.apg_norm_threshold:g}",
                 "momentum": f"momentum {self.apg_momentum:g}"}
 
+    def useless(self) -> dict[str, str]:
+        """Everything, where the change stays as it is, but for rounding."""
+        if self.apg_eta != 1 or self.apg_norm_threshold is not None or self.apg_momentum:
+            return {}
+        return self.all_useless("with eta 1, any norm and no momentum the change stays as it is")
+
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         return [ProjectedGuidance(self.apg_eta, self.apg_norm_threshold, self.apg_momentum, **self.window)]

@@ -19,9 +19,9 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     """One line on the flags among `given` that no image of the run depends on; "" where there is none.
 
     Those are options of a guidance method that is off, unless they are what switches it off, of a sampler that is not
-    used, of a method whose window holds no step, or that has no contrast to change, bounds of windows that leave out no
-    step, what other options make useless, labels where nothing takes any, what --dtype says in another way, and
-    --batch_contrasts where there is nothing to batch.
+    used, of a method whose window holds no step, or none with a contrast to change, bounds of windows that leave out no
+    step, or none that counts, what other options make useless, labels where nothing takes any, what --dtype says in
+    another way, and --batch_contrasts where there is nothing to batch.
     """
     used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
     shared = {field.name for options in used for field in option_fields(type(options))}
@@ -79,17 +79,22 @@ def _useless_beside_others(run: SamplingRun) -> dict[str, str]:
         idle["sigma_small"] = "the network predicts the variance"
     for method in run.active:
         idle |= method.useless()
-        idle |= dict.fromkeys(_idle_bounds(method, run), f"every step of the window of {method.short} is within")
+        idle |= _idle_bounds(method, run)
     return idle
 
 
-def _idle_bounds(method: GuidanceOptions, run: SamplingRun) -> list[str]:
-    """The flags of a method's window that leave out no step."""
-    given = [flag for flag in method.bounds() if getattr(method, flag) is not None]
-    if not given:
-        return []
-    held = _steps_held(method, run)
-    return [flag for flag in given if torch.equal(held, _steps_held(replace(method, **{flag: None}), run))]
+def _idle_bounds(method: GuidanceOptions, run: SamplingRun) -> dict[str, str]:
+    """The flags of a method's window that leave out no step, or none that would change an image, and why."""
+    idle: dict[str, str] = {}
+    for flag in method.bounds():
+        if getattr(method, flag) is None:
+            continue
+        left_out = _steps_held(replace(method, **{flag: None}), run) & ~_steps_held(method, run)
+        if not left_out.any():
+            idle[flag] = f"every step of the window of {method.short} is within"
+        elif issubclass(method.kind, TransformGuidance) and not (left_out & _steps_of_contrasts(run)).any():
+            idle[flag] = f"no contrast acts at a step that it keeps from {method.short}"
+    return idle
 
 
 def _steps_held(method: GuidanceOptions, run: SamplingRun) -> Tensor:
@@ -98,14 +103,23 @@ def _steps_held(method: GuidanceOptions, run: SamplingRun) -> Tensor:
     return torch.stack([term.window(torch.arange(process.num_timesteps), process) for term, _ in method.schedule()])
 
 
+def _steps_of_contrasts(run: SamplingRun) -> Tensor:
+    """(T,) bool: the steps of the chain at which any contrast acts."""
+    held = [_steps_held(method, run).any(dim=0) for method in run.active if issubclass(method.kind, ContrastGuidance)]
+    return torch.stack(held).any(dim=0) if held else torch.zeros(run.process().num_timesteps, dtype=torch.bool)
+
+
 def _idle_methods(run: SamplingRun) -> Iterator[tuple[GuidanceOptions, str]]:
     """Methods that are on and yet change no image, and why."""
     contrasts = any(issubclass(method.kind, ContrastGuidance) for method in run.active)
     for method in run.active:
-        if not _steps_held(method, run).any():
+        held = _steps_held(method, run)
+        if not held.any():
             yield method, f"no step lies in the window of {method.short}"
         elif issubclass(method.kind, TransformGuidance) and not contrasts:
             yield method, f"there is no contrast that {method.short} could change"
+        elif issubclass(method.kind, TransformGuidance) and not (held & _steps_of_contrasts(run)).any():
+            yield method, f"no contrast acts at a step of the window of {method.short}"
 
 
 def _switches(method: GuidanceOptions, flag: str) -> bool:
