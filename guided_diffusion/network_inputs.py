@@ -14,6 +14,8 @@ guidance by a classifier (an output `logits`).
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +26,7 @@ import numpy as np
 
 from .errors import UserError
 from .late import F, Tensor, torch
+from .launchers import is_main
 from .npz import MAX_SIDE
 from .options import nearest, shortened
 
@@ -33,6 +36,8 @@ RESIZES = {"bicubic": True, "bilinear": True, "nearest": False, "area": False}  
 KEYS = ("input_size", "resize", "range", "mean", "std", "outputs", "depth_range")
 OUTPUTS = ("pooled", "spatial", "probabilities", "logits", "depth")
 OF_MAP = ("min", "max")                 # ends of a depth range that are each map's own
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -178,15 +183,19 @@ class _Reader:
 
     def numbers(self, key: str, default: tuple[float, ...], count: int) -> tuple[float, ...]:
         """Returns a list of so many numbers."""
-        given = self._values.get(key, list(default))
+        return self._numbers(key, self._values.get(key, list(default)), count, f"a list of {count} numbers")
+
+    def _numbers(self, key: str, given: object, count: int, expected: str) -> tuple[float, ...]:
         if not isinstance(given, list) or len(given) != count or not all(map(_is_number, given)):
-            raise self.refusal(key, f"a list of {count} numbers")
+            raise self.refusal(key, expected)
         return tuple(map(float, given))
 
     def channels(self, key: str, default: float) -> tuple[float, ...]:
         """Returns a number, or one for each channel."""
         given = self._values.get(key, default)
-        return (float(given),) if _is_number(given) else self.numbers(key, (), 3)
+        if _is_number(given):
+            return (float(given),)
+        return self._numbers(key, given, 3, "a list of 3 numbers, or one number, like 0.001")
 
     def outputs(self, needed: str) -> tuple[tuple[str, int | str], ...]:
         """Returns which outputs are what."""
@@ -209,11 +218,20 @@ class _Reader:
                             "nearest and the farthest, like [0, 80], or [max, min] of each map where near is large")
         if given is None:
             return OF_MAP
+        if not needed:
+            _say_no_depth(self._path)
         if not isinstance(given, list) or len(given) != 2 or given[0] == given[1] or not all(
                 end in OF_MAP or _is_number(end) for end in given):
             raise self.refusal("depth_range", "two different ones of a number, min and max")
         near, far = (end if isinstance(end, str) else float(end) for end in given)
         return near, far
+
+
+@functools.cache
+def _say_no_depth(path: Path) -> None:
+    """Logs, once, that a setting is not used."""
+    if is_main():
+        _log.info("depth_range in %s: without effect, as outputs name no depth", path)
 
 
 def _is_number(value: object) -> bool:

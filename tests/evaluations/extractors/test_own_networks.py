@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -417,6 +418,8 @@ def test_rounding_is_no_difference(dtype):
     ("resize: [bicubic]", r"resize \['bicubic'\] in .*: must be one of"),
     ("range: [1, 0]", r"range \[1, 0\] in .*: must be two numbers that rise"),
     ("mean: [1, 2]", r"mean \[1, 2\] in .*: must be a list of 3 numbers"),
+    ("mean: .nan", r"mean nan in .*: must be a list of 3 numbers, or one number, like 0.001$"),
+    ("std: 1e-3", r"std '1e-3' in .*: must be a list of 3 numbers, or one number, like 0.001$"),
     ("std: 0", "std 0 in .*: must be above 0"),
     ("outputs: {spatial: 0}", "pooled among them"),
     ("outputs: {pooled: 0, pools: 1}", "must be of pooled, spatial, probabilities, logits, depth"),
@@ -429,6 +432,13 @@ def test_settings_that_are_wrong_are_a_sentence(tmp_path, settings, sentence):
     (tmp_path / "tiny.yaml").write_text(settings)
     with pytest.raises(UserError, match=sentence):
         read_preparation(tmp_path / "tiny.yaml")
+
+
+def test_a_depth_range_without_depth_is_said_once(torchscript, caplog):
+    caplog.set_level("INFO")
+    for settings in (*["depth_range: [0, 80]"] * 2, "outputs: {pooled: 0, depth: 3}\ndepth_range: [0, 80]"):
+        assert read_preparation(Path(torchscript(settings)).with_suffix(".yaml")).size is None
+    assert [message.split(": ")[1] for message in caplog.messages] == ["without effect, as outputs name no depth"]
 
 
 def test_files_that_cannot_be_used_are_a_sentence(torchscript, tmp_path):
