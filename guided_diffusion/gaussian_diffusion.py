@@ -23,6 +23,7 @@ from .process import (
     Prediction,
 )
 from .progress import progress_bar
+from .rng import image_numbers
 from .schedules import betas_for_alpha_bar, gather, get_named_beta_schedule
 from .solvers import DEFAULT_STEPS, solver_options
 from .terms import FunctionGuidance, Guidance
@@ -195,6 +196,7 @@ class GaussianDiffusion(DiffusionProcess):
                    image_ids: Ids | None, progress: bool) -> Iterator[Images]:
         """The chain through a step of a subclass, which need not know what the official code does not have."""
         terms = _terms(guidance, None)
+        _numbers(image_ids, len(x_T))
         further: dict[str, Any] = {"guidance": terms, "memory": {}} if terms else {}
         if image_ids is not None:
             further["image_ids"] = image_ids
@@ -226,6 +228,7 @@ class GaussianDiffusion(DiffusionProcess):
     @no_grad
     def ddim_reverse_sample_loop(self, model: nn.Module, x: Tensor, **options: Any) -> Tensor:
         """The noise (N, C, H, W) that DDIM with eta 0 would turn into the images x."""
+        self.denoiser(model, model_kwargs=options.get("model_kwargs")).check_labels()
         for index in range(self.num_timesteps):
             t = torch.full((len(x),), index, device=x.device)
             x = self.ddim_reverse_sample(model, x, t, **options)["sample"]
@@ -237,10 +240,10 @@ METHODS = {name: getattr(GaussianDiffusion, name) for name in (*NOT_CALLED, "p_s
 
 
 def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
-    """The numbers of images, (N,); raises UserError for another number of them."""
+    """The numbers of images, (N,); raises UserError for another number of them, and for what is none."""
     if image_ids is not None and len(image_ids) != count:
         raise UserError(f"image_ids: {len(image_ids)} numbers for {count} images")
-    return None if image_ids is None else torch.as_tensor(image_ids)
+    return None if image_ids is None else torch.tensor(image_numbers("image_ids", image_ids), dtype=torch.int64)
 
 
 def _terms(guidance: Iterable[Guidance], cond_fn: CondFn | None) -> list[Guidance]:

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -95,6 +95,34 @@ class Denoiser:
         output = self.model(x_t, self.diffusion.model_timesteps(t), **self.model_kwargs)
         return self.diffusion.interpret(output, x_t, t, self.process_xstart)
 
+    @functools.cached_property
+    def label_range(self) -> tuple[int, int] | None:
+        """The lowest and the highest of the labels y, of which the device is asked once; None where there are none."""
+        y = self.model_kwargs.get("y")
+        if not _are_numbers(y) or not y.numel():
+            return None
+        low, high = torch.stack(y.aminmax()).tolist()
+        return low, high
+
+    @property
+    def label_count(self) -> int | None:
+        """How many labels the network knows, that of no class among them; None where it does not say."""
+        count: int | None = getattr(self.model, "label_count", None)
+        return count
+
+    def check_labels(self) -> None:
+        """Raises UserError for labels y that a network which says how many it knows does not have."""
+        count, y = self.label_count, self.model_kwargs.get("y")
+        if count is None or y is None:
+            return
+        if not _are_numbers(y) or y.ndim != 1:
+            what = f"is {tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
+            raise UserError(f"y: {what}, must be a tensor (N,) of whole numbers (int64), the labels of the images")
+        low, high = self.label_range or (0, 0)
+        if low < 0 or high >= count:
+            raise UserError(f"y: has the label {low if low < 0 else high}, must be labels from 0 to {count - 1}, which "
+                            "the network knows")
+
     def process_xstart(self, x: Tensor) -> Tensor:
         """x0 (N, C, H, W) after `denoised_fn` and clipping or thresholding, as far as they are asked for."""
         if self.denoised_fn is not None:
@@ -127,6 +155,11 @@ def dynamically_thresholded(x: Tensor, quantile: float, largest: float = math.in
     limit = torch.lerp(upper[:, -1], upper[:, max(-2, -upper.shape[1])], place - below).clamp(1, largest)
     limit = limit.reshape(-1, 1, 1, 1)
     return torch.clamp(x, -limit, limit) / limit
+
+
+def _are_numbers(y: Any) -> TypeGuard[Tensor]:
+    """Whether labels are of a type that embeddings of labels take."""
+    return isinstance(y, Tensor) and y.dtype in (torch.int64, torch.int32)
 
 
 class DiffusionProcess:
@@ -390,6 +423,7 @@ class DiffusionProcess:
         noise (N, C, H, W) of a step, drawn anew where None. on_step: called after each.
         """
         denoise = self.denoiser(model, clip_denoised, model_kwargs=model_kwargs)
+        denoise.check_labels()
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for index in reversed(range(self.num_timesteps)):
             t = torch.full((len(x_start),), index, device=x_start.device)

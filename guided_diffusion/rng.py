@@ -15,6 +15,7 @@ far. A new use takes a word that its program has not yet: a test refuses anythin
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,16 @@ def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "nois
     key = np.array([seed, image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
     counter = np.array([0, 0, step, IMAGE_STREAMS[stream]], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def image_numbers(what: str, numbers: Sequence[int] | Tensor) -> list[int]:
+    """Numbers of images, which are keys, as a list. Raises UserError, beginning with `what`, where they are none."""
+    given = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    with contextlib.suppress(TypeError):
+        found = [operator.index(number) for number in given]
+        if all(0 <= number < 2**63 for number in found):
+            return found
+    raise UserError(f"{what} {given}: must be whole numbers from 0 up, the places of the images in the run")
 
 
 def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise") -> Tensor:

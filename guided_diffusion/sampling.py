@@ -194,11 +194,16 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     """All steps from x_T (N, C, H, W) to the image, each as `sample_step` gives it.
 
     noise_at: respaced step index -> (N, C, H, W); called at most once a step, by samplers that draw noise there. Raises
-    NonFiniteError where the network or a term returns NaN or infinity.
+    NonFiniteError where the network or a term returns NaN or infinity, and UserError for labels that the network does
+    not know, before the first step.
     """
+    guidance = list(guidance)                       # also of what can be walked through once
+    denoise.check_labels()
+    for term in guidance:
+        if isinstance(term, Guidance) and term.scale:
+            term.check_network(denoise)
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
     memory: dict[Guidance, Tensor] = {}
-    guidance = list(guidance)                       # also of what can be walked through once
     x_t = x_T
     for index in reversed(range(denoise.diffusion.num_timesteps)):
         t = torch.full((len(x_t),), index, device=x_t.device)

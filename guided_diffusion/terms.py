@@ -286,6 +286,9 @@ class Guidance:
         """
         return self.steps.holds(t, process) if self.scale else torch.zeros_like(t, dtype=torch.bool)
 
+    def check_network(self, denoise: Denoiser) -> None:
+        """Raises UserError, before a chain begins, for a network that the term cannot guide; by default for none."""
+
     def observe(self) -> AbstractContextManager[Any]:
         """Entered around the step's own network evaluation; what it gives is `ctx.observed[self]`."""
         return nullcontext()

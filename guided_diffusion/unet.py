@@ -407,6 +407,11 @@ class UNetModel(Encoder):
         return self.in_channels
 
     @property
+    def label_count(self) -> int | None:
+        """How many labels it knows, that of no class among them; None without labels."""
+        return None if self.num_classes is None else self.num_classes + (self.null_label is not None)
+
+    @property
     def feature_blocks(self) -> dict[str, nn.Module]:
         """Every block by its name: `input.0` ..., `middle`, `output.0` ..."""
         return {**super().feature_blocks, **_named("output", self.output_blocks)}

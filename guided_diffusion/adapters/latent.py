@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
 from ..pixels import unit_to_uint8
 from ..process import Denoiser, DiffusionProcess, dynamically_thresholded
-from ..rng import image_noise
+from ..rng import image_noise, image_numbers
 from ..solvers import SolverOptions
 from ..steps import SamplerOptions, ddim_step
 from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
@@ -432,10 +431,7 @@ def _image_ids(numbers: Sequence[int] | None, prompts: int | None, *given: Tenso
         raise UserError(f"numbers of images {sorted(counts)}: prompts, latents, labels and numbers must be as many")
     if numbers is None:
         return list(range(counts.pop() if counts else 1))
-    with suppress(TypeError):
-        if min(ids := [operator.index(number) for number in numbers]) >= 0:
-            return ids
-    raise UserError(f"numbers {list(numbers)}: must be whole numbers from 0 up, the places of the images in the run")
+    return image_numbers("numbers", numbers)
 
 
 def _texts(name: str, value: Any) -> list[str] | None:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from ..build import ClassifierOptions, build_classifier
-from ..errors import UserError
 from ..late import Tensor, nn, torch
 from ..options import option
 from ..presets import Preset, find_preset, is_bundled
@@ -21,6 +20,7 @@ from ..process import Prediction
 from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext
 from .base import GuidanceOptions, Networks, each, sigma_max_option, sigma_min_option, start_option
+from .classifier_free import check_logits, labels_of
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
@@ -40,13 +40,16 @@ class ClassifierGuidance(GradientGuidance):
         self.classifier = classifier
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The gradient `scale * grad_x log p(y | x_t)`, (N, C, H, W). Raises UserError without labels."""
-        y = ctx.model_kwargs.get("y")
-        if y is None:
-            raise UserError("classifier guidance needs labels: model_kwargs has no y")
+        """The gradient `scale * grad_x log p(y | x_t)`, (N, C, H, W).
+
+        Raises UserError without labels, and for those that the classifier has not.
+        """
+        y = labels_of(ctx, "classifier guidance")
         with torch.enable_grad():
             x = ctx.x_t.detach().requires_grad_()
-            log_probabilities = self.classifier(x, ctx.model_t).log_softmax(dim=-1)
+            logits = self.classifier(x, ctx.model_t)
+            check_logits(ctx, logits, "classifier guidance")
+            log_probabilities = logits.log_softmax(dim=-1)
             chosen = log_probabilities.gather(1, y[:, None]).sum()
             return self.scale * torch.autograd.grad(chosen, x)[0]
 

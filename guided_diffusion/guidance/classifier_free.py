@@ -15,6 +15,7 @@ from typing import ClassVar, Unpack
 from ..errors import UserError
 from ..late import torch
 from ..options import option
+from ..process import Denoiser
 from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
 
@@ -32,6 +33,13 @@ class ClassifierFreeGuidance(ContrastGuidance):
             raise UserError(f"null_label {null_label!r}: must be the number of a label")
         self.null_label = null_label
 
+    def check_network(self, denoise: Denoiser) -> None:
+        """Raises UserError for a network that does not know the null label."""
+        count = denoise.label_count
+        if count is not None and self.null_label >= count:
+            raise UserError(f"null_label {self.null_label}: must be a label from 0 to {count - 1}, which the network "
+                            "knows")
+
     def beforehand(self, ctx: StepContext) -> Inputs:
         """The same image with the null label. Raises UserError for a network without labels."""
         return Inputs(ctx.x_t, ctx.t, {"y": torch.full_like(labels_of(ctx, "classifier-free guidance"),
@@ -44,6 +52,15 @@ def labels_of(ctx: StepContext, what: str) -> torch.Tensor:
     if y is None:
         raise UserError(f"{what} needs labels: model_kwargs has no y")
     return y
+
+
+def check_logits(ctx: StepContext, logits: torch.Tensor, what: str) -> None:
+    """Raises UserError, beginning with `what`, for logits of a classifier that has not the labels of the images."""
+    count = logits.shape[1] if logits.ndim == 2 and len(logits) == len(ctx.x_t) else 0
+    low, high = ctx.denoise.label_range or (0, 0)
+    if low < 0 or high >= count:
+        raise UserError(f"{what}: the classifier gives logits {tuple(logits.shape)} for {len(ctx.x_t)} images with "
+                        f"labels from {low} to {high}, it must give (N, classes), all labels among them")
 
 
 @dataclass(frozen=True)

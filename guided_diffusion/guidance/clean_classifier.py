@@ -33,7 +33,7 @@ from ..stated import statement_of
 from ..terms import GradientGuidance, Guidance, Passes, SigmaRange, StepContext, check_number
 from ..torchscript import SUFFIXES as TORCHSCRIPT
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
-from .classifier_free import labels_of
+from .classifier_free import check_logits, labels_of
 
 if TYPE_CHECKING:
     from ..unet import EncoderUNetModel
@@ -79,11 +79,15 @@ class CleanClassifierGuidance(GradientGuidance):
         self.mean, self.std = mean, std
 
     def gradient(self, ctx: StepContext, pred: Prediction) -> Tensor:
-        """The gradient, scale and weight included, (N, C, H, W). Raises UserError without labels."""
+        """The gradient, scale and weight included, (N, C, H, W).
+
+        Raises UserError without labels, and for those that the classifier has not.
+        """
         y = labels_of(ctx, "clean-classifier guidance")
         with torch.enable_grad(), _smooth(self.classifier, self.softplus_beta):
             x0 = pred.pred_xstart.detach().requires_grad_()
             logits = self.classifier(self.as_trained(x0)).float()
+            check_logits(ctx, logits, "clean-classifier guidance")
             chosen = self.temperature * logits.gather(1, y[:, None]).squeeze(1)
             odds = chosen - (self.margin_temperature * logits).logsumexp(dim=1)
             gradient, = torch.autograd.grad(odds.sum(), x0)

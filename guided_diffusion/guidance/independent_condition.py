@@ -15,6 +15,7 @@ from typing import ClassVar, Unpack
 from ..errors import UserError
 from ..late import torch
 from ..options import option
+from ..process import Denoiser
 from ..rng import image_generator
 from ..terms import ContrastGuidance, Guidance, Inputs, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option
@@ -35,6 +36,13 @@ class IndependentConditionGuidance(ContrastGuidance):
             raise UserError(f"num_classes {num_classes!r}: must be a number of classes, at least 1")
         self.num_classes = num_classes
         self.seed = seed
+
+    def check_network(self, denoise: Denoiser) -> None:
+        """Raises UserError for a network that does not know so many labels."""
+        count = denoise.label_count
+        if count is not None and self.num_classes > count:
+            raise UserError(f"num_classes {self.num_classes}: must be at most {count}, as many labels as the network "
+                            "knows")
 
     def beforehand(self, ctx: StepContext) -> Inputs:
         """The same image with a random label. Raises UserError for a network without labels."""

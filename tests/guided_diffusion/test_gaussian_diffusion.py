@@ -435,3 +435,6 @@ def test_random_guidance_follows_the_numbers_of_the_images(loop):
         assert numbers and all(one == expected for one in numbers)
     with pytest.raises(UserError, match="image_ids: 3 numbers for 2 images"):
         sample(halved, (2, 3, 4, 4), image_ids=[1, 2, 3])
+    for wrong in ([-1, 2], [0.5, 2], torch.tensor([0.0, 1.0]), [2**63, 0], ["1", "2"]):
+        with pytest.raises(UserError, match=r"image_ids \[.*\]: must be whole numbers from 0 up, the places"):
+            sample(halved, (2, 3, 4, 4), image_ids=wrong)

@@ -16,7 +16,10 @@ from guided_diffusion import sampling
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
 from guided_diffusion.guidance import (
+    ClassifierFreeGuidance,
     ClassifierGuidance,
+    CleanClassifierGuidance,
+    IndependentConditionGuidance,
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
     StepContext,
@@ -446,6 +449,51 @@ def test_bad_arguments_are_named(case, options, said):
 def test_bad_blocks_are_named(case, blocks):
     with pytest.raises(UserError, match=r"output\.8.*there are: input\.3|must be a list of attention blocks"):
         PerturbedAttentionGuidance(case.model, blocks, 1.0)
+
+
+def few_logits(x, *t):
+    """The logits of a classifier of three classes."""
+    return x.flatten(1)[:, :3]
+
+
+@pytest.mark.parametrize("y, guidance, sentence", [
+    ([1, 99], [], "y: has the label 99, must be labels from 0 to 9, which the network knows"),
+    ([-1, 3], [], "y: has the label -1, must be labels from 0 to 9"),
+    ([1.0, 2.0], [], r"y: is \(2,\) torch.float32, must be a tensor \(N,\) of whole numbers"),
+    ([[1], [2]], [], r"y: is \(2, 1\) torch.int64, must be a tensor \(N,\)"),
+    ([1, 2], [ClassifierFreeGuidance(1.0, 99, sigma_max=1.0)],
+     "null_label 99: must be a label from 0 to 9, which the network knows"),
+    ([1, 2], [IndependentConditionGuidance(1.0, 50)],
+     "num_classes 50: must be at most 10, as many labels as the network knows"),
+    ([5, 9], [ClassifierGuidance(few_logits, 1.0)], r"classifier guidance: the classifier gives logits \(2, 3\) for 2 "
+     r"images with labels from 5 to 9, it must give \(N, classes\), all labels among them"),
+    ([5, 9], [CleanClassifierGuidance(few_logits, 1.0)],
+     r"clean-classifier guidance: the classifier gives logits \(2, 3\)"),
+    ([1, 2], [CleanClassifierGuidance(lambda x: x.flatten(1)[:, 0], 1.0)],
+     r"clean-classifier guidance: the classifier gives logits \(2,\)"),
+])
+def test_labels_that_a_network_does_not_know_are_named(case, y, guidance, sentence):
+    model, diffusion = build(num_classes=10, timestep_respacing="2")
+    for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            loop(model, case.x.shape, guidance=guidance, model_kwargs={"y": torch.tensor(y)})
+    if not guidance:
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            diffusion.calc_bpd_loop(model, case.x, model_kwargs={"y": torch.tensor(y)})
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            diffusion.ddim_reverse_sample_loop(model, case.x, model_kwargs={"y": torch.tensor(y)})
+
+
+def test_the_null_label_is_known_and_other_networks_are_asked_nothing(case):
+    model, diffusion = build(num_classes=10, null_class=True, timestep_respacing="2")
+    y, guidance = torch.tensor([10, 9]), [ClassifierFreeGuidance(1.0, 10), IndependentConditionGuidance(1.0, 11)]
+    assert diffusion.p_sample_loop(model, case.x.shape, guidance=guidance, model_kwargs={"y": y}).isfinite().all()
+    known = model.label_count
+    network = Counted(lambda x, t, y: model(x, t, y % known))
+    network.num_classes = 1000                  # of others, nobody knows what they mean by it
+    diffusion.p_sample_loop(network, case.x.shape, guidance=[ClassifierFreeGuidance(1.0, 99)],
+                            model_kwargs={"y": torch.tensor([50, -1])})
+    assert network.calls == 4
 
 
 def test_numpy_numbers_are_numbers(case):
