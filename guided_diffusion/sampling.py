@@ -209,13 +209,17 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
         t = torch.full((len(x_t),), index, device=x_t.device)
         out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids, memory)
         # Clipping hides an infinite eps from the sample.
-        finite = (out["sample"].isfinite() & out["eps"].isfinite()).flatten(1).all(dim=1).cpu()
-        if not finite.all():
-            bad = ", ".join(str(n) for n in list(dict.fromkeys(image_ids.cpu()[~finite].tolist()))[:8])
+        if bad := not_finite(image_ids, out["sample"], out["eps"]):
             who = "guidance" if guidance and denoise(x_t, t).eps.isfinite().all() else "the network"
             raise NonFiniteError(f"step {index}: {who} returned NaN or infinity for image {bad}")
         x_t = out["sample"]
         yield out
+
+
+def not_finite(image_ids: Tensor, *values: Tensor) -> str:
+    """The images (N,) of which a value (N, ...) is NaN or infinity, like "3, 7": eight at most, and "" for none."""
+    finite = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values]).all(dim=0).cpu()
+    return ", ".join(str(number) for number in list(dict.fromkeys(image_ids.cpu()[~finite].tolist()))[:8])
 
 
 def last(chain: Iterator[dict[str, Tensor]], on_step: Callable[[], object] = lambda: None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import sampling
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 from ..grids import CHAIN
 from ..guidance.base import without_labels
 from ..guidance.classifier import ClassifierGuidance
@@ -168,7 +168,8 @@ class LatentDiffusion:
         batch_contrasts: evaluations that do not need each other, as those with and without the prompt, are one batch:
         the same to rounding. A term that differentiates the network's evaluation, as depth guidance, keeps all of them
         apart. on_step: called after each step.
-        Raises UserError for what does not fit together, and NonFiniteError for a network that gives no numbers.
+        Raises UserError for what does not fit together, and NonFiniteError for a network or a decoder that gives no
+        numbers.
         """
         self._check(sampler, cfg_scale, output_type)
         model = self._reading(labels, guidance)
@@ -194,7 +195,7 @@ class LatentDiffusion:
         as_pipelines = sampler == "ddim" and denoise.denoised_fn is not None
         step = functools.partial(ddim_step, clipped_eps=False) if as_pipelines else options.step()
         chain = sampling.sample_chain(step, denoise, x_T, noise, terms, torch.tensor(ids))
-        return self._output(sampling.last(chain, on_step)["sample"], output_type)
+        return self._output(sampling.last(chain, on_step)["sample"], output_type, torch.tensor(ids))
 
     def check(self, sampler: str | SamplerOptions = "ddim", steps: int = 50, height: int | None = None,
               width: int | None = None) -> None:
@@ -379,10 +380,12 @@ class LatentDiffusion:
         return Embedded({**embedded.prompts, "time_ids": times},
                         None if embedded.null is None else {**embedded.null, "time_ids": times})
 
-    def _output(self, latents: Tensor, output_type: str) -> Any:
+    def _output(self, latents: Tensor, output_type: str, image_ids: Tensor) -> Any:
         if output_type == "latent":
             return latents
         images = self.decoded(latents)
+        if bad := sampling.not_finite(image_ids, images):           # pixels would be black, without a word
+            raise NonFiniteError(f"the decoder returned NaN or infinity for image {bad}; try float32")
         arrays = (images.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "np":
             return arrays

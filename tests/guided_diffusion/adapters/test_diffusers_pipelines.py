@@ -25,7 +25,7 @@ from tiny_diffusers import (
 )
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import NonFiniteError, UserError
 from guided_diffusion.guidance import IndependentConditionGuidance, PerturbedAttentionGuidance
 from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
 from guided_diffusion.steps import DdimOptions
@@ -217,6 +217,23 @@ def test_pixels_have_sizes_that_the_network_can_halve(latent):
 def test_decoded_images_are_those_of_stable_diffusion(pipe, latent):
     expected = images(pipe, guidance_scale=2.0, output_type="np")
     assert np.abs(ours(latent, cfg_scale=2.0, output_type="np") - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_decoder_that_overflows_makes_no_black_image(monkeypatch, output_type, value):
+    pipe = prompted_pipeline()
+    latent, decode = LatentDiffusion.from_pipeline(pipe), pipe.vae.decode
+
+    def overflowing(latents, **options):
+        decoded, = decode(latents, **options)
+        decoded[1, 0, 2, 3] = value
+        return (decoded,)
+
+    monkeypatch.setattr(pipe.vae, "decode", overflowing)
+    with pytest.raises(NonFiniteError, match=r"^the decoder returned NaN or infinity for image 8; try float32$"):
+        ours(latent, steps=1, numbers=[5, 8], output_type=output_type)
+    assert ours(latent, steps=1, numbers=[5, 8]).isfinite().all()
 
 
 @pytest.mark.parametrize("clip", [False, True])

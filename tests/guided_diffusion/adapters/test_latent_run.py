@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from commands import call
 from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, prompted_unet, scheduler, text_parts
 
@@ -92,6 +93,15 @@ def test_a_pipeline_with_classes_is_refused_in_a_sentence(command, tmp_path, cap
     diffusers.DDPMPipeline(unet=pixel_unet(num_class_embeds=3), scheduler=scheduler()).save_pretrained(tmp_path / "p")
     assert command(pipeline=tmp_path / "p", prompt="") == 2
     assert "its network takes classes" in capsys.readouterr().err
+
+
+def test_a_decoder_that_gives_nan_leaves_no_images(command, tmp_path, capsys):
+    pipe = prompted_pipeline(**text_parts())
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.weight, float("nan"))
+    pipe.save_pretrained(tmp_path / "p")
+    assert command(pipeline=tmp_path / "p", num_samples=1) == 2
+    assert "the decoder returned NaN or infinity for image 0; try float32" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.npz"))
 
 
 def edit(path, **values):
