@@ -41,7 +41,7 @@ from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
 from ..runs.effects import in_words, methods_off
 from ..runs.options import MOST_IMAGES
-from ..runs.record import made_by
+from ..runs.record import made_by, own_sources
 from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
 from ..sampling import SAMPLERS
@@ -93,7 +93,7 @@ class LatentChunks(ChunkFiles):
     BY_IMAGE: ClassVar = ("images",)
 
     def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
-        """All options that an image depends on, and digests of the pipeline and of the prompts."""
+        """All options that an image depends on, and digests of the pipeline, of the prompts and of methods' code."""
         later = {field.name: field.default for field in option_fields(LatentOptions) if field.metadata.get("later")}
         return {**{name: value for name, value in configuration.items()
                    if name not in IRRELEVANT and (name not in later or value != later[name])}, **sha256}
@@ -129,10 +129,15 @@ class LatentRun:
         """The output folder."""
         return Path(self.options.out)
 
+    @property
+    def active(self) -> list[GuidanceOptions]:
+        """The guidance methods that are on."""
+        return [method for method in self.methods if method.active]
+
     def title(self) -> str:
         """The guidance and the sampler in words, like "SAG s = 0.75 + prompt scale 7.5, ddim, 50 steps"."""
         options = self.options
-        words = [method.title() for method in self.methods if method.active]
+        words = [method.title() for method in self.active]
         words += [f"SAG s = {options.sag_scale:g}"] if options.sag_scale else []
         words += [f"prompt scale {options.prompt_scale:g}"] if self._prompts and options.prompt_scale != 1 else []
         return f"{' + '.join(words) or 'no guidance'}, {options.sampler}, {options.steps} steps"
@@ -197,9 +202,7 @@ class LatentRun:
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
-                    texts = {"prompts": prompts, **({"icg_prompts": drawn} if drawn else {})}
-                    queue.put("sha256", {"pipeline": _digest(prepared.latent.pipe), **{
-                        name: hashlib.sha256(json.dumps(lines).encode()).hexdigest() for name, lines in texts.items()}})
+                    queue.put("sha256", self._sha256(prepared.latent.pipe, prompts, drawn))
                     queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
@@ -227,7 +230,7 @@ class LatentRun:
             latent.check(self.options.sampler, self.options.steps, self.options.height or None,
                          self.options.width or None)
         nets = Networks(latent.unet, dist_util.dev(), self.options.seed)    # type: ignore[arg-type]  # has its blocks
-        guidance = [term for method in self.methods if method.active for term in self._terms(method, latent, nets)]
+        guidance = [term for method in self.active for term in self._terms(method, latent, nets)]
         if self.options.sag_scale:
             with naming("sag_block", self.options.sag_block):
                 guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
@@ -245,10 +248,17 @@ class LatentRun:
                                                        **method.window)]
         return method.build(nets)
 
+    def _sha256(self, pipe: Any, prompts: list[str], drawn: list[str]) -> dict[str, str]:
+        """Digests of the pipeline, of the prompts, and of the code of methods that are not of this library."""
+        texts = {"prompts": prompts, **({"icg_prompts": drawn} if drawn else {})}
+        return {"pipeline": _digest(pipe),
+                **{name: hashlib.sha256(json.dumps(lines).encode()).hexdigest() for name, lines in texts.items()},
+                **{name: sha256_of(path) for name, path in own_sources(*self.active).items()}}
+
     def _chunks(self, sha256: Mapping[str, str]) -> LatentChunks:
         values = asdict(self.options)
-        for method in self.methods:
-            values |= asdict(method) if method.active else {}
+        for method in self.active:
+            values |= asdict(method)
         return LatentChunks(self.out, values, sha256)
 
     def _work(self, prepared: Prepared, chunks: LatentChunks, todo: Indices, queue: WorkQueue) -> None:

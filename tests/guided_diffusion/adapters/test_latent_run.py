@@ -1,5 +1,6 @@
 """Sampling runs of pipelines of diffusers: resumed, as one run, and refused where they are of another."""
 
+import importlib
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, prompted_un
 
 from guided_diffusion.adapters import run
 from guided_diffusion.errors import UserError
+from guided_diffusion.guidance import GUIDANCE
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,47 @@ def test_a_run_goes_on_with_the_same_pipeline_alone(command, folder, tmp_path, c
         capsys.readouterr()
         assert command(num_samples=1, pipeline=other) == 2, name
         assert "of another configuration" in capsys.readouterr().err
+
+
+OWN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from guided_diffusion.guidance import ContrastGuidance, Inputs, ScaledOptions
+from guided_diffusion.options import option
+
+
+class Fainter(ContrastGuidance):
+    def weaker(self, ctx, pred):
+        return Inputs(ctx.x_t * 0.5, ctx.t)
+
+
+@dataclass(frozen=True)
+class FainterOptions(ScaledOptions):
+    short, sigma_flags, term, for_pipelines = "fainter", "fainter", Fainter, True
+    switched_on: ClassVar = {"fainter_scale": 1.0}
+    fainter_scale: float = option(0.0, "scale; 0: off")
+
+    def build(self, nets):
+        return [Fainter(self.fainter_scale)]
+"""
+
+
+@pytest.mark.parametrize("scale, refused", [(0, False), (1, True)])
+def test_images_depend_on_the_code_of_methods_from_outside(command, tmp_path, monkeypatch, capsys, scale, refused):
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"my_fainter_{scale}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    method = importlib.import_module(name).FainterOptions
+    GUIDANCE.append(method)
+    try:
+        assert command(num_samples=1, fainter_scale=scale) == 0
+        assert command(num_samples=2, fainter_scale=scale) == 0
+        (tmp_path / f"{name}.py").write_text(OWN.replace("0.5", "0.25"))
+        assert command(num_samples=3, fainter_scale=scale) == (2 if refused else 0)
+    finally:
+        GUIDANCE.remove(method)
+    assert ("(the code of FainterOptions differs)" in capsys.readouterr().err) == refused
 
 
 @pytest.mark.parametrize("file, content", [("text_encoder/model.safetensors", b"\xff" * 64), ("tokenizer", None),
