@@ -15,6 +15,7 @@ MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VE
               "sample": ModelMeanType.START_X}
 VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
                   "learned_range": ModelVarType.LEARNED_RANGE}
+PLACES = ("timestep_spacing", "steps_offset")       # what the places of steps follow from
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 LEAST_ABAR = 1e-12              # less than in any cosine schedule; without signal x0 is no function of eps
 
@@ -91,10 +92,18 @@ def _steps_of(scheduler: Any, steps: int) -> np.ndarray:
         raise UserError(f"steps {steps!r}: must be a whole number from 1 to {trained}, the steps of the scheduler")
     times = None if _is_runge_kutta(scheduler) else _times(scheduler, steps)
     if times is None or (times != times.round()).any() or len(np.unique(times)) > steps:
-        from diffusers import DDIMScheduler
-
-        times = _times(DDIMScheduler.from_config(scheduler.config), steps)
+        times = _times(_ddim_of(scheduler), steps)
     return np.unique(times.astype(np.int64).clip(0, trained - 1))
+
+
+def _ddim_of(scheduler: Any) -> Any:
+    """A `DDIMScheduler` whose places are those of the scheduler's configuration."""
+    from diffusers import DDIMScheduler
+
+    # Its `from_config` takes defaults of its own for what was left at the defaults of another class, unless that was
+    # saved and loaded between: one pipeline would have two sets of steps.
+    given = {name: getattr(scheduler.config, name) for name in PLACES if hasattr(scheduler.config, name)}
+    return DDIMScheduler(num_train_timesteps=len(scheduler.betas), **given)
 
 
 def _is_runge_kutta(scheduler: Any) -> bool:

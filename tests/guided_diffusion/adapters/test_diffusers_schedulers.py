@@ -44,6 +44,19 @@ def test_fractions_of_steps_become_those_of_ddim():
     assert process.timestep_map.tolist() == [0, 166, 333, 500, 666, 832, 999]
 
 
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+                                  "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
+def test_a_scheduler_that_was_saved_takes_the_same_steps(kind, tmp_path):
+    """What was left at its default is no default of another class."""
+    own = getattr(diffusers, kind)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    own.save_pretrained(tmp_path)
+    saved = type(own).from_pretrained(tmp_path)
+    used = process_of(own, 7).timestep_map.tolist()
+    assert process_of(saved, 7).timestep_map.tolist() == used
+    if kind != "PNDMScheduler":
+        assert own.config.timestep_spacing == "linspace" and used == [0, 166, 333, 500, 666, 832, 999]
+
+
 def test_the_three_predictions_of_one_function_give_the_same_images():
     start, x0 = noise((2, 4, 8, 8), 0), noise((2, 4, 8, 8), 1)
     results = []
