@@ -111,13 +111,16 @@ class LatentDiffusion:
         """Independent condition guidance by prompts: at each step another one is drawn for each image.
 
         prompts: several, of which one that is the image's own is never drawn; prompt_embeds: (L, T, E) in their place,
-        with pooled ones for SDXL. The others: see `IndependentPromptGuidance`. Raises UserError for a network without
-        prompts.
+        with as many pooled ones for SDXL. The others: see `IndependentPromptGuidance`. Raises UserError for a network
+        without prompts, and for embeddings that do not fit it.
         """
         if not self.unet.takes_prompts:
             raise UserError("independent_prompt_guidance: the pipeline's network takes no prompts; for classes there "
                             "is IndependentConditionGuidance")
         embedded = self._embedded(False, prompts, None, prompt_embeds, None, pooled_prompt_embeds, None)
+        if len(counts := {len(values) for values in embedded.prompts.values()}) > 1:
+            raise UserError("independent_prompt_guidance: prompt_embeds and pooled_prompt_embeds are "
+                            f"{sorted(counts)}, they must be as many")
         return IndependentPromptGuidance(scale, embedded.prompts, seed, **window)
 
     def classifier_guidance(self, classifier: Any, scale: float, **window: Any) -> ClassifierGuidance:
@@ -314,12 +317,11 @@ class LatentDiffusion:
             raise UserError("prompt: one of prompt and prompt_embeds must be given")
         if negative is not None and negative_embeds is not None:
             raise UserError("negative_prompt: is given beside negative_prompt_embeds, which stand in its place")
-        for name, part in (("prompt_embeds", embeds), ("negative_prompt_embeds", negative_embeds)):
-            if part is not None and part.ndim != 3:
-                raise UserError(f"{name} {tuple(part.shape)}: must be (N, T, E), T vectors for each prompt")
-            if part is not None and (widths := self._prompt_widths) and part.shape[2] not in widths:
-                raise UserError(f"{name} {tuple(part.shape)}: the last must be {' or '.join(map(str, widths))}, the "
-                                "cross_attention_dim of the network")
+        self._check_embeds("prompt_embeds", embeds)
+        self._check_embeds("negative_prompt_embeds", negative_embeds)
+        self._check_pooled("pooled_prompt_embeds", embeds, pooled)
+        if guided:
+            self._check_pooled("negative_pooled_prompt_embeds", negative_embeds, negative_pooled)
         if embeds is None or (guided and negative_embeds is None):
             if getattr(self.pipe, "text_encoder", None) is None:
                 raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds, and, unless cfg_scale "
@@ -329,6 +331,34 @@ class LatentDiffusion:
                 pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled)
         return Embedded(self._conditions(embeds, pooled),
                         self._conditions(negative_embeds, negative_pooled) if guided else None)
+
+    @property
+    def _takes_pooled(self) -> bool:
+        """Whether the network is one of SDXL, which sees pooled prompts and sizes."""
+        return getattr(self.unet.unet.config, "addition_embed_type", None) == "text_time"
+
+    def _check_embeds(self, name: str, embeds: Tensor | None) -> None:
+        """Raises UserError for embedded prompts that do not fit the network."""
+        if embeds is not None and embeds.ndim != 3:
+            raise UserError(f"{name} {tuple(embeds.shape)}: must be (N, T, E), T vectors for each prompt")
+        if embeds is not None and (widths := self._prompt_widths) and embeds.shape[2] not in widths:
+            raise UserError(f"{name} {tuple(embeds.shape)}: the last must be {' or '.join(map(str, widths))}, the "
+                            "cross_attention_dim of the network")
+
+    def _check_pooled(self, name: str, embeds: Tensor | None, pooled: Tensor | None) -> None:
+        """Raises UserError where SDXL is given embedded or pooled prompts alone, or pooled ones that do not fit."""
+        if not self._takes_pooled:
+            return
+        if (embeds is None) != (pooled is None):
+            raise UserError("pooled_prompt_embeds: must be given with prompt_embeds, and negative ones with those, as "
+                            "the network is one of SDXL")
+        if pooled is not None and pooled.ndim != 2:
+            raise UserError(f"{name} {tuple(pooled.shape)}: must be (N, E), a vector for each prompt")
+        config = self.unet.unet.config
+        width, embedding = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+        if pooled is not None and width != 6 * embedding + pooled.shape[1]:
+            raise UserError(f"{name}: their {pooled.shape[1]} values and six sizes do not make the {width} that the "
+                            "network takes; networks that refine images are not supported")
 
     @property
     def _prompt_widths(self) -> list[int]:
@@ -362,17 +392,8 @@ class LatentDiffusion:
 
     def _with_sizes(self, embedded: Embedded, shape: tuple[int, int, int]) -> Embedded:
         """SDXL also sees sizes: those of the original image, the corner of its crop, and those of the crop."""
-        config = self.unet.unet.config
-        if getattr(config, "addition_embed_type", None) != "text_time":
+        if not self._takes_pooled:
             return embedded
-        if "text_embeds" not in embedded.prompts or "text_embeds" not in (embedded.null or embedded.prompts):
-            raise UserError("pooled_prompt_embeds: must be given with prompt_embeds, and negative ones with those, as "
-                            "the network is one of SDXL")
-        width, embedding = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-        if width != 6 * embedding + embedded.prompts["text_embeds"].shape[-1]:
-            raise UserError(f"pooled_prompt_embeds: their {embedded.prompts['text_embeds'].shape[-1]} values and six "
-                            f"sizes do not make the {width} that the network takes; networks that refine images are "
-                            "not supported")
         factor = int(getattr(self.pipe, "vae_scale_factor", 1))
         size = [shape[1] * factor, shape[2] * factor]
         times = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=self._device)

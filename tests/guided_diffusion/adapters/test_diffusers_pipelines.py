@@ -313,6 +313,30 @@ def test_sdxl_sees_its_further_conditions():
         ours(latent, pooled_prompt_embeds=noise((2, 8), 4), negative_pooled_prompt_embeds=noise((2, 8), 5))
 
 
+def test_pooled_prompts_of_sdxl_that_do_not_fit_are_a_sentence():
+    """Also where the pipeline encodes the other prompts, and in the pool of independent ones."""
+    latent = LatentDiffusion.from_pipeline(diffusers.StableDiffusionXLPipeline(
+        vae=vae(), unet=sdxl_unet(cross_attention_dim=32), scheduler=scheduler(), add_watermarker=False,
+        **text_parts(projected=True)))
+    embeds, pooled = noise((2, 5, 32), 1), noise((2, 16), 4)
+    both = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": embeds}
+    for options, words in [
+            ({"prompt": ["a", "b"], "negative_prompt_embeds": embeds}, "pooled_prompt_embeds: must be given with"),
+            ({"prompt": "a", "pooled_prompt_embeds": pooled}, "pooled_prompt_embeds: must be given with"),
+            ({**both, "negative_pooled_prompt_embeds": noise((2, 8), 5)}, "negative_pooled_prompt_embeds: their 8"),
+            ({**both, "negative_pooled_prompt_embeds": noise((2, 1, 16), 5)}, r"negative_pooled.* \(2, 1, 16\): m")]:
+        with pytest.raises(UserError, match=f"^{words}"):
+            latent.sample(steps=1, output_type="latent", **options)
+    pool = noise((3, 5, 32), 7)
+    for given, words in [({}, "must be given with prompt_embeds"),
+                         ({"pooled_prompt_embeds": noise((1, 16), 8)}, r"are \[1, 3\], they must be as many")]:
+        with pytest.raises(UserError, match=words):
+            latent.independent_prompt_guidance(1.0, prompt_embeds=pool, **given)
+    term = latent.independent_prompt_guidance(1.0, prompt_embeds=pool, pooled_prompt_embeds=noise((3, 16), 8))
+    assert latent.sample(steps=1, output_type="latent", guidance=[term], negative_pooled_prompt_embeds=pooled,
+                         **both).shape == (2, 4, 8, 8)
+
+
 def test_latents_are_clipped_where_the_scheduler_of_sdxl_does():
     pipe = diffusers.StableDiffusionXLPipeline(
         vae=vae(), unet=sdxl_unet(cross_attention_dim=32), scheduler=scheduler(clip_sample=True), add_watermarker=False,
