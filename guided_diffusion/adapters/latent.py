@@ -28,7 +28,7 @@ from ..steps import SamplerOptions, ddim_step
 from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
 from .branches import IndependentPromptGuidance, PromptGuidance, UnconditionalBranch
 from .networks import DiffusersUNet
-from .schedulers import process_of
+from .schedulers import departures, process_of
 
 if TYPE_CHECKING:
     from ..depth.predictor import DepthPredictors
@@ -68,6 +68,7 @@ class LatentDiffusion:
     def __init__(self, unet: DiffusersUNet, pipe: Any) -> None:
         self.unet = unet
         self.pipe = pipe
+        self._said: set[str] = set()
         channels = unet.unet.config.in_channels
         if channels != (out := unet.unet.config.out_channels) and 2 * channels != out:
             raise UserError(f"{type(pipe).__name__}: its network takes {channels} channels and gives {out}; networks "
@@ -163,9 +164,10 @@ class LatentDiffusion:
 
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
         labels: (N,) int64, of a network or a classifier with classes. latents: (N, C, h, w), the first noise, in place
-        of that of the seed. steps: see `process_of`. sampler: a name in `sampling.SAMPLERS`, or its options. cfg_scale:
-        diffusers' guidance scale, 1 is off; networks without prompts have none. guidance: terms that were given
-        `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it.
+        of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels in a
+        way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or its options.
+        cfg_scale: diffusers' guidance scale, 1 is off; networks without prompts have none. guidance: terms that were
+        given `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it.
         numbers: the images' places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone.
         height, width: pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
         batch_contrasts: evaluations that do not need each other, as those with and without the prompt, are one batch:
@@ -212,7 +214,20 @@ class LatentDiffusion:
         if isinstance(sampler, str) and process.num_timesteps < options.fewest_steps:
             raise UserError(f"steps {steps}: the scheduler makes {process.num_timesteps} of them, and "
                             f"{sampler} needs {options.fewest_steps} or more")
-        return options, options.process(process)
+        walked = options.process(process)
+        if walked is process and (line := departures(self.pipe.scheduler, steps, process.num_timesteps)):
+            self._say(line)
+        return options, walked
+
+    def _say(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.warning(line)
+
+    def num_steps(self, sampler: str | SamplerOptions = "ddim", steps: int = 50) -> int:
+        """How many steps `sample` makes where `steps` are asked for; some schedulers make fewer."""
+        return self._process(sampler, steps)[1].num_timesteps
 
     @property
     def _channels(self) -> int:

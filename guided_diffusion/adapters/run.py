@@ -105,11 +105,15 @@ class LatentChunks(ChunkFiles):
 
 
 class Prepared(NamedTuple):
-    """What makes the images: the pipeline, its guidance, and the prompts, in turn; none where it takes none."""
+    """What makes the images: the pipeline, its guidance, and the prompts, in turn; none where it takes none.
+
+    steps: how many the scheduler makes of those that were asked for.
+    """
 
     latent: LatentDiffusion
     guidance: list[Guidance]
     prompts: list[str]
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,16 @@ class LatentRun:
         """The guidance methods that are on."""
         return [method for method in self.methods if method.active]
 
-    def title(self) -> str:
-        """The guidance and the sampler in words, like "SAG s = 0.75 + prompt scale 7.5, ddim, 50 steps"."""
+    def title(self, steps: int | None = None) -> str:
+        """The guidance and the sampler in words, like "SAG s = 0.75 + prompt scale 7.5, ddim, 50 steps".
+
+        steps: how many are made; None: those that were asked for.
+        """
         options = self.options
         words = [method.title() for method in self.active]
         words += [f"SAG s = {options.sag_scale:g}"] if options.sag_scale else []
         words += [f"prompt scale {options.prompt_scale:g}"] if self._prompts and options.prompt_scale != 1 else []
-        return f"{' + '.join(words) or 'no guidance'}, {options.sampler}, {options.steps} steps"
+        return f"{' + '.join(words) or 'no guidance'}, {options.sampler}, {steps or options.steps} steps"
 
     @cached_property
     def _prompts(self) -> list[str]:
@@ -208,7 +215,7 @@ class LatentRun:
             todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
             with job("sampling by diffusers", self.out), queue:
                 self._work(prepared, chunks, todo, queue)
-                return self._finish(chunks, began) if dist_util.is_main() else None
+                return self._finish(chunks, began, prepared.steps) if dist_util.is_main() else None
 
     def _prepared(self, prompts: list[str]) -> Prepared:
         from .latent import LatentDiffusion
@@ -234,7 +241,8 @@ class LatentRun:
         if self.options.sag_scale:
             with naming("sag_block", self.options.sag_block):
                 guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
-        return Prepared(latent, guidance, prompts)
+        steps = latent.num_steps(self.options.sampler, self.options.steps)
+        return Prepared(latent, guidance, prompts, steps)
 
     def _as_typed(self) -> AbstractContextManager[None]:
         """Lets what is said of an argument of `LatentDiffusion` name the option, and all else the pipeline."""
@@ -283,11 +291,11 @@ class LatentRun:
             **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,
             guidance=prepared.guidance, seed=options.seed, numbers=numbers, height=options.height or None,
             width=options.width or None, output_type="np", batch_contrasts=options.batch_contrasts,
-            on_step=lambda: on_step(min(1.0, next(done) / options.steps)))
+            on_step=lambda: on_step(min(1.0, next(done) / prepared.steps)))
         pixels = unit_to_uint8(images[:len(image_ids)])
         return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
-    def _finish(self, chunks: LatentChunks, began: float) -> Path:
+    def _finish(self, chunks: LatentChunks, began: float, steps: int) -> Path:
         """Packs the chunks, draws the picture, and writes the record last."""
         shape = (chunks.num_samples, *chunks.read(0)["images"].shape[1:])
         height, width = shape[1:3]
@@ -302,7 +310,7 @@ class LatentRun:
         os.replace(whole, samples)
         pictures.save_grid(BatchFile(samples).first(64), self.out / "grid.png")
         write_json(self.out / "run.json", {
-            "configuration": chunks.configuration, "title": self.title(), "fingerprint": chunks.fingerprint,
+            "configuration": chunks.configuration, "title": self.title(steps), "fingerprint": chunks.fingerprint,
             "samples": samples.name,
             "sha256": {"samples": sha256_of(samples), **chunks.sha256}, **made_by(),
             "timing": {"seconds": time.time() - began}}, sync=True, ending="the samples are kept")

@@ -17,6 +17,9 @@ VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": Mo
                   "learned_range": ModelVarType.LEARNED_RANGE}
 PLACES = ("timestep_spacing", "steps_offset")       # what the places of steps follow from
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
+INVERSE = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
+SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
+            "use_lu_lambdas": "Lu's", "use_flow_sigmas": "flow"}            # of noise levels, by what switches them on
 LEAST_ABAR = 1e-12              # less than in any cosine schedule; without signal x0 is no function of eps
 
 
@@ -46,9 +49,9 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     than so many, as the Runge-Kutta ones of a `PNDMScheduler`. None: all. Where the chain ends in abar of its first
     step, and that step is among them, it is left out, as nothing changes there but what is clipped. The scheduler
     itself is not changed.
-    Raises UserError for a scheduler without betas, one of consistency models (LCM, TCD), one with a zero terminal
-    signal-to-noise ratio, another prediction or variances that are neither fixed nor in a range, and for a number of
-    steps it cannot take.
+    Raises UserError for a scheduler without betas, one of consistency models (LCM, TCD), one that inverts images, one
+    with a zero terminal signal-to-noise ratio, another prediction or variances that are neither fixed nor in a range,
+    and for a number of steps it cannot take.
     """
     name = type(scheduler).__name__
     betas = getattr(scheduler, "betas", None)
@@ -59,6 +62,9 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     if name in CONSISTENCY:
         raise UserError(f"{name}: jumps from step to step by a consistency function, which no sampler here does; take "
                         "for example a DDIMScheduler, and a network that was not distilled for it")
+    if name in INVERSE:
+        raise UserError(f"{name}: goes from images to noise, which no sampler here does; take for example a "
+                        "DDIMScheduler")
     prediction = getattr(config, "prediction_type", "epsilon")
     if prediction not in MEAN_TYPES:
         raise UserError(f"{name} prediction_type {prediction!r}: must be one of {', '.join(MEAN_TYPES)}")
@@ -75,6 +81,17 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     if not len(used):
         raise UserError(f"steps {steps}: none changes anything, as the chain of {name} ends where it begins; take more")
     return ScheduledProcess(abar, used, last, MEAN_TYPES[prediction], variance)
+
+
+def departures(scheduler: Any, asked: int, made: int) -> str:
+    """In words how the steps that are made differ from those asked for, and from the scheduler's; "" where they do not.
+
+    Steps of a spacing of noise levels are rounded to those of the training, where some may coincide.
+    """
+    words = [f"makes {made} of {asked} steps"] if made != asked else []
+    words += [f"its {spacing} spacing is not followed" for flag, spacing in SPACINGS.items()
+              if getattr(scheduler.config, flag, False)]
+    return f"{type(scheduler).__name__}: {'; '.join(words)}" if words else ""
 
 
 def _last_abar(scheduler: Any, abar: np.ndarray) -> float:

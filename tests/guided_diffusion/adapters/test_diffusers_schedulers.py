@@ -112,6 +112,12 @@ def test_schedulers_of_consistency_models_are_refused_and_what_is_made_of_them_t
     assert process_of(diffusers.DDIMScheduler.from_config(own.config), 4).num_timesteps == 4
 
 
+@pytest.mark.parametrize("kind", ["DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"])
+def test_schedulers_that_invert_images_are_refused(kind):
+    with pytest.raises(UserError, match=f"^{kind}: goes from images to noise, which no sampler here does"):
+        process_of(getattr(diffusers, kind)(), 4)
+
+
 def test_a_scheduler_that_does_not_fit_is_a_sentence():
     with pytest.raises(UserError, match="has no betas"):
         process_of(diffusers.FlowMatchEulerDiscreteScheduler())

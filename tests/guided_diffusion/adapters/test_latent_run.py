@@ -11,6 +11,7 @@ from commands import call
 from tiny_diffusers import diffusers, pixel_unet, prompted_pipeline, prompted_unet, scheduler, text_parts
 
 from guided_diffusion.adapters import run
+from guided_diffusion.adapters.diffusers import process_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE
 
@@ -74,6 +75,18 @@ def test_flags_without_effect_are_said(command, tmp_path, caplog):
     caplog.clear()
     assert command(num_samples=1, out=tmp_path / "all") == 0
     assert "without effect" not in caplog.text
+
+
+def test_steps_that_coincide_are_said_once_and_not_counted(command, tmp_path, caplog):
+    steps = scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    prompted_pipeline(steps=steps, **text_parts()).save_pretrained(tmp_path / "p")
+    assert command(pipeline=tmp_path / "p", batch_size=1, num_samples=2, steps=50, sag_scale=0, pag_scale=0,
+                   prompt_scale=1, sampler="unipc") == 0
+    said = [line for line in caplog.messages if "spacing" in line]
+    made = len(process_of(steps, 50).timestep_map)
+    assert made < 50
+    assert said == [f"DPMSolverMultistepScheduler: makes {made} of 50 steps; its Karras spacing is not followed"]
+    assert samples(tmp_path / "out")[1]["title"] == f"no guidance, unipc, {made} steps"
 
 
 def test_prompts_are_drawn_from_the_run_or_from_a_file(command, tmp_path):
