@@ -239,7 +239,8 @@ def _steps(runs: Sequence[ComparedRun]) -> Iterator[str]:
                "different noise")
     if shared:
         return
-    steps = {run.folder: num_steps(run.configuration) for run in runs if "diffusion_steps" in run.configuration}
+    counts = {run.folder: num_steps(run.configuration) for run in runs if "diffusion_steps" in run.configuration}
+    steps = {folder: count for folder, count in counts.items() if count is not None}
     if len(set(steps.values())) > 1:
         told = ", ".join(f"{folder} {count}" for folder, count in steps.items())
         yield (f"the runs have different numbers of steps ({told}), so that images of the same number begin with "

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..fetch import without_secrets
 from ..files import check_folder, write_text
 from ..foreign import read_json
 from ..options import Options, option, required
 from ..pictures import save_grid
-from .record import recorded_command, run_samples, title
+from .record import finished_run, recorded_command, run_samples
 
 WIDTH = 100                     # characters of a command's line
 PAGE = "index.md"
@@ -48,7 +49,7 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
     for name, folder in zip(names, map(Path, folders), strict=True):
         images, configuration = run_samples(folder, options.num_images)
         save_grid(images, out / f"{name}.png", options.columns)
-        words = title(configuration)
+        words = finished_run(folder).title
         made = recorded_command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
         lines += ["", f"## {_model(configuration)}: {words}", "", f"![{len(images)} images: {words}]({name}.png)", "",
                   *_shell(made)]
@@ -57,8 +58,9 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
 
 
 def _model(configuration: Mapping[str, Any]) -> str:
-    """The name of a run's model: that of --model, else of its file."""
-    return str(configuration.get("model") or Path(str(configuration.get("model_path") or "model")).stem)
+    """The name of a run's model: that of --model, else of its pipeline, else of its file."""
+    named = configuration.get("model") or Path(without_secrets(str(configuration.get("pipeline") or ""))).name
+    return str(named or Path(str(configuration.get("model_path") or "model")).stem)
 
 
 def _shell(words: Sequence[str]) -> list[str]:

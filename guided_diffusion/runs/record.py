@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
 from ..options import Options, option_fields, options_from, shortened
+from ..places import command_file
 from ..respace import space_timesteps
-from ..sampling import SAMPLERS
+from ..sampling import SAMPLERS, SamplerOptions
 from ..version import __version__
 from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
@@ -131,13 +133,18 @@ def made_by() -> dict[str, Any]:
 
 
 def recorded_command(record: Mapping[str, Any]) -> list[str]:
-    """The words of the command line in a run.json, as it is called in a checkout; none where it holds none."""
+    """The words of the command line in a run.json, as it is called in a checkout; none where it holds none.
+
+    A file that is no command of this library, as one of the user's own, stays where it lay.
+    """
     words = record.get("command")
     if not isinstance(words, list) or not words:
         return []
     script, *arguments = [without_secrets(str(word)) for word in words]
-    name = Path(script).name
-    return [*(["python", f"scripts/{name}"] if name.endswith(".py") else [name]), *arguments]
+    path = Path(script)
+    if path.suffix != ".py":
+        return [path.name, *arguments]
+    return ["python", f"scripts/{path.name}" if os.path.isfile(command_file(path.stem)) else script, *arguments]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -191,13 +198,19 @@ class FinishedRun(NamedTuple):
 
 
 def finished_run(folder: Path) -> FinishedRun:
-    """The finished run in a folder; its record may have a title of its own. UserError where there is none."""
+    """The finished run in a folder, called as its record says. UserError where there is none."""
     try:
-        path, configuration = _finished(folder)
-        words = json.loads((folder / "run.json").read_text()).get("title")
-        return FinishedRun(path, configuration, str(words or title(configuration)))
+        return _finished_run(folder)
     except READ_ERRORS as error:
         raise _unfinished(folder, error) from None
+
+
+def _finished_run(folder: Path) -> FinishedRun:
+    """The same; raises one of READ_ERRORS where there is none."""
+    path, configuration = _finished(folder)
+    record = json.loads((folder / "run.json").read_text())
+    words = record.get("title") or title(configuration, record.get("sha256") or ())
+    return FinishedRun(path, configuration, str(words))
 
 
 def _finished(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -213,19 +226,30 @@ def _unfinished(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: holds no finished sampling run ({reason(error)})")
 
 
-def title(configuration: Mapping[str, Any]) -> str:
+def title(configuration: Mapping[str, Any], files: Iterable[str] = ()) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
     Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". A run that upsampled
-    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled".
+    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled". files: what run.json has
+    digests of, by its names; code among them that this process does not know is named.
     """
     try:
-        return f"{title(_finished(Path(configuration['base_samples']))[1])}, upsampled"
+        return f"{_finished_run(Path(configuration['base_samples'])).title}, upsampled"
     except READ_ERRORS:
         pass                            # no such run
-    words = " + ".join(method.title() for method in active_guidance(configuration)) or "no guidance"
-    sample, = _read(configuration, SampleOptions)
-    return words if sample.sampler_name == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"
+    methods = [method.title() for method in active_guidance(configuration)]
+    if unknown := _unknown_code(files):
+        methods.append(f"code unknown here ({', '.join(unknown)})")
+    words = " + ".join(methods) or "no guidance"
+    return words if _sampler_name(configuration) == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"
+
+
+def _unknown_code(files: Iterable[str]) -> list[str]:
+    """The names of methods, samplers and their terms from outside that this process has not registered."""
+    kinds: list[type[Options]] = [*GUIDANCE, *SAMPLERS.values()]
+    known = own_sources(*(kind() for kind in kinds if not is_ours(kind.__module__)))
+    return sorted(name.removeprefix(SOURCE) for name in files
+                  if name.startswith(SOURCE) and name not in known and "." not in name)
 
 
 def active_guidance(configuration: Mapping[str, Any]) -> list[GuidanceOptions]:
@@ -236,15 +260,30 @@ def active_guidance(configuration: Mapping[str, Any]) -> list[GuidanceOptions]:
 
 def sampler_title(configuration: Mapping[str, Any]) -> str:
     """The sampler of a recorded run in words, with its steps, like "DDPM, 250 steps"."""
-    sample, = _read(configuration, SampleOptions)
-    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
-    return str(sampler.headline(num_steps(configuration)))
+    name = _sampler_name(configuration)
+    if name not in SAMPLERS:
+        return f"{name} (unknown here)"
+    sampler, = _read(configuration, SAMPLERS[name])
+    return str(sampler.headline(_num_steps(configuration, sampler)))
 
 
-def num_steps(configuration: Mapping[str, Any]) -> int:
-    """The steps of a recorded run."""
-    sample, diffusion = (_read(configuration, kind)[0] for kind in (SampleOptions, DiffusionOptions))
-    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+def num_steps(configuration: Mapping[str, Any]) -> int | None:
+    """The steps of a recorded run; None where its sampler is not known here."""
+    name = _sampler_name(configuration)
+    return _num_steps(configuration, _read(configuration, SAMPLERS[name])[0]) if name in SAMPLERS else None
+
+
+def _num_steps(configuration: Mapping[str, Any], sampler: SamplerOptions) -> int:
+    diffusion, = _read(configuration, DiffusionOptions)
     chain = space_timesteps(diffusion.diffusion_steps, sampler.respacing(diffusion.timestep_respacing)
                             or [diffusion.diffusion_steps])
     return int(sampler.num_steps(len(chain)))
+
+
+def _sampler_name(configuration: Mapping[str, Any]) -> str:
+    """The name of the sampler of a recorded run, which may be none of SAMPLERS."""
+    name = configuration.get("sampler")
+    if isinstance(name, str) and name and name not in SAMPLERS:
+        return name
+    sample, = _read(configuration, SampleOptions)
+    return str(sample.sampler_name)

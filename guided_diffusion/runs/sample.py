@@ -41,7 +41,7 @@ from .chunks import Indices
 from .folders import default_folder
 from .labels import ANY_LABELS, NONE, Labels, is_class, is_file, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
-from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype
+from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype, title
 from .sampler import BuiltRun, ImageSampler
 from .shards import PICTURE, Shards
 from .work import make_chunks
@@ -417,6 +417,7 @@ class SamplingRun:
         self._draw(chunks)
         record = {
             "configuration": chunks.configuration,
+            "title": title(chunks.configuration),
             "fingerprint": chunks.fingerprint,
             "samples": chunks.samples.name,
             "sha256": {"samples": sha256_of(chunks.samples), **chunks.sha256},

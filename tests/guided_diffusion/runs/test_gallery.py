@@ -1,7 +1,23 @@
-"""The gallery of finished runs."""
+"""The gallery of finished runs, and what it and other commands call a run."""
 
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
 from commands import call, flags
+from finished import write_run
+from networks import TINY
 from PIL import Image
+
+from evaluations.reports.folders import of_samples
+from guided_diffusion.guidance import GUIDANCE, GradientGuidance, ScaledOptions
+from guided_diffusion.options import fill, option
+from guided_diffusion.runs.options import preset_values
+from guided_diffusion.runs.record import finished_run, recorded_command
+from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS, SamplerOptions
 
 
 def test_a_page_shows_the_images_of_runs_and_their_commands(tmp_path, capsys):
@@ -21,3 +37,83 @@ def test_a_page_shows_the_images_of_runs_and_their_commands(tmp_path, capsys):
     assert "plain: is the name of several folders" in capsys.readouterr().err
     assert call("gallery", tmp_path, "--out", out) == 2
     assert "holds no finished sampling run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("configuration", "model"), [
+    ({"pipeline": "hub/stable-2.1"}, "stable-2.1"), ({"pipeline": "/a/pipe/", "steps": 3}, "pipe"),
+    ({"model_path": "/a/dogs.pt"}, "dogs"), ({"model_path": "/a/dogs.pt", "model": "cats"}, "cats")])
+def test_runs_are_called_as_their_records_say(configuration, model, tmp_path):
+    """A prompt is no guidance of GUIDANCE, so that only the record of a latent run knows its title."""
+    run = write_run(tmp_path / "run", np.zeros((2, 8, 8, 3), np.uint8), title="prompt scale 7.5, ddim, 3 steps",
+                    **configuration)
+    assert call("gallery", run, "--out", tmp_path / "gallery") == 0
+    assert f"\n## {model}: prompt scale 7.5, ddim, 3 steps\n" in (tmp_path / "gallery" / "index.md").read_text()
+
+
+class TowardsGrey(GradientGuidance):
+    def gradient(self, ctx, pred):
+        return -self.scale * ctx.x_t
+
+
+@dataclass(frozen=True)
+class GreyOptions(ScaledOptions):
+    """A method that only those commands know that have registered it."""
+
+    short, sigma_flags, term = "grey", "grey", TowardsGrey
+    switched_on: ClassVar = {"grey_scale": 0.1}
+    grey_scale: float = option(0.0, "scale")
+
+    def build(self, nets):
+        return [TowardsGrey(self.grey_scale)]
+
+
+@dataclass(frozen=True)
+class MeanOptions(SamplerOptions):
+    """A sampler of that kind."""
+
+    title = "DDPM without noise"
+
+    def step(self):
+        return lambda ctx, pred, grad, noise: (pred.mean, pred.pred_xstart)
+
+
+@pytest.mark.parametrize(("flag", "title", "unknown"), [
+    ({"grey_scale": 0.5}, "grey s = 0.5", "code unknown here (GreyOptions, TowardsGrey)"),
+    ({"sampler": "mean"}, "no guidance, DDPM without noise, 2 steps",
+     "code unknown here (MeanOptions), mean (unknown here)")])
+def test_runs_with_code_from_outside_are_called_what_they_are(flag, title, unknown, tmp_path, monkeypatch,
+                                                              tiny_checkpoints):
+    """Commands that know neither the method nor the sampler call the run as its record does, and older ones truly."""
+    out, gallery = tmp_path / "out", tmp_path / "gallery"
+    values = {**TINY, "model_path": str(tiny_checkpoints / "model.safetensors"), "num_samples": 2, "batch_size": 2,
+              "timestep_respacing": "2", "out": str(out), **flag}
+
+    def without_title():
+        record = json.loads((out / "run.json").read_text())
+        record.pop("title", None)
+        (out / "run.json").write_text(json.dumps(record))
+        return finished_run(out).title
+
+    with monkeypatch.context() as known:
+        known.setattr("sys.argv", ["/home/me/own.py", "--out", "out"])
+        known.setitem(SAMPLERS, "mean", MeanOptions)
+        GUIDANCE.append(GreyOptions)
+        try:
+            SamplingRun.of(fill(values, SamplingRun.classes(), preset_values, source="here")).run()
+            record = (out / "run.json").read_text()
+            assert finished_run(out).title == without_title() == title
+        finally:
+            GUIDANCE.remove(GreyOptions)
+    assert without_title() == unknown
+    (out / "run.json").write_text(record)
+    assert call("gallery", out, "--out", gallery) == 0
+    assert f"## model: {title}" in (page := (gallery / "index.md").read_text()) and "python /home/me/own.py" in page
+    shown = of_samples(out)
+    assert shown.title == f"out: {title}" and shown.command == "python /home/me/own.py --out out"
+
+
+@pytest.mark.parametrize(("script", "shown"), [
+    ("/home/me/scripts/image_sample.py", ["python", "scripts/image_sample.py"]), ("own.py", ["python", "own.py"]),
+    ("/home/me/own.py", ["python", "/home/me/own.py"]), ("/usr/bin/guided_image_sample", ["guided_image_sample"])])
+def test_a_command_is_shown_as_it_can_be_called(script, shown):
+    assert recorded_command({"command": [script, "--seed", "1"]}) == [*shown, "--seed", "1"]
