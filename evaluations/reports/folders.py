@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from guided_diffusion.adapters.run import LatentRun
 from guided_diffusion.build import DiffusionOptions
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import without_secrets
 from guided_diffusion.files import reason
 from guided_diffusion.foreign import read_json
+from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.jobs import JobState, read_state
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option_fields
@@ -117,8 +119,10 @@ def _command(record: Mapping[str, Any]) -> str:
 
 def _changed(configuration: Mapping[str, Any]) -> Iterator[ShownTable]:
     """The options of sampling, and of guidance that is on, that are not as they are by default."""
-    guidance = map(type, active_guidance(configuration))
+    guidance = list(map(type, active_guidance(configuration)))
     classes: list[type[Options]] = [DiffusionOptions, *SAMPLERS.values(), *guidance, SampleOptions]
+    if "pipeline" in configuration:
+        classes = [kind for kind in LatentRun.classes() if kind in guidance or not issubclass(kind, GuidanceOptions)]
     defaults = {field.name: field.default for cls in classes for field in option_fields(cls)
                 if cls is not DiffusionOptions or field.name == "timestep_respacing"}
     rows = [[name, shown(value), shown(defaults[name])] for name, value in configuration.items()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from commands import REPOSITORY, call
 from finished import write_run
 from PIL import Image
 
+from evaluations.reports.folders import of_samples
 from evaluations.reports.report import ReportOptions, write_pages
+from guided_diffusion.adapters.run import LatentOptions
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_csv
+from guided_diffusion.guidance import PagOptions
 from guided_diffusion.jobs import job
 
 IMAGES = np.random.default_rng(0).integers(0, 200, (3, 8, 8, 3), dtype=np.uint8)
@@ -60,6 +64,16 @@ def test_numbers_of_a_table_around_a_run(run):
     written(run)
     text = (run / "report.html").read_text()
     assert "3 images, from table.json: A table." in text and "4.500" in text
+
+
+def test_a_latent_run_differs_from_the_defaults_of_its_own_command(tmp_path):
+    changed = {"pipeline": "pipe", "steps": 3, "sag_scale": 0.75, "pag_scale": 1.0, "num_samples": 3}
+    run = write_run(tmp_path / "run", IMAGES, **{**asdict(LatentOptions()), **asdict(PagOptions()), **changed,
+                                                 "out": "latent", "batch_size": 1})
+    table, = of_samples(run).tables
+    assert {row[0]: tuple(row[1:]) for row in table.rows} == {
+        "pipeline": ("pipe", "unset"), "steps": ("3", "50"), "sag_scale": ("0.75", "0.0"),
+        "pag_scale": ("1.0", "0.0"), "num_samples": ("3", "1")}
 
 
 def test_the_page_of_a_training(tmp_path, monkeypatch):
