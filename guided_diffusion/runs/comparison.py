@@ -28,6 +28,7 @@ LOG = logging.getLogger(__name__)
 MOST_COMPARED = 1000            # images of each run
 NUMBER, CHANGE = "number", "change"
 PAGE_ENDINGS = (".html", ".htm")
+STEPS = ("timestep_respacing", "steps")         # the flags of their number, in runs of pipelines the second
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def read_comparison(folders: Sequence[str], options: ComparisonOptions) -> Compa
         raise UserError(f"{notes[0]}; pass --allow_different True to compare them all the same")
     pictures, resized = _of_one_size(runs, [run.file.pick(image_ids) for run in runs])
     steps = list(_steps(runs))
-    notes += [*steps, *differences(runs, ["timestep_respacing"] if steps else []), *resized]
+    notes += [*steps, *differences(runs, STEPS if steps else []), *resized]
     for note in notes:
         LOG.warning(note)
     words = () if labels[0] is None or any(part is None for part in labels) else class_words(
@@ -239,8 +240,7 @@ def _steps(runs: Sequence[ComparedRun]) -> Iterator[str]:
                "different noise")
     if shared:
         return
-    counts = {run.folder: num_steps(run.configuration) for run in runs if "diffusion_steps" in run.configuration}
-    steps = {folder: count for folder, count in counts.items() if count is not None}
+    steps = {run.folder: count for run in runs if (count := num_steps(run.configuration)) is not None}
     if len(set(steps.values())) > 1:
         told = ", ".join(f"{folder} {count}" for folder, count in steps.items())
         yield (f"the runs have different numbers of steps ({told}), so that images of the same number begin with "

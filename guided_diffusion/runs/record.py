@@ -268,7 +268,10 @@ def sampler_title(configuration: Mapping[str, Any]) -> str:
 
 
 def num_steps(configuration: Mapping[str, Any]) -> int | None:
-    """The steps of a recorded run; None where its sampler is not known here."""
+    """The steps of a recorded run; None where its sampler is not known here, or its record does not say."""
+    if "diffusion_steps" not in configuration:
+        steps = configuration.get("steps")              # of a pipeline
+        return steps if isinstance(steps, int) else None
     name = _sampler_name(configuration)
     return _num_steps(configuration, _read(configuration, SAMPLERS[name])[0]) if name in SAMPLERS else None
 

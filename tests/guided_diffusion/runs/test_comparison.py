@@ -75,6 +75,10 @@ def test_other_numbers_of_steps_are_said(runs, tmp_path):
              for count in ("5", "10")]
     note, = read(*steps).notes
     assert "different numbers of steps" in note and f"{steps[1]} 10" in note
+    pipelines = [write_run(tmp_path / f"latent{count}", IMAGES, pipeline="pipe", steps=count, title="no guidance, ddim")
+                 for count in (3, 5)]
+    assert read(*pipelines).notes == (f"the runs have different numbers of steps ({pipelines[0]} 3, {pipelines[1]} 5), "
+                                      "so that images of the same number begin with different noise",)
     shared = [write_run(tmp_path / f"shared{count}", IMAGES, diffusion_steps=1000, timestep_respacing=count,
                         shared_start=True) for count in ("5", "10")]
     assert read(*shared).notes == ("beside the guidance the runs differ in --timestep_respacing (5, 10)",)
