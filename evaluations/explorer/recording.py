@@ -183,11 +183,15 @@ class Recorder:
         self.place, self.begun, self.unguided_eps, self.gradients = place, False, None, {}
 
     def _first_evaluation(self, x: Tensor, *inputs: Any, **conditions: Any) -> Tensor:
-        """The network; of the first evaluation of each step, x_t and the received attention are kept."""
+        """The network; of the first evaluation of each step, x_t and the received attention are kept.
+
+        Those of the images come first in a batch that `--batch_contrasts` makes of several evaluations.
+        """
         if self.begun:
             return self.network(x, *inputs, **conditions)
         self.begun = True
-        self._keep("x_t", x)
+        own = slice(self.rows.stop - self.rows.start)
+        self._keep("x_t", x[own])
         read = self.method.attention_block if self.method else None
         heads = {name: (self.method.heads or "exact") if self.method and name == read else "exact"
                  for name in self.blocks}
@@ -199,7 +203,7 @@ class Recorder:
         for one in captured:
             for name, seen in one.items():
                 self.grids[name] = seen.grid
-                self._keep(f"attention_{name}", seen.received.unflatten(1, seen.grid), np.float32)
+                self._keep(f"attention_{name}", seen.received[own].unflatten(1, seen.grid), np.float32)
         return output
 
     def _seen(self, number: int) -> Callable[[StepContext, Prediction, Tensor, Tensor | None], None]:

@@ -13,6 +13,7 @@ from guided_diffusion.options import options_from
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.sampler import ImageSampler
 from guided_diffusion.terms import LossGuidance
+from guided_diffusion.unet import UNetModel
 
 SAG = {"guide_scale": 1.5, "sel_attn_block": "middle", "sel_attn_depth": 0, "blur_sigma": 2.0}
 
@@ -82,6 +83,20 @@ def test_without_guidance_there_are_images_and_attention(run):
     assert {f"attention_{name}" for name in recording.blocks} == {
         name for name in recording.arrays if "attention" in name}
     assert np.array_equal(recording.arrays["x0"], recording.arrays["x0_unguided"])
+
+
+def test_the_step_is_recorded_of_a_batch_with_further_evaluations(run, monkeypatch):
+    """Its own rows come first: what is kept is, to rounding, what it is where each evaluation is made alone."""
+    sizes = []
+    forward = UNetModel.forward
+    monkeypatch.setattr(UNetModel, "forward", lambda self, x, *inputs, **conditions: (
+        sizes.append(len(x)), forward(self, x, *inputs, **conditions))[1])
+    alone, together = (Recorder(run(icg_scale=1.0, batch_contrasts=batched), [0, 1, 4], []).record()
+                       for batched in (False, True))
+    assert max(sizes) == 4
+    assert alone.arrays.keys() == together.arrays.keys()
+    for name, array in alone.arrays.items():
+        assert np.allclose(array, together.arrays[name], atol=1e-2), name
 
 
 def test_any_sampler_and_a_gradient(run, tiny_checkpoints):
