@@ -24,7 +24,7 @@ from .recording import Recording
 
 STATE = "x_(t\N{NON-BREAKING HYPHEN}1)"
 LETTERS = "AB"
-PSI_STEPS = 100                 # received attention is in hundredths, rounded up, so that r > k / 100 stays exact
+PSI_MOST = 2.5                  # up to which a reader may move psi, in hundredths; further where a method's lies beyond
 
 OF_EPS = ("contrast", "transform")          # kinds of terms whose changes of eps add up
 COLOUR, SIGNED, MASK = "colour", "signed", "mask"
@@ -84,10 +84,12 @@ def page(recordings: Sequence[Recording], title: str, command: str, quality: int
     kept = {} if lossless is None else lossless
     first = recordings[0]
     height, width = first.arrays["x_t"].shape[-2:]
+    offered = thresholds(recordings)
     data = {
         "steps": first.steps, "sigma": first.sigma, "images": first.image_ids, "labels": first.labels,
-        "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "psi_steps": PSI_STEPS,
-        "settings": [_setting(letter, one, quality, kept) for letter, one in zip(LETTERS, recordings, strict=False)]}
+        "width": width, "height": height, "columns": sheet_columns(len(first.steps)), "thresholds": offered,
+        "settings": [_setting(letter, one, offered, quality, kept)
+                     for letter, one in zip(LETTERS, recordings, strict=False)]}
     said = lossy(quality) + ("; recording.npz is not" if quality is not None else "")
     return pages_of(__package__, ("explorer.css",), ("explorer.js",)).render(
         "explorer.html.jinja", title, data=data, command=command, first=first,
@@ -95,12 +97,13 @@ def page(recordings: Sequence[Recording], title: str, command: str, quality: int
         kinds={letter: picture_kinds(one) for letter, one in zip(LETTERS, recordings, strict=False)},
         shared=[kind for kind in picture_kinds(first)[:3]] if len(recordings) > 1 else [],
         width=width, height=height, enlarged=max(1, 256 // width), quality=said, blocks=list(first.blocks),
+        thresholds=offered,
         rms_chart=any(_rms(one) for one in recordings),
         told_apart=any("state_change" in one.arrays for one in recordings))
 
 
-def _setting(letter: str, recording: Recording, quality: int | None, lossless: dict[tuple[str, str], Any],
-             ) -> dict[str, Any]:
+def _setting(letter: str, recording: Recording, offered: Sequence[float], quality: int | None,
+             lossless: dict[tuple[str, str], Any]) -> dict[str, Any]:
     pictures = {}
     for kind in picture_kinds(recording):
         values, key = recording.arrays[kind.name], (letter, kind.name)
@@ -112,7 +115,7 @@ def _setting(letter: str, recording: Recording, quality: int | None, lossless: d
         "letter": letter, "title": recording.title, "block": recording.block, "psi": recording.psi,
         "terms": [{"title": term.title, "kind": term.kind, "active": term.active} for term in recording.terms],
         "pictures": pictures, "rms": list(_rms(recording)), "losses": list(_losses(recording)),
-        "attention": {name: {"grid": grid, "data": _attention(recording.arrays[f"attention_{name}"])}
+        "attention": {name: {"grid": grid, "data": _attention(recording.arrays[f"attention_{name}"], offered)}
                       for name, grid in recording.blocks.items()}}
 
 
@@ -145,9 +148,22 @@ def _rounded(values: np.ndarray) -> list[list[float | None]]:
     return [[None if math.isnan(value) else float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
-def _attention(received: np.ndarray) -> str:
-    """Received attention (N, S, h, w) in hundredths, rounded up and at most 255, as base64."""
-    levels = np.ceil(received.astype(np.float64) * PSI_STEPS).clip(0, 255).astype(np.uint8)
+def thresholds(recordings: Sequence[Recording]) -> list[float]:
+    """The values of psi that a reader may choose, rising: those of the methods, and steps from 0 up.
+
+    There are so few that a byte says how many of them a token exceeds.
+    """
+    own = {1.0, *(one.psi for one in recordings)}
+    most = max(PSI_MOST, *own)
+    if most > PSI_MOST:
+        most = max(most, *(float(one.arrays[f"attention_{name}"].max()) for one in recordings for name in one.blocks))
+    step = math.ceil(most / PSI_MOST)           # hundredths
+    return sorted(own.union(place / 100 for place in range(0, math.ceil(100 * most) + step, step)))
+
+
+def _attention(received: np.ndarray, offered: Sequence[float]) -> str:
+    """How many thresholds the received attention (N, S, h, w) exceeds, so that each splits it exactly; base64."""
+    levels = np.searchsorted(offered, received.astype(np.float64), side="left").astype(np.uint8)
     return base64.b64encode(levels.tobytes()).decode()
 
 

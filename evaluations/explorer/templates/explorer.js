@@ -1,8 +1,8 @@
 // Draws what stands in #data for the step, the image, the block and the threshold that a reader chooses.
 (async () => {
   const {data, byId, all, signed, paintDifference} = page;
-  const {width, height, columns, settings} = data;
-  const count = data.steps.length;
+  const {width, height, columns, settings, thresholds} = data;
+  const count = data.steps.length, most = thresholds.length - 1;
   const setting = letter => settings.find(one => one.letter === letter);
   const shown = {step: 0, image: 0};
 
@@ -89,7 +89,8 @@
   function drawAttention() {
     if (!byId('block')) return;
     const name = byId('block').value, psi = Number(byId('psi').value), heat = byId('shown').value === 'heat';
-    byId('psi_value').value = (psi / data.psi_steps).toFixed(2);
+    const hundredths = thresholds[psi].toFixed(2);
+    byId('psi_value').value = Number(hundredths) === thresholds[psi] ? hundredths : thresholds[psi];
     for (const canvas of all('canvas[data-attention]')) {
       const one = setting(canvas.dataset.attention), block = one.attention[name], context = canvas.getContext('2d', {willReadFrequently: true});
       const [rows, cells] = block.grid, tokens = rows * cells;
@@ -100,7 +101,7 @@
       received.forEach((value, token) => {
         const above = value > psi;
         masked += above;
-        const opacity = heat ? 0.85 * value / 255 : above ? 0.55 : 0;
+        const opacity = heat ? 0.85 * Math.max(0, thresholds[Math.min(value, most)] / thresholds[most]) : above ? 0.55 : 0;
         if (!opacity) return;
         const x = token % cells, y = Math.floor(token / cells);
         const left = Math.round(x * canvas.width / cells), top = Math.round(y * canvas.height / rows);
@@ -342,7 +343,7 @@
   const reader = settings.find(one => one.block in one.attention);
   if (byId('block')) {
     if (reader) byId('block').value = reader.block;
-    byId('psi').value = Math.round((reader ? reader.psi : 1) * data.psi_steps);
+    byId('psi').value = thresholds.indexOf(reader ? reader.psi : 1);
   }
   drawTimeline();
   drawChart();

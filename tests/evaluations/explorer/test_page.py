@@ -1,5 +1,6 @@
 """The explorer's page: what it holds, and what a reader sees after moving the slider and the threshold."""
 
+import base64
 import dataclasses
 import http.server
 import json
@@ -102,6 +103,21 @@ def test_a_page_that_is_too_large_loses_detail_and_says_so_or_is_refused(tmp_pat
     with pytest.raises(UserError, match="--images: the page would take"):
         write_page(tmp_path / "none.html", [one], "model", COMMAND, limit=1000)
     assert not (tmp_path / "none.html").exists()
+
+
+@pytest.mark.parametrize("psi", [1.25, 1.0, 1.255, 3.0, -0.5, 2.504, 60.0, 1e5])
+def test_the_threshold_of_the_method_can_be_chosen_exactly(psi):
+    """Each level says on which side of every threshold that is offered a token is, also at the threshold itself."""
+    one = recorded()
+    one.arrays["attention_middle"][0, 0, 0, :2] = psi, np.nextafter(np.float32(psi), np.float32(np.inf))
+    found = data_of(page([dataclasses.replace(one, psi=psi), recorded(guided=False)], TITLE, COMMAND))
+    offered = found["thresholds"]
+    assert {psi, 1.0} <= set(offered) and offered == sorted(offered) and 100 < len(offered) <= 255
+    assert offered[-1] >= max(2.5, psi)
+    received = one.arrays["attention_middle"].astype(np.float64).ravel()
+    levels = np.frombuffer(base64.b64decode(found["settings"][0]["attention"]["middle"]["data"]), np.uint8)
+    for place, threshold in enumerate(offered):
+        assert np.array_equal(levels > place, received > threshold)
 
 
 # What a reader sees
@@ -245,6 +261,18 @@ def test_masked_tokens_are_marked_and_follow_block_and_threshold(chromium, compa
     changed = (plain != marked).any(axis=-1).reshape(4, 64, 4, 64).any(axis=(1, 3))
     received = first.arrays["attention_middle"][0, 0]
     assert np.array_equal(changed, (received > 1) & (received <= 2.5))
+
+
+@pytest.mark.parametrize("psi, shown", [(1.255, "1.255"), (3.0, "3.00"), (-0.5, "-0.50")])
+def test_the_page_opens_at_the_threshold_of_the_method(chromium, tmp_path, psi, shown):
+    one = dataclasses.replace(recorded(images=1), psi=psi)
+    one.arrays["attention_output.1"][0, 0, 0, :4] = 1.254, 1.256, 2.9, 3.1
+    path = tmp_path / "explore.html"
+    write_page(path, [one], TITLE, COMMAND)
+    opened(chromium, path, "desk")
+    masked = int((one.arrays["attention_output.1"][0, 0] > psi).sum())
+    assert chromium.execute_script("return psi_value.value") == shown
+    assert seen(chromium)["shares"] == [f"{masked} of 64 tokens masked ({100 * masked / 64:.1f} %)"]
 
 
 def test_keys_and_buttons(chromium, compared):
