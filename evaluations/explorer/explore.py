@@ -22,7 +22,7 @@ from guided_diffusion.runs.command import say_without_effect
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
 
-from .page import write_page
+from .page import check_attention, write_page
 from .recording import APART_INTERVAL, Recorder
 
 LOG = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
     """Records, writes the files into the output folder of the run, and says where they are.
 
     command: the command line, which the page shows. given: options that the user gave; those of OF_FILES have no
-    effect, which is logged. Raises UserError for whatever is wrong with the options, before the first image is sampled,
-    and for a page that would be too large.
+    effect, which is logged. Raises UserError for whatever is wrong with the options, and for attention that no page can
+    hold, before the first image is sampled; also for pictures that turn out to be too large, which leaves the files of
+    a recording before as they are.
     """
     idle = [f"--{name}" for name in OF_FILES if name in given]
     if idle:
@@ -103,6 +104,7 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
     recorders = [Recorder(one, image_ids, blocks, options.apart_interval) for one in runs.values()]
     if "apart_interval" in given and not any(recorder.shared for recorder in recorders):
         LOG.warning("without effect: --apart_interval (no step is guided by several losses)")
+    check_attention(len(image_ids), [recorder.block_grids for recorder in recorders], run.num_steps)
     with job("explorer", folder):
         return _write(runs, recorders, folder, command)
 
@@ -113,7 +115,10 @@ def _write(runs: Mapping[str, SamplingRun], recorders: Sequence[Recorder], folde
     steps = sum(one.num_steps for one in runs.values()) * len(image_ids)
     with progress_bar(steps, "recording", "step") as progress:
         recordings = [recorder.record(progress.update) for recorder in recorders]
-    for left in ("explore.html", "against.npz"):            # of a recording before; this one may have neither
+    model = run.sample.model or Path(run.sample.model_path).name
+    title = f"{model}: {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
+    size = write_page(folder / "explore.html", recordings, title, command)
+    for left in ("recording.npz", "against.npz"):           # of a recording before; this one may not have the second
         (folder / left).unlink(missing_ok=True)
     lines = []
     for name, recorder, recording in zip(runs, recorders, recordings, strict=True):
@@ -122,8 +127,5 @@ def _write(runs: Mapping[str, SamplingRun], recorders: Sequence[Recorder], folde
         if not recorder.shared <= recorder.apart:
             lines.append(f"        what each loss changes is in {len(recorder.shared & recorder.apart)} of the "
                          f"{len(recorder.shared)} steps at which several guide (--apart_interval 1: in all)")
-    model = run.sample.model or Path(run.sample.model_path).name
-    title = f"{model}: {run.num_steps} step{'s' * (run.num_steps > 1)}, seed {run.sample.seed}"
-    size = write_page(folder / "explore.html", recordings, title, command)
     return "\n".join([f"page:   {folder / 'explore.html'} ({size:,} bytes)", *lines])
 

@@ -26,6 +26,8 @@ STATE = "x_(t\N{NON-BREAKING HYPHEN}1)"
 LETTERS = "AB"
 PSI_MOST = 2.5                  # up to which a reader may move psi, in hundredths; further where a method's lies beyond
 
+SMALLER = "record fewer images, or fewer steps with --timestep_respacing"
+
 OF_EPS = ("contrast", "transform")          # kinds of terms whose changes of eps add up
 COLOUR, SIGNED, MASK = "colour", "signed", "mask"
 
@@ -71,8 +73,19 @@ def write_page(path: str | Path, recordings: Sequence[Recording], title: str, co
     lossless: dict[tuple[str, str], Any] = {}
     return pages.write_page(
         path, lambda quality: page(recordings, title, command, quality, lossless), lambda size, limit: UserError(
-            f"--images: the page would take {size:,} bytes, and the limit is {limit:,}; record fewer images, or fewer "
-            "steps with --timestep_respacing"), limit)
+            f"--images: the page would take {size:,} bytes, and the limit is {limit:,}; {SMALLER}"), limit)
+
+
+def check_attention(images: int, grids: Sequence[Sequence[tuple[int, int]]], steps: int, limit: int = LIMIT) -> None:
+    """Raises UserError where the attention alone, which no quality makes smaller, takes more than `limit` bytes.
+
+    grids: (h, w) of the blocks, of each setting.
+    """
+    tokens = [height * width for blocks in grids for height, width in blocks]
+    size = sum(4 * math.ceil(images * steps * count / 3) for count in tokens)       # a byte each, in base64
+    if size > limit:
+        raise UserError(f"--images: the page would take {size:,} bytes for the attention of {len(tokens)} blocks "
+                        f"alone, and the limit is {limit:,}; name fewer with --blocks, {SMALLER}")
 
 
 def page(recordings: Sequence[Recording], title: str, command: str, quality: int | None = None,

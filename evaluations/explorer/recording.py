@@ -145,6 +145,11 @@ class Recorder:
         self.unguided_eps: Tensor | None = None
         self.gradients: dict[int, Tensor | None] = {}       # of the losses that guide at this step
 
+    @property
+    def block_grids(self) -> list[tuple[int, int]]:
+        """The grid (h, w) of each block that is recorded."""
+        return [self.model.attention_blocks[name].grid for name in self.blocks]
+
     def record(self, on_step: Callable[[int], object] = lambda count: None) -> Recording:
         """Samples all images, in batches as large as those of the run.
 

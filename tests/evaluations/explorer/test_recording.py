@@ -1,12 +1,18 @@
 """Recordings of sampling runs: they hold what the steps of the same run give, in half precision."""
 
+import json
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from commands import call, flags
 from networks import TINY
 
+from evaluations.explorer import explore
 from evaluations.explorer.explore import ExploreOptions
+from evaluations.explorer.page import check_attention, page, write_page
 from evaluations.explorer.recording import Recorder
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import options_from
@@ -185,3 +191,38 @@ def test_the_command(tiny_checkpoints, tmp_path, capsys):
     assert "scripts/explore.py" in (tmp_path / "out" / "explore.html").read_text()
     assert call("explore", *line, "--against", "") == 0
     assert not (tmp_path / "out" / "against.npz").exists()          # else that of another recording would stand there
+
+
+def test_a_page_that_is_too_large_leaves_what_was_there(tiny_checkpoints, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    line = flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 2, **SAG,
+                  "out": out, "against": "none"})
+    assert call("explore", *line, "--images", "0") == 0
+
+    def files():
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".html", ".npz")}
+
+    before = files()
+    assert len(before) == 3
+    capsys.readouterr()
+    monkeypatch.setattr(explore, "write_page", partial(write_page, limit=1000))
+    assert call("explore", *line, "--images", "0:2") == 2
+    assert "--images: the page would take" in capsys.readouterr().err and files() == before
+    # what is known before is refused before
+    monkeypatch.setattr(explore, "check_attention", partial(check_attention, limit=1000))
+    monkeypatch.setattr(Recorder, "record", lambda *arguments: pytest.fail("was sampled"))
+    assert call("explore", *line, "--images", "0:2") == 2
+    told = capsys.readouterr().err
+    assert re.search(r"--images: the page would take [\d,]+ bytes for the attention of \d+ blocks alone", told)
+    assert "--blocks" in told and files() == before
+
+
+def test_the_attention_of_a_page_is_counted_before(run):
+    recorder = Recorder(run(), [0, 1, 4], [])
+    recording = recorder.record()
+    assert recorder.block_grids == list(recording.blocks.values())
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page([recording], "", ""))[1])
+    held = sum(len(one["data"]) for one in data["settings"][0]["attention"].values())
+    check_attention(3, [recorder.block_grids], 3, limit=held)
+    with pytest.raises(UserError, match=f"{held:,} bytes"):
+        check_attention(3, [recorder.block_grids], 3, limit=held - 1)
