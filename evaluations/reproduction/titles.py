@@ -49,8 +49,8 @@ def sampler_alone(run: SamplingRun) -> str:
 
 
 def guidance(run: SamplingRun) -> str:
-    """Returns the short names of the guidance of a run, like "SAG + CG", and which has a window of noise levels."""
-    names = [method.short + " in a window" * any(level is not None for level in method.sigma_range.values())
+    """Returns the short names of the guidance of a run, like "SAG + CG", and which has a window."""
+    names = [method.short + " in a window" * any(getattr(method, flag) is not None for flag in method.bounds())
              for method in run.active]
     return " + ".join(names) or NO_GUIDANCE
 

@@ -322,20 +322,30 @@ class GuidanceOptions(Options):
     def title(self, usual: Mapping[str, str] | None = None) -> str:
         """The method in words, like "SAG s = 0.1, sigma = 9": with those details that differ from `usual`.
 
-        usual: from `details`; None: those of the default options. A window of noise levels is always said.
+        usual: from `details`; None: those of the default options. A window is always said.
         """
         usual = type(self)().details() if usual is None else usual
         differing = [words for name, words in self.details().items() if words and usual.get(name) != words]
         return ", ".join([self.headline(), *differing, *self._window_words()])
 
     def _window_words(self) -> list[str]:
-        """The window of noise levels in words, like "noise levels 0.3 to 5"; none where it is open."""
+        """The window in words, like "steps below 20" and "noise levels 0.3 to 5"; none where it is open.
+
+        A bound that is one of the `details` is left to them.
+        """
+        words, details = [], self.details()
+        start, stop = (next((getattr(self, flag) for flag in self.bounds()
+                             if flag.endswith(f"_{end}") and end not in details), None) for end in ("start", "stop"))
+        if start is not None:
+            words.append(f"steps below {start}" if stop is None else f"steps {stop} to {start - 1}")
+        elif stop is not None:
+            words.append(f"steps from {stop} up")
         low, high = self._sigma_levels
-        if low is None and high is None:
-            return []
-        if high is None:
-            return [f"noise levels above {low:g}"]
-        return [f"noise levels up to {high:g}" if low is None else f"noise levels {low:g} to {high:g}"]
+        if high is not None:
+            words.append(f"noise levels up to {high:g}" if low is None else f"noise levels {low:g} to {high:g}")
+        elif low is not None:
+            words.append(f"noise levels above {low:g}")
+        return words
 
     def check_files(self) -> None:
         """Raises UserError where a file that the terms need is not named."""

@@ -66,23 +66,40 @@ class ComparedRun:
         return None if first.base_samples else (first.seed, image_id)
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What its images depend on beside the guidance, by flag; {} where its record does not say."""
+    def depends_on(self) -> dict[str, Any]:
+        """What its images depend on, by flag, files by their names and digests; {} where its record does not say."""
         try:
-            record = read_json(self.folder / "run.json")
-            found = identity(self.configuration, dict(record["sha256"]))
-            network = record["sha256"].get(name_of(MODEL_FLAG))
+            sha256 = dict(read_json(self.folder / "run.json")["sha256"])
+            found = identity(self.configuration, sha256)
+            files = {flag: f"{Path(str(self.configuration.get(flag) or '')).name} {digest[:8]}".strip()
+                     for flag in found if (digest := sha256.get(name_of(flag)))}
         except (*READ_ERRORS, UserError):
             return {}
-        path = Path(str(self.configuration.get(MODEL_FLAG, "")))
-        known = {MODEL_FLAG: network and f"{path.name} {network[:8]}", "num_samples": len(self.file)}
-        return {name: value for name, value in {**found, **known}.items() if name not in _passed_over()}
+        return {**found, MODEL_FLAG: None, **files, "num_samples": len(self.file)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its images depend on beside the guidance, by flag; {} where its record does not say."""
+        passed_over = _passed_over()
+        return {name: value for name, value in self.depends_on.items() if name not in passed_over}
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """The options of its guidance, by flag; {} where its record does not say."""
+        of_guidance = _of_guidance()
+        return {name: value for name, value in self.depends_on.items() if name in of_guidance}
 
 
 def read_run(folder: Path) -> ComparedRun:
     """The finished run in a folder. Raises UserError where there is none."""
     run = finished_run(folder)
     return ComparedRun(folder, run.title, BatchFile(run.samples), run.configuration)
+
+
+def _of_guidance() -> set[str]:
+    """The flags of guidance alone: some methods have those of the network, too."""
+    flags = {field.name for kind in GUIDANCE for field in option_fields(kind)}
+    return flags.union(OF_PIPELINES) - {field.name for field in option_fields(ModelOptions)}
 
 
 def _passed_over() -> set[str]:
@@ -111,21 +128,34 @@ def false_pairs(runs: Sequence[ComparedRun], image_ids: Sequence[int]) -> Iterat
 
 
 def differences(runs: Sequence[ComparedRun], told: Collection[str] = ()) -> Iterator[str]:
-    """A sentence on what differs beside the guidance: in the runs, and in those whose images they upsampled.
+    """Sentences on what differs beside the guidance, and of the guidance what no title says.
 
-    told: flags that another sentence is about.
+    That is in the runs, and in those whose images they upsampled. told: flags that another sentence is about.
     """
-    said = [f"--{name} {values}" for name, values in _differing(runs) if name not in told]
     bases = [run.origins[-1] for run in runs if run.origins]
-    said += [f"--{name} {values} of the base images" for name, values in _differing(bases)]
+    said = [f"--{name} {values}" for name, values in _differing([run.settings for run in runs]) if name not in told]
+    said += [f"--{name} {values} of the base images" for name, values in _differing([run.settings for run in bases])]
     if said:
-        more = f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
-        yield f"beside the guidance the runs differ in {', '.join(said[:MOST_NAMED])}{more}"
+        yield f"beside the guidance the runs differ in {_shortly(said)}"
+    said = [f"--{name} {values}" for name, values in _untitled(runs)]
+    said += [f"--{name} {values} of the base images" for name, values in _untitled(bases)]
+    if said:
+        yield f"guidance of the same title differs in {_shortly(said)}"
 
 
-def _differing(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str]]:
+def _shortly(said: Sequence[str]) -> str:
+    return ", ".join(said[:MOST_NAMED]) + (f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else "")
+
+
+def _untitled(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str]]:
+    """Each option of guidance in which runs of one title differ, as `_differing`."""
+    for title in dict.fromkeys(run.title for run in runs):
+        yield from _differing([run.guidance for run in runs if run.title == title])
+
+
+def _differing(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Each option in which runs differ, and its values in the order of the runs, like "(ddim, unipc)"."""
-    known: list[Mapping[str, Any]] = [run.settings for run in runs if run.settings]
+    known = [settings for settings in found if settings]
     for name in known[0] if known else ():
         values = [cut(str(settings[name])) or "unset" for settings in known if name in settings]
         if len(values) == len(known) and len(set(values)) > 1:

@@ -135,6 +135,20 @@ def test_every_method_has_a_window_of_noise_levels(kind):
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
+def test_titles_say_windows_of_steps(kind):
+    on, flags = METHODS[kind], {flag.rpartition("_")[2]: flag for flag in kind.bounds() if "_sigma_" not in flag}
+    cases = [({"start": 20}, ", steps below 20"), ({"stop": 5}, ", steps from 5 up"),
+             ({"start": 20, "stop": 5}, ", steps 5 to 19")]
+    assert "start" in flags
+    for bounds, words in cases:
+        if bounds.keys() <= flags.keys():
+            options = replace(on, **{flags[name]: value for name, value in bounds.items()})
+            assert options.title() == on.title() + words
+            level = {f"{kind.sigma_flags}_sigma_max": 3.0}
+            assert replace(options, **level).title() == f"{options.title()}, noise levels up to 3"
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(("levels", "said"), [
     ({"min": -1}, "_min -1.0: must be at least 0"), ({"max": 0}, "_max 0.0: must be greater than 0"),
     ({"min": math.nan}, "_min nan: must be a number"), ({"max": "wide"}, "_max 'wide': must be a number"),

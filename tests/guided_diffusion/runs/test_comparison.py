@@ -93,6 +93,26 @@ def test_what_differs_beside_the_guidance_is_one_sentence(runs, tmp_path):
     assert read(runs[0], write_run(tmp_path / "more", IMAGES, batch_size=3, seg_scale=1.0)).notes == ()
 
 
+def test_guidance_that_no_title_says_is_one_sentence(tmp_path):
+    def write(name, digest="", **configuration):
+        run = write_run(tmp_path / name, IMAGES, **configuration)
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**record, "sha256": {"weak_model": digest * 64} if digest else {}}))
+        return run
+
+    half, early = (write(name, digest, autoguidance_scale=1.0, weak_model_path=f"/a/{name}.pt")
+                   for name, digest in (("half", "a"), ("early", "b")))
+    assert read(half, early).notes == (
+        "guidance of the same title differs in --weak_model_path (half.pt aaaaaaaa, early.pt bbbbbbbb)",)
+    assert read(half, half).notes == ()
+    blocks = [write(block, pipeline="pipe", sag_scale=1.0, sag_block=block, title="SAG s = 1") for block in ("a", "b")]
+    assert read(*blocks).notes == ("guidance of the same title differs in --sag_block (a, b)",)
+    upsampled = [write(f"up of {base.name}", base_samples=str(base)) for base in (half, early)]
+    assert read(*upsampled).notes[-1].endswith("(half.pt aaaaaaaa, early.pt bbbbbbbb) of the base images")
+    windows = [write("all", pag_scale=1.0), write("late", pag_scale=1.0, pag_start=5)]
+    assert read(*windows).notes == () and read(*windows).names[1].endswith(", steps below 5")
+
+
 def test_runs_of_other_base_images_are_told(runs, tmp_path):
     bases = {"same": {}, "guided": {"guide_scale": 1.5}, "sampled": {"sampler": "unipc"}, "seed": {"seed": 1}}
     upsampled = {}
