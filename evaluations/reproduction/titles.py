@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
@@ -17,13 +18,14 @@ NO_GUIDANCE = "no guidance"
 def titles(table: Table) -> dict[str, str]:
     """Returns the title of each row: its guidance, sampler and seed, without what `usual` says.
 
-    Like "SAG s = 0.25, psi = 1.3". Where an earlier row of one of its sections has the same title, a row's name is
-    added.
+    Like "SAG s = 0.25, psi = 1.3". Where the rows of one of its sections have different labels, those of a row
+    are said, and where an earlier row there has the same title, its name.
     """
     details = {method: _usual_details(table, method) for method in GUIDANCE}
     common, seed = _usual_sampler(table), _usual_seed(table)
+    labelled = _labelled_apart(table)
     words = {name: _words(row.run, details, common) + f", seed {row.run.sample.seed}" * (row.run.sample.seed != seed)
-             for name, row in table.rows.items()}
+             + (f", labels {labelled[name]}" if name in labelled else "") for name, row in table.rows.items()}
     twice = {name for section in table.sections for place, name in enumerate(section.rows)
              if words[name] in [words[other] for other in section.rows[:place]]}
     return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
@@ -65,6 +67,16 @@ def guidance_flags(run: SamplingRun) -> dict[str, Any]:
 def heads(run: SamplingRun) -> str:
     """Returns how attention is split into heads, by the first method that is on and reads it, or that could."""
     return next((method.heads for method in (*run.active, *run.guidance) if method.heads), "")
+
+
+def _labelled_apart(table: Table) -> dict[str, str]:
+    """Returns the labels of the rows that stand in a section, or are compared there, with others of other labels."""
+    labels = {name: Path(row.run.sample.labels).name for name, row in table.rows.items() if row.run.labelled}
+    found: dict[str, str] = {}
+    for section in table.sections:
+        here = {name: labels[name] for name in (*section.rows, section.against_row) if name in labels}
+        found |= here if len(set(here.values())) > 1 else {}
+    return found
 
 
 def _words(run: SamplingRun, details: Mapping[type[GuidanceOptions], Mapping[str, str]], common: str) -> str:

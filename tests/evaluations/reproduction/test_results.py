@@ -22,6 +22,8 @@ from evaluations.reproduction.results import (
 )
 from evaluations.reproduction.table_chart import chart_drawing
 from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, load_table, read_row
+from evaluations.reproduction.titles import guidance
+from evaluations.reproduction.titles import titles as titles_of
 from guided_diffusion.errors import UserError
 
 
@@ -232,6 +234,31 @@ def test_one_seed_is_said_of_all_rows_and_others_of_their_own(tmp_path):
         assert [row["seed"] for row in said["rows"].values()] == list(seeds) and "seed 3" in said["settings"]
         text = markdown({**said, "command": "", "version": "", "device": "", "ranks": 1})
         assert ("image number i of every row is drawn from the same seed" in text) is (len(set(seeds)) == 1)
+
+
+def test_labels_are_said_where_rows_that_are_compared_differ_in_them():
+    """The difference on the same image numbers is then that of other classes, too."""
+    labels = {"a": "random", "b": "balanced", "c": "balanced", "d": "folder/mine.npy"}
+    rows = {name: read_row(name, {"model": "icons32", "labels": words, "guide_scale": 1.5 if name == "c" else 1.0},
+                           Path("t.yaml")) for name, words in labels.items()}
+    rows["e"] = read_row("e", {"model": "scenes32"}, Path("t.yaml"))            # which has none
+
+    def words(*sections):
+        parts = tuple(Section("", tuple(names), against_row=base) for names, _, base in (
+            section.partition("/") for section in sections))
+        found = titles_of(Table("mini", "Mini", "", "", rows, parts))
+        return [found[name].partition(", labels ")[2] for name in rows]
+
+    assert words("a", "bc", "d", "e") == ["", "", "", "", ""]
+    assert words("abc", "d", "e") == ["random", "balanced", "balanced", "", ""]
+    assert words("a", "bc/d", "d", "e") == ["", "balanced", "balanced", "mine.npy", ""]
+    assert words("ae", "bc", "d") == ["", "", "", "", ""]
+
+
+def test_windows_of_any_kind_are_in_the_words_of_guidance():
+    for flags, words in (({}, "SAG"), ({"guide_start": 5}, "SAG in a window"),
+                         ({"sag_sigma_max": 3.0}, "SAG in a window")):
+        assert guidance(read_row("a", {"model": "fmnist32", "guide_scale": 1.5, **flags}, Path("t.yaml")).run) == words
 
 
 def test_what_a_method_that_is_off_would_do_sets_no_row_apart(tmp_path):
