@@ -291,9 +291,9 @@ class Words:
 class OptionParser(argparse.ArgumentParser):
     """The command line of every command: `--config FILE`, the options of options classes, and words where declared.
 
-    A name that several classes have is one option for all of them. What is wrong on the command line raises UserError,
-    and for an unknown option it names the nearest one. defaults: those of the command, in place of the classes' own.
-    program: what the usage line calls the command; None: the name of the file that runs.
+    A name that several classes have is one option for all of them, which they must state alike. What is wrong on the
+    command line raises UserError, and for an unknown option it names the nearest one. defaults: those of the command,
+    in place of the classes' own. program: what the usage line calls the command; None: the name of the file that runs.
     """
 
     def __init__(self, *classes: type, description: str = "", words: Words | None = None,
@@ -409,8 +409,15 @@ def _program(argv: Sequence[str] | None) -> str:
 
 
 def _fields_by_name(classes: Iterable[type]) -> dict[str, OptionField]:
-    """The options of all classes; where several have one of a name, that of the first."""
-    return {field.name: field for cls in reversed(list(classes)) for field in option_fields(cls)}
+    """The options of all classes. Raises UserError where two classes mean different ones by a name."""
+    found: dict[str, tuple[OptionField, type]] = {}
+    for cls in classes:
+        for field in option_fields(cls):
+            known, owner = found.setdefault(field.name, (field, cls))
+            if known != field:
+                raise UserError(f"--{field.name}: {owner.__name__} and {cls.__name__} state two different options of "
+                                "that name; rename the one of the class that was added")
+    return {name: field for name, (field, _) in found.items()}
 
 
 def fill(given: dict[str, Any], classes: Sequence[type], preset: Preset | None, source: str,
@@ -431,7 +438,7 @@ def fill(given: dict[str, Any], classes: Sequence[type], preset: Preset | None, 
 
 def options_from(flags: Mapping[str, Any], *classes: type) -> list[Any]:
     """An instance of each options class from flags; raises UserError for a flag that none of them has."""
-    names = {field.name for cls in classes for field in option_fields(cls)}
+    names = _fields_by_name(classes)
     for name in flags:
         if name not in names:
             raise UserError(f"{name}: no such flag{nearest(name, names)}")

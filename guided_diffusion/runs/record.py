@@ -52,23 +52,20 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     are no part of it. Raises UserError for a configuration that is none.
     """
     values = {name: value for name, value in configuration.items() if name not in IRRELEVANT}
-    shared = _flags(SampleOptions, ModelOptions, DiffusionOptions)
     sample, = _read(configuration, SampleOptions)
-    files, beside, unused = [MODEL_FLAG], list[str](), set()
-    for name, sampler in SAMPLERS.items():
-        unused |= _flags(sampler) if name != sample.sampler_name else set()
-    used, = _read(configuration, SAMPLERS[sample.sampler_name])
-    unused -= _flags(type(used))
-    beside += own_sources(used)
+    sampler, = _read(configuration, SAMPLERS[sample.sampler_name])
+    files, beside = [MODEL_FLAG], list[str](own_sources(sampler))
+    used = _flags(SampleOptions, ModelOptions, DiffusionOptions, type(sampler))
     for guidance in GUIDANCE:
         method, = _read(configuration, guidance)
         files += (read := method.files())
         beside += [*method.beside(), *(own_sources(method) if method.active else ())]
-        unused |= guidance.remedies.keys() - read.keys() if method.active else _flags(guidance)
-    values = {name: value for name, value in values.items() if name in shared or name not in unused}
+        used |= _flags(guidance) - (guidance.remedies.keys() - read.keys()) if method.active else set()
+    unused = _flags(*SAMPLERS.values(), *GUIDANCE) - used
+    values = {name: value for name, value in values.items() if name not in unused}
     later = _later_defaults()
     values = {name: value for name, value in values.items() if name not in later or value != later[name]}
-    values |= used.settled(values.get("timestep_respacing") or "")
+    values |= sampler.settled(values.get("timestep_respacing") or "")
     values |= {"sampler": sample.sampler_name, **{name: sha256.get(name) for name in beside},
                **{flag: _content(sha256.get(name_of(flag)), configuration.get(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):

@@ -8,7 +8,17 @@ import pytest
 
 import guided_diffusion
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import Options, nearest, option, option_fields, parse_bool, parse_options, read_yaml
+from guided_diffusion.options import (
+    Options,
+    fill,
+    nearest,
+    option,
+    option_fields,
+    options_from,
+    parse_bool,
+    parse_options,
+    read_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,22 @@ def test_a_negative_value_is_a_value():
 def test_one_flag_sets_the_option_in_every_class_that_has_it():
     first, second = parse_options(["--class_cond", "True", "--steps", "10"], Network, Process)
     assert first.class_cond is True and second.class_cond is True and second.steps == 10
+
+
+@pytest.mark.parametrize("read", [lambda *classes: parse_options([], *classes),
+                                  lambda *classes: fill({}, classes, None, source="here"),
+                                  lambda *classes: options_from({}, *classes)], ids=["command", "file", "flags"])
+def test_one_name_of_two_different_options_is_refused(read):
+    @dataclass(frozen=True)
+    class Wider(Options):
+        """Another width."""
+
+        width: int = option(3, "of the blur")
+
+    with pytest.raises(UserError) as refused:
+        read(Network, Process, Wider)
+    assert str(refused.value) == ("--width: Network and Wider state two different options of that name; rename the one "
+                                  "of the class that was added")
 
 
 def test_help_shows_every_option_with_its_help_and_default(capsys):

@@ -1,8 +1,11 @@
 """Records of runs that are damaged, odd or hostile: a sentence, whatever they hold."""
 
+import dataclasses
 import importlib
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from fuzzing import damaged, fuzz, survives
@@ -10,8 +13,8 @@ from hypothesis import given
 from networks import TINY
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.options import fill
+from guided_diffusion.guidance import GUIDANCE, GradientGuidance, SagOptions, ScaledOptions
+from guided_diffusion.options import fill, option, option_fields
 from guided_diffusion.runs.options import preset_values
 from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, own_sources, read_record, run_samples
 from guided_diffusion.runs.sample import SamplingRun
@@ -100,6 +103,21 @@ def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch
                 sample(grey_scale=scale)
     finally:
         GUIDANCE.remove(method)
+
+
+def test_images_depend_on_an_option_that_a_method_shares_with_one_that_is_off(monkeypatch):
+    """An option stated alike is one option: what either of them depends on, the images do."""
+    @dataclass(frozen=True)
+    class BlurOptions(ScaledOptions):
+        short, sigma_flags, term = "blur", "blur", GradientGuidance
+        switched_on: ClassVar = {"blur_scale": 1.0}
+        blur_scale: float = option(0.0, "scale")
+        blur_sigma: float = dataclasses.field(default=SagOptions.blur_sigma, metadata=next(
+            field.metadata for field in option_fields(SagOptions) if field.name == "blur_sigma"))
+
+    monkeypatch.setattr("guided_diffusion.runs.record.GUIDANCE", [*GUIDANCE, BlurOptions])
+    of = [identity({"blur_scale": scale, "blur_sigma": sigma}, {}) for scale in (0.0, 1.0) for sigma in (3.0, 9.0)]
+    assert of[0] == of[1] and of[2]["blur_sigma"] == 3.0 and of[3]["blur_sigma"] == 9.0
 
 
 def test_images_depend_on_modules_written_with_a_method(tmp_path, monkeypatch):
