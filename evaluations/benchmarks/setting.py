@@ -58,9 +58,9 @@ class Setting:
         return self.denoise.model(self.x, self.diffusion.model_timesteps(self.t), y=self.y)
 
     def step(self, guidance: Sequence[Guidance] = ()) -> Call:
-        """A function that does one step of DDPM."""
-        denoise = self.denoise
-        return lambda: sample_step(ddpm_step, denoise, self.x, self.t, lambda: self.noise, guidance)
+        """A function that does one step of DDPM, each time at the same place; terms remember from call to call."""
+        denoise, memory = self.denoise, dict[Guidance, Tensor]()
+        return lambda: sample_step(ddpm_step, denoise, self.x, self.t, lambda: self.noise, guidance, memory=memory)
 
     def steps(self, terms: Mapping[str, Sequence[Guidance]]) -> dict[str, Call]:
         """A step of each list of terms, by name; with losses also one that keeps no activations."""

@@ -62,6 +62,10 @@ def test_rows_without_depth():
     assert all(re.fullmatch(r"[\d.]+", cell) for row in rows.values() for cell in row[:3])
 
 
+def test_a_method_that_remembers_is_timed():
+    assert table(apg=True, apg_momentum=-0.5)["APG step"][3] == "1 + 0"
+
+
 def test_rows_of_depth_guidance_with_their_memory_and_passes(files, monkeypatch):
     rows = table(**files)
     names = [f"{name} step{end}" for name in ("DCG", "DPG", "DCG + DPG") for end in ("", ", checkpointed")]
