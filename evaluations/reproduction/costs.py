@@ -71,8 +71,9 @@ class Flops:
 class RowCost:
     """What a whole row costs.
 
-    images: those that are evaluated, as a last batch is filled up. flops: without those of networks that only their
-    file describes. disk: bytes at most, of samples, chunks and features. weights: bytes of the networks.
+    images: those that are evaluated, as a last batch is filled up. disk: bytes at most, of samples, chunks and
+    features. weights: bytes of the networks. undescribed: names of further networks that nothing describes, each of
+    which counts as the diffusion network.
     """
 
     passes: RowPasses
@@ -81,6 +82,7 @@ class RowCost:
     disk: int
     weights: int
     missing: tuple[MissingFile, ...]
+    undescribed: tuple[str, ...] = ()
 
     def hours(self, seconds_per_flop: float, ranks: int) -> float:
         """Returns the hours of sampling on so many ranks."""
@@ -91,12 +93,13 @@ def cost(row: Row, references: str | Path, inception: str = "") -> RowCost:
     """Returns what a row costs. references: folder of reference batches; inception: as `--inception`."""
     run, count, one = row.run, passes(row.run), flops(row.run)
     images = math.ceil(row.images / run.sample.batch_size) * run.sample.batch_size
-    each = (count.forward + count.gradients) * one.forward
-    each += sum(number * one.others.get(name, 0) for name, number in {**count.others, **count.plain}.items())
+    undescribed = tuple(name for name in {**count.others, **count.plain} if name not in one.others)
     network = row.evaluation.kind
     disk = row.images * (2 * 3 * run.model.image_size**2 + (network.feature_bytes if network else 0))
     missing = tuple(missing_files(row, references, inception))
-    return RowCost(count, images, round(images * each), disk, _weights(run), missing)
+    weights = _weights(run) + len(undescribed) * _model_bytes(run.model)
+    return RowCost(count, images, round(images * _equivalent(count, one) * one.forward), disk, weights, missing,
+                   undescribed)
 
 
 def passes(run: SamplingRun) -> RowPasses:
@@ -138,7 +141,11 @@ def equivalent_evaluations(run: SamplingRun) -> float:
 
     Another network whose operations are not known, as only its file describes it, counts as the diffusion network.
     """
-    count, one = passes(run), flops(run)
+    return _equivalent(passes(run), flops(run))
+
+
+def _equivalent(count: RowPasses, one: Flops) -> float:
+    """Returns the operations of these passes over those of an evaluation of the diffusion network."""
     others = sum(number * one.others.get(name, one.forward) for name, number in {**count.others, **count.plain}.items())
     return count.forward + count.gradients + others / one.forward
 
@@ -297,7 +304,7 @@ def _counted(function: Callable[[], object]) -> int:
 
 
 def _weights(run: SamplingRun) -> int:
-    """Returns the bytes of the weights of all networks of a run."""
+    """Returns the bytes of the weights of all networks of a run that something describes."""
     return _model_bytes(run.model) + sum(_other_bytes(method, name) for method in run.active
                                          for name in method.networks())
 

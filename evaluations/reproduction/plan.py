@@ -96,10 +96,10 @@ def plan(table: Table, references: str | Path, inception: str, ranks: int, secon
     ranks_word = f"{ranks} ranks that each have such a device" if ranks > 1 else "one rank"
     return "\n".join([
         f"{table.title}: what it costs", "", *_cost_lines(table, costs, rates, ranks), "",
-        *(rate.said for rate in rates.values()), *_unknown_lines(table),
+        *(rate.said for rate in rates.values()), *_unknown_lines(table), *_undescribed_lines(costs),
         f"Hours are those of sampling on {ranks_word}. Memory is that of a rank; the graph that depth-aware "
         "guidance differentiates comes on top. Its gradient counts as one through the whole network where the file of "
-        "its predictors is missing, and the operations of its prior do not count where that one's is.",
+        "its predictors is missing.",
         "", *_missing_lines(costs)])
 
 
@@ -127,6 +127,16 @@ def _unknown_lines(table: Table) -> list[str]:
                             and not Path(row.run.sample.model_path).is_file())
     return [f"{path} is missing, and no option says what network it holds: its rows are counted with the default one, "
             f"of {ModelOptions().image_size}x{ModelOptions().image_size} images." for path in unknown]
+
+
+def _undescribed_lines(costs: Mapping[str, RowCost]) -> list[str]:
+    """Returns a line for each further network that nothing describes, with the rows that have it."""
+    rows: dict[str, list[str]] = {}
+    for name, one in costs.items():
+        for network in one.undescribed:
+            rows.setdefault(network, []).append(name)
+    return [f"The {network} (of {', '.join(names)}) counts as the network that is sampled: nothing states how it is "
+            "built." for network, names in rows.items()]
 
 
 def _missing_lines(costs: Mapping[str, RowCost]) -> list[str]:

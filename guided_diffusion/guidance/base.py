@@ -228,7 +228,8 @@ class GuidanceOptions(Options):
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """Other networks of `Passes.others` by name, as functions that build them; each takes x_t (N, C, H, W) and t.
 
-        Plans count their operations; networks that only a file describes are left out.
+        Plans count their operations. Networks that only a file describes are left out: they count as the one that is
+        sampled.
         """
         return {}
 

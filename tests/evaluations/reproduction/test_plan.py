@@ -228,6 +228,20 @@ def test_a_classifier_in_torchscript_needs_its_settings(row, tmp_path):
     assert not {thing.file for thing in missing_files(off, "references")} & set(files)
 
 
+@pytest.mark.parametrize(("changes", "network"), [
+    ({"autoguidance_scale": 1.0}, "weak network"),                                      # built as the model is
+    ({"clean_classifier_scale": 1.0, "clean_classifier_path": "missing.pt"}, "clean classifier")])
+def test_a_further_network_that_nothing_describes_counts_as_the_one_that_is_sampled(row, changes, network):
+    plain, guided = row(), row(weak_model_path=row().run.sample.model_path, **changes)
+    one, other = cost(plain, "references"), cost(guided, "references")
+    assert (other.flops, other.weights) == (2 * one.flops, 2 * one.weights)
+    assert (one.undescribed, other.undescribed) == ((), (network,))
+    table = dataclasses.replace(load_table("fmnist32"), rows={"plain": plain, "other": guided, "again": guided})
+    text = plan(table, "references", "", 1, 0.02)
+    said = f"The {network} (of other, again) counts as the network that is sampled: nothing states how it is built."
+    assert [line for line in text.splitlines() if "counts as the network" in line] == [said]
+
+
 def test_a_bundled_table_lacks_nothing():
     for name in ("fmnist32", "scenes32"):
         assert not [thing for row in load_table(name).rows.values() for thing in missing_files(row, "references")]
