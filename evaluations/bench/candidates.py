@@ -18,6 +18,7 @@ from guided_diffusion.late import torch
 from ..reproduction.checks import Digests
 from ..reproduction.missing import MissingFile, missing_files
 from ..reproduction.tables import Row
+from .settings import row_name
 
 if TYPE_CHECKING:
     from guided_diffusion.unet import UNetModel
@@ -55,10 +56,13 @@ def candidates(base: Row, references: str | Path) -> tuple[list[Candidate], dict
             return build_model(base.run.model)
 
     digests = Digests()
+    names: dict[str, Flags] = {}
     found, why = [], {}
     for method in base.run.guidance:
         try:
-            found.append(_candidate(base, method, references, network, digests))
+            one = _candidate(base, method, references, network, digests)
+            _check_names(base, one, names)
+            found.append(one)
         except UserError as error:
             why[method.short] = str(error)
     return found, why
@@ -86,6 +90,19 @@ def _candidate(base: Row, method: GuidanceOptions, references: str | Path, netwo
         check_same_names(files)
     return Candidate(method.short, method.search, issubclass(method.kind, TransformGuidance),
                      issubclass(method.kind, ContrastGuidance), missing, method.search_scale)
+
+
+def _check_names(base: Row, candidate: Candidate, names: dict[str, Flags]) -> None:
+    """Raises UserError where the folders of two settings would have one name.
+
+    names: settings by the names that are taken; those of the candidate are added.
+    """
+    for flags in candidate.settings:
+        title = base.run.changed(**flags).title()
+        if (other := names.setdefault(row_name(title), flags)) is not flags:
+            one, two = (" ".join(f"--{flag} {value}" for flag, value in each.items()) for each in (other, flags))
+            raise UserError(f"{one} and {two} are both called {title!r}, by which samples are kept; its details() must "
+                            "tell them apart")
 
 
 def beyond(settings: Sequence[Flags], place: int, scale: tuple[str, float] | None) -> list[Flags]:

@@ -1,8 +1,11 @@
 """What benches compare: files, methods, pairs, and the steps that an equal number of evaluations leaves."""
 
+import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ from guided_diffusion.build import build_model
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.guidance import GUIDANCE, Networks
+from guided_diffusion.guidance import GUIDANCE, GradientGuidance, Networks, ScaledOptions
+from guided_diffusion.guidance.base import each
 from guided_diffusion.jobs import SILENT, STATE, JobState, State
+from guided_diffusion.options import option
 from guided_diffusion.presets import MODELS
 
 OPTIONS = WorkOptions()
@@ -205,6 +210,37 @@ def test_names_of_folders_tell_settings_apart():
     loaded = bench("scenes32", evaluations=12, other_evaluations="8")
     names = [row.name for unit in all_units(loaded, found("scenes32")[0]) for row in unit.rows(loaded)]
     assert len(set(names)) == len(names) and all(name == name.lower() and " " not in name for name in names)
+
+
+@pytest.mark.parametrize(("search", "headline", "said"), [
+    (each("dim_blocks", "middle", "output.2", dim_scale=1.0), None,
+     "--dim_scale 1.0 --dim_blocks middle and --dim_scale 1.0 --dim_blocks output.2 are both called 'dim s = 1'"),
+    (each("dim_scale", 1.0), "PAG s = 1, block output.2",
+     "--pag_scale 1.0 and --dim_scale 1.0 are both called 'PAG s = 1, block output.2'"),
+], ids=["of itself", "of another"])
+def test_a_method_whose_settings_have_a_name_in_common_is_not_supported(search, headline, said):
+    @dataclass(frozen=True)
+    class DimOptions(ScaledOptions):
+        """Guidance towards black."""
+
+        short, sigma_flags, term = "dim", "dim", GradientGuidance
+        switched_on: ClassVar = {"dim_scale": 1.0}
+
+        dim_scale: float = option(0.0, "scale; 0: off")
+        dim_blocks: str = option("middle", "blocks")
+
+        def headline(self):
+            return headline or super().headline()
+
+        def build(self, nets):
+            return [GradientGuidance(self.dim_scale)]
+
+    DimOptions.search = search
+    base = bench("fmnist32").base
+    run = dataclasses.replace(base.run, guidance=(*base.run.guidance, DimOptions()))
+    methods, why = candidates.candidates(dataclasses.replace(base, run=run), "references")
+    assert "dim" not in {one.short for one in methods} and "SAG" in {one.short for one in methods}
+    assert why["dim"].startswith(said) and "its details() must tell them apart" in why["dim"]
 
 
 # Files and options
