@@ -180,9 +180,10 @@ class SigmaRange(TypedDict, total=False):
 
 
 class WindowArguments(SigmaRange, total=False):
-    """The same with the first respaced step that is not guided, see `Window`."""
+    """The same with the respaced steps between which a term guides, see `Window`."""
 
     start: int | None
+    stop: int | None
 
 
 @dataclass(frozen=True)

@@ -304,8 +304,14 @@ class GuidanceOptions(Options):
 
     @property
     def window(self) -> WindowArguments:
-        """The window of steps and noise levels, as terms take it, of a method whose flags have the usual names."""
-        return {"start": getattr(self, f"{self.sigma_flags}_start", None), **self.sigma_range}
+        """The window of steps and noise levels, as terms take it, of a method whose flags have the usual names.
+
+        It has a `stop` where there is a flag for it: not every term takes one.
+        """
+        window: WindowArguments = {"start": getattr(self, f"{self.sigma_flags}_start", None), **self.sigma_range}
+        if hasattr(self, f"{self.sigma_flags}_stop"):
+            window["stop"] = getattr(self, f"{self.sigma_flags}_stop")
+        return window
 
     @property
     def sigma_range(self) -> SigmaRange:
@@ -363,8 +369,8 @@ class GuidanceOptions(Options):
 class ScaledOptions(GuidanceOptions):
     """Base of the options of a method that is one term with one scale, the flag `NAME_scale` (NAME: `sigma_flags`).
 
-    It may have a window, by the flags `NAME_start`, `NAME_sigma_min` and `NAME_sigma_max`. term: the class of the term,
-    whose cost is the method's.
+    It may have a window, by the flags `NAME_start`, `NAME_stop`, `NAME_sigma_min` and `NAME_sigma_max`. term: the class
+    of the term, whose cost is the method's.
     """
 
     term: ClassVar[type[Guidance]]

@@ -4,7 +4,8 @@ import json
 import math
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from guided_diffusion.guidance import (
     CleanClassifierOptions,
     DagOptions,
     FunctionGuidance,
+    GradientGuidance,
     IcgOptions,
     Networks,
     PagOptions,
@@ -31,11 +33,14 @@ from guided_diffusion.guidance import (
     Rescale,
     RescaleOptions,
     SagOptions,
+    ScaledOptions,
     SegOptions,
     TsgOptions,
 )
-from guided_diffusion.options import option_fields, options_from, parse_options
+from guided_diffusion.guidance.base import start_option
+from guided_diffusion.options import option, option_fields, options_from, parse_options
 from guided_diffusion.process import Denoiser
+from guided_diffusion.runs.effects import without_effect
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion, create_model
@@ -179,6 +184,27 @@ def test_windows_of_the_plan_are_those_of_the_terms(kind, files, model):
             assert torch.equal(term.window(t, process), planned.window(t, process)) and passes == term.passes
             assert 0 < int(term.window(t, process).sum()) < 10 or flag is None
             assert flag is not None or term.window(t, process).all()
+
+
+def test_a_method_of_one_scale_may_stop():
+    """By a flag NAME_stop; a method without one gives its terms no stop, which not all of them take."""
+    @dataclass(frozen=True)
+    class GreyOptions(ScaledOptions):
+        short, sigma_flags, term = "grey", "grey", GradientGuidance
+        switched_on: ClassVar = {"grey_scale": 1.0}
+        grey_scale: float = option(0.0, "scale; 0: off")
+        grey_start: int | None = start_option()
+        grey_stop: int | None = option(None, "guided only at respaced steps from this one up; unset: to the last")
+
+    options = GreyOptions(grey_scale=1.0, grey_start=5, grey_stop=2)
+    (term, _), = options.schedule()
+    assert term.window(torch.arange(10)).nonzero().flatten().tolist() == [2, 3, 4]
+    assert "stop" not in PagOptions().window
+    run = SamplingRun.of(options_from({"timestep_respacing": "10"}, SampleOptions, *option_classes()))
+    flags = {"grey_scale", "grey_start", "grey_stop"}
+    assert without_effect(replace(run, guidance=(options,)), flags) == ""
+    assert without_effect(replace(run, guidance=(replace(options, grey_stop=0),)), flags) == (
+        "without effect: --grey_stop (every step of the window of grey is within)")
 
 
 def test_classifier_guidance_without_a_window_is_that_of_the_official_code(files, model):
