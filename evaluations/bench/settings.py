@@ -36,7 +36,7 @@ from ..metrics import METRICS
 from ..reproduction import tables
 from ..reproduction.costs import steps_within
 from ..reproduction.reproduce import WorkOptions, as_asked, located
-from ..reproduction.tables import Row, read_row
+from ..reproduction.tables import Row, read_row, text_of
 
 METRIC_WORDS = "fid,sfid,mind,precision,recall,density,coverage,saturation"
 PARTS = {"title", "source", "note", "shared", "bench"}
@@ -167,7 +167,7 @@ def load_bench(words: Sequence[str], options: WorkOptions, changed: Mapping[str,
         raise UserError(f"shared in {path}: switches {base.run.title()} on; a bench does that itself")
     if spec.metric not in base.evaluation.words:
         raise UserError(f"--metric {spec.metric}: must be one of the metrics of {path}, {base.evaluation.metrics}")
-    texts = [str(content.get(part, "")) for part in ("title", "source", "note")]
+    texts = [text_of(content, part, str(path)) for part in ("title", "source", "note")]
     return Bench(path.stem, texts[0] or path.stem, texts[1], texts[2], spec, base, Path(options.out) / path.stem)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .sections import SectionRow, ShownSection, shown_sections
-from .table_chart import CHART_FILE, chart_drawing
-from .tables import COSTS, TIMED
+from .table_chart import chart_drawing
+from .tables import CHART_FILE, COSTS, TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, facts, reading, written_count
 

@@ -38,13 +38,22 @@ from .pictures import Pictures
 from .plan import plan
 from .report import write_report
 from .results import results
-from .table_chart import CHART_FILE, write_chart
-from .tables import Row, Table, in_folder, load_table, table_names
+from .table_chart import write_chart
+from .tables import (
+    CHART_FILE,
+    FEATURES,
+    PAGE,
+    TABLE_JSON,
+    TABLE_TEXT,
+    Row,
+    Table,
+    in_folder,
+    load_table,
+    table_names,
+)
 from .titles import sampler, titles
 
 SHOWN_IMAGES = 12               # of each row in the report
-PAGE = "report.html"
-FEATURES = "features"           # folder of what the networks saw, in that of a table
 OVERLAID = 4                    # images whose attention is shown
 
 _log = logging.getLogger(__name__)
@@ -208,8 +217,8 @@ def write_all(folder: Path, described: dict[str, Any], draw: Callable[[], Pictur
     draw: gives the pictures of the report, once the numbers are written: none that fails loses them.
     """
     text = markdown(described)
-    write_json(folder / "table.json", described)
-    write_text(folder / "table.md", text + "\n")
+    write_json(folder / TABLE_JSON, described)
+    write_text(folder / TABLE_TEXT, text + "\n")
     write_report(folder / PAGE, described, draw())
     write_chart(folder / CHART_FILE, described)
     return text

@@ -14,7 +14,6 @@ from .figures import Figure
 from .panels import panel_drawing
 from .tables import SECTIONS
 
-CHART_FILE = "chart.png"            # beside table.md
 PNG_SCALE = 2                       # px of the file for each px of the page
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.errors import UserError, said_otherwise
+from guided_diffusion.jobs import STATE
 from guided_diffusion.options import (
     EVALUATION_SECTION,
     Options,
@@ -40,6 +41,7 @@ from guided_diffusion.options import (
     option,
     option_fields,
     read_yaml,
+    shortened,
 )
 from guided_diffusion.places import configurations
 from guided_diffusion.runs.chunk_files import ANEW, REMEDY
@@ -55,6 +57,9 @@ CONFIGS = configurations()
 DFID = "dfid"
 FLAG = "TABLE"                  # as the option that names one
 DECIMALS = 2                    # of all published numbers
+TABLE_JSON, TABLE_TEXT, PAGE, CHART_FILE = "table.json", "table.md", "report.html", "chart.png"
+FEATURES = "features"           # folder of what the networks saw, in that of a table
+TAKEN = {TABLE_JSON, TABLE_TEXT, PAGE, CHART_FILE, FEATURES, STATE}     # in that folder: no names of rows
 PARTS = {"title", "source", "note", "extends", "shared", "rows", "sections", "chart"}
 COSTS = {                       # of an image of a row: what a chart may be drawn against, with its label
     "evaluations": "network evaluations per image",
@@ -248,8 +253,8 @@ def load_table(name: str) -> Table:
     for row, (values, file) in _values_of_rows(content["rows"], sections, path).items():
         rows[row] = read_row(row, _over(content["shared"], values), file)
     _check_base_rows(sections, rows, path)
-    return Table(name, str(content.get("title", name)), content.get("source", ""), content.get("note", ""), rows,
-                 sections, _chart(content.get("chart"), path))
+    title, source, note = (text_of(content, part, str(path)) for part in ("title", "source", "note"))
+    return Table(name, title or name, source, note, rows, sections, _chart(content.get("chart"), path))
 
 
 def _read_parts(path: Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
@@ -264,8 +269,11 @@ def _read_parts(path: Path, chain: Sequence[Path] = ()) -> dict[str, Any]:
             for row, values in _mapping(content.get("rows"), f"rows in {path}").items()}
     if not isinstance(content.get("sections"), list):
         raise UserError(f"sections in {path}: must be a list of sections, each with title and rows")
-    parts = [_section(part, path) for part in content["sections"]]
-    sections = {section.title or str(number): section for number, section in enumerate(parts)}
+    sections: dict[str, Section] = {}
+    for number, part in enumerate(content["sections"]):
+        section = _section(part, path)
+        if sections.setdefault(section.title or str(number), section) is not section:
+            raise UserError(f"sections in {path}: two have the title {section.title}, they must differ")
     base: dict[str, Any] = {"shared": {}, "rows": {}, "sections": {}}
     if "extends" in content:
         base = _read_parts(_extended(content["extends"], path, chain), (*chain, path))
@@ -290,6 +298,10 @@ def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Sec
     inline: rows that stand in the table's own file. Raises UserError for a row that stands nowhere, or in no section.
     """
     names = list(dict.fromkeys(row for section in sections for row in section.rows))
+    if not names:
+        raise UserError(f"sections in {path}: must have a row")
+    for row in names:
+        _check_row_name(row, path)
     files = {file.stem: file for file in path.parent.glob("*.yaml") if file != path}
     for row in (*inline, *files):
         if row not in names:
@@ -302,6 +314,15 @@ def _values_of_rows(inline: Mapping[str, dict[str, Any]], sections: Iterable[Sec
                             f"{nearest(row, (*inline, *files))}")
     return {row: (inline[row], path) if row in inline else (read_yaml(files[row], flag=FLAG), files[row])
             for row in names}
+
+
+def _check_row_name(row: str, path: Path) -> None:
+    """Raises UserError where samples cannot have a folder of that name among the files of their table."""
+    if not row or Path(row).name != row or row.startswith("."):
+        raise UserError(f"row {row or repr(row)} of {path}: must be the name of a folder, without / and not beginning "
+                        "with a dot")
+    if row.lower() in TAKEN:
+        raise UserError(f"row {row} of {path}: must be another name, as the table has a file {row.lower()} of its own")
 
 
 def _section(part: Any, path: Path) -> Section:
@@ -320,7 +341,8 @@ def _section(part: Any, path: Path) -> Section:
     seen = part.get(IMAGES_SEEN)
     if seen is not None and (isinstance(seen, bool) or not isinstance(seen, int) or seen < 1):
         raise UserError(f"{IMAGES_SEEN} {seen} in {path}: must be a whole number from 1 up")
-    return Section(str(part.get("title", "")), tuple(rows), against, str(part.get("against_row", "")), seen)
+    title, base = (text_of(part, name, f"a section of {path}") for name in ("title", "against_row"))
+    return Section(title, tuple(rows), against, base, seen)
 
 
 def _check_base_rows(sections: Iterable[Section], rows: Iterable[str], path: Path) -> None:
@@ -351,6 +373,14 @@ def _known(values: Mapping[str, Any], names: set[str], where: str) -> None:
     for name in values:
         if name not in names:
             raise UserError(f"{name} in {where}: is none of {', '.join(sorted(names))}{nearest(str(name), names)}")
+
+
+def text_of(values: Mapping[str, Any], name: str, where: str) -> str:
+    """Returns a text among the values, "" where there is none; raises UserError for anything else."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise UserError(f"{name} {shortened(value)} in {where}: must be text")
+    return "" if value is None else str(value)
 
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:

@@ -259,6 +259,7 @@ def test_a_file_of_ones_own(own):
     loaded = settings.load_bench([own(bench={"images": 77})], OPTIONS, {"evaluations": 30})
     assert (loaded.name, loaded.spec.images, loaded.spec.evaluations) == ("own", 77, 30)
     assert loaded.base.evaluation.words == settings.METRIC_WORDS.split(",")
+    assert settings.load_bench([own(title=None)], OPTIONS, {}).title == "own"
 
 
 @pytest.mark.parametrize(("changes", "changed", "message"), [
@@ -273,6 +274,7 @@ def test_a_file_of_ones_own(own):
     ({"shared": {"model": "fmnist32", "evaluation": {"published": {"fid": 3.0}}}}, {},
      "published in .*: a bench has settings and steps of its own, leave it out"),
     ({"shared": 3}, {}, "shared in .*: must be names and values"),
+    ({"title": ["x"]}, {}, r"title \['x'\] in .*: must be text"), ({"source": {}}, {}, "source {} in .*: must be text"),
     ({"benhc": {}}, {}, r"benhc in .*: is none of .* \(did you mean bench\?\)"),
     ({"bench": {"imgaes": 3}}, {}, r"imgaes in .*no such option.*images"),
 ])

@@ -324,6 +324,19 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
     (mini(sections="[{title: All, rows: [a], against: mask}]"), "must be an option that is a number"),
     (mini(sections="[{title: All, rows: [a], against_row: b}]"), "against_row b in "),
     (mini(sections="[{title: All, rows: [a], images_seen: 0.5}]"), "images_seen 0.5 in "),
+    *((mini(rows=f"'{row}': {{}}", sections=f"[{{title: All, rows: ['{row}']}}]"),
+       f"row {row or repr(row)} of {{path}}: must be the name of a folder, without / and not beginning with a dot")
+      for row in ("../../evil", "/tmp/evil", "a/b", ".", "..", ".a", "")),
+    *((mini(rows=f"{row}: {{}}", sections=f"[{{title: All, rows: [{row}]}}]"),
+       f"row {row} of {{path}}: must be another name, as the table has a file {row.lower()} of its own")
+      for row in ("table.json", "table.md", "report.html", "chart.png", "status.json", "Features")),
+    (mini(rows="", sections="[]"), "sections in {path}: must have a row"),
+    (mini(sections="[{title: All, rows: [a]}, {title: All, rows: [a]}]"),
+     "sections in {path}: two have the title All, they must differ"),
+    (mini(sections="[{title: [All], rows: [a]}]"), "title ['All'] in a section of {path}: must be text"),
+    (mini(sections="[{title: All, rows: [a], against_row: {a: 1}}]"), "must be text"),
+    (mini(more="source: [a]"), "source ['a'] in {path}: must be text"),
+    (mini(more="note: true"), "note True in {path}: must be text"),
     (mini(more="chart: {x: evaluatoins, y: fid}"), "(did you mean evaluations?)"),
     (mini(more="chart: {x: sections, y: 'fid,presicion'}"), "(did you mean precision?)"),
     (mini(more="chart: {x: evaluations, y: fdi}"), "(did you mean fid?)"),
@@ -348,8 +361,15 @@ def test_unknown_tables_and_rows_are_refused_with_the_nearest_name(write):
 def test_what_is_no_table_is_refused(write, content, said):
     path = write(content)
     message = refusal()
-    assert said in message
+    assert said.replace("{path}", str(path)) in message
     assert str(path) in message or message.startswith(("--", "evaluation: "))
+
+
+def test_a_title_that_is_left_empty_is_none(write):
+    content = mini(sections="[{title: , rows: [a]}, {title: 2024, rows: [a]}]", more="note:")
+    write(content.replace("title: Mini", "title:"))
+    table = load_table("mini")
+    assert (table.title, table.note, [section.title for section in table.sections]) == ("mini", "", ["", "2024"])
 
 
 def test_a_row_stands_in_one_place(write):
