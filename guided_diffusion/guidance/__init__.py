@@ -22,7 +22,7 @@ from .classifier_free import CfgOptions, ClassifierFreeGuidance
 from .clean_classifier import CleanClassifierGuidance, CleanClassifierOptions
 from .depth import DagOptions, DepthConsistencyGuidance, DepthPriorGuidance
 from .independent_condition import IcgOptions, IndependentConditionGuidance
-from .perturbed_attention import PagOptions, PerturbedAttentionGuidance
+from .perturbed_attention import AttentionContrast, AttentionOptions, PagOptions, PerturbedAttentionGuidance
 from .projected import ApgOptions, ProjectedGuidance
 from .rescale import Rescale, RescaleOptions
 from .self_attention import SagOptions, SelfAttentionGuidance
@@ -37,12 +37,12 @@ GUIDANCE: list[type[GuidanceOptions]] = [
 Contrast, Gradient, Descent = ContrastGuidance, GradientGuidance, LossGuidance
 
 __all__ = [
-    "GUIDANCE", "ApgOptions", "AutoGuidance", "AutoguidanceOptions", "CfgOptions", "ClassifierFreeGuidance",
-    "ClassifierGuidance", "ClassifierGuidanceOptions", "CleanClassifierGuidance", "CleanClassifierOptions",
-    "Contrast", "ContrastGuidance", "DagOptions", "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent",
-    "FunctionGuidance", "Gradient", "GradientGuidance", "Guidance", "GuidanceOptions", "IcgOptions",
-    "IndependentConditionGuidance", "Inputs", "LossGuidance", "Networks", "PagOptions", "Passes",
-    "PerturbedAttentionGuidance", "ProjectedGuidance", "Rescale", "RescaleOptions", "SagOptions", "ScaledOptions",
-    "SegOptions", "SelfAttentionGuidance", "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance",
-    "TransformGuidance", "TsgOptions", "Window",
+    "GUIDANCE", "ApgOptions", "AttentionContrast", "AttentionOptions", "AutoGuidance", "AutoguidanceOptions",
+    "CfgOptions", "ClassifierFreeGuidance", "ClassifierGuidance", "ClassifierGuidanceOptions",
+    "CleanClassifierGuidance", "CleanClassifierOptions", "Contrast", "ContrastGuidance", "DagOptions",
+    "DepthConsistencyGuidance", "DepthPriorGuidance", "Descent", "FunctionGuidance", "Gradient", "GradientGuidance",
+    "Guidance", "GuidanceOptions", "IcgOptions", "IndependentConditionGuidance", "Inputs", "LossGuidance",
+    "Networks", "PagOptions", "Passes", "PerturbedAttentionGuidance", "ProjectedGuidance", "Rescale",
+    "RescaleOptions", "SagOptions", "ScaledOptions", "SegOptions", "SelfAttentionGuidance",
+    "SmoothedEnergyGuidance", "StepContext", "TimestepGuidance", "TransformGuidance", "TsgOptions", "Window",
 ]

@@ -84,7 +84,42 @@ class PerturbedAttentionGuidance(AttentionContrast):
 
 
 @dataclass(frozen=True)
-class PagOptions(ScaledOptions):
+class AttentionOptions(ScaledOptions):
+    """Base of the options of a method of one `AttentionContrast`, in the blocks that the flag `NAME_blocks` names.
+
+    So plans and benches count the part of an evaluation that the term makes. A method whose blocks are fixed gives
+    `blocks` instead of that flag.
+    """
+
+    term: ClassVar[type[Guidance]] = AttentionContrast
+
+    @property
+    def _flag(self) -> str:
+        return f"{self.sigma_flags}_blocks"
+
+    @property
+    def blocks(self) -> list[str]:
+        """The blocks by name."""
+        return comma_separated(getattr(self, self._flag))
+
+    def at_blocks(self, model: Encoder) -> dict[str, Self]:
+        """The method at each attention block of a network alone."""
+        if not hasattr(self, self._flag):
+            return super().at_blocks(model)
+        return {name: replace(self, **{self._flag: name}) for name in model.attention_blocks}
+
+    def details(self) -> dict[str, str]:
+        """The blocks."""
+        return {"blocks": f"block {getattr(self, self._flag, ','.join(self.blocks))}"}
+
+    @property
+    def passes(self) -> Passes:
+        """A part of one more evaluation."""
+        return replace(self.term.passes, begins_at=tuple(self.blocks))
+
+
+@dataclass(frozen=True)
+class PagOptions(AttentionOptions):
     """Perturbed-attention guidance."""
 
     short = "PAG"
@@ -101,26 +136,8 @@ class PagOptions(ScaledOptions):
     pag_sigma_min: float | None = sigma_min_option()
     pag_sigma_max: float | None = sigma_max_option()
 
-    @property
-    def blocks(self) -> list[str]:
-        """The blocks by name."""
-        return comma_separated(self.pag_blocks)
-
-    def at_blocks(self, model: Encoder) -> dict[str, Self]:
-        """The method at each attention block of a network alone."""
-        return {name: replace(self, pag_blocks=name) for name in model.attention_blocks}
-
-    def details(self) -> dict[str, str]:
-        """The blocks."""
-        return {"blocks": f"block {self.pag_blocks}"}
-
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         with naming("pag_blocks", self.pag_blocks):
             return [PerturbedAttentionGuidance(nets.model, block_names(self.pag_blocks), self.pag_scale,
                                                **self.window)]
-
-    @property
-    def passes(self) -> Passes:
-        """A part of one more evaluation."""
-        return replace(self.term.passes, begins_at=tuple(self.blocks))

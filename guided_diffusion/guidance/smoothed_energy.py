@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self, Unpack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from ..errors import UserError
 from ..late import Tensor
-from ..options import comma_separated, option
-from ..terms import Guidance, Passes, SigmaRange
-from .base import Networks, ScaledOptions, block_names, each, naming, sigma_max_option, sigma_min_option, start_option
+from ..options import option
+from ..terms import Guidance, SigmaRange
+from .base import Networks, block_names, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import gaussian_blur
-from .perturbed_attention import AttentionContrast
+from .perturbed_attention import AttentionContrast, AttentionOptions
 
 if TYPE_CHECKING:
-    from ..unet import Encoder, UNetModel
+    from ..unet import UNetModel
 
 INFINITE = 9999.0               # from this sigma on it is the mean, as for infinity; in the reference code above it
 
@@ -66,7 +66,7 @@ def smoothed(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SegOptions(ScaledOptions):
+class SegOptions(AttentionOptions):
     """Smoothed energy guidance."""
 
     short = "SEG"
@@ -84,23 +84,13 @@ class SegOptions(ScaledOptions):
     seg_sigma_min: float | None = sigma_min_option()
     seg_sigma_max: float | None = sigma_max_option()
 
-    def at_blocks(self, model: Encoder) -> dict[str, Self]:
-        """The method at each attention block of a network alone."""
-        return {name: replace(self, seg_blocks=name) for name in model.attention_blocks}
-
     def details(self) -> dict[str, str]:
         """Blocks and blur."""
         infinite = self.seg_blur_sigma >= INFINITE
-        return {"blocks": f"block {self.seg_blocks}",
-                "blur": f"sigma = {'infinite' if infinite else format(self.seg_blur_sigma, 'g')}"}
+        return {**super().details(), "blur": f"sigma = {'infinite' if infinite else format(self.seg_blur_sigma, 'g')}"}
 
     def build(self, nets: Networks) -> list[Guidance]:
         """The one term."""
         with naming("seg_blocks", self.seg_blocks):
             return [SmoothedEnergyGuidance(nets.model, block_names(self.seg_blocks), self.seg_scale,
                                            self.seg_blur_sigma, **self.window)]
-
-    @property
-    def passes(self) -> Passes:
-        """A part of one more evaluation."""
-        return replace(self.term.passes, begins_at=tuple(comma_separated(self.seg_blocks)))

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from guided_diffusion.depth.features import feature_channels
 from guided_diffusion.depth.predictor import DepthPredictors, save_predictors
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
-from guided_diffusion.guidance import DagOptions
+from guided_diffusion.guidance import AttentionOptions, DagOptions
+from guided_diffusion.options import option
 from guided_diffusion.script_util import create_classifier, create_model
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
@@ -102,6 +105,38 @@ def test_operations_are_those_that_a_run_with_perturbed_attention_makes(operatio
     (forward, made, _), (steps, plain, _) = operations(**changes), operations()
     assert steps < forward < steps * (2 + ("guide_scale" in changes))
     assert made / plain == pytest.approx(forward / steps, rel=0.01)
+
+
+@dataclass(frozen=True)
+class UniformOptions(AttentionOptions):
+    """Guidance away from uniform attention."""
+
+    short, sigma_flags = "uniform", "uniform"
+    switched_on: ClassVar = {"uniform_scale": 1.0}
+    uniform_scale: float = option(0.0, "scale; 0: off")
+
+
+@dataclass(frozen=True)
+class UniformAtBlocksOptions(UniformOptions):
+    """The same with a flag of its blocks."""
+
+    uniform_blocks: str = option("output.0", "blocks")
+
+
+class UniformAtOneOptions(UniformOptions):
+    """The same at one block."""
+
+    blocks: ClassVar = ["output.0"]
+
+
+@pytest.mark.parametrize("kind", [UniformAtBlocksOptions, UniformAtOneOptions])
+def test_attention_of_ones_own_costs_the_part_that_perturbed_attention_costs(row, kind):
+    window, own = {"pag_scale": 1.0, "pag_blocks": "output.0"}, kind(uniform_scale=1.0)
+    expected, run = passes(row(**window).run), row().run
+    assert passes(dataclasses.replace(run, guidance=(own,))).forward == expected.forward < 12
+    assert own.title(usual={}) == "uniform s = 1, block output.0"
+    places = own.at_blocks(create_model(**TINY))
+    assert places == {"": own} if kind is UniformAtOneOptions else places["middle"].blocks == ["middle"]
 
 
 @pytest.fixture(scope="module")
