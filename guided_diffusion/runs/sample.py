@@ -26,6 +26,7 @@ from ..errors import UserError, said_otherwise
 from ..execution import choose_dtype, compile_for
 from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_json
+from ..functions import is_ours
 from ..guidance import GuidanceOptions, Networks
 from ..guidance.base import without_labels
 from ..jobs import job, mark_finished
@@ -188,6 +189,18 @@ class SamplingRun:
         values["dtype"] = values["dtype"] or dtype_name(values)
         return public_values({name: value for name, value in values.items() if name not in ("out", "overwrite")})
 
+    def recorded(self) -> dict[str, Any]:
+        """The configuration as run.json has it: without options of methods and samplers from outside that are not used.
+
+        A process that does not know them could not tell that they are not.
+        """
+        unused: list[Options] = [one for one in self.guidance if not one.active and not type(one)().active]
+        unused += [one for one in self.samplers if type(one) is not type(self.sampler)]
+        outside = [one for one in unused if not is_ours(type(one).__module__)]
+        others = {field.name for one in self.options if one not in outside for field in option_fields(type(one))}
+        left_out = {field.name for one in outside for field in option_fields(type(one))} - others
+        return {name: value for name, value in self.configuration().items() if name not in left_out}
+
     def decided(self) -> Self:
         """The run with a type of its own where --dtype is auto; all ranks call it together.
 
@@ -250,7 +263,7 @@ class SamplingRun:
 
     def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None,
                 names: ClassNames | None = None) -> Shards:
-        return Shards(self.out, self.configuration(), sha256,
+        return Shards(self.out, self.recorded(), sha256,
                       lambda image_ids: None if labels is None else labels(image_ids).numpy(),
                       None if base is None else base.digests, names)
 
@@ -284,7 +297,7 @@ class SamplingRun:
         if self.sample.dtype == AUTO:
             return self.changed(dtype=recorded_dtype(self.out) or "").check_kept()
         sha256 = {name_of(flag): value for flag, value in self._sha256().items()}
-        Shards(self.out, self.configuration(), sha256).recorded()
+        Shards(self.out, self.recorded(), sha256).recorded()
 
     def checkpoints(self) -> dict[str, str]:
         """The files of networks that the images depend on, by flag."""

@@ -20,6 +20,7 @@ from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, ow
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
+from guided_diffusion.sampling import SAMPLERS
 
 CONFIGURATION = {"num_samples": 7, "batch_size": 3, "image_size": 4, "seed": 0, "labels": "random", "guide_scale": 1.1}
 RECORD = {"configuration": CONFIGURATION, "sha256": {"model": "1" * 64, "samples": "2" * 64},
@@ -118,6 +119,53 @@ def test_images_depend_on_an_option_that_a_method_shares_with_one_that_is_off(mo
     monkeypatch.setattr("guided_diffusion.runs.record.GUIDANCE", [*GUIDANCE, BlurOptions])
     of = [identity({"blur_scale": scale, "blur_sigma": sigma}, {}) for scale in (0.0, 1.0) for sigma in (3.0, 9.0)]
     assert of[0] == of[1] and of[2]["blur_sigma"] == 3.0 and of[3]["blur_sigma"] == 9.0
+
+
+OWN_SAMPLER = """
+from dataclasses import dataclass
+
+from guided_diffusion.options import option
+from guided_diffusion.sampling import SamplerOptions, ddpm_step
+
+
+@dataclass(frozen=True)
+class MeanOptions(SamplerOptions):
+    title = "mean"
+    mean_share: float = option(0.5, "share")
+
+    def step(self):
+        return ddpm_step
+"""
+
+
+def test_a_run_goes_on_where_methods_and_samplers_that_it_does_not_use_are_unknown(tmp_path, monkeypatch,
+                                                                                   tiny_checkpoints):
+    """With them it is what it is without them, and where they were used it is another run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_other_grey.py").write_text(OWN)
+    (tmp_path / "my_mean.py").write_text(OWN_SAMPLER)
+    method = importlib.import_module("my_other_grey").GreyOptions
+    sampler = importlib.import_module("my_mean").MeanOptions
+
+    def sample(out, count, own, **changes):
+        flags = {**TINY, "model_path": str(tiny_checkpoints / "model.safetensors"), "num_samples": count,
+                 "batch_size": 1, "timestep_respacing": "2", "out": str(tmp_path / out), **changes}
+        with monkeypatch.context() as with_own:
+            if own:
+                with_own.setitem(SAMPLERS, "mean", sampler)
+                with_own.setattr("guided_diffusion.runs.record.GUIDANCE", [*GUIDANCE, method])
+                with_own.setattr("guided_diffusion.runs.options.GUIDANCE", [*GUIDANCE, method])
+            return SamplingRun.of(fill(flags, SamplingRun.classes(), preset_values, source="here")).run()
+
+    for out, first, then in (("one", True, False), ("two", False, True)):
+        sample(out, 1, first)
+        sample(out, 2, then)
+    sample("grey", 1, True, grey_scale=0.5)
+    with pytest.raises(UserError, match="--grey_scale differs"):
+        sample("grey", 2, False)
+    sample("mean", 1, True, sampler="mean", mean_share=0.25)
+    with pytest.raises(UserError, match="of another configuration"):
+        sample("mean", 2, False)
 
 
 def test_images_depend_on_modules_written_with_a_method(tmp_path, monkeypatch):
