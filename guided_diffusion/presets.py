@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .build import kind_of
+from .build import DiffusionOptions, kind_of
 from .checkpoint import read_metadata
 from .errors import UserError
-from .fetch import Download, sha256_of, size_of
+from .fetch import Download, sha256_of, size_of, without_secrets
+from .launchers import is_main
 from .model_folders import best_weights, classifier_beside, guidance_in
-from .options import nearest
+from .options import nearest, option_fields
 from .progress import in_bytes
-from .stated import statement_of
+from .stated import NETWORKS, statement_of
 
 MODELS = Path(__file__).parent / "models"
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -104,6 +109,24 @@ def implied_preset(path: str, kind: str) -> Preset | None:
     stem = Path(path.partition("?")[0]).stem if path else ""
     entry = _presets()["presets"].get(stem, {})
     return find_preset(stem) if entry.get("implied") and entry["kind"] == kind else None
+
+
+def implied_values(flag: str, given: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The flags that the name of the file given as --FLAG stands for, see `implied_preset`; none where that is none.
+
+    given: by the user, by flag name. Says which of them are taken: those that no one gave, of other values than the
+    defaults.
+    """
+    preset = implied_preset(given.get(flag, ""), kind)
+    if preset is None:
+        return {}
+    defaults = {field.name: field.default for cls in (NETWORKS[kind], DiffusionOptions) for field in option_fields(cls)}
+    taken = [f"--{name} {value}" for name, value in preset.options.items()
+             if name not in given and value != defaults[name]]
+    if taken and is_main():
+        _log.info("--%s %s: is taken for the released %s, with %s", flag, without_secrets(given[flag]), preset.name,
+                  " ".join(taken))
+    return dict(preset.options)
 
 
 def _config_of(path: Path) -> dict[str, Any]:

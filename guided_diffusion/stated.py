@@ -126,6 +126,11 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
     return Statement(shown, kind, _effective(facts)) if facts else None
 
 
+def starting_flag(given: Mapping[str, Any]) -> str:
+    """The option that names the file a training starts from, of those that the user gave, by flag name."""
+    return "init_from" if given.get("init_from") else "resume_checkpoint"
+
+
 def starting_values(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What the file that a training starts from states of itself, as defaults of the training's options.
 
@@ -133,7 +138,7 @@ def starting_values(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     training makes another network of these weights; another process is said. Raises UserError for those in which the
     weights would be read otherwise than they were trained.
     """
-    flag = "init_from" if given.get("init_from") else "resume_checkpoint"
+    flag = starting_flag(given)
     stated = statement_of(given.get(flag, ""), kind)
     if stated is None:
         return {}

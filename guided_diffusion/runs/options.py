@@ -9,12 +9,11 @@ from typing import Any
 from ..build import DiffusionOptions, ModelOptions
 from ..dtypes import dtype_option
 from ..errors import UserError
-from ..fetch import without_secrets
 from ..guidance import GUIDANCE
 from ..options import Options, batch_option, entry_option, option, option_fields, seed_option
-from ..presets import Preset, find_preset, implied_preset, is_bundled
+from ..presets import find_preset, implied_values, is_bundled
 from ..sampling import SAMPLERS
-from ..stated import NETWORKS, statement_of
+from ..stated import statement_of
 
 _log = logging.getLogger(__name__)
 
@@ -112,9 +111,8 @@ def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, A
             values["model_path"] = str(preset.path)
         if not preset.known and not given.get("model_path"):
             _say_files(preset.name, {**values, **given})
-    elif implied := implied_preset(given.get("model_path", ""), kind):
-        values |= implied.options
-        _say_implied(implied, given)
+    else:
+        values |= implied_values("model_path", given, kind)
     known = {**values, **given}
     _check_sampler(_sampler_name(known.get("sampler", ""), known.get("use_ddim", False)), given)
     return values | _stated_values(known, given, kind)
@@ -150,17 +148,6 @@ def _say_files(name: str, values: dict[str, Any]) -> None:
     """Logs which files of the folder of a training were taken."""
     others = [f"{path} as --{flag}" for flag, path in values.items() if flag.endswith("_path") and flag != "model_path"]
     _log.info("--model %s: takes %s", name, ", and ".join([values["model_path"], *others]))
-
-
-def _say_implied(preset: Preset, given: dict[str, Any]) -> None:
-    """Logs which flags the name of a released checkpoint's file stands for: those that no one gave, of other values."""
-    defaults = {field.name: field.default for cls in (NETWORKS[preset.kind], DiffusionOptions)
-                for field in option_fields(cls)}
-    taken = [f"--{name} {value}" for name, value in preset.options.items()
-             if name not in given and value != defaults[name]]
-    if taken:
-        _log.info("--model_path %s: is taken for the released %s, with %s", without_secrets(given["model_path"]),
-                  preset.name, " ".join(taken))
 
 
 def _stated_values(values: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:

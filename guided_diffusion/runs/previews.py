@@ -25,8 +25,9 @@ from ..guidance import GUIDANCE, GuidanceOptions, Networks
 from ..guidance.base import naming, without_labels
 from ..late import Tensor, no_grad, torch
 from ..options import Options, batch_option, option, option_fields
+from ..presets import implied_values
 from ..sampling import SAMPLERS
-from ..stated import starting_values
+from ..stated import starting_flag, starting_values
 from ..training.watch import Watched
 from .options import SampleOptions
 from .sample import SamplingRun
@@ -73,11 +74,12 @@ class PreviewOptions(Options):
 def preview_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
     """What files state of themselves, as defaults of a training command's options.
 
-    These are the weights that it starts from, and those of guidance. given: by the user. kind: of the network,
-    "diffusion" or "upsampler". Raises UserError where the options given contradict a file (see `starting_values`), and
-    for an `--image_size` that is not an upsampler's.
+    These are the weights that it starts from, and those of guidance. Of a released checkpoint that states nothing, the
+    name stands for its flags, as in sampling. given: by the user. kind: of the network, "diffusion" or "upsampler".
+    Raises UserError where the options given contradict a file (see `starting_values`), and for an `--image_size` that
+    is not an upsampler's.
     """
-    stated = starting_values(given, kind)
+    stated = starting_values(given, kind) or implied_values(starting_flag(given), given, kind)
     if "large_size" in stated:
         given = {"large_size": stated["large_size"], **given}
     if "large_size" in given:

@@ -2,7 +2,9 @@
 
 import json
 import re
+from dataclasses import asdict
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,16 @@ from commands import REPOSITORY, call, flags, samples_in
 from golden import GOLDEN
 from networks import with_random_weights
 
-from guided_diffusion.build import build_diffusion, build_model
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from guided_diffusion.checkpoint import save_state
+from guided_diffusion.options import parse_options
 from guided_diffusion.process import LossType
 from guided_diffusion.runs.command import read_run
+from guided_diffusion.runs.previews import preview_values
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
+from guided_diffusion.stated import NETWORKS
+from guided_diffusion.training.options import TrainOptions
 
 ALL_FLAGS = {name: entry["all_flags"]
              for name, entry in json.loads((GOLDEN / "checkpoints_improved.json").read_text()).items()}
@@ -86,6 +92,32 @@ def test_what_the_name_of_a_file_stands_for_is_said_and_may_be_overruled(caplog)
     read_run([*words, "--model_path", "https://example.org/cifar10_uncond_50M_500K.pt?token=hunter2"], SamplingRun)
     assert "https://example.org/cifar10_uncond_50M_500K.pt: is taken for" in caplog.messages[-1]
     assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize("name", README)
+@pytest.mark.parametrize(("flag", "place"), [
+    ("init_from", "models/{}.pt"), ("resume_checkpoint", "https://example.org/{}.pt?token=hunter2")])
+def test_a_training_that_starts_from_a_released_file_has_its_process(name, flag, place, caplog):
+    """Which is asked of the file's name before the file is read, so that none need be there."""
+    caplog.set_level("INFO")
+    kind = "upsampler" if name.startswith("upsample") else "diffusion"
+    words = f"{README[name]} --{flag} {place.format(name)}".split()
+    model, diffusion, _ = parse_options(words, NETWORKS[kind], DiffusionOptions, TrainOptions,
+                                        preset=partial(preview_values, kind=kind))
+    values = {**asdict(model), **asdict(diffusion)}
+    assert {option: values[option] for option in ALL_FLAGS[name]} == ALL_FLAGS[name]
+    if UNSCALED not in README[name]:            # where the line names all, there is nothing to say
+        shown = place.format(name).partition("?")[0]
+        assert caplog.messages == [f"--{flag} {shown}: is taken for the released {name}, with "
+                                   "--rescale_timesteps True --rescale_learned_sigmas True"]
+
+
+def test_a_flag_goes_before_the_name_of_the_file_that_a_training_starts_from():
+    start = {"init_from": "models/cifar10_uncond_50M_500K.pt"}
+    words = [*flags(start), "--rescale_timesteps", "False"]
+    _, diffusion, _ = parse_options(words, ModelOptions, DiffusionOptions, TrainOptions, preset=preview_values)
+    assert diffusion.rescale_timesteps is False and diffusion.rescale_learned_sigmas is True
+    assert preview_values(start, "upsampler") == preview_values({"init_from": "models/mine.pt"}) == {}
 
 
 @pytest.mark.parametrize(("name", "guidance"), [
