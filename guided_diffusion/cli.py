@@ -22,16 +22,18 @@ from .allocator import keep_freed_memory
 from .errors import LostRankError, NonFiniteError, PeerError, UserError
 from .fetch import without_secrets
 from .files import reason
-from .launchers import launched, world_size
+from .launchers import is_main, launched, world_size
 from .links import linked, open_in_browser, paths_in, takes_links, worth_showing
-from .options import Options, switch
-from .places import command_file
+from .options import Options, Preset, switch
+from .places import LOGDIR, command_file
 from .progress import aside
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)      # what a full disk says, and a pipe that nobody reads
 KEPT = "what was finished is kept, and the same command goes on from there"
 GLANCE, FAREWELL = 1.0, 20.0    # seconds between looks at the launcher, and for a rank to end by itself without it
+
+_log = logging.getLogger(__name__)
 
 
 class Signalled(KeyboardInterrupt):
@@ -218,6 +220,22 @@ def log_to_stderr(shown: bool = True) -> None:
     """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
     logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s",
                         handlers=[_AsideHandler(sys.stderr)])
+
+
+def with_logdir(preset: Preset) -> Preset:
+    """A preset of a command that the official codes have: --out, where it is not given, is what OPENAI_LOGDIR names.
+
+    A line says so; a variable that is empty names nothing.
+    """
+    def values(given: dict[str, Any]) -> dict[str, Any]:
+        folder = os.environ.get(LOGDIR)
+        if not folder or "out" in given:
+            return preset(given)
+        if is_main():
+            _log.info("--out is not given: the folder is %s, as %s says", folder, LOGDIR)
+        return {**preset(given), "out": folder}
+
+    return values
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from .files import check_folder, open_own, reason, write_csv
 from .late import Tensor, torch
 from .launchers import is_main
 from .log_sinks import Sink, open_sinks
+from .places import LOGDIR
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +41,15 @@ def totals_of_tensors(tensors: Mapping[str, Tensor]) -> Totals:
 def configure(dir: str | Path | None = None) -> None:
     """What official scripts call first: `log` writes from then on, also into log.txt in the folder `dir`, if any.
 
-    Raises UserError where that cannot be written.
+    dir: None for the one that the variable OPENAI_LOGDIR names, if any. Raises UserError where that cannot be written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _folder[:] = [] if dir is None else [check_folder("dir", dir)]
+    dir = dir or os.environ.get(LOGDIR)
+    _folder[:] = [] if not dir else [check_folder("dir", dir)]
 
 
 def get_dir() -> str | None:
-    """The folder that `configure` was given."""
+    """The folder of `configure`."""
     return str(_folder[0]) if _folder else None
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+LOGDIR = "OPENAI_LOGDIR"        # the variable by which official scripts are told where they write
 
 
 def configurations() -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from guided_diffusion.build import ClassifierOptions, DiffusionOptions
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import log_to_stdout, run_script, with_logdir
 from guided_diffusion.options import parse_options
 from guided_diffusion.stated import starting_values
 from guided_diffusion.train_util import train_classifier
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
     train_classifier(*parse_options(argv, ClassifierOptions, DiffusionOptions, ClassifierTrainOptions,
-                                    description=__doc__, preset=partial(starting_values, kind="classifier")))
+                                    description=__doc__,
+                                    preset=with_logdir(partial(starting_values, kind="classifier"))))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from evaluations.early_fid import watchers
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import log_to_stdout, run_script, with_logdir
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.previews import PreviewOptions, preview_values
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stdout()
     model, diffusion, options, previews, *guidance = parse_options(
         argv, ModelOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, description=__doc__,
-        preset=preview_values)
+        preset=with_logdir(preview_values))
     train_diffusion(model, diffusion, options, watchers(options, previews, guidance))
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from evaluations.early_fid import watchers
 from guided_diffusion.build import DiffusionOptions, UpsamplerOptions
-from guided_diffusion.cli import log_to_stdout, run_script
+from guided_diffusion.cli import log_to_stdout, run_script, with_logdir
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import parse_options
 from guided_diffusion.runs.previews import PreviewOptions, preview_values
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stdout()
     model, diffusion, options, previews, *guidance = parse_options(
         argv, UpsamplerOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, description=__doc__,
-        preset=partial(preview_values, kind="upsampler"))
+        preset=with_logdir(partial(preview_values, kind="upsampler")))
     train_diffusion(model, diffusion, options, watchers(options, previews, guidance))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import dist_util
-from ..cli import ShowOptions, log_to_stderr, tell
+from ..cli import ShowOptions, log_to_stderr, tell, with_logdir
 from ..guidance import GuidanceOptions
 from ..options import options_parser
 from .effects import without_effect
@@ -30,7 +30,7 @@ def sample_command(argv: Sequence[str] | None, description: str, on: type[Guidan
     log_to_stderr(dist_util.is_main())
     parser = options_parser(argv, *kind.classes(), ShowOptions, description=description,
                             defaults=None if on is None else on.switched_on)
-    _, (*options, show) = parser.read(argv, kind.preset_values)
+    _, (*options, show) = parser.read(argv, with_logdir(kind.preset_values))
     run = kind.of(options)
     say_without_effect(run, [name for name in parser.given if name != "open"])
     path = run.run()

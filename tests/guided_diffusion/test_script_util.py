@@ -374,9 +374,13 @@ def test_arguments_by_position_are_those_of_the_official_function():
         create_model(*range(17))
 
 
-def test_the_beginning_of_an_official_script(tmp_path, caplog):
+def test_the_beginning_of_an_official_script(tmp_path, caplog, monkeypatch):
     """Which calls these before anything else; the rest of it is in `test_golden_chains` and above."""
     caplog.set_level("INFO")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "said"))
+    logger.configure()
+    assert logger.get_dir() == str(tmp_path / "said")
+    monkeypatch.delenv("OPENAI_LOGDIR")
     logger.configure(dir=tmp_path / "log")
     logger.log("sampling...", 3)
     assert logger.get_dir() == str(tmp_path / "log") and "sampling... 3" in caplog.text

@@ -95,6 +95,43 @@ def test_guided_diffusion_trains_a_classifier_and_both_codes_sample_by_it_on_two
     assert (one == two).all() and (one != images).any()
 
 
+# The variable by which official scripts are told where they write
+
+OFFICIAL = ("image_sample", "classifier_sample", "super_res_sample", "image_nll", "image_train", "classifier_train",
+            "super_res_train")
+
+
+@pytest.mark.parametrize("command", OFFICIAL)
+def test_openai_logdir_is_the_folder_where_none_is_given(command, tmp_path, monkeypatch, caplog):
+    """As is said where the options are read: here nothing else is given, so that the command ends after that."""
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    line = f"--out is not given: the folder is {tmp_path / 'logs'}, as OPENAI_LOGDIR says"
+    for folder, words, said in ((tmp_path / "logs", [], True), (tmp_path / "logs", ["--out", "own"], False),
+                                ("", [], False)):
+        monkeypatch.setenv("OPENAI_LOGDIR", str(folder))
+        caplog.clear()
+        assert call(command, *words) == 2
+        assert (line in caplog.messages) is said and ("OPENAI_LOGDIR" in caplog.text) is said
+
+
+def test_what_is_trained_sampled_and_measured_lies_in_openai_logdir(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = {"image_size": 16, "num_channels": 32, "channel_mult": "1,1", "num_res_blocks": 1,
+               "attention_resolutions": 8, "num_heads": 1}
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logs"))
+    assert call("image_train", *flags({**network, "data_dir": photos, "batch_size": 1, "lr_anneal_steps": 1})) == 0
+    assert (tmp_path / "logs" / "model.safetensors").exists() and not (tmp_path / "train").exists()
+    line = ["--model", tmp_path / "logs", *flags({"timestep_respacing": 2, "num_samples": 1, "batch_size": 1})]
+    assert call("image_sample", *line) == 0                      # beside the training, as there
+    assert samples_in(tmp_path / "logs")[0].shape == (1, 16, 16, 3)
+    assert call("image_sample", *line, "--seed", 1) == 2
+    assert f"error: --out {tmp_path / 'logs'}: holds" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "likelihood"))
+    assert call("image_nll", *line, "--data_dir", photos) == 0
+    assert (tmp_path / "likelihood" / "bpd.npz").exists()
+
+
 # The scripts of perturbed-attention guidance, run/NAME.sh: what differs between them, and what is the same in all
 
 PAG_BLOCKS = "input_blocks.14.1 input_blocks.16.1 input_blocks.17.1 middle_block.1"
