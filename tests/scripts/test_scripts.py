@@ -733,3 +733,28 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(command, tmp_
     save_state(whole, {"a": torch.tensor([1e5])})
     assert call(*command, whole, "--out", half) == 2
     assert "has no numbers as large as some of a, up to 1e+05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changes", "out", "said", "stated"), [
+    ({}, "half.safetensors", ", which half.safetensors states", True),
+    ({}, "half.pt", "; half.pt can state none of them, use it with --model cifar10_uncond_50M_500K", False),
+    ({}, "halves/cifar10_uncond_50M_500K.safetensors", None, False),       # whose name stands for them as before
+    ({"num_channels": 64}, "half.safetensors", ", whose weights it does not hold; half.safetensors states", False)])
+def test_what_the_name_of_a_released_checkpoint_stands_for_is_stated_after_a_conversion(
+        changes, out, said, stated, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "halves").mkdir()
+    name = "cifar10_uncond_50M_500K"
+    known = presets._presets()
+    entry = known["presets"][name]
+    small = {**entry, "options": {**entry["options"], "num_channels": 32, "num_res_blocks": 1}}
+    monkeypatch.setattr(presets, "_presets", lambda: {**known, "presets": {**known["presets"], name: small}})
+    model, _ = parse_options(flags({**small["options"], **changes}), ModelOptions, DiffusionOptions)
+    save_state(f"{name}.pt", build_model(model).state_dict())
+    assert call("convert_checkpoint", f"{name}.pt", "--out", out) == 0
+    lines = [line for line in caplog.messages if line.startswith(f"{name}.pt: its name stands for the flags of")]
+    assert len(lines) == (said is not None) and all(said in line for line in lines)
+    values = preset_values({"model_path": out, "num_channels": 32})
+    assert (values.get("rescale_timesteps") is True) is (stated or said is None)
+    assert ("config" in checkpoint.read_metadata(out)) is stated
