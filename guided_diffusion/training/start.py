@@ -1,10 +1,11 @@
 """The weights that a training starts from: those of an official run, which it goes on with, or of any other file.
 
-guided-diffusion's trainings leave three kinds of files, where NNNNNN is a step:
+The trainings of improved-diffusion and guided-diffusion leave three kinds of files, where NNNNNN is a step:
     modelNNNNNN.pt          the weights by name, in the order of the network's parameters
     ema_RATE_NNNNNN.pt      their moving average
-    optNNNNNN.pt            the state of AdamW: by parameter, or, of a training in float16, of all parameters with at
-                            most one dimension together, and of all others together
+    optNNNNNN.pt            the state of AdamW: by parameter, or, of a training in float16, of all parameters together
+                            (improved-diffusion), or of all with at most one dimension together, and of all others
+                            together (guided-diffusion)
 """
 
 from __future__ import annotations
@@ -172,11 +173,11 @@ def read_optimizer(path: Path, shapes: Shapes) -> tuple[dict[str, dict[str, Tens
     if sizes == [[tuple(shapes[name])] * len(MOMENTS) for name in names]:
         by_name = {key: {name: entry[key] for name, entry in zip(names, moments, strict=True)} for key in MOMENTS}
         return {"step": dict(zip(names, steps, strict=True)), **by_name}, recipe
-    groups = _flat_groups(shapes)
     flat = [[math.prod(size) for size in pair] for pair in sizes]
-    if flat != [[sum(math.prod(shapes[name]) for name in group)] * len(MOMENTS) for group in groups]:
-        raise UserError(f"{path}: is the state of AdamW of another network")
-    return _split_groups(shapes, groups, steps, moments), recipe
+    for groups in _flat_groups(shapes):
+        if flat == [[sum(math.prod(shapes[name]) for name in group)] * len(MOMENTS) for group in groups]:
+            return _split_groups(shapes, groups, steps, moments), recipe
+    raise UserError(f"{path}: is the state of AdamW of another network")
 
 
 def _split_groups(shapes: Shapes, groups: Sequence[Sequence[str]], steps: Sequence[Tensor],
@@ -191,9 +192,10 @@ def _split_groups(shapes: Shapes, groups: Sequence[Sequence[str]], steps: Sequen
     return result
 
 
-def _flat_groups(shapes: Shapes) -> list[list[str]]:
-    """The names of the weights that the official code lays into one tensor each, for training in float16."""
-    return [[name for name in shapes if len(shapes[name]) <= 1], [name for name in shapes if len(shapes[name]) > 1]]
+def _flat_groups(shapes: Shapes) -> list[list[list[str]]]:
+    """The names of the weights that lie in one tensor each in training in float16, as each official code has them."""
+    vectors, others = ([name for name in shapes if (len(shapes[name]) <= 1) is small] for small in (True, False))
+    return [[vectors, others], [list(shapes)]]
 
 
 def weight_shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,8 @@ def own(data_dir, tmp_path_factory):
 def official_files(own, folder, flat):
     """The files of an official run at step 3 whose weights and moments are those of an own one.
 
-    flat: AdamW had two tensors, as in float16: of all parameters with at most one dimension, and of all others.
+    flat: in float16 AdamW had few tensors: two, of all parameters with at most one dimension and of all others, or
+    "whole", one of all parameters, as in improved-diffusion.
     """
     folder.mkdir()
     state = checkpoint.load_state_dict(own / "state.safetensors")
@@ -37,8 +38,9 @@ def official_files(own, folder, flat):
     if flat:
         small = [value.ndim <= 1 for value in model.values()]
         groups = [[i for i, one in enumerate(small) if one == kind] for kind in (True, False)]
+        groups, shapes = ([[*range(len(small))]], [[-1]]) if flat == "whole" else (groups, [[-1], [1, -1]])
         moments = {key: [torch.cat([values[i].flatten() for i in group]).reshape(shape)
-                         for group, shape in zip(groups, ([-1], [1, -1]), strict=True)]
+                         for group, shape in zip(groups, shapes, strict=True)]
                    for key, values in moments.items()}
     entries = [{"step": 3, **dict(zip(MOMENTS, values, strict=True))} for values in zip(*moments.values(), strict=True)]
     group = {"lr": 1e-3, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(len(entries)))}
@@ -48,7 +50,7 @@ def official_files(own, folder, flat):
     return folder / "model000003.pt"
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("flat", [False, True, "whole"])
 def test_an_official_run_goes_on_where_it_was(data_dir, own, tmp_path, caplog, flat):
     caplog.set_level("INFO")
     path = official_files(own, tmp_path / "official", flat)
@@ -63,7 +65,7 @@ def test_an_official_run_goes_on_where_it_was(data_dir, own, tmp_path, caplog, f
 def test_it_goes_on_as_the_run_itself(data_dir, own, tmp_path):
     same = shutil.copytree(own, tmp_path / "same")
     train(data_dir, same, lr_anneal_steps=6, ema_rate="0.9")
-    for flat in (False, True):
+    for flat in (False, True, "whole"):
         path = official_files(own, tmp_path / f"official{flat}", flat)
         out = train(data_dir, tmp_path / f"out{flat}", lr_anneal_steps=6, ema_rate="0.9", resume_checkpoint=path)
         assert largest_difference(weights(same), weights(out)) == 0
