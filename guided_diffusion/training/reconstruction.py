@@ -50,10 +50,14 @@ class ReconstructionOptions(Options):
 def reconstruct(folder: str | Path, options: ReconstructionOptions) -> list[Path]:
     """Writes the averages and returns their files; each has the metadata of a training's weights, and how it was made.
 
-    Raises UserError where the folder holds no such snapshots, or not those of one training, or cannot be written.
+    Raises UserError where the folder holds no such snapshots, or not those of one training, or cannot be written, and
+    for a step before the first snapshot or after the last.
     """
     snapshots = find_snapshots(Path(folder))
-    step = options.step or max(kept.step for kept in snapshots)
+    last = max(kept.step for kept in snapshots)
+    if options.step > last:
+        raise UserError(f"--step {options.step}: the last snapshot in {folder} is of step {last}")
+    step = options.step or last
     kept = [one for one in snapshots if one.step <= step]
     if not kept:
         raise UserError(f"--step {options.step}: the first snapshot in {folder} is of step "

@@ -127,6 +127,7 @@ def test_widths_that_are_none(text, tmp_path, capsys):
 
 def test_folders_without_snapshots(run, tmp_path, capsys):
     for words, said in (([tmp_path], "holds no averages by power functions"), ([run, "--step", "0.5"], "whole number"),
+                        ([run, "--step", "13"], f"--step 13: the last snapshot in {run} is of step 12"),
                         ([run, tmp_path], "2 folders given: name one"),
                         ([tmp_path / "none"], "none: there is no such folder")):
         assert call("ema_reconstruct", *words, "--sigma_rel", "0.1") == 2
