@@ -137,8 +137,7 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
         raise UserError(f"{where}: archives lie in archives {DEEPEST} deep at most")
     if where.lower().endswith(".zip"):
         with reading(where, "is no .zip file, or is damaged"), zipfile.ZipFile(stream) as archive:
-            yield from _members(where, inside, [Member(name, info.file_size, partial(archive.read, info))
-                                                for name, info in zip_members(archive)], depth, found)
+            yield from _members(where, inside, _zipped(archive), depth, found)
     elif where.lower().endswith(TARS):
         with (reading(where, "is no .tar file, or is damaged"),
               tarfile.open(fileobj=stream, mode="r|*", tarinfo=WholeInfo) as tar):
@@ -147,6 +146,24 @@ def _archive(where: str, inside: str, stream: IO[bytes], depth: int, found: Foun
                 found)
     else:
         raise UserError(f"{where}: must be a folder, a .zip, .tar, .tar.gz or .tgz file, or an lmdb database")
+
+
+def _zipped(archive: zipfile.ZipFile) -> list[Member]:
+    return [Member(name, info.file_size, partial(archive.read, info)) for name, info in zip_members(archive)]
+
+
+def _names_ahead(path: Path) -> list[str]:
+    """The names of all pictures where these show before any is read, as in a folder and in a .zip file; else none."""
+    if path.is_dir():
+        return [] if (path / "data.mdb").is_file() else [source.name for source in sources(path, FoundPictures())]
+    if not path.name.lower().endswith(".zip"):
+        return []
+    with reading(path, "is no .zip file, or is damaged"), zipfile.ZipFile(path) as archive:
+        names = [member.name for member in _zipped(archive)]
+    if any(name.lower().endswith((".zip", *TARS)) for name in names):
+        return []
+    unread = (Member(name, 0, bytes) for name in names)
+    return [source.name for source in _members(str(path), "", unread, 1, FoundPictures())]
 
 
 class WholeInfo(tarfile.TarInfo):
@@ -280,7 +297,10 @@ def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], s
     """Writes the images and their manifest; lines: of --labels_file. settings: what the manifest says of them."""
     as_npz, out = options.out.endswith(".npz"), Path(options.out)
     kept = {} if as_npz else _begin(out, settings)
-    label_of = _labels(path, options, lines, say)
+    labels = _labels(path, options, lines, say)
+    if not as_npz and not options.skip_damaged:         # else two may share a name, of which one is left out
+        _check_names(_names_ahead(Path(path)), options, labels())
+    label_of = labels()
     damaged: list[str] = []
     found = FoundPictures()
     images = _prepared(path, options, label_of, damaged, found)
@@ -317,14 +337,22 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
     content = read_json(manifest, lambda content: isinstance(content["settings"], dict))
     for name, value in settings.items():
         before = content["settings"].get(name)
-        if before != value:
-            raise UserError(f"--out {out}: holds images with {name} {before}, and now it is {value}; "
+        if before != value and not (name == "source" and _same_path(before, value)):
+            raise UserError(f"--out {out}: holds images with {name} {_shown(before)}, and now it is {_shown(value)}; "
                             "name another folder")
     with reading(manifest, "names no sources that can be used"):
         named = {row["file"]: str(row["source"]) for row in content.get("images", [])}
     named |= _recorded(record)
     files = (file.relative_to(out).as_posix() for file in find_pictures(out, frozenset((".png",))).files)
     return {file: named.get(file) for file in files}
+
+
+def _same_path(before: Any, now: str) -> bool:
+    return isinstance(before, str) and os.path.normpath(before) == os.path.normpath(now)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value in (None, "") else str(value)
 
 
 def _recorded(record: Path) -> dict[str, str]:
@@ -384,16 +412,33 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
                 raise UserError(f"{pixels}; --skip_damaged True leaves such images out")
 
 
+def _place(source: str, label: str | None, number: int, name: str) -> str:
+    """The file of an image in the folder; name: of --name."""
+    stem = f"{name}_{number:07d}" if name else PurePosixPath(source).stem
+    return "/".join(filter(None, [label, f"{stem}.png"]))
+
+
+def _check_names(names: Sequence[str], options: PrepareOptions, label_of: Callable[[int, str], str | None]) -> None:
+    """Raises UserError where two of the images that will be written would be one file."""
+    seen: dict[str, str] = {}
+    for number, source in enumerate(names[:options.num_images or None]):
+        place = _place(source, label_of(number, source), number, options.name)
+        if place in seen:
+            raise UserError(f"{source}: another image, {seen[place]}, is {place} already; pass --name, which numbers "
+                            "them")
+        seen[place] = source
+
+
 def _write_folder(images: Iterable[Prepared], out: Path, name: str, kept: Mapping[str, str | None],
                   ) -> list[dict[str, Any]]:
     """Writes images that are not there yet; kept: the source of each that is, as `_begin` returns them."""
-    rows, seen = [], set[str]()
+    rows, seen = [], dict[str, str]()
     for number, image in enumerate(images):
-        stem = f"{name}_{number:07d}" if name else PurePosixPath(image.name).stem
-        place = "/".join(filter(None, [image.label, f"{stem}.png"]))
+        place = _place(image.name, image.label, number, name)
         if place in seen:
-            raise UserError(f"{image.name}: another image is {place} already; pass --name, which numbers them")
-        seen.add(place)
+            raise UserError(f"{image.name}: another image, {seen[place]}, is {place} already; pass --name, which "
+                            "numbers them, and another --out")
+        seen[place] = image.name
         row = {"file": place, "source": image.name, "class": image.label}
         before = kept.get(place)
         if before not in (None, image.name):
@@ -439,19 +484,20 @@ def _write_npz(images: Iterable[Prepared], out: Path, size: int) -> list[dict[st
 
 
 def _labels(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], say: Callable[[str], object],
-            ) -> Callable[[int, str], str | None]:
-    """The class of an image by its number and name; raises UserError for lines that do not fit the images of `path`.
+            ) -> Callable[[], Callable[[int, str], str | None]]:
+    """What begins to give each image its class, by its number and name, in their order.
 
-    lines: of --labels_file. say: called with what is assumed of them.
+    lines: of --labels_file. say: called with what is assumed of them. Raises UserError for lines that do not fit the
+    images of `path`.
     """
     if options.labels_file:
         pairs = [(PurePosixPath(words[0]).stem, words[1]) for words in lines if len(words) > 1]
         if pairs:
-            return _by_name(options.labels_file, pairs)
-        return _by_order(path, options, [words[0] for words in lines], say)
-    if options.labels == "none":
-        return lambda number, name: None
-    return lambda number, name: _folder(name) if options.labels == "folders" else _prefix(name)
+            return partial(_by_name, options.labels_file, pairs)
+        by_order = _by_order(path, options, [words[0] for words in lines], say)
+        return lambda: by_order
+    of_name = {"folders": _folder, "prefix": _prefix, "none": lambda name: None}[options.labels]
+    return lambda: lambda number, name: of_name(name)
 
 
 def _folder(name: str) -> str:

@@ -215,6 +215,45 @@ def test_images_that_are_one_file_to_the_file_system_are_refused(data, capsys):
     assert "dog/b.png would be dog/b.png, which is there since now" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("source", "ahead"), [("clash", True), ("clash.zip", True), ("clash.tar", False)])
+def test_two_images_that_would_be_one_file_are_refused_before_the_work(source, ahead, tmp_path, capsys):
+    files = {"a/1.jpg": png(0), "a/2.png": png(1), "b/1.png": png(2)}
+    for name, content in files.items():
+        (tmp_path / "clash" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clash" / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "clash.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    (tmp_path / "clash.tar").write_bytes(tar_of(files))
+    line = [tmp_path / source, "--image_size", 8, "--out", tmp_path / "out"]
+    assert call("prepare_images", *line) == 2
+    assert "error: b/1.png: another image, a/1.jpg, is 1.png already; pass --name, which numbers them" \
+        + ("\n" if ahead else ", and another --out\n") in capsys.readouterr().err
+    assert len([*(tmp_path / "out").glob("*.png")]) == (0 if ahead else 2)
+    assert call("prepare_images", *line, "--name", "q") == (0 if ahead else 2)      # what was advised
+    assert ahead or "holds images with name unset, and now it is q; name another folder" in capsys.readouterr().err
+    more = ["--out", tmp_path / "first", "--num_images", 2]                         # among which no two are one
+    assert call("prepare_images", *line, *more) == 0
+    (tmp_path / "labels.txt").write_text("1,x\n1,x\n2,y\n")
+    assert call("prepare_images", *line, "--out", tmp_path / "x", "--labels_file", tmp_path / "labels.txt") == 2
+    assert "error: b/1.png: another image, a/1.jpg, is x/1.png already" in capsys.readouterr().err
+
+
+def test_an_image_that_is_left_out_takes_no_name(tmp_path):
+    for name, content in {"a/1.jpg": b"damaged", "b/1.png": png(0)}.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    assert call("prepare_images", tmp_path / "data", "--image_size", 8, "--skip_damaged", True, "--out",
+                tmp_path / "out") == 0
+
+
+def test_another_spelling_of_a_source_is_the_same_one(data, monkeypatch, capsys):
+    monkeypatch.chdir(data)
+    for source, code in (("folder/", 0), ("folder", 0), ("./folder", 0), ("data.zip", 2)):
+        assert call("prepare_images", source, "--image_size", 8, "--out", "out") == code
+    assert "holds images with source ./folder, and now it is data.zip" in capsys.readouterr().err
+
+
 def test_the_crops_are_those_of_the_official_code():
     image = picture(5, 41, 30)
     assert cropped(image, 10, "adm").size == cropped(image, 10, "box").size == (10, 10)
