@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell, with_logdir
-from guided_diffusion.options import parse_options
+from guided_diffusion.options import options_parser
 from guided_diffusion.runs.likelihood import LikelihoodOptions, LikelihoodRun
 from guided_diffusion.runs.options import preset_values
 
@@ -20,9 +20,9 @@ from guided_diffusion.runs.options import preset_values
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr(dist_util.is_main())
-    show, *options = parse_options(argv, ShowOptions, LikelihoodOptions, ModelOptions, DiffusionOptions,
-                                   description=__doc__, preset=with_logdir(preset_values))
-    run = LikelihoodRun(*options)
+    parser = options_parser(argv, ShowOptions, LikelihoodOptions, ModelOptions, DiffusionOptions, description=__doc__)
+    _, (show, options, model, diffusion) = parser.read(argv, with_logdir(preset_values))
+    run = LikelihoodRun(options, model, diffusion, parser.given)
     result = run.run()
     dist_util.shutdown()
     if result:

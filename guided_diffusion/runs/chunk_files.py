@@ -196,7 +196,8 @@ class ChunkFiles:
         if before is None or not any(self.folder.glob("*.npz")):
             return
         if different := difference(before, self.identity):
-            raise UserError(f"--out {self.out}: holds unfinished {self.CONTENT} of another configuration "
+            unfinished = "" if (self.out / "run.json").exists() else "unfinished "
+            raise UserError(f"--out {self.out}: holds {unfinished}{self.CONTENT} of another configuration "
                             f"({different} differs); {REMEDY}")
 
     def remove(self) -> None:

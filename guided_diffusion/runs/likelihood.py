@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import CLASS_RULES, stored_names
 from ..digests import data_digest
 from ..errors import NonFiniteError, UserError
-from ..fetch import public_values, sha256_of
+from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_csv, write_json
 from ..guidance import Networks
 from ..image_datasets import TrainingImages, open_images
@@ -155,11 +155,15 @@ class LikelihoodMeter:
 
 @dataclass(frozen=True)
 class LikelihoodRun:
-    """All options of a run. `run()` measures what is missing, and returns the mean in words on rank 0."""
+    """All options of a run. `run()` measures what is missing, and returns the mean in words on rank 0.
+
+    given: the names of those that the user gave, as far as the run has anything to say of them.
+    """
 
     options: LikelihoodOptions
     model: ModelOptions
     diffusion: DiffusionOptions
+    given: Collection[str] = ()
 
     @property
     def out(self) -> Path:
@@ -186,6 +190,7 @@ class LikelihoodRun:
                 if dist_util.is_main():
                     stack.enter_context(shards.locked(self.out))
                     images.check_first(self.options.num_samples)
+                    self._say_fewer(images.count)
             weights = {MODEL_FLAG: self.options.model_path}
             with dist_util.together():
                 before = checkpoint.stamps(weights)
@@ -203,6 +208,13 @@ class LikelihoodRun:
             with job("likelihood", self.out), queue:
                 self._work(meter, images, chunks, todo, queue)
                 return self._finish(chunks, images, began) if dist_util.is_main() else ""
+
+    def _say_fewer(self, count: int) -> None:
+        """Logs that there are fewer images than were asked for; the default is no such question."""
+        wanted = self.options.num_samples
+        if "num_samples" in self.given and count < wanted:
+            _log.info("--num_samples %d: %s holds %d image%s, all are measured", wanted,
+                      without_secrets(self.options.data_dir), count, "s" * (count > 1))
 
     def _images(self) -> TrainingImages:
         if not self.options.data_dir:

@@ -159,6 +159,30 @@ def test_damaged_pictures_are_found_before_the_first_is_measured(line, tmp_path,
     assert call("image_nll", *line(data_dir=folder, num_samples=4)) == 0            # it is not among those
 
 
+def test_fewer_images_than_were_asked_for_are_said(line, data, caplog):
+    caplog.set_level("INFO")
+    for changes, said in (({}, False), ({"num_samples": 4}, False), ({"num_samples": 5}, False),
+                          ({"num_samples": 100}, True)):
+        caplog.clear()
+        assert call("image_nll", *line(**changes)) == 0
+        assert (f"--num_samples 100: {data} holds 5 images, all are measured" in caplog.messages) is said
+
+
+def test_only_what_is_unfinished_is_called_so(line, tmp_path, capsys, monkeypatch):
+    def stop(*arguments, **others):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood.LikelihoodRun, "_finish", stop)
+        assert call("image_nll", *line(num_samples=2)) == 130
+    for kind in ("unfinished likelihoods", "likelihoods"):
+        capsys.readouterr()
+        assert call("image_nll", *line(num_samples=2, seed=1)) == 2
+        assert f"--out {tmp_path / 'out'}: holds {kind} of another configuration (--seed differs)" \
+            in capsys.readouterr().err
+        assert call("image_nll", *line(num_samples=2)) == 0
+
+
 def test_another_run_and_what_does_not_fit_are_refused(line, data, tmp_path, capsys):
     assert call("image_nll", *line(num_samples=2)) == 0
     np.savez(tmp_path / "classes.npz", np.load(data)["arr_0"], np.full(5, 2))
