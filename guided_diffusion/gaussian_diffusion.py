@@ -13,6 +13,7 @@ from typing import Any
 from . import sampling
 from .errors import NonFiniteError, UserError
 from .late import Tensor, nn, no_grad, torch
+from .options import shortened
 from .process import (
     Denoiser,
     DiffusionProcess,
@@ -57,6 +58,7 @@ class GaussianDiffusion(DiffusionProcess):
                  noise: Tensor | None = None, memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each."""
         self._check_own()
+        _check_steps(t, self.num_timesteps)
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         return sampling.sample_step(sampling.ddpm_step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
                                     _numbers(image_ids, len(x)), memory)
@@ -68,6 +70,7 @@ class GaussianDiffusion(DiffusionProcess):
                     memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDIM step, as `p_sample`; eta in [0, 1]: its share of fresh noise."""
         self._check_own()
+        _check_steps(t, self.num_timesteps)
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         step = sampling.DdimOptions(eta=eta).step()
         return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
@@ -219,6 +222,7 @@ class GaussianDiffusion(DiffusionProcess):
         """x_{t+1} from x_t along the deterministic DDIM path (2010.02502, eq. 14): {"sample", "pred_xstart"}."""
         if eta != 0:
             raise UserError(f"eta {eta}: reversed DDIM is deterministic, eta must be 0")
+        _check_steps(t, self.num_timesteps)
         pred = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)(x, t)
         eps = self.predict_eps_from_xstart(x, t, pred.pred_xstart)
         abar_next = gather(self.alphas_cumprod_next, t, x)
@@ -239,6 +243,19 @@ NOT_CALLED = ("p_mean_variance", "q_posterior_mean_variance", "condition_mean", 
 METHODS = {name: getattr(GaussianDiffusion, name) for name in (*NOT_CALLED, "p_sample", "ddim_sample")}
 
 
+def _check_steps(t: Tensor, count: int) -> None:
+    """Raises UserError for steps that are none of the chain, as far as it shows without waiting for a device."""
+    seen = t.device.type == "cpu"
+    if t.dtype not in (torch.int64, torch.int32) or (seen and not ((t >= 0) & (t < count)).all()):
+        shown = t.tolist() if seen else t.dtype
+        raise UserError(f"t {shortened(shown)}: must be whole numbers from 0 to {count - 1}, the steps of the chain")
+
+
+def _check_noise(noise: Tensor, shape: Sequence[int]) -> None:
+    if tuple(noise.shape) != tuple(shape):
+        raise UserError(f"noise: has the shape {tuple(noise.shape)}, and the images have {tuple(shape)}")
+
+
 def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
     """The numbers of images, (N,); raises UserError for another number of them, and for what is none."""
     if image_ids is not None and len(image_ids) != count:
@@ -249,15 +266,21 @@ def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
 def _terms(guidance: Iterable[Guidance], cond_fn: CondFn | None) -> list[Guidance]:
     if isinstance(guidance, Guidance):
         raise UserError(f"guidance: must be a list of terms, and {type(guidance).__name__} is one of them: [term]")
+    if not isinstance(guidance, Iterable):
+        raise UserError(f"guidance {shortened(guidance)}: must be a list of terms; leave it out for none")
     return [*guidance, *([] if cond_fn is None else [FunctionGuidance(cond_fn)])]
 
 
 def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:
+    if noise is not None:
+        _check_noise(noise, x.shape)
     return lambda: torch.randn_like(x) if noise is None else noise
 
 
 def _first_noise(model: nn.Module, shape: Sequence[int], noise: Tensor | None,
                  device: torch.device | str | None) -> Tensor:
+    if noise is not None and shape is not None:         # official scripts may leave a shape out that noise tells
+        _check_noise(noise, shape)
     if device is None:          # a model may be any function
         device = next((weight.device for weight in model.parameters()), None) if isinstance(model, nn.Module) else None
         device = device or (torch.device("cpu") if noise is None else noise.device)

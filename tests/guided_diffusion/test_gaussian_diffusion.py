@@ -6,7 +6,13 @@ import torch
 from scipy import stats
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    _check_steps,
+)
 from guided_diffusion.guidance import LossGuidance
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.schedules import get_named_beta_schedule
@@ -417,6 +423,40 @@ def test_what_no_step_calls_is_told_and_not_ignored(name):
     for sample in (own.p_sample_loop, own.ddim_sample_loop, own.solver_sample_loop):
         with pytest.raises(UserError, match=rf"{name}: is never called"):
             sample(halved, (2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("step", ["p_sample", "ddim_sample", "ddim_reverse_sample"])
+@pytest.mark.parametrize(("steps", "shown"), [
+    ([1, -1], r"\[1, -1\]"), ([1, 3], r"\[1, 3\]"), ([1.0, 2.0], r"\[1.0, 2.0\]"), ([True, False], r"\[True, False\]")])
+def test_steps_that_the_chain_does_not_have_are_refused(step, steps, shown):
+    with pytest.raises(UserError, match=f"^t {shown}: must be whole numbers from 0 to 2, the steps of the chain$"):
+        getattr(small(), step)(halved, torch.randn(2, 3, 4, 4), torch.tensor(steps))
+
+
+def test_whether_steps_are_those_of_the_chain_is_not_asked_of_a_device():
+    with pytest.raises(UserError, match=r"^t torch\.float32: must be whole numbers"):
+        _check_steps(torch.empty(2, device="meta"), 3)
+    _check_steps(torch.empty(2, dtype=torch.int64, device="meta"), 3)       # whose numbers nobody could read
+
+
+def test_noise_of_another_shape_is_refused():
+    noise = torch.randn(1, 3, 4, 4)
+    sentence = r"^noise: has the shape \(1, 3, 4, 4\), and the images have \(2, 3, 4, 4\)$"
+    for loop in ("p_sample_loop", "ddim_sample_loop", "solver_sample_loop"):
+        with pytest.raises(UserError, match=sentence):
+            getattr(small(), loop)(halved, [2, 3, 4, 4], noise=noise)
+    for step in ("p_sample", "ddim_sample"):
+        with pytest.raises(UserError, match=sentence):
+            getattr(small(), step)(halved, torch.randn(2, 3, 4, 4), torch.tensor([1, 1]), noise=noise)
+    assert small().p_sample_loop(halved, None, noise=noise).shape == noise.shape
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "solver_sample_loop"])
+def test_guidance_that_is_no_list_is_refused(loop):
+    for guidance, sentence in ((None, "guidance None: must be a list of terms; leave it out for none"),
+                               (1.5, "guidance 1.5: must be a list of terms; leave it out for none")):
+        with pytest.raises(UserError, match=f"^{sentence}$"):
+            getattr(small(), loop)(halved, (2, 3, 4, 4), guidance=guidance)
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop", "solver_sample_loop"])
