@@ -21,8 +21,10 @@ from .build import (
     kind_of,
 )
 from .classes import ClassNames, names_of_run, stored_names
+from .digests import data_digest
 from .dist_util import say
 from .errors import UserError
+from .fetch import without_secrets
 from .files import lies_in
 from .image_datasets import BatchPlan, FolderImages, TrainingImages, find_data, given_as, holds_idx, open_images
 from .late import F, Tensor, torch
@@ -67,6 +69,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     with dist_util.together():
         images.check_classes(model_options.num_classes)
         say(images.without_images())
+    names = _class_names(options, images, model_options.num_classes)
     data = _numbered_data(options, images)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -79,14 +82,14 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         drop = None
         if model.null_label is not None and options.label_dropout:
             drop = label_dropout(options.label_dropout, model.null_label, options.seed)
-        loop = TrainLoop(model, losses, sampler, data, options, config, class_names=images.class_names,
+        loop = TrainLoop(model, losses, sampler, data, options, config, class_names=names,
                          drop_labels=drop, watchers=watchers)
         if not loop.finished:
             profile = sampled(options.profiles)
             low_res = (functools.partial(in_small, size=model_options.small_size)
                        if isinstance(model_options, UpsamplerOptions) else None)
             watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,
-                              options.seed, images.count, images.at, images.class_names, low_res)
+                              options.seed, images.count, images.at, names, low_res)
             for watcher in watchers:
                 watcher.prepare(watched)
         loop.run()
@@ -169,12 +172,13 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     with dist_util.together():
         images.check_classes(classifier_options.num_classes)
         say(images.without_images())
-    names = images.class_names
     if options.val_data_dir:
-        held_out = _images(options, classifier_options, options.val_data_dir, True, known=names, held_out=True)
+        held_out = _images(options, classifier_options, options.val_data_dir, True, known=images.class_names,
+                           held_out=True)
         with dist_util.together():
-            _check_validation(options, held_out, names, classifier_options.num_classes)
+            _check_validation(options, held_out, images.class_names, classifier_options.num_classes)
         validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
+    names = _class_names(options, images, classifier_options.num_classes)
     data = _numbered_data(options, images)
     with locked_folder(options.out):
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
@@ -210,10 +214,37 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def _known_names(options: LoopOptions) -> ClassNames | None:
     """The classes, where the run that goes on here or the weights that it starts from have them."""
-    names = names_of_run(Path(options.out))
-    if names is None and options.resume_checkpoint:
-        with contextlib.suppress(UserError):          # of a file that cannot be read, which says so when it is loaded
-            names = stored_names(options.resume_checkpoint)
+    return names_of_run(Path(options.out)) or _names_at_start(options)
+
+
+def _names_at_start(options: LoopOptions) -> ClassNames | None:
+    """The classes that the weights of --resume_checkpoint state."""
+    with contextlib.suppress(UserError):              # of a file that cannot be read, which says so when it is loaded
+        return stored_names(options.resume_checkpoint) if options.resume_checkpoint else None
+    return None
+
+
+def _class_names(options: LoopOptions, images: TrainingImages, num_classes: int) -> ClassNames | None:
+    """The names of the classes of a training: of its images, or those that their numbers are taken for.
+
+    Numbers are taken for the names of the weights of --resume_checkpoint, which is said, and of a run that goes on with
+    the same images.
+    """
+    if images.class_names is not None or images.labels is None:
+        return images.class_names
+    out = Path(options.out)
+    if (out / FILE).exists():
+        names, same = names_of_run(out), False
+        with dist_util.together():
+            if names is not None and dist_util.is_main():
+                before = Record.read(out)
+                same = before is not None and before.data == data_digest(options.data_dir)
+        return names if dist_util.told_by_main(same) else None
+    names = _names_at_start(options)
+    if names is None or len(names) != num_classes:      # the weights fit no other number
+        return None
+    say(f"--resume_checkpoint {without_secrets(options.resume_checkpoint)}: was trained on {names}; the classes of "
+        f"{options.data_dir} have numbers only, which are taken for these")
     return names
 
 

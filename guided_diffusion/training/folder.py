@@ -123,9 +123,7 @@ class Record:
         Raises UserError, naming the option, where the training cannot go on with it.
         """
         allowed = {name for name in self.training.get("change", "").split(",") if name}
-        if before.classes and self.classes and list(before.classes) != list(self.classes):
-            raise UserError(f"--data_dir {shown(self.training.get('data_dir', ''))}: has other classes than the run in "
-                            f"{out}, or other numbers for them; put its config.json back, or name another --out")
+        self._check_classes(before, out)
         lines = []
         for name, now in self.options.items():
             then = before.options.get(name, now)
@@ -139,6 +137,23 @@ class Record:
             if why:
                 lines.append(f"--{name} {shown(now)}: was {shown(then)} so far; {why}")
         return lines
+
+    def _check_classes(self, before: Record, out: Path) -> None:
+        """Raises UserError where the numbers of the classes have other names than in `before`, or only one has names.
+
+        Older records of the same images say nothing of their names.
+        """
+        now, then = list(self.classes or []), list(before.classes or [])
+        if now == then or self.model.get("class_cond") != before.model.get("class_cond"):   # the latter is refused
+            return
+        data = f"--data_dir {shown(self.training.get('data_dir', ''))}"
+        if now and then:
+            raise UserError(f"{data}: has other classes than the run in {out}, or other numbers for them; put its "
+                            "config.json back, or name another --out")
+        if then or self.data is None or self.data != before.data:
+            has, needed = ("names", "numbers only") if now else ("numbers only", "names")
+            raise UserError(f"{data}: its classes have {has}, and those of the run in {out} have {needed}, so that "
+                            f"it is not known which is which; give data whose classes have {needed}, or another --out")
 
     def repeats(self, before: Record) -> bool:
         """Whether a training by this record, begun anew, does what one by the record `before` did from its start."""

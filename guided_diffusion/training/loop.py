@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import dist_util
+from ..build import kind_of
 from ..classes import KEY, SHOWN, ClassNames, stored_names
 from ..digests import data_digest
 from ..dist_util import say
@@ -47,6 +48,7 @@ from ..logger import MetricLogger, open_log
 from ..progress import progress_bar
 from ..resample import ScheduleSampler
 from ..rng import seeded_torch, stream_generator
+from ..stated import statement_of
 from .batch import Data, DropLabels, Losses, Network, TrainingBatch
 from .folder import Record
 from .loss_curve import draw_loss_curve
@@ -383,7 +385,6 @@ class TrainLoop:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
         if options.init_from:
             start = from_weights(options.init_from, shapes, options.checkpoint_entry)
-            start = replace(start, said=[*start.said, *self._other_classes()])
         elif options.resume_checkpoint:
             start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates, options.checkpoint_entry)
         else:
@@ -395,14 +396,25 @@ class TrainLoop:
         counted = {"weight_decay": options.weight_decay} | ({} if options.decays else {"lr": options.lr})
         differing = [f"the file of AdamW has {name} {start.recipe[name]:g}, but --{name} {value:g} counts"
                      for name, value in counted.items() if start.recipe.get(name, value) != value]
-        return replace(start, said=[*start.said, *differing])
+        return replace(start, said=[*start.said, *self._other_classes(), *differing])
 
     def _other_classes(self) -> list[str]:
-        """What to tell of classes that the weights of --init_from call otherwise."""
-        names, path = stored_names(self.options.init_from), without_secrets(self.options.init_from)
-        if names is None or self.class_names is None or names.names == self.class_names.names:
-            return []
-        return [f"--init_from {path}: was trained on {names}; here the numbers mean other classes"]
+        """What to tell of classes that the weights at the start call otherwise, or that have names on one side only."""
+        here, options = self.class_names, self.options
+        flag, path = (("init_from", options.init_from) if options.init_from else
+                      ("resume_checkpoint", options.resume_checkpoint))
+        names = stored_names(path) if self.config.get("class_cond", True) else None
+        where = f"--{flag} {without_secrets(path)}: was trained on"
+        if names is None:
+            stated = statement_of(path, kind_of(self.config))
+            facts = stated.facts if stated is not None else {}
+            if here is None or not facts.get("class_cond", True) or facts.get("num_classes") != len(here):
+                return []
+            return [f"{where} {len(here)} classes without names; their numbers are taken for {here}"]
+        if here is None:
+            return [f"{where} {names}; here the classes have numbers only, which may mean others, so that the new "
+                    "weights state no names"]
+        return [] if names.names == here.names else [f"{where} {names}; here the numbers mean other classes"]
 
 
 def average_over_ranks(gradients: list[Tensor]) -> None:

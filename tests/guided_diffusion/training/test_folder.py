@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -214,6 +215,16 @@ def test_other_numbers_of_classes_are_refused(tmp_path):
     with pytest.raises(UserError, match="has other classes than the run in"):
         now.continues(before, tmp_path)
     assert now.continues(now, tmp_path) == []
+
+
+def test_a_record_without_names_goes_on_with_its_own_images_only(tmp_path):
+    """Older versions stored no names; the same images have those that they had then."""
+    before, same, others = (Record({}, {}, data=data, classes=names)
+                            for data, names in [("a", None), ("a", ["ant"]), ("b", ["ant"])])
+    assert same.continues(before, tmp_path) == []
+    for now, then in [(others, before), (before, same), (replace(others, data=None), replace(before, data=None))]:
+        with pytest.raises(UserError, match="so that it is not known which is which"):
+            now.continues(then, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["speed", "ema_rate", "lr,", "change"])

@@ -10,6 +10,7 @@ from commands import call
 from tiny_training import largest_difference, log_of, train, train_tiny_classifier, weights
 
 from guided_diffusion import checkpoint
+from guided_diffusion.classes import names_of_run, stored_names
 from guided_diffusion.errors import UserError
 from guided_diffusion.training.start import MOMENTS, official_step
 
@@ -176,6 +177,73 @@ def test_classes_that_are_called_otherwise_are_said(data_dir, own, tmp_path, cap
     assert "was trained on" not in caplog.text
     train(tmp_path / "cows.npz", tmp_path / "cows", in_channels=3, lr_anneal_steps=1, init_from=start)
     assert f"--init_from {start}: was trained on 2 classes: 0 ant, 1 bee; here the numbers mean other" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+    """The same images twice: with the names of their classes, and with numbers only."""
+    folder = tmp_path_factory.mktemp("sets")
+    arrays = {"arr_0": np.full((4, 8, 8, 3), 9, np.uint8), "arr_1": np.arange(4) % 2}
+    np.savez(folder / "numbers.npz", **arrays)
+    np.savez(folder / "named.npz", **arrays, class_names=np.array(["ant", "bee"]))
+    return {name: folder / f"{name}.npz" for name in ("named", "numbers")}
+
+
+TRAINERS = [(train, {"lr_anneal_steps": 1}, {"lr_anneal_steps": 2}),
+            (train_tiny_classifier, {"iterations": 1, "val_data_dir": ""}, {"iterations": 2, "val_data_dir": ""})]
+
+
+@pytest.mark.parametrize(("trainer", "steps", "_"), TRAINERS)
+@pytest.mark.parametrize(("option", "said", "kept"), [
+    ("init_from", "was trained on 2 classes: 0 ant, 1 bee; here the classes have numbers only, which may mean others, "
+                  "so that the new weights state no names", None),
+    ("resume_checkpoint", "was trained on 2 classes: 0 ant, 1 bee; the classes of {numbers} have numbers only, which "
+                          "are taken for these", ("ant", "bee")),
+])
+def test_numbers_after_weights_with_names_are_said(two_sets, tmp_path, caplog, trainer, steps, _, option, said, kept):
+    caplog.set_level("INFO")
+    start = trainer(two_sets["named"], tmp_path / "named", in_channels=3, **steps) / "model.safetensors"
+    out = trainer(two_sets["numbers"], tmp_path / "out", in_channels=3, **steps, **{option: start})
+    assert caplog.messages.count(f"--{option} {start}: {said.format(**two_sets)}") == 1
+    for names in (stored_names(out / "model.safetensors"), names_of_run(out)):
+        assert (None if names is None else names.names) == kept
+
+
+@pytest.mark.parametrize("option", ["init_from", "resume_checkpoint"])
+def test_names_after_weights_with_numbers_are_said(two_sets, tmp_path, caplog, option):
+    caplog.set_level("INFO")
+    start = train(two_sets["numbers"], tmp_path / "numbers", in_channels=3, lr_anneal_steps=1) / "model.safetensors"
+    train(two_sets["numbers"], tmp_path / "same", in_channels=3, lr_anneal_steps=1, **{option: start})
+    assert "was trained on" not in caplog.text
+    out = train(two_sets["named"], tmp_path / "out", in_channels=3, lr_anneal_steps=1, **{option: start})
+    assert (f"--{option} {start}: was trained on 2 classes without names; their numbers are taken for 2 classes: "
+            "0 ant, 1 bee") in caplog.messages
+    assert names_of_run(out).names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(("trainer", "steps", "more"), TRAINERS)
+@pytest.mark.parametrize(("first", "then", "said"), [
+    ("named", "numbers", "have numbers only, and those of the run in .* have names, so .* give data whose classes have "
+                         "names, or"),
+    ("numbers", "named", "have names, and those of the run in .* have numbers only, so .* give data whose classes have "
+                         "numbers only, or"),
+])
+def test_names_and_numbers_do_not_follow_each_other_in_a_run(two_sets, tmp_path, trainer, steps, more, first, then,
+                                                             said):
+    out = trainer(two_sets[first], tmp_path / "run", in_channels=3, **steps)
+    before = (out / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"^--data_dir {two_sets[then]}: its classes {said} another --out$"):
+        trainer(two_sets[then], out, in_channels=3, **more, change="data_dir")
+    assert (out / "config.json").read_bytes() == before
+    trainer(two_sets[first], out, in_channels=3, **more)
+
+
+def test_a_run_keeps_the_names_that_its_numbers_were_taken_for(two_sets, tmp_path):
+    start = train(two_sets["named"], tmp_path / "named", in_channels=3, lr_anneal_steps=1) / "model.safetensors"
+    for steps in (1, 2):
+        out = train(two_sets["numbers"], tmp_path / "out", in_channels=3, lr_anneal_steps=steps,
+                    resume_checkpoint=start)
+    assert len(log_of(out, "loss")) == 2 and stored_names(out / "model.safetensors").names == ("ant", "bee")
 
 
 def test_an_entry_of_the_file_is_chosen(data_dir, own, tmp_path, caplog):
