@@ -36,7 +36,7 @@ from .image_files import (
     read_image,
 )
 from .late import Tensor, torch
-from .npz import BLOCK, MAX_RATIO, SMALL, check_brightness, read_arrays
+from .npz import BLOCK, MAX_RATIO, SMALL, check_brightest, check_brightness, read_arrays
 from .pixels import file_channels, from_uint8
 from .rng import stream_generator
 
@@ -176,11 +176,11 @@ class TrainingImages:
         return f"{self.data_dir}: has no image of {len(names)} of its classes: {shown}" if names else ""
 
     def damaged(self) -> dict[int, str]:
-        """The images whose damage shows quickly: what is wrong, by index."""
+        """The images whose damage shows quickly: what is wrong, by index; raises UserError where all are too dark."""
         return {}
 
     def check_first(self, count: int) -> None:
-        """Raises UserError where one of the first images is damaged; reads each of them as a whole."""
+        """Raises UserError where one of the first images is damaged, or all are too dark; reads each as a whole."""
 
     def without(self, damaged: Mapping[int, str]) -> TrainingImages:
         """Without these images; raises UserError unless they may be left out."""
@@ -259,14 +259,34 @@ class FolderImages(TrainingImages):
         return self.names
 
     def damaged(self) -> dict[int, str]:
-        """The pictures whose damage shows quickly: what is wrong, by index."""
-        return damaged_pictures(self.files, self.decoded)
+        """The pictures whose damage shows quickly: what is wrong, by index.
+
+        Raises UserError where those that are decoded for that hold ones, and nothing brighter.
+        """
+        found = damaged_pictures(self.files, self.decoded)
+        self._check_brightness([path for index, path in enumerate(self.files[:self.decoded]) if index not in found])
+        return found
 
     def check_first(self, count: int) -> None:
-        """Raises UserError where one of the first pictures is damaged; decodes each of them."""
+        """Raises UserError where one of the first pictures is damaged, or all are too dark; decodes each of them."""
         files = self.files[:count]
         if found := damaged_pictures(files, len(files)):
             raise self._damaged(found.values())
+        self._check_brightness(files)
+
+    def _check_brightness(self, files: Sequence[Path]) -> None:
+        """Raises UserError where these pictures, which are whole, hold ones and nothing brighter.
+
+        They are decoded up to the first one that is bright, which is the first one of all in nearly every folder.
+        """
+        brightest = 0
+        for path in files:
+            with contextlib.suppress(UserError):        # of what is found damaged only now, which training says
+                brightest = max(brightest, int(np.asarray(read_image(path, 3)).max()))
+            if brightest > 1:
+                return
+        count = f"{len(files)}" if len(files) == self.count else f"first {len(files)}"
+        check_brightest(f"--data_dir {self.data_dir}", count, brightest)
 
     def without(self, damaged: Mapping[int, str]) -> FolderImages:
         """Without these pictures; raises UserError unless they may be skipped."""
@@ -413,7 +433,7 @@ def holds_idx(folder: Path) -> bool:
 def load_arrays(data_dir: str | os.PathLike = FASHION_MNIST, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of a split of IDX files: (N, H, W) uint8 and (N,) int64.
 
-    Raises UserError where files are missing, damaged, or don't belong together.
+    Raises UserError where files are missing, damaged, or don't belong together, or no pixel is above 1.
     """
     if split not in IDX_PREFIXES:
         raise UserError(f"split {split}: must be one of {', '.join(IDX_PREFIXES)}")
@@ -425,6 +445,7 @@ def load_arrays(data_dir: str | os.PathLike = FASHION_MNIST, split: str = "train
                         "the files don't belong together")
     if len(images) == 0:
         raise UserError(f"--data_dir {folder}: the {split} files hold no image")
+    check_brightness(f"--data_dir {folder}", images)
     return images, labels.astype(np.int64)
 
 

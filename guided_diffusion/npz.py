@@ -192,7 +192,7 @@ class BatchFile(ArrayFile):
         step = max(1, BLOCK // math.prod(self.shape[1:]))
         ranges = (range(start, min(start + step, len(self))) for start in range(0, len(self), step))
         if all(images.max() <= 1 for images in self.images(ranges)):
-            raise _dark(str(self.path), len(self))
+            raise _dark(str(self.path), f"{len(self)}")
 
     def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
         """The images (n, H, W, 3) of each range of indices; the ranges must rise. Nothing else is kept in memory."""
@@ -263,12 +263,21 @@ def checked_image_shape(where: str, shape: tuple[int, ...], dtype: np.dtype, cha
 
 
 def check_brightness(where: str, images: np.ndarray) -> None:
-    """Raises UserError, which begins with `where`, for images (N, H, W, C) uint8 of which no pixel is above 1."""
+    """Raises UserError, which begins with `where`, for images (N, ...) uint8 of which no pixel is above 1."""
     if images.max() <= 1:
-        raise _dark(where, len(images))
+        raise _dark(where, f"{len(images)}")
 
 
-def _dark(where: str, count: int) -> UserError:
+def check_brightest(where: str, count: str, brightest: int) -> None:
+    """Raises UserError, which begins with `where`, for pictures in files whose brightest pixel is 1; 0 is black.
+
+    count: of those that were looked at, like "9" or "first 9".
+    """
+    if brightest == 1:
+        raise _dark(where, count)
+
+
+def _dark(where: str, count: str) -> UserError:
     return UserError(f"{where}: its {count} images hold nothing above 1: pixels must be 0 to 255, not 0 to 1")
 
 

@@ -31,8 +31,8 @@ from ..errors import UserError
 from ..image_datasets import crop_square, named_labels, resize_smaller_side, say_left_out
 from ..image_files import IMAGE_SUFFIXES, find_pictures, image_extent, read_depth_image, read_image
 from ..late import Tensor, torch
-from ..npz import check_brightness, read_arrays, read_npy
-from ..pixels import from_uint8
+from ..npz import check_brightest, check_brightness, read_arrays, read_npy
+from ..pixels import from_uint8, to_rounded_uint8
 from .ranges import OWN_RANGE, parse_depth_range, to_unit_range
 from .scenes import DEPTH_RANGE, render
 from .scenes.files import MOST_SCENES, render_scenes
@@ -100,6 +100,7 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
     depth = np.stack([maps.read(source, index) for index in indices])[:, None]
     say(maps.clamped(data))
     images = np.stack([read_pixels(source, index, size, channels) for index in indices])
+    check_brightest(data, f"first {len(images)}", int(to_rounded_uint8(images.max())))
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
                  None if labels is None else torch.from_numpy(labels[:len(indices)].astype(np.int64)))
 

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import struct
 import tracemalloc
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -230,6 +231,20 @@ def test_damaged_idx_files_are_read_or_refused(content, name):
     survives(lambda path: image_datasets.read_idx(path, 3), content, name)
 
 
+@pytest.mark.parametrize("prefix", ["train", "t10k"])
+def test_idx_images_of_zeros_and_ones_are_refused(idx_folder, prefix):
+    split = {"train": "train", "t10k": "test"}[prefix]
+    ones = (np.arange(7 * 28 * 28) % 2).astype(np.uint8).reshape(7, 28, 28)
+    for path in idx_folder.iterdir():
+        path.unlink()
+    (idx_folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(ones))
+    (idx_folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(7, np.uint8)))
+    with pytest.raises(UserError, match=f"--data_dir {idx_folder}: its 7 images hold nothing above 1: pixels must be"):
+        load_data(data_dir=idx_folder, batch_size=1, image_size=28, split=split)
+    (idx_folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(ones * 255))
+    load_data(data_dir=idx_folder, batch_size=1, image_size=28, split=split)
+
+
 def test_missing_idx_file(idx_folder):
     (idx_folder / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match=r"has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte\.gz"):
@@ -278,6 +293,41 @@ def test_file_that_is_no_image(image_folder, change):
     break_file(image_folder, "dog_04.png", change)
     with pytest.raises(UserError, match=r"dog_04\.png: cannot be read as an image"):
         take(3, data_dir=image_folder)
+
+
+CHESS = np.indices((8, 8)).sum(0) % 2           # zeros and ones
+
+
+@pytest.mark.parametrize(("pictures", "good"), [
+    ([CHESS.astype(np.uint8)], False),
+    ([0 * CHESS.astype(np.uint8), CHESS.astype(np.uint8)], False),
+    ([(255 * CHESS).astype(np.uint16)], False),                     # of 16 bits, where 65535 is white
+    ([0 * CHESS.astype(np.uint8)], True),
+    ([CHESS.astype(np.uint8), 2 * CHESS.astype(np.uint8)], True),
+    ([CHESS.astype(bool)], True),                                   # of one bit, where 1 is white
+    (["palette"], True),                                            # of two colours, numbered 0 and 1
+])
+def test_pictures_of_zeros_and_ones_are_refused_and_black_ones_are_not(tmp_path, pictures, good):
+    for number, pixels in enumerate(pictures):
+        if isinstance(pixels, str):
+            picture = Image.fromarray(CHESS.astype(np.uint8)).convert("P")
+            picture.putpalette([0, 0, 0, 255, 255, 255])
+        else:
+            picture = Image.fromarray(pixels)
+        picture.save(tmp_path / f"{number}.png")
+    images = open_images(tmp_path, (3, 8, 8))
+    for look in (images.damaged, lambda: images.check_first(len(pictures))):
+        with nullcontext() if good else pytest.raises(UserError, match=(
+                f"^--data_dir {tmp_path}: its {len(pictures)} images hold nothing above 1: pixels must be 0 to 255")):
+            look()
+
+
+def test_only_pictures_up_to_a_bright_one_are_decoded_for_their_brightness(image_folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(image_datasets, "read_image", lambda path, channels: seen.append(path)
+                        or image_files.read_image(path, channels))
+    open_images(image_folder, (3, 8, 8)).damaged()
+    assert len(seen) == 1
 
 
 def test_what_is_left_out_is_said(image_folder, caplog):

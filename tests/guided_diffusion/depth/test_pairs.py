@@ -58,6 +58,17 @@ def test_pairs_of_an_npz(tmp_path):
     assert read_pairs(npz(tmp_path), size=16, channels=1).images.shape == (4, 1, 16, 16)
 
 
+def test_pairs_of_a_folder_have_pixels_up_to_255(tmp_path):
+    depth = arrays(count=1)["depth"][0]
+    for name, scale in (("ones", 1), ("black", 0), ("good", 255)):
+        data = folder_of(tmp_path / name, {"a.png": np.full((16, 16, 3), scale, np.uint8)}, {"a.npy": depth})
+        if scale != 1:
+            read_pairs(data, size=16)
+            continue
+        with pytest.raises(UserError, match=f"^{data}: its first 1 images hold nothing above 1: pixels must be 0 to"):
+            read_pairs(data, size=16)
+
+
 def test_clamped_depth_is_said_once(tmp_path, caplog):
     caplog.set_level("INFO")
     data, depth = npz(tmp_path), arrays()["depth"]
