@@ -11,7 +11,7 @@ from functools import partial
 
 from guided_diffusion.build import ClassifierOptions, DiffusionOptions
 from guided_diffusion.cli import log_to_stdout, run_script, with_logdir
-from guided_diffusion.options import parse_options
+from guided_diffusion.runs.training_effects import idle_in_classifier, parse_training
 from guided_diffusion.stated import starting_values
 from guided_diffusion.train_util import train_classifier
 from guided_diffusion.training.options import ClassifierTrainOptions
@@ -20,9 +20,9 @@ from guided_diffusion.training.options import ClassifierTrainOptions
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    train_classifier(*parse_options(argv, ClassifierOptions, DiffusionOptions, ClassifierTrainOptions,
-                                    description=__doc__,
-                                    preset=with_logdir(partial(starting_values, kind="classifier"))))
+    train_classifier(*parse_training(
+        argv, ClassifierOptions, DiffusionOptions, ClassifierTrainOptions, idle=idle_in_classifier, description=__doc__,
+        preset=with_logdir(partial(starting_values, kind="classifier"))))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from pathlib import Path
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stdout, run_script, tell
 from guided_diffusion.depth.train import DepthTrainOptions, log_folder, train_predictors
-from guided_diffusion.options import parse_options
 from guided_diffusion.runs.options import preset_values
+from guided_diffusion.runs.training_effects import idle_in_predictors, parse_training
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    options = parse_options(argv, DepthTrainOptions, ModelOptions, DiffusionOptions, description=__doc__,
-                            preset=preset_values)
+    options = parse_training(argv, DepthTrainOptions, ModelOptions, DiffusionOptions, idle=idle_in_predictors,
+                             description=__doc__, preset=preset_values)
     train_predictors(*options)
     curve = log_folder(Path(options[0].out)) / "loss.png"
     tell(f"predictors: {options[0].out}" + (f"\nlosses: {curve}" if curve.exists() else ""))

@@ -12,8 +12,8 @@ from evaluations.early_fid import watchers
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stdout, run_script, with_logdir
 from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.options import parse_options
 from guided_diffusion.runs.previews import PreviewOptions, preview_values
+from guided_diffusion.runs.training_effects import idle_in_diffusion, parse_training
 from guided_diffusion.train_util import train_diffusion
 from guided_diffusion.training.options import TrainOptions
 
@@ -21,9 +21,9 @@ from guided_diffusion.training.options import TrainOptions
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stdout()
-    model, diffusion, options, previews, *guidance = parse_options(
-        argv, ModelOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, description=__doc__,
-        preset=with_logdir(preview_values))
+    model, diffusion, options, previews, *guidance = parse_training(
+        argv, ModelOptions, DiffusionOptions, TrainOptions, PreviewOptions, *GUIDANCE, idle=idle_in_diffusion,
+        description=__doc__, preset=with_logdir(preview_values))
     train_diffusion(model, diffusion, options, watchers(options, previews, guidance))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from ..build import NetworkOptions
 from ..dtypes import dtype_flags
 from ..guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
 from ..late import Tensor, torch
@@ -71,15 +72,21 @@ def methods_off(guidance: Iterable[GuidanceOptions]) -> dict[str, str]:
 
 def _useless_beside_others(run: SamplingRun) -> dict[str, str]:
     """Flags of what is used that other flags, or the chain, make useless, and why."""
-    idle: dict[str, str] = {}
-    if run.model.num_head_channels != -1:
-        idle |= dict.fromkeys(("num_heads", "num_heads_upsample"),
-                              f"--num_head_channels {run.model.num_head_channels} counts")
-    if run.model.learn_sigma:
-        idle["sigma_small"] = "the network predicts the variance"
+    idle = useless_in_network(run.model)
     for method in run.active:
         idle |= method.useless()
         idle |= _idle_bounds(method, run)
+    return idle
+
+
+def useless_in_network(network: NetworkOptions) -> dict[str, str]:
+    """The flags that others of a network make useless, and why."""
+    idle: dict[str, str] = {}
+    if network.num_head_channels != -1:
+        idle |= dict.fromkeys(("num_heads", "num_heads_upsample"),
+                              f"--num_head_channels {network.num_head_channels} counts")
+    if network.learn_sigma:
+        idle["sigma_small"] = "the network predicts the variance"
     return idle
 
 

@@ -1,16 +1,22 @@
 """Flags without effect are named, once and in one line."""
 
+import json
+
 import pytest
-from commands import call, flags
+from commands import REPOSITORY, call, flags
 from networks import TINY
 
 from guided_diffusion.adapters.run import LatentRun
+from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import option_fields, options_from
 from guided_diffusion.runs.effects import without_effect
 from guided_diffusion.runs.options import SampleOptions, option_classes
+from guided_diffusion.runs.previews import PreviewOptions
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.training_effects import idle_in_diffusion
 from guided_diffusion.sampling import SAMPLERS
+from guided_diffusion.training.options import TrainOptions
 
 
 def line(**given):
@@ -103,3 +109,84 @@ def test_the_command_says_it_once_on_stderr_and_not_of_presets(tmp_path, tiny_ch
     assert call("image_sample", "--model", "fmnist32", *flags({"timestep_respacing": 3, "num_samples": 1}), "--out",
                 tmp_path / "b", "--batch_size", 1) == 0
     assert not caplog.records
+
+
+# Trainings
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """What the commands of trainings say of flags without effect; they train nothing."""
+    for place in ("train_util.train_diffusion", "train_util.train_classifier", "depth.train.train_predictors"):
+        monkeypatch.setattr(f"guided_diffusion.{place}", lambda *options: None)
+
+    def run(command, *words):
+        caplog.clear()
+        caplog.set_level("INFO")
+        assert call(command, *words) == 0
+        return [line for line in caplog.messages if line.startswith("without effect")]
+    return run
+
+
+NO_SAMPLES = "no samples are made while training"
+
+
+@pytest.mark.parametrize(("command", "words", "line"), [
+    ("image_train", {}, ""),
+    ("image_train", {"checkpoint_entry": "ema"},
+     "--checkpoint_entry (neither --init_from nor --resume_checkpoint is given)"),
+    ("image_train", {"checkpoint_entry": "ema", "init_from": "x.pt"}, ""),
+    ("super_res_train", {"checkpoint_entry": "ema", "resume_checkpoint": "x.pt"}, ""),
+    ("image_train", {"fp16_scale_growth": 0.1, "use_bf16": True},
+     "--fp16_scale_growth (the network does not compute in float16)"),
+    ("image_train", {"fp16_scale_growth": 0.1, "use_fp16": True}, ""),
+    ("super_res_train", {"num_classes": 7}, "--num_classes (--class_cond is False)"),
+    ("image_train", {"num_classes": 7, "class_cond": True}, ""),
+    ("image_train", {"num_classes": 7, "classifier_guidance": True, "grid_interval": 10}, ""),
+    ("image_train", {"num_heads": 2, "num_heads_upsample": 2, "num_head_channels": 16, "use_kl": True},
+     "--num_heads, --num_heads_upsample (--num_head_channels 16 counts)"),
+    ("image_train", {"num_classes": 1000, "num_heads": 4, "num_head_channels": 16, "checkpoint_entry": ""}, ""),
+    ("image_train", {"sigma_small": True, "learn_sigma": True}, "--sigma_small (the network predicts the variance)"),
+    ("image_train", {"grid_images": 4, "preview_steps": 5, "pag_scale": 1.0, "eval_fid_images": 9},
+     f"--grid_images (--grid_interval is 0); --preview_steps, --pag_scale ({NO_SAMPLES}); "
+     "--eval_fid_images (--eval_fid_interval is 0)"),
+    ("image_train", {"grid_interval": 4, "preview_steps": 5, "pag_scale": 1.0, "blur_sigma": 4.0},
+     "--blur_sigma (SAG is off)"),
+    ("super_res_train", {"image_size": 256, "classifier_use_fp16": True}, f"--classifier_use_fp16 ({NO_SAMPLES})"),
+    ("classifier_train", {"eval_interval": 3, "fp16_scale_growth": 0.1, "predict_v": True},
+     "--eval_interval (--val_data_dir is not given); --fp16_scale_growth (the network does not compute in float16); "
+     "--predict_v (of diffusion models)"),
+    ("classifier_train", {"eval_interval": 3, "val_data_dir": "x", "classifier_use_fp16": True,
+                          "fp16_scale_growth": 0.1}, ""),
+    ("classifier_train", {"noised": False, "noise_schedule": "cosine"}, ""),        # the weights state it
+    ("depth_train", {"cache_gb": 1, "draws": 0, "num_heads": 2, "num_head_channels": 16, "num_classes": 7},
+     "--cache_gb (--draws is 0); --num_heads (--num_head_channels 16 counts); --num_classes (--class_cond is False)"),
+    ("depth_train", {"cache_gb": 1, "timestep_respacing": "10"},
+     "--timestep_respacing (predictors are trained on the whole chain)"),
+])
+def test_flags_without_effect_on_a_training_are_named(said, tmp_path, command, words, line):
+    expected = [f"without effect: {line}"] if line else []
+    assert said(command, *flags(words)) == expected
+    (tmp_path / "run.yaml").write_text(json.dumps(words))
+    assert said(command, "--config", tmp_path / "run.yaml") == expected
+
+
+@pytest.mark.parametrize(("command", "name"), [
+    (command, path.name) for path in sorted((REPOSITORY / "configs").glob("*_train.yaml"))
+    for command in ["classifier_train" if "classifier" in path.name else
+                    "super_res_train" if "upsampler" in path.name else "image_train"]])
+def test_nothing_is_said_of_the_configurations_of_this_library(said, command, name):
+    assert said(command, "--config", REPOSITORY / "configs" / name) == []
+
+
+def test_nothing_is_said_of_what_a_start_states(said, tmp_path, tiny_checkpoints):
+    assert said("image_train", "--init_from", tiny_checkpoints / "model.safetensors") == []
+
+
+@pytest.mark.parametrize("kind", GUIDANCE, ids=lambda kind: kind.__name__)
+def test_each_method_is_watched_in_trainings(kind):
+    network, process, *others = options_from({"class_cond": True}, ModelOptions, DiffusionOptions, TrainOptions,
+                                             PreviewOptions, *GUIDANCE)
+    shared = {field.name for options in (network, process) for field in option_fields(type(options))}
+    idle = idle_in_diffusion(network, process, *others)
+    assert {field.name for field in option_fields(kind)} - shared <= idle.keys()
