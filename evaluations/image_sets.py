@@ -142,7 +142,7 @@ class Picture(Protocol):
         """Its name within the set."""
 
     def pixels(self) -> np.ndarray:
-        """The picture as a viewer shows it, (H, W, 3) uint8; raises UserError where it cannot be read."""
+        """The picture, read as all are (`image_files`), (H, W, 3) uint8; raises UserError where it cannot be read."""
 
     def digest(self) -> str:
         """What changes when its file does."""

@@ -29,6 +29,7 @@ from .files import reason
 from .image_files import (
     BackgroundCheck,
     FoundPictures,
+    OtherColours,
     count_decoded,
     damaged_error,
     damaged_pictures,
@@ -259,11 +260,13 @@ class FolderImages(TrainingImages):
         return self.names
 
     def damaged(self) -> dict[int, str]:
-        """The pictures whose damage shows quickly: what is wrong, by index.
+        """The pictures whose damage shows quickly: what is wrong, by index. Says how many have other colour profiles.
 
         Raises UserError where those that are decoded for that hold ones, and nothing brighter.
         """
-        found = damaged_pictures(self.files, self.decoded)
+        colours = OtherColours()
+        found = damaged_pictures(self.files, self.decoded, colours.look)
+        say(colours.line(self.data_dir))
         self._check_brightness([path for index, path in enumerate(self.files[:self.decoded]) if index not in found])
         return found
 

@@ -1,6 +1,8 @@
 """Pictures in files: which files of a folder are pictures, and what their pixels are.
 
-The one reader of training, depth pairs, reference batches and evaluation. A picture is read as a viewer shows it:
+The one reader of training, depth pairs, reference batches and evaluation. A picture is read as a viewer shows it, but
+for colour profiles, which the official code leaves out, too:
+    colours         are the values as stored; embedded profiles are not applied, and CMYK is converted without its own
     orientation     what EXIF says is applied
     16 bits         grey of 16 bits is scaled to 8, so that 65535 is white
     transparency    is laid on white
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import os
 import threading
@@ -39,9 +42,11 @@ BACKGROUND = (255, 255, 255)
 MAX_RATIO = 100                 # of the sides of a picture
 MAX_PACKED = 2**28              # bytes of one picture in an archive
 DECODED_AT_START = 2**26        # bytes of files that are decoded before the first step, beside all headers
+LEVELS_APART = 8                # of 255, which two profiles for the same colours may be
 AT_ONCE = 1024                  # files that a thread checks at a time
 
 Source = Path | IO[bytes]
+Look = Callable[[Path, Image.Image], None]
 
 _ORIENTATION = 0x0112
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339         # of TIFF
@@ -154,7 +159,7 @@ def _leads(test: Callable[[], bool]) -> bool:
 
 
 def read_image(path: Source, in_channels: int) -> Image.Image:
-    """The picture in a file as a viewer shows it, RGB (3 channels) or grey (1), of 8 bits.
+    """The picture in a file, RGB (3 channels) or grey (1), of 8 bits: upright, opaque, and in the stored colours.
 
     path: of the file, or an open stream, whose `str` sentences name. Raises UserError where the file holds none, is
     damaged, or its sides are absurd.
@@ -289,14 +294,17 @@ def _scaled(image: Image.Image) -> Image.Image:
 # Checks
 
 
-def damage(path: Path, decode: bool = True) -> str:
+def damage(path: Path, decode: bool = True, look: Look | None = None) -> str:
     """Why a file cannot be read as a picture, "" where it can.
 
     decode: read all of it; else its header. JPEG is decoded at an eighth of its size, which shows the same damage.
+    look: is called with the path and the picture once its header is read.
     """
     try:
         with opened(path) as image:
             _check_mode(image)
+            if look is not None:
+                look(path, image)
             if decode:
                 image.draft("L", (1, 1))
                 image.load()
@@ -313,14 +321,17 @@ def count_decoded(files: Sequence[Path]) -> int:
                                         itertools.accumulate(map(_size, files)))))
 
 
-def damaged_pictures(files: Sequence[Path], decoded: int) -> dict[int, str]:
-    """The damaged ones among files: what is wrong by index; of those from index `decoded` on, by their headers."""
+def damaged_pictures(files: Sequence[Path], decoded: int, look: Look | None = None) -> dict[int, str]:
+    """The damaged ones among files: what is wrong by index; of those from index `decoded` on, by their headers.
+
+    look: as in `damage`, from several threads.
+    """
     found: dict[int, str] = {}
     pieces = [range(start, min(start + AT_ONCE, len(files))) for start in range(0, len(files), AT_ONCE)]
     with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
           progress_bar(len(files), "checking images", "image", enabled=len(pieces) > 1) as progress):
         for piece, damages in zip(pieces, pool.map(
-                lambda piece: [damage(files[index], index < decoded) for index in piece], pieces), strict=True):
+                lambda piece: [damage(files[index], index < decoded, look) for index in piece], pieces), strict=True):
             found |= {index: words for index, words in zip(piece, damages, strict=True) if words}
             progress.update(len(piece))
     return found
@@ -331,6 +342,47 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+class OtherColours:
+    """Counts pictures whose embedded colour profile, which is not applied, would show other colours than sRGB."""
+
+    def __init__(self) -> None:
+        self._files: list[Path] = []
+
+    def look(self, path: Path, image: Image.Image) -> None:
+        """Counts a picture of which the header is read, where it is one of those; from any thread."""
+        profile = image.info.get("icc_profile")
+        if isinstance(profile, bytes) and _changes_colours(profile, image.mode):
+            self._files.append(path)
+
+    def line(self, folder: object) -> str:
+        """How many there are in the folder, as a line of a log; "" where there is none."""
+        if not self._files:
+            return ""
+        return (f"{folder}: {len(self._files)} image(s) have a colour profile other than sRGB, which is not applied "
+                f"(first {min(self._files).name})")
+
+
+@functools.lru_cache(maxsize=64)
+def _changes_colours(profile: bytes, mode: str) -> bool:
+    """Whether a profile shows colours of a mode otherwise than sRGB does, by more than LEVELS_APART.
+
+    Not so where it cannot be read or is of other modes: viewers leave it out as well.
+    """
+    if mode == "CMYK":
+        return True
+    grid = np.stack(np.meshgrid(*[np.arange(0, 256, 51, dtype=np.uint8)] * 3), axis=-1).reshape(1, -1, 3)
+    colours = Image.fromarray(grid[..., 0] if mode[0] in "LI" else grid)
+    try:
+        from PIL import ImageCms
+
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        shown = ImageCms.profileToProfile(colours, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except Exception:          # of whatever kind; Pillow may also be built without what reads profiles
+        return False
+    apart = np.asarray(shown).astype(int) - np.asarray(colours.convert("RGB"))
+    return bool(np.abs(apart).max() > LEVELS_APART)
 
 
 class BackgroundCheck:

@@ -13,7 +13,7 @@ import torch
 from fuzzing import damaged, fuzz, survives
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from guided_diffusion import image_datasets, image_files
 from guided_diffusion.classes import ClassNames
@@ -293,6 +293,31 @@ def test_file_that_is_no_image(image_folder, change):
     break_file(image_folder, "dog_04.png", change)
     with pytest.raises(UserError, match=r"dog_04\.png: cannot be read as an image"):
         take(3, data_dir=image_folder)
+
+
+def profile(red=b"rXYZ"):
+    """A colour profile: sRGB, or one whose red is that of `red` in sRGB, and the other way round."""
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    table = content[:256].replace(b"rXYZ", b"----").replace(red, b"rXYZ").replace(b"----", red)
+    return table + content[256:]
+
+
+@pytest.mark.parametrize(("mode", "embedded", "counted"), [
+    ("RGB", "swapped", True), ("RGBA", "swapped", True), ("P", "swapped", True), ("RGB", "sRGB", False),
+    ("L", "sRGB", False), ("RGB", None, False), ("RGB", "damaged", False), ("CMYK", "damaged", True),
+    ("CMYK", None, False)])
+def test_colours_are_those_of_the_file_and_other_profiles_are_said(tmp_path, caplog, mode, embedded, counted):
+    caplog.set_level("INFO")
+    content = {"swapped": profile(b"gXYZ"), "sRGB": profile(), "damaged": b"no profile", None: None}[embedded]
+    picture = Image.new("RGB", (8, 8), (255, 0, 0)).convert(mode)
+    for name in ("b", "a"):
+        picture.save(tmp_path / f"{name}.tif", **({"icc_profile": content} if content else {}))
+    images = open_images(tmp_path, (3, 8, 8))
+    assert images.damaged() == {}
+    line = f"{tmp_path}: 2 image(s) have a colour profile other than sRGB, which is not applied (first a.tif)"
+    assert caplog.messages == ([line] if counted else [])
+    plain = np.asarray(Image.new("RGB", (8, 8), (255, 0, 0)).convert(mode).convert("RGB"))[0, 0]
+    assert np.allclose(images.at([0])[0][0, :, 0, 0], plain / 127.5 - 1)
 
 
 CHESS = np.indices((8, 8)).sum(0) % 2           # zeros and ones
