@@ -197,7 +197,8 @@ class Called(nn.Module):
     *((relu, True, True) for relu in (F.relu, F.relu6, torch.relu, torch.Tensor.relu, lambda x: x.clone().relu_(),
                                       nn.ReLU6())),
     (nn.ReLU(), False, True),
-    *((other, False, False) for other in (nn.Softplus(beta=3), nn.Hardtanh(), nn.LeakyReLU()))], ids=str)
+    *((other, False, False) for other in (nn.Softplus(beta=3), nn.Hardtanh(), nn.LeakyReLU()))],
+    ids=["relu", "relu6", "torch_relu", "Tensor_relu", "relu_", "ReLU6", "ReLU", "Softplus", "Hardtanh", "LeakyReLU"])
 def test_all_relus_that_stay_are_said(exported, function, caplog, hidden, of_function, of_file):
     caplog.set_level("INFO")
     network = Called(hidden).eval()
