@@ -25,16 +25,18 @@ def noise_images(channels: int, height: int, width: int) -> Tensor:
     return noise * 0.5 ** torch.arange(PROBES).view(-1, 1, 1, 1)
 
 
-def check_steady(run: Callable[[Any], Outputs], images: Any, where: str, what: str) -> None:
+def check_steady(run: Callable[[Any], Outputs], images: Any, where: str, what: str,
+                 together: Outputs | None = None) -> None:
     """Raises UserError where a network gives an image other outputs beside another one, or at each call.
 
     run: images (N, ...) to outputs. images: some that differ, a tensor or an array. where: how the sentence begins.
-    what: the outputs in a word. Rounding is no difference, and neither is what is not finite.
+    what: the outputs in a word. together: those of all images, where they are known. Rounding is no difference, and
+    neither is what is not finite.
     """
-    together = run(images)
-    runs = [(run(images), slice(None)), *((run(images[i:i + 1]), slice(i, i + 1)) for i in range(len(images)))]
-    if any(_differ(one, whole, whole[rows]) for outputs, rows in runs
-           for one, whole in zip(outputs, together, strict=True)):
+    together = run(images) if together is None else together
+    rows = [slice(i, i + 1) for i in range(len(images))]
+    if any(_differ(one, whole, whole[row]) for row in rows
+           for one, whole in zip(run(images[row]), together, strict=True)):
         raise UserError(f"{where}: gives an image other {what} alone than beside another image, or at each call; "
                         "export it after .eval()")
 

@@ -129,7 +129,7 @@ def check_classifier(classifier: ForeignClassifier, nets: Networks) -> None:
                         "follow the image smoothly, not classes or rounded numbers")
     with (reading(where, f"the network fails on an input of 1{shape.removeprefix(str(PROBES))}"), torch.no_grad(),
           _Relus() as relus):
-        check_steady(lambda images: [classifier(images)], x, where, OUTPUT)
+        check_steady(lambda images: [classifier(images)], x, where, OUTPUT, [logits])
     if relus.found:
         _say_relus(where, "use nn.ReLU, which becomes softplus, or")
 
