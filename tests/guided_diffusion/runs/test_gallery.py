@@ -2,18 +2,18 @@
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from commands import call, flags
 from finished import write_run
 from networks import TINY
+from own_method import GreyOptions
 from PIL import Image
 
 from evaluations.reports.folders import of_samples
-from guided_diffusion.guidance import GUIDANCE, GradientGuidance, ScaledOptions
-from guided_diffusion.options import fill, option
+from guided_diffusion.guidance import GUIDANCE
+from guided_diffusion.options import fill
 from guided_diffusion.runs.options import preset_values
 from guided_diffusion.runs.record import finished_run, recorded_command
 from guided_diffusion.runs.sample import SamplingRun
@@ -48,23 +48,6 @@ def test_runs_are_called_as_their_records_say(configuration, model, tmp_path):
                     **configuration)
     assert call("gallery", run, "--out", tmp_path / "gallery") == 0
     assert f"\n## {model}: prompt scale 7.5, ddim, 3 steps\n" in (tmp_path / "gallery" / "index.md").read_text()
-
-
-class TowardsGrey(GradientGuidance):
-    def gradient(self, ctx, pred):
-        return -self.scale * ctx.x_t
-
-
-@dataclass(frozen=True)
-class GreyOptions(ScaledOptions):
-    """A method that only those commands know that have registered it."""
-
-    short, sigma_flags, term = "grey", "grey", TowardsGrey
-    switched_on: ClassVar = {"grey_scale": 0.1}
-    grey_scale: float = option(0.0, "scale")
-
-    def build(self, nets):
-        return [TowardsGrey(self.grey_scale)]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ import importlib
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+import own_method
 import pytest
 from fuzzing import damaged, fuzz, survives
 from hypothesis import given
@@ -59,28 +61,7 @@ def test_a_record_that_is_none_is_refused_everywhere(content, tmp_path):
         Shards(tmp_path, CONFIGURATION, RECORD["sha256"]).check()
 
 
-OWN = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-from guided_diffusion.guidance import GradientGuidance, ScaledOptions
-from guided_diffusion.options import option
-
-
-class TowardsGrey(GradientGuidance):
-    def gradient(self, ctx, pred):
-        return -self.scale * ctx.x_t
-
-
-@dataclass(frozen=True)
-class GreyOptions(ScaledOptions):
-    short, sigma_flags, term = "grey", "grey", TowardsGrey
-    switched_on: ClassVar = {"grey_scale": 0.1}
-    grey_scale: float = option(0.0, "scale")
-
-    def build(self, nets):
-        return [TowardsGrey(self.grey_scale)]
-"""
+OWN = Path(own_method.__file__).read_text()
 
 
 def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch, tiny_checkpoints):
