@@ -10,7 +10,7 @@ from guided_diffusion.options import cut, nearest
 
 from ..metrics.comparison import Feature
 from . import own
-from .base import PARTS, ExtractorKind, check_classifier_from, check_from, class_names_from, classify_from, load_from
+from .base import PARTS, ExtractorKind, found_in, load_from
 
 CLASSIFYING = PARTS | {Feature.CORRECTNESS}
 
@@ -21,14 +21,14 @@ EXTRACTORS: dict[str, ExtractorKind] = {kind.name: kind for kind in (
                   pooled=2048, spatial=17 * 17 * 7, probabilities=1008, is_inception=True),
     ExtractorKind("fashion_mnist", "a small classifier of Fashion-MNIST", load_from("fashion_mnist"),
                   pooled=64, spatial=8 * 8 * 8, probabilities=10, old_names=("embedded",), outputs=CLASSIFYING,
-                  class_names=class_names_from("fashion_mnist"), classify=classify_from("fashion_mnist")),
+                  class_names=found_in("fashion_mnist", "class_names"), classify=found_in("fashion_mnist", "classify")),
     ExtractorKind("scenes", "a network that estimates the depth of rendered rooms", load_from("scenes"),
                   pooled=64, spatial=4 * 8 * 8, probabilities=4, estimates_depth=True),
     ExtractorKind("photo", "EfficientNet-Lite0, trained on the photographs of ImageNet", load_from("photo"),
                   pooled=1280, spatial=14 * 14 * 7, probabilities=1000, network="EfficientNet-Lite0",
-                  check=check_from("photo"), outputs=CLASSIFYING, classes_of="icons",
-                  class_names=class_names_from("icons"), classify=classify_from("icons"),
-                  check_classifier=check_classifier_from("icons")),
+                  check=found_in("photo", "check"), outputs=CLASSIFYING, classes_of="icons",
+                  class_names=found_in("icons", "class_names"), classify=found_in("icons", "classify"),
+                  check_classifier=found_in("icons", "check_classifier")),
     *own.KINDS)}
 # Every word that --backend takes but for those that name a network of the user's: the names, each after its old ones.
 BACKENDS: tuple[str, ...] = tuple(word for kind in EXTRACTORS.values() if not kind.plugin

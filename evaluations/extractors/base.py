@@ -18,7 +18,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,38 +46,15 @@ class Loader(Protocol):
         """
 
 
+def found_in(file: str, function: str) -> Callable[..., Any]:
+    """A function of a file of this package, by both names; the file is imported when the function is called."""
+    return lambda *words, **options: getattr(importlib.import_module(f"{__package__}.{file}"), function)(
+        *words, **options)
+
+
 def load_from(file: str) -> Loader:
-    """The function `load` of a file of this package, by its name; the file is imported when the function is called."""
-    def load(*, inception: str = "", device: str = "", dtype: str = "float32") -> FeatureExtractor:
-        module = importlib.import_module(f"{__package__}.{file}")
-        return module.load(inception=inception, device=device, dtype=dtype)
-    return load
-
-
-def check_from(file: str) -> Callable[[], None]:
-    """The function `check` of a file of this package, which is imported when the function is called."""
-    return lambda: importlib.import_module(f"{__package__}.{file}").check()
-
-
-def classify_from(file: str) -> Classify:
-    """The function `classify` of a file of this package, which is imported when the function is called."""
-    def classify(features: Features) -> np.ndarray:
-        named: np.ndarray = importlib.import_module(f"{__package__}.{file}").classify(features)
-        return named
-    return classify
-
-
-def class_names_from(file: str) -> Callable[[], Sequence[str]]:
-    """The function `class_names` of a file of this package, which is imported when the function is called."""
-    def class_names() -> Sequence[str]:
-        names: Sequence[str] = importlib.import_module(f"{__package__}.{file}").class_names()
-        return names
-    return class_names
-
-
-def check_classifier_from(file: str) -> Callable[[FeatureExtractor], None]:
-    """The function `check_classifier` of a file of this package, which is imported when the function is called."""
-    return lambda extractor: importlib.import_module(f"{__package__}.{file}").check_classifier(extractor)
+    """The function `load` of a file, as `found_in`."""
+    return found_in(file, "load")
 
 
 def is_its_own_classifier(extractor: FeatureExtractor) -> None:
