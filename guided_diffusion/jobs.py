@@ -35,14 +35,14 @@ _log = logging.getLogger(__name__)
 _running: list[str] = []        # the jobs of this process, from the outermost
 
 
-def command_line(words: Sequence[str] | None = None) -> str:
-    """A command as a shell takes it, without what is secret in addresses; words: a script and what follows, or None.
+def command_line(script: str = "", argv: Sequence[str] | None = None) -> str:
+    """A command as a shell takes it, without what is secret in addresses.
 
-    None: the command of this process.
+    script: "" for the program of this process. argv: what follows it, None for the arguments of this process.
     """
-    words = sys.argv if words is None else words
-    python = ["python"] if words[0].endswith(".py") else []         # else it is the installed command
-    return without_secrets(shlex.join([*python, *words]))
+    program = script or sys.argv[0]
+    python = ["python"] if program.endswith(".py") else []          # else it is the installed command
+    return without_secrets(shlex.join([*python, program, *(sys.argv[1:] if argv is None else argv)]))
 
 
 class State(StrEnum):

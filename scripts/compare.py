@@ -10,7 +10,6 @@ Examples:
         --page rows.html
 """
 
-import sys
 from collections.abc import Sequence
 
 from evaluations.pages.compare import compare
@@ -26,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders, (options, show) = parse_words(
         argv, Words("FOLDER", "output folders of sampling runs, or of tables", needed=True), ComparisonOptions,
         ShowOptions, description=__doc__)
-    words = sys.argv[1:] if argv is None else argv
-    command = command_line(["scripts/compare.py", *words])
-    tell(compare(folders, options, command), show)
+    tell(compare(folders, options, command_line("scripts/compare.py", argv)), show)
 
 
 if __name__ == "__main__":

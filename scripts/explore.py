@@ -8,7 +8,6 @@ Examples:
         --against "guide_scale=1.5 threshold=1.25" --out explore/stronger
 """
 
-import sys
 from collections.abc import Sequence
 
 from evaluations.explorer.explore import ExploreOptions, explore
@@ -28,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = SamplingRun.of(options)
     others = {field.name for kind in (ExploreOptions, ShowOptions) for field in option_fields(kind)}
     say_without_effect(run, [name for name in parser.given if name not in others])
-    words = sys.argv[1:] if argv is None else argv
-    command = command_line(["scripts/explore.py", *words])
-    tell(explore(run, own, command, parser.given), show)
+    tell(explore(run, own, command_line("scripts/explore.py", argv), parser.given), show)
 
 
 if __name__ == "__main__":

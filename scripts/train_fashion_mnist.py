@@ -7,7 +7,6 @@ Example:
     OMP_NUM_THREADS=1 python scripts/train_fashion_mnist.py --out classifier.safetensors
 """
 
-import sys
 from collections.abc import Sequence
 
 from evaluations.extractors.train_fashion_mnist import FashionMnistTrainingOptions, train
@@ -19,8 +18,7 @@ from guided_diffusion.options import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    model = train(options, command_line(["scripts/train_fashion_mnist.py", *arguments]))
+    model = train(options, command_line("scripts/train_fashion_mnist.py", argv))
     print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
 
 

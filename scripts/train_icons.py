@@ -7,7 +7,6 @@ Example:
     OMP_NUM_THREADS=1 python scripts/train_icons.py --data_dir data/icons32 --out icons.safetensors
 """
 
-import sys
 from collections.abc import Sequence
 
 from evaluations.extractors import EXTRACTORS
@@ -20,9 +19,7 @@ from guided_diffusion.options import parse_options
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options, = parse_options(argv, IconsTrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    command = command_line(["scripts/train_icons.py", *arguments])
-    layer = train(options, command, EXTRACTORS["photo"].load(device="cpu"))
+    layer = train(options, command_line("scripts/train_icons.py", argv), EXTRACTORS["photo"].load(device="cpu"))
     print(f"{options.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in layer.accuracy.items()))
 
 

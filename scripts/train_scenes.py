@@ -11,7 +11,6 @@ Examples:
         --out models/freedoom32_judge.safetensors
 """
 
-import sys
 from collections.abc import Sequence
 
 from evaluations.extractors.train_scenes import ScenesTrainingOptions, accuracy_in_words, train
@@ -24,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, ScenesTrainingOptions, description=__doc__)
-    arguments = sys.argv[1:] if argv is None else argv
-    extractor = train(options, command_line(["scripts/train_scenes.py", *arguments]))
+    extractor = train(options, command_line("scripts/train_scenes.py", argv))
     print(f"{options.out}: held out, {accuracy_in_words(extractor.accuracy)}")
 
 
