@@ -12,6 +12,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.attention.study import AttentionOptions, study_attention
+from evaluations.reports import with_page
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import parse_options
@@ -24,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show, *options = parse_options(argv, ShowOptions, AttentionOptions, ModelOptions, DiffusionOptions,
                                    description=__doc__, preset=preset_values)
     text = study_attention(*options)
-    if show.open:
-        from evaluations.reports.report import with_page  # here, as it takes a second to load
-
-        text = with_page(text, options[0].out)
-    tell(text, show)
+    tell(with_page(text, options[0].out, show), show)
 
 
 if __name__ == "__main__":

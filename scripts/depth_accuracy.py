@@ -9,6 +9,7 @@ Examples (each goes on where it was stopped when started again):
 from collections.abc import Sequence
 
 from evaluations.depth.accuracy import DepthAccuracyOptions, measure_accuracy
+from evaluations.reports import with_page
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stdout, run_script, tell
 from guided_diffusion.options import parse_options
@@ -21,11 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show, *options = parse_options(argv, ShowOptions, DepthAccuracyOptions, ModelOptions, DiffusionOptions,
                                    description=__doc__, preset=preset_values)
     text = measure_accuracy(*options)
-    if show.open:
-        from evaluations.reports.report import with_page  # here, as it takes a second to load
-
-        text = with_page(text, options[0].out)
-    tell(text, show)
+    tell(with_page(text, options[0].out, show), show)
 
 
 if __name__ == "__main__":

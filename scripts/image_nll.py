@@ -9,6 +9,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from evaluations.reports import with_page
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell, with_logdir
@@ -27,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist_util.shutdown()
     if result:
         text = f"likelihood: {result}\nby image:   {run.out / 'bpd.npz'}\nby step:    {run.out / 'terms.csv'}"
-        if show.open:
-            from evaluations.reports.report import with_page  # here, as it takes a second to load
-
-            text = with_page(text, run.out)
-        tell(text, show)
+        tell(with_page(text, run.out, show), show)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from evaluations.bench.probe import ProbeOptions, run_probe
 from evaluations.bench.probe_report import check_table, write_probe
+from evaluations.reports import with_page
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.guidance import GUIDANCE
@@ -27,11 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.table:
         check_table(options.table, options.metric, options.model_path)
     text = run_probe(options, model, diffusion, methods, write_probe)
-    if show.open:
-        from evaluations.reports.report import with_page  # here, as it takes a second to load
-
-        text = with_page(text, options.out)
-    tell(text, show)
+    tell(with_page(text, options.out, show), show)
 
 
 if __name__ == "__main__":

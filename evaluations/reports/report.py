@@ -54,11 +54,6 @@ def write_pages(words: Sequence[str], options: ReportOptions) -> str:
     return "\n".join(f"page: {_page_of(folder, options)}" for folder in folders)
 
 
-def with_page(text: str, folder: str | Path) -> str:
-    """What a command says of the folder that it wrote, and where the page of that is, which is written."""
-    return f"{text}\n{write_pages([str(folder)], ReportOptions())}"
-
-
 def _folder(word: str) -> Path:
     """The folder that a word names."""
     if Path(word).is_dir():
