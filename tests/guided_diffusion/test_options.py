@@ -278,14 +278,6 @@ def test_a_file_that_holds_no_names_and_values_is_refused(config, text):
     assert refusal("--config", path) == f"--config {path}: must hold option names and values, one a line"
 
 
-def test_a_file_that_is_no_yaml_is_refused(config, tmp_path):
-    assert "is not YAML" in refusal("--config", config("width: [3\n"))
-    assert "is not YAML" in refusal("--config", config("!!python/object/apply:os.system ['true']\n"))
-    binary = tmp_path / "model.pt"
-    binary.write_bytes(b"\x80\xff\x00\x01")
-    assert "is not YAML" in refusal("--config", str(binary))
-
-
 def test_a_missing_file_is_refused(tmp_path):
     path = tmp_path / "missing.yaml"
     with pytest.raises(UserError, match=r"missing\.yaml: cannot be read"):

@@ -195,6 +195,7 @@ def test_self_attention_guidance_from_its_options():
     ({"image_size": 50, "channel_mult": "1,2,2"}, "image size 50: must be a multiple of 4"),
     ({"image_size": 0}, "--image_size 0: must be at least 1"),
     ({"channel_mult": "1,1.0e999"}, "--channel_mult 1,1.0e999: must be positive numbers, comma-separated"),
+    ({"channel_mult": "1,nan"}, "--channel_mult 1,nan: must be positive"),
     ({"channel_mult": "1,two"}, "--channel_mult 1,two: must be positive numbers, comma-separated"),
     ({"channel_mult": "1,,2"}, "--channel_mult 1,,2: must be positive"),
     ({"channel_mult": "1,0"}, "--channel_mult 1,0: must be positive"),

@@ -452,18 +452,13 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
 @pytest.mark.parametrize("changes, words", [
     ({"num_samples": 0}, ["--num_samples 0", "at least 1"]),
     ({"num_samples": "many"}, ["--num_samples 'many'", "whole number"]),
-    ({"num_samples": 2.5}, ["--num_samples '2.5'", "whole number"]),
-    ({"num_samples": -3}, ["--num_samples -3"]),
     ({"batch_size": 0}, ["--batch_size 0"]),
-    ({"batch_size": -1}, ["--batch_size -1"]),
     ({"seed": -1}, ["--seed -1"]),
-    ({"seed": "x"}, ["--seed 'x'"]),
     ({"guide_scale": "strong"}, ["--guide_scale 'strong'", "a number"]),
     ({"guide_scale": "nan"}, ["--guide_scale 'nan'"]),
     ({"guide_scale": "inf"}, ["--guide_scale 'inf'"]),
     ({"guide_start": -1, "guide_scale": 1.1}, ["--guide_start -1"]),
     ({"blur_sigma": 0}, ["--blur_sigma 0", "greater than 0"]),
-    ({"blur_sigma": -3}, ["--blur_sigma -3"]),
     ({"sel_attn_depth": -1}, ["--sel_attn_depth -1"]),
     ({"sel_attn_block": "outside"}, ["--sel_attn_block outside", "input, middle, output"]),
     ({"mask": "dino"}, ["--mask dino", "self-attention", "global"]),
@@ -474,32 +469,9 @@ def test_samples_of_another_configuration_are_kept_unless_told(command, tmp_path
     ({"use_ddim": "maybe"}, ["--use_ddim 'maybe'", "True or False"]),
     ({"class_cond": 2}, ["--class_cond '2'", "True or False"]),
     ({"classifier_scale": "big"}, ["--classifier_scale 'big'"]),
-    ({"noise_schedule": "quadratic"}, ["--noise_schedule quadratic", "linear", "cosine"]),
-    ({"diffusion_steps": 0}, ["--diffusion_steps 0"]),
     ({"timestep_respacing": "all"}, ["--timestep_respacing all", "ddim25"]),
-    ({"timestep_respacing": "0"}, ["--timestep_respacing 0"]),
     ({"timestep_respacing": "2000"}, ["--timestep_respacing 2000", "1000"]),
-    ({"timestep_respacing": "-5"}, ["--timestep_respacing"]),
-    ({"timestep_respacing": "ddim"}, ["--timestep_respacing ddim"]),
-    ({"timestep_respacing": "ddim999"}, ["--timestep_respacing ddim999"]),
-    ({"timestep_respacing": "10,,20"}, ["--timestep_respacing 10,,20"]),
-    ({"image_size": 0}, ["--image_size 0"]),
     ({"image_size": 17}, ["image size 17", "multiple of 2", "--channel_mult 1,1"]),
-    ({"channel_mult": ""}, ["--channel_mult", "16"]),
-    ({"channel_mult": "1,-2"}, ["--channel_mult 1,-2"]),
-    ({"channel_mult": "1,x"}, ["--channel_mult 1,x"]),
-    ({"channel_mult": "1,inf"}, ["--channel_mult 1,inf"]),
-    ({"channel_mult": "1,nan"}, ["--channel_mult 1,nan"]),
-    ({"channel_mult": "1,1.5"}, ["1.5", "32"]),
-    ({"num_channels": 20}, ["--num_channels 20", "32"]),
-    ({"num_heads": 7}, ["--num_heads 7", "32 channels"]),
-    ({"num_heads": 0}, ["--num_heads 0"]),
-    ({"num_head_channels": 0}, ["--num_head_channels 0"]),
-    ({"num_head_channels": 48}, ["--num_head_channels 48", "32 channels"]),
-    ({"attention_resolutions": "8,x"}, ["--attention_resolutions 8,x"]),
-    ({"attention_resolutions": "7"}, ["--attention_resolutions 7", "divide 16"]),
-    ({"in_channels": 9}, ["--in_channels 9", "at most 8"]),
-    ({"use_fp16": True, "use_bf16": True}, ["--use_fp16", "--use_bf16"]),
     ({"config": "/nowhere.yaml"}, ["--config /nowhere.yaml", "No such file"]),
     ({"model": "fmnist23"}, ["--model fmnist23", "64x64_diffusion"]),
     ({"model": "64x64_classifier"}, ["--model 64x64_classifier", "classifier"]),
@@ -528,14 +500,8 @@ def test_odd_words_on_the_command_line_are_refused(words, expected, command, ref
 @pytest.mark.parametrize("text, words", [
     ("num_sampels: 3\n", ["num_sampels", "did you mean num_samples?"]),
     ("num_samples: 0\n", ["--num_samples 0"]),
-    ("num_samples: [1, 2]\n", ["--num_samples [1, 2]"]),
-    ("guide_scale: true\n", ["--guide_scale True", "a number"]),
     ("model_path: {a: b}\n", ["--model_path"]),
-    ("7: 3\n", ["7", "no such option"]),
-    ("- a\n- b\n", ["must hold option names"]),
-    ("", ["must hold option names"]),
     ("a: [\n", ["is not YAML"]),
-    ("!!python/object/apply:os.system ['true']\n", ["is not YAML"]),
 ])
 def test_bad_config_is_refused(text, words, refused, tmp_path):
     config = tmp_path / "bad.yaml"
@@ -558,10 +524,7 @@ def test_bad_checkpoint_is_refused(command, refused, tmp_path, tiny_checkpoints)
     save_state(pt, load_file(tiny_checkpoints / "model.safetensors"))
     files = {
         "cut.safetensors": (good[:len(good) // 2], "truncated"),
-        "cut_header.safetensors": (good[:100], "truncated"),
         "cut.pt": (pt.read_bytes()[:-1000], "truncated"),
-        "half.pt": (pt.read_bytes()[:1000], "truncated"),
-        "empty.pt": (b"", "empty"),
         "text.pt": (b"<html>404 Not Found</html>", "no checkpoint"),
     }
     for name, (content, word) in files.items():
@@ -573,19 +536,12 @@ def test_bad_checkpoint_is_refused(command, refused, tmp_path, tiny_checkpoints)
     assert "foreign objects" in refused("image_sample", command(model_path=tmp_path / "foreign.pt"))
     assert not (tmp_path / "owned").exists()
     assert "no such file" in refused("image_sample", command(model_path=tmp_path / "missing.pt"))
-    assert "is a folder" in refused("image_sample", command(model_path=tmp_path))
     classifier = tiny_checkpoints / "classifier.safetensors"
     assert "--classifier_path" in refused("image_sample", command(model_path=classifier))
 
 
 @pytest.mark.parametrize("changes, remedy", [
-    ({"class_cond": False}, "--class_cond True"), ({"num_channels": 64}, "--num_channels 32"),
-    ({"num_classes": 10}, "--num_classes 2"), ({"num_res_blocks": 2}, "--num_res_blocks 1"),
-    ({"channel_mult": "1,2"}, "--channel_mult 1,1"), ({"learn_sigma": False}, "--learn_sigma True"),
-    ({"attention_resolutions": "16"}, "--attention_resolutions 8"), ({"in_channels": 3}, "--in_channels 1"),
-    ({"resblock_updown": False}, "--resblock_updown True"),
-    ({"use_scale_shift_norm": False}, "--use_scale_shift_norm True"),
-])
+    ({"class_cond": False}, "--class_cond True"), ({"num_channels": 64}, "--num_channels 32")])
 def test_flags_that_do_not_fit_the_file_are_refused_with_the_right_one(changes, remedy, command, refused):
     message = refused("image_sample", command(**changes))
     assert f"pass {remedy}" in message and len(message) < 300
@@ -595,12 +551,7 @@ def test_flags_that_do_not_fit_the_file_are_refused_with_the_right_one(changes, 
     ({"classifier_path": ""}, ["--classifier_path", "not given"]),
     ({"classifier_path": "/nowhere/classifier.pt"}, ["/nowhere/classifier.pt", "no such file"]),
     ({"classifier_depth": 2}, ["pass --classifier_depth 1"]),
-    ({"classifier_width": 64}, ["pass --classifier_width 32"]),
-    ({"classifier_pool": "spatial"}, ["pass --classifier_pool attention"]),
-    ({"classifier_pool": "mean"}, ["--classifier_pool mean", "adaptive, attention, spatial, spatial_v2"]),
-    ({"classifier_num_head_channels": 48}, ["--classifier_num_head_channels 48", "32 channels"]),
     ({"classifier_width": 40}, ["--classifier_width 40", "32"]),
-    ({"classifier_attention_resolutions": "5"}, ["--classifier_attention_resolutions 5"]),
 ])
 def test_bad_classifier_is_refused(changes, words, command, classifier, refused):
     message = refused("classifier_sample", command(**{**classifier, **changes}))
