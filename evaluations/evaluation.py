@@ -21,10 +21,7 @@ from .class_accuracy import read_labels_by_name
 from .evaluation_checks import (
     check_count,
     check_options,
-    check_outputs,
-    check_reference,
     check_same_widths,
-    check_stored_features,
     check_trained_on,
     check_whole_reference,
     is_stored,
@@ -32,10 +29,10 @@ from .evaluation_checks import (
     stored_widths,
 )
 from .evaluation_plot import plot_evaluation, plotted_file
-from .evaluation_results import described_extractor, protocol, summary, versions
+from .evaluation_results import described_extractor, protocol, versions
 from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
-from .extractor_options import ExtractorOptions, load_extractor, load_extractor_once
+from .extractor_options import ExtractorOptions, load_extractor_once
 from .extractors.depth import DepthExtractor, depth_extractor
 from .features import FeatureExtractor, Features, extract, first_features
 from .image_sets import open_images
@@ -43,12 +40,9 @@ from .metrics import Comparison, FileFeatures, Interval, Metric
 from .metrics.comparison import SUFFIXES, Feature
 from .nearest import draw_nearest
 from .references import open_reference
-from .stored_statistics import check_extractor_of, extractor_settings, other_extractor, settings_text, stored_count
+from .stored_statistics import other_extractor, stored_count
 
-# With names that moved to files of their own and are found here as well.
-__all__ = ["Evaluation", "EvaluatorOptions", "ExtractorOptions", "check_extractor_of", "check_outputs",
-           "check_reference", "check_same_widths", "check_stored_features", "evaluation_job", "extractor_settings",
-           "load_extractor", "load_extractor_once", "other_extractor", "settings_text", "stored_count", "summary"]
+__all__ = ["Evaluation", "EvaluatorOptions", "ExtractorOptions", "evaluation_job"]
 
 
 def evaluation_job(json: str, sample: Path) -> AbstractContextManager[None]:

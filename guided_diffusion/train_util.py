@@ -35,13 +35,13 @@ from .stated import statement_of
 from .training.averages import sampled
 from .training.batch import Data, DropLabels, Network, TrainingBatch
 from .training.folder import Record, locked_folder
-from .training.loop import TrainLoop, average_over_ranks
+from .training.loop import TrainLoop
 from .training.options import ClassifierTrainOptions, LoopOptions, TrainOptions
 from .training.state import FILE
 from .training.watch import Watched, Watcher
 
-__all__ = ["Network", "TrainLoop", "TrainOptions", "TrainingBatch", "average_over_ranks", "classification_losses",
-           "in_small", "label_dropout", "train_classifier", "train_diffusion"]
+__all__ = ["Network", "TrainLoop", "TrainOptions", "TrainingBatch", "classification_losses", "in_small",
+           "label_dropout", "train_classifier", "train_diffusion"]
 
 
 def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_options: DiffusionOptions,

@@ -16,15 +16,12 @@ from guided_diffusion.files import write_text
 from ..pages.page import pages_of
 from ..pages.pictures import shown_grid
 from .figures import figures
-from .markdown import markdown
 from .pictures import Pictures, shown_overlay
 from .sections import shown_sections
 from .table_chart import chart_figure
 from .tables import TIMED
 from .verdicts import NOT_RUN
 from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, written_count
-
-__all__ = ["Pictures", "markdown", "page", "write_report"]
 
 _TIMED = (*TIMED, "images_per_second")
 

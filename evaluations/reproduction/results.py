@@ -17,8 +17,6 @@ from .tables import DFID, Row, Section, Table
 from .titles import guidance, guidance_flags, heads, sampler_alone, titles, usual
 from .verdicts import NOT_RUN, jointly, not_comparable, overall, verdict, versus
 
-__all__ = ["jointly", "not_comparable", "overall", "results", "verdict", "versus"]
-
 NOTHING = {"network": None, "reference": None}          # of a row that was not evaluated
 
 

@@ -8,9 +8,10 @@ from PIL import Image
 
 from evaluations.metrics import Replicates
 from evaluations.reproduction.cost_chart import CostLine, CostPoint, cost_lines
+from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements, section_images
 from evaluations.reproduction.panels import panels
-from evaluations.reproduction.report import Pictures, markdown
+from evaluations.reproduction.pictures import Pictures
 from evaluations.reproduction.reproduce import write_all
 from evaluations.reproduction.results import results
 from evaluations.reproduction.table_chart import chart_drawing

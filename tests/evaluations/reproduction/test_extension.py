@@ -13,9 +13,11 @@ from evaluations.metrics.comparison import Feature
 from evaluations.metrics.registry import Resampled
 from evaluations.metrics.verdicts import HIGHER
 from evaluations.reproduction.costs import cost
+from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements
+from evaluations.reproduction.pictures import Pictures
 from evaluations.reproduction.plan import plan
-from evaluations.reproduction.report import Pictures, markdown, page
+from evaluations.reproduction.report import page
 from evaluations.reproduction.results import results
 from evaluations.reproduction.tables import Section, Table, read_row
 from guided_diffusion.guidance import GUIDANCE, Guidance, GuidanceOptions, Passes

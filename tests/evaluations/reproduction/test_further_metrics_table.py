@@ -7,8 +7,10 @@ import pytest
 
 from evaluations.evaluation import Evaluation, EvaluatorOptions, ExtractorOptions
 from evaluations.metrics import METRICS, saturation
+from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.measurements import EvaluationSettings, measure_rows
-from evaluations.reproduction.report import Pictures, markdown, page
+from evaluations.reproduction.pictures import Pictures
+from evaluations.reproduction.report import page
 from evaluations.reproduction.results import results
 from evaluations.reproduction.tables import Section, Table, read_row
 from guided_diffusion.npz import write_batch

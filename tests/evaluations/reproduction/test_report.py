@@ -11,7 +11,9 @@ from browser import SIZES, TEXTS, contrast, opened
 
 from evaluations.metrics import METRICS
 from evaluations.reproduction.charts import Point, chart
-from evaluations.reproduction.report import Pictures, markdown, page, write_report
+from evaluations.reproduction.markdown import markdown
+from evaluations.reproduction.pictures import Pictures
+from evaluations.reproduction.report import page, write_report
 from guided_diffusion.errors import UserError
 
 SHA256 = "3b7f9a0c" * 8

@@ -9,21 +9,14 @@ import pytest
 from evaluations.evaluation import ExtractorOptions
 from evaluations.metrics import Replicates
 from evaluations.reproduction.checks import check_rows
+from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements
-from evaluations.reproduction.report import markdown
-from evaluations.reproduction.results import (
-    features_of,
-    jointly,
-    not_comparable,
-    overall,
-    results,
-    verdict,
-    versus,
-)
+from evaluations.reproduction.results import features_of, results
 from evaluations.reproduction.table_chart import chart_drawing
 from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, load_table, read_row
 from evaluations.reproduction.titles import guidance
 from evaluations.reproduction.titles import titles as titles_of
+from evaluations.reproduction.verdicts import jointly, not_comparable, overall, verdict, versus
 from guided_diffusion.errors import UserError
 
 
