@@ -164,18 +164,9 @@ class GaussianDiffusion(DiffusionProcess):
         return self._chain(options.step(), denoise, _first_noise(model, shape, noise, device),
                            _terms(guidance, cond_fn), progress, image_ids)
 
-    def solver_sample_loop(
-        self, model: nn.Module, shape: Sequence[int], solver: str = "dpm-solver++", order: int = 2,
-        variant: str = "bh2", steps: int = DEFAULT_STEPS, grid: str = "time-uniform", eta: float = 0.0,
-        noise: Tensor | None = None, clip_denoised: bool = True, dynamic_threshold: float | None = None,
-        denoised_fn: DenoisedFn | None = None, cond_fn: CondFn | None = None,
-        model_kwargs: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-        progress: bool = False, guidance: Sequence[Guidance] = (), image_ids: Ids | None = None,
-    ) -> Tensor:
-        """Images (N, C, H, W) by a multistep solver; options as in `solver_sample_loop_progressive`."""
-        return sampling.last(self.solver_sample_loop_progressive(
-            model, shape, solver, order, variant, steps, grid, eta, noise, clip_denoised, dynamic_threshold,
-            denoised_fn, cond_fn, model_kwargs, device, progress, guidance, image_ids))["sample"]
+    def solver_sample_loop(self, model: nn.Module, shape: Sequence[int], *arguments: Any, **options: Any) -> Tensor:
+        """Images (N, C, H, W) by a multistep solver; the other arguments: see `solver_sample_loop_progressive`."""
+        return sampling.last(self.solver_sample_loop_progressive(model, shape, *arguments, **options))["sample"]
 
     def _chain(self, step: sampling.Step, denoise: Denoiser, x_T: Tensor, guidance: Sequence[Guidance],
                progress: bool, image_ids: Ids | None) -> Iterator[Images]:

@@ -259,21 +259,17 @@ def _resampled_fid_at_infinity(comparison: Comparison) -> Resampled:
     return Resampled(statistic, comparison.sample.count, order_replicates)
 
 
-def _authenticity(comparison: Comparison) -> float:
-    return 100 * float(comparison.authentic.mean())
+def _percentage(word: str, title: str, feature: Feature, values: Callable[[Comparison], np.ndarray],
+                needs: FromReference = FromReference.NOTHING) -> Metric:
+    """The record of the share of samples, in percent, of which `values`, 0 or 1, are 1."""
+    def value(comparison: Comparison) -> float:
+        return 100 * float(values(comparison).mean())
 
+    def resampled(comparison: Comparison) -> Resampled:
+        found = values(comparison)
+        return Resampled(resampled_mean(100 * found), len(found), share_replicates)
 
-def _resampled_authenticity(comparison: Comparison) -> Resampled:
-    return Resampled(resampled_mean(100 * comparison.authentic), len(comparison.authentic), share_replicates)
-
-
-def _class_accuracy(comparison: Comparison) -> float:
-    return 100 * float(comparison.sample[Feature.CORRECTNESS].mean())
-
-
-def _resampled_class_accuracy(comparison: Comparison) -> Resampled:
-    correct = comparison.sample[Feature.CORRECTNESS]
-    return Resampled(resampled_mean(100 * correct), len(correct), share_replicates)
+    return Metric(word, title, HIGHER, feature, value, resampled, needs, is_share=True, most=100)
 
 
 def _of_images(word: str, title: str, direction: Direction, feature: Feature, most: float = math.inf) -> Metric:
@@ -329,10 +325,10 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     Metric("fid_infinity", "FID at infinity", LOWER, Feature.POOLED, _fid_at_infinity, _resampled_fid_at_infinity,
            FromReference.STATISTICS, fewest=FEWEST, per_feature=TRUSTED, least=-math.inf,
            by_network="Frechet distance at infinity by {} features", by_seed=True),
-    Metric("authenticity", "Authenticity in %", HIGHER, Feature.POOLED, _authenticity, _resampled_authenticity,
-           FromReference.FEATURES, is_share=True, most=100),
-    Metric("class_accuracy", "Class accuracy in %", HIGHER, Feature.CORRECTNESS, _class_accuracy,
-           _resampled_class_accuracy, is_share=True, most=100),
+    _percentage("authenticity", "Authenticity in %", Feature.POOLED, lambda comparison: comparison.authentic,
+                FromReference.FEATURES),
+    _percentage("class_accuracy", "Class accuracy in %", Feature.CORRECTNESS,
+                lambda comparison: comparison.sample[Feature.CORRECTNESS]),
     # Of the pixels themselves.
     _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION, most=1),
     _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST, most=0.5),
