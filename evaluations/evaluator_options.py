@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_diffusion.errors import UserError
-from guided_diffusion.options import Options, nearest, option, seed_option
+from guided_diffusion.options import Options, option, seed_option
 
 from .metrics import METRICS, ComparisonSettings, Metric
 from .metrics.bootstrap import MOST_RESAMPLINGS
 from .metrics.comparison import MANIFOLD_K
+from .metrics.registry import metric_words
 
 MANIFOLD = (METRICS["precision"], METRICS["recall"])        # whose distances --precision_recall chooses
 
@@ -38,13 +38,7 @@ class EvaluatorOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for word in self._words():
-            if word not in METRICS:
-                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
-                                f"{nearest(word, METRICS)}")
-
-    def _words(self) -> list[str]:
-        return self.metrics.replace(" ", "").lower().split(",")
+        metric_words(self.metrics)
 
     @property
     def is_drawn(self) -> bool:
@@ -54,7 +48,7 @@ class EvaluatorOptions(Options):
     @property
     def wanted(self) -> list[Metric]:
         """The metrics that are asked for, in the order of METRICS."""
-        words = self._words()
+        words = metric_words(self.metrics)
         return [metric for word, metric in METRICS.items() if word in words]
 
     @property

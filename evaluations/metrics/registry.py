@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.options import nearest
+
 from .authenticity import share_replicates
 from .bootstrap import (
     Interval,
@@ -333,3 +336,12 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
     _of_images("saturation", "Saturation", Direction("more saturated", "less saturated"), Feature.SATURATION, most=1),
     _of_images("contrast", "Contrast", Direction("more contrast", "less contrast"), Feature.CONTRAST, most=0.5),
 )}
+
+
+def metric_words(text: str) -> list[str]:
+    """Returns the words that --metrics names, with commas. Raises UserError for one that is no metric's."""
+    words = text.replace(" ", "").lower().split(",")
+    for word in words:
+        if word not in METRICS:
+            raise UserError(f"--metrics {text}: {word!r} is none of {', '.join(METRICS)}{nearest(word, METRICS)}")
+    return words

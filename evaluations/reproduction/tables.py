@@ -52,6 +52,7 @@ from guided_diffusion.runs.sampler import SMALLER
 from ..extractors import ExtractorKind, check_backend, find_extractor
 from ..extractors.own import NoSuchNetwork
 from ..metrics import METRICS
+from ..metrics.registry import metric_words
 
 CONFIGS = configurations()
 DFID = "dfid"
@@ -92,10 +93,7 @@ class EvaluationSpec(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_backend(self.backend)
-        for word in self.words:
-            if word not in METRICS:
-                raise UserError(f"--metrics {self.metrics}: {word!r} is none of {', '.join(METRICS)}"
-                                f"{nearest(word, METRICS)}")
+        metric_words(self.metrics)
 
     @property
     def kind(self) -> ExtractorKind | None:
@@ -108,7 +106,7 @@ class EvaluationSpec(Options):
     @property
     def words(self) -> list[str]:
         """The words of the metrics, in order."""
-        return list(dict.fromkeys(self.metrics.replace(" ", "").lower().split(",")))
+        return list(dict.fromkeys(metric_words(self.metrics)))
 
     @property
     def smallest_count(self) -> int:
