@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import zipfile
@@ -28,6 +27,7 @@ from guided_diffusion.image_files import (
     IMAGE_SUFFIXES,
     MAX_PACKED,
     FoundPictures,
+    NamedBytes,
     find_pictures,
     read_image,
     zip_members,
@@ -175,21 +175,10 @@ class _PackedPicture:
         if self._info.file_size > MAX_PACKED:
             raise UserError(f"{where}: unpacks to {self._info.file_size} bytes, more than {MAX_PACKED}")
         with reading(where, "cannot be read"):
-            return np.asarray(read_image(_Member(where, self._archive.read(self._info)), 3))
+            return np.asarray(read_image(NamedBytes(where, self._archive.read(self._info)), 3))
 
     def digest(self) -> str:
         return f"{self._info.CRC:08x} {self._info.file_size}"
-
-
-class _Member(io.BytesIO):
-    """The bytes of a picture in an archive, with the name that sentences give it."""
-
-    def __init__(self, where: str, content: bytes) -> None:
-        super().__init__(content)
-        self._where = where
-
-    def __str__(self) -> str:
-        return self._where
 
 
 def _packed_pictures(path: Path) -> list[Picture]:

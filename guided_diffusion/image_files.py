@@ -98,6 +98,17 @@ class FoundPictures:
         return f"{folder}: {len(self.files)} images; left out: {self}" if self.left_out else ""
 
 
+class NamedBytes(io.BytesIO):
+    """The bytes of a picture with the name that sentences give it."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
 def is_litter(path: PurePath) -> bool:
     """Whether a file is hidden or what systems leave behind, or lies in a folder that is."""
     return any(part.startswith(".") or part.lower() in LITTER for part in path.parts)

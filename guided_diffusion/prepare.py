@@ -44,7 +44,7 @@ from .files import (
 )
 from .foreign import read_json, reading
 from .image_datasets import crop_square, resize_smaller_side
-from .image_files import MAX_PACKED, FoundPictures, find_pictures, is_litter, read_image, zip_members
+from .image_files import MAX_PACKED, FoundPictures, NamedBytes, find_pictures, is_litter, read_image, zip_members
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -92,17 +92,6 @@ class Member(NamedTuple):
     name: str
     size: int
     read: Callable[[], bytes]
-
-
-class NamedBytes(io.BytesIO):
-    """The bytes of a file that sentences name."""
-
-    def __init__(self, name: str, content: bytes) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
 
 
 # What there is
