@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -10,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from guided_diffusion import dist_util
 from guided_diffusion.dtypes import AUTO
@@ -42,7 +41,6 @@ FEWER = "No guidance, fewer steps"      # title of a section
 CHOICE_RESAMPLINGS = 2          # the search chooses by the values themselves
 
 _log = logging.getLogger(__name__)
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -135,23 +133,6 @@ def _rank_seconds(bench: Bench, options: BenchOptions) -> float:
     return probe(bench.base).seconds if options.evaluation_seconds is None else options.evaluation_seconds
 
 
-class Decisions:
-    """What rank 0 decides, for all ranks."""
-
-    def __init__(self) -> None:
-        self._store = dist_util.store("bench")
-        self._count = 0
-
-    def same(self, value: Value) -> Value:
-        """Returns the value of rank 0, which JSON can hold, on all ranks; they call this in the same order."""
-        key, self._count = str(self._count), self._count + 1
-        if dist_util.is_main():
-            self._store.set(key, json.dumps(value))
-            return value
-        found: Value = json.loads(self._store.get(key))
-        return found
-
-
 class BenchRun:
     """The work of a bench on all ranks, in the order of `units`.
 
@@ -162,7 +143,6 @@ class BenchRun:
     def __init__(self, bench: Bench, settings: EvaluationSettings, hours: Hours, why: Mapping[str, str],
                  extractors: dict[str, FeatureExtractor]) -> None:
         self.bench, self.settings, self.hours, self.why = bench, settings, hours, dict(why)
-        self.decisions = Decisions()
         self.searches: dict[str, list[Row]] = {}
         self.reports: dict[str, list[Row]] = {}
         self.left_out: list[str] = []
@@ -188,7 +168,7 @@ class BenchRun:
             self._do_fewer_steps(progress)
             for unit in elsewhere(self.bench, dict(self.best)):
                 self._do(unit, progress)
-            order = self.decisions.same(self._in_order())
+            order = dist_util.told_by_main(self._in_order())
             best = {**{one.short: one.settings[0] for one in found if one.transforms}, **self.best}
             searched = [replace(one, settings=self.tried.get(one.short, one.settings)) for one in found]
             for unit in in_pairs(self.bench, searched, best, order):
@@ -238,7 +218,7 @@ class BenchRun:
         """
         left = self.hours.left - self._report_seconds - searched * self._search_seconds
         expected = self.hours.expected(cost)
-        if self.decisions.same(expected <= left or not expected):
+        if dist_util.told_by_main(expected <= left or not expected):
             return True
         self.left_out.append(f"{what} (would take {expected / 3600:.2g} h of the {max(left, 0) / 3600:.2g} h that are "
                              "left)")
@@ -305,7 +285,7 @@ class BenchRun:
                 for other in range(1, len(values)):
                     place = other if spec.better(values[other], values[place]) else place
                 best = place, values[place]
-        chosen, value = self.decisions.same(list(best))
+        chosen, value = dist_util.told_by_main(list(best))
         return int(chosen), float(value)
 
     def _measured(self, table: Table, settings: EvaluationSettings) -> Measurements | None:
@@ -329,7 +309,7 @@ class BenchRun:
         """
         (row,), = self.reports.values()
         rows = f"{row.images} images, {row.evaluation.backend}"
-        seconds = self.decisions.same(self.hours.evaluating.get(rows, []))
+        seconds = dist_util.told_by_main(self.hours.evaluating.get(rows, []))
         for one in () if seconds else (row, self.bench.by_metric(row)):
             began = time.monotonic()
             self._measured(_table(self.bench, {"": [one]}), self.settings)
