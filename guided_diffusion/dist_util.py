@@ -325,13 +325,11 @@ def told_by_main(value: Any) -> Any:
         return value
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=dev())
     size = torch.tensor(len(text), device=dev())
-    try:
+    with collective():
         dist.broadcast(size, 0)
         if not is_main():
             text = torch.empty(int(size), dtype=torch.uint8, device=dev())
         dist.broadcast(text, 0)
-    except RuntimeError:
-        raise LostRankError("a rank is gone: it was killed, or its node is down") from None
     return json.loads(bytes(text.tolist()))
 
 
