@@ -207,10 +207,10 @@ def _converted(field: OptionField, value: Any) -> Any:
 
 
 def _checked_text(field: OptionField, text: str) -> str:
-    """The text, where the operating system could take it for the name of a file."""
+    """The text, where the operating system could take it for the name of a file; "~/" is what it is to a shell."""
     try:
         if b"\0" not in os.fsencode(text):
-            return text
+            return os.path.expanduser(text) if text.startswith("~/") else text
     except UnicodeEncodeError:
         pass
     raise UserError(f"--{field.name} {shortened(text)}: must be text without NUL and without half characters")

@@ -250,8 +250,8 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
 
     Raises UserError where there are none, for a damaged one unless it may be skipped, and where nothing can be written.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: there is no such folder or file")
+    if not path:
+        raise UserError("'': must name what is to be prepared, a folder, a .zip or .tar file, or an lmdb database")
     if "/" in options.name or options.name.startswith("."):
         raise UserError(f"--name {options.name}: must be the beginning of a file's name, without / and with no . at "
                         "first, which hides files")
@@ -259,6 +259,9 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if not as_npz and lies_in(out, path) and Path(path).is_dir():
         raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
                         "the command goes on; name another folder")
+    left_out = FoundPictures()
+    if next(sources(Path(path), left_out), None) is None:
+        raise _no_pictures(path, [], left_out)
     lines = _label_lines(options.labels_file) if options.labels_file else []
     settings = {"source": path, **{name: getattr(options, name) for name in SETTINGS}}
     settings |= {"labels_sha256": sha256_of(options.labels_file)} if options.labels_file else {}
@@ -270,6 +273,11 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     with locked(check_folder("--out", out) / LOCK, lambda who: UserError(
             f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
         _write(path, options, lines, settings, say)
+
+
+def _no_pictures(path: str, damaged: Sequence[str], found: FoundPictures) -> UserError:
+    return UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
+                                                     f" (left out: {found})" if found.left_out else ""))
 
 
 def _check_manifest(path: Path) -> None:
@@ -295,8 +303,7 @@ def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], s
     images = _prepared(path, options, label_of, damaged, found)
     rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name, kept)
     if not rows:
-        raise UserError(f"{path}: holds no pictures" + (f" that are whole, {len(damaged)} are damaged" if damaged else
-                                                        f" (left out: {found})" if found.left_out else ""))
+        raise _no_pictures(path, damaged, found)
     classes = sorted({row["class"] for row in rows if row["class"] is not None}, key=natural_order)
     manifest = out.with_suffix(".json") if as_npz else out / MANIFEST
     write_json(manifest, {"settings": settings, "classes": classes, "images": rows, "damaged": damaged})

@@ -96,7 +96,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     averages = sorted(profile.name for profile in options.profiles)
     upsamples = isinstance(model_options, UpsamplerOptions)
     command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
-    _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(options.out)}")
+    _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(str(Path(options.out)))}")
 
 
 def _with_null_class(network: ModelOptions | UpsamplerOptions, options: TrainOptions,

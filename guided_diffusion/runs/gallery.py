@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import UserError
 from ..fetch import without_secrets
@@ -51,8 +52,8 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
         save_grid(images, out / f"{name}.png", options.columns)
         words = finished_run(folder).title
         made = recorded_command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
-        lines += ["", f"## {_model(configuration)}: {words}", "", f"![{len(images)} images: {words}]({name}.png)", "",
-                  *_shell(made)]
+        lines += ["", f"## {_model(configuration)}: {words}", "",
+                  f"![{len(images)} images: {words}]({quote(name)}.png)", "", *_shell(made)]
     write_text(out / PAGE, "\n".join(lines) + "\n")
     return f"gallery: {out / PAGE}"
 

@@ -227,18 +227,20 @@ def title(configuration: Mapping[str, Any], files: Iterable[str] = ()) -> str:
     """The guidance of a recorded run in words, and its sampler if that is not DDPM.
 
     Like "SAG s = 0.1 + CG scale 0.5", or "no guidance, DPM-Solver++(2M), 20 steps, time-uniform". A run that upsampled
-    the images of another, which is still there, has that one's: "SAG s = 0.1, upsampled". files: what run.json has
-    digests of, by its names; code among them that this process does not know is named.
+    the images of another, which is still there, says that one's first: "SAG s = 0.1, upsampled by UniPC-2, 15 steps".
+    files: what run.json has digests of, by its names; code among them that this process does not know is named.
     """
-    try:
-        return f"{_finished_run(Path(configuration['base_samples'])).title}, upsampled"
-    except READ_ERRORS:
-        pass                            # no such run
     methods = [method.title() for method in active_guidance(configuration)]
     if unknown := _unknown_code(files):
         methods.append(f"code unknown here ({', '.join(unknown)})")
-    words = " + ".join(methods) or "no guidance"
-    return words if _sampler_name(configuration) == DEFAULT_SAMPLER else f"{words}, {sampler_title(configuration)}"
+    guidance = " + ".join(methods)
+    sampler = "" if _sampler_name(configuration) == DEFAULT_SAMPLER else sampler_title(configuration)
+    try:
+        base = f"{_finished_run(Path(configuration['base_samples'])).title}, upsampled"
+    except READ_ERRORS:                 # no such run
+        return ", ".join(filter(None, (guidance or "no guidance", sampler)))
+    own = ", ".join(filter(None, (guidance, sampler)))
+    return f"{base} by {own}" if own else base
 
 
 def _unknown_code(files: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, dist_util
+from ..build import kind_of
 from ..classes import KEY
 from ..errors import UserError
 from ..fetch import public_values, without_secrets
@@ -122,6 +123,8 @@ class Record:
 
         Raises UserError, naming the option, where the training cannot go on with it.
         """
+        if (kind := kind_of(before.model)) != kind_of(self.model):
+            raise UserError(f"--out {out}: holds the training of a network of another kind, {kind}; name another")
         allowed = {name for name in self.training.get("change", "").split(",") if name}
         self._check_classes(before, out)
         lines = []
@@ -215,6 +218,9 @@ class Record:
         if name in STARTS:
             return (f"--{name} {shown(now)}: counts at the start only, and the run in {out} began with {shown(then)}; "
                     "leave it out, or give another --out")
+        if name in ENDS:
+            return (f"--{name} {shown(now)}: the run in {out} goes on to {shown(then)}, give that one, a later one or "
+                    f"another --out, or --change {name} to end there, at once where it is past that step")
         fixed = name in FIXED or name in self.model
         return (f"--{name} {shown(now)}: the run in {out} has {shown(then)}, give that one or another --out"
                 + ("" if fixed else f", or --change {name} to go on with the new one"))

@@ -47,7 +47,7 @@ def test_a_cascade_is_its_commands_one_after_the_other(line, tmp_path, capsys):
     images, classes = samples_in(out / "upsampler")
     assert (base.shape, images.shape) == ((6, 16, 16, 3), (6, 32, 32, 3)) and (labels == classes).all()
     configuration = read_record(out / "upsampler" / "run.json")["configuration"]
-    assert title(configuration) == "SAG s = 0.5, block output.1, upsampled"
+    assert title(configuration) == "SAG s = 0.5, block output.1, upsampled by PAG s = 2"
     words = line(upsample=["--pag_scale", 2])
     alone = [*words[words.index("upsampler") + 1:], "--base_samples", out / "base", "--out", tmp_path / "alone"]
     assert call("super_res_sample", *alone) == 0

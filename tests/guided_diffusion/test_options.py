@@ -245,6 +245,13 @@ def test_a_yaml_file_gives_values_of_any_spelling(config):
     assert network("--config", path) == Network(width=32, rate=1e-4, class_cond=True, levels="8", stop=None)
 
 
+@pytest.mark.parametrize(("text", "value"), [("~/a", "/home/me/a"), ("~", "~"), ("~a/b", "~a/b"), ("a/~/b", "a/~/b")])
+def test_the_home_folder_is_what_it_is_to_a_shell(text, value, config, monkeypatch):
+    """In a YAML file, and after `=` on a command line, no shell replaces it: images would go to a folder named ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert network("--config", config(f'colour: "{text}"\n')).colour == network(f"--colour={text}").colour == value
+
+
 def test_the_command_line_goes_before_the_file_before_the_preset_before_the_default(config):
     path = config("width: 32\ndropout: 0.5\n")
 

@@ -412,8 +412,11 @@ def test_what_cannot_be_read_is_one_sentence(data, capsys):
         assert call("prepare_images", data / source, "--image_size", 8, "--out", data / "out.npz") == 2
         assert words in capsys.readouterr().err
         assert not (data / "out.npz").exists()
-    for source in ("none", "empty"):                                # which leave a folder that can be used
-        assert call("prepare_images", data / source, "--image_size", 8, "--out", data / "out") == 2
+    (data / "text.txt").write_text("no picture")
+    for source in (data / "none", data / "empty", data / "text.txt", ""):       # which leave nothing
+        assert call("prepare_images", source, "--image_size", 8, "--out", data / "out") == 2
+        assert not (data / "out").exists()
+    assert "'': must name what is to be prepared" in capsys.readouterr().err
     line = [data / "folder", "--image_size", 8, "--skip_damaged", True, "--name", "x", "--out", data / "out"]
     assert call("prepare_images", *line) == 0
     assert "left out 1 damaged image(s)" in capsys.readouterr().out

@@ -60,6 +60,12 @@ def test_what_changes_the_result_is_refused_unless_it_is_meant(data_dir, run, ch
     train(data_dir, run, **{"lr_anneal_steps": 4, **changes}, change=name)
 
 
+def test_a_training_of_another_kind_of_network_is_named_first(data_dir, run):
+    """Not its options one after the other, each with the advice to change it."""
+    with pytest.raises(UserError, match=r"the training of a network of another kind, diffusion; name another$"):
+        train_tiny_classifier(data_dir, run, lr=0.1)
+
+
 @pytest.mark.parametrize("name", ["resume_checkpoint", "init_from"])
 def test_another_start_is_not_promised_once_there_is_a_state(data_dir, run, name):
     with pytest.raises(UserError, match=rf"--{name} other\.pt: counts at the start only, and the run in .* began with "
