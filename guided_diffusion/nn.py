@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
+from .losses import mean_flat
+
+__all__ = ["GroupNorm32", "SiLU", "checkpoint", "is_channels_last_on_cpu", "mean_flat", "normalization", "rows_of",
+           "timestep_embedding", "zero_module"]
+
 Module = TypeVar("Module", bound=nn.Module)
 _HALVES = (torch.bfloat16, torch.float16)       # whose norms on a CPU compute in float32 by themselves
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_diffusion.losses import mean_flat
-from guided_diffusion.nn import SiLU, checkpoint, normalization, rows_of, timestep_embedding, zero_module
+from guided_diffusion.nn import SiLU, checkpoint, mean_flat, normalization, rows_of, timestep_embedding, zero_module
 
 HALVES = (torch.float16, torch.bfloat16)
 
