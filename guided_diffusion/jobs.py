@@ -42,7 +42,8 @@ def command_line(script: str = "", argv: Sequence[str] | None = None) -> str:
     """
     program = script or sys.argv[0]
     python = ["python"] if program.endswith(".py") else []          # else it is the installed command
-    return without_secrets(shlex.join([*python, program, *(sys.argv[1:] if argv is None else argv)]))
+    words = [*python, program, *(sys.argv[1:] if argv is None else argv)]
+    return shlex.join(without_secrets(word) for word in words)          # before they are quoted, which hides their ends
 
 
 class State(StrEnum):

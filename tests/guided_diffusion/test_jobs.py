@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 
 import pytest
@@ -9,7 +10,7 @@ from commands import call
 
 from guided_diffusion import jobs
 from guided_diffusion.errors import UserError
-from guided_diffusion.jobs import State, job, read_state
+from guided_diffusion.jobs import State, command_line, job, read_state
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.status import status_of
 
@@ -132,3 +133,10 @@ def test_the_command_tells_of_several_jobs_and_of_what_is_none(tmp_path, capsys)
     assert f"{tmp_path}: holds no sampling run, and no state of another job" in err
     assert f"{tmp_path / 'none'}: there is no such folder or file" in err
     assert "status.json: is no JSON file that can be used" in err
+
+
+def test_a_command_line_without_its_secrets_is_still_one():
+    words = ["--data_dir", "https://me:word@host/photos.zip?token=1", "--out", "a b"]
+    shown = command_line("scripts/image_train.py", words)
+    assert shlex.split(shown) == ["python", "scripts/image_train.py", "--data_dir", "https://host/photos.zip",
+                                  "--out", "a b"]
