@@ -90,7 +90,6 @@ class LatentChunks(ChunkFiles):
 
     FOLDER: ClassVar = "latent"
     CONTENT: ClassVar = "samples"
-    BY_IMAGE: ClassVar = ("images",)
 
     def identify(self, configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
         """All options that an image depends on, and digests of the pipeline, of the prompts and of methods' code."""
@@ -270,12 +269,10 @@ class LatentRun:
         return LatentChunks(self.out, values, sha256)
 
     def _work(self, prepared: Prepared, chunks: LatentChunks, todo: Indices, queue: WorkQueue) -> None:
-        def make(index: int, on_step: Callable[[float], None]) -> None:
-            began = time.monotonic()
-            images = self._images(prepared, chunks.chunks[index], on_step)
-            chunks.write(index, {"images": images}, dist_util.rank(), time.monotonic() - began)
+        def make(image_ids: Sequence[int], on_step: Callable[[float], None]) -> dict[str, np.ndarray]:
+            return {"images": self._images(prepared, image_ids, on_step)}
 
-        make_chunks(make, chunks.chunks, todo, queue, self.options.log_every)
+        make_chunks(make, chunks, todo, queue, self.options.log_every)
 
     def _images(self, prepared: Prepared, image_ids: Sequence[int], on_step: Callable[[float], None]) -> np.ndarray:
         """Images (n, H, W, 3) uint8."""

@@ -3,7 +3,8 @@
     OUT/FOLDER/run.json        what the results depend on
     OUT/FOLDER/000123.npz      one chunk: its arrays, numbers (the indices of the images), run, rank, seconds
 
-`run` is the fingerprint of what the results depend on; rank and seconds say who made them, and how long it took.
+`run` is the fingerprint of what the results depend on; rank and seconds say who made them, and how long it took. Every
+other array has a row an image. So a shorter run takes the first rows of a chunk, and a longer one adds what it lacks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +51,6 @@ class ChunkFiles:
 
     FOLDER: ClassVar[str]
     CONTENT: ClassVar[str]          # what the chunks hold, in words
-    BY_IMAGE: ClassVar[tuple[str, ...]] = ()    # arrays of one row an image, where a longer chunk can be cut to fewer
 
     # What a chunk is
 
@@ -95,19 +96,34 @@ class ChunkFiles:
     # One chunk
 
     def write(self, index: int, arrays: Mapping[str, Any], rank: int = 0, seconds: float = 0.0) -> None:
-        """Writes the arrays of a chunk; rank and seconds tell how it was made."""
+        """Writes the arrays of a chunk, or of its first images; rank and seconds tell how they were made."""
+        numbers = np.asarray(self.chunks[index][:len(next(iter(arrays.values())))], np.int64)
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays, numbers=np.asarray(self.chunks[index], np.int64), run=self.fingerprint, rank=rank,
-                 seconds=seconds)
+        np.savez(buffer, **arrays, numbers=numbers, run=self.fingerprint, rank=rank, seconds=seconds)
         files.write(self.path(index), lambda file: file.write_bytes(buffer.getbuffer()), sync=True,
                     ending="finished chunks are kept: start the same command again to go on")
+
+    def complete(self, index: int, make: Callable[[Sequence[int]], Mapping[str, Any]], rank: int = 0) -> None:
+        """Makes the images that a chunk lacks, and writes them behind those that it has.
+
+        make: gives the arrays of images by their numbers.
+        """
+        image_ids, began = self.chunks[index], time.monotonic()
+        held = self._read_if_there(index)
+        count = len(held["numbers"]) if held else 0
+        # Fill stands for those that are there, so that each image has its place in the batch, as in a run without them.
+        arrays = make([max(image_id, image_ids[count]) for image_id in image_ids])
+        if held:
+            arrays = {name: np.concatenate([held[name], array[count:]]) for name, array in arrays.items()}
+            began -= float(held["seconds"])
+        self.write(index, arrays, rank, time.monotonic() - began)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """The arrays of a finished chunk.
 
         Raises FileNotFoundError; DamagedError where its bytes disagree with their checksums or shapes; UserError
-        where it is of another run. A chunk of fewer images, from a shorter run, is read too, and one of more, from a
-        longer run: without those, where it can be cut.
+        where it is of another run. A chunk of fewer images, from a shorter run, is read too, and of one of more, from
+        a longer run, the first.
         """
         path, image_ids = self.path(index), self.chunks[index]
         try:
@@ -124,15 +140,18 @@ class ChunkFiles:
             raise DamagedError(f"{path}: is damaged; delete it to have its images sampled again")
         if run != self.fingerprint or held[0] != image_ids.start or (np.diff(held) != 1).any():
             raise UserError(f"{path}: is of another run; {REMEDY}")
-        by_image = ("numbers", *self.BY_IMAGE) if self.BY_IMAGE else ()
-        return {name: array[:len(image_ids)] if name in by_image else array for name, array in arrays.items()}
+        return {name: array[:len(image_ids)] if array.ndim else array for name, array in arrays.items()}
 
-    def has(self, index: int) -> bool:
-        """Whether a chunk is finished, with all its images; raises as `read` does where it is no good."""
+    def _read_if_there(self, index: int) -> dict[str, np.ndarray] | None:
         try:
-            return len(self.read(index)["numbers"]) == len(self.chunks[index])
+            return self.read(index)
         except FileNotFoundError:
-            return False
+            return None
+
+    def count(self, index: int) -> int:
+        """How many images of a chunk are there; raises as `read` does where it is no good."""
+        held = self._read_if_there(index)
+        return len(held["numbers"]) if held else 0
 
     # All of them
 
@@ -150,7 +169,7 @@ class ChunkFiles:
         finished, damaged = [], []
         for index in self.stored():
             try:
-                if self.has(index):
+                if self.count(index) == len(self.chunks[index]):
                     finished.append(index)
             except DamagedError:
                 damaged.append(self.path(index).name)

@@ -3,7 +3,7 @@
 Image i is that of number i in its data, and its noise depends on (seed, i) and the step alone. The chunks stay in the
 folder, so that a larger number of images goes on from them:
 
-    OUT/likelihoods/000123.npz  a chunk: total_bpd, prior_bpd (n,), and sums of each term and of its squares (T,)
+    OUT/likelihoods/000123.npz  a chunk: total_bpd, prior_bpd (n,), and each term by step, (n, T)
     OUT/bpd.npz                 total_bpd, prior_bpd (N,), labels (N,) where the network has classes
     OUT/vb_terms.npz, mse_terms.npz, xstart_mse_terms.npz    arr_0 (T,): the mean of each term, from step T - 1 down to
                                 0, as the official code writes them
@@ -112,9 +112,9 @@ class LikelihoodChunks(ChunkFiles):
 
     def is_whole(self, arrays: Mapping[str, np.ndarray], count: int) -> bool:
         """Whether these arrays are those of a chunk of `count` images."""
-        sums = [arrays[f"{name}_{kind}"] for name in TERMS for kind in ("sum", "squares")]
+        terms = [arrays[name] for name in TERMS]
         return (arrays["total_bpd"].shape == arrays["prior_bpd"].shape == (count,)
-                and all(array.ndim == 1 and array.shape == sums[0].shape for array in sums))
+                and all(array.ndim == 2 and array.shape == (count, terms[0].shape[1]) for array in terms))
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class LikelihoodMeter:
             {name: value[rows].to(device) for name, value in cond.items()}, noise, on_step)
         finite = torch.stack([found[name].flatten(1).isfinite().all(dim=1) for name in TERMS]).all(dim=0).tolist()
         if bad := [str(number) for number, good in zip(image_ids, finite, strict=False) if not good]:
-            raise NonFiniteError(f"the network returned NaN or infinity for image {', '.join(bad[:8])}")
+            raise NonFiniteError("the network returned NaN or infinity for image "
+                                 f"{', '.join(list(dict.fromkeys(bad))[:8])}")
         return {name: value[:len(image_ids)].cpu().numpy() for name, value in found.items()}
 
 
@@ -251,17 +252,11 @@ class LikelihoodRun:
 
     def _work(self, meter: LikelihoodMeter, images: TrainingImages, chunks: LikelihoodChunks, todo: Indices,
               queue: WorkQueue) -> None:
-        def make(index: int, on_step: Callable[[float], None]) -> None:
-            image_ids, began, done = chunks.chunks[index], time.monotonic(), itertools.count(1)
-            steps = meter.process.num_timesteps
-            terms = meter.terms(image_ids, *images.at(image_ids), on_step=lambda: on_step(next(done) / steps))
-            arrays = {name: terms[name] for name in ("total_bpd", "prior_bpd")}
-            for name in TERMS:
-                values = terms[name].astype(np.float64)
-                arrays |= {f"{name}_sum": values.sum(axis=0), f"{name}_squares": (values**2).sum(axis=0)}
-            chunks.write(index, arrays, dist_util.rank(), time.monotonic() - began)
+        def make(image_ids: Sequence[int], on_step: Callable[[float], None]) -> dict[str, np.ndarray]:
+            done, steps = itertools.count(1), meter.process.num_timesteps
+            return meter.terms(image_ids, *images.at(image_ids), on_step=lambda: on_step(next(done) / steps))
 
-        make_chunks(make, chunks.chunks, todo, queue, self.options.log_every, "measuring")
+        make_chunks(make, chunks, todo, queue, self.options.log_every, "measuring")
 
     def _finish(self, chunks: LikelihoodChunks, images: TrainingImages, began: float) -> str:
         """Writes the results of all chunks, the record last; returns the mean in words."""
@@ -271,8 +266,10 @@ class LikelihoodRun:
             arrays = chunks.read(index)
             for name, parts in bpd.items():
                 parts.append(arrays[name])
-            for name in sums:
-                sums[name] = sums[name] + arrays[name]
+            for name in TERMS:
+                values = arrays[name].astype(np.float64)
+                sums[f"{name}_sum"] += values.sum(axis=0)
+                sums[f"{name}_squares"] += (values**2).sum(axis=0)
         whole = {name: np.concatenate(parts) for name, parts in bpd.items()}
         labels = {} if images.labels is None else {"labels": images.labels[:chunks.num_samples]}
         (self.out / "run.json").unlink(missing_ok=True)

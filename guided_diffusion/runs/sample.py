@@ -411,13 +411,12 @@ class SamplingRun:
 
     def _work(self, sampler: ImageSampler, chunks: Shards, queue: WorkQueue, todo: Indices) -> None:
         """Samples chunks into files as long as there are any."""
-        def make(index: int, on_step: Callable[[float], None]) -> None:
-            image_ids, began = chunks.chunks[index], time.monotonic()
+        def make(image_ids: Sequence[int], on_step: Callable[[float], None]) -> dict[str, np.ndarray]:
             labels = None if chunks.labels is None else chunks.labels(image_ids)
             images = sampler.images(image_ids, labels, on_step)
-            chunks.save(index, images, labels, dist_util.rank(), time.monotonic() - began)
+            return {"images": images, **({} if labels is None else {"labels": labels})}
 
-        make_chunks(make, chunks.chunks, todo, queue, self.sample.log_every)
+        make_chunks(make, chunks, todo, queue, self.sample.log_every)
 
     def _draw(self, chunks: Shards) -> None:
         pictures.save_grid(BatchFile(chunks.samples, chunks.shape[3]).first(64), self.out / PICTURE)

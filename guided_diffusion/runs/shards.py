@@ -95,20 +95,22 @@ class Shards(ChunkFiles):
 
     def save(self, index: int, images: np.ndarray, labels: np.ndarray | None, rank: int = 0,
              seconds: float = 0.0) -> None:
-        """Writes a chunk: images (n, H, W, C) uint8, labels (n,) int64; rank and seconds tell how it was made."""
-        labelled: dict[str, Any] = {} if labels is None else {"labels": labels}
-        if self.base is not None:
-            labelled["base"] = self.base(self.chunks[index])
-        self.write(index, {"images": images, **labelled}, rank, seconds)
+        """Writes a chunk, or its first images (n, H, W, C) uint8, labels (n,) int64; see `write`."""
+        self.write(index, {"images": images, **({} if labels is None else {"labels": labels})}, rank, seconds)
+
+    def write(self, index: int, arrays: Mapping[str, Any], rank: int = 0, seconds: float = 0.0) -> None:
+        """As `ChunkFiles.write`, with what tells the images that they were upsampled from."""
+        image_ids = self.chunks[index][:len(arrays["images"])]
+        beside = {} if self.base is None else {"base": self.base(image_ids)}
+        super().write(index, {**arrays, **beside}, rank, seconds)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """The arrays of a finished chunk, as `ChunkFiles.read`; raises UserError also for other labels and bases."""
         arrays = super().read(index)
-        path, image_ids, held = self.path(index), self.chunks[index], arrays["numbers"]
-        both = range(min(len(held), len(image_ids)))
-        if self.labels is not None and not _equal(_cut(self.labels(image_ids), both), _cut(arrays.get("labels"), both)):
+        path, image_ids = self.path(index), self.chunks[index][:len(arrays["numbers"])]
+        if self.labels is not None and not _equal(self.labels(image_ids), arrays.get("labels")):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
-        if self.base is not None and not _equal(_cut(self.base(image_ids), both), _cut(arrays.get("base"), both)):
+        if self.base is not None and not _equal(self.base(image_ids), arrays.get("base")):
             raise self._other_base(path)
         return arrays
 
@@ -143,10 +145,11 @@ class Shards(ChunkFiles):
         if earlier:
             there = range(earlier.num_samples)
             candidates = itertools.takewhile(lambda index: self.chunks[index].start in there, missing)
-            kept = [index for index in candidates if self.chunks[index][-1] in there]
+            parts = {index: there[self.chunks[index].start:self.chunks[index].stop] for index in candidates}
+            kept = {index: part for index, part in parts.items() if len(part) > self.count(index)}
             samples = BatchFile(earlier.samples, self.shape[3])
-            for index, images in zip(kept, samples.images(self.chunks[index] for index in kept), strict=True):
-                self.save(index, images, _cut(samples.labels, self.chunks[index]))
+            for (index, part), images in zip(kept.items(), samples.images(kept.values()), strict=True):
+                self.save(index, images, _cut(samples.labels, part))
             missing = self.missing()
         return missing
 
@@ -258,10 +261,11 @@ class Shards(ChunkFiles):
                 run = Shards(self.out, record["configuration"], record["sha256"])
                 if run.num_samples > self.num_samples and difference(run.identity, self.identity) is None:
                     runs.append(run)
-        last = max(self._numbered(), default=0)
-        if not runs and last >= len(self.chunks):           # whose record is gone
-            count = (last + 1) * self.chunks.size
-            runs.append(Shards(self.out, {**self.configuration, "num_samples": count}, self.sha256))
+        if not runs:
+            count = max([len(self.chunks), *(number + 1 for number in self._numbered())]) * self.chunks.size
+            longer = Shards(self.out, {**self.configuration, "num_samples": count}, self.sha256)
+            if self._has_more(longer):                      # whose record is gone
+                runs.append(longer)
         return max(runs, key=lambda run: run.num_samples, default=None)
 
     def _has_more(self, longer: Shards) -> bool:

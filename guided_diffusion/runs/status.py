@@ -124,11 +124,10 @@ def _run(out: Path, record: Path) -> Shards | None:
 def _of_shards(run: Shards) -> RunStatus:
     done, damaged, files = 0, 0, []
     for index in run.stored():
-        image_ids = run.chunks[index]
         try:
-            done += len(image_ids) if run.has(index) else 0
+            done += run.count(index)
         except UserError as error:
-            damaged += len(image_ids)
+            damaged += len(run.chunks[index])
             files.append(run.path(index).name + ("" if isinstance(error, DamagedError) else " (of another run)"))
     packed = run.samples if done == run.num_samples and _is_packed(run) else None
     return RunStatus(run.num_samples, done, damaged, tuple(files), holder(run.out), packed)

@@ -39,8 +39,11 @@ def samples(out):
         return file["arr_0"], record
 
 
-def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
+def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path, monkeypatch):
     assert command() == 0
+    made, images = [], run.LatentRun._images
+    monkeypatch.setattr(run.LatentRun, "_images", lambda self, prepared, image_ids, on_step: (
+        made.extend(image_ids), images(self, prepared, image_ids, on_step))[1])
     first, record = samples(tmp_path / "out")
     assert first.shape == (3, 16, 16, 3) and (tmp_path / "out" / "grid.png").exists()
     kept = (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns
@@ -51,8 +54,10 @@ def test_a_longer_run_goes_on_and_gives_the_same_images(command, tmp_path):
     assert (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns == kept
     assert not np.array_equal(longer[0], longer[1])
 
+    assert set(made) == {3}
+    made.clear()
     assert command(num_samples=1) == 0              # which takes the first image of a chunk, and leaves it as it is
-    assert np.array_equal(samples(tmp_path / "out")[0], first[:1])
+    assert np.array_equal(samples(tmp_path / "out")[0], first[:1]) and not made
     assert (tmp_path / "out" / "latent" / "000000.npz").stat().st_mtime_ns == kept
 
 

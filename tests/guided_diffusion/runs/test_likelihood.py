@@ -137,11 +137,18 @@ def test_a_killed_run_goes_on_and_a_finished_one_grows(line, tmp_path, monkeypat
     assert call("image_nll", *line(num_samples=3)) == 0
     assert measured == [2]
     assert call("image_nll", *line()) == 0
-    assert measured == [2, 2, 3, 4]                 # chunk 1 was cut short
+    assert measured == [2, 3, 3, 4]                 # chunk 1 was cut short: fill stands in the place of image 2
     for name in RESULTS:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert call("image_nll", *line()) == 0
-    assert measured == [2, 2, 3, 4]
+    for count in (5, 3, 5, 1):
+        assert call("image_nll", *line(num_samples=count)) == 0
+        assert measured == [2, 3, 3, 4]             # none again, be it of a part of a chunk
+        assert len(np.load(tmp_path / "out" / "bpd.npz")["total_bpd"]) == count
+    measured.clear()
+    assert call("image_nll", *line(num_samples=1, out=tmp_path / "one")) == 0
+    assert measured == [0]
+    for name in RESULTS:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
 def test_damaged_pictures_are_found_before_the_first_is_measured(line, tmp_path, capsys):

@@ -275,7 +275,7 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
     monkeypatch.setattr(sampler.ImageSampler, "images", lambda self, numbers, *rest: (
         made.extend(numbers), images(self, numbers, *rest))[1])
     assert call("image_sample", *line(tmp_path / "grown", **{**short, "num_samples": 9})) == 0
-    assert made == [4, 5, 6, 7, 8]                  # chunk 2 was cut short
+    assert made == [5, 5, 6, 7, 8]                  # chunk 2 was cut short: fill stands in the place of image 4
     assert call("image_sample", *line(tmp_path / "fresh", **{**short, "num_samples": 9})) == 0
     grown, fresh = (tmp_path / name / "samples_9x16x16x3.npz" for name in ("grown", "fresh"))
     assert grown.read_bytes() == fresh.read_bytes()
@@ -291,6 +291,32 @@ def test_longer_run_keeps_the_images_of_the_shorter(keep_shards, line, tmp_path,
         picture = (tmp_path / "grown" / "grid.png").read_bytes()
         assert pictures.setdefault(count, picture) == picture
     assert len(set(pictures.values())) == 3
+
+
+def test_shorter_run_takes_what_a_killed_one_left_and_leaves_it_there(line, tmp_path, monkeypatch):
+    made, images = [], sampler.ImageSampler.images
+    whole = {**SHORT, "num_samples": 7, "batch_size": 3}
+
+    def killed_after_two_chunks(self, numbers, *rest):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.extend(numbers)
+        return images(self, numbers, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.ImageSampler, "images", killed_after_two_chunks)
+        assert call("image_sample", *line(tmp_path / "out", **whole)) == 130
+        kept = stamps(tmp_path / "out")
+        assert call("image_sample", *line(tmp_path / "out", **{**whole, "num_samples": 4})) == 0
+        assert stamps(tmp_path / "out") == kept
+        made.clear()
+        assert call("image_sample", *line(tmp_path / "out", **whole)) == 0
+        assert made == [6]
+    assert call("image_sample", *line(tmp_path / "fresh", **whole)) == 0
+    out, fresh = (tmp_path / name / "samples_7x16x16x3.npz" for name in ("out", "fresh"))
+    assert out.read_bytes() == fresh.read_bytes()
+    with np.load(out.with_name("samples_4x16x16x3.npz")) as four, np.load(out) as seven:
+        assert (four["arr_0"] == seven["arr_0"][:4]).all() and (four["arr_1"] == seven["arr_1"][:4]).all()
 
 
 def test_overwriting_whose_network_cannot_be_compiled_has_removed_nothing(line, tmp_path, capsys, monkeypatch):

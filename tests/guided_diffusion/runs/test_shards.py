@@ -41,6 +41,19 @@ def fill(run, indices=None):
         run.save(index, images_of(run.chunks[index]), labels_of(run.chunks[index]), rank=1, seconds=2.5)
 
 
+def complete(run, indices):
+    """Makes what these chunks lack; returns the images that were made."""
+    made = []
+
+    def make(numbers):
+        made.extend(numbers)
+        return {"images": images_of(numbers), "labels": labels_of(numbers)}
+
+    for index in indices:
+        run.complete(index, make)
+    return sorted(set(made))
+
+
 def finish(run):
     packed, _ = run.pack()
     os.replace(packed, run.samples)
@@ -161,16 +174,18 @@ def test_packed_file_and_timing(run):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("count, todo", [(20, [2, 3, 4, 5, 6]), (4, [1]), (6, []), (3, [])])
-def test_longer_or_shorter_run_keeps_what_it_can(count, todo, packed, run, tmp_path):
+@pytest.mark.parametrize("count, todo", [(20, [2, 3, 4, 5, 6]), (8, [2]), (4, []), (6, []), (3, []), (1, [])])
+def test_longer_or_shorter_run_keeps_what_is_there(count, todo, packed, run, tmp_path):
     run().prepare(overwrite=False)
     fill(run())
     if packed:
         finish(run())
-        todo = [] if count < 7 else todo            # a packed chunk can be cut
+    before = {path: content for path, content in contents(tmp_path).items() if path.suffix == ".npz"}
     other = run(num_samples=count)
     assert list(other.prepare(overwrite=False)) == todo
-    fill(other, todo)
+    assert run_status(tmp_path).done == min(count, 7)
+    assert before.items() <= contents(tmp_path).items()
+    assert complete(other, todo) == list(range(7, count))
     result, _ = other.pack()
     with np.load(result) as file:
         assert (file["arr_0"] == images_of(range(count))).all() and (file["arr_1"] == labels_of(range(count))).all()
@@ -203,6 +218,35 @@ def test_shorter_run_leaves_the_chunks_of_a_longer_one(record, counts, run, tmp_
     fill(run(num_samples=20), [2, 4, 5, 6])
     assert run_status(tmp_path).done == 20 and run_status(tmp_path).samples is None     # not packed yet
     assert not finish(run(num_samples=20)) and not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("record", ["whole", "lost"])
+def test_a_part_of_a_chunk_is_taken_and_the_whole_one_stays(record, run, tmp_path):
+    longer, shorter = run(num_samples=20), run(num_samples=4)
+    longer.prepare(overwrite=False)
+    fill(longer, [0, 1])
+    before = {index: longer.path(index).read_bytes() for index in (0, 1)}
+    if record == "lost":
+        (tmp_path / "shards" / "run.json").unlink()
+    assert list(shorter.prepare(overwrite=False)) == []
+    assert finish(shorter)
+    with np.load(shorter.samples) as file:
+        assert (file["arr_0"] == images_of(range(4))).all() and (file["arr_1"] == labels_of(range(4))).all()
+    assert {index: longer.path(index).read_bytes() for index in (0, 1)} == before
+    assert complete(longer, longer.prepare(overwrite=False)) == list(range(6, 20))
+
+
+def test_a_chunk_grows_from_what_there_is_most_of(run):
+    """Be that a chunk that an unfinished run has left, or a file of samples."""
+    run(num_samples=7).prepare(overwrite=False)
+    fill(run(num_samples=7))
+    finish(run(num_samples=7))
+    assert complete(run(num_samples=20), run(num_samples=20).prepare(overwrite=False).spans[0][:1]) == [7, 8]
+    eight = run(num_samples=8)
+    assert list(eight.prepare(overwrite=False)) == []
+    assert finish(eight)
+    (eight.folder / "000002.npz").unlink()
+    assert complete(run(num_samples=9), run(num_samples=9).prepare(overwrite=False)) == [8]
 
 
 def test_chunks_of_a_longer_run_go_when_it_has_no_more_of_them(run, tmp_path, caplog):
