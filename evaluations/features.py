@@ -102,7 +102,8 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
 
     Each rank takes one batch after another in turn. A file whose features `folder` already holds is not read again:
     they must be of the same extractor, settings and versions, and agree with their checksums, else they are made anew.
-    Raises UserError for a damaged file, and, naming the image, for features that are not finite.
+    Raises UserError for a damaged file, for one that changes meanwhile, and, naming the image, for features that are
+    not finite.
     """
     total = len(images) if num_images is None else num_images
     made_of = _made_of(images, extractor, total)
@@ -112,6 +113,7 @@ def extract(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_
         with _made_by_main(partial):
             _compute(images, extractor, partial, batch_size, total)
             with dist_util.together():
+                images.check_unchanged()        # else they would be kept under the digest of others
                 if dist_util.is_main():
                     feature_files.seal(partial, made_of)
                     _publish(partial, done, made_of)

@@ -123,7 +123,7 @@ class SingleArray(BatchFile):
     """An .npy file of images (N, H, W, 3) uint8, mapped."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.members, self._statistics = path, {}, {}
+        self.path, self.members, self._statistics, self._before = path, {}, {}, self._stamps([path])
         self._array_of_images = read_npy(path)
         self.shape = checked_image_shape(f"{path}: the array", self._array_of_images.shape,
                                          self._array_of_images.dtype)
@@ -141,6 +141,10 @@ class Picture(Protocol):
     def name(self) -> str:
         """Its name within the set."""
 
+    @property
+    def file(self) -> Path:
+        """The file that it lies in."""
+
     def pixels(self) -> np.ndarray:
         """The picture, read as all are (`image_files`), (H, W, 3) uint8; raises UserError where it cannot be read."""
 
@@ -152,24 +156,24 @@ class _LoosePicture:
     """A picture in a file of its own."""
 
     def __init__(self, path: Path, folder: Path) -> None:
-        self._path, self.name = path, str(path.relative_to(folder))
+        self.file, self.name = path, str(path.relative_to(folder))
 
     def pixels(self) -> np.ndarray:
-        return np.asarray(read_image(self._path, 3))
+        return np.asarray(read_image(self.file, 3))
 
     def digest(self) -> str:
-        with reading(self._path, "cannot be read"):
-            return sha256_of(self._path)
+        with reading(self.file, "cannot be read"):
+            return sha256_of(self.file)
 
 
 class _PackedPicture:
     """A picture in an archive."""
 
-    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
-        self._archive, self._info, self.name = archive, info, name
+    def __init__(self, file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+        self.file, self._archive, self._info, self.name = file, archive, info, name
 
     def pixels(self) -> np.ndarray:
-        where = f"{self._archive.filename}: {printable(self.name)}"
+        where = f"{self.file}: {printable(self.name)}"
         if self._info.flag_bits & ENCRYPTED:
             raise UserError(f"{where}: is encrypted")
         if self._info.file_size > MAX_PACKED:
@@ -196,7 +200,7 @@ def _packed_pictures(path: Path) -> list[Picture]:
     members.sort(key=lambda member: member[0])
     found.files = [name for name, _ in members]
     say_left_out(found, path)
-    return [_PackedPicture(archive, info, str(name)) for name, info in members]
+    return [_PackedPicture(path, archive, info, str(name)) for name, info in members]
 
 
 class Pictures(BatchFile):
@@ -204,6 +208,7 @@ class Pictures(BatchFile):
 
     def __init__(self, path: Path, pictures: Sequence[Picture]) -> None:
         self.path, self.members, self._statistics = path, {}, {}
+        self._before = self._stamps(picture.file for picture in pictures)
         self._pictures = pictures
         first = pictures[0].pixels()
         self.shape = (len(pictures), *first.shape[:2], 3)

@@ -133,11 +133,17 @@ def _write(images: BatchFile, labels: dict[str, np.ndarray], out: str, folder: P
         network = extractor.name
     if not dist_util.is_main():
         return ""
-    kept = None
-    if options.keep == "images":
-        kept = (batch for _, batch in images.batches(options.batch_size, num_images=count))
+    images.check_unchanged()
+    kept = _images(images, count, options.batch_size) if options.keep == "images" else None
     write_batch(out, arrays | labels, kept, (count, *images.shape[1:]))
     return f"reference: {out}, {count} images, {network}"
+
+
+def _images(images: BatchFile, count: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the first `count` images in pieces; raises UserError where they have changed since they were opened."""
+    for _, batch in images.batches(batch_size, num_images=count):
+        yield batch
+    images.check_unchanged()            # else they are not those of the features
 
 
 def _of_network(features: Features, extractor: FeatureExtractor, images: BatchFile, count: int,

@@ -23,7 +23,7 @@ from .entries import check_weights, taken_in, weights_in
 from .errors import UserError
 from .facts import check_options
 from .fetch import is_address, local
-from .files import write
+from .files import stamp, write
 from .functions import is_function, source_of
 from .late import Tensor, nn, torch
 from .places import find_bundled
@@ -60,24 +60,17 @@ def check_there(flag: str, path: str) -> None:
 
 
 def stamps(files: Mapping[str, str]) -> dict[str, tuple[int, int, int] | None]:
-    """What differs once files were replaced or written: their inode, time and size, by option.
+    """What differs once files were replaced or written, by option: the `stamp` of each.
 
     files: paths by option. None stands for a file that is not there, and for an address, whose file stays as it came.
     """
-    found: dict[str, tuple[int, int, int] | None] = {}
-    for flag, path in files.items():
-        try:
-            status = None if is_address(path) else os.stat(on_disk(path))
-        except (OSError, ValueError):          # who reads it says so
-            status = None
-        found[flag] = None if status is None else (status.st_ino, status.st_mtime_ns, status.st_size)
-    return found
+    return {flag: None if is_address(path) else stamp(on_disk(path)) for flag, path in files.items()}
 
 
 def check_unchanged(files: Mapping[str, str], before: Mapping[str, object]) -> None:
     """Raises UserError where one of these files has another of the `stamps` than before."""
-    for flag, stamp in stamps(files).items():
-        if stamp != before[flag]:
+    for flag, now in stamps(files).items():
+        if now != before[flag]:
             raise UserError(f"--{flag} {files[flag]}: was replaced while it was read; start the command again")
 
 

@@ -90,6 +90,15 @@ def check_folder(flag: str, path: str | Path) -> Path:
     return Path(path)
 
 
+def stamp(path: str | Path) -> tuple[int, int, int] | None:
+    """What differs once a file was replaced or written: its inode, time and size; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):          # who reads it says so
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def lies_in(path: str | Path, folder: str | Path) -> bool:
     """Whether a path, which need not exist, is a folder or lies in it, at any depth and behind any links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

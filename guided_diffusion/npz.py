@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import UserError
 from .fetch import sha256_of
-from .files import prepare, write
+from .files import prepare, stamp, write
 from .foreign import reading
 
 MAX_SIDE = 8192
@@ -140,6 +140,7 @@ class BatchFile(ArrayFile):
     """
 
     def __init__(self, path: str | Path, channels: int = 3) -> None:
+        self._before = self._stamps([Path(path)])
         super().__init__(path)
         self._statistics: dict[str, Statistics | None] = {}
         self.shape = (0, 0, 0, channels)
@@ -160,6 +161,19 @@ class BatchFile(ArrayFile):
         """SHA-256 of the file, hexadecimal."""
         with reading(self.path, "cannot be read"):
             return sha256_of(self.path)
+
+    @staticmethod
+    def _stamps(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+        return {file: stamp(file) for file in files}
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where a file of the set was replaced or written since the set was opened.
+
+        What was read meanwhile may then be of neither version, and `sha256` of another one.
+        """
+        for file, now in self._stamps(self._before).items():
+            if now != self._before[file]:
+                raise UserError(f"{file}: was changed while it was read; start the command again")
 
     @property
     def array_names(self) -> str:

@@ -153,8 +153,12 @@ def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOpti
 
 
 def _describe_depth(result: dict[str, Any], reference: DepthFile, sample: DepthFile, options: DepthFidOptions) -> None:
-    """Puts the files of depth maps, dfid and --depth_range into a result, in place of images and fid."""
+    """Puts the files of depth maps, dfid and --depth_range into a result, in place of images and fid.
+
+    Raises UserError for a file that has changed since it was opened.
+    """
     for name, source in (("reference", reference), ("sample", sample)):
+        source.file.check_unchanged()
         result[name] |= {"file": str(source.file.path), "sha256": source.file.sha256}
     for values in (result["metrics"], result.get("intervals95", {})):
         values |= {"dfid": values.pop("fid")} if values else {}

@@ -159,6 +159,8 @@ def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsO
     rows = {name: FeatureSet(extractor.features(file, options.num_images)._asdict()) for name, file in files.items()}
     results = compare(real, rows, options.bootstrap, options.seed)
     sharpness = real_sharpness(real, options.bootstrap, options.seed)
+    for file in files.values():
+        file.check_unchanged()
     if options.json:
         described = {name: {"sha256": file.sha256, "images": rows[name].count, "metrics": results[name]}
                      for name, file in files.items()}

@@ -117,7 +117,8 @@ class FileFeatures(FeatureSet):
         return self.count >= len(self.file)
 
     def description(self) -> dict[str, Any]:
-        """Returns what results say of the file."""
+        """Returns what results say of the file; raises UserError where it has changed since it was opened."""
+        self.file.check_unchanged()
         used = OF_NETWORK - self.foreign.keys()
         stored = self.is_whole and any(self.file.statistics(SUFFIXES[kind]) for kind in used)
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import REPOSITORY, execute
+from PIL import Image
 from synthetic_inception import write_weights
 
 from evaluations.extractors.inception import InceptionExtractor
 from evaluations.features import Features, extract, feature_folder
+from evaluations.image_sets import open_images
+from evaluations.metrics import FileFeatures
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile, write_batch
 
@@ -206,6 +209,43 @@ def test_damaged_images_are_named(file, tmp_path):
     file.path.write_bytes(content)
     with pytest.raises(UserError, match=r"samples\.npz: arr_0 is damaged"):
         extract(BatchFile(file.path), Stub(), tmp_path / "cache", 5)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.zip", "a"])
+def test_images_that_change_while_they_are_read_are_refused_and_leave_no_features(tmp_path, name):
+    """Else the features of the new images would be kept under the digest of the old ones."""
+    def save(images):
+        if name == "a.npz":
+            write_batch(tmp_path / name, {}, iter([images]), images.shape)
+        elif name == "a.npy":
+            np.save(tmp_path / name, images)
+        else:
+            (tmp_path / "a").mkdir(exist_ok=True)
+            for index, image in enumerate(images):
+                Image.fromarray(image).save(tmp_path / "a" / f"{index:02d}.png")
+            if name == "a.zip":
+                os.replace(shutil.make_archive(str(tmp_path / "new"), "zip", tmp_path / "a"), tmp_path / name)
+
+    class Changing(Stub):
+        def features(self, images):
+            if not self.seen:
+                save(255 - IMAGES)
+            return super().features(images)
+
+    save(IMAGES)
+    with pytest.raises(UserError, match=rf"{name}.*: was changed while it was read; start the command again"):
+        extract(open_images(tmp_path / name), Changing(), tmp_path / "cache", 5)
+    assert not list((tmp_path / "cache").iterdir())
+    features = extract(open_images(tmp_path / name), Stub(), tmp_path / "cache", 5)
+    np.testing.assert_array_equal(features.pooled, (255 - IMAGES).mean(axis=(1, 2), dtype=np.float32))
+
+
+def test_a_file_that_changed_is_not_described(file):
+    described = FileFeatures(file, len(file))
+    assert described.description()["images"] == 23
+    write_batch(file.path, {}, iter([255 - IMAGES]), IMAGES.shape)
+    with pytest.raises(UserError, match=r"samples\.npz: was changed while it was read"):
+        described.description()
 
 
 def test_a_rank_that_does_not_see_the_temporary_folder_says_what_to_name(monkeypatch):
