@@ -230,10 +230,12 @@ class Evaluation:
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
                 with _about(reference.file, sample.file):
-                    bounds = metric.interval(comparison, self.options.bootstrap)
+                    number = metric.replicates(comparison, self.options.bootstrap)
+                bounds = metric.bounds(number)
                 if bounds is None:
                     named = metric.by(kind.network)
-                    self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: {named.no_interval}")
+                    self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: "
+                              f"{named.no_interval(number)}")
                 else:
                     intervals[metric.word] = bounds
             progress.update()

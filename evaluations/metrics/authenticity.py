@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .arrays import checked_pair, slices
-from .bootstrap import Replicates, Statistic, bootstrap_replicates
+from .bootstrap import Replicates, Statistic, bootstrap_replicates, unknown_replicates
 from .distances import Points, centred_points, comparison_margin, precise_squared_distances, squared_distances
 
 CANDIDATES = 4          # nearest ones in single precision, where that tells them, among which differences decide
@@ -71,11 +71,12 @@ def share_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate:
                      seed: int) -> Replicates:
     """Returns a share in percent of resampled images, as `bootstrap_replicates` does.
 
-    The values are NaN, so that there is no interval, where fewer than ten images lie on either side: resamplings of so
-    few would promise too much. Raises UserError for replicates below 2.
+    The values are unknown, so that there is no interval, where fewer than ten images lie on either side: resamplings of
+    so few would promise too much. Raises UserError for replicates below 2.
     """
     found = bootstrap_replicates(statistic, sizes, estimate, replicates, seed)
     count = int(np.sum(sizes))
     if FEWEST <= round(estimate / 100 * count) <= count - FEWEST:
         return found
-    return Replicates(estimate, np.full(replicates, np.nan))
+    return unknown_replicates(estimate, replicates, "nearly all images are alike in it, so that too few of them say "
+                                                    "how far it moves")

@@ -76,10 +76,14 @@ def bootstrap_interval(values: np.ndarray, estimate: float, level: float = 0.95)
 
 
 class Replicates(NamedTuple):
-    """A number with its value for each resampling, (B,)."""
+    """A number with its value for each resampling, (B,).
+
+    unknown: why the resamplings do not say how far it moves, in words; the values are NaN then.
+    """
 
     estimate: float
     values: np.ndarray
+    unknown: str = ""
 
     def minus(self, other: Replicates) -> Replicates:
         """Returns the difference of two numbers whose resamplings are the same."""
@@ -97,23 +101,28 @@ def bootstrap_replicates(statistic: Statistic, sizes: int | Sequence[int], estim
                          seed: int) -> Replicates:
     """Returns a number with the values of `statistic` for resampled images; arguments and errors as of `bootstrap`.
 
-    Where the values are all alike, as images are that are all the same, they are unknown: see `unknown_replicates`.
+    Where the values are all alike they are unknown: see `known_replicates`.
     """
-    values = statistic(resamplings(sizes, replicates, seed))
+    return known_replicates(estimate, statistic(resamplings(sizes, replicates, seed)))
+
+
+def known_replicates(estimate: float, values: np.ndarray) -> Replicates:
+    """Returns a number with its values for resamplings, (B,); they are unknown where they are all alike.
+
+    Images that are all the same would otherwise promise an interval of no width. Where some values are no numbers, all
+    are unknown.
+    """
+    if not np.isfinite(values).all():
+        return unknown_replicates(estimate, len(values), "some of its resamplings give no number")
     if np.ptp(values) <= ALIKE * abs(estimate):
-        return unknown_replicates(statistic, sizes, estimate, replicates, seed)
+        return unknown_replicates(estimate, len(values), "all its resamplings give the same number, so that nothing "
+                                                         "says how far it moves")
     return Replicates(estimate, values)
 
 
-def unknown_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int,
-                       seed: int) -> Replicates:
-    """Returns a number of which resamplings do not say how far it moves: their values are NaN, which has no interval.
-
-    All images that are alike would otherwise promise an interval of no width. Raises UserError for replicates below 2.
-    """
-    if replicates < 2:
-        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
-    return Replicates(estimate, np.full(replicates, np.nan))
+def unknown_replicates(estimate: float, replicates: int, why: str) -> Replicates:
+    """Returns a number of which resamplings do not say how far it moves, `why` in words, so that it has no interval."""
+    return Replicates(estimate, np.full(replicates, np.nan), why)
 
 
 def resampled_mean(values: np.ndarray) -> Statistic:

@@ -32,7 +32,6 @@ from .bootstrap import (
     Statistic,
     bootstrap_replicates,
     resampled_mean,
-    unknown_replicates,
 )
 from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, OF_PIXELS, Comparison, Feature
 from .extrapolation import (
@@ -85,11 +84,10 @@ class Metric:
     falls_with_count: whether it is lower the more samples there are of one distribution, so that an interval is of the
     metric of so many images. of_fewer: whether it takes no more images of either file than the other one has.
     by_network: its name with features of a network that is not the Inception of 2015, with {} for that; "" where its
-    name says nothing of the Inception. by_halves: whether its resamplings are random halves of the samples. is_share:
-    whether it counts images, so that it has no interval where too few of them are on one side. least, most: its
-    smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that may have either
-    sign. Its resamplings are those of that number, with the sign that makes the number itself positive. by_seed:
-    whether its value depends on the seed, of images or directions that it draws.
+    name says nothing of the Inception. by_halves: whether its resamplings are random halves of the samples. least,
+    most: its smallest and its largest possible value. is_magnitude: whether it is the magnitude of a number that may
+    have either sign. Its resamplings are those of that number, with the sign that makes the number itself positive.
+    by_seed: whether its value depends on the seed, of images or directions that it draws.
     """
 
     word: str
@@ -108,20 +106,10 @@ class Metric:
     of_fewer: bool = False
     by_network: str = ""
     by_halves: bool = False
-    is_share: bool = False
     least: float = 0.0
     most: float = math.inf
     is_magnitude: bool = False
     by_seed: bool = False
-
-    @property
-    def no_interval(self) -> str:
-        """Why it may have no interval."""
-        if self.by_halves:
-            return "it is nearly 0 or 1, or there are too few images, so that nothing says how far it moves"
-        if self.is_share:
-            return "nearly all images are alike in it, so that too few of them say how far it moves"
-        return self.if_nan
 
     @property
     def label(self) -> str:
@@ -167,6 +155,10 @@ class Metric:
             high = max(high, -low)
         return Interval(min(max(low, self.least), self.most), min(max(high, self.least), self.most))
 
+    def no_interval(self, number: Replicates) -> str:
+        """Why one of its numbers has no interval, in words."""
+        return self.if_nan if math.isnan(number.estimate) else number.unknown
+
     def replicates(self, comparison: Comparison, count: int) -> Replicates:
         """Returns the value with those of `count` resamplings, which are the same for files of equally many images.
 
@@ -197,11 +189,10 @@ def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray
 
     def resampled(comparison: Comparison) -> Resampled:
         found = values(comparison)
-        replicates = bootstrap_replicates if found.min() < found.max() else unknown_replicates
-        return Resampled(resampled_mean(found), len(found), replicates)
+        return Resampled(resampled_mean(found), len(found))
 
     return Metric(word, title, HIGHER, Feature.POOLED, value, resampled, FromReference.FEATURES, neighbours,
-                  official=official, is_share=True, most=most)
+                  official=official, most=most)
 
 
 def _of_reference(word: str, title: str, values: Callable[[Comparison], np.ndarray],
@@ -272,7 +263,7 @@ def _percentage(word: str, title: str, feature: Feature, values: Callable[[Compa
         found = values(comparison)
         return Resampled(resampled_mean(100 * found), len(found), share_replicates)
 
-    return Metric(word, title, HIGHER, feature, value, resampled, needs, is_share=True, most=100)
+    return Metric(word, title, HIGHER, feature, value, resampled, needs, most=100)
 
 
 def _of_images(word: str, title: str, direction: Direction, feature: Feature, most: float = math.inf) -> Metric:

@@ -17,7 +17,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 
 from .arrays import checked_pair
-from .bootstrap import Replicates, Statistic
+from .bootstrap import Replicates, Statistic, known_replicates, unknown_replicates
 from .distances import Balls, Points, centred_points, comparison_margin, squared_distances
 
 NEIGHBOURS = 64         # of which a quarter of the samples has fewer than 3 in 3 of a million cases
@@ -83,15 +83,17 @@ def subset_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate
     alone, so that differences of files of equally many images are paired. The spread of halves is brought to that of
     the whole in two steps: in units of the binomial variance of its share, it is as large as that of halves, times the
     root of the ratio by which it falls from quarters to halves. (That root lies midway between no extrapolation and
-    that of a power law; simulations chose it, which the tests hold it to.) The values are NaN, so that there is no
-    interval, where fewer than ten reference images lie on either side or there are too few samples for quarters.
+    that of a power law; simulations chose it, which the tests hold it to.) The values are unknown, so that there is
+    no interval, where fewer than ten reference images lie on either side, there are too few samples for quarters, or
+    all are alike.
     Raises UserError for replicates below 2.
     """
     if replicates < 2:
         raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
     size = int(np.sum(sizes))
     if not FEWEST <= estimate * reference_images <= reference_images - FEWEST or size // 4 <= FEWEST:
-        return Replicates(estimate, np.full(replicates, np.nan))
+        return unknown_replicates(estimate, replicates, "it is nearly 0 or 1, or there are too few images, so that "
+                                                        "nothing says how far it moves")
     halves, quarters = (statistic(subsets.reshape(-1, size)).reshape(2, -1)
                         for subsets in _disjoint_pairs(size, replicates, seed))
     dispersion, of_quarters = _dispersion(halves), _dispersion(quarters)
@@ -99,7 +101,7 @@ def subset_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate
     variance = dispersion * fall**0.5 * estimate * (1 - estimate)
     differences = halves[0] - halves[1]
     spread = np.sqrt(np.mean(differences**2))
-    return Replicates(estimate, estimate + differences * (np.sqrt(variance) / spread if spread else 0.0))
+    return known_replicates(estimate, estimate + differences * (np.sqrt(variance) / spread if spread else 0.0))
 
 
 def _dispersion(pairs: np.ndarray) -> float:

@@ -142,7 +142,8 @@ def _shared_out(rows: Sequence[Row], samples: Sequence[FileFeatures], counts: Ma
                 for count in counts[row.name]:
                     numbers = measure(row, sample.first(count))
                     answers.set(f"{row.name} {count}", json.dumps(
-                        {word: (number.estimate, number.values.tolist()) for word, number in numbers.items()}))
+                        {word: (number.estimate, number.values.tolist(), number.unknown)
+                         for word, number in numbers.items()}))
                 update()
     # Only now, as the store has less patience for a slow rank than `together`, and does not know of one that failed.
     with dist_util.together():
@@ -151,8 +152,8 @@ def _shared_out(rows: Sequence[Row], samples: Sequence[FileFeatures], counts: Ma
         for owner, row in zip(owners, rows, strict=True):
             for count in counts[row.name]:
                 told = json.loads(answers.get(f"{row.name} {count}"))
-                found[row.name, count] = {word: Replicates(estimate, np.array(values))
-                                          for word, (estimate, values) in told.items()}
+                found[row.name, count] = {word: Replicates(estimate, np.array(values), unknown)
+                                          for word, (estimate, values, unknown) in told.items()}
             if owner:
                 update()
         return found
@@ -204,12 +205,15 @@ def _of_numbers(rows: Sequence[Row], replicates: Mapping[tuple[str, int], Mappin
         found = {row.name: [numbers.get(word) for (name, _), numbers in replicates.items() if name == row.name]
                  for row in rows}
         nan = [name for name, numbers in found.items() if None in numbers]
-        wide = [name for name, numbers in found.items() if any(
-            number is not None and number.interval is None for number in numbers)]
+        wide: dict[str, dict[str, None]] = {}
+        for name, numbers in found.items():
+            for number in numbers:
+                if number is not None and number.interval is None:
+                    wide.setdefault(metric.no_interval(number), {})[name] = None
         if nan:
             yield f"{metric.label} of {', '.join(nan)}: {metric.if_nan}"
-        if wide:
-            yield f"no 95 % interval of {metric.label} of {', '.join(wide)}: {metric.no_interval}"
+        for why, names in wide.items():
+            yield f"no 95 % interval of {metric.label} of {', '.join(names)}: {why}"
 
 
 def _described(reference: FileFeatures, spec: EvaluationSpec, bootstrap: int) -> dict[str, Any]:

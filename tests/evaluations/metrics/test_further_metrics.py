@@ -164,8 +164,8 @@ def test_authenticity_is_in_percent_and_says_where_too_few_images_decide(random)
     assert metric.value(near) == 100 * plainly_authentic(training, near.sample[Feature.POOLED]).mean()
     low, high = metric.interval(near, 50)
     assert low < metric.value(near) < high
-    assert metric.interval(comparison(training, training[:50]), 50) is None
-    assert "nearly all images are alike" in metric.no_interval
+    alike = metric.replicates(comparison(training, training[:50]), 50)
+    assert alike.interval is None and "nearly all images are alike" in metric.no_interval(alike)
 
 
 # Pixels

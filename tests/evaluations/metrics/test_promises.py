@@ -18,7 +18,7 @@ from evaluations.metrics import (
     subset_coverage,
     subset_recall,
 )
-from evaluations.metrics.bootstrap import bootstrap_interval, bootstrap_replicates
+from evaluations.metrics.bootstrap import bootstrap_interval, bootstrap_replicates, known_replicates
 from guided_diffusion.errors import UserError
 
 # 144 sets of images. halves: of metrics whose spread itself is estimated.
@@ -167,22 +167,28 @@ def test_there_is_no_interval_where_too_few_images_decide(word, random):
         METRICS[word].replicates(comparison(reference + 1, reference), 1)
 
 
-@pytest.mark.parametrize("word", ["fid", "kid", "mind"])
+@pytest.mark.parametrize("word", ["fid", "kid", "mind", "fid_infinity"])
 def test_there_is_no_interval_where_all_samples_are_alike(word, random):
     """They say nothing of how far a number moves."""
     metric = METRICS[word]
     reference = random.uniform(0.1, 1, (100, 3))
     number = metric.replicates(comparison(np.repeat(random.uniform(0.1, 1, (1, 3)), 40, axis=0), reference), 20)
-    assert number.interval is None
+    assert number.interval is None and metric.no_interval(number).startswith("all its resamplings give the same number")
     assert metric.replicates(comparison(random.uniform(0.1, 1, (40, 3)), reference), 20).interval is not None
+
+
+def test_a_number_whose_resamplings_are_no_numbers_says_so():
+    number = known_replicates(0.5, np.array([0.4, np.inf, 0.6]))
+    assert number.interval is None and METRICS["kid"].no_interval(number) == "some of its resamplings give no number"
+    assert METRICS["is"].no_interval(known_replicates(np.nan, np.full(3, np.nan))) == METRICS["is"].if_nan
 
 
 @pytest.mark.parametrize("word", ["precision", "density"])
 def test_there_is_no_interval_where_all_samples_are_outside_or_inside_alike(word, random):
     reference = random.standard_normal((100, 3))
     metric = METRICS[word]
-    assert metric.replicates(comparison(reference + 1000, reference), 20).interval is None
-    assert "nearly all images are alike" in metric.no_interval
+    number = metric.replicates(comparison(reference + 1000, reference), 20)
+    assert number.interval is None and metric.no_interval(number).startswith("all its resamplings give the same number")
     assert metric.replicates(comparison(reference + 1, reference), 20).interval is not None
     with pytest.raises(UserError, match="1 bootstrap replicates"):
         metric.replicates(comparison(reference + 1000, reference), 1)
