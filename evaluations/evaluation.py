@@ -149,13 +149,21 @@ class Evaluation:
         return {Feature(kind): values.shape[1] for kind, values in first._asdict().items()}
 
     def _foreign(self, file: BatchFile) -> dict[Feature, str]:
-        """Returns whose statistics a sample file stores, by their kind, where they are not those of the extractor."""
+        """Returns whose statistics a sample file stores, or of how many images, by their kind, where it is of others.
+
+        That is where another network made them, or of a larger set, as those of the official reference batches are.
+        """
+        kinds = [kind for kind, suffix in SUFFIXES.items() if file.statistics(suffix)]
+        if not kinds:
+            return {}
         whose = other_extractor(file, self.extractor)
         if file.value("backend", str) is None and not self.extractor_options.kind.is_inception:
             whose = f"Inception's, not those of {self.extractor.name!r}"        # as those of files that name no network
+        count = stored_count(file) or len(file)
+        others = f"of {count} images, not of its {len(file)}" if count != len(file) else ""
         depth = self.depth.other_networks(file) if self.depth else ""
-        found = {kind: depth if kind is Feature.DEPTH else whose for kind in SUFFIXES}
-        return {kind: words for kind, words in found.items() if words and file.statistics(SUFFIXES[kind])}
+        found = {kind: (depth if kind is Feature.DEPTH else whose) or others for kind in kinds}
+        return {kind: words for kind, words in found.items() if words}
 
     def _extract(self, file: BatchFile, count: int, folder: Path, metrics: Sequence[Metric], plotted: bool,
                  foreign: Mapping[Feature, str] | None = None) -> FileFeatures:

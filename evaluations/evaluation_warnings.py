@@ -30,11 +30,13 @@ def evaluation_warnings(reference: FileFeatures, samples: Sequence[FileFeatures]
 
 
 def _of_statistics(samples: Sequence[FileFeatures], options: EvaluatorOptions) -> Iterator[str]:
-    """Where statistics that a sample file stores are not used, since another network made them."""
+    """Where statistics that a sample file stores are not used, or do not say of how many images they are."""
     read = {metric.feature for metric in options.wanted if metric.needs is FromReference.STATISTICS}
     for sample in (sample for sample in samples if sample.is_whole):
         for whose in dict.fromkeys(words for kind, words in sample.foreign.items() if kind in read):
             yield f"{sample.file.path}: its stored statistics are {whose}; those of its images were computed instead"
+        for why in dict.fromkeys(filter(None, map(sample.unresampled, sorted(read)))):
+            yield f"{sample.file.path}: {why}; they may be of others than its {sample.count}"
 
 
 def _of_labels(samples: Sequence[FileFeatures], options: EvaluatorOptions, kind: ExtractorKind) -> Iterator[str]:

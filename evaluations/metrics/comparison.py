@@ -74,13 +74,17 @@ class FeatureSet:
             self._statistics[kind] = feature_statistics(self[kind])
         return self._statistics[kind]
 
+    def unresampled(self, kind: Feature) -> str:
+        """Why resampled features do not say how far the statistics of that kind move, in words; "" where they do."""
+        return ""
+
 
 class FileFeatures(FeatureSet):
     """The features of the first `count` images of a file, with what the file stores of them.
 
     features: those that were extracted, by kind. Where a kind was not, the file must hold it. foreign: by kind, whose
-    the stored statistics are, in words, where another network made them: those are not used. Others are used where all
-    images take part.
+    the stored statistics are, in words, where another network made them, or of how many other images: those are not
+    used. Others are used where all images take part.
     """
 
     def __init__(self, file: BatchFile, count: int, features: Mapping[str, np.ndarray] | None = None,
@@ -108,8 +112,15 @@ class FileFeatures(FeatureSet):
 
     def statistics(self, kind: Feature) -> Statistics:
         """Returns mean and covariance of the features of that kind, stored or computed."""
-        stored = self.file.statistics(SUFFIXES[kind]) if self.is_whole and kind not in self.foreign else None
-        return stored or super().statistics(kind)
+        return self._stored(kind) or super().statistics(kind)
+
+    def _stored(self, kind: Feature) -> Statistics | None:
+        return self.file.statistics(SUFFIXES[kind]) if self.is_whole and kind not in self.foreign else None
+
+    def unresampled(self, kind: Feature) -> str:
+        """Why resampled features do not say how far the statistics of that kind move, in words; "" where they do."""
+        known = self._stored(kind) is None or self.file.value("count", int) is not None
+        return "" if known else "its stored statistics do not say of how many images they are"
 
     @property
     def is_whole(self) -> bool:
@@ -119,8 +130,7 @@ class FileFeatures(FeatureSet):
     def description(self) -> dict[str, Any]:
         """Returns what results say of the file; raises UserError where it has changed since it was opened."""
         self.file.check_unchanged()
-        used = OF_NETWORK - self.foreign.keys()
-        stored = self.is_whole and any(self.file.statistics(SUFFIXES[kind]) for kind in used)
+        stored = any(self._stored(kind) for kind in OF_NETWORK)
         return {"file": str(self.file.path), "sha256": self.file.sha256, "images": self.count,
                 "statistics": "stored" if stored else "computed",
                 **({"resolution": self.file.resolution} if len(self.file) else {})}

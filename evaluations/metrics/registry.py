@@ -32,6 +32,7 @@ from .bootstrap import (
     Statistic,
     bootstrap_replicates,
     resampled_mean,
+    unknown_replicates,
 )
 from .comparison import DENSITY_K, MANIFOLD_K, OF_DEPTH, OF_PIXELS, Comparison, Feature
 from .extrapolation import (
@@ -174,11 +175,18 @@ def _frechet(word: str, title: str, feature: Feature, official: bool, by_network
         return frechet_distance(*comparison.reference.statistics(feature), *comparison.sample.statistics(feature))
 
     def resampled(comparison: Comparison) -> Resampled:
-        return Resampled(resampled_frechet_distance(*comparison.reference.statistics(feature),
-                                                    comparison.sample[feature]), comparison.sample.count)
+        statistic = resampled_frechet_distance(*comparison.reference.statistics(feature), comparison.sample[feature])
+        if why := comparison.sample.unresampled(feature):
+            return Resampled(statistic, comparison.sample.count, partial(_unknown, why=why))
+        return Resampled(statistic, comparison.sample.count)
 
     return Metric(word, title, LOWER, feature, value, resampled, FromReference.STATISTICS, official=official,
                   falls_with_count=True, by_network=by_network)
+
+
+def _unknown(statistic: Statistic, sizes: int | Sequence[int], estimate: float, replicates: int, seed: int,
+             why: str) -> Replicates:
+    return unknown_replicates(estimate, replicates, why)
 
 
 def _of_samples(word: str, title: str, values: Callable[[Comparison], np.ndarray], neighbours: int,

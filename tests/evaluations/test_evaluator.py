@@ -284,6 +284,25 @@ def test_stored_statistics_of_a_sample_file_are_not_used_where_another_network_m
     assert "unnamed.npz: its stored statistics are Inception's" in lines[1]
 
 
+def test_stored_statistics_of_more_images_than_a_sample_file_holds_are_not_taken_for_theirs(save, evaluate, tmp_path):
+    """The official reference batches are such files: fewer images, and the statistics of a larger set."""
+    call("make_reference", save("source", clothes(40, 1)), tmp_path / "made.npz", *FASHION_MNIST, "--keep", "features")
+    with np.load(tmp_path / "made.npz") as made:
+        arrays = {name: made[name] for name in made if name != "pooled"}
+    uncounted = {name: array for name, array in arrays.items() if name != "count"}
+    images, words = clothes(40, 1)[:20], ("--metrics", "fid,sfid,kid", "--bootstrap", 20)
+    files = [save(name, images, **more) for name, more in (("plain", {}), ("larger", arrays), ("silent", uncounted))]
+    (plain, larger, silent), printed = evaluate(save("reference", clothes(40)), *files, *words)
+    assert larger["metrics"] == plain["metrics"] and larger["intervals95"] == plain["intervals95"]
+    assert [result["sample"]["statistics"] for result in (plain, larger, silent)] == ["computed", "computed", "stored"]
+    assert silent["metrics"]["fid"] < plain["metrics"]["fid"] and silent["intervals95"].keys() == {"kid"}
+    silence = "silent.npz: {}its stored statistics do not say of how many images they are"
+    for line in ("larger.npz: its stored statistics are of 40 images, not of its 20; those of its images were computed "
+                 "instead", silence.format("") + "; they may be of others than its 20",
+                 silence.format("no 95 % interval of FID: "), silence.format("no 95 % interval of sFID: ")):
+        assert printed.err.count(line) == 1, line
+
+
 def test_bundled_reference(save, evaluate, tmp_path):
     results, _ = evaluate("fmnist32", save("sample", clothes(20)))
     assert results[0]["reference"]["images"] == 10000 and results[0]["reference"]["statistics"] == "stored"
