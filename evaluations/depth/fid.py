@@ -9,6 +9,7 @@ too: Inception of 2015 unless told otherwise. Under mpiexec or torchrun the rank
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.depth.images import depth_images
 from guided_diffusion.depth.pairs import DepthReader
 from guided_diffusion.depth.ranges import OWN_RANGE, parse_depth_range
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import Options, option, seed_option
@@ -29,6 +30,7 @@ from ..evaluation import Evaluation, evaluation_job
 from ..evaluator_options import EvaluatorOptions
 from ..extractor_options import ExtractorOptions
 from ..features import feature_folder, own_folder
+from ..metrics import METRICS
 from ..metrics.bootstrap import MOST_RESAMPLINGS
 
 PIECE = 64
@@ -131,16 +133,32 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
             if dist_util.is_main():
                 for file, path in zip(files, pictures, strict=True):
                     file.write_images(path, limits)
-        with dist_util.together():
-            chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
-                                      seed=options.seed)
-            evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen, warn=warn)
-        results = evaluation.run(folder)
+        said = _Translation(dict(zip(map(str, pictures), files, strict=True)), extractor)
+        with said_otherwise(said):
+            with dist_util.together():
+                chosen = EvaluatorOptions(metrics="fid", num_images=options.num_images, bootstrap=options.bootstrap,
+                                          seed=options.seed)
+                evaluation = Evaluation(str(pictures[0]), list(map(str, pictures[1:])), extractor, chosen,
+                                        warn=lambda text: warn(said(text)))
+            results = evaluation.run(folder)
     for result, file in zip(results, files[1:], strict=bool(results)):
         _describe_depth(result, files[0], file, options)
     if results and options.json:
         write_json(options.json, results)
     return results
+
+
+class _Translation:
+    """What the evaluator says of the images of depth maps, said of the maps: their files, and dFID for its FID."""
+
+    def __init__(self, files: Mapping[str, DepthFile], extractor: ExtractorOptions) -> None:
+        """Takes the files by the names of those of their images."""
+        self._words = {path: str(file.file.path) for path, file in files.items()}
+        self._words[METRICS["fid"].by(extractor.kind.network).label] = METRICS["dfid"].label
+        self._pattern = re.compile("|".join(map(re.escape, self._words)))
+
+    def __call__(self, sentence: str) -> str:
+        return self._pattern.sub(lambda found: self._words[found[0]], sentence)
 
 
 def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOptions) -> list[DepthFile]:

@@ -253,4 +253,7 @@ def _depth_fid(row: Row, settings: EvaluationSettings, warn: Callable[[str], Non
             raise UserError(f"{samples}: holds {count} depth maps, the row has {row.images} images")
     found = depth_fid(str(reference), [str(samples)], replace(settings.extractor, backend=row.evaluation.backend),
                       DepthFidOptions(bootstrap=settings.bootstrap), lambda text: warn(f"dFID of {row.name}: {text}"))
-    return {"value": found[0]["metrics"][DFID], "interval95": list(found[0]["intervals95"][DFID])} if found else {}
+    if not found:
+        return {}
+    bounds = found[0].get("intervals95", {}).get(DFID)
+    return {"value": found[0]["metrics"][DFID], "interval95": bounds and list(bounds)}

@@ -323,6 +323,20 @@ def test_options_of_dfid_without_effect_are_said(scenes, save_depth, command, ca
         assert f"without effect: --dtype (--backend fashion_mnist computes in one type){said}" in caplog.messages
 
 
+def test_what_is_said_of_dfid_names_the_files_of_the_user(scenes, save_depth, refused, capsys, tmp_path):
+    """Not the images that were made of them, which are gone by then."""
+    real, alike = save_depth("FID", scenes.depth[:80]), save_depth("alike", scenes.depth[80:81].repeat(30, axis=0))
+    cache = tmp_path / "depth FID"
+    capsys.readouterr()
+    assert call("depth_fid", real, alike, "--bootstrap", 10, *FASHION_MNIST, "--cache", cache) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3 and not [line for line in warnings if str(cache) in line or " FID" in line]
+    assert f"warning: {alike}: no 95 % interval of dFID: all its resamplings give the same number" in warnings[-1]
+    small = save_depth("FID", scenes.depth[:80, ::2, ::2])
+    message = refused("depth_fid", small, small, *FASHION_MNIST, "--cache", cache)
+    assert message.startswith(f"error: {small}: ") and str(cache) not in message
+
+
 def test_two_commands_in_one_cache_do_not_read_each_others_maps(scenes, save_depth, tmp_path, monkeypatch):
     files = [str(save_depth("real", scenes.depth[:80])), str(save_depth("other", scenes.depth[80:]))]
     extractor = ExtractorOptions(backend="fashion_mnist", cache=str(tmp_path / "cache"))

@@ -199,10 +199,16 @@ def test_depth_is_compared_once_the_user_has_estimated_it(mini, line, refused, t
     assert "holds 5 depth maps, the row has 6 images" in refused(words)
     np.savez(files[1], depth=rng.random((6, 32, 32)).astype(np.float32))
     dfid, reasons, warnings = said()
-    assert "dFID of unguided: different numbers of images (12, 6), on which FID depends" in warnings
+    assert "dFID of unguided: different numbers of images (12, 6), on which dFID depends" in warnings
     assert dfid["value"] > 0 and dfid["difference"] == pytest.approx(dfid["value"] - 0.5)
     assert dfid["verdict"] == "not comparable"
     assert reasons == "backend embedded is not the Inception of the official evaluator"
+
+    np.savez(files[1], depth=np.repeat(rng.random((1, 32, 32)), 6, axis=0).astype(np.float32))
+    dfid, _, warnings = said()
+    assert dfid["value"] > 0 and dfid["interval95"] is None
+    assert any(f"dFID of unguided: {files[1]}: no 95 % interval of dFID: all its resamplings" in text
+               for text in warnings)
 
 
 def test_plan_samples_nothing(mini, line, tmp_path, capsys):
