@@ -6,10 +6,10 @@ on batch, rank or restarts, and step s of a training on (seed, s). There are two
 Images (`IMAGE_STREAMS`), by the counter-based Philox: the key is (seed, image), the counter (0, 0, step, word). The
 words differ, so no two uses share a number.
 
-Trainings (`STREAMS`), by NumPy's SeedSequence of (seed, word, *indices), which takes missing indices for zeros. Uses of
-one program and one word share keys, like the order of epoch e and the timesteps of step e of a training. They draw
-numbers of different kinds from them; words of their own would change what each seed has meant in every training so
-far. A new use takes a word that its program has not yet: a test refuses anything else.
+Trainings and evaluations (`STREAMS`), by NumPy's SeedSequence of (seed, word, *indices), which takes missing indices
+for zeros. Uses of one program and one word share keys, like the order of epoch e and the timesteps of step e of a
+training. They draw numbers of different kinds from them; words of their own would change what each seed has meant in
+every training so far. A new use takes a word that its program has not yet: a test refuses anything else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMAGE_STREAMS = {
 
 
 class Stream(NamedTuple):
-    """One use of random numbers in a training: the word and the indices that its key has after the seed."""
+    """One use of random numbers in a program: the word and the indices that its key has after the seed."""
 
     program: str
     word: int
@@ -51,6 +51,7 @@ class Stream(NamedTuple):
 IMAGE_TRAINING, DEPTH_TRAINING = "training on images", "training of depth predictors"
 DEPTH_READING = "depth images by a predictor"
 DEPTH_NETWORKS = "training of depth networks on generated images"
+EVALUATION = "evaluation"
 
 STREAMS = {
     "order": Stream(IMAGE_TRAINING, 0, ("epoch",)),                         # permutation of the images
@@ -70,6 +71,7 @@ STREAMS = {
     "depth network weights": Stream(DEPTH_NETWORKS, 0),
     "depth network batch": Stream(DEPTH_NETWORKS, 1, ("step",)),            # which images, and which are mirrored
     "depth label noise": Stream(DEPTH_NETWORKS, 2, ("image", "draw")),
+    "directions": Stream(EVALUATION, 1),        # of MIND; word 0 alone would give the numbers of default_rng(seed)
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.rng import stream_generator
 
 from . import arrays
 from .arrays import checked_pair, slices, thinned
@@ -89,9 +90,11 @@ def _projections(real: np.ndarray, generated: np.ndarray, directions: int,
                  seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields both sets along some of the directions at a time: (n, directions) float64 each.
 
-    They are taken from the mean of the reference, so that products in single precision bear a large common mean.
+    They are taken from the mean of the reference, so that products in single precision bear a large common mean. The
+    directions have numbers of their own: features that someone drew by `default_rng(seed)` would be parallel to those
+    that it gives.
     """
-    random, channels = np.random.default_rng(seed), real.shape[1]
+    random, channels = stream_generator("directions", seed), real.shape[1]
     centre = real.mean(axis=0, dtype=np.float64)
     for part in slices(directions, max(1, arrays.BLOCK_ENTRIES // (8 * len(real)))):
         drawn = random.standard_normal((part.stop - part.start, channels))

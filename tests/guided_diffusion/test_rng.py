@@ -120,7 +120,8 @@ def test_the_numbers_of_a_training_do_not_change():
     words = {"order": 0, "augmentation": 1, "training timesteps": 0, "training noise": 0, "validation timesteps": 1,
              "validation noise": 1, "weights": 2, "dropout": 3, "depth weights": 0, "depth batch": 1, "depth noise": 2,
              "held-out noise": 1, "label dropout": 4, "depth reading": 0,
-             "depth network weights": 0, "depth network batch": 1, "depth label noise": 2}
+             "depth network weights": 0, "depth network batch": 1, "depth label noise": 2,
+             "directions": 1}
     assert words.keys() == STREAMS.keys()
     for name, word in words.items():
         indices = tuple(range(5, 5 + len(STREAMS[name].indices)))

@@ -24,6 +24,7 @@ from evaluations.metrics import (
 )
 from guided_diffusion.errors import UserError
 from guided_diffusion.npz import BatchFile, write_batch
+from guided_diffusion.rng import stream_generator
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def random():
 
 def plain_mind(reference, sample, directions, seed):
     """The paper's formula, of equally many images."""
-    unit = np.random.default_rng(seed).standard_normal((directions, reference.shape[1]))
+    unit = stream_generator("directions", seed).standard_normal((directions, reference.shape[1]))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     squares = [((np.sort(sample @ u) - np.sort(reference @ u)) ** 2).sum() for u in unit]
     return 3 * reference.shape[1] / (len(sample) * directions) * sum(squares)
@@ -64,6 +65,13 @@ def test_mind_of_shifted_features_is_three_times_the_squared_shift(random):
     noise = random.standard_normal((30, 5))
     shift = np.array([1, -2, 0, 1, 0.5])
     assert mind(noise, noise + shift, 20_000) == pytest.approx(3 * shift @ shift, rel=0.03)
+
+
+def test_features_that_were_drawn_by_the_same_seed_are_not_parallel_to_the_directions():
+    """As simulations of users are: the first features would each lie along a direction, and stick out on it."""
+    reference, sample = np.random.default_rng(0).standard_normal((2, 60, 64))
+    other = [mind(reference, sample, seed=seed) for seed in range(1, 5)]
+    assert mind(reference, sample, seed=0) == pytest.approx(np.mean(other), rel=0.15)   # 0.05; 0.7 if parallel
 
 
 def test_the_larger_set_is_thinned_by_the_seed(random):
