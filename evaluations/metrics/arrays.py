@@ -8,6 +8,8 @@ from guided_diffusion.errors import UserError
 
 BLOCK_ENTRIES = 2**24           # of a block of distances: 64 MiB in float32; large blocks suit threads best
 
+LARGEST = 1e37                  # magnitude of features, which float32 bears, their differences included
+
 
 def slices(count: int, size: int) -> list[slice]:
     """Cuts range(count) into slices of `size`; the last one may be shorter."""
@@ -46,7 +48,8 @@ def check_k(k: int, name: str) -> None:
 def checked_pair(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns both sets of features, (N, D) and (M, D), in floating point of at least single precision.
 
-    Raises UserError for k below 1, for k or fewer images in one of them, for different D, for NaN and infinity.
+    Raises UserError for k below 1, for k or fewer images in one of them, for different D, for NaN and infinity, and
+    for magnitudes above 1e37, which single precision does not bear.
     """
     check_k(k, "k")
     reference = checked_features(reference, "reference features", k + 1)
@@ -54,6 +57,10 @@ def checked_pair(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[np.
     if reference.shape[1] != sample.shape[1]:
         raise UserError(f"reference features of {reference.shape[1]} channels and sample features of "
                         f"{sample.shape[1]}: must be of the same network")
+    for features, name in ((reference, "reference"), (sample, "sample")):
+        largest = max(float(abs(features[rows]).max()) for rows in slices(len(features), 1024))
+        if largest > LARGEST:
+            raise UserError(f"{name} features of up to {largest:.3g}: must be at most {LARGEST:g} in magnitude")
     return _floating(reference), _floating(sample)
 
 

@@ -218,6 +218,17 @@ def test_features_that_do_not_fit_are_a_sentence(word, random):
         METRICS[word].value(comparison(fine, np.where(fine > 1, np.nan, fine)))
 
 
+@pytest.mark.parametrize("word", ["precision", "recall", "density", "coverage", "authenticity", "mind", "kid"])
+def test_features_beyond_single_precision_are_refused(word, random):
+    reference, sample = random.standard_normal((2, 60, 5))
+    value = METRICS[word].value(comparison(reference, sample))
+    if word not in ("mind", "kid"):                 # which are not the same on every scale
+        assert METRICS[word].value(comparison(2.0**119 * reference, 2.0**119 * sample)) == value
+    for pair, name in (((1e45 * reference, sample), "reference"), ((reference, -1e45 * sample), "sample")):
+        with pytest.raises(UserError, match=rf"{name} features of up to .*e\+45: must be at most 1e\+37 in magnitude"):
+            METRICS[word].value(comparison(*pair))
+
+
 def test_a_number_of_directions_below_one_is_refused(random):
     with pytest.raises(UserError, match="directions 0: must be at least 1"):
         mind(*random.standard_normal((2, 5, 3)), 0)
