@@ -89,14 +89,15 @@ def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple
     return np.concatenate([images for _, images in file.batches(AT_A_TIME)]), labels
 
 
-def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarray:
-    """Reads the labels (N,) int64 of a sample file, in the numbers of `class_names`.
+def read_labels_by_name(file: BatchFile, class_names: Sequence[str], num_images: int | None = None) -> np.ndarray:
+    """Reads the labels of the first `num_images` (None: of all) of a sample file, in the numbers of `class_names`.
 
+    Returns (num_images,) int64.
     Where the file names its classes, or the network of the sampling run does, those of the same names are meant; else
     the numbers are, which is said where it has other names alone. Raises UserError where it holds no labels, and for a
     class that is none of them.
     """
-    labels = read_labels(file)
+    labels = read_labels(file, num_images)
     _, stored = named_labels(file.path, labels, where=str(file.path))
     stated = stored or names_of_samples(file.path)
     if stated is not None:
@@ -108,14 +109,18 @@ def read_labels_by_name(file: BatchFile, class_names: Sequence[str]) -> np.ndarr
     return _below(labels, len(class_names), file.path)
 
 
-def read_labels(file: BatchFile) -> np.ndarray:
-    """Reads the labels (N,) int64 of a sample file. Raises UserError where it holds none."""
+def read_labels(file: BatchFile, num_images: int | None = None) -> np.ndarray:
+    """Reads the labels (num_images,) int64 of the first images of a sample file; num_images: None for all.
+
+    Raises UserError where it holds none.
+    """
     path = file.path
     if "arr_1" not in file.members:
         raise UserError(f"{path}: has no labels, arr_1 must be (N,), as samples of a network with classes have")
     labels = file.read("arr_1")
     if labels.shape != (len(file),) or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: arr_1 is {labels.shape} {labels.dtype}, must be ({len(file)},) whole numbers")
+    labels = labels[:num_images]
     if labels.max() > np.iinfo(np.int64).max:
         raise UserError(f"{path}: arr_1 has the label {labels.max()}, which is none of a class")
     return labels.astype(np.int64)

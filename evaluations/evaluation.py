@@ -78,7 +78,7 @@ class Evaluation:
                 raise UserError(file.without_images)
             check_count(str(file.path), len(file), self.options)
             if any(metric.feature is Feature.CORRECTNESS for metric in self.options.wanted):
-                read_labels_by_name(file, self.extractor_options.kind.class_names())
+                read_labels_by_name(file, self.extractor_options.kind.class_names(), self._count(file))
 
     def _count(self, file: BatchFile) -> int:
         return self.options.num_images or len(file)
@@ -189,7 +189,7 @@ class Evaluation:
         kind = self.extractor_options.kind
         named = kind.classify(features)
         with dist_util.together():
-            labels = read_labels_by_name(file, kind.class_names())[:len(named)]
+            labels = read_labels_by_name(file, kind.class_names(), len(named))
         return (named == labels).astype(np.float64)
 
     def run(self, folder: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def _of_labels(samples: Sequence[FileFeatures], options: EvaluatorOptions, kind:
         return
     names = kind.class_names()
     for sample in samples:
-        greatest = int(read_labels_by_name(sample.file, names).max())
+        greatest = int(read_labels_by_name(sample.file, names, sample.count).max())
         if 2 * (greatest + 1) <= len(names):
             yield (f"{sample.file.path}: its labels go up to {greatest}, class_accuracy reads them as those of the "
                    f"{len(names)} classes of {kind.classes_of}")

@@ -113,8 +113,8 @@ def _labels(images: BatchFile, count: int) -> dict[str, np.ndarray]:
     """
     if LABELS not in images.members:
         return {}
-    labels, names = named_labels(images.path, read_labels(images), where=str(images.path))
-    return {LABELS: labels[:count], **({CLASS_NAMES: np.array(names.to_json())} if names else {})}
+    labels, names = named_labels(images.path, read_labels(images, count), where=str(images.path))
+    return {LABELS: labels, **({CLASS_NAMES: np.array(names.to_json())} if names else {})}
 
 
 def _write(images: BatchFile, labels: dict[str, np.ndarray], out: str, folder: Path, count: int,

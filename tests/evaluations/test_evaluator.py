@@ -508,6 +508,21 @@ def test_a_reference_keeps_labels_where_it_keeps_images(save, tmp_path, refused,
         assert message in refused(save("wrong", clothes(5), **arrays), tmp_path / "made.npz", script="make_reference")
 
 
+def test_labels_of_images_that_do_not_take_part_stop_nothing(save, evaluate, refused, tmp_path):
+    """As those of a file whose last images another program labelled."""
+    labels = np.array([*range(10), 3, 99])
+    whole, cut = save("whole", clothes(12), arr_1=labels), save("cut", clothes(12)[:10], arr_1=labels[:10])
+    words = ("--metrics", "class_accuracy")
+    (of_first,), _ = evaluate("fmnist32", whole, *words, "--num_images", 10)
+    (of_cut,), _ = evaluate("fmnist32", cut, *words)
+    assert of_first["metrics"] == of_cut["metrics"]
+    assert "whole.npz: arr_1 has labels 0 to 99, must be 0 to 9" in refused("fmnist32", whole, *words)
+    named = save("named", clothes(12), arr_1=labels, class_names=np.array([str(number) for number in range(10)]))
+    made = "make_reference", named, tmp_path / "made.npz", "--statistics", "False", "--num_images"
+    assert call(*made, 10) == 0 and call(*made, 12) == 2
+    assert BatchFile(tmp_path / "made.npz").labels.tolist() == list(range(10))
+
+
 def test_a_reference_of_idx_files_keeps_their_labels(tmp_path):
     for name, values in (("images-idx3", np.arange(3 * 28 * 28).reshape(3, 28, 28)), ("labels-idx1", [7, 0, 2])):
         array = np.asarray(values, np.uint8)
