@@ -7,7 +7,6 @@ with the same seed, image i begins in the same noise in every file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +26,10 @@ from ..metrics import (
     FileFeatures,
     Replicates,
     Statistic,
-    bootstrap_interval,
     resampled_mean,
     resamplings,
 )
-from ..metrics.bootstrap import MOST_RESAMPLINGS
+from ..metrics.bootstrap import MOST_RESAMPLINGS, known_replicates
 from ..metrics.comparison import Feature
 from ..references import open_reference
 
@@ -71,8 +69,9 @@ def compare(reference: DepthReference, rows: Mapping[str, FeatureSet], replicate
             ) -> dict[str, dict[str, Any]]:
     """Returns, for each row and metric, value and interval95; after the first row also how it differs from that.
 
-    rows: of the same image indices. A difference stands as difference, difference95 and verdict. Raises UserError for
-    rows of different numbers of images.
+    rows: of the same image indices. A difference stands as difference, difference95 and verdict. Where there is no
+    interval it is None, the verdict "no word", and no_interval says why. Raises UserError for rows of different numbers
+    of images.
     """
     first = next(iter(rows))
     for name, row in rows.items():
@@ -100,20 +99,23 @@ def real_sharpness(reference: DepthReference, replicates: int, seed: int = 0) ->
 
 def _replicates(statistic: Statistic, drawn: np.ndarray) -> Replicates:
     every = np.ones((1, drawn.shape[1]), drawn.dtype)
-    return Replicates(float(statistic(every)[0]), statistic(drawn))
+    return known_replicates(float(statistic(every)[0]), statistic(drawn))
 
 
 def _described(word: str, number: Replicates, difference: Replicates | None) -> dict[str, Any]:
-    described = {"value": number.estimate, "interval95": list(METRICS[word].bounds(number) or (math.nan, math.nan))}
+    metric = METRICS[word]
+    bounds = metric.bounds(number)
+    described = {"value": number.estimate, "interval95": bounds and list(bounds),
+                 **({} if bounds else {"no_interval": metric.no_interval(number)})}
     if difference is None:
         return described
-    bounds = bootstrap_interval(difference.values, difference.estimate)
-    return {**described, "difference": difference.estimate, "difference95": list(bounds),
-            "verdict": METRICS[word].direction.verdict(*bounds)}
+    bounds = difference.interval
+    return {**described, "difference": difference.estimate, "difference95": bounds and list(bounds),
+            "verdict": metric.direction.verdict(*bounds) if bounds else "no word"}
 
 
 def markdown(results: Mapping[str, dict[str, Any]], real: dict[str, Any]) -> str:
-    """Returns two tables: the numbers of each row, then how each differs from the first row."""
+    """Returns two tables, of the rows and of how they differ from the first one, and what has no interval."""
     first = next(iter(results))
     names = [metric.label for metric in SHOWN]
     lines = [f"| row | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
@@ -124,10 +126,15 @@ def markdown(results: Mapping[str, dict[str, Any]], real: dict[str, Any]) -> str
         lines += ["", f"| difference to {first} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         lines += [f"| {name} | {' | '.join(_difference(row[metric.word]) for metric in SHOWN)} |"
                   for name, row in results.items() if name != first]
+    silent = [f"no 95 % interval of {metric.label} of {name}: {row[metric.word]['no_interval']}"
+              for name, row in results.items() for metric in SHOWN if row[metric.word]["interval95"] is None]
+    lines += ["", *silent] if silent else []
     return "\n".join(lines)
 
 
 def _with_bounds(number: dict[str, Any], value: str, bounds: str, sign: str = "") -> str:
+    if number[bounds] is None:
+        return f"{number[value]:{sign}.4g}"
     low, high = number[bounds]
     return f"{number[value]:{sign}.4g} ({low:{sign}.4g} to {high:{sign}.4g})"
 

@@ -8,7 +8,7 @@ from commands import call
 
 from evaluations.depth import fid
 from evaluations.depth.fid import DepthFidOptions
-from evaluations.depth.metrics import DepthReference, compare, read_reference
+from evaluations.depth.metrics import DepthReference, compare, markdown, read_reference
 from evaluations.evaluation import ExtractorOptions
 from evaluations.extractors.depth import DepthExtractor, DepthFeatures, edge_sharpness, metres
 from evaluations.metrics import METRICS, FeatureSet, frechet_distance
@@ -154,6 +154,18 @@ def test_differences_are_paired():
     assert found["fid"]["difference95"] == [0, 0] and found["fid"]["verdict"] == "no difference"
     low, high = found["sharpness"]["interval95"]
     assert high - low > 0.01
+
+
+def test_images_that_are_all_alike_have_no_intervals_and_are_no_word():
+    rows = {"first": normal(0.4), "alike": DepthFeatures(*(value[:1].repeat(400, axis=0) for value in normal(0.7)))}
+    real = normal(0, seed=5)
+    found = compared(real, rows, replicates=20)
+    for number in found["alike"].values():
+        assert number["interval95"] is number["difference95"] is None and number["verdict"] == "no word"
+    described = markdown(found, found["first"]["sharpness"])
+    assert "nan" not in described and described.count(": no word |") == 4
+    assert "no 95 % interval of dFID of alike: all its resamplings give the same number" in described
+    assert "of first:" not in described and json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_rate_at_which_intervals_hold_a_known_mean():
