@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -17,6 +18,8 @@ from ..nn import rows_of
 from ..unet import PrefixRecorder
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
+
+_log = logging.getLogger(__name__)
 
 
 class SelfAttentionSite(nn.Module):
@@ -168,12 +171,14 @@ class DiffusersUNet(nn.Module):
     """`UNet2DModel` or `UNet2DConditionModel` of diffusers, called as our networks are.
 
     unet: the network, or a module around it with its attributes, as a compiled one. It stays what it is: nothing is
-    left in it after an evaluation, whatever happens there.
+    left in it after an evaluation, whatever happens there. Where it, or a part of it, is compiled, evaluations that
+    are observed or changed inside are made without what was compiled, which would not notice; that is said once.
     `attention_blocks` holds its self-attention by the name of its place, like "down.1.0" (block 1, layer 0), "middle"
     and "up.2.1"; further layers of one transformer are "middle/1" and so on. `feature_blocks` holds the residual
     blocks, which the embedding of the step reaches: "down.0.0", "middle.0", "up.0.1", and "down.0.down" and "up.0.up"
     where they resample. Raises UserError for any other network, and for one that is told the guidance scale (latent
-    consistency) or sees images (IP-Adapter, Kandinsky).
+    consistency) or sees images (IP-Adapter, Kandinsky); `forward` also where PyTorch is older than 2.6, and cannot do
+    without what it compiled.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -188,6 +193,7 @@ class DiffusersUNet(nn.Module):
         self.recorders: list[PrefixRecorder] = []           # these are set by `guided_diffusion.capture`
         self.prefixes: list[PartialEvaluation] = []
         self.graph_ends: list[str] = []
+        self._said = False
 
     @property
     def attention_blocks(self) -> dict[str, SelfAttentionSite]:
@@ -246,14 +252,16 @@ class DiffusersUNet(nn.Module):
         and where prompts are not wanted.
         """
         if (encoder_hidden_states is not None) != self.takes_prompts:
-            raise UserError(f"{type(self.unet).__name__}: " + (
+            raise UserError(f"{self._name}: " + (
                 "encoder_hidden_states are needed, the embedded prompts" if self.takes_prompts
                 else "it has no cross-attention, and takes no prompts"))
         if y is None and self.has_labels:
-            raise UserError(f"{type(self.unet).__name__}: is class-conditional, labels y are needed")
+            raise UserError(f"{self._name}: is class-conditional, labels y are needed")
         given = {"x": x, "timesteps": timesteps, "y": y, "encoder_hidden_states": encoder_hidden_states, **added}
         inputs = {name: value for name, value in given.items() if value is not None}
         with ExitStack() as stack:
+            if self._watched:
+                stack.enter_context(self._uncompiled())
             for site in self._sites.values():
                 if site.watched:
                     stack.enter_context(site.active())
@@ -265,6 +273,30 @@ class DiffusersUNet(nn.Module):
                     stack.enter_context(self._recorded(recorder, inputs))
             stack.enter_context(self._graph_ended())
             return self._evaluate(x, timesteps, y, encoder_hidden_states, added)
+
+    @property
+    def _name(self) -> str:
+        return type(getattr(self.unet, "_orig_mod", self.unet)).__name__
+
+    @property
+    def _watched(self) -> bool:
+        """Whether anything reads or changes what happens inside an evaluation; see `guided_diffusion.capture`."""
+        return (any(site.watched for site in self._sites.values())
+                or bool(self.recorders or self.prefixes or self.graph_ends)
+                or any(block._forward_hooks or block._forward_pre_hooks for block in self.feature_blocks.values()))
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Evaluates in the `with` block what the network says, not what was compiled of it, which knows no hooks."""
+        if not any(map(_is_compiled, self.unet.modules())):
+            return nullcontext()
+        if not hasattr(torch.compiler, "set_stance"):
+            raise UserError(f"{self._name}: is compiled, and guidance that reads or changes what happens inside such a "
+                            f"network needs PyTorch 2.6 or newer, this is {torch.__version__}")
+        if not self._said:
+            self._said = True
+            _log.warning("%s: is compiled; evaluations that guidance reads or changes inside are made uncompiled",
+                         self._name)
+        return torch.compiler.set_stance("force_eager")
 
     @contextmanager
     def _graph_ended(self) -> Iterator[None]:
@@ -311,6 +343,12 @@ class DiffusersUNet(nn.Module):
             for handle in handles:
                 handle.remove()
         recorder.prefixes.append(PartialEvaluation(outputs, copies))    # type: ignore[arg-type]  # another network's
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made it, or its `compile` or a compiled `forward` stands in it."""
+    return (getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"))
 
 
 def _check(unet: Any) -> None:

@@ -10,6 +10,7 @@ from tiny_diffusers import PROMPTS, diffusers, pixel_unet, prompted_unet
 from guided_diffusion.adapters.diffusers import DiffusersUNet
 from guided_diffusion.capture import (
     capture_attention,
+    capture_features,
     capture_prefix,
     override_attention,
     override_grid_attention,
@@ -246,9 +247,63 @@ def test_networks_of_other_kinds_and_with_other_conditions_are_refused():
             DiffusersUNet(prompted_unet(**changes))
 
 
-def test_a_network_may_be_wrapped():
+def compiled_around(unet, backend):
+    """As diffusers says it."""
+    return torch.compile(unet, backend=backend)
+
+
+def compiled_in_place(unet, backend):
+    """The method of the network."""
+    unet.compile(backend=backend)
+    return unet
+
+
+def compiled_in_part(unet, backend):
+    """One block of it."""
+    unet.mid_block = torch.compile(unet.mid_block, backend=backend)
+    return unet
+
+
+@pytest.mark.parametrize("compiled", [compiled_around, compiled_in_place, compiled_in_part])
+def test_compiled_networks_are_read_and_changed_inside(compiled, caplog):
+    """What was compiled before a hook, or with one, does not notice what becomes of it, and computes without a word."""
+    runs = []
+
+    def counting(graph, inputs):
+        return lambda *args: (runs.append(1), graph(*args))[1]
+
+    def evaluations(wrapped):
+        x, t, blocks = noise((1, 3, 8, 8), 0), T[:1], ["middle.0", "up.0.1"]
+        plain, inside = wrapped(x, t), len(runs)
+        with capture_attention(wrapped, ["middle"]) as attention, capture_features(wrapped, blocks) as features:
+            observed = wrapped(x, t)
+        with override_grid_attention(wrapped, ["middle"], lambda q, k, v, grid: v * grid[0]):
+            overridden = wrapped(x, t)
+        with perturb_embedding(wrapped, blocks, lambda emb: emb + 1) as reached:
+            perturbed = wrapped(x, t)
+        inside, before = len(runs) - inside, len(runs)
+        again = wrapped(x, t)
+        return ([plain, observed, overridden, perturbed, again, attention["middle"].received, *features.values()],
+                reached, inside, len(runs) - before)
+
+    with torch.no_grad():
+        expected, reached, _, _ = evaluations(DiffusersUNet(pixel_unet()))
+        wrapped = DiffusersUNet(compiled(pixel_unet(), counting))
+        found, also_reached, inside, outside = evaluations(wrapped)
+    assert list(wrapped.attention_blocks) == NAMES and also_reached == reached
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert inside == 0 and outside > 0              # the others still run as compiled
+    assert [message for name, _, message in caplog.record_tuples if name.startswith("guided_diffusion")] == [
+        "UNet2DModel: is compiled; evaluations that guidance reads or changes inside are made uncompiled"]
+
+
+def test_a_compiled_network_says_what_an_older_pytorch_cannot(monkeypatch):
     wrapped = DiffusersUNet(torch.compile(pixel_unet(), backend="eager"))
-    assert list(wrapped.attention_blocks) == NAMES
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    with pytest.raises(UserError, match=r"^UNet2DModel: is compiled, .* PyTorch 2.6 or newer"), \
+            capture_attention(wrapped, ["middle"]):
+        wrapped(noise((1, 3, 8, 8), 0), T[:1])
 
 
 def test_what_is_missing_or_not_wanted_is_a_sentence():
