@@ -12,7 +12,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.adapters.run import LatentRun
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import options_parser
-from guided_diffusion.runs.command import files_of, say_note
+from guided_diffusion.runs.command import files_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,9 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr(dist_util.is_main())
     parser = options_parser(argv, ShowOptions, *LatentRun.classes(), description=__doc__)
     _, (show, options, *methods) = parser.read(argv)
-    run = LatentRun(options, tuple(methods))
-    say_note(run.without_effect(parser.given))
-    path = run.run()
+    path = LatentRun(options, tuple(methods)).run(parser.given)
     dist_util.shutdown()
     if path is not None:
         tell(files_of(path), show)

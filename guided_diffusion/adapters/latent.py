@@ -208,6 +208,10 @@ class LatentDiffusion:
         self._process(sampler, steps)
         self._shape(height, width, None)
 
+    def process(self, sampler: str | SamplerOptions = "ddim", steps: int = 50) -> DiffusionProcess:
+        """The process that `sample` goes through where `steps` are asked for; some schedulers make fewer of them."""
+        return self._process(sampler, steps)[1]
+
     def _process(self, sampler: str | SamplerOptions, steps: int) -> tuple[SamplerOptions, DiffusionProcess]:
         """The sampler's options, and the process that it goes through."""
         options, process = _sampler_options(sampler, steps), process_of(self.pipe.scheduler, steps)
@@ -224,10 +228,6 @@ class LatentDiffusion:
         if line not in self._said:
             self._said.add(line)
             _log.warning(line)
-
-    def num_steps(self, sampler: str | SamplerOptions = "ddim", steps: int = 50) -> int:
-        """How many steps `sample` makes where `steps` are asked for; some schedulers make fewer."""
-        return self._process(sampler, steps)[1].num_timesteps
 
     @property
     def _channels(self) -> int:

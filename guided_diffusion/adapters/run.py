@@ -29,7 +29,7 @@ from .. import dist_util, pictures
 from ..errors import UserError, said_otherwise
 from ..fetch import sha256_of
 from ..files import check_folder, reason, write_json
-from ..guidance import GUIDANCE, GuidanceOptions, IcgOptions, Networks
+from ..guidance import GUIDANCE, CfgOptions, GuidanceOptions, IcgOptions, Networks, SagOptions
 from ..guidance.base import naming
 from ..jobs import job
 from ..late import torch
@@ -39,9 +39,11 @@ from ..pixels import unit_to_uint8
 from ..runs import shards
 from ..runs.chunk_files import ChunkFiles
 from ..runs.chunks import Indices
-from ..runs.effects import in_words, methods_off
+from ..runs.command import say_note
+from ..runs.effects import idle_batches, idle_methods, in_words, methods_off
 from ..runs.options import MOST_IMAGES
 from ..runs.record import made_by, own_sources
+from ..runs.sample import begins_late
 from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
 from ..sampling import SAMPLERS
@@ -49,6 +51,7 @@ from ..terms import Guidance
 from ..unet2d.files import read_index
 
 if TYPE_CHECKING:
+    from ..process import DiffusionProcess
     from .latent import LatentDiffusion
 
 IRRELEVANT = ("out", "overwrite", "log_every", "num_samples", "pipeline", "prompts", "icg_prompts")
@@ -106,13 +109,18 @@ class LatentChunks(ChunkFiles):
 class Prepared(NamedTuple):
     """What makes the images: the pipeline, its guidance, and the prompts, in turn; none where it takes none.
 
-    steps: how many the scheduler makes of those that were asked for.
+    process: that of the steps which the scheduler makes of those that were asked for.
     """
 
     latent: LatentDiffusion
     guidance: list[Guidance]
     prompts: list[str]
-    steps: int
+    process: DiffusionProcess
+
+    @property
+    def steps(self) -> int:
+        """How many are made."""
+        return self.process.num_timesteps
 
 
 @dataclass(frozen=True)
@@ -177,23 +185,35 @@ class LatentRun:
                             "with --icg_prompts")
         return drawn
 
-    def without_effect(self, given: Collection[str]) -> str:
-        """One line on the flags among `given` that no image depends on; "" where there is none."""
-        idle = methods_off(self.methods)
-        for method in self.methods:
-            idle |= method.useless() if method.active else {}
+    def without_effect(self, given: Collection[str], process: DiffusionProcess) -> str:
+        """One line on the flags among `given` that no image depends on; "" where there is none.
+
+        process: whose steps are made (`LatentDiffusion.process`).
+        """
+        guiding = self._guiding
+        idle = methods_off(self.methods) | idle_methods(guiding, process)
         if not self.options.sag_scale:
             idle["sag_block"] = "--sag_scale is 0"
         if not self._prompts:
             idle |= dict.fromkeys(("prompt_scale", "negative_prompt"), "there is no prompt")
         elif self.options.prompt_scale == 1:
             idle["negative_prompt"] = "--prompt_scale is 1"
+        if self.options.batch_contrasts:
+            idle |= idle_batches(guiding)
         return in_words(idle, given)
 
-    def run(self) -> Path | None:
+    @property
+    def _guiding(self) -> list[GuidanceOptions]:
+        """The methods that are on; SAG and classifier-free guidance, whose options are others here, at any scale."""
+        kinds: list[type[GuidanceOptions]] = [SagOptions] if self.options.sag_scale else []
+        kinds += [CfgOptions] if self._prompts and self.options.prompt_scale != 1 else []
+        return [*(kind(**kind.switched_on) for kind in kinds), *self.active]
+
+    def run(self, given: Collection[str] = ()) -> Path | None:
         """Samples what is missing; the same on all ranks. Returns the file of samples on rank 0, else None.
 
-        Raises UserError for options and pipelines that cannot work, before the first image is sampled.
+        given: the flags that a user gave; those without effect are said in one line. Raises UserError for options and
+        pipelines that cannot work, before the first image is sampled.
         """
         began = time.time()
         dist_util.setup_dist()
@@ -205,13 +225,16 @@ class LatentRun:
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
                 prepared = self._prepared(prompts)
+                say_note(self.without_effect(given, prepared.process))
             queue = WorkQueue()
             with dist_util.together():
                 if dist_util.is_main():
                     queue.put("sha256", self._sha256(prepared.latent.pipe, prompts, drawn))
                     queue.put("todo", self._chunks(queue.get("sha256")).made_ready(self.options.overwrite).spans)
             chunks = self._chunks(queue.get("sha256"))
-            todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
+            spans = queue.get("todo")
+            say_note(begins_late(prepared.process) if spans else "")
+            todo = Indices(tuple((first, end) for first, end in spans))
             with job("sampling by diffusers", self.out), queue:
                 self._work(prepared, chunks, todo, queue)
                 return self._finish(chunks, began, prepared.steps) if dist_util.is_main() else None
@@ -240,8 +263,7 @@ class LatentRun:
         if self.options.sag_scale:
             with naming("sag_block", self.options.sag_block):
                 guidance.append(latent.self_attention_guidance(self.options.sag_scale, self.options.sag_block))
-        steps = latent.num_steps(self.options.sampler, self.options.steps)
-        return Prepared(latent, guidance, prompts, steps)
+        return Prepared(latent, guidance, prompts, latent.process(self.options.sampler, self.options.steps))
 
     def _as_typed(self) -> AbstractContextManager[None]:
         """Lets what is said of an argument of `LatentDiffusion` name the option, and all else the pipeline."""

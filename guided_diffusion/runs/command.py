@@ -52,7 +52,7 @@ def say_without_effect(run: SamplingRun, given: Sequence[str]) -> None:
 
 
 def say_note(note: str) -> None:
-    """Logs a line on options that have no effect, unless it is empty, on the first rank."""
+    """Logs a line as a warning, unless it is empty, on the first rank."""
     if note and dist_util.is_main():
         LOG.warning(note)
 

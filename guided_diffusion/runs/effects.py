@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..build import NetworkOptions
@@ -10,6 +10,7 @@ from ..dtypes import dtype_flags
 from ..guidance import ContrastGuidance, GuidanceOptions, TransformGuidance
 from ..late import Tensor, torch
 from ..options import option_fields
+from ..process import DiffusionProcess
 from ..sampling import SAMPLERS
 from .base_images import OF_BASE
 from .labels import ANY_LABELS
@@ -27,15 +28,14 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     used = (run.sample, run.model, run.diffusion, run.sampler, *run.active)
     shared = {field.name for options in used for field in option_fields(type(options))}
     idle = {flag: why for flag, why in _switched_off(run).items() if flag not in shared}      # why, by flag
-    idle |= _useless_beside_others(run)
-    for method, why in _idle_methods(run):
-        idle |= method.all_useless(why)
+    idle |= useless_in_network(run.model)
+    idle |= idle_methods(run.active, run.process()) if run.active else {}
     if not run.labelled and run.sample.labels in (*ANY_LABELS, OF_BASE):       # others are refused
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:
         idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")
-    if run.sample.batch_contrasts and not _batches(run):
-        idle["batch_contrasts"] = "nothing makes two evaluations that differ in their inputs alone"
+    if run.sample.batch_contrasts:
+        idle |= idle_batches(run.active)
     return in_words(idle, given)
 
 
@@ -49,10 +49,14 @@ def in_words(idle: Mapping[str, str], given: Collection[str]) -> str:
     return f"without effect: {words}" if words else ""
 
 
-def _batches(run: SamplingRun) -> bool:
-    """Whether two evaluations of a step can be one batch: those of two methods, or the step's own and one beside it."""
-    return (sum(method.can_batch for method in run.active) > 1
-            or any(method.beside_the_step for method in run.active))
+def idle_batches(active: Sequence[GuidanceOptions]) -> dict[str, str]:
+    """--batch_contrasts, and why, where no two evaluations of a step can be one batch; active: the methods that are on.
+
+    Those can be that two methods make, or the step's own and one beside it.
+    """
+    if sum(method.can_batch for method in active) > 1 or any(method.beside_the_step for method in active):
+        return {}
+    return {"batch_contrasts": "nothing makes two evaluations that differ in their inputs alone"}
 
 
 def _switched_off(run: SamplingRun) -> dict[str, str]:
@@ -70,12 +74,17 @@ def methods_off(guidance: Iterable[GuidanceOptions]) -> dict[str, str]:
             for field in option_fields(type(method)) if not _switches(method, field.name)}
 
 
-def _useless_beside_others(run: SamplingRun) -> dict[str, str]:
-    """Flags of what is used that other flags, or the chain, make useless, and why."""
-    idle = useless_in_network(run.model)
-    for method in run.active:
+def idle_methods(active: Sequence[GuidanceOptions], process: DiffusionProcess) -> dict[str, str]:
+    """The flags of methods that are on, among each other, which change no image of a process, and why.
+
+    active: all of them. process: whose steps the sampler walks through.
+    """
+    idle: dict[str, str] = {}
+    for method in active:
         idle |= method.useless()
-        idle |= _idle_bounds(method, run)
+        idle |= _idle_bounds(method, active, process)
+    for method, why in _idle_methods(active, process):
+        idle |= method.all_useless(why)
     return idle
 
 
@@ -90,42 +99,43 @@ def useless_in_network(network: NetworkOptions) -> dict[str, str]:
     return idle
 
 
-def _idle_bounds(method: GuidanceOptions, run: SamplingRun) -> dict[str, str]:
+def _idle_bounds(method: GuidanceOptions, active: Sequence[GuidanceOptions], process: DiffusionProcess,
+                 ) -> dict[str, str]:
     """The flags of a method's window that leave out no step, or none that would change an image, and why."""
     idle: dict[str, str] = {}
     for flag in method.bounds():
         if getattr(method, flag) is None:
             continue
-        left_out = _steps_held(replace(method, **{flag: None}), run) & ~_steps_held(method, run)
+        left_out = _steps_held(replace(method, **{flag: None}), process) & ~_steps_held(method, process)
         if not left_out.any():
             idle[flag] = f"every step of the window of {method.short} is within"
-        elif issubclass(method.kind, TransformGuidance) and not (left_out & _steps_of_contrasts(run)).any():
+        elif issubclass(method.kind, TransformGuidance) and not (left_out & _steps_of_contrasts(active, process)).any():
             idle[flag] = f"no contrast acts at a step that it keeps from {method.short}"
     return idle
 
 
-def _steps_held(method: GuidanceOptions, run: SamplingRun) -> Tensor:
+def _steps_held(method: GuidanceOptions, process: DiffusionProcess) -> Tensor:
     """(terms, T) bool: the steps of the chain at which each term of a method acts."""
-    process = run.process()
     return torch.stack([term.window(torch.arange(process.num_timesteps), process) for term, _ in method.schedule()])
 
 
-def _steps_of_contrasts(run: SamplingRun) -> Tensor:
+def _steps_of_contrasts(active: Sequence[GuidanceOptions], process: DiffusionProcess) -> Tensor:
     """(T,) bool: the steps of the chain at which any contrast acts."""
-    held = [_steps_held(method, run).any(dim=0) for method in run.active if issubclass(method.kind, ContrastGuidance)]
-    return torch.stack(held).any(dim=0) if held else torch.zeros(run.process().num_timesteps, dtype=torch.bool)
+    held = [_steps_held(method, process).any(dim=0) for method in active if issubclass(method.kind, ContrastGuidance)]
+    return torch.stack(held).any(dim=0) if held else torch.zeros(process.num_timesteps, dtype=torch.bool)
 
 
-def _idle_methods(run: SamplingRun) -> Iterator[tuple[GuidanceOptions, str]]:
+def _idle_methods(active: Sequence[GuidanceOptions], process: DiffusionProcess,
+                  ) -> Iterator[tuple[GuidanceOptions, str]]:
     """Methods that are on and yet change no image, and why."""
-    contrasts = any(issubclass(method.kind, ContrastGuidance) for method in run.active)
-    for method in run.active:
-        held = _steps_held(method, run)
+    contrasts = any(issubclass(method.kind, ContrastGuidance) for method in active)
+    for method in active:
+        held = _steps_held(method, process)
         if not held.any():
             yield method, f"no step lies in the window of {method.short}"
         elif issubclass(method.kind, TransformGuidance) and not contrasts:
             yield method, f"there is no contrast that {method.short} could change"
-        elif issubclass(method.kind, TransformGuidance) and not (held & _steps_of_contrasts(run)).any():
+        elif issubclass(method.kind, TransformGuidance) and not (held & _steps_of_contrasts(active, process)).any():
             yield method, f"no contrast acts at a step of the window of {method.short}"
 
 

@@ -78,8 +78,21 @@ def test_flags_without_effect_are_said(command, tmp_path, caplog):
     assert ("without effect: --sag_block (--sag_scale is 0); --pag_blocks (PAG is off); --negative_prompt "
             "(--prompt_scale is 1)") in caplog.messages
     caplog.clear()
-    assert command(num_samples=1, out=tmp_path / "all") == 0
+    assert command(num_samples=1, pag_start=2, seg_scale=1, seg_sigma_min=1e9, out=tmp_path / "windows") == 0
+    assert ("without effect: --pag_start (every step of the window of PAG is within); --seg_scale, --seg_sigma_min "
+            "(no step lies in the window of SEG)") in caplog.messages
+    caplog.clear()
+    assert command(num_samples=1, pag_start=1, out=tmp_path / "all") == 0
     assert "without effect" not in caplog.text
+
+
+def test_a_chain_that_begins_in_little_noise_is_said_where_images_are_made(command, caplog):
+    sentence = "the first of 2 steps is at the noise level 1.6, and images begin in noise as at 14.6"
+    assert command(num_samples=1) == 0
+    assert len([line for line in caplog.messages if line.startswith(sentence)]) == 1
+    caplog.clear()
+    assert command(num_samples=1) == 0 and sentence not in caplog.text
+    assert command(num_samples=2, steps=20, overwrite=True) == 0 and "begin in noise" not in caplog.text
 
 
 def test_steps_that_coincide_are_said_once_and_not_counted(command, tmp_path, caplog):

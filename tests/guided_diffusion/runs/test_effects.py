@@ -7,7 +7,7 @@ from commands import REPOSITORY, call, flags
 from networks import TINY
 
 from guided_diffusion.adapters.run import LatentRun
-from guided_diffusion.build import DiffusionOptions, ModelOptions
+from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion
 from guided_diffusion.guidance import GUIDANCE
 from guided_diffusion.options import option_fields, options_from
 from guided_diffusion.runs.effects import without_effect
@@ -81,10 +81,28 @@ def test_flags_without_effect_are_named(given, said):
     assert line(**given) == (f"without effect: {said}" if said else "")
 
 
-def test_flags_of_runs_of_pipelines_without_effect_are_named_too():
-    options, *methods = options_from({"tsg_scale": 1.0, "tsg_noise_scale": 0.0}, *LatentRun.classes())
-    assert LatentRun(options, tuple(methods)).without_effect(["tsg_scale", "steps"]) == (
-        "without effect: --tsg_scale (without noise the step is not perturbed)")
+@pytest.mark.parametrize(("given", "said"), [
+    ({"steps": 10, "pag_scale": 1.0, "apg": True, "batch_contrasts": True, "prompt": "a"}, ""),
+    ({"tsg_scale": 1.0, "tsg_noise_scale": 0.0, "steps": 10}, "--tsg_scale, --tsg_noise_scale (without noise the step "
+     "is not perturbed)"), ({"seg_blocks": "middle"}, "--seg_blocks (SEG is off)"),
+    ({"pag_scale": 1.0, "pag_start": 0}, "--pag_scale, --pag_start (no step lies in the window of PAG)"),
+    ({"pag_scale": 1.0, "pag_start": 10}, "--pag_start (every step of the window of PAG is within)"),
+    ({"pag_scale": 1.0, "pag_start": 9}, ""),
+    ({"apg": True, "prompt_scale": 7.5}, "--apg (there is no contrast that APG could change); --prompt_scale (there is "
+     "no prompt)"), ({"apg": True, "prompt": "a"}, ""), ({"apg": True, "sag_scale": 0.75}, ""),
+    ({"apg": True, "prompt": "a", "prompt_scale": 1.0}, "--apg (there is no contrast that APG could change)"),
+    ({"rescale_phi": 0.5, "rescale_start": 5, "pag_scale": 1.0, "pag_sigma_min": 5.0},
+     "--rescale_phi, --rescale_start (no contrast acts at a step of the window of rescale)"),
+    ({"batch_contrasts": True, "prompt": "a", "prompt_scale": 1.0, "sag_scale": 0.75},
+     "--batch_contrasts (nothing makes two evaluations that differ in their inputs alone)"),
+    ({"batch_contrasts": True, "prompt": "a", "prompt_scale": 1.0, "icg_scale": 1.0}, ""),
+    ({"sag_block": "middle", "prompt": "a", "prompt_scale": 1.0, "negative_prompt": "b"},
+     "--sag_block (--sag_scale is 0); --negative_prompt (--prompt_scale is 1)")])
+def test_flags_of_runs_of_pipelines_without_effect_are_named_too(given, said):
+    options, *methods = options_from(given, *LatentRun.classes())
+    process = build_diffusion(DiffusionOptions(timestep_respacing="10"))
+    assert LatentRun(options, tuple(methods)).without_effect(given, process) == (
+        f"without effect: {said}" if said else "")
 
 
 @pytest.mark.parametrize("kind", [*GUIDANCE, *SAMPLERS.values()], ids=lambda kind: kind.__name__)
