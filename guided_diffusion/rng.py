@@ -17,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .errors import UserError
 from .late import Tensor, torch
-from .options import MAX_SEED
+from .options import MAX_SEED, shortened
 
 IMAGE_STREAMS = {
     "noise": 0,         # of x_T and of each step of a sampler
@@ -78,23 +78,29 @@ STREAMS = {
 def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "noise") -> np.random.Generator:
     """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS.
 
-    Raises UserError for a seed outside 0 to 2^64 - 1: it would give the numbers of another seed.
+    Raises UserError for what `checked_seed` refuses: it would give the numbers of another seed.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"seed {seed}: must be at least 0 and at most {MAX_SEED}")
-    key = np.array([seed, image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
+    key = np.array([checked_seed(seed), image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
     counter = np.array([0, 0, step, IMAGE_STREAMS[stream]], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def checked_seed(seed: int) -> int:
+    """A seed of images, also one of NumPy, as an int. Raises UserError but for whole numbers from 0 to 2^64 - 1."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(seed, bool) and 0 <= (found := operator.index(seed)) <= MAX_SEED:
+            return found
+    raise UserError(f"seed {shortened(seed)}: must be a whole number, at least 0 and at most {MAX_SEED}")
+
+
 def image_numbers(what: str, numbers: Sequence[int] | Tensor) -> list[int]:
     """Numbers of images, which are keys, as a list. Raises UserError, beginning with `what`, where they are none."""
-    given = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    given: Any = numbers.tolist() if isinstance(numbers, Tensor) else numbers
     with contextlib.suppress(TypeError):
         found = [operator.index(number) for number in given]
         if all(0 <= number < 2**63 for number in found):
             return found
-    raise UserError(f"{what} {given}: must be whole numbers from 0 up, the places of the images in the run")
+    raise UserError(f"{what} {shortened(given)}: must be whole numbers from 0 up, the places of the images in the run")
 
 
 def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise") -> Tensor:

@@ -75,8 +75,8 @@ def test_every_seed_that_is_allowed_has_its_own_numbers():
     seeds = [0, 1, 2**32, 2**63 - 2, 2**63 - 1, 2**63, 2**63 + 1, 2**63 + 1000, 2**64 - 2, 2**64 - 1]
     drawn = {tuple(image_noise(seed, [0], 3, (4,)).flatten().tolist()) for seed in seeds}
     assert len(drawn) == len(seeds)
-    for seed in (-1, 2**64):
-        with pytest.raises(UserError, match=rf"seed {seed}: must be at least 0 and at most 18446744073709551615"):
+    for seed in (-1, 2**64, 1.5, None, True):
+        with pytest.raises(UserError, match=f"seed {seed}: must be a whole number, at least 0 and at most {2**64 - 1}"):
             image_noise(seed, [0], 0, (4,))
 
 
