@@ -35,8 +35,8 @@ def find_blocks(available: Mapping[str, Block], names: Iterable[str], kind: str)
     """
     names = list(names)
     for name in names:
-        if name not in available:
-            raise UserError(f"{name!r} is no {kind} of this network{nearest(name, available)}; "
+        if not isinstance(name, str) or name not in available:
+            raise UserError(f"{name!r} is no {kind} of this network{nearest(str(name), available)}; "
                             f"there are: {', '.join(available) or 'none'}")
     return {name: available[name] for name in names}
 

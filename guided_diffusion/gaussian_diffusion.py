@@ -255,11 +255,7 @@ def _numbers(image_ids: Ids | None, count: int) -> Tensor | None:
 
 
 def _terms(guidance: Iterable[Guidance], cond_fn: CondFn | None) -> list[Guidance]:
-    if isinstance(guidance, Guidance):
-        raise UserError(f"guidance: must be a list of terms, and {type(guidance).__name__} is one of them: [term]")
-    if not isinstance(guidance, Iterable):
-        raise UserError(f"guidance {shortened(guidance)}: must be a list of terms; leave it out for none")
-    return [*guidance, *([] if cond_fn is None else [FunctionGuidance(cond_fn)])]
+    return [*sampling.listed_terms(guidance), *([] if cond_fn is None else [FunctionGuidance(cond_fn)])]
 
 
 def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:

@@ -302,8 +302,10 @@ class DiffusionProcess:
         """What a network's output at x_t says of x0, the noise and x_{t-1}.
 
         output: (N, C, H, W), twice the channels where the variance is learned. process_xstart: applied to x0
-        (clipping). Raises UserError where the output has another shape.
+        (clipping). Raises UserError where the output is no tensor, or has another shape.
         """
+        if not isinstance(output, Tensor):
+            raise UserError(f"the network returned a {type(output).__name__}, must be a tensor (N, C, H, W)")
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         channels = x_t.shape[1] * (2 if learned else 1)
         if output.shape != (len(x_t), channels, *x_t.shape[2:]):

@@ -12,13 +12,14 @@ A sampler is a step and its options (`steps`, `solvers`); SAMPLERS lists them by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
 
 from .errors import NonFiniteError, UserError
 from .late import Tensor, no_grad, torch
+from .options import shortened
 from .process import Denoiser, Prediction
 from .solvers import SOLVERS
 from .steps import DdimOptions, DdpmOptions, Noise, SamplerOptions, Step, ddim_step, ddpm_step
@@ -58,10 +59,7 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
     where a term remembers and there is no memory, for what is no term, and for a term that returns another shape.
     """
-    for term in guidance:
-        if not isinstance(term, KINDS):
-            raise UserError(f"guidance: {term!r} is no term, which is an object of a class below "
-                            f"{', '.join(kind.__name__ for kind in KINDS)}")
+    guidance = listed_terms(guidance)
     if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
         raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
                         "of a chain the same dict as memory")
@@ -88,6 +86,20 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     if loss_gradient is None:
         return {"sample": sample, **out}
     return {"sample": sample - loss_gradient, **out, "loss_gradient": loss_gradient}
+
+
+def listed_terms(guidance: Iterable[Guidance]) -> list[Guidance]:
+    """Terms as a list, also of what can be walked through once. Raises UserError for anything else."""
+    if isinstance(guidance, Guidance):
+        raise UserError(f"guidance: must be a list of terms, and {type(guidance).__name__} is one of them: [term]")
+    if not isinstance(guidance, Iterable):
+        raise UserError(f"guidance {shortened(guidance)}: must be a list of terms; leave it out for none")
+    terms = list(guidance)
+    for term in terms:
+        if not isinstance(term, KINDS):
+            raise UserError(f"guidance: {shortened(term)} is no term, which is an object of a class below "
+                            f"{', '.join(kind.__name__ for kind in KINDS)}")
+    return terms
 
 
 def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active) -> Tensor:
@@ -197,10 +209,10 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
     NonFiniteError where the network or a term returns NaN or infinity, and UserError for labels that the network does
     not know, before the first step.
     """
-    guidance = list(guidance)                       # also of what can be walked through once
+    guidance = listed_terms(guidance)
     denoise.check_labels()
     for term in guidance:
-        if isinstance(term, Guidance) and term.scale:
+        if term.scale:
             term.check_network(denoise)
     image_ids = torch.arange(len(x_T)) if image_ids is None else image_ids
     memory: dict[Guidance, Tensor] = {}

@@ -7,12 +7,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import sampling
+from ..dist_util import is_main
 from ..errors import NonFiniteError, UserError
 from ..grids import CHAIN
 from ..guidance.base import without_labels
@@ -20,9 +23,10 @@ from ..guidance.classifier import ClassifierGuidance
 from ..guidance.depth import DepthConsistencyGuidance, DepthPriorGuidance
 from ..guidance.self_attention import SelfAttentionGuidance
 from ..late import no_grad
+from ..options import shortened
 from ..pixels import unit_to_uint8
 from ..process import Denoiser, DiffusionProcess, dynamically_thresholded
-from ..rng import image_noise, image_numbers
+from ..rng import checked_seed, image_noise, image_numbers
 from ..solvers import SolverOptions
 from ..steps import SamplerOptions, ddim_step
 from ..terms import ContrastGuidance, GradientGuidance, Guidance, LossGuidance, check_number
@@ -40,7 +44,11 @@ DECODERS = ("vae", "vqvae")                             # where pipelines keep w
 PARTS = ("unet", "scheduler", *DECODERS, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "bert",
          "feature_extractor")                           # the last one is for parts that are not called
 UNCALLED = ("safety_checker", "watermarker", "image_encoder")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+          "negative_pooled_prompt_embeds")              # in the order in which pipelines of SDXL give them
 Conditions = Mapping[str, Tensor]
+Array = Tensor | np.ndarray
 
 _log = logging.getLogger(__name__)
 
@@ -90,9 +98,10 @@ class LatentDiffusion:
         if further := [name for name in parts if name not in (*PARTS, *UNCALLED)]:
             raise UserError(f"{type(pipe).__name__}: its {', '.join(further)} would have no effect here; must be a "
                             "pipeline without")
+        latent = cls(unet, pipe)
         if uncalled := [name for name in parts if name in UNCALLED]:
-            _log.warning("%s: not called: %s", type(pipe).__name__, ", ".join(uncalled))
-        return cls(unet, pipe)
+            latent._say(f"{type(pipe).__name__}: not called: {', '.join(uncalled)}")
+        return latent
 
     @property
     def vae(self) -> Any:
@@ -107,7 +116,7 @@ class LatentDiffusion:
 
     @no_grad
     def independent_prompt_guidance(self, scale: float, prompts: Sequence[str] | None = None, *,
-                                    prompt_embeds: Tensor | None = None, pooled_prompt_embeds: Tensor | None = None,
+                                    prompt_embeds: Array | None = None, pooled_prompt_embeds: Array | None = None,
                                     seed: int = 0, **window: Any) -> IndependentPromptGuidance:
         """Independent condition guidance by prompts: at each step another one is drawn for each image.
 
@@ -130,6 +139,9 @@ class LatentDiffusion:
         classifier: (x_t, step of the scheduler) -> logits (N, classes), which was trained on this noise. Its classes
         are the `labels` of `sample`. Raises UserError for one of our networks that was built for other channels.
         """
+        if not callable(classifier):
+            raise UserError(f"classifier {shortened(classifier)}: must be a function of x_t and the step, which gives "
+                            "logits")
         taken, channels = getattr(getattr(classifier, "config", None), "in_channels", None), self._channels
         if taken not in (None, channels):
             raise UserError(f"classifier_guidance: the classifier takes {taken} channels, and the network samples "
@@ -141,10 +153,15 @@ class LatentDiffusion:
         """Depth consistency guidance, or with a prior depth prior guidance; options are those of the term.
 
         predictors: read blocks of `self.unet.feature_blocks`. Raises UserError where they were made for other sizes or
-        channels.
+        channels, and for anything else.
         """
-        from ..depth.predictor import check_fits
+        from ..depth.predictor import DepthPredictors, check_fits
+        from ..depth.prior import DepthPrior
 
+        if not isinstance(predictors, DepthPredictors):
+            raise UserError(f"predictors {shortened(predictors)}: must be DepthPredictors")
+        if not isinstance(prior, DepthPrior | None):
+            raise UserError(f"prior {shortened(prior)}: must be a DepthPrior, or None for depth consistency guidance")
         network: Any = self.unet
         check_fits(predictors, network, None)
         if prior is None:
@@ -153,9 +170,9 @@ class LatentDiffusion:
 
     @no_grad
     def sample(self, prompt: str | Sequence[str] | None = None, *, negative_prompt: str | Sequence[str] | None = None,
-               prompt_embeds: Tensor | None = None, negative_prompt_embeds: Tensor | None = None,
-               pooled_prompt_embeds: Tensor | None = None, negative_pooled_prompt_embeds: Tensor | None = None,
-               labels: Tensor | None = None, latents: Tensor | None = None, steps: int = 50,
+               prompt_embeds: Array | None = None, negative_prompt_embeds: Array | None = None,
+               pooled_prompt_embeds: Array | None = None, negative_pooled_prompt_embeds: Array | None = None,
+               labels: Array | None = None, latents: Array | None = None, steps: int = 50,
                sampler: str | SamplerOptions = "ddim", cfg_scale: float = 7.5, guidance: Sequence[Guidance] = (),
                seed: int = 0, numbers: Sequence[int] | None = None, height: int | None = None,
                width: int | None = None, output_type: str = "pil", batch_contrasts: bool = False,
@@ -163,6 +180,7 @@ class LatentDiffusion:
         """Images of prompts, or of an unconditional network, all in one batch.
 
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
+        Where cfg_scale is 1 negative ones have no effect, which is said in one line. Arrays of NumPy become tensors.
         labels: (N,) int64, of a network or a classifier with classes. latents: (N, C, h, w), the first noise, in place
         of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels in a
         way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or its options.
@@ -176,15 +194,17 @@ class LatentDiffusion:
         Raises UserError for what does not fit together, and NonFiniteError for a network or a decoder that gives no
         numbers.
         """
-        self._check(sampler, cfg_scale, output_type)
+        self._check(cfg_scale, output_type, batch_contrasts, on_step)
+        seed, guidance = checked_seed(seed), sampling.listed_terms(guidance)
+        latents, labels = _floats("latents", latents), _classes(labels)
         model = self._reading(labels, guidance)
+        options, process = self._process(sampler, steps)
         guided = self.unet.takes_prompts and cfg_scale != 1
         embedded = self._embedded(guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
                                   pooled_prompt_embeds, negative_pooled_prompt_embeds)
         ids = _image_ids(numbers, embedded.count, latents, labels)
         shape = self._shape(height, width, latents)
         embedded = self._with_sizes(_expanded(embedded, len(ids)), shape)
-        options, process = self._process(sampler, steps)
         conditions = {**embedded.prompts, **({} if labels is None else {"y": labels.to(self._device)})}
         together = batch_contrasts and not any(isinstance(term, LossGuidance) for term in guidance)
         if together:
@@ -214,6 +234,8 @@ class LatentDiffusion:
 
     def _process(self, sampler: str | SamplerOptions, steps: int) -> tuple[SamplerOptions, DiffusionProcess]:
         """The sampler's options, and the process that it goes through."""
+        if steps is None:
+            raise UserError("steps None: must be a whole number, the steps that are made")
         options, process = _sampler_options(sampler, steps), process_of(self.pipe.scheduler, steps)
         if isinstance(sampler, str) and process.num_timesteps < options.fewest_steps:
             raise UserError(f"steps {steps}: the scheduler makes {process.num_timesteps} of them, and "
@@ -224,8 +246,8 @@ class LatentDiffusion:
         return options, walked
 
     def _say(self, line: str) -> None:
-        """Logs a line, once."""
-        if line not in self._said:
+        """Logs a line, once, on the first rank."""
+        if line not in self._said and is_main():
             self._said.add(line)
             _log.warning(line)
 
@@ -237,8 +259,6 @@ class LatentDiffusion:
         """The network; where it has no classes, one that leaves labels to a classifier."""
         if labels is None:
             return self.unet
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
-            raise UserError("labels: must be a tensor (N,) of whole numbers (int64), the classes of the images")
         if self.unet.has_labels:
             count = self.unet.num_classes
             if count is not None and not ((labels >= 0) & (labels < count)).all():
@@ -252,12 +272,14 @@ class LatentDiffusion:
     def _device(self) -> torch.device:
         return self.unet.unet.device
 
-    def _check(self, sampler: str | SamplerOptions, cfg_scale: float, output_type: str) -> None:
+    def _check(self, cfg_scale: float, output_type: str, batch_contrasts: bool, on_step: object) -> None:
         check_number("LatentDiffusion cfg_scale", cfg_scale)
+        if not isinstance(batch_contrasts, bool):
+            raise UserError(f"batch_contrasts {shortened(batch_contrasts)}: must be True or False")
+        if not callable(on_step):
+            raise UserError(f"on_step {shortened(on_step)}: must be a function, which is called after each step")
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
-        if isinstance(sampler, str) and sampler not in sampling.SAMPLERS:
-            raise UserError(f"sampler {sampler!r}: must be one of {', '.join(sampling.SAMPLERS)}, or its options")
         if output_type != "latent" and self.vae is None and self._channels not in (1, 3):
             raise UserError(f"output_type {output_type!r}: the pipeline has no VAE that makes images of latents; take "
                             "'latent'")
@@ -315,37 +337,40 @@ class LatentDiffusion:
         for name, value, default in (("height", height, usual and usual[0]), ("width", width, usual and usual[1])):
             if value is None and default is None:
                 raise UserError(f"{name}: must be given, as the network's configuration has no sample_size")
-            if value is not None and (not isinstance(value, int) or value < factor or value % multiple):
-                raise UserError(f"{name} {value}: must be a multiple of {multiple}")
-            sizes.append(int(default) if value is None else value // factor)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if value is not None and (not whole or value < factor or value % multiple):
+                raise UserError(f"{name} {value!r}: must be a multiple of {multiple}")
+            sizes.append(int(default) if value is None else int(value) // factor)
         return channels, sizes[0], sizes[1]
 
     def _embedded(self, guided: bool, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None,
-                  embeds: Tensor | None, negative_embeds: Tensor | None, pooled: Tensor | None,
-                  negative_pooled: Tensor | None) -> Embedded:
-        """What the network is given of the prompts; guided: with classifier-free guidance."""
+                  *embeds: Array | None) -> Embedded:
+        """What the network is given of the prompts; guided: with classifier-free guidance; embeds: see EMBEDS."""
+        given: dict[str, Any] = dict(zip(EMBEDS, embeds, strict=True))
+        given = {"prompt": prompt, "negative_prompt": negative, **given}
+        names = [name for name, value in given.items() if value is not None]
         if not self.unet.takes_prompts:
-            if any(part is not None for part in (prompt, negative, embeds, negative_embeds)):
-                raise UserError("prompt: the pipeline's network takes none")
+            if names:
+                raise UserError(f"{names[0]}: the pipeline's network takes none")
             return Embedded({})
-        if (prompt is None) == (embeds is None) or prompt == []:
+        if ("prompt" in names) == ("prompt_embeds" in names):
             raise UserError("prompt: one of prompt and prompt_embeds must be given")
-        if negative is not None and negative_embeds is not None:
+        if "negative_prompt" in names and "negative_prompt_embeds" in names:
             raise UserError("negative_prompt: is given beside negative_prompt_embeds, which stand in its place")
-        self._check_embeds("prompt_embeds", embeds)
-        self._check_embeds("negative_prompt_embeds", negative_embeds)
-        self._check_pooled("pooled_prompt_embeds", embeds, pooled)
+        if not guided and (idle := [name for name in names if name.startswith("negative")]):
+            self._say(f"without effect: {', '.join(idle)} (cfg_scale is 1)")
+        found = {name: _floats(name, given[name]) for name in EMBEDS}
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            self._check_embeds(name, found[name])
+        self._check_pooled("", found)
         if guided:
-            self._check_pooled("negative_pooled_prompt_embeds", negative_embeds, negative_pooled)
-        if embeds is None or (guided and negative_embeds is None):
+            self._check_pooled("negative_", found)
+        if found["prompt_embeds"] is None or (guided and found["negative_prompt_embeds"] is None):
             if getattr(self.pipe, "text_encoder", None) is None:
                 raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds, and, unless cfg_scale "
                                 "is 1, negative_prompt_embeds")
-            embeds, negative_embeds, pooled, negative_pooled = self._encoded(
-                prompt, negative, guided, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds,
-                pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled)
-        return Embedded(self._conditions(embeds, pooled),
-                        self._conditions(negative_embeds, negative_pooled) if guided else None)
+            found = dict(zip(EMBEDS, self._encoded(prompt, negative, guided, **found), strict=True))
+        return Embedded(self._conditions("", found), self._conditions("negative_", found) if guided else None)
 
     @property
     def _takes_pooled(self) -> bool:
@@ -354,15 +379,22 @@ class LatentDiffusion:
 
     def _check_embeds(self, name: str, embeds: Tensor | None) -> None:
         """Raises UserError for embedded prompts that do not fit the network."""
-        if embeds is not None and embeds.ndim != 3:
-            raise UserError(f"{name} {tuple(embeds.shape)}: must be (N, T, E), T vectors for each prompt")
+        if embeds is not None and (embeds.ndim != 3 or not embeds.shape[1]):
+            raise UserError(f"{name} {tuple(embeds.shape)}: must be (N, T, E), T vectors for each prompt, at least one")
         if embeds is not None and (widths := self._prompt_widths) and embeds.shape[2] not in widths:
             raise UserError(f"{name} {tuple(embeds.shape)}: the last must be {' or '.join(map(str, widths))}, the "
                             "cross_attention_dim of the network")
 
-    def _check_pooled(self, name: str, embeds: Tensor | None, pooled: Tensor | None) -> None:
-        """Raises UserError where SDXL is given embedded or pooled prompts alone, or pooled ones that do not fit."""
+    def _check_pooled(self, which: str, given: Mapping[str, Tensor | None]) -> None:
+        """Raises UserError where SDXL is given embedded or pooled prompts alone, or pooled ones that do not fit.
+
+        Others are given none. which: "negative_" for those of no prompt, else "".
+        """
+        name = f"{which}pooled_prompt_embeds"
+        embeds, pooled = given[f"{which}prompt_embeds"], given[name]
         if not self._takes_pooled:
+            if pooled is not None:
+                raise UserError(f"{name}: the pipeline's network takes none, those of SDXL do")
             return
         if (embeds is None) != (pooled is None):
             raise UserError("pooled_prompt_embeds: must be given with prompt_embeds, and negative ones with those, as "
@@ -399,7 +431,8 @@ class LatentDiffusion:
             negative_prompt=negatives if guided and embeds["negative_prompt_embeds"] is None else None, **given)
         return (*found, None, None)[:4]
 
-    def _conditions(self, embeds: Tensor | None, pooled: Tensor | None) -> Conditions:
+    def _conditions(self, which: str, given: Mapping[str, Tensor | None]) -> Conditions:
+        embeds, pooled = given[f"{which}prompt_embeds"], given[f"{which}pooled_prompt_embeds"]
         if embeds is None:
             raise UserError("negative_prompt_embeds: must be given with prompt_embeds, unless cfg_scale is 1")
         added = {} if pooled is None else {"text_embeds": pooled.to(self._device)}
@@ -433,8 +466,10 @@ class LatentDiffusion:
         """The images of latents by the VAE, (N, 3, H, W) in [-1, 1]; latents themselves where there is no VAE.
 
         It is differentiable, so that a classifier of images can guide: `CleanClassifierGuidance` is given
-        `lambda latents: classifier(latent.decoded(latents))`.
+        `lambda latents: classifier(latent.decoded(latents))`. Raises UserError for another shape.
         """
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or latents.shape[1] != self._channels:
+            raise UserError(f"latents {_described(latents)}: must be a tensor (N, {self._channels}, h, w)")
         if self.vae is None:
             return latents
         vae = self.vae
@@ -461,16 +496,45 @@ def _float32_where_asked(vae: Any) -> Iterator[None]:
             vae.to(before)
 
 
+def _described(value: Any) -> str:
+    """A value in an error: of a tensor or an array its shape and type."""
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor | np.ndarray) else shortened(value)
+
+
+def _floats(name: str, value: Any) -> Tensor | None:
+    """Latents or embeddings as a tensor; None for none. Raises UserError for anything but finite numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value.astype(np.float64 if value.itemsize > 4 else np.float32))
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        raise UserError(f"{name} {_described(value)}: must be a tensor of floating-point numbers, or such an "
+                        "array of NumPy")
+    if not value.isfinite().all():
+        raise UserError(f"{name} {_described(value)}: hold NaN or infinity, must be finite numbers")
+    return value
+
+
+def _classes(labels: Any) -> Tensor | None:
+    """Labels as a tensor; None for none. Raises UserError for anything but whole numbers (N,)."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind == "i":
+        labels = torch.from_numpy(labels.astype(np.int64))
+    if labels is not None and (not isinstance(labels, Tensor) or labels.ndim != 1
+                               or labels.dtype not in (torch.int64, torch.int32)):
+        raise UserError(f"labels {_described(labels)}: must be a tensor (N,) of whole numbers (int64), the classes of "
+                        "the images")
+    return labels
+
+
 def _image_ids(numbers: Sequence[int] | None, prompts: int | None, *given: Tensor | None) -> list[int]:
     """The images' numbers; raises UserError where prompts, latents, labels and numbers are not as many."""
-    counts = {len(values) for values in (numbers, *given) if values is not None}
+    ids = None if numbers is None else image_numbers("numbers", numbers)
+    counts = {len(values) for values in (ids, *given) if values is not None}
     if prompts is not None and (prompts > 1 or not counts):
         counts.add(prompts)
     if len(counts) > 1 or 0 in counts:
         raise UserError(f"numbers of images {sorted(counts)}: prompts, latents, labels and numbers must be as many")
-    if numbers is None:
-        return list(range(counts.pop() if counts else 1))
-    return image_numbers("numbers", numbers)
+    return list(range(counts.pop() if counts else 1)) if ids is None else ids
 
 
 def _texts(name: str, value: Any) -> list[str] | None:
@@ -496,6 +560,9 @@ def _expanded(embedded: Embedded, count: int) -> Embedded:
 
 def _sampler_options(sampler: str | SamplerOptions, steps: int) -> SamplerOptions:
     """The sampler; a solver named by its name goes through the scheduler's own steps."""
+    known = sampler in sampling.SAMPLERS if isinstance(sampler, str) else isinstance(sampler, SamplerOptions)
+    if not known:
+        raise UserError(f"sampler {shortened(sampler)}: must be one of {', '.join(sampling.SAMPLERS)}, or its options")
     options = sampling.SAMPLERS[sampler]() if isinstance(sampler, str) else sampler
     if not isinstance(options, SolverOptions):
         return options

@@ -302,9 +302,10 @@ class LatentRun:
         numbers = [image_ids[min(i, len(image_ids) - 1)] for i in range(self.options.batch_size)]
         prompts = prepared.prompts
         given: dict[str, Any] = {} if not prompts else {
-            "prompt": [prompts[number % len(prompts)] for number in numbers],
-            "negative_prompt": self.options.negative_prompt or None}
+            "prompt": [prompts[number % len(prompts)] for number in numbers]}
         done, options = itertools.count(1), self.options
+        if prompts and options.negative_prompt and options.prompt_scale != 1:
+            given["negative_prompt"] = options.negative_prompt
         cfg_scale: float = options.prompt_scale
         images = prepared.latent.sample(
             **given, steps=options.steps, sampler=options.sampler, cfg_scale=cfg_scale,

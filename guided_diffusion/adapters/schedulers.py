@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,9 @@ def _last_abar(scheduler: Any, abar: np.ndarray) -> float:
 def _steps_of(scheduler: Any, steps: int) -> np.ndarray:
     """The original steps that a scheduler takes, rising."""
     trained = len(scheduler.betas)
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= trained:
         raise UserError(f"steps {steps!r}: must be a whole number from 1 to {trained}, the steps of the scheduler")
+    steps = int(steps)
     times = None if _is_runge_kutta(scheduler) else _times(scheduler, steps)
     if times is None or (times != times.round()).any() or len(np.unique(times)) > steps:
         times = _times(_ddim_of(scheduler), steps)

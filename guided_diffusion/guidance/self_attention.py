@@ -9,7 +9,6 @@ Needs: capture of that block's received attention. Cost: one more network evalua
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ..errors import UserError
 from ..late import F, Tensor, torch
 from ..options import option
 from ..process import Prediction
-from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext
+from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext, check_number
 from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
 from .degrade import BLUR_TAPS, MASKS, gaussian_blur, high_frequency_mask, random_mask, square_mask
 
@@ -54,10 +53,10 @@ class SelfAttentionGuidance(ContrastGuidance):
             raise UserError(f"mask {mask!r}: must be a function or one of {', '.join(MASKS)}")
         if heads not in HEADS:
             raise UserError(f"heads {heads!r}: must be one of {', '.join(HEADS)}")
-        if not blur_sigma > 0 or not math.isfinite(blur_sigma):
+        for name, value in (("blur_sigma", blur_sigma), ("threshold", threshold)):
+            check_number(name, value)
+        if blur_sigma <= 0:
             raise UserError(f"blur_sigma {blur_sigma}: must be greater than 0")
-        if not math.isfinite(threshold):
-            raise UserError(f"threshold {threshold}: must be a number")
         if isinstance(blur_taps, bool) or not isinstance(blur_taps, int) or blur_taps < 1 or blur_taps % 2 == 0:
             raise UserError(f"blur_taps {blur_taps!r}: must be an odd number, at least 1")
         self.reads_attention = not callable(mask) and mask != "global"

@@ -26,7 +26,7 @@ from tiny_diffusers import (
 
 from guided_diffusion.adapters.diffusers import LatentDiffusion
 from guided_diffusion.errors import NonFiniteError, UserError
-from guided_diffusion.guidance import IndependentConditionGuidance, PerturbedAttentionGuidance
+from guided_diffusion.guidance import AutoGuidance, IndependentConditionGuidance, PerturbedAttentionGuidance
 from guided_diffusion.solvers import DpmSolverOptions, UnipcOptions
 from guided_diffusion.steps import DdimOptions
 
@@ -409,7 +409,7 @@ def test_what_does_not_fit_is_a_sentence(latent):
                                                              "numbers": [1, 2, 3]}, "must be as many"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 9}, "multiple of 2"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "latents": noise((2, 3, 8, 8), 0)}, r"must be \(N, 4"),
-            ({"prompt": []}, "one of prompt and prompt_embeds"),
+            ({"prompt_embeds": PROMPTS[:, :0], "cfg_scale": 1.0}, r"prompt_embeds \(2, 0, 16\): must be \(N, T, E\)"),
             ({"prompt_embeds": PROMPTS, "negative_prompt": "b", "negative_prompt_embeds": NO_PROMPTS},
              "negative_prompt: is given beside negative_prompt_embeds"),
             ({"prompt_embeds": PROMPTS[0], "cfg_scale": 1.0}, r"prompt_embeds \(5, 16\): must be \(N, T, E\)"),
@@ -420,12 +420,93 @@ def test_what_does_not_fit_is_a_sentence(latent):
             latent.sample(**options)
     classes = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline(pixel_unet(num_class_embeds=3), scheduler()))
     for options, words in [({"labels": torch.tensor([3])}, r"labels \[3\]: must be classes from 0 to 2"),
-                           ({"labels": torch.tensor([0.5])}, "labels: must be a tensor"), ({"labels": [0]}, "a tensor"),
-                           ({"labels": torch.tensor([True])}, "labels: must be a tensor"),
-                           ({"labels": torch.tensor([0]), "negative_prompt": "b"}, "network takes none")]:
+                           ({"labels": torch.tensor([0.5])}, r"labels \(1,\) torch.float32: must be a tensor"),
+                           ({"labels": [0]}, r"labels \[0\]: must be a tensor"),
+                           ({"labels": torch.tensor([True])}, r"labels \(1,\) torch.bool: must be a tensor"),
+                           ({"labels": torch.tensor([0]), "negative_prompt": "b"},
+                            "negative_prompt: the pipeline's network takes none"),
+                           ({"labels": torch.tensor([0]), "pooled_prompt_embeds": PROMPTS},
+                            "pooled_prompt_embeds: the pipeline's network takes none")]:
         with pytest.raises(UserError, match=words):
             classes.sample(**options)
     with pytest.raises(UserError, match="with a unet"):
         LatentDiffusion.from_pipeline(object())
     with pytest.raises(UserError, match="inpainting"):
         LatentDiffusion.from_pipeline(prompted_pipeline(unet=prompted_unet(in_channels=9)))
+
+
+EMBEDDED = {"prompt_embeds": PROMPTS, "negative_prompt_embeds": NO_PROMPTS}
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"guidance": None}, "guidance None: must be a list of terms"), ({"guidance": 1}, "guidance 1: must be a list of"),
+    ({"guidance": ["pag"]}, "guidance: 'pag' is no term"), ({"seed": None}, "seed None: must be a whole number, at l"),
+    ({"seed": 1.5}, "seed 1.5: must be a whole number"), ({"seed": True}, "seed True: must be a whole number"),
+    ({"latents": [[1.0]]}, r"latents \[\[1.0\]\]: must be a tensor of floating-point numbers, or such an array"),
+    ({"latents": torch.zeros(2, 4, 8, 8, dtype=torch.complex64)}, r"latents \(2, 4, 8, 8\) torch.complex64: must be a"),
+    ({"latents": np.array("x")}, r"latents \(\) <U1: must be a tensor"),
+    ({"latents": torch.full((2, 4, 8, 8), float("nan"))}, r"latents \(2, 4, 8, 8\) torch.float32: hold NaN or inf"),
+    ({"prompt_embeds": [1]}, r"prompt_embeds \[1\]: must be a tensor"),
+    ({"negative_prompt_embeds": "x"}, "negative_prompt_embeds 'x': must be a tensor"),
+    ({"pooled_prompt_embeds": PROMPTS[:, 0]}, "pooled_prompt_embeds: the pipeline's network takes none"),
+    ({"negative_pooled_prompt_embeds": PROMPTS[:, 0]}, "negative_pooled_prompt_embeds: the pipeline's network takes"),
+    ({"prompt_embeds": None, "prompt": np.array(["a", "b"])}, "prompt array.*: must be a text"),
+    ({"prompt_embeds": None, "prompt": []}, r"prompt \[\]: must be a text"),
+    ({"prompt_embeds": None, "prompt": "a", "pooled_prompt_embeds": PROMPTS[:, 0]}, "pooled_.*network takes none"),
+    ({"numbers": 3}, "numbers 3: must be whole numbers from 0 up"), ({"steps": None}, "steps None: must be a whole"),
+    ({"sampler": 3}, "sampler 3: must be one of ddpm, ddim"), ({"sampler": DdimOptions}, "sampler <class .*: must be"),
+    ({"height": "16"}, "height '16': must be a multiple of 2"),
+    ({"batch_contrasts": "no"}, "batch_contrasts 'no': must be True or False"),
+    ({"on_step": None}, "on_step None: must be a function")])
+def test_arguments_of_other_kinds_are_named_before_anything_is_evaluated(options, sentence, monkeypatch):
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(**text_parts()))
+    monkeypatch.setattr(latent.unet, "forward", lambda *args, **kwargs: pytest.fail("the network is evaluated"))
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        latent.sample(**{**EMBEDDED, "steps": 2, "output_type": "latent", **options})
+
+
+def test_arguments_of_other_methods_are_named_too(latent):
+    for wrong, sentence in [(lambda: latent.check(sampler="euler"), "sampler 'euler': must be one of"),
+                            (lambda: latent.process(steps=None), "steps None: must be a whole number"),
+                            (lambda: latent.decoded(noise((1, 3, 8, 8), 0)), r"latents \(1, 3, 8, 8\) torch.float32:"),
+                            (lambda: latent.decoded(np.zeros((1, 4, 8, 8))), r"latents \(1, 4, 8, 8\) float64: must"),
+                            (lambda: latent.self_attention_guidance(1.0, None), "None is no attention block"),
+                            (lambda: latent.self_attention_guidance(1.0, blur_sigma="x"), "blur_sigma 'x': must be a"),
+                            (lambda: latent.classifier_guidance(None, 1.0), "classifier None: must be a function"),
+                            (lambda: latent.depth_guidance(None, 1.0), "predictors None: must be DepthPredictors"),
+                            (lambda: ours(latent, guidance=[AutoGuidance(prompted_unet(), 1.0)]),
+                             "the network returned a UNet2DConditionOutput, must be a tensor")]:
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            wrong()
+
+
+def test_arrays_and_numbers_of_numpy_are_taken(latent):
+    expected = ours(latent, steps=2, numbers=[3, 4], seed=5, cfg_scale=2.0)
+    start = noise((2, 4, 8, 8), 3).numpy()
+    found = ours(latent, steps=np.int64(2), numbers=np.array([3, 4]), seed=np.int64(5), cfg_scale=np.float64(2.0),
+                 latents=start.astype(">f4"), prompt_embeds=PROMPTS.numpy(), negative_prompt_embeds=NO_PROMPTS.numpy())
+    assert torch.equal(found, expected)
+    classes = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline(pixel_unet(num_class_embeds=3), scheduler()))
+    options = {"steps": 2, "output_type": "latent"}
+    assert torch.equal(classes.sample(labels=np.array([2, 0]), **options),
+                       classes.sample(labels=torch.tensor([2, 0]), **options))
+
+
+def test_what_stands_for_no_prompt_is_said_to_have_no_effect_without_classifier_free_guidance(caplog):
+    latent = LatentDiffusion.from_pipeline(prompted_pipeline(**text_parts()))
+    options = {"prompt": "a", "steps": 1, "output_type": "latent"}
+    plain = latent.sample(cfg_scale=1.0, **options)
+    latent.sample(cfg_scale=2.0, negative_prompt="b", **options)
+    assert not caplog.messages
+    for _ in range(2):
+        assert torch.equal(latent.sample(cfg_scale=1, negative_prompt="b", **options), plain)
+    latent.sample(cfg_scale=1.0, negative_prompt_embeds=NO_PROMPTS[:1], **options)
+    assert caplog.messages == [f"without effect: {name} (cfg_scale is 1)"
+                               for name in ("negative_prompt", "negative_prompt_embeds")]
+
+
+def test_guidance_may_be_walked_through_once(latent):
+    def terms():
+        yield PerturbedAttentionGuidance(latent.unet, ["middle"], 1.0)
+
+    assert torch.equal(ours(latent, steps=2, guidance=terms()), ours(latent, steps=2, guidance=list(terms())))
