@@ -29,10 +29,10 @@ from .files import check_folder, write_json, write_text
 from .foreign import reading
 from .jobs import STATE
 from .late import Tensor
-from .model_folders import CONFIG, GUIDANCE_KEY
+from .model_folders import CONFIG, GUIDANCE_KEY, is_own
 from .options import Options, entry_option, option, required
 from .presets import MODELS, Preset, find_preset
-from .stated import NETWORKS
+from .stated import NETWORKS, statement_of
 from .unet2d.files import PIPELINE_FILES, WEIGHTS, write_pipeline
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ pipeline_tag: {task}
 - licence: {licence}
 - source: {source}
 - SHA-256 of `{weights}`: {sha256}
-
+{classifier}
 ## Flags
 
 The metadata of `{weights}` state them, so that no command of guided_diffusion needs them.
@@ -65,6 +65,9 @@ The metadata of `{weights}` state them, so that no command of guided_diffusion n
 
 {limits}
 {attribution}"""
+GUIDED = """- `{weights}`: a classifier of {classes} classes, by which `scripts/classifier_sample.py` guides
+- SHA-256 of `{weights}`: {sha256}
+"""
 ATTRIBUTION = """
 ## Sources of the training images
 
@@ -97,7 +100,9 @@ class ExportOptions(Options):
 
     model: str = required("a model by name: a bundled one, the folder of a training, or a released checkpoint")
     model_path: str = option("", "file of a released checkpoint: a path, or an address")
-    classifier_path: str = option("", "file of the classifier of a released checkpoint; unset: none is exported")
+    classifier_path: str = option("", "file of the classifier that guides the model; unset: that of a bundled model, "
+                                  "or of a training, in its folder or in one beside it named like it, as "
+                                  "RUN_classifier; of a released checkpoint none is exported")
     checkpoint_entry: str = entry_option()
     layout: str = option("hub", "hub: as --model FOLDER reads it; diffusers: a DDPMPipeline of diffusers with a "
                          "UNet2DModel", choices=("hub", "diffusers"), later=True)
@@ -144,7 +149,8 @@ def export_model(options: ExportOptions) -> Path:
     if preset.path and options.model_path:
         raise UserError(f"--model_path {without_secrets(options.model_path)}: {preset.name} has its file already, "
                         "leave it out")
-    source, classifier = Source.read(preset, path, options.checkpoint_entry), _classifier(preset, options)
+    source, found = Source.read(preset, path, options.checkpoint_entry), _classifier(preset, options)
+    classifier = Source.read(*found) if found else None
     out = check_folder("--out", options.out)
     if (out / CONFIG).exists() and not _is_export(out / CONFIG):
         raise UserError(f"--out {out}: is the folder of a training, name another")
@@ -152,21 +158,22 @@ def export_model(options: ExportOptions) -> Path:
         raise UserError(f"--out {out}: is the folder of a run, whose files a model would stand among; name another")
     _check_left_over(out, options.layout == "diffusers", classifier is not None)
     if options.layout == "diffusers":
-        return _export_pipeline(preset, source, options, out)
+        return _export_pipeline(preset, source, options, out, classifier is not None)
     source.write(out / OWN_WEIGHTS)
-    if classifier:
+    if found and classifier:
         classifier.write(out / OWN_CLASSIFIER)
+        _log.info("%s: is exported with the classifier %s", preset.name, without_secrets(found[1]))
     guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
     left = [f"--{flag}" for flag in preset.guidance if flag not in guidance]
     if left:
         _log.info("%s: its files of %s are not exported", preset.name, " and ".join(left))
-    write_text(out / "README.md", _card(preset, source, options))
+    write_text(out / "README.md", _card(preset, source, options, classifier))
     write_json(out / CONFIG, {"library_name": "guided_diffusion", "kind": source.kind, "model": dict(source.options),
                               GUIDANCE_KEY: guidance})
     return out
 
 
-def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out: Path) -> Path:
+def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out: Path, guided: bool) -> Path:
     """Writes the model as diffusers lays pipelines out. Raises UserError for what diffusers has no like of."""
     what = f"--model {preset.name} --layout diffusers"
     if source.kind != "diffusion":
@@ -178,7 +185,7 @@ def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out
     if source.options["class_cond"]:
         _log.info("%s: the network takes classes, and DDPMPipeline gives none; UNet2DModel takes class_labels",
                   preset.name)
-    if preset.classifier:
+    if guided:
         _log.info("%s: its classifier is not exported, as diffusers has none", preset.name)
     write_text(out / "README.md", _card(preset, source, options))
     return out
@@ -201,16 +208,36 @@ def _is_export(config: Path) -> bool:
         return False
 
 
-def _classifier(preset: Preset, options: ExportOptions) -> Source | None:
-    """The classifier that goes with the model: a bundled one, that of a training, or the file that was given."""
+def _classifier(preset: Preset, options: ExportOptions) -> tuple[Preset, str] | None:
+    """The classifier that goes with the model, and its file: the one that was given, or else the model's own.
+
+    One beside a training that is not named like it may be of other images: it is left out, which is said.
+    """
+    given = options.classifier_path
+    if given and preset.path:
+        return _stated_classifier(preset, given), given
     if preset.classifier is None:
-        if options.classifier_path:
-            raise UserError(f"--classifier_path {without_secrets(options.classifier_path)}: no classifier is known for "
-                            f"{preset.name}")
+        if given:
+            raise UserError(f"--classifier_path {without_secrets(given)}: no classifier is known for {preset.name}")
         return None
     found = find_preset(preset.classifier)
-    path = str(found.path or options.classifier_path)
-    return Source.read(found, path) if path else None
+    if found.path and not preset.known and preset.path and not is_own(found.path, preset.path.parent):
+        _log.info("%s: the classifier %s may be of other images, as it is not named like the model, and is not "
+                  "exported; --classifier_path names one", preset.name, found.path)
+        return None
+    path = str(found.path or given)
+    return (found, path) if path else None
+
+
+def _stated_classifier(preset: Preset, path: str) -> Preset:
+    """The classifier in a file. Raises UserError where it states none, or one of other images than the model's."""
+    read_metadata(path)                     # says why a file cannot be read
+    stated = statement_of(path, "classifier")
+    if stated is None:
+        raise UserError(f"--classifier_path {without_secrets(path)}: states no options of a classifier, as the files "
+                        "of scripts/classifier_train.py do")
+    stated.check_beside(preset.options)
+    return Preset(path, stated.kind, stated.facts, {}, None, None)
 
 
 def _bundled(preset: Preset) -> str:
@@ -218,7 +245,7 @@ def _bundled(preset: Preset) -> str:
     return "bundled with this project" + (f"; {page} there says how it was trained and measured" if page else "")
 
 
-def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
+def _card(preset: Preset, source: Source, options: ExportOptions, classifier: Source | None = None) -> str:
     own = preset.path is not None and preset.known
     licence = preset.licence or options.licence or "none is stated"
     sources = preset.about.get("attribution")
@@ -235,6 +262,9 @@ def _card(preset: Preset, source: Source, options: ExportOptions) -> str:
         library="diffusers" if layered else "guided_diffusion", usage=_usage(source, folder, layered), licence=licence,
         source=preset.url or (_bundled(preset) if own else "a training with this project"),
         weights=weights, sha256=sha256_of(Path(options.out) / weights),
+        classifier="" if classifier is None else GUIDED.format(
+            weights=OWN_CLASSIFIER, classes=classifier.options["num_classes"],
+            sha256=sha256_of(Path(options.out) / OWN_CLASSIFIER)),
         limits=f"{preset.about.get('limits', UNKNOWN)} {ALWAYS}",
         attribution=ATTRIBUTION.format(text=(MODELS / sources).read_text(encoding="utf-8")) if sources else "",
         flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
     noise, and for classes of the same names as far as both state these. Where several fit, the one named like the
     folder (runs/x, runs/x_classifier) is meant, or the one that lies within, and None where that leaves it open.
     """
-    folder = folder if folder.name not in ("", "..") else folder.absolute()
+    folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
     beside = [path for near in _folders(folder.parent) if near.name != folder.name for path in _files(near)]
     named = [path for path in beside if path.parent.name in _names(folder.name)]
@@ -72,6 +73,16 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
         if fitting:
             return fitting[0] if len(fitting) == 1 else None
     return None
+
+
+def is_own(classifier: Path, folder: Path) -> bool:
+    """Whether a classifier lies in the folder of a training, at any depth, or in one beside it that is named like it.
+
+    Any other that `classifier_beside` finds may be of another training, of images and classes of its own.
+    """
+    inner, outer = Path(os.path.abspath(classifier)), Path(os.path.abspath(folder))
+    return inner.is_relative_to(outer) or (inner.parent.parent == outer.parent
+                                           and inner.parent.name in _names(outer.name))
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY, call, samples_in
-from networks import TINY, with_random_weights
+from networks import TINY, TINY_CLASSIFIER, with_random_weights
 
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.presets import MODELS, bundled_names, find_preset
 from guided_diffusion.runs.command import read_run
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.script_util import create_classifier, create_model
 
 SHORT = ("--timestep_respacing", 1, "--num_samples", 2, "--batch_size", 2)
 
@@ -140,3 +141,41 @@ def test_damaged_guidance_in_a_folder_is_refused(exported, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"guidance": {"blur_sigma": [1]}}')
     assert call("image_sample", "--model", tmp_path, *SHORT, "--out", tmp_path / "out") == 2
     assert "its guidance must be values by the names of flags" in capsys.readouterr().err
+
+
+def test_the_classifier_of_another_training_is_exported_only_when_it_is_named(tmp_path, caplog):
+    def save(name, build, flags):
+        path = tmp_path / name / "model.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_state(path, with_random_weights(build(**flags)).state_dict(), {"config": json.dumps(flags)})
+        return path
+
+    def exported(*words):
+        caplog.clear()
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        with caplog.at_level("INFO"):
+            assert call("export_model", "--model", tmp_path / "rooms", "--out", out, *words) == 0
+        there = (out / "classifier.safetensors").exists()
+        assert there == ("classifier_sample" in (out / "README.md").read_text())
+        return there, [line for line in caplog.messages if "classifier" in line]
+
+    save("rooms", create_model, {**TINY, "class_cond": False})
+    beside = str(save("animals", create_classifier, TINY_CLASSIFIER))
+    there, (said,) = exported()
+    assert not there and beside in said and "--classifier_path" in said
+    assert exported("--classifier_path", beside) == (
+        True, [f"{tmp_path / 'rooms'}: is exported with the classifier {beside}"])
+    own = save("rooms_classifier", create_classifier, TINY_CLASSIFIER)
+    there, (said,) = exported()
+    assert there and said.endswith(str(own))
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (None, "there is no such file"), ({"x": 1}, "states no options of a classifier"),
+    ({**TINY_CLASSIFIER, "image_size": 8}, "states image_size 8 of itself")])
+def test_a_classifier_of_other_images_is_not_exported(flags, said, tmp_path, capsys):
+    path = tmp_path / "c.safetensors"
+    if flags:
+        save_state(path, {"x": torch.zeros(1)}, {"config": json.dumps(flags)})
+    assert call("export_model", "--model", "fmnist32", "--classifier_path", path, "--out", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
