@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,13 +84,13 @@ python scripts/{command}.py --model {folder}{more}
 PIPELINE = """```python
 from diffusers import DDPMPipeline
 
-images = DDPMPipeline.from_pretrained("{folder}")(batch_size=4).images
+images = DDPMPipeline.from_pretrained({folder!r})(batch_size=4).images
 ```"""
 NETWORK = """```python
 import torch
 from diffusers import UNet2DModel
 
-network = UNet2DModel.from_pretrained("{folder}", subfolder="unet")
+network = UNet2DModel.from_pretrained({folder!r}, subfolder="unet")
 prediction = network(torch.randn(1, {channels}, {size}, {size}), 500, class_labels=torch.tensor([0])).sample
 ```"""
 OWN_WEIGHTS, OWN_CLASSIFIER = "model.safetensors", "classifier.safetensors"
@@ -251,11 +253,11 @@ def _card(preset: Preset, source: Source, options: ExportOptions, classifier: So
     sources = preset.about.get("attribution")
     sizes = source.options
     size = f"{sizes['small_size']} to {sizes['large_size']}" if source.kind == "upsampler" else sizes["image_size"]
-    folder, layered = Path(options.out).name, options.layout == "diffusers"
+    folder, layered = _name(options.out), options.layout == "diffusers"
     weights = f"unet/{WEIGHTS}" if layered else OWN_WEIGHTS
     return CARD.format(
         tag="mit" if licence.startswith("MIT") else "other", tags=", ".join(dict.fromkeys(("diffusion", source.kind))),
-        begin="An upsampler" if source.kind == "upsampler" else f"A {source.kind}", name=Path(preset.name).name,
+        begin="An upsampler" if source.kind == "upsampler" else f"A {source.kind}", name=_name(preset.name),
         task="image-to-image" if source.kind == "upsampler" else "unconditional-image-generation",
         parameters=sum(value.numel() for value in source.weights.values()), size=size,
         images=f"It was trained on {preset.data}." if preset.data else "Its training images are not stated.",
@@ -270,10 +272,14 @@ def _card(preset: Preset, source: Source, options: ExportOptions, classifier: So
         flags="\n".join(f"- `--{name} {value}`" for name, value in source.options.items() if value != ""))
 
 
+def _name(folder: str) -> str:
+    return Path(os.path.abspath(folder)).name           # "." has one as well
+
+
 def _usage(source: Source, folder: str, layered: bool) -> str:
     """How the folder is used, as the card shows it."""
     if layered:
         return (NETWORK if source.options["class_cond"] else PIPELINE).format(
             folder=folder, channels=source.options["in_channels"], size=source.options["image_size"])
-    return COMMAND.format(command=COMMANDS[source.kind], folder=folder,
+    return COMMAND.format(command=COMMANDS[source.kind], folder=shlex.quote(folder),
                           more=" --base_samples SAMPLES.npz" if source.kind == "upsampler" else "")

@@ -1,6 +1,8 @@
 """A model as a folder: what is written, and that the folder is the model."""
 
+import ast
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -179,3 +181,18 @@ def test_a_classifier_of_other_images_is_not_exported(flags, said, tmp_path, cap
         save_state(path, {"x": torch.zeros(1)}, {"config": json.dumps(flags)})
     assert call("export_model", "--model", "fmnist32", "--classifier_path", path, "--out", tmp_path / "out") == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["hub", "diffusers"])
+def test_the_command_of_a_card_is_one_for_a_folder_of_any_name(layout, tmp_path, monkeypatch):
+    folder = tmp_path / 'my "own" model'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert call("export_model", "--model", "icons32", "--out", ".", "--layout", layout) == 0
+    block = (folder / "README.md").read_text().split("```")[1]
+    if layout == "hub":
+        words = shlex.split(block)
+        assert words[words.index("--model") + 1] == folder.name
+    else:
+        assert folder.name in {node.value for node in ast.walk(ast.parse(block.removeprefix("python")))
+                               if isinstance(node, ast.Constant)}
