@@ -27,9 +27,9 @@ from .entries import check_weights
 from .errors import UserError
 from .facts import check_options
 from .fetch import sha256_of, without_secrets
-from .files import check_folder, write_json, write_text
+from .files import write_json, write_text
 from .foreign import reading
-from .jobs import STATE
+from .jobs import job_folder
 from .late import Tensor
 from .model_folders import CONFIG, GUIDANCE_KEY, is_own
 from .options import Options, entry_option, option, required
@@ -153,11 +153,9 @@ def export_model(options: ExportOptions) -> Path:
                         "leave it out")
     source, found = Source.read(preset, path, options.checkpoint_entry), _classifier(preset, options)
     classifier = Source.read(*found) if found else None
-    out = check_folder("--out", options.out)
+    out = job_folder("export", options.out)
     if (out / CONFIG).exists() and not _is_export(out / CONFIG):
         raise UserError(f"--out {out}: is the folder of a training, name another")
-    if any((out / name).exists() for name in (STATE, "run.json")):
-        raise UserError(f"--out {out}: is the folder of a run, whose files a model would stand among; name another")
     _check_left_over(out, options.layout == "diffusers", classifier is not None)
     if options.layout == "diffusers":
         return _export_pipeline(preset, source, options, out, classifier is not None)

@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import PeerError, UserError
 from .fetch import without_secrets
-from .files import reason, write_json
+from .files import check_folder, reason, write_json
 from .foreign import read_json
 from .launchers import is_main, world_size
 from .progress import Progress, Step, clock, watched
@@ -30,6 +30,8 @@ STATE = "status.json"           # in the folder of a job; beside a FILE that a j
 EVERY = 5.0                     # seconds between two states
 SILENT = 600.0                  # seconds without a word after which a job of another machine is taken to be gone
 LONGEST = 300                   # characters of the reason for which a job stopped
+
+RECORDS = ("run.json", "shards/run.json")      # of sampling runs
 
 _log = logging.getLogger(__name__)
 _running: list[str] = []        # the jobs of this process, from the outermost
@@ -136,6 +138,24 @@ def read_state(place: Path) -> JobState | None:
         if path.is_file():
             return JobState.of(read_json(path, _can_be_told)).now()
     return None
+
+
+def job_folder(what: str, path: str | Path) -> Path:
+    """Makes the folder --out of a study or an export and returns it, as `check_folder` does.
+
+    what: the job does, in the words that `job` takes. Raises UserError where the folder cannot be written, and where
+    another kind of job has worked there: its page and its state would be hidden by those of this one. (Samples may lie
+    in the folder of a training, as the official code has one folder for both.)
+    """
+    folder, state = check_folder("--out", path), None
+    if (folder / STATE).is_file():
+        state = JobState.of(read_json(folder / STATE, _can_be_told))
+    other = state is not None and state.job != what
+    if other or any((folder / name).exists() for name in RECORDS):
+        kind = f" ({state.job})" if state and other else ""
+        raise UserError(f"--out {folder}: is the folder of a run{kind}, and the files of another would stand among its "
+                        "own; name another folder")
+    return folder
 
 
 def mark_finished(place: Path) -> None:

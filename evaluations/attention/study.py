@@ -31,11 +31,11 @@ from guided_diffusion.classes import first_names
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder, write_csv, write_text
+from guided_diffusion.files import write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.guidance.base import naming
 from guided_diffusion.image_datasets import named_labels
-from guided_diffusion.jobs import job
+from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.npz import check_brightness, read_arrays
 from guided_diffusion.options import MOST, Options, batch_option, comma_separated, entry_option, option, seed_option
@@ -303,7 +303,7 @@ class AttentionStudy:
 
     def __init__(self, options: AttentionOptions, run: SamplingRun) -> None:
         require_matplotlib("the figures need")
-        self.options, self.out = options, check_folder("--out", options.out)
+        self.options, self.out = options, job_folder("attention study", options.out)
         self.objects = read_objects(options, run.model)
         self.network = ObservedNetwork(run, options.attention_heads)
         length = self.network.diffusion.num_timesteps

@@ -25,10 +25,9 @@ from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.classes import stored_names
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, StepContext
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
-from guided_diffusion.jobs import job
+from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.late import Tensor, no_grad, torch
 from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option, required, seed_option
 from guided_diffusion.process import Denoiser
@@ -185,7 +184,7 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
             named.append((there, block))
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
-    with job("probe", check_folder("--out", options.out)):
+    with job("probe", job_folder("probe", options.out)):
         moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
         sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
         return write(ProbeResult(options, steps, sigmas, [

@@ -38,8 +38,8 @@ from guided_diffusion.depth.train import (
     read_labelled,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder, reason, write_csv, write_json, write_text
-from guided_diffusion.jobs import job
+from guided_diffusion.files import reason, write_csv, write_json, write_text
+from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.late import no_grad, torch
 from guided_diffusion.options import option
 from guided_diffusion.progress import progress_bar
@@ -120,7 +120,7 @@ class AccuracyStudy:
         self.blocks = decoder_blocks(network.model)
         self.guiding = {name: parse_blocks(text, network.model, f"{name}_blocks")
                         for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
-        self.out = check_folder("--out", options.out)
+        self.out = job_folder("depth accuracy", options.out)
         self._check_config()
         self.labels = {count: _first_pairs(labelled, count) for count in options.counts}
         self.trainings = {count: self._training(count) for count in options.counts}

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import check_folder
 from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.jobs import job
+from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.options import Options, comma_separated, image_numbers, nearest, option, option_fields
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.command import say_without_effect
@@ -91,7 +90,7 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
     idle = [f"--{name}" for name in OF_FILES if name in given]
     if idle:
         LOG.warning("without effect: %s (they are of runs that write samples)", ", ".join(idle))
-    folder, image_ids = check_folder("--out", run.out), options.image_ids
+    folder, image_ids = job_folder("explorer", run.out), options.image_ids
     run = run.decided().changed(num_samples=image_ids[-1] + 1)          # as many as need labels
     runs = {"recording": run}
     second = options.second(run)

@@ -140,3 +140,34 @@ def test_a_command_line_without_its_secrets_is_still_one():
     shown = command_line("scripts/image_train.py", words)
     assert shlex.split(shown) == ["python", "scripts/image_train.py", "--data_dir", "https://host/photos.zip",
                                   "--out", "a b"]
+
+
+SHORT = ("--model", "fmnist32", "--timestep_respacing", 1)
+INTO = [(("explore", *SHORT, "--images", 0), "explorer"),
+        (("attention", *SHORT, "--images", 0, "--num_images", 2), "attention study")]
+
+
+@pytest.mark.parametrize(("words", "what"), INTO, ids=[what for _, what in INTO])
+@pytest.mark.parametrize("before", ["explorer", "training", "sampling"])
+def test_the_folder_of_another_kind_of_job_is_left_as_it_is(words, what, before, tmp_path, capsys):
+    def contents():
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    out = tmp_path / "out"
+    out.mkdir()
+    with job(before, out):
+        (out / "report.html").write_text("the page")
+    there = contents()
+    code, said = call(*words, "--out", out), capsys.readouterr().err
+    if what == before:
+        assert code == 0 and there.keys() < contents().keys()
+    else:
+        assert code == 2 and f"--out {out}: is the folder of a run ({before})" in said and contents() == there
+
+
+@pytest.mark.parametrize("record", ["run.json", "shards/run.json"])
+def test_a_run_without_a_state_is_left_as_it_is_too(record, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / record).write_text("{}")
+    with pytest.raises(UserError, match="is the folder of a run, and"):
+        jobs.job_folder("explorer", tmp_path)
