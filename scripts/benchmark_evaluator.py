@@ -11,12 +11,13 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.benchmarks.evaluator import EvaluatorBenchmarkOptions, benchmark_evaluator
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, = parse_options(argv, EvaluatorBenchmarkOptions, description=__doc__)
     for line in benchmark_evaluator(options):
         print(line, flush=True)

@@ -10,12 +10,13 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.benchmarks.memory import MemoryOptions, benchmark_memory
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, = parse_options(argv, MemoryOptions, description=__doc__)
     print(benchmark_memory(options))
 

@@ -12,12 +12,13 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.class_accuracy import ClassAccuracyOptions, class_accuracy
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     samples, (options,) = parse_words(argv, Words("SAMPLES.npz", "sample files with labels", needed=True),
                                       ClassAccuracyOptions, description=__doc__)
     print(class_accuracy(samples, options))

@@ -22,13 +22,14 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.depth.metrics import DepthMetricsOptions, measure_depth
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     words, (options,) = parse_words(argv, Words("FILE", "the reference, then the sample files"), DepthMetricsOptions,
                                     description=__doc__)
     if len(words) < 2:

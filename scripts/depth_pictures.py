@@ -12,12 +12,13 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.depth.pictures import DepthPicturesOptions, draw_geometry
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     folders, (options, show) = parse_words(argv, Words("FOLDER", "the --out of sampling runs", needed=True),
                                            DepthPicturesOptions, ShowOptions, description=__doc__)
     tell(draw_geometry(folders, options), show)

@@ -9,13 +9,14 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.depth.doom import DoomOptions, render_doom
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, show = parse_options(argv, DoomOptions, ShowOptions, description=__doc__)
     counts = render_doom(options)
     parts = ", ".join(f"{count or 'no map'} to {split}" for split, count in counts.items())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, switch
 
@@ -29,6 +29,7 @@ class FetchOptions(Options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     names, (options,) = parse_words(argv, Words("NAME", "released checkpoints, as --list names them"), FetchOptions,
                                     description=__doc__)
     from guided_diffusion.presets import description, fetch_released, find_released  # here, as help needs none of it

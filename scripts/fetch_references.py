@@ -10,12 +10,13 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.references import ReferencesOptions, fetch_references
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     names, (options,) = parse_words(argv, Words("NAME", "reference batches, as --list names them"), ReferencesOptions,
                                     description=__doc__)
     for line in fetch_references(names, options):

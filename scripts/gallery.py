@@ -7,7 +7,7 @@ Example:
 import sys
 from collections.abc import Sequence
 
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.fetch import without_secrets
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
@@ -15,6 +15,7 @@ from guided_diffusion.runs.gallery import GalleryOptions, make_gallery
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     folders, (options, show) = parse_words(argv, Words("FOLDER", "output folders of sampling runs", needed=True),
                                            GalleryOptions, ShowOptions, description=__doc__)
     words = sys.argv[1:] if argv is None else argv

@@ -7,13 +7,14 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.icons.files import SHEET, IconOptions, write_icons
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, show = parse_options(argv, IconOptions, ShowOptions, description=__doc__)
     write_icons(options, print)
     tell(f"icons: {options.out}\nsheet: {options.out}/{SHEET}", show)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guided_diffusion.cli import run_script, tell
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words
 from guided_diffusion.prepare import PrepareOptions, prepare
@@ -26,6 +26,7 @@ class LsunOptions(Options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     given = sys.argv[1:] if argv is None else argv
     arguments = [word.replace("--image-size", "--image_size", 1) if word.startswith("--") else word for word in given]
     paths = Words("PATH", "the lmdb database, then the folder to write", needed=True)

@@ -8,7 +8,7 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import run_script, tell
+from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
 from guided_diffusion.prepare import PrepareOptions, prepare
@@ -16,6 +16,7 @@ from guided_diffusion.prepare import PrepareOptions, prepare
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     words, (options,) = parse_words(argv, Words("DATA", "folder, .zip or .tar file, or lmdb database", needed=True),
                                     PrepareOptions, description=__doc__)
     if len(words) > 1:

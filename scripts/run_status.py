@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from guided_diffusion.cli import run_script
+from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, parse_words, switch
 
@@ -27,6 +27,7 @@ class StatusOptions(Options):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     places, (options,) = parse_words(argv, Words("FOLDER", "the --out of a job, the file that it writes, or the "
                                                  "samples that it evaluates", needed=True), StatusOptions,
                                      description=__doc__)

@@ -7,13 +7,14 @@ Examples:
 
 from collections.abc import Sequence
 
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.depth.scenes.files import SceneOptions, write_scenes
 from guided_diffusion.options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     options, show = parse_options(argv, SceneOptions, ShowOptions, description=__doc__)
     write_scenes(options)
     tell(f"scenes: {options.out}" + (f"\nsheet: {options.sheet}" if options.sheet else ""), show)

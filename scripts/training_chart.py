@@ -7,12 +7,13 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.training_chart import TrainingChartOptions, draw_trainings
-from guided_diffusion.cli import ShowOptions, run_script, tell
+from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    log_to_stderr()
     logs, (options, show) = parse_words(argv, Words("LOG.csv", "logs of trainings", needed=True), TrainingChartOptions,
                                         ShowOptions, description=__doc__)
     tell(draw_trainings(logs, options), show)

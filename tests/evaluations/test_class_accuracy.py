@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import call
+from commands import call, execute
 
 from evaluations import class_accuracy
 from evaluations.extractors.fashion_mnist import CLASS_NAMES, load_fashion_mnist
@@ -145,3 +145,10 @@ def test_the_evaluator_measures_it_too(samples, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())[0]["metrics"] == {"class_accuracy": expected}
     np.savez(tmp_path / "unlabelled.npz", images)
     assert call("evaluate", "fmnist32", tmp_path / "unlabelled.npz", *words) == 2
+
+
+def test_the_command_says_that_numbers_are_compared(samples, noise, python):
+    np.savez(samples, noise, np.array([1, 1, 0, 1, 0]), class_names=np.array(["cat", "dog"]))
+    done = execute(python, "scripts/class_accuracy.py", samples)
+    assert done.returncode == 0 and "trouser" in done.stdout
+    assert f"{samples}: has 2 classes: 0 cat, 1 dog; the classifier calls none of its classes so" in done.stderr
