@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.files import check_folder, reason
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
@@ -76,7 +76,8 @@ def feature_folder(cache: str | Path | None) -> Iterator[Path]:
         folder = check_folder("--cache", cache)
         if dist_util.is_main():
             remove_abandoned(folder, PARTIAL)
-        yield folder
+        with resumable():
+            yield folder
         return
     folder = Path(tempfile.gettempdir()) / f"features-{_shared_token()}"
     with _made_by_main(folder):

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from .allocator import keep_freed_memory
-from .errors import LostRankError, NonFiniteError, PeerError, UserError
+from .errors import LostRankError, NonFiniteError, PeerError, UserError, notes_of
 from .fetch import without_secrets
 from .files import reason
 from .launchers import is_main, launched, world_size
@@ -30,7 +30,6 @@ from .progress import aside
 
 SIGNALLED = 128                 # a process that a signal ends has this and the signal's number as its exit code
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)      # what a full disk says, and a pipe that nobody reads
-KEPT = "what was finished is kept, and the same command goes on from there"
 GLANCE, FAREWELL = 1.0, 20.0    # seconds between looks at the launcher, and for a rank to end by itself without it
 
 _log = logging.getLogger(__name__)
@@ -48,7 +47,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run `main()`; a user's mistake ends the process with one line on stderr and exit code 2.
 
     Ctrl-C ends it with one line and exit code 130, SIGTERM with 143, SIGHUP with 129; what is being written is removed
-    first. Where nobody reads stdout any more, as behind `| head`, it ends with 141, as other programs do.
+    first. The line says so where the same command goes on (`errors.resumable`). Where nobody reads stdout any more, as
+    behind `| head`, it ends with 141, as other programs do.
     """
     _print_any_name()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
@@ -132,7 +132,7 @@ def _end_signalled(error: KeyboardInterrupt, silent: bool = False) -> None:
     number = error.number if isinstance(error, Signalled) else signal.SIGINT
     if _has_last_word() and not silent:
         word = "interrupted" if number == signal.SIGINT else "terminated"
-        _say(f"{word}: {KEPT}")
+        _say(": ".join([word, *notes_of(error)]))
     _disconnect()
     sys.exit(SIGNALLED + number)
 
@@ -175,7 +175,7 @@ def _end_without(parent: int) -> None:
         time.sleep(GLANCE)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(FAREWELL)
-    _say(f"error: torchrun is gone; {KEPT}")
+    _say("error: torchrun is gone")
     os._exit(2)                     # the main thread waits for it, in torch
 
 

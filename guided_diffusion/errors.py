@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+KEPT = "what was finished is kept, and the same command goes on from there"
+
 
 class UserError(ValueError):
     """A mistake in an option, a file or an argument.
@@ -19,6 +21,25 @@ def said_otherwise(change: Callable[[str], str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(change(str(error))) from None
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Declares that what is finished within is kept, and that the same command goes on from there.
+
+    Where a signal ends the command within, it says so (`cli.run_script`).
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if KEPT not in notes_of(error):
+            error.add_note(KEPT)
+        raise
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """What was noted of an error on its way."""
+    return getattr(error, "__notes__", [])
 
 
 class NonFiniteError(ValueError):

@@ -29,7 +29,7 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from .errors import UserError, resumable
 from .files import locked, open_own, reason, write_text
 from .progress import BYTES, progress_bar
 
@@ -146,7 +146,7 @@ class Download:
             lock, part = self.target.with_name(f".{self.target.name}.lock"), _Part(self.target, self.url)
             if not self.target.exists():
                 self.target.parent.mkdir(parents=True, exist_ok=True)
-                with locked(lock):
+                with locked(lock), resumable():
                     if not self.target.exists():          # as another process may have been first
                         self._fetch(part)
                         fetched = True

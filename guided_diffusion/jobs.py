@@ -19,7 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from .errors import PeerError, UserError
+from .errors import PeerError, UserError, resumable
 from .fetch import without_secrets
 from .files import check_folder, reason, write_json
 from .foreign import read_json
@@ -183,16 +183,25 @@ def _can_be_told(content: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def job(what: str, place: str | Path, title: str = "", *, reads: bool = False) -> Iterator[None]:
+def job(what: str, place: str | Path, title: str = "", *, reads: bool = False, resumes: bool = False,
+        ) -> Iterator[None]:
     """Keeps the state of a job up to date, on rank 0, as long as the block lasts, and says how it ended.
 
     what: it does, in a word or two. place: the folder that it writes, or the file. title: in words, or "". reads: it
     writes no file, and `place` is what it reads: its state lies beside that, and is removed at the end. A job that is
-    no part of another one logs its place. A state that cannot be written, as on a full disk, harms no job.
+    no part of another one logs its place. resumes: the same command goes on where it was ended, see `resumable`, which
+    is so on all ranks. A state that cannot be written, as on a full disk, harms no job.
     """
-    if not is_main():
-        yield
-        return
+    with resumable() if resumes else contextlib.nullcontext():
+        if not is_main():
+            yield
+            return
+        with _kept_up_to_date(what, place, title, reads):
+            yield
+
+
+@contextlib.contextmanager
+def _kept_up_to_date(what: str, place: str | Path, title: str, reads: bool) -> Iterator[None]:
     keeper = _Keeper(what, Path(place), title, reads)
     keeper.write(State.RUNNING)
     if not _running and not reads:

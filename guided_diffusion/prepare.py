@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from .classes import MANIFEST, natural_order
-from .errors import UserError
+from .errors import UserError, resumable
 from .fetch import sha256_of
 from .files import (
     check_folder,
@@ -271,7 +271,8 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         _write(path, options, lines, settings, say)
         return
     with locked(check_folder("--out", out) / LOCK, lambda who: UserError(
-            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
+            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")), \
+            resumable():
         _write(path, options, lines, settings, say)
 
 

@@ -89,7 +89,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
             if dist_util.is_main():
                 stack.enter_context(prepared(bench.folder))
                 count_killed(bench.folder)
-                stack.enter_context(job("bench", bench.folder, bench.title))
+                stack.enter_context(job("bench", bench.folder, bench.title, resumes=True))
         why |= {one.short: "; ".join(map(str, one.missing)) for one in found if one.missing}
         found = [one for one in found if not one.missing]
         seconds = _rank_seconds(bench, options) / dist_util.world_size()

@@ -127,7 +127,7 @@ class AccuracyStudy:
 
     def run(self) -> str:
         """Writes all files and returns the verdict."""
-        with job("depth accuracy", self.out):
+        with job("depth accuracy", self.out, resumes=True):
             return self._run()
 
     def _run(self) -> str:

@@ -33,7 +33,7 @@ from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.reading import DepthReadingOptions, reading_networks
 from guided_diffusion.depth.train import digest, features_at
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.foreign import read_json
@@ -196,6 +196,7 @@ class GeneratedTraining:
             check_apart(self.real, self.test, f"--test {options.test}")
         return found
 
+    @resumable()
     def run(self) -> str:
         """Writes what is missing, and returns the table."""
         errors: dict[str, list[np.ndarray]] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from guided_diffusion import __version__, dist_util
 from guided_diffusion.dtypes import AUTO, DTYPES
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.jobs import command_line, job
 from guided_diffusion.late import torch
@@ -179,7 +179,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         with dist_util.together():
             if dist_util.is_main():
                 stack.enter_context(prepared(folder))
-                stack.enter_context(job("table", folder, table.name))
+                stack.enter_context(job("table", folder, table.name, resumes=True))
         sample(table, why)
         numbers = measure_rows(table, [name for name in table.rows if name not in why], settings, folder / FEATURES,
                                extractors)
@@ -296,4 +296,6 @@ def launch(options: WorkOptions) -> int | None:
     launcher = ["mpiexec", "-n"] if by_mpi else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     python = [sys.executable] if by_mpi else []
-    return subprocess.call([*launcher, str(ranks), *python, *sys.argv], env={"OMP_NUM_THREADS": threads, **os.environ})
+    with resumable():
+        return subprocess.call([*launcher, str(ranks), *python, *sys.argv],
+                               env={"OMP_NUM_THREADS": threads, **os.environ})

@@ -271,7 +271,7 @@ class PredictorTraining:
             with locked(lock, lambda who: UserError(
                     f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
                 if not finished:
-                    with job("training", self.out):
+                    with job("training", self.out, resumes=True):
                         return self._train()
                 self.state.unlink(missing_ok=True)          # a kill came at the end of the training
                 mark_finished(self.out)

@@ -391,7 +391,7 @@ class SamplingRun:
         try:
             with queue:
                 if spans is not None:
-                    with job("sampling", self.out, self.title()):
+                    with job("sampling", self.out, self.title(), resumes=True):
                         self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
                         if dist_util.is_main():
                             self._finish(chunks, began)

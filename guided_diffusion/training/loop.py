@@ -140,7 +140,7 @@ class TrainLoop:
                 self.record.write(self.out)
             logger = self._logger()
         try:
-            with job("training", self.out):
+            with job("training", self.out, resumes=True):
                 self._train(logger)
         except BaseException as error:
             self._rescue(error)

@@ -12,8 +12,9 @@ from launchers import usual_signals
 from PIL import Image
 
 from guided_diffusion import cli
-from guided_diffusion.errors import NonFiniteError, PeerError, UserError
+from guided_diffusion.errors import KEPT, NonFiniteError, PeerError, UserError
 from guided_diffusion.image_files import read_image
+from guided_diffusion.jobs import job
 from guided_diffusion.launchers import launched
 
 
@@ -62,7 +63,7 @@ def raising(error):
     (UserError("https:/me:secret@host/a.npz is no file"), 2, "error: https:/host/a.npz is no file\n"),     # of a Path
     (MemoryError("9 GiB"), 2,
      "error: memory is not enough (9 GiB): ask for less at a time, such as a smaller --batch_size\n"),
-    (PeerError("rank 1 failed"), 2, ""), (KeyboardInterrupt(), 130, f"interrupted: {cli.KEPT}\n"),
+    (PeerError("rank 1 failed"), 2, ""), (KeyboardInterrupt(), 130, "interrupted\n"),
     (FileNotFoundError(2, "No such file or directory", "x.png"), 2, "error: x.png: No such file or directory\n")])
 def test_an_error_is_one_line(error, code, said, capsys):
     assert ended(raising(error), capsys) == (code, said)
@@ -95,8 +96,20 @@ def test_a_signal_ends_with_one_line_after_what_is_to_be_removed(number, code, w
         finally:
             signal.raise_signal(signal.SIGTERM)         # a second one does not cut the tidying short
             path.unlink()
-    assert ended(main, capsys) == (code, f"{word}: {cli.KEPT}\n")
+    assert ended(main, capsys) == (code, f"{word}\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("outer", "inner", "goes_on"), [
+    ("explorer", "probe", False), ("table", "sampling", True), ("table", "probe", True), ("cascade", "sampling", True)])
+def test_where_the_same_command_goes_on_the_line_says_so(rank, outer, inner, goes_on, capsys, tmp_path, monkeypatch):
+    def main():
+        with job(outer, tmp_path, resumes=outer == "table"), job(inner, tmp_path, resumes=inner == "sampling"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("guided_diffusion.jobs.is_main", lambda: rank == 0)
+    assert ended(main, capsys) == (130, f"interrupted: {KEPT}\n" if goes_on else "interrupted\n")
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch):
@@ -149,4 +162,4 @@ def test_without_its_torchrun_a_rank_is_asked_to_end_and_then_ends(monkeypatch, 
     monkeypatch.setattr(os, "_exit", done.append)
     cli._end_without(parent=-1)
     assert done == [(os.getpid(), signal.SIGTERM), 2]
-    assert capsys.readouterr().err == f"error: torchrun is gone; {cli.KEPT}\n"
+    assert capsys.readouterr().err == "error: torchrun is gone\n"
