@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from .allocator import keep_freed_memory
 from .errors import LostRankError, NonFiniteError, PeerError, UserError, notes_of
@@ -213,13 +213,17 @@ class _AsideHandler(logging.StreamHandler):
 
 def log_to_stdout() -> None:
     """Show what the library logs, as plain lines on stdout."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_AsideHandler(sys.stdout)])
+    _log_to(sys.stdout, logging.INFO)
 
 
 def log_to_stderr(shown: bool = True) -> None:
     """Show what the library logs, as plain lines on stderr; not `shown`, as on ranks but the first: warnings alone."""
-    logging.basicConfig(level=logging.INFO if shown else logging.WARNING, format="%(message)s",
-                        handlers=[_AsideHandler(sys.stderr)])
+    _log_to(sys.stderr, logging.INFO if shown else logging.WARNING)
+
+
+def _log_to(stream: TextIO, level: int) -> None:
+    logging.basicConfig(level=level, format="%(message)s", handlers=[_AsideHandler(stream)])
+    logging.getLogger("torch").setLevel(logging.WARNING)        # as torch does, unless it is ended while it is loaded
 
 
 def with_logdir(preset: Preset) -> Preset:

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import pytest
+from commands import execute
 from launchers import usual_signals
 from PIL import Image
 
@@ -138,6 +139,16 @@ def test_a_stdout_that_takes_no_more_is_no_bug(number, code, said, capsys, monke
         with pytest.raises(SystemExit) as end:
             cli.run_script(main)
         assert (end.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_torch_that_is_ended_while_it_is_loaded_says_nothing():
+    script = ("import atexit, logging, signal; from guided_diffusion import cli\n"
+              "def main():\n    cli.log_to_stderr()\n"
+              "    atexit.register(logging.getLogger('torch._subclasses').info, 'cache stats')\n"
+              "    signal.raise_signal(signal.SIGINT)\n"
+              "cli.run_script(main)")
+    done = execute(sys.executable, "-c", script)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_signal_that_is_ignored_stays_so(capsys):
