@@ -172,7 +172,7 @@ def _format(path: str | Path) -> str:
         raise UserError(f"{str(path)!r}: is no name of a file") from None
     if not stat.S_ISREG(mode):          # a pipe would be waited on for ever
         kind = "folder" if stat.S_ISDIR(mode) else "device"
-        raise UserError(f"{path}: is a {kind}, not a checkpoint file{_held(Path(path))}")
+        raise UserError(f"{path}: is a {kind}, not a checkpoint file{checkpoints_in(Path(path))}")
     if not head:
         raise UserError(f"{path}: is empty")
     if head.startswith(b"PK\x03\x04"):
@@ -184,8 +184,8 @@ def _format(path: str | Path) -> str:
     raise UserError(f"{path}: is no checkpoint, neither of safetensors nor of torch.save")
 
 
-def _held(folder: Path) -> str:
-    """What of a folder may have been meant, as the end of a sentence."""
+def checkpoints_in(folder: Path) -> str:
+    """The checkpoints of a folder, of which one may have been meant, as the end of a sentence; "" for none."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError:

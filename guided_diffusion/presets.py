@@ -17,7 +17,7 @@ from .checkpoint import read_metadata
 from .errors import UserError
 from .fetch import Download, sha256_of, size_of, without_secrets
 from .launchers import is_main
-from .model_folders import best_weights, classifier_beside, guidance_in
+from .model_folders import SUFFIX, best_weights, classifier_beside, guidance_in
 from .options import nearest, option_fields
 from .progress import in_bytes
 from .stated import NETWORKS, statement_of
@@ -81,6 +81,8 @@ def find_preset(name: str) -> Preset:
     names = preset_names()
     if name not in names and os.path.exists(name):
         return _trained(Path(name))
+    if name not in names and os.path.dirname(name):
+        raise UserError(f"--model {name}: there is no such folder or file{nearest(name, _beside(Path(name)))}")
     if name not in names:
         raise UserError(f"--model {name}: no such model{nearest(name, names)}, there are {', '.join(names)}")
     known = _presets()
@@ -148,6 +150,14 @@ def _trained(place: Path) -> Preset:
     beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None
     classifier, guidance = None if beside is None else str(beside), guidance_in(place) if place.is_dir() else {}
     return Preset(str(place), kind, stated.facts if stated else {}, guidance, path, classifier)
+
+
+def _beside(place: Path) -> list[str]:
+    """The folders and files of weights in the folder of a place, by paths like its own."""
+    try:
+        return sorted(str(path) for path in place.parent.iterdir() if path.is_dir() or path.suffix == SUFFIX)
+    except OSError:
+        return []
 
 
 def _presets() -> dict[str, Any]:

@@ -69,10 +69,13 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     _check_pixels(folder)
     place = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
-    config = read_json(place / CONFIG, lambda content: isinstance(content, dict))
-    if config.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{place}: is {config.get('_class_name') or 'no network'} of diffusers, and ADM networks are "
-                        "like its UNet2DModel only")
+    path = place / CONFIG
+    config = read_json(path, lambda content: isinstance(content, dict)) if path.is_file() else {}
+    kind = config.get("_class_name")
+    if not kind:
+        raise UserError(f"{place}: is no network of diffusers{checkpoint.checkpoints_in(place)}")
+    if kind != "UNet2DModel":
+        raise UserError(f"{place}: is {kind} of diffusers, and ADM networks are like its UNet2DModel only")
     try:
         flags = flags_of(config)
     except UserError as error:

@@ -56,6 +56,17 @@ def test_what_cannot_be_loaded(name, flags, message):
         load(name, **flags)
 
 
+def test_the_name_of_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "myown.npz").touch()
+    for name in ("my own", "rooms"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"^--model {tmp_path}/myown: there is no such folder or file "
+                                        rf"\(did you mean {tmp_path}/my own\?\)$"):
+        load(f"{tmp_path}/myown")
+    with pytest.raises(UserError, match=r"^--model nowhere/x: there is no such folder or file$"):
+        load("nowhere/x")
+
+
 def test_a_released_model_takes_its_file(tiny_checkpoints):
     loaded = load("64x64_diffusion", model_path=tiny_checkpoints / "model.safetensors", **TINY, num_head_channels=-1,
                   use_new_attention_order=False)

@@ -159,7 +159,9 @@ def test_folders_and_networks_that_cannot_be_converted_are_sentences(tmp_path, c
         assert call("convert_checkpoint", folder, "--out", tmp_path / "out.safetensors") == 2
         return capsys.readouterr().err
 
-    assert "is no network of diffusers" in converted({"model": SMALL})
+    assert converted({"model": SMALL}).endswith("folder: is no network of diffusers\n")
+    (tmp_path / "folder" / "ema_0.9.safetensors").touch()
+    assert converted({"model": SMALL}).endswith("folder: is no network of diffusers; it holds ema_0.9.safetensors\n")
     assert "is UNet2DConditionModel of diffusers" in converted({"_class_name": "UNet2DConditionModel"})
     assert "describes no UNet2DModel" in converted({"_class_name": "UNet2DModel", "block_out_channels": 3})
     assert "sample_size None (ADM" in converted({"_class_name": "UNet2DModel"})
