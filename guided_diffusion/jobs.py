@@ -147,12 +147,12 @@ def job_folder(what: str, path: str | Path) -> Path:
     another kind of job has worked there: its page and its state would be hidden by those of this one. (Samples may lie
     in the folder of a training, as the official code has one folder for both.)
     """
-    folder, state = check_folder("--out", path), None
+    folder, other = check_folder("--out", path), ""
     if (folder / STATE).is_file():
-        state = JobState.of(read_json(folder / STATE, _can_be_told))
-    other = state is not None and state.job != what
-    if other or any((folder / name).exists() for name in RECORDS):
-        kind = f" ({state.job})" if state and other else ""
+        with contextlib.suppress(UserError):            # a damaged state harms no job
+            other = JobState.of(read_json(folder / STATE, _can_be_told)).job
+    kind = f" ({other})" if other not in ("", what) else ""
+    if kind or any((folder / name).exists() for name in RECORDS):
         raise UserError(f"--out {folder}: is the folder of a run{kind}, and the files of another would stand among its "
                         "own; name another folder")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ def _missing_reference(row: Row, references: str | Path) -> Iterator[MissingFile
     if word and find_reference(word, references) is None:
         known = Path(word).stem in reference_names()
         yield MissingFile(str(Path(references) / word),
-                          f"python scripts/fetch_references.py {Path(word).stem} --out {references}" if known else
-                          "name the folder that holds it with --references")
+                          f"python scripts/fetch_references.py {Path(word).stem} --out {shlex.quote(str(references))}"
+                          if known else "name the folder that holds it with --references")
 
 
 def _missing_network(row: Row) -> Iterator[MissingFile]:

@@ -171,3 +171,6 @@ def test_a_run_without_a_state_is_left_as_it_is_too(record, tmp_path):
     (tmp_path / record).write_text("{}")
     with pytest.raises(UserError, match="is the folder of a run, and"):
         jobs.job_folder("explorer", tmp_path)
+    (tmp_path / record).unlink()
+    (tmp_path / "status.json").write_text("{")
+    assert jobs.job_folder("explorer", tmp_path) == tmp_path        # which a damaged state does not harm
