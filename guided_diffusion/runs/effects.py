@@ -101,16 +101,21 @@ def useless_in_network(network: NetworkOptions) -> dict[str, str]:
 
 def _idle_bounds(method: GuidanceOptions, active: Sequence[GuidanceOptions], process: DiffusionProcess,
                  ) -> dict[str, str]:
-    """The flags of a method's window that leave out no step, or none that would change an image, and why."""
+    """The flags of a method's window that leave out no step, or none that would change an image, and why.
+
+    Each is asked beside those alone that are not idle: of two that leave out the same steps, the second counts.
+    """
     idle: dict[str, str] = {}
     for flag in method.bounds():
         if getattr(method, flag) is None:
             continue
-        left_out = _steps_held(replace(method, **{flag: None}), process) & ~_steps_held(method, process)
+        without = replace(method, **{flag: None})
+        left_out = _steps_held(without, process) & ~_steps_held(method, process)
         if not left_out.any():
             idle[flag] = f"every step of the window of {method.short} is within"
         elif issubclass(method.kind, TransformGuidance) and not (left_out & _steps_of_contrasts(active, process)).any():
             idle[flag] = f"no contrast acts at a step that it keeps from {method.short}"
+        method = without if flag in idle else method
     return idle
 
 

@@ -59,6 +59,10 @@ def line(**given):
      "--guide_start (every step of the window of SAG is within)"),
     ({"pag_scale": 1.0, "pag_start": 6, "pag_sigma_max": 1e9, "pag_sigma_min": 1e-9, "timestep_respacing": "10"},
      "--pag_sigma_max, --pag_sigma_min (every step of the window of PAG is within)"),
+    ({"pag_scale": 1.0, "pag_start": 1, "pag_sigma_max": 0.5, "timestep_respacing": "6"},
+     "--pag_start (every step of the window of PAG is within)"),
+    ({"apg": True, "apg_start": 1, "apg_sigma_max": 0.5, "icg_scale": 1.0, "icg_start": 2,
+      "timestep_respacing": "6"}, "--apg_start (every step of the window of APG is within)"),
     ({"dcg_scale": 1.0, "dag_start": 9, "dag_stop": 0, "depth_tau": 0.1, "timestep_respacing": "10"},
      "--dag_stop (every step of the window of DAG is within); --depth_tau (--dpg_scale is 0)"),
     ({"tsg_scale": 1.0, "tsg_noise_scale": 0.0}, "--tsg_scale, --tsg_noise_scale (without noise the step is not "
