@@ -261,6 +261,8 @@ def _terms(guidance: Iterable[Guidance], cond_fn: CondFn | None) -> list[Guidanc
 def _drawn(noise: Tensor | None, x: Tensor) -> sampling.Noise:
     if noise is not None:
         _check_noise(noise, x.shape)
+        if noise.dtype != x.dtype:
+            raise UserError(f"noise: is of {noise.dtype}, must be of {x.dtype}, as x".replace("torch.", ""))
     return lambda: torch.randn_like(x) if noise is None else noise
 
 

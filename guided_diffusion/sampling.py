@@ -57,7 +57,8 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
     from step to step, empty at the first one; all steps of a chain are given the same. eps is that of the guided
     prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
-    where a term remembers and there is no memory, for what is no term, and for a term that returns another shape.
+    where a term remembers and there is no memory, for what is no term, and for a term or a step that returns no tensor
+    on the device of x_t, another shape, or a wider type of numbers than x_t or the network's output has.
     """
     guidance = listed_terms(guidance)
     if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
@@ -75,13 +76,14 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     contrasts = [(term, window) for term, window in active if isinstance(term, ContrastGuidance)]
     if denoise.batch_contrasts:
         ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
-    deltas = [_within(window, _checked(g, "delta", g.delta(ctx, unguided), x_t.shape)) for g, window in contrasts]
+    like = x_t.to(torch.promote_types(x_t.dtype, unguided.eps.dtype))
+    deltas = [_within(window, _checked(g, "delta", g.delta(ctx, unguided), like)) for g, window in contrasts]
     if deltas:
-        delta = _transformed(ctx, unguided, _sum(deltas), active)
+        delta = _transformed(ctx, unguided, _sum(deltas), active, like)
         pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
-    gradients = [_within(window, _checked(g, "gradient", g.gradient(ctx, unguided), x_t.shape))
+    gradients = [_within(window, _checked(g, "gradient", g.gradient(ctx, unguided), like))
                  for g, window in active if isinstance(g, GradientGuidance)]
-    sample, pred_xstart = step(ctx, pred, _sum(gradients) if gradients else None, noise)
+    sample, pred_xstart = _stepped(step(ctx, pred, _sum(gradients) if gradients else None, noise), step, like)
     out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
     if loss_gradient is None:
         return {"sample": sample, **out}
@@ -102,22 +104,59 @@ def listed_terms(guidance: Iterable[Guidance]) -> list[Guidance]:
     return terms
 
 
-def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active) -> Tensor:
+def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active, like: Tensor) -> Tensor:
     """The sum of the contrasts after all transforms, in the order of the list."""
     for term, window in active:
         if isinstance(term, TransformGuidance):
-            changed = _checked(term, "transform", term.transform(ctx, pred, delta), delta.shape)
+            changed = _checked(term, "transform", term.transform(ctx, pred, delta), like)
             delta = torch.where(window.reshape(-1, 1, 1, 1), changed, delta)
     return delta
 
 
-def _checked(term: Guidance, what: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """What a term returned; raises UserError where it has not a value of its own for each image."""
-    if getattr(value, "shape", None) != shape:
-        found = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        who = "cond_fn" if isinstance(term, FunctionGuidance) else f"{type(term).__name__}.{what}"
-        raise UserError(f"{who}: gave {found}, must be one of {tuple(shape)}")
+def _checked(term: Guidance, what: str, value: Tensor, like: Tensor) -> Tensor:
+    """What a term returned; raises UserError where it has not a value of its own for each image, see `_check_like`."""
+    _check_like("cond_fn" if isinstance(term, FunctionGuidance) else f"{type(term).__name__}.{what}", value, like)
     return value
+
+
+def _stepped(returned: tuple[Tensor, Tensor], step: Step, like: Tensor) -> tuple[Tensor, Tensor]:
+    """x_{t-1} and x0, as a sampler's step returned them; raises UserError where they are not that."""
+    function = getattr(step, "func", step)                          # of functools.partial
+    who = f"the sampler's step {getattr(function, '__name__', type(function).__name__)}"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise UserError(f"{who}: gave a {type(returned).__name__}, must give a pair of tensors, x_(t-1) and x0")
+    for name, value in zip(("x_(t-1)", "x0"), returned, strict=True):
+        _check_like(f"{who}, {name}", value, like)
+    if returned[0].dtype != like.dtype:
+        raise UserError(f"{who}, x_(t-1): {_misfit(returned[0].dtype, like.dtype)}")
+    return returned
+
+
+def _check_like(who: str, value: object, like: Tensor) -> None:
+    """Raises UserError unless a value is a dense tensor with the shape and the device of `like`, in no wider a type.
+
+    Where `like` is (N,) bool, of losses, any floating-point type will do: their gradient has that of x_t.
+    """
+    fault = ""
+    if not isinstance(value, Tensor):
+        fault = f"gave a {type(value).__name__}, must be a tensor of {tuple(like.shape)}"
+    elif value.shape != like.shape:
+        fault = f"gave a tensor of {tuple(value.shape)}, must be one of {tuple(like.shape)}"
+    elif value.layout is not torch.strided:
+        fault = _misfit(value.layout, like.layout)
+    elif value.device != like.device:
+        fault = _misfit(value.device, like.device)
+    elif not value.is_floating_point():
+        fault = _misfit(value.dtype, "floating-point numbers" if like.dtype is torch.bool else like.dtype)
+    elif like.dtype is not torch.bool and torch.promote_types(value.dtype, like.dtype) != like.dtype:
+        fault = _misfit(value.dtype, like.dtype)
+    if fault:
+        raise UserError(f"{who}: {fault}")
+
+
+def _misfit(found: object, expected: object) -> str:
+    """The layout, the device or the type of numbers of a tensor beside that of x_t, in words."""
+    return f"gave a tensor of {found}, must be one of {expected}".replace("torch.", "")
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
@@ -167,7 +206,7 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
             for end in ends if len(ends) == len(losses) else []:
                 stack.enter_context(end)
             pred = _evaluated(with_graph, active)
-        loss = _sum([_within(window, _checked(term, "loss", term.loss(with_graph, pred), window.shape)).sum()
+        loss = _sum([_within(window, _checked(term, "loss", term.loss(with_graph, pred), window)).sum()
                      for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "

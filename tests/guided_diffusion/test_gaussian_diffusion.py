@@ -448,6 +448,8 @@ def test_noise_of_another_shape_is_refused():
     for step in ("p_sample", "ddim_sample"):
         with pytest.raises(UserError, match=sentence):
             getattr(small(), step)(halved, torch.randn(2, 3, 4, 4), torch.tensor([1, 1]), noise=noise)
+        with pytest.raises(UserError, match=r"^noise: is of float64, must be of float32, as x$"):
+            getattr(small(), step)(halved, noise, torch.tensor([1]), noise=noise.double())
     assert small().p_sample_loop(halved, None, noise=noise).shape == noise.shape
 
 

@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 
@@ -13,7 +14,7 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, Mod
 from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_labels, image_noise
-from guided_diffusion.sampling import sample_chain
+from guided_diffusion.sampling import sample_chain, sample_step
 from guided_diffusion.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import create_classifier, create_gaussian_diffusion
 from guided_diffusion.terms import (
@@ -285,7 +286,45 @@ def test_a_term_must_return_a_value_for_each_image(kind, what, shape, value):
     terms = [term] if kind is not Transform else [zero_contrast(), term]
     with pytest.raises(UserError, match=re.escape(f"{kind.__name__}.{what}: gave ")) as error:
         sampled(terms)
-    assert str(error.value).endswith(f"must be one of {shape}")
+    assert re.search(r"must be (one|a tensor) of (.*)", str(error.value))[2] == shape
+
+
+@pytest.mark.parametrize(("kind", "what", "window"), [
+    (Returns, "gradient", {}), (Loss, "loss", {}), (Contrast, "delta", {"start": 1}), (Transform, "transform", {})])
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda x: x.double(), "gave a tensor of float64, must be one of float32"),
+    (lambda x: x > 0, "gave a tensor of bool, must be one of "), (lambda x: None, "gave a NoneType, must be a tensor"),
+    (lambda x: x.to(torch.complex64), "gave a tensor of complex64, must be one of "),
+    (lambda x: x.to("meta"), "gave a tensor of meta, must be one of cpu"),
+    (lambda x: x.to_sparse(), "gave a tensor of sparse_coo, must be one of strided"),
+    (lambda x: x.detach().numpy(), "gave a ndarray, must be a tensor of")])
+def test_a_term_must_return_numbers_like_those_of_the_images(kind, what, window, change, said):
+    term = kind(1.0, **window)
+    term.value = (lambda x: change(x.mean(dim=(1, 2, 3)))) if kind is Loss else change
+    terms = [term] if kind is not Transform else [zero_contrast(), term]
+    if kind is Loss and "float64" in said:              # whose gradient has the type of the images
+        assert sampled(terms).dtype == torch.float32
+        return
+    with pytest.raises(UserError, match=f"^{kind.__name__}\\.{what}: {said}"):
+        sampled(terms)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda mean, x0: (mean[:1], x0), ", x_(t-1): gave a tensor of (1, 2, 4, 4), must be one of (3, 2, 4, 4)"),
+    (lambda mean, x0: (mean, x0.double()), ", x0: gave a tensor of float64, must be one of float32"),
+    (lambda mean, x0: (mean.half(), x0), ", x_(t-1): gave a tensor of float16, must be one of float32"),
+    (lambda mean, x0: (mean, None), ", x0: gave a NoneType, must be a tensor of (3, 2, 4, 4)"),
+    (lambda mean, x0: mean, ": gave a Tensor, must give a pair of tensors, x_(t-1) and x0"),
+    (lambda mean, x0: None, ": gave a NoneType, must give a pair of tensors, x_(t-1) and x0")])
+def test_a_step_must_return_two_images_like_those_it_was_given(change, said):
+    def mean_step(ctx, pred, grad, noise):
+        return change(pred.mean, pred.pred_xstart)
+
+    denoise = Denoiser(create_gaussian_diffusion(timestep_respacing="10"), lambda x, t: x / 2)
+    x, t = torch.zeros(3, 2, 4, 4), torch.full((3,), 9)
+    for step in (mean_step, functools.partial(mean_step)):
+        with pytest.raises(UserError, match=re.escape(f"the sampler's step mean_step{said}") + "$"):
+            sample_step(step, denoise, x, t, lambda: x)
 
 
 def zero_contrast():
