@@ -17,6 +17,7 @@ import os
 import re
 import reprlib
 import sys
+import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ LONGEST_NUMBER = 18                 # digits of a number in a list; Python reads
 MAX_SEED = 2**64 - 1                # the largest seed whose random numbers are no other seed's
 WATCHED = "watched"                 # of a training's config.json: options that do not change the training
 EVALUATION_SECTION = "evaluation"   # of a configuration: how its images are evaluated, which only tables read
+
+EXPECTED: Mapping[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +106,10 @@ class OptionField:
 
 
 def option_fields(cls: type) -> tuple[OptionField, ...]:
-    """The options of a class, in the order in which it states them."""
+    """The options of a class, in the order in which it states them.
+
+    Raises UserError for a field that is of another type than those of options, or has no default.
+    """
     return _read_fields(cls)
 
 
@@ -113,9 +119,16 @@ def _read_fields(cls: Any) -> tuple[OptionField, ...]:
     hints = typing.get_type_hints(cls)
     result = []
     for field in dataclasses.fields(cls):
-        alternatives = [a for a in typing.get_args(hints[field.name]) if a is not type(None)]
-        kind = alternatives[0] if alternatives else hints[field.name]
-        result.append(OptionField(field.name, kind, bool(alternatives), field.default, field.metadata))
+        hint = hints[field.name]
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if union else [hint]
+        if len(kinds) != 1 or kinds[0] not in EXPECTED:
+            shown = hint.__name__ if isinstance(hint, type) else hint
+            raise UserError(f"{cls.__name__}.{field.name}: an option of the type {shown}, must be bool, int, float or "
+                            "str, or one of them | None; a list is comma-separated text")
+        if field.default is dataclasses.MISSING:
+            raise UserError(f"{cls.__name__}.{field.name}: an option without a default, must be option(default, help)")
+        result.append(OptionField(field.name, kinds[0], union, field.default, field.metadata))
     return tuple(result)
 
 
@@ -183,8 +196,7 @@ def parse_bool(text: Any) -> bool:
 
 
 def _converted(field: OptionField, value: Any) -> Any:
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[field.type]
-    refusal = UserError(f"--{field.name} {shortened(value)}: must be {expected}")
+    refusal = UserError(f"--{field.name} {shortened(value)}: must be {EXPECTED[field.type]}")
     try:
         if field.type is bool:
             return parse_bool(value)

@@ -1,8 +1,12 @@
 """Typed options: types, ranges, YAML files, precedence, and messages that name what is wrong."""
 
+import dataclasses
+import enum
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -206,6 +210,30 @@ def test_one_name_of_two_different_options_is_refused(read):
         read(Network, Process, Wider)
     assert str(refused.value) == ("--width: Network and Wider state two different options of that name; rename the one "
                                   "of the class that was added")
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(("kind", "default", "said"), [
+    (list[str], "", r"list\[str\]"), (tuple[int, ...], (), r"tuple\[int, \.\.\.\]"), (dict, None, "dict"),
+    (Path, "", "Path"), (Path | None, None, r"pathlib\.Path \| None"), (int | str, 0, r"int \| str"),
+    (int | str | None, 0, r"int \| str \| None"), (Literal["a", "b"], "a", r"typing\.Literal\['a', 'b'\]"),
+    (Colour, Colour.RED, "Colour")])
+def test_an_option_of_another_type_is_refused_and_named(kind, default, said):
+    cls = make_dataclass("Palette", [("tint", kind, option(default, "a tint"))], bases=(Options,), frozen=True)
+    for read in (cls, lambda: parse_options([], cls), lambda: fill({"tint": "a"}, [cls], None, "here")):
+        with pytest.raises(UserError, match=rf"^Palette\.tint: an option of the type {said}, must be bool, int, float "
+                           r"or str, or one of them \| None; a list is comma-separated text$"):
+            read()
+
+
+def test_an_option_without_a_default_is_refused_and_named():
+    for known in ((), (dataclasses.field(default_factory=str),)):
+        cls = make_dataclass("Palette", [("tint", str, *known)], bases=(Options,), frozen=True)
+        with pytest.raises(UserError, match=r"^Palette\.tint: an option without a default, must be option\("):
+            parse_options([], cls)
 
 
 def test_help_shows_every_option_with_its_help_and_default(capsys):
