@@ -88,6 +88,19 @@ class Options:
         for field in option_fields(type(self)):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
 
+    @classmethod
+    def check_class(cls, beside: Sequence[type]) -> None:
+        """Raises UserError where the class is not whole, or does not go with others; beside: all of a command."""
+        if "__dataclass_fields__" not in vars(cls):
+            raise UserError(f"{cls.__name__}: its options are not seen, write @dataclass(frozen=True) above the class")
+
+
+def check_stated(cls: type, base: type, *names: str) -> None:
+    """Raises UserError where a class is without attributes or methods that those below `base` must state."""
+    if lacking := [name for name in names if getattr(cls, name, None) is getattr(base, name, None)]:
+        raise UserError(f"{cls.__name__}: states no {' and no '.join(lacking)}, which a class below {base.__name__} "
+                        "must have")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
@@ -420,10 +433,12 @@ def _program(argv: Sequence[str] | None) -> str:
     return " ".join([Path(called[0]).name, *(called[1:before] if own else [])])
 
 
-def _fields_by_name(classes: Iterable[type]) -> dict[str, OptionField]:
-    """The options of all classes. Raises UserError where two classes mean different ones by a name."""
+def _fields_by_name(classes: Sequence[type]) -> dict[str, OptionField]:
+    """The options of all classes. Raises UserError where two mean different ones by a name, see also `check_class`."""
     found: dict[str, tuple[OptionField, type]] = {}
     for cls in classes:
+        if issubclass(cls, Options):
+            cls.check_class(classes)
         for field in option_fields(cls):
             known, owner = found.setdefault(field.name, (field, cls))
             if known != field:

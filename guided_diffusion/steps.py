@@ -6,12 +6,12 @@ The loop over the steps is in `sampling`, the multistep solvers in `solvers`. Im
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .late import Tensor, torch
-from .options import Options, option
+from .options import Options, check_stated, option
 from .process import DiffusionProcess, Prediction
 from .schedules import gather
 from .terms import StepContext
@@ -61,6 +61,12 @@ class SamplerOptions(Options):
 
     title: ClassVar[str]
     refused_elsewhere: ClassVar[bool] = False
+
+    @classmethod
+    def check_class(cls, beside: Sequence[type]) -> None:
+        """See `Options.check_class`: also where title or step are missing."""
+        super().check_class(beside)
+        check_stated(cls, SamplerOptions, "title", "step")
 
     def step(self) -> Step:
         """The function that goes from x_t to x_{t-1}, made anew for each chain, as it may remember earlier steps."""

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 from .. import checkpoint
 from ..errors import UserError
 from ..late import Tensor, nn, torch
-from ..options import Options, comma_separated, option, option_fields
+from ..options import Options, check_stated, comma_separated, nearest, option, option_fields
 from ..presets import Preset
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, WindowArguments
 
@@ -185,6 +185,25 @@ class GuidanceOptions(Options):
             flag = f"--{self.sigma_flags}"
             raise UserError(f"{flag}_start {start} {flag}_stop {stop}: the first must be greater than the second, as "
                             "steps count down")
+
+    @classmethod
+    def check_class(cls, beside: Sequence[type]) -> None:
+        """See `Options.check_class`: also where what every method says is missing, names no option, or is another's."""
+        super().check_class(beside)
+        check_stated(cls, GuidanceOptions, "short", "switched_on", "active", "headline", "build", "schedule")
+        names = [field.name for field in option_fields(cls)]
+        for what, settings in (("switched_on", [cls.switched_on]), ("search", cls.search)):
+            for flags in settings:
+                if not isinstance(flags, Mapping):
+                    raise UserError(f"{cls.__name__}.{what}: has {flags!r} where flags by value are expected")
+                if unknown := [flag for flag in flags if flag not in names]:
+                    raise UserError(f"{cls.__name__}.{what}: {unknown[0]} is none of its options"
+                                    f"{nearest(unknown[0], names)}")
+        namesakes = [other for other in beside
+                     if issubclass(other, GuidanceOptions) and getattr(other, "short", None) == cls.short]
+        if len(namesakes) > 1:
+            shown = " and ".join(f"{other.__module__}.{other.__name__}" for other in namesakes)
+            raise UserError(f'short "{cls.short}": is that of two methods, {shown}; rename or remove one')
 
     # What every method says
 
@@ -377,9 +396,20 @@ class ScaledOptions(GuidanceOptions):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.kind = cls.term
+        cls.kind = getattr(cls, "term", cls.kind)
         if "search_scale" not in vars(cls):
             cls.search_scale = (f"{cls.sigma_flags}_scale", 0.0)
+
+    @classmethod
+    def check_class(cls, beside: Sequence[type]) -> None:
+        """See `GuidanceOptions.check_class`: also where term, sigma_flags or the scale are missing."""
+        check_stated(cls, ScaledOptions, "term", "sigma_flags")
+        super().check_class(beside)
+        if not isinstance(cls.term, type) or not issubclass(cls.term, Guidance):
+            raise UserError(f"{cls.__name__}.term: is {cls.term!r}, must be the class of the term")
+        if cls.scale is ScaledOptions.scale and not hasattr(cls, f"{cls.sigma_flags}_scale"):
+            raise UserError(f'{cls.__name__}: has no option {cls.sigma_flags}_scale, as sigma_flags = '
+                            f'"{cls.sigma_flags}" says')
 
     @property
     def scale(self) -> float:

@@ -51,6 +51,9 @@ class ShadeOptions(GuidanceOptions):
     def headline(self):
         return f"shade {self.shade_scale:g}"
 
+    def build(self, nets):
+        return [Guidance(self.shade_scale)]             # a plan builds none
+
     def networks(self):
         return {"shade network": Shade}
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -14,11 +14,20 @@ from commands import REPOSITORY, call, flags, samples_in
 from networks import TINY
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import GUIDANCE, GradientGuidance, Guidance, GuidanceOptions, Networks, Passes
+from guided_diffusion.guidance import (
+    GUIDANCE,
+    GradientGuidance,
+    Guidance,
+    GuidanceOptions,
+    Networks,
+    Passes,
+    ScaledOptions,
+)
 from guided_diffusion.options import option, options_from
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import identity
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.sampling import SAMPLERS, SamplerOptions
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 SHORT = {**TINY, "timestep_respacing": "3", "num_samples": 4, "batch_size": 2, "labels": "balanced"}
@@ -113,6 +122,69 @@ def test_a_new_method_guides_is_recorded_and_has_a_title(grey, tmp_path, tiny_ch
 def test_a_file_that_a_new_method_needs_is_asked_for(grey, tmp_path, tiny_checkpoints, capsys):
     assert run(tmp_path / "out", tiny_checkpoints, grey_scale=3) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: --grey_model is not given: grey needs it"
+
+
+# Classes that are not whole
+
+
+def scaled(**changes):
+    """The options of a method towards grey, with other attributes; None leaves one out."""
+    stated = {"short": "grey", "sigma_flags": "grey", "term": TowardsGrey, "switched_on": {"grey_scale": 0.1},
+              "build": lambda self, nets: [TowardsGrey(self.grey_scale)], **changes}
+    return make_dataclass("Grey", [("grey_scale", float, option(0.0, "scale; 0: off"))], bases=(ScaledOptions,),
+                          frozen=True, namespace={name: value for name, value in stated.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Undecided(GuidanceOptions):
+    """Without anything that every method says."""
+
+    short = "undecided"
+
+
+class Undecorated(scaled()):
+    """Whose option nobody sees."""
+
+    grey_start: int | None = option(None, "start")
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    (scaled(short=None), "Grey: states no short, which a class below GuidanceOptions must have"),
+    (scaled(switched_on=None, build=None), "Grey: states no switched_on and no build, which a class below "
+     "GuidanceOptions must have"),
+    (scaled(term=None), "Grey: states no term, which a class below ScaledOptions must have"),
+    (scaled(sigma_flags=None), "Grey: states no sigma_flags, which a class below ScaledOptions must have"),
+    (scaled(sigma_flags="gray"), 'Grey: has no option gray_scale, as sigma_flags = "gray" says'),
+    (scaled(term=TowardsGrey(1.0)), "Grey.term: is <"), (scaled(search=({"gray_scale": 1.0},)),
+     "Grey.search: gray_scale is none of its options (did you mean grey_scale?)"),
+    (scaled(search={"grey_scale": 1.0}), "Grey.search: has 'grey_scale' where flags by value are expected"),
+    (scaled(switched_on={"grey_scal": 1.0}),
+     "Grey.switched_on: grey_scal is none of its options (did you mean grey_scale?)"),
+    (Undecided, "Undecided: states no switched_on and no active and no headline and no build and no schedule, which a "
+     "class below GuidanceOptions must have"),
+    (Undecorated, "Undecorated: its options are not seen, write @dataclass(frozen=True) above the class"),
+    (scaled(short="PAG"), 'short "PAG": is that of two methods, guided_diffusion.guidance.perturbed_attention.'
+     "PagOptions and ")])
+@pytest.mark.parametrize("command", ["image_sample", "probe", "image_train"])
+def test_a_method_that_is_not_whole_is_named_by_runs_without_it(command, method, said, capsys):
+    GUIDANCE.append(method)
+    try:
+        assert call(command, "--help") == 2
+    finally:
+        GUIDANCE.remove(method)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {said}")
+
+
+def test_a_sampler_that_is_not_whole_is_named_by_runs_without_it(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Still(SamplerOptions):
+        """A sampler."""
+
+    monkeypatch.setitem(SAMPLERS, "still", Still)
+    assert call("image_sample", "--help") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: Still: states no title and no step, which a class below SamplerOptions must have")
 
 
 # Windows in noise level

@@ -97,6 +97,9 @@ def test_images_depend_on_an_option_that_a_method_shares_with_one_that_is_off(mo
         blur_sigma: float = dataclasses.field(default=SagOptions.blur_sigma, metadata=next(
             field.metadata for field in option_fields(SagOptions) if field.name == "blur_sigma"))
 
+        def build(self, nets):
+            return [GradientGuidance(self.blur_scale)]
+
     monkeypatch.setattr("guided_diffusion.runs.record.GUIDANCE", [*GUIDANCE, BlurOptions])
     of = [identity({"blur_scale": scale, "blur_sigma": sigma}, {}) for scale in (0.0, 1.0) for sigma in (3.0, 9.0)]
     assert of[0] == of[1] and of[2]["blur_sigma"] == 3.0 and of[3]["blur_sigma"] == 9.0
