@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from .functions import is_function, source_of
 from .late import Tensor, nn, torch
 from .places import find_bundled
 from .tensor_files import save_tensors
-
-if TYPE_CHECKING:
-    from .unet import Encoder
 
 SUFFIXES = (".safetensors", ".pt", ".pth")          # of the files that `save_state` writes
 _LARGEST_HEADER = 100_000_000          # bytes; the limit of the safetensors format
@@ -291,9 +288,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any], entry: str | None = None) -> None:
+def load_into(model: nn.Module, path: str | Path, options: Mapping[str, Any], entry: str | None = None) -> None:
     """Load the checkpoint `path` into `model`, built from `options`, in the types it has.
 
+    options: of an ADM network, which the weights are held against (see `check_options`); none for any other module.
     path, entry: as `load_state_dict` takes them. A model that was built on the device "meta", without weights, gets
     those of the file, on the CPU; any other keeps its devices.
 
@@ -302,9 +300,11 @@ def load_into(model: Encoder, path: str | Path, options: Mapping[str, Any], entr
     """
     path = locate(path)
     state = load_state_dict(path, entry=entry)
-    check_weights(state, path)
-    check_options(state, options, path)
     own = model.state_dict()
+    counts = {name for name, value in own.items() if not value.is_floating_point()}         # as batch norms have them
+    check_weights({name: value for name, value in state.items() if name not in counts}, path)
+    if options:
+        check_options(state, options, path)
     misfits = [f"{name} is missing" for name in own.keys() - state.keys()]
     misfits += [f"{name} is not in the network" for name in state.keys() - own.keys()]
     misfits += [f"{name} is {_size(state[name])}, not {_size(own[name])}" for name in own.keys() & state.keys()

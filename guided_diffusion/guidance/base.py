@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 BOUNDS = ("_start", "_stop", "_sigma_min", "_sigma_max")       # how the flags of windows end
 
-AnyEncoder = TypeVar("AnyEncoder", bound="Encoder")
+AnyNetwork = TypeVar("AnyNetwork", bound="nn.Module")
 
 
 class Reader(Protocol):
@@ -135,11 +135,13 @@ class Networks:
             raise UserError(f"{where}: has {classes} classes, and the images have those of --num_classes "
                             f"{self.num_classes}: pass --num_classes {classes}")
 
-    def load(self, network: AnyEncoder, path: str, flags: Mapping[str, Any], entry: str | None = None,
-             ) -> AnyEncoder:
+    def load(self, network: AnyNetwork, path: str, flags: Mapping[str, Any], entry: str | None = None,
+             ) -> AnyNetwork:
         """A further network, ready for evaluation: the weights in `path` (see `checkpoint.load_into`), or random ones.
 
-        flags: the options that it was built from. entry: of a file that holds several networks.
+        flags: the options that an ADM network was built from; {} for any other module, whose file must hold its weights
+        by the names and in the shapes of its `state_dict`. entry: of a file that holds several networks. Raises
+        UserError for a file that cannot be read or does not fit.
         """
         if path or not self.random_weights:
             checkpoint.load_into(network, path, flags, entry)

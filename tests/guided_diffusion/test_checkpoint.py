@@ -14,11 +14,13 @@ import torch
 from golden import released_checkpoints
 from local_server import serving
 from safetensors.torch import save_file
+from torch import nn
 
 from guided_diffusion import checkpoint, presets
 from guided_diffusion.checkpoint import load_into, load_state_dict, read_metadata, save_state
 from guided_diffusion.errors import UserError
 from guided_diffusion.facts import check_options, infer_options
+from guided_diffusion.guidance import Networks
 from guided_diffusion.presets import find_preset, preset_names
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -483,6 +485,28 @@ def test_load_into_restores_the_network(tmp_path, name):
     assert_same(target.state_dict(), source.state_dict())
     x, t, y = torch.randn(2, 1, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 9])
     assert torch.equal(source(x, t, y), target(x, t, y))
+
+
+@pytest.mark.parametrize("name", ["critic.safetensors", "critic.pt"])
+def test_a_network_of_any_kind_is_loaded_by_its_names(tmp_path, name):
+    def critic(seed, width=8):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 1, 3))
+
+    path, x = tmp_path / name, torch.randn(2, 1, 8, 8)
+    trained = critic(0)
+    trained(x)                                          # the batch norm counts it
+    save_state(path, trained.state_dict())
+    nets = Networks(create_model(**SMALL), torch.device("cpu"))
+    loaded = nets.load(critic(1), str(path), {})
+    assert torch.equal(loaded(x), trained.eval()(x)) and not any(one.requires_grad for one in loaded.parameters())
+    assert loaded[1].num_batches_tracked == 1
+    assert refusal(nets.load, critic(1, width=4), str(path), {}) == (
+        f"{path} does not fit the network in 7 of its weights: 0.bias is 8, not 4, 0.weight is 8x1x3x3, not 4x1x3x3, "
+        "1.bias is 8, not 4, ...")
+    assert refusal(nets.load, critic(1).append(nn.Conv2d(1, 1, 1)), str(path), {}) == (
+        f"{path} does not fit the network in 2 of its weights: 3.bias is missing, 3.weight is missing")
+    assert refusal(nets.load, critic(1), str(path), SMALL).startswith(f"{path}: the weights are not those of an ADM")
 
 
 def test_load_into_keeps_the_type_of_the_network(tmp_path):
