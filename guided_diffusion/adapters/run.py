@@ -42,7 +42,7 @@ from ..runs.chunks import Indices
 from ..runs.command import say_note
 from ..runs.effects import idle_batches, idle_methods, in_words, methods_off
 from ..runs.options import MOST_IMAGES
-from ..runs.record import made_by, own_sources
+from ..runs.record import made_by, own_sources, say_unrecorded
 from ..runs.sample import begins_late
 from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
@@ -217,6 +217,7 @@ class LatentRun:
         """
         began = time.time()
         dist_util.setup_dist()
+        say_unrecorded(*self.active)
         with ExitStack() as stack:
             with dist_util.together():
                 prompts, drawn = self._prompts, self._drawn

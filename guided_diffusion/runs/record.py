@@ -18,7 +18,7 @@ from ..dtypes import dtype_name
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import reason
-from ..functions import is_function, is_ours, sources_of
+from ..functions import function_sources, is_function, is_ours, sources_of
 from ..guidance import GUIDANCE, GuidanceOptions
 from ..late import torch
 from ..npz import BatchFile
@@ -66,7 +66,7 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     later = _later_defaults()
     values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= sampler.settled(values.get("timestep_respacing") or "")
-    values |= {"sampler": sample.sampler_name, **{name: sha256.get(name) for name in beside},
+    values |= {"sampler": sample.sampler_name, **{name: sha256.get(name, sha256.get(_older(name))) for name in beside},
                **{flag: _content(sha256.get(name_of(flag)), configuration.get(flag)) for flag in files}}
     if str(values.get("labels")).endswith(".npy"):
         values["labels"] = ".npy"               # the labels are compared image by image
@@ -76,14 +76,37 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
 def own_sources(*options: Options) -> dict[str, str]:
     """The files of methods and samplers that are not of this library, by the names that run.json has for them.
 
-    Images depend on their code, as on that of a MODULE:FUNCTION, and on that of the modules written with them.
+    Images depend on their code, "source of MODULE:CLASS", and on that of the modules written with them and with a
+    MODULE:FUNCTION, "source of MODULE". Without a file, as in a notebook, there is none: see `say_unrecorded`.
     """
-    kinds = [kind for one in options for kind in (type(one), getattr(one, "term", type(one)))]
-    modules = {kind: sources_of(kind.__module__) for kind in kinds if not is_ours(kind.__module__)}
-    found = {SOURCE + kind.__name__: str(files.pop(kind.__module__)) for kind, files in modules.items()
-             if kind.__module__ in files}
-    return {SOURCE + name: str(file) for files in modules.values() for name, file in files.items()
+    by_kind = {f"{kind.__module__}:{kind.__name__}": (kind, sources_of(kind.__module__)) for kind in _outside(options)}
+    words = [path for one in options if isinstance(one, GuidanceOptions) for path in one.files().values()
+             if is_function(path)]
+    groups = [files for _, files in by_kind.values()]
+    found = {f"{SOURCE}{next(iter(files))}:{kind.__name__}": str(next(iter(files.values())))
+             for kind, files in by_kind.values() if files}
+    groups += [dict(list(function_sources(word).items())[1:]) for word in words]        # its own is the option's file
+    return {SOURCE + name: str(file) for files in groups for name, file in files.items()
             if str(file) not in found.values()} | found
+
+
+def say_unrecorded(*options: Options) -> None:
+    """Says, on the first rank, which methods and samplers have no file, so that a change of their code goes unseen."""
+    names = [kind.__name__ for kind in _outside(options) if not sources_of(kind.__module__)]
+    if names:
+        dist_util.say(f"the code of {', '.join(names)} is in no file, so it is not recorded: after a change of it, "
+                      "pass --overwrite True, or samples made before it are kept")
+
+
+def _outside(options: Iterable[Options]) -> list[type]:
+    """The classes of options that are not of this library, and those of their terms."""
+    kinds = dict.fromkeys(kind for one in options for kind in (type(one), getattr(one, "term", type(one))))
+    return [kind for kind in kinds if not is_ours(kind.__module__)]
+
+
+def _older(name: str) -> str:
+    """The name that older records have for a file: without the module of a class."""
+    return SOURCE + name.removeprefix(SOURCE).rpartition(":")[2] if name.startswith(SOURCE) else name
 
 
 def _content(sha256: str | None, path: Any) -> str | None:
@@ -247,8 +270,10 @@ def _unknown_code(files: Iterable[str]) -> list[str]:
     """The names of methods, samplers and their terms from outside that this process has not registered."""
     kinds: list[type[Options]] = [*GUIDANCE, *SAMPLERS.values()]
     known = own_sources(*(kind() for kind in kinds if not is_ours(kind.__module__)))
-    return sorted(name.removeprefix(SOURCE) for name in files
-                  if name.startswith(SOURCE) and name not in known and "." not in name)
+    code = [name for name in files if name.startswith(SOURCE)]
+    classes = [name for name in code if ":" in name] or [name for name in code if "." not in name]
+    unknown = set(classes) - known.keys() - {_older(name) for name in known}
+    return sorted({_older(name).removeprefix(SOURCE) for name in unknown})
 
 
 def active_guidance(configuration: Mapping[str, Any]) -> list[GuidanceOptions]:

@@ -42,7 +42,7 @@ from .chunks import Indices
 from .folders import default_folder
 from .labels import ANY_LABELS, NONE, Labels, is_class, is_file, make_labels
 from .options import SampleOptions, option_classes, preset_sampling, preset_values
-from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype, title
+from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype, say_unrecorded, title
 from .sampler import BuiltRun, ImageSampler
 from .shards import PICTURE, Shards
 from .work import make_chunks
@@ -233,6 +233,7 @@ class SamplingRun:
             return self.decided().run()
         began = time.time()
         dist_util.setup_dist()
+        say_unrecorded(self.sampler, *self.active)
         with ExitStack() as stack:
             with dist_util.together():
                 base = self.base_images()

@@ -15,10 +15,19 @@ from hypothesis import given
 from networks import TINY
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import GUIDANCE, GradientGuidance, SagOptions, ScaledOptions
+from guided_diffusion.guidance import GUIDANCE, CleanClassifierOptions, GradientGuidance, SagOptions, ScaledOptions
 from guided_diffusion.options import fill, option, option_fields
 from guided_diffusion.runs.options import preset_values
-from guided_diffusion.runs.record import READ_ERRORS, finished_run, identity, own_sources, read_record, run_samples
+from guided_diffusion.runs.record import (
+    READ_ERRORS,
+    difference,
+    finished_run,
+    identity,
+    own_sources,
+    read_record,
+    run_samples,
+    say_unrecorded,
+)
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.shards import Shards
 from guided_diffusion.runs.status import run_status
@@ -81,7 +90,7 @@ def test_images_depend_on_the_code_of_methods_from_outside(tmp_path, monkeypatch
             sample(grey_scale=scale, overwrite=True)
             sample(grey_scale=scale)
             (tmp_path / "my_grey.py").write_text(OWN.replace("-self", "self"))
-            with pytest.raises(UserError, match="the code of GreyOptions differs") if refused else nullcontext():
+            with pytest.raises(UserError, match="code of my_grey:GreyOptions differs") if refused else nullcontext():
                 sample(grey_scale=scale)
     finally:
         GUIDANCE.remove(method)
@@ -164,9 +173,61 @@ def test_images_depend_on_modules_written_with_a_method(tmp_path, monkeypatch):
         "class ")] + "@dataclass" + options)
     method = importlib.import_module("my_split_grey").GreyOptions
     assert own_sources(method()) == {
-        "source of GreyOptions": str(tmp_path / "my_split_grey.py"),
-        "source of TowardsGrey": str(tmp_path / "my_terms" / "grey.py"),
+        "source of my_split_grey:GreyOptions": str(tmp_path / "my_split_grey.py"),
+        "source of my_terms.grey:TowardsGrey": str(tmp_path / "my_terms" / "grey.py"),
+        "source of my_terms": str(tmp_path / "my_terms" / "__init__.py"),
         "source of my_terms.numbers": str(tmp_path / "my_terms" / "numbers.py")}
+
+
+@pytest.mark.parametrize("use", ["    from my_sign import SIGN", "    import my_signs.one as other"])
+def test_images_depend_on_constants_and_on_what_is_imported_in_a_function(use, tmp_path, monkeypatch):
+    """Nothing in the module itself points at them, and what is not imported yet is not imported for it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_signs").mkdir()
+    (tmp_path / "my_signs" / "one.py").write_text("from my_sign import *\n")
+    (tmp_path / "my_sign.py").write_text("SIGN = -1\nraise SystemExit\n")
+    name = f"my_lazy_grey_{len(use)}"
+    (tmp_path / f"{name}.py").write_text(f"{OWN}\n\ndef later():\n{use}\n")
+    found = own_sources(importlib.import_module(name).GreyOptions())
+    assert found["source of my_sign"] == str(tmp_path / "my_sign.py")
+    assert ("source of my_signs.one" in found) == ("my_signs" in use)
+
+
+def test_images_depend_on_both_of_two_files_whose_classes_are_called_alike(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    files = [tmp_path / f"my_{name}.py" for name in ("pull", "push")]
+    for file in files:
+        file.write_text(OWN)
+    found = own_sources(*(importlib.import_module(file.stem).GreyOptions() for file in files))
+    assert [found[f"source of {file.stem}:GreyOptions"] for file in files] == [str(file) for file in files]
+
+
+def test_images_depend_on_the_files_beside_a_function_that_makes_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_classifier.py").write_text("from my_layers import load\n")
+    (tmp_path / "my_layers.py").write_text("raise SystemExit\n")
+    options = CleanClassifierOptions(clean_classifier_scale=1.0, clean_classifier_path="my_classifier:load")
+    assert own_sources(options) == {"source of my_layers": str(tmp_path / "my_layers.py")}
+
+
+def test_a_record_that_names_classes_without_their_modules_is_still_read(monkeypatch):
+    """As older ones do: the same code goes on, and other code is another run."""
+    monkeypatch.setattr("guided_diffusion.runs.record.GUIDANCE", [*GUIDANCE, own_method.GreyOptions])
+    digest = "1" * 64
+    new, old, other = (identity({"grey_scale": 1.0}, dict.fromkeys(names, value)) for names, value in (
+        (["source of own_method:GreyOptions", "source of own_method:TowardsGrey"], digest),
+        (["source of GreyOptions", "source of TowardsGrey"], digest),
+        (["source of GreyOptions", "source of TowardsGrey"], "2" * 64)))
+    assert difference(old, new) is None
+    assert difference(other, new) == "the code of own_method:GreyOptions"
+
+
+def test_code_without_a_file_is_said(monkeypatch, caplog):
+    """As that of a notebook's cell, whose changes no record can tell."""
+    monkeypatch.setattr(own_method.GreyOptions, "__module__", "__no_file__")
+    with caplog.at_level("INFO"):
+        say_unrecorded(own_method.GreyOptions(), SagOptions())
+    assert "the code of GreyOptions is in no file, so it is not recorded" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../x.npz", "/x.npz", "a/b.npz", ".", "", 3, None, ["x.npz"], "a\0b", "x" * 5000])
