@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from guided_diffusion import dist_util
+from guided_diffusion.functions import code_digest, is_ours, sources_of
 from guided_diffusion.options import Options, batch_option, option
 
 from .extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
@@ -45,8 +47,28 @@ class ExtractorOptions(Options):
 
 
 def load_extractor(options: ExtractorOptions) -> FeatureExtractor:
-    """Loads the extractor that `--backend` names. Raises UserError where its file or the device cannot be used."""
-    return options.kind.load(inception=options.inception, device=options.device, dtype=options.dtype)
+    """Loads the extractor that `--backend` names. Raises UserError where its file or the device cannot be used.
+
+    Of one that is not of this library its settings say the code, so that features of other code are not used.
+    """
+    load = options.kind.load
+    extractor = load(inception=options.inception, device=options.device, dtype=options.dtype)
+    made_by = [getattr(one, "__module__", "") for one in (getattr(load, "func", load), type(extractor))]
+    sources = [sources_of(name) for name in made_by if not is_ours(name)]
+    if sources:
+        _add_code(extractor, code_digest({name: file for one in sources for name, file in one.items()}))
+    return extractor
+
+
+def _add_code(extractor: Any, code: str) -> None:
+    try:
+        if code:
+            extractor.settings = {**getattr(extractor, "settings", {}), "code": code}
+    except AttributeError:              # of a frozen class, or one with slots
+        code = ""
+    if not code:
+        dist_util.say(f"the code of the extractor {extractor.name} is not recorded, as it is in no file or its "
+                      "settings cannot be set: after a change of it, name another --cache, or older features are used")
 
 
 def load_extractor_once(options: ExtractorOptions) -> FeatureExtractor:

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.fetch import sha256_of
 from guided_diffusion.foreign import reading
-from guided_diffusion.functions import find_function
+from guided_diffusion.functions import code_digest, find_function, function_sources
 from guided_diffusion.options import shortened
 
 from ..features import FeatureExtractor, Features
@@ -98,8 +97,8 @@ class OwnDepthExtractor(OwnExtractor):
 
 def function_record(word: str) -> ExtractorKind:
     """Returns what is known of the extractor before it is made; UserError where the function is not there."""
-    function, file = find_function(word, "--backend")
-    code = sha256_of(file) if file else ""
+    function, _ = find_function(word, "--backend")
+    code = code_digest(function_sources(word))
     outputs = getattr(function, "outputs", PARTS)
     if not isinstance(outputs, (tuple, list, set, frozenset)) or not all(isinstance(one, str) for one in outputs):
         raise UserError(f"--backend {word}: outputs of the function are {shortened(outputs)}, they must be a list of "

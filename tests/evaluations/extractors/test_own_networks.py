@@ -1,5 +1,6 @@
 """Networks that users bring: TorchScript and ONNX files with their YAML, functions, their features, and refusals."""
 
+import importlib
 import json
 import pickle
 import sys
@@ -13,7 +14,8 @@ from commands import call
 from PIL import Image
 from torch import nn
 
-from evaluations.extractors import check_backend, find_extractor
+from evaluations.extractor_options import ExtractorOptions, load_extractor
+from evaluations.extractors import EXTRACTORS, ExtractorKind, check_backend, find_extractor
 from evaluations.metrics import Feature, mind
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import sha256_of
@@ -484,3 +486,31 @@ def test_words_are_told_apart_before_any_file_is_looked_at():
     for word in ("FILE.png", "a:", "https://host/x", ""):
         with pytest.raises(UserError, match=r"must be one of torch, .*, FILE\.onnx, FILE\.safetensors, MODULE:FUNC"):
             check_backend(word)
+
+
+OWN_EXTRACTOR = """
+from my_scale import SCALE
+
+class Means:
+    name, fingerprint, caveat = "means", "0" * 64, ""
+
+def load(*, inception="", device="", dtype="float32"):
+    return Means()
+"""
+
+
+@pytest.mark.parametrize("word", ["registered", "my_means:load"])
+def test_features_depend_on_the_files_beside_an_extractor(word, tmp_path, monkeypatch):
+    """Else --cache would give features of the code before a change."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_means", raising=False)
+    monkeypatch.delitem(sys.modules, "my_scale", raising=False)
+    (tmp_path / "my_means.py").write_text(OWN_EXTRACTOR.replace("def load", "    def features(self, images):\n"
+                                                                "        return images\n\ndef load"))
+    settings = []
+    for scale in (1, 2, 1):
+        (tmp_path / "my_scale.py").write_text(f"SCALE = {scale}\n")
+        load = importlib.import_module("my_means").load
+        monkeypatch.setitem(EXTRACTORS, "registered", ExtractorKind("registered", "means", load, 1, 0, 0))
+        settings.append(load_extractor(ExtractorOptions(backend=word)).settings["code"])
+    assert settings[0] == settings[2] != settings[1]
