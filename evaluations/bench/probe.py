@@ -225,12 +225,16 @@ def _methods(options: ProbeOptions, run: SamplingRun) -> tuple[list[GuidanceOpti
     off = row.changed(**{flag: field for method in run.guidance for flag, field in _switched_off(method).items()})
     found, why = candidates(off, "")
     known = {one.short: one for one in found if one.makes_contrasts}
+    remembering = {method.short for method in run.guidance if method.kind.remembers}
     for one in found:
         if one.missing:
             why[one.short] = "; ".join(map(str, one.missing))
             known.pop(one.short, None)
         elif not one.makes_contrasts:
             why[one.short] = "it does not contrast two predictions"
+        elif one.short in remembering:
+            why[one.short] = "it goes on from what it left at the step before, and the probe's levels have none"
+            known.pop(one.short)
     named = {method.short.lower(): method.short for method in run.guidance}
     words = [word.lower() for word in comma_separated(options.methods)]
     for word in words:

@@ -161,6 +161,13 @@ def line(tmp_path):
     return words
 
 
+def test_a_contrast_that_needs_the_step_before_is_not_probed(line, monkeypatch, capsys):
+    """At a level by itself there is none, and its number would be of another method."""
+    monkeypatch.setattr(IndependentConditionGuidance, "remembers", True)
+    assert call("probe", *line(methods="ICG")) == 2
+    assert "ICG cannot be probed: it goes on from what it left at the step before" in capsys.readouterr().err
+
+
 def measured(path, **flags):
     """A table.json of rows with these flags of guidance, each with its FID; those named ddim by another sampler."""
     rows = {name: {"flags": one, "title": f"{name}, DDIM, 20 steps" if name.startswith("ddim") else name}
