@@ -43,7 +43,7 @@ from ..runs.command import say_note
 from ..runs.effects import idle_batches, idle_methods, in_words, methods_off
 from ..runs.options import MOST_IMAGES
 from ..runs.record import made_by, own_sources, say_unrecorded
-from ..runs.sample import begins_late
+from ..runs.sample import begins_late, built_terms
 from ..runs.work import make_chunks
 from ..runs.workers import WorkQueue
 from ..sampling import SAMPLERS
@@ -276,7 +276,7 @@ class LatentRun:
         if isinstance(method, IcgOptions) and self._drawn:
             return [latent.independent_prompt_guidance(method.scale, self._drawn, seed=self.options.seed,
                                                        **method.window)]
-        return method.build(nets)
+        return built_terms(method, nets)
 
     def _sha256(self, pipe: Any, prompts: list[str], drawn: list[str]) -> dict[str, str]:
         """Digests of the pipeline, of the prompts, and of the code of methods that are not of this library."""

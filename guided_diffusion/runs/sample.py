@@ -27,7 +27,7 @@ from ..execution import choose_dtype, compile_for
 from ..fetch import public_values, sha256_of, without_secrets
 from ..files import check_folder, write_json
 from ..functions import is_ours
-from ..guidance import GuidanceOptions, Networks
+from ..guidance import Guidance, GuidanceOptions, Networks
 from ..guidance.base import without_labels
 from ..jobs import job, mark_finished
 from ..late import torch
@@ -70,6 +70,17 @@ def begins_late(process: DiffusionProcess) -> str:
     return (f"the first of {process.num_timesteps} step{'s' * (process.num_timesteps > 1)} is at the noise level "
             f"{first:.2g}, and images begin in noise as at {last:.3g}, the last step of the training: what of it is "
             "too much stays in them; more steps begin nearer to it")
+
+
+def built_terms(method: GuidanceOptions, nets: Networks) -> list[Guidance]:
+    """The terms of a method. Raises UserError where they guide at other steps than the method says they do."""
+    terms = method.build(nets)
+    said = [replace(term.steps, what="") for term, _ in method.schedule()]
+    for term in terms:
+        if said and replace(term.steps, what="") not in said:
+            raise UserError(f"{type(method).__name__}: builds a {type(term).__name__} that guides at other steps than "
+                            "its options say; give it their window, like **self.window")
+    return terms
 
 
 @dataclass(frozen=True)
@@ -367,7 +378,7 @@ class SamplingRun:
         with torch.device("meta"):
             model = build_model(self.model)
         nets = self.networks(model)
-        guidance = [term for method in self.active for term in method.build(nets)]
+        guidance = [term for method in self.active for term in built_terms(method, nets)]
         nets.load(model, self.sample.model_path, asdict(self.model) | asdict(self.diffusion),
                   self.sample.checkpoint_entry)
         check_same_names(self.checkpoints())

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ from networks import TINY
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.guidance import GUIDANCE, CleanClassifierOptions, GradientGuidance, SagOptions, ScaledOptions
+from guided_diffusion.guidance.base import start_option
 from guided_diffusion.options import fill, option, option_fields
 from guided_diffusion.runs.options import preset_values
 from guided_diffusion.runs.record import (
@@ -228,6 +229,25 @@ def test_code_without_a_file_is_said(monkeypatch, caplog):
     with caplog.at_level("INFO"):
         say_unrecorded(own_method.GreyOptions(), SagOptions())
     assert "the code of GreyOptions is in no file, so it is not recorded" in caplog.text
+
+
+@pytest.mark.parametrize("passed_on", [True, False])
+def test_a_window_that_build_does_not_pass_on_is_refused(passed_on, tiny_checkpoints):
+    """Else it would be recorded, and stand in the title, of a run that it does nothing in."""
+    @dataclass(frozen=True)
+    class PullOptions(own_method.GreyOptions):
+        short, sigma_flags = "pull", "pull"
+        pull_scale: float = option(0.0, "scale")
+        pull_start: int | None = start_option()
+
+        def build(self, nets):
+            return [own_method.TowardsGrey(self.pull_scale, **(self.window if passed_on else {}))]
+
+    flags = {**TINY, "model_path": str(tiny_checkpoints / "model.safetensors"), "timestep_respacing": "2"}
+    run = SamplingRun.of(fill(flags, SamplingRun.classes(), preset_values, source="here"))
+    for start, fits in ((None, True), (1, passed_on)):
+        with nullcontext() if fits else pytest.raises(UserError, match="PullOptions: builds a TowardsGrey that guides"):
+            replace(run, guidance=(PullOptions(pull_scale=1.0, pull_start=start),)).build()
 
 
 @pytest.mark.parametrize("name", ["../x.npz", "/x.npz", "a/b.npz", ".", "", 3, None, ["x.npz"], "a\0b", "x" * 5000])
