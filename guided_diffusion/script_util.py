@@ -18,8 +18,8 @@ from .build import (
     build_model,
 )
 from .errors import UserError
-from .guidance import SagOptions
-from .options import options_from, parse_bool
+from .guidance import ClassifierGuidanceOptions, SagOptions
+from .options import option_fields, options_from, parse_bool
 from .respace import SpacedDiffusion
 from .unet import EncoderUNetModel, UNetModel
 
@@ -59,8 +59,8 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def sag_defaults() -> dict[str, Any]:
-    """Flags of self-attention guidance and their defaults."""
-    return asdict(SagOptions())
+    """Flags of self-attention guidance and their defaults, and the one that the official function has beside them."""
+    return {**asdict(SagOptions()), "classifier_guidance": ClassifierGuidanceOptions().classifier_guidance}
 
 
 # What the official functions take by position, in their order.
@@ -126,9 +126,10 @@ def create_gaussian_diffusion(*, steps: int = 1000, **flags: Any) -> SpacedDiffu
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
-    """One flag for each entry, with its type and default."""
+    """One flag for each entry, with its type and default; None is of the type of the option of that name, else text."""
+    unset = {field.name: field.type for field in option_fields(SagOptions) if field.optional}
     for name, value in default_dict.items():
-        kind = parse_bool if isinstance(value, bool) else str if value is None else type(value)
+        kind = parse_bool if isinstance(value, bool) else unset.get(name, str) if value is None else type(value)
         parser.add_argument(f"--{name}", default=value, type=kind)
 
 

@@ -316,6 +316,14 @@ class GuidanceOptions(Options):
         """
         return {}
 
+    @classmethod
+    def assumed(cls, values: Mapping[str, Any]) -> str:
+        """A line on defaults that do not suit every network, where the method is on and they are taken; "" else.
+
+        values: all flags that are known, so that those which are not among them have their defaults.
+        """
+        return ""
+
     # What follows from it
 
     @classmethod

@@ -9,7 +9,7 @@ Needs: capture of that block's received attention. Cost: one more network evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 from ..capture import HEADS, Received, capture_attention, find_blocks
 from ..errors import UserError
 from ..late import F, Tensor, torch
-from ..options import option
+from ..options import option, option_fields
 from ..process import Prediction
 from ..terms import ContrastGuidance, Guidance, Inputs, Passes, SigmaRange, StepContext, check_number
 from .base import GuidanceOptions, Networks, each, naming, sigma_max_option, sigma_min_option, start_option
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..unet import Encoder
 
 Mask = Callable[[StepContext, Prediction], Tensor]
+
+OFFICIAL: Mapping[str, float] = {"sel_attn_depth": 2, "blur_sigma": 9.0}       # defaults of the official code
 
 
 class SelfAttentionGuidance(ContrastGuidance):
@@ -182,6 +184,20 @@ class SagOptions(GuidanceOptions):
     def attention_threshold(self) -> float:
         """The threshold psi of its mask."""
         return self.threshold
+
+    @classmethod
+    def assumed(cls, values: Mapping[str, Any]) -> str:
+        """Which block and blur are taken, where they are not given: the official code has other defaults."""
+        own = cls(**{field.name: values[field.name] for field in option_fields(cls) if field.name in values})
+        flags = [name for name in OFFICIAL if name not in values]
+        if own.attention_block in (None, "middle"):         # so that no depth counts
+            flags = [name for name in flags if name != "sel_attn_depth"]
+        if not (own.active and flags):
+            return ""
+        taken = " ".join(f"--{name} {getattr(own, name):g}" for name in flags)
+        block = "" if "sel_attn_depth" not in flags else f", the block {own.attention_block}"
+        return (f"--guide_scale {own.guide_scale:g}: takes {taken}{block}, as nothing says otherwise; the defaults of "
+                f"the SAG code are {' '.join(f'--{name} {OFFICIAL[name]:g}' for name in flags)}")
 
     def with_heads(self, heads: str) -> Self:
         """With other heads, "exact" or "official"."""

@@ -133,6 +133,15 @@ def preset_sampling(given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def command_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, Any]:
+    """What `preset_sampling` and `preset_values` give, for commands; says which defaults guidance methods take."""
+    sampling = preset_sampling(given)
+    values = sampling | preset_values(sampling | given, kind)
+    for line in filter(None, (method.assumed({**values, **given}) for method in GUIDANCE)):
+        _log.info(line)
+    return values
+
+
 def _check_sampler(name: str, given: dict[str, Any]) -> None:
     """Raises UserError where options that were given belong to other samplers, which refuse them."""
     own = {field.name for field in option_fields(SAMPLERS[name])}

@@ -41,7 +41,7 @@ from .base_images import OF_BASE, BaseImages
 from .chunks import Indices
 from .folders import default_folder
 from .labels import ANY_LABELS, NONE, Labels, is_class, is_file, make_labels
-from .options import SampleOptions, option_classes, preset_sampling, preset_values
+from .options import SampleOptions, command_values, option_classes
 from .record import MODEL_FLAG, identity, made_by, name_of, own_sources, recorded_dtype, say_unrecorded, title
 from .sampler import BuiltRun, ImageSampler
 from .shards import PICTURE, Shards
@@ -116,10 +116,9 @@ class SamplingRun:
     def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
         """What `--model` and the checkpoints say of the options; given: by the user.
 
-        See `options.preset_values` and `options.preset_sampling`.
+        See `options.command_values`.
         """
-        sampling = preset_sampling(given)
-        return sampling | preset_values(sampling | given)
+        return command_values(given)
 
     @property
     def options(self) -> tuple[Options, ...]:

@@ -13,7 +13,7 @@ from ..build import UpsamplerOptions
 from ..errors import UserError
 from ..options import Options, option
 from .base_images import OF_BASE, BaseImages
-from .options import MOST_IMAGES, SampleOptions, option_classes, preset_sampling, preset_values
+from .options import MOST_IMAGES, SampleOptions, command_values, option_classes
 from .sample import SamplingRun
 
 _log = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ class UpsamplingRun(SamplingRun):
     @classmethod
     def preset_values(cls, given: dict[str, Any]) -> dict[str, Any]:
         """As `SamplingRun.preset_values`, of an upsampler; raises UserError also for another `--image_size`."""
-        sampling = preset_sampling(given)
-        named = {name: value for name, value in given.items() if name != "image_size"}
-        values = sampling | preset_values(sampling | named, "upsampler")
+        values = command_values({name: value for name, value in given.items() if name != "image_size"}, "upsampler")
         size = {**values, **given}.get("large_size", UpsamplerOptions().large_size)
         if given.get("image_size", size) != size:
             raise UserError(f"--image_size {given['image_size']}: an upsampler makes images of --large_size, which is "

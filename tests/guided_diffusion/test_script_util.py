@@ -15,7 +15,7 @@ from guided_diffusion.build import ClassifierOptions, DiffusionOptions, ModelOpt
 from guided_diffusion.cli import run_script
 from guided_diffusion.errors import NonFiniteError, UserError
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from guided_diffusion.guidance import Networks
+from guided_diffusion.guidance import ClassifierGuidanceOptions, Networks
 from guided_diffusion.guidance.self_attention import SagOptions
 from guided_diffusion.options import options_from
 from guided_diffusion.script_util import (
@@ -150,7 +150,9 @@ def test_defaults_go_through_argparse_and_back():
                              (classifier_and_diffusion_defaults(), create_classifier_and_diffusion)):
         assert parsed(defaults) == defaults
         create(**parsed(defaults))
-    assert options_from(parsed(sag_defaults()), SagOptions) == [SagOptions()]
+    assert parsed(sag_defaults()) == sag_defaults()
+    assert options_from(sag_defaults(), SagOptions, ClassifierGuidanceOptions) == [
+        SagOptions(), ClassifierGuidanceOptions()]
 
 
 def test_arguments_go_through_argparse_into_a_network():
@@ -160,7 +162,9 @@ def test_arguments_go_through_argparse_into_a_network():
     assert flags["class_cond"] is True and flags["use_scale_shift_norm"] is False and flags["dropout"] == 0.1
     model, diffusion = create_model_and_diffusion(**flags)
     assert model.num_classes == 1000 and model.out_channels == 6 and diffusion.num_timesteps == 250
-    assert options_from(parsed(sag_defaults(), "--guide_start", "40"), SagOptions)[0].guide_start == 40
+    sag = parsed(sag_defaults(), "--guide_start", "40", "--sag_sigma_max", "2", "--classifier_guidance", "True")
+    assert sag["guide_start"] == 40 and sag["sag_sigma_max"] == 2.0 and sag["classifier_guidance"] is True
+    assert parsed({"another": None}, "--another", "40") == {"another": "40"}
 
 
 def test_text_as_from_a_command_line_is_understood():

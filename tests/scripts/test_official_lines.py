@@ -95,6 +95,29 @@ def test_guided_diffusion_trains_a_classifier_and_both_codes_sample_by_it_on_two
     assert (one == two).all() and (one != images).any()
 
 
+# SAG, whose code has other defaults
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("--guide_scale 1.5", "--guide_scale 1.5: takes --sel_attn_depth 8 --blur_sigma 3, the block output.8, as nothing "
+     "says otherwise; the defaults of the SAG code are --sel_attn_depth 2 --blur_sigma 9"),
+    ("--guide_scale 1.5 --sel_attn_block input", "takes --sel_attn_depth 8 --blur_sigma 3, the block input.8, as"),
+    ("--guide_scale 1.5 --sel_attn_depth 2", "--guide_scale 1.5: takes --blur_sigma 3, as nothing"),
+    ("--guide_scale 1.5 --sel_attn_block middle", "--guide_scale 1.5: takes --blur_sigma 3, as nothing"),
+    ("--guide_scale 1.5 --mask global", "--guide_scale 1.5: takes --blur_sigma 3, as nothing"),
+    ("--guide_scale 1.5 --blur_sigma 9", "takes --sel_attn_depth 8, the block output.8, as nothing"),
+    ("--guide_scale 1.5 --blur_sigma 9 --sel_attn_depth 8", ""),
+    ("--guide_scale 1.5 --blur_sigma 9 --sel_attn_block middle", ""),
+    ("--guide_scale 1 --guide_start 250", ""),
+    ("--guide_scale 1.5 --model icons32", ""), ("--guide_scale 1.5 --model fmnist32", ""),
+    ("--guide_scale 1.5 --model 256x256_diffusion_uncond", "")])
+def test_a_line_that_leaves_defaults_to_the_sag_code_is_told_which_are_taken(line, said, caplog):
+    caplog.set_level("INFO")
+    read_run(flags(words_of(line)), SamplingRun)
+    told = [message for message in caplog.messages if "takes --" in message]
+    assert said in told[0] if said else told == []
+
+
 # The variable by which official scripts are told where they write
 
 OFFICIAL = ("image_sample", "classifier_sample", "super_res_sample", "image_nll", "image_train", "classifier_train",
