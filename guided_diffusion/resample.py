@@ -45,11 +45,17 @@ class ScheduleSampler:
         """The probability of each timestep: (num_timesteps,), float64, sums to 1."""
         raise NotImplementedError
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Timesteps (batch_size,) int64 and the weights (batch_size,) float32 to multiply their losses with."""
+    def sample(self, batch_size: int, rng: np.random.Generator | torch.device | str) -> tuple[Tensor, Tensor]:
+        """Timesteps (batch_size,) int64 and the weights (batch_size,) float32 to multiply their losses with.
+
+        rng: draws them, and they are on the CPU; or the device that they go to, as in the official code, which has
+        NumPy's global generator draw them.
+        """
         p = self.probabilities()
-        t = rng.choice(len(p), size=batch_size, p=p)
-        return torch.from_numpy(t), torch.from_numpy(1 / (len(p) * p[t])).float()
+        draws, device = (rng, "cpu") if isinstance(rng, np.random.Generator) else (np.random, rng)
+        t = draws.choice(len(p), size=batch_size, p=p)
+        weights = torch.from_numpy(1 / (len(p) * p[t])).float()
+        return torch.from_numpy(t).to(device), weights.to(device)
 
     def update_with_losses(self, t: Tensor, losses: Tensor) -> None:
         """Shows the sampler the unweighted losses (N,) of timesteps t (N,) of a global batch."""

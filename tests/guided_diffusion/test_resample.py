@@ -33,6 +33,21 @@ def test_uniform_covers_all_timesteps_alike():
     assert torch.bincount(t, minlength=5).float() / 20000 == pytest.approx(np.full(5, 0.2), abs=0.015)
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "meta"])
+def test_a_device_is_taken_as_the_official_code_has_it(device):
+    sampler = warmed_up()
+    np.random.seed(3)
+    t, weights = sampler.sample(6, device)
+    assert t.device == weights.device == torch.device(device)
+    assert (t.dtype, weights.dtype, t.shape, weights.shape) == (torch.int64, torch.float32, (6,), (6,))
+    if torch.device(device).type == "cpu":
+        p = sampler.probabilities()
+        np.random.seed(3)
+        expected = np.random.choice(4, size=(6,), p=p)
+        assert t.tolist() == expected.tolist()
+        assert weights.numpy() == pytest.approx(1 / (4 * p[expected]))
+
+
 def test_loss_second_moment_probabilities():
     roots = np.array([5.0, 10.0, 0.0, 5.0])     # sqrt of the mean square of the last two losses
     assert warmed_up().probabilities() == pytest.approx(0.9 * roots / 20 + 0.1 / 4)
