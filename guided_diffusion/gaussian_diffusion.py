@@ -230,7 +230,8 @@ class GaussianDiffusion(DiffusionProcess):
         return x
 
 
-NOT_CALLED = ("p_mean_variance", "q_posterior_mean_variance", "condition_mean", "condition_score")
+NOT_CALLED = ("p_mean_variance", "q_posterior_mean_variance", "condition_mean", "condition_score",
+              "_predict_xstart_from_eps", "_predict_eps_from_xstart", "_predict_xstart_from_xprev")
 METHODS = {name: getattr(GaussianDiffusion, name) for name in (*NOT_CALLED, "p_sample", "ddim_sample")}
 
 

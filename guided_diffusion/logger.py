@@ -64,6 +64,9 @@ def log(*words: object) -> None:
             file.write(f"{line}\n")
 
 
+info = warn = error = log           # the official names, which write the line alone, too
+
+
 class MetricLogger:
     """Collects values and writes their means, one row per call of `write`.
 

@@ -50,7 +50,6 @@ class LossType(enum.Enum):
     KL = enum.auto()
     RESCALED_KL = enum.auto()
 
-    @property
     def is_vb(self) -> bool:
         """Whether the loss is the variational bound alone."""
         return self in (LossType.KL, LossType.RESCALED_KL)
@@ -272,6 +271,11 @@ class DiffusionProcess:
         return (gather(1 / self.posterior_mean_coef1, t, x_t) * xprev
                 - gather(self.posterior_mean_coef2 / self.posterior_mean_coef1, t, x_t) * x_t)
 
+    # The names in the official code
+    _predict_xstart_from_eps = predict_xstart_from_eps
+    _predict_eps_from_xstart = predict_eps_from_xstart
+    _predict_xstart_from_xprev = predict_xstart_from_xprev
+
     # The network's output
 
     def output_at(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -382,7 +386,7 @@ class DiffusionProcess:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
-        if self.loss_type.is_vb:
+        if self.loss_type.is_vb():
             vb = self._vb_terms_bpd(self.interpret(output, x_t, t), x_start, x_t, t)
             return {"loss": vb * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else vb}
         terms: Images = {}

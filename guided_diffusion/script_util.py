@@ -70,6 +70,9 @@ ARGUMENTS = ("image_size", "num_channels", "num_res_blocks", "channel_mult", "le
              "use_checkpoint", *_SHARED, "use_new_attention_order")
 SR_ARGUMENTS = ("large_size", "small_size", "num_channels", "num_res_blocks", "learn_sigma", "class_cond",
                 "use_checkpoint", *_SHARED)
+CLASSIFIER_ARGUMENTS = ("image_size", "classifier_use_fp16", "classifier_width", "classifier_depth",
+                        "classifier_attention_resolutions", "classifier_use_scale_shift_norm",
+                        "classifier_resblock_updown", "classifier_pool")
 
 
 def create_model(*arguments: Any, **flags: Any) -> UNetModel:
@@ -109,9 +112,9 @@ def sr_create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffus
     return build_model(model), build_diffusion(diffusion)
 
 
-def create_classifier(**flags: Any) -> EncoderUNetModel:
-    """A noise-aware classifier from flags."""
-    return build_classifier(*options_from(flags, ClassifierOptions))
+def create_classifier(*arguments: Any, **flags: Any) -> EncoderUNetModel:
+    """A noise-aware classifier from flags, which may also be given by position as the official function takes them."""
+    return build_classifier(*options_from(_named(CLASSIFIER_ARGUMENTS, arguments, flags), ClassifierOptions))
 
 
 def create_classifier_and_diffusion(**flags: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:

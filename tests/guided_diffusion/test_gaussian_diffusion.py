@@ -133,7 +133,10 @@ def test_predictions_undo_each_other():
     x_t = diffusion.q_sample(x0, t, noise)
     for actual, expected in ((diffusion.predict_xstart_from_eps(x_t, t, noise), x0),
                              (diffusion.predict_eps_from_xstart(x_t, t, x0), noise),
-                             (diffusion.predict_xstart_from_xprev(x_t, t, diffusion.posterior_mean(x0, x_t, t)), x0)):
+                             (diffusion._predict_xstart_from_eps(x_t, t, noise), x0),
+                             (diffusion._predict_eps_from_xstart(x_t, t, x0), noise),
+                             (diffusion.predict_xstart_from_xprev(x_t, t, diffusion.posterior_mean(x0, x_t, t)), x0),
+                             (diffusion._predict_xstart_from_xprev(x_t, t, diffusion.posterior_mean(x0, x_t, t)), x0)):
         np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
@@ -332,7 +335,7 @@ def test_training_losses(loss, kind, variance):
     expected = {LossType.KL: vb, LossType.RESCALED_KL: 50 * vb,
                 LossType.MSE: mse + learned * vb, LossType.RESCALED_MSE: mse + learned * vb * 50 / 1000}[loss]
     np.testing.assert_allclose(terms["loss"], expected, rtol=2e-4)
-    if not loss.is_vb:
+    if not loss.is_vb():
         np.testing.assert_allclose(terms["mse"], mse, rtol=1e-4)
         assert ("vb" in terms) is learned
 
@@ -416,7 +419,8 @@ def test_a_step_of_a_subclass_is_taken_by_the_loop():
     assert own.steps == [2, 1, 0] and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["p_mean_variance", "condition_mean", "condition_score", "q_posterior_mean_variance"])
+@pytest.mark.parametrize("name", ["p_mean_variance", "condition_mean", "condition_score", "q_posterior_mean_variance",
+                                  "_predict_xstart_from_eps"])
 def test_what_no_step_calls_is_told_and_not_ignored(name):
     own = small()
     setattr(own, name, lambda *words, **options: pytest.fail("is called"))

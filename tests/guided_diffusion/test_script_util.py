@@ -373,6 +373,13 @@ def test_arguments_by_position_are_those_of_the_official_function():
     assert model.attention_blocks["middle"].num_heads == 2
     large = sr_create_model(64, 32, 32, 1, True, False, False, "16", 4, -1, -1, True, 0.0, False, False)
     assert isinstance(large, SuperResModel) and large.attention_blocks["middle"].num_heads == 4
+    classifier = create_classifier(32, True, 64, 1, "16", False, False, "spatial", classifier_channel_mult="1,2")
+    same = create_classifier(image_size=32, classifier_use_fp16=True, classifier_width=64, classifier_depth=1,
+                             classifier_attention_resolutions="16", classifier_use_scale_shift_norm=False,
+                             classifier_resblock_updown=False, classifier_pool="spatial", classifier_channel_mult="1,2")
+    assert {name: value.shape for name, value in classifier.state_dict().items()} == {
+        name: value.shape for name, value in same.state_dict().items()}
+    assert (classifier.pool, classifier.dtype) == (same.pool, same.dtype) == ("spatial", torch.float16)
     with pytest.raises(UserError, match="num_channels: is given by position and by name"):
         create_model(32, 32, num_channels=64)
     with pytest.raises(UserError, match="17 arguments by position: there are 16, image_size, num_channels"):
@@ -389,6 +396,8 @@ def test_the_beginning_of_an_official_script(tmp_path, caplog, monkeypatch):
     logger.configure(dir=tmp_path / "log")
     logger.log("sampling...", 3)
     assert logger.get_dir() == str(tmp_path / "log") and "sampling... 3" in caplog.text
-    assert (tmp_path / "log" / "log.txt").read_text() == "sampling... 3\n"
+    logger.warn("few", 1)
+    logger.info("images")
+    assert (tmp_path / "log" / "log.txt").read_text() == "sampling... 3\nfew 1\nimages\n"
     logger.configure()
     assert logger.get_dir() is None and str2bool("yes") is True
