@@ -14,7 +14,9 @@ folder, so that a larger number of images goes on from them:
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -40,11 +42,11 @@ from ..options import batch_option, option, seed_option
 from ..process import DiffusionProcess
 from ..rng import image_noise
 from . import shards
-from .chunk_files import ChunkFiles
+from .chunk_files import REMEDY, ChunkFiles
 from .chunks import Indices
 from .folders import default_folder
 from .options import MOST_IMAGES, CheckpointOptions
-from .record import MODEL_FLAG, made_by
+from .record import MODEL_FLAG, READ_ERRORS, made_by
 from .work import make_chunks
 from .workers import WorkQueue
 
@@ -115,6 +117,30 @@ class LikelihoodChunks(ChunkFiles):
         terms = [arrays[name] for name in TERMS]
         return (arrays["total_bpd"].shape == arrays["prior_bpd"].shape == (count,)
                 and all(array.ndim == 2 and array.shape == (count, terms[0].shape[1]) for array in terms))
+
+    @property
+    def record(self) -> Path:
+        """The file that says of the finished run what its likelihoods depend on, and their mean."""
+        return self.out / "run.json"
+
+    def made_ready(self, overwrite: bool) -> Indices:
+        """As `ChunkFiles.made_ready`; raises UserError also where the folder holds samples or another record."""
+        samples = self.out / shards.Shards.FOLDER
+        if overwrite:
+            self.record.unlink(missing_ok=True)
+            shutil.rmtree(samples, ignore_errors=True)
+        elif (samples / "run.json").exists():
+            raise UserError(f"--out {self.out}: holds samples, finished or not; {REMEDY}")
+        elif self.record.exists() and not self._is_of_likelihoods():
+            raise UserError(f"--out {self.out}: its {self.record.name} is of another kind of run, or unreadable; "
+                            f"{REMEDY}")
+        return super().made_ready(overwrite)
+
+    def _is_of_likelihoods(self) -> bool:
+        try:
+            return "bits_per_dimension" in json.loads(self.record.read_text())
+        except READ_ERRORS:
+            return False
 
 
 @dataclass(frozen=True)
@@ -272,13 +298,13 @@ class LikelihoodRun:
                 sums[f"{name}_squares"] += (values**2).sum(axis=0)
         whole = {name: np.concatenate(parts) for name, parts in bpd.items()}
         labels = {} if images.labels is None else {"labels": images.labels[:chunks.num_samples]}
-        (self.out / "run.json").unlink(missing_ok=True)
+        chunks.record.unlink(missing_ok=True)
         write_batch(self.out / "bpd.npz", {**whole, **labels})
         for name in TERMS:
             write_batch(self.out / f"{name}_terms.npz", {"arr_0": sums[f"{name}_sum"] / chunks.num_samples})
         write_csv(self.out / "terms.csv", self._rows(sums, chunks.num_samples))
         found = {name: mean_of(values) for name, values in whole.items()}
-        write_json(self.out / "run.json", {
+        write_json(chunks.record, {
             "configuration": chunks.configuration, "fingerprint": chunks.fingerprint, "sha256": chunks.sha256,
             "bits_per_dimension": {name: value.known() for name, value in found.items()},
             **made_by(), "timing": {"seconds": time.time() - began}}, sync=True)

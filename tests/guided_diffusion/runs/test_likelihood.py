@@ -18,6 +18,7 @@ from guided_diffusion.options import options_from
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.runs import likelihood
 from guided_diffusion.runs.likelihood import LikelihoodMeter, mean_of
+from guided_diffusion.runs.shards import Shards
 
 RESULTS = {"bpd.npz", "vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz", "terms.csv"}
 
@@ -176,11 +177,8 @@ def test_fewer_images_than_were_asked_for_are_said(line, data, caplog):
 
 
 def test_only_what_is_unfinished_is_called_so(line, tmp_path, capsys, monkeypatch):
-    def stop(*arguments, **others):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(likelihood.LikelihoodRun, "_finish", stop)
+        patch.setattr(likelihood.LikelihoodRun, "_finish", interrupted)
         assert call("image_nll", *line(num_samples=2)) == 130
     for kind in ("unfinished likelihoods", "likelihoods"):
         capsys.readouterr()
@@ -203,3 +201,44 @@ def test_another_run_and_what_does_not_fit_are_refused(line, data, tmp_path, cap
         assert call("image_nll", *line(**changes)) == 2
         assert words in capsys.readouterr().err
     assert call("image_nll", *line(seed=1, overwrite=True)) == 0
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_the_folder_of_another_kind_of_run_is_kept(line, tiny_checkpoints, tmp_path, capsys, monkeypatch, finished):
+    sampling = flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 2,
+                      "num_samples": 1, "out": tmp_path / "out"})
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(Shards, "pack", interrupted)
+        assert call("image_sample", *sampling) == (0 if finished else 130)
+    before = contents(tmp_path / "out")
+    capsys.readouterr()
+    assert call("image_nll", *line(num_samples=1)) == 2
+    said = capsys.readouterr().err
+    what = "its run.json is of another kind of run, or unreadable" if finished else "holds samples, finished or not"
+    assert f"error: --out {tmp_path / 'out'}: {what}; name another folder, or pass --overwrite True" in said
+    assert contents(tmp_path / "out") == before
+    with monkeypatch.context() as patch:
+        patch.setattr(likelihood.LikelihoodRun, "_finish", interrupted)
+        assert call("image_nll", *line(num_samples=1, overwrite=True)) == 130
+    assert call("image_nll", *line(num_samples=1)) == 0             # goes on, as its overwriting was allowed
+    assert "bits_per_dimension" in json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+def test_samples_that_replaced_likelihoods_are_kept(line, tiny_checkpoints, tmp_path):
+    assert call("image_nll", *line(num_samples=1)) == 0
+    assert call("image_sample", *flags({
+        **TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 2, "num_samples": 1,
+        "out": tmp_path / "out", "overwrite": True})) == 0
+    before = contents(tmp_path / "out")
+    assert call("image_nll", *line(num_samples=1)) == 2
+    assert contents(tmp_path / "out") == before
+
+
+def interrupted(*arguments, **others):
+    raise KeyboardInterrupt
+
+
+def contents(folder):
+    """The bytes of all files but locks, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
