@@ -37,6 +37,7 @@ from .image_files import (
     read_image,
 )
 from .late import Tensor, torch
+from .launchers import launched
 from .npz import BLOCK, MAX_RATIO, SMALL, check_brightest, check_brightness, read_arrays
 from .pixels import file_channels, from_uint8
 from .rng import stream_generator
@@ -54,7 +55,8 @@ ImageBatch = tuple[Tensor, dict[str, Tensor]]          # images, and {"y": label
 def load_data(
     *, data_dir: str | os.PathLike, batch_size: int, image_size: int, class_cond: bool = False,
     deterministic: bool = False, random_crop: bool = False, random_flip: bool = True, in_channels: int = 3,
-    split: str = "train", seed: int = 0, start_batch: int = 0, rank: int = 0, world_size: int = 1,
+    split: str = "train", seed: int = 0, start_batch: int = 0, rank: int | None = None,
+    world_size: int | None = None,
 ) -> Iterator[ImageBatch]:
     """Endless batches of (images, {"y": labels}), or (images, {}) without class_cond.
 
@@ -71,6 +73,7 @@ def load_data(
     in_channels: 3, or 1 for grey; others need an .npz file with as many.
     split: "train" or "test" of the IDX files; an image folder has only "train".
     start_batch: index of the first batch, to go on where an interrupted run stopped.
+    rank, world_size: which share of the images these batches are; None: that of this process in its job.
 
     The arguments, the names of the files and the headers of images are checked in this call, and whole images in the
     background: UserError.
@@ -79,9 +82,11 @@ def load_data(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     images = open_images(data_dir, (in_channels, image_size, image_size), split=split, class_cond=class_cond)
     images = images.without(images.damaged())
+    job = launched()
     return images.batches(BatchPlan(
         images.count, batch_size=batch_size, seed=seed, shuffle=not deterministic, flip=random_flip, crop=random_crop,
-        rank=rank, world_size=world_size), start_batch)
+        rank=job.rank if rank is None else rank, world_size=job.size if world_size is None else world_size),
+        start_batch)
 
 
 def open_images(data_dir: str | os.PathLike, frame: tuple[int, int, int], *, split: str = "train",

@@ -52,7 +52,7 @@ def train(options: FashionMnistTrainingOptions, command: str) -> FashionMnistCla
     test = pad_to_frame(test_images, (1, IMAGE_SIZE, IMAGE_SIZE)), torch.from_numpy(test_labels)
     num_images = len(load_arrays(options.data_dir, "train")[0])
     batches = load_data(data_dir=options.data_dir, batch_size=options.batch_size, image_size=IMAGE_SIZE,
-                        class_cond=True, in_channels=1, seed=options.seed)
+                        class_cond=True, in_channels=1, seed=options.seed, rank=0, world_size=1)
     torch.manual_seed(options.seed)
     shifts = torch.Generator().manual_seed(options.seed)
     model = channels_last(FashionMnistClassifier())

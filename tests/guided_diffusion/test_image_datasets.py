@@ -112,6 +112,18 @@ def test_resumed_run_sees_the_same_batches(source, request):
     assert not torch.equal(whole[0][0], resumed[0][0])
 
 
+def test_a_rank_of_a_job_sees_its_share(idx_folder, monkeypatch):
+    """Official scripts name neither rank nor number of ranks."""
+    options = {"data_dir": idx_folder, "image_size": 32, "in_channels": 1, "batch_size": 3}
+    monkeypatch.setenv("PMI_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("PMI_RANK", str(rank))
+        own, given = take(3, **options), take(3, **options, rank=rank, world_size=2)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(own, given, strict=True))
+        other = take(3, **options, rank=1 - rank, world_size=2)
+        assert not any(torch.equal(a[0], b[0]) for a, b in zip(own, other, strict=True))
+
+
 @pytest.mark.parametrize("source", ["idx_folder", "image_folder"])
 def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(source, request):
     options = {"data_dir": request.getfixturevalue(source), "class_cond": True, "random_crop": True, "image_size": 28}
