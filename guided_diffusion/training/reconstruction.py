@@ -34,7 +34,8 @@ class ReconstructionOptions(Options):
     """The averages to make."""
 
     sigma_rel: str = required("width of the average, as --ema_power has it; several: 0.07,0.15")
-    step: int = option(0, "step of the training after which; 0: the last one that there is a snapshot of", minimum=0)
+    step: int = option(0, "step of the training after which; one without a snapshot: the last before it that has one; "
+                          "0: the last of all", minimum=0)
     out: str = option("", "folder for the files, reconstructed_WIDTH.safetensors; unset: that of the training")
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class ReconstructionOptions(Options):
 def reconstruct(folder: str | Path, options: ReconstructionOptions) -> list[Path]:
     """Writes the averages and returns their files; each has the metadata of a training's weights, and how it was made.
 
+    Steps after the last snapshot are in none, so that the averages are those after the last one at or before the wanted
+    step, which a line says.
     Raises UserError where the folder holds no such snapshots, or not those of one training, or cannot be written, and
     for a step before the first snapshot or after the last.
     """
@@ -57,11 +60,14 @@ def reconstruct(folder: str | Path, options: ReconstructionOptions) -> list[Path
     last = max(kept.step for kept in snapshots)
     if options.step > last:
         raise UserError(f"--step {options.step}: the last snapshot in {folder} is of step {last}")
-    step = options.step or last
-    kept = [one for one in snapshots if one.step <= step]
+    kept = [one for one in snapshots if one.step <= (options.step or last)]
     if not kept:
         raise UserError(f"--step {options.step}: the first snapshot in {folder} is of step "
                         f"{min(one.step for one in snapshots)}")
+    step = kept[-1].step
+    if options.step not in (0, step):
+        _log.info("--step %d: there is no snapshot of it in %s; the averages are those after step %d, the last before "
+                  "it that has one", options.step, folder, step)
     out = check_folder("--out", options.out or folder)
     wanted = [(profile, combine(kept, Kept(step, profile))) for profile in options.profiles]
     files = []

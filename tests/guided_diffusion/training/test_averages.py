@@ -1,6 +1,7 @@
 """Averages by power functions: what they weigh, and those of other widths that snapshots give after training."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,20 @@ def test_a_folder_is_sampled_with_the_average_that_is_looked_at_in_training(tmp_
 def test_an_earlier_step(run, tmp_path):
     assert call("ema_reconstruct", run, "--sigma_rel", 0.1, "--step", 5, "--out", tmp_path) == 0
     assert largest_difference(weights(tmp_path, "reconstructed_0.1"), weights(run, "snapshot_20_ema_power_0.1")) == 0
+
+
+def test_a_step_without_a_snapshot_is_that_of_the_last_one_before(run, tmp_path, caplog):
+    for path in [path for images in (12, 20, 32) for path in run.glob(f"snapshot_{images}_*")]:
+        shutil.copy(path, tmp_path)
+    made = tmp_path / "reconstructed_0.1.safetensors"
+    caplog.set_level("INFO")
+    for step in (6, 7, 5):
+        caplog.clear()
+        assert call("ema_reconstruct", tmp_path, "--sigma_rel", 0.1, "--step", step) == 0
+        assert largest_difference(weights(tmp_path, made.stem), weights(run, "snapshot_20_ema_power_0.1")) == 0
+        assert checkpoint.read_metadata(made)["step"] == "5"
+        assert (f"--step {step}: there is no snapshot of it in {tmp_path}" in caplog.text) == (step > 5)
+        assert f"{made}: after step 5, of 6 snapshots; the profile is met within 0 of its norm" in caplog.messages
 
 
 def test_a_resumed_training_keeps_the_averages(run, data_dir, tmp_path, monkeypatch):
