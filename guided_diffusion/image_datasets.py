@@ -1,7 +1,8 @@
 """Training images: folders of image files, IDX files (the format of MNIST and Fashion-MNIST) and files of samples.
 
 Batch `b` of a run is a function of (seed, b, rank, world_size) alone, so a resumed run sees the batches that an
-uninterrupted one would have seen, and two ranks with batch B see together what one rank with batch 2B sees.
+uninterrupted one would have seen, and two ranks with batch B see together what one rank with batch 2B sees. Where the
+size of batches changes, the images go on behind those that were read.
 """
 
 from __future__ import annotations
@@ -362,6 +363,8 @@ class BatchPlan:
 
     The epochs, each a permutation of all images, follow each other in one long row. Batch b of all ranks together is
     the b-th stretch of that row, so batches run on over the end of an epoch.
+
+    moved: by how many images all stretches lie further on in the row, where batches before had another size.
     """
 
     num_images: int
@@ -372,10 +375,15 @@ class BatchPlan:
     crop: bool
     rank: int
     world_size: int
+    moved: int = 0
+
+    def begun(self, batch: int, images: int) -> BatchPlan:
+        """With that batch directly behind the first `images` images of the row."""
+        return dataclasses.replace(self, moved=images - batch * self.world_size * self.batch_size)
 
     def indices(self, batch: int) -> np.ndarray:
         """Images of this rank's batch: (batch_size,), int64 in [0, num_images)."""
-        first = (batch * self.world_size + self.rank) * self.batch_size
+        first = self.moved + (batch * self.world_size + self.rank) * self.batch_size
         epochs, places = np.divmod(np.arange(first, first + self.batch_size), self.num_images)
         if not self.shuffle:
             return places

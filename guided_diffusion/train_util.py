@@ -303,8 +303,8 @@ def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, n
 
 
 def _numbered_data(options: LoopOptions, images: TrainingImages) -> Data:
-    """Batches of images by first batch."""
+    """Batches of images by first batch, and by the images before it."""
     plan = BatchPlan(images.count, batch_size=options.batch_size, seed=options.seed, shuffle=True,
                      flip=options.random_flip, crop=options.random_crop, rank=dist_util.rank(),
                      world_size=dist_util.world_size())
-    return functools.partial(images.batches, plan)
+    return lambda first, before: images.batches(plan.begun(first, before), first)

@@ -142,7 +142,7 @@ def _own_loop(model: UNetModel, options: tuple[ModelOptions, DiffusionOptions], 
     training = TrainOptions(data_dir=str(folder / "images.npz"), out=str(folder), batch_size=len(images), lr=RATE)
     config = {name: value for one in options for name, value in asdict(one).items()}
     sampler = UniformSampler(diffusion.num_timesteps)
-    return TrainLoop(model, losses, sampler, lambda step: itertools.repeat((images, {})), training, config), losses
+    return TrainLoop(model, losses, sampler, lambda *_: itertools.repeat((images, {})), training, config), losses
 
 
 def _deviation(losses: Callable[[Network, TrainingBatch], dict[str, Tensor]], network: Network, diffusion: Any,

@@ -40,7 +40,7 @@ class TrainingBatch:
                              weights=function(self.weights), cond=cond)
 
 
-Data = Callable[[int], Iterator[tuple[Tensor, dict[str, Tensor]]]]
+Data = Callable[[int, int], Iterator[tuple[Tensor, dict[str, Tensor]]]]     # first batch, images before it -> batches
 DropLabels = Callable[[Tensor, int, int], Tensor]       # labels (N,) of a rank, step, rank -> labels (N,)
 Network = Callable[..., Tensor]          # of the training, compiled or not
 Losses = Callable[[Network, TrainingBatch], dict[str, Tensor]]

@@ -77,8 +77,8 @@ class TrainLoop:
 
     losses: returns tensors (N,), all of which are logged, with noised images also by quarter of the timesteps
     (`loss_q0` ...).
-    data: called with a step, gives the batches from that step on; validation_data likewise, called with the index of a
-    validation.
+    data: called with a step and the number of images before it, gives the batches from there on; validation_data
+    likewise, called with the index of a validation.
     config: the options of the network and the process by flag name, stored with the weights.
     class_names: of the labels, stored with the weights; None where there are none.
     drop_labels: the labels of a global batch that a training step is given, from those of the data and the step.
@@ -110,9 +110,10 @@ class TrainLoop:
             self._start()
         self.network: Network = torch.compile(self.model) if options.compile else self.model
         self._first = self.step
-        self.data = data(self.step)
+        self.data = data(self.step, self.state.images)
         validated = -(-(self.step - bool(self.state.pending)) // options.validation_interval)
-        self.validation_data = validation_data(validated) if validation_data else None
+        before = validated * self.state.global_batch
+        self.validation_data = validation_data(validated, before) if validation_data else None
 
     @property
     def step(self) -> int:

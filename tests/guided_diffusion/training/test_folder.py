@@ -4,11 +4,12 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_training import log_of, train, train_tiny_classifier
 
-from guided_diffusion import checkpoint, files
+from guided_diffusion import checkpoint, files, train_util
 from guided_diffusion.digests import data_digest
 from guided_diffusion.errors import UserError
 from guided_diffusion.training.folder import Record, locked_folder
@@ -186,6 +187,25 @@ def test_images_are_counted_on_where_the_batch_changes(data_dir, run):
     assert sorted(path.name for path in run.glob("snapshot_*_ema_0.9.*")) == [
         "snapshot_20_ema_0.9.safetensors", "snapshot_36_ema_0.9.safetensors"]
     assert checkpoint.read_metadata(run / "snapshot_36_ema_0.9.safetensors")["step"] == "7"
+
+
+@pytest.mark.parametrize("before, after", [(2, 4), (4, 2), (3, 5)])
+def test_an_epoch_reads_each_image_once_where_the_batch_changes(tmp_path, monkeypatch, before, after):
+    images = np.arange(32, dtype=np.uint8).reshape(32, 1, 1, 1) * 8 + np.zeros((8, 8, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    read, batch = [], train_util.TrainLoop._batch
+
+    def reading(loop, images, *others):
+        read.extend(((images[:, 0, 0, 0] + 1) * 127.5 / 8).round().int().tolist())
+        return batch(loop, images, *others)
+
+    monkeypatch.setattr(train_util.TrainLoop, "_batch", reading)
+    values = {"class_cond": False, "change": "batch_size"}
+    steps = 4 + -(-(32 - 4 * before) // after)
+    train(tmp_path / "images.npz", tmp_path / "run", lr_anneal_steps=4, batch_size=before, **values)
+    for end in (6, steps):                                  # the second time, it has gone on before
+        train(tmp_path / "images.npz", tmp_path / "run", lr_anneal_steps=end, batch_size=after, **values)
+    assert sorted(read[:32]) == list(range(32)) and len(read) == 4 * before + (steps - 4) * after
 
 
 def test_a_state_that_counts_no_images_goes_on_as_before(data_dir, run):
