@@ -155,11 +155,16 @@ def _without_prefixes(state: Mapping[str, Tensor], path: str | Path) -> dict[str
 
 def check_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises UserError where tensors of the file `path` cannot be weights: the state of a training, whole numbers."""
-    if "loop/step" in state:
-        beside = sorted(file.name for file in Path(path).parent.glob("*.safetensors") if file.name != Path(path).name)
-        named = " or ".join(beside) or "model.safetensors or ema_RATE.safetensors"
-        raise UserError(f"{path}: is the state of a training; name {named} beside it")
+    check_no_state(state, path)
     for name, value in state.items():
         if not value.is_floating_point():
             raise UserError(f"{path}: its tensor {name} is of {str(value.dtype).removeprefix('torch.')}, and weights "
                             "are floating-point numbers")
+
+
+def check_no_state(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raises UserError where tensors of the file `path` are the state of a training, which holds more than weights."""
+    if "loop/step" in state:
+        beside = sorted(file.name for file in Path(path).parent.glob("*.safetensors") if file.name != Path(path).name)
+        named = " or ".join(beside) or "model.safetensors or ema_RATE.safetensors"
+        raise UserError(f"{path}: is the state of a training; name {named} beside it")

@@ -53,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch  # here, as help needs none of it
 
     from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
+    from guided_diffusion.entries import check_no_state
     from guided_diffusion.unet2d.files import read_network
 
     path, dtype = files[0], getattr(torch, options.dtype)
     check_writable("--out", options.out, read=[path])
     if not Path(path).is_dir():
         weights, metadata = load_state_dict(path, entry=options.checkpoint_entry), read_metadata(path)
+        check_no_state(weights, path)
         if "config" not in metadata and (flags := _implied_flags(path, options.out, weights)):
             metadata = {**metadata, "config": json.dumps(flags)}
     elif options.checkpoint_entry:

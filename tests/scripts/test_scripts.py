@@ -684,6 +684,10 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(command, tmp_
     save_state(whole, {"a": torch.tensor([1e5])})
     assert call(*command, whole, "--out", half) == 2
     assert "has no numbers as large as some of a, up to 1e+05" in capsys.readouterr().err
+    state, none = tmp_path / "state.safetensors", tmp_path / "none.safetensors"
+    save_state(state, {"model/a": torch.ones(1), "loop/step": torch.tensor(3)})
+    assert call(*command, state, "--out", none) == 2 and not none.exists()
+    assert f"{state}: is the state of a training; name half.safetensors or whole.sa" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("changes", "out", "said", "stated"), [
