@@ -585,8 +585,9 @@ def named_labels(path: str | os.PathLike, labels: np.ndarray, known: ClassNames 
 
 
 def grey(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 1) uint8 of (N, H, W, 3), weighted as Pillow weights them."""
-    return (images @ np.array([299, 587, 114], np.float32) / 1000 + 0.5).astype(np.uint8)[..., None]
+    """(N, H, W, 1) uint8 of (N, H, W, 3) uint8, as Pillow rounds its weights, in 65536ths, and their sums."""
+    red, green, blue = (images[..., channel].astype(np.int32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)[..., None]
 
 
 # Image folders

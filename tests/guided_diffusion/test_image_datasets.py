@@ -545,7 +545,15 @@ def test_npz_images_in_grey(npz_file, tmp_path):
     with np.load(npz_file) as file:
         expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in file["arr_0"]])
     assert images.shape == (5, 1, 8, 8)
-    assert abs((images[:, 0].numpy() + 1) * 127.5 - expected).max() <= 1
+    assert (np.rint((images[:, 0].numpy() + 1) * 127.5) == expected).all()
+
+
+def test_colours_become_the_grey_that_they_are_in_files():
+    colours = np.random.default_rng(0).integers(0, 256, (4, 500, 500, 3), dtype=np.uint8)
+    expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in colours])
+    assert (image_datasets.grey(colours)[..., 0] == expected).all()
+    levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 1, 256, 3)
+    assert (image_datasets.grey(levels) == levels[..., :1]).all()
 
 
 @pytest.mark.parametrize(("arrays", "options", "message"), [
