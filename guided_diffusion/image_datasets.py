@@ -253,7 +253,7 @@ class FolderImages(TrainingImages):
     names: ClassNames | None = None
     skip_damaged: bool | None = False
     decoded: int = 0
-    said: set[int] = dataclasses.field(default_factory=set, init=False, compare=False)
+    said: dict[int, UserError] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -348,9 +348,8 @@ class FolderImages(TrainingImages):
             except UserError as error:
                 if not self.skip_damaged:
                     raise self._damaged([str(error)]) from None
-                if other not in self.said:
-                    self.said.add(other)
-                    _log.warning("left out a damaged image, number %d of this run: %s", len(self.said), error)
+                if self.said.setdefault(other, error) is error:         # in one step, as threads decode
+                    _log.warning("left out a damaged image: %s", error)
         raise UserError(f"--data_dir {self.data_dir}: all {self.count} images are damaged")
 
     def _damaged(self, found: Iterable[str]) -> UserError:

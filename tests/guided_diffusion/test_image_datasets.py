@@ -410,11 +410,19 @@ def test_damage_that_shows_in_training(image_folder, monkeypatch, caplog):
     break_file(image_folder, files[1].name, lambda content: content[:-30])
     with pytest.raises(UserError, match=rf"{files[1].name}: .* --skip_damaged True"):
         next(opened(image_folder).batches(plan(12), 0))
+    said = f"left out a damaged image: {files[1]}: "
     batches = opened(image_folder, class_cond=True, skip_damaged=True).batches(plan(12), 0)
     (images, conditions), (again, _) = next(batches), next(batches)
     assert red(images) == [1, 7, 7, 11, 3, 9, 0, 6, 2, 4, 8, 10] == red(again)          # 7 in place of 5
     assert conditions["y"].tolist() == [0] * 6 + [1] * 6
-    assert caplog.text.count("left out a damaged image, number 1 of this run") == 1
+    assert caplog.text.count(said) == 1
+    for rank in range(2):                       # each comes upon it in its third batch at the latest, and says the same
+        caplog.clear()
+        batches = opened(image_folder, skip_damaged=True).batches(plan(12, batch_size=5, rank=rank, world_size=2), 0)
+        for _ in range(3):
+            next(batches)
+        line, = [line for line in caplog.messages if "left out a damaged image" in line]
+        assert line.startswith(said)
 
 
 def test_a_picture_in_place_of_a_damaged_one_has_its_own_label(image_folder):
