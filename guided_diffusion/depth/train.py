@@ -3,7 +3,8 @@
 All branches are trained together by L1 on noised versions of the labelled images, at steps t uniform over the network's
 chain. Training step s is a function of (seed, s) and of the weights before it. While a training goes on, all that a
 restart needs lies beside its output, in NAME.state.safetensors; the same command goes on from it and ends with the same
-weights, and the state is removed at the end. Its log lies beside it, too, in the folder NAME_log.
+weights, and the state is removed at the end. What was trained until an error or a signal is saved first. Its log lies
+beside it, too, in the folder NAME_log.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
 from ..errors import NonFiniteError, UserError
 from ..fetch import sha256_of
-from ..files import check_folder, check_space, check_writable, locked
+from ..files import check_folder, check_space, check_writable, locked, reason
 from ..fp16_util import MixedPrecisionTrainer
 from ..gaussian_diffusion import GaussianDiffusion
 from ..jobs import job, mark_finished, state_file
@@ -261,7 +262,9 @@ class PredictorTraining:
         self.precision = MixedPrecisionTrainer(self.predictors)
         self.features = NoisedFeatures(network, pairs, self.predictors.blocks, options.seed)
         self.step = 0
-        self._unwritten: Totals = {}            # what the log had not written when the state was saved
+        self._saved = 0                         # the step of the state, or of the start
+        self._between_steps = True              # whether weights and moments belong to the same step, and are finite
+        self._unwritten: Totals = {}            # what the log had not written at this step
 
     def run(self) -> DepthPredictors:
         """Trains to the last step, unless that was done before; UserError where another job does so."""
@@ -291,9 +294,12 @@ class PredictorTraining:
             if not resumed:
                 self._standardise()
             self._descend(logger)
+            save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
+        except BaseException:
+            self._rescue()
+            raise
         finally:
             logger.close()
-        save_predictors(self.out, self.predictors, {"training": json.dumps(self.config)})
         self.state.unlink(missing_ok=True)
         checkpoint.ready(self.predictors, dist_util.dev())
         return self.predictors
@@ -302,31 +308,49 @@ class PredictorTraining:
         if self.descent is None:
             return MetricLogger(None)
         folder = check_folder("--out", self.log)
-        logger = open_log(folder, self.step, self.descent.log, self.config, self.descent.log_online)
+        logger = open_log(folder, self.step - self._row_due, self.descent.log, self.config, self.descent.log_online)
         logger.take(self._unwritten)
         return logger
 
     def _descend(self, logger: MetricLogger) -> None:
         """All steps that are left, and what is saved and logged on the way."""
         options = self.options
-        logged, began = self.step, time.monotonic()
+        row = self.step, time.monotonic()
         with progress_bar(options.steps, "training", "step", self.step) as progress:
+            if self._row_due:                   # which a start was ended before
+                row = self._write_row(logger, *row)
             while self.step < options.steps:
                 losses = self.run_step(logger)
                 progress.update()
-                ends = self.step == options.steps
-                if self.step % options.log_interval == 0 or ends:
+                if self._is_shown:
                     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in list(losses.items())[:2])
                     progress.note(f"L1: {shown}")
-                    now = time.monotonic()
-                    logger.write(self.step, samples=self.step * options.batch_size,
-                                 images_per_second=(self.step - logged) * options.batch_size / (now - began))
-                    logged, began = self.step, now
-                if self.step % options.save_interval == 0 or ends:
-                    if not ends:
-                        self._save(logger)
-                    if self.descent is not None:
-                        draw_loss_curve(self.log / "progress.csv", self.log / "loss.png")
+                    row = self._write_row(logger, *row)
+                if self.step % options.save_interval == 0 and self.step < options.steps:
+                    self._save()
+                    self._draw()
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.descent is not None:
+            draw_loss_curve(self.log / "progress.csv", self.log / "loss.png")
+
+    @property
+    def _is_shown(self) -> bool:
+        return self.step % self.options.log_interval == 0 or self.step == self.options.steps
+
+    @property
+    def _row_due(self) -> bool:
+        """Whether the log is to have a row at this step, which it has not."""
+        return bool(self._unwritten) and self._is_shown
+
+    def _write_row(self, logger: MetricLogger, since: int, began: float) -> tuple[int, float]:
+        """Writes a row of the log, whose speed is that of the steps since the last one; returns this step and now."""
+        now, images = time.monotonic(), (self.step - since) * self.options.batch_size
+        logger.write(self.step, samples=self.step * self.options.batch_size,
+                     **({"images_per_second": images / (now - began)} if images else {}))
+        self._unwritten = logger.unwritten
+        return self.step, now
 
     def run_step(self, logger: MetricLogger) -> dict[str, float]:
         """One update of the weights; the L1 loss of each branch before it."""
@@ -342,6 +366,7 @@ class PredictorTraining:
         rate = options.lr * (1 - self.step / options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._between_steps = False
         norm = self.precision.step(self.optimizer, self.grad_clip)
         values = {name: loss.item() for name, loss in losses.items()}
         if not all(map(math.isfinite, [norm, *values.values()])):
@@ -351,7 +376,9 @@ class PredictorTraining:
                             **{f"loss_{branch}": value for branch, value in values.items()}}.items():
             logger.add(name, value)
         logger.add_gradient(norm, self.grad_clip)
+        self._unwritten = logger.unwritten
         self.step += 1
+        self._between_steps = True
         return values
 
     def _standardise(self) -> None:
@@ -391,13 +418,24 @@ class PredictorTraining:
                 raise UserError(f"--out {self.out}: is of a training with {name} {before.get(name)}, not {value}; give "
                                 "the same or another --out")
 
-    def _save(self, logger: MetricLogger) -> None:
+    def _rescue(self) -> None:
+        """Saves what was trained before an error or a signal."""
+        if not self._between_steps or self.step == self._saved or self.out.exists():
+            return
+        try:
+            self._save()
+            _log.info("what was trained until step %d is saved in %s", self.step, self.state)
+        except Exception as fault:                              # of the two errors, the first one matters
+            _log.warning("what was trained after step %d cannot be saved (%s)", self._saved, reason(fault))
+
+    def _save(self) -> None:
         tensors = {f"predictors/{name}": value for name, value in self.predictors.state_dict().items()}
         for name, parameter in self.predictors.named_parameters():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        tensors |= {f"log/{name}": total for name, total in totals_as_tensors(logger.unwritten).items()}
+        tensors |= {f"log/{name}": total for name, total in totals_as_tensors(self._unwritten).items()}
         checkpoint.save_state(self.state, tensors, {
             "kind": STATE_KIND, "training": json.dumps(self.config), "step": str(self.step)})
+        self._saved = self.step
 
     def _load(self) -> bool:
         """Whether there was a state to go on from."""
@@ -413,7 +451,7 @@ class PredictorTraining:
             for name, parameter in self.predictors.named_parameters():
                 moments = {key: groups[key][name] for key in ("exp_avg", "exp_avg_sq", "step")}
                 self.optimizer.state[parameter] = {**moments, "step": moments["step"].cpu()}
-            self.step = int(checkpoint.read_metadata(self.state)["step"])
+            self.step = self._saved = int(checkpoint.read_metadata(self.state)["step"])
             self._unwritten = totals_of_tensors(groups.get("log", {}))
         except (KeyError, ValueError, RuntimeError):
             raise UserError(f"{self.state}: is damaged; delete it to begin anew") from None

@@ -13,8 +13,9 @@ from depth_world import MODEL, parts, world_flags, write_world
 from depth_world import train_world as train
 from networks import with_random_weights
 
-from guided_diffusion import checkpoint, files
+from guided_diffusion import checkpoint, files, logger
 from guided_diffusion.checkpoint import read_metadata, save_state
+from guided_diffusion.depth import predictor
 from guided_diffusion.depth import train as depth_train
 from guided_diffusion.depth.features import decoder_features
 from guided_diffusion.depth.pairs import read_pairs
@@ -107,20 +108,25 @@ def test_features_that_cannot_be_kept_are_told_with_the_first_of_them(world, tmp
 
 
 @pytest.mark.parametrize("changes", [{}, {"cache_gb": 0}, {"draws": 0}])
-def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize("error, saved", [(None, 5), (KeyboardInterrupt, 8), (OSError, 8)])      # None: a kill
+def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypatch, caplog, changes, error, saved):
+    caplog.set_level("INFO")
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     train(world, whole, **changes)
     step = depth_train.PredictorTraining.run_step
 
     def dies(self, logger):
         if self.step == 8:
-            raise KeyboardInterrupt
+            raise error or KeyboardInterrupt
         return step(self, logger)
 
     monkeypatch.setattr(depth_train.PredictorTraining, "run_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    if error is None:
+        monkeypatch.setattr(depth_train.PredictorTraining, "_rescue", lambda self: None)
+    with pytest.raises(error or KeyboardInterrupt):
         train(world, killed, **changes)
-    assert not killed.exists() and read_metadata(tmp_path / "killed.state.safetensors")["step"] == "5"
+    assert not killed.exists() and read_metadata(tmp_path / "killed.state.safetensors")["step"] == f"{saved}"
+    assert ("what was trained until step 8 is saved in" in caplog.text) == (error is not None)
     monkeypatch.undo()
     train(world, killed, **changes, save_interval=100, log_interval=4)
     assert [row["step"] for row in read_log(tmp_path / "killed_log" / "progress.csv")[1]] == ["8", "12"]
@@ -129,6 +135,33 @@ def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypat
     before = killed.stat().st_mtime_ns
     train(world, killed, **changes)          # finished: stays as it is
     assert killed.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("at", ["write", "save_predictors"])
+def test_what_belongs_to_the_step_of_an_error_is_done_by_the_next_start(world, tmp_path, monkeypatch, at):
+    def ends(*arguments, **values):
+        raise KeyboardInterrupt
+
+    def rows(name):
+        return [{key: value for key, value in row.items() if key != "images_per_second"}
+                for row in read_log(tmp_path / f"{name}_log" / "progress.csv")[1]]
+
+    train(world, tmp_path / "whole.safetensors", log_interval=6, save_interval=100)
+    owner = logger.MetricLogger if at == "write" else predictor
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, at, ends)
+        train(world, tmp_path / "ended.safetensors", log_interval=6, save_interval=100)
+    assert read_metadata(tmp_path / "ended.state.safetensors")["step"] == "12"
+    train(world, tmp_path / "ended.safetensors", log_interval=6, save_interval=100)
+    assert equal(weights(tmp_path / "whole.safetensors"), weights(tmp_path / "ended.safetensors"))
+    assert rows("whole") == rows("ended") and rows("whole")
+    assert (tmp_path / "ended_log" / "loss.png").is_file()
+
+
+def test_weights_that_diverge_are_not_saved(world, tmp_path):
+    with pytest.raises(UserError, match="the loss is not finite at step"):
+        train(world, tmp_path / "p.safetensors", lr=1e30, save_interval=100)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_kill_at_any_moment_leaves_what_the_same_command_ends(world, tmp_path):
