@@ -136,7 +136,7 @@ class Cascade:
 
     def run(self) -> str:
         """Makes what is missing, on all ranks; "" on ranks but the first."""
-        dist_util.setup_dist()
+        dist_util.connect()
         with dist_util.together():
             self.check()
             check_folder("--out", self.options.out)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference batch and one or more sample files are needed")
     log_to_stderr(dist_util.is_main())
-    dist_util.setup_dist()
+    dist_util.connect()
     with dist_util.together():
         evaluation = Evaluation(words[0], words[1:], extractor, options, warn=warn)
     say_note(in_words(extractor.useless() | options.useless(), parser.given))

@@ -86,7 +86,7 @@ def make_reference(source: str, out: str, options: ReferenceOptions, given: Coll
             raise UserError(f"--{flag} {getattr(options, flag)}: must be left out, {source} is no folder of pictures")
     say_note(in_words(options.useless(), given))
     made = ""
-    dist_util.setup_dist()
+    dist_util.connect()
     with dist_util.together():
         if dist_util.is_main():
             check_writable("OUT", out, read=[source])

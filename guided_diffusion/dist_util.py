@@ -26,8 +26,8 @@ from .files import reason
 from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
-__all__ = ["LostRankError", "PeerError", "barrier", "collective", "dev", "gathered", "has_last_word", "is_main",
-           "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store", "sync_params", "together",
+__all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "dev", "gathered", "has_last_word",
+           "is_main", "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store", "sync_params", "together",
            "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
@@ -43,8 +43,19 @@ _meeting: dist.Store | None = None      # the store of keys and values that conn
 
 
 def setup_dist() -> None:
+    """What official scripts call first: as `connect`, but one process, too, is in a group, by gloo, which they ask for.
+
+    A group that is there stays. Raises what `connect` does.
+    """
+    connect()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def connect() -> None:
     """Connects the ranks that the launcher started; does nothing for one process, or when called again.
 
+    So the process of who uses this as a library gets no group, which would be in the way of one of its own.
     Raises UserError where the ranks cannot find each other, and LostRankError where not all of them start.
     """
     this, size, _ = launched()
@@ -354,7 +365,7 @@ def has_last_word() -> bool:
 
 
 def shutdown() -> None:
-    """Disconnects the ranks; does nothing for one process."""
+    """Disconnects the ranks; does nothing where there is no group."""
     global _meeting
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -51,7 +51,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
     An upsampler sees beside each noisy image the same one in small, made by averaging areas, as in the official code.
     watchers: look at the network while it is trained.
     """
-    dist_util.setup_dist()
+    dist_util.connect()
     with dist_util.together():
         check_sinks(options.log)
         _check_whole_chain(diffusion_options)
@@ -152,7 +152,7 @@ def in_small(images: Tensor, size: int) -> Tensor:
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
                      options: ClassifierTrainOptions) -> None:
     """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
-    dist_util.setup_dist()
+    dist_util.connect()
     with dist_util.together():
         check_sinks(options.log)
         _check_whole_chain(diffusion_options)

@@ -68,7 +68,7 @@ def run_bench(words: Sequence[str], options: BenchOptions, changed: Mapping[str,
     bench.reported({}, bench.spec.evaluations)          # without which there is nothing to compare with
     if options.plan:
         return _plan(bench, options) if dist_util.is_main() else ""
-    dist_util.setup_dist()
+    dist_util.connect()
     if bench.base.run.sample.dtype == AUTO:
         dtype = bench.reported({}, bench.spec.evaluations).run.decided().sample.dtype
         bench = replace(bench, base=bench.base.changed(dtype=dtype))

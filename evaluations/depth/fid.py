@@ -121,7 +121,7 @@ def depth_fid(reference: str, samples: Sequence[str], extractor: ExtractorOption
     warn: receives each warning, a sentence. On ranks other than the first there are no results. Raises UserError for
     files and options that cannot work.
     """
-    dist_util.setup_dist()
+    dist_util.connect()
     with dist_util.together():
         limits = parse_depth_range(options.depth_range)
         check_writable("--json", options.json, read=[reference, *samples])

@@ -163,7 +163,7 @@ def reproduce(words: Sequence[str], options: ReproduceOptions) -> str:
         ranks = options.ranks or dist_util.world_size()
         return plan(table, options.references, options.inception, ranks, options.evaluation_seconds) \
             if dist_util.is_main() else ""
-    dist_util.setup_dist()
+    dist_util.connect()
     table = decided(table)
     changed = {name: unlike_file(row, in_files.rows[name]) for name, row in table.rows.items()}
     folder = Path(options.out) / table.name

@@ -216,7 +216,7 @@ class LatentRun:
         pipelines that cannot work, before the first image is sampled.
         """
         began = time.time()
-        dist_util.setup_dist()
+        dist_util.connect()
         say_unrecorded(*self.active)
         with ExitStack() as stack:
             with dist_util.together():

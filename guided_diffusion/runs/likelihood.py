@@ -206,7 +206,7 @@ class LikelihoodRun:
         Raises UserError for options, images and files that cannot work, before the first image is measured.
         """
         began = time.time()
-        dist_util.setup_dist()
+        dist_util.connect()
         with ExitStack() as stack:
             with dist_util.together():
                 self.options.check_given()

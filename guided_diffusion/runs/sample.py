@@ -148,7 +148,7 @@ class SamplingRun:
         """The run with a folder: its own, or the one that is named after it, which rank 0 says; all ranks call it."""
         if self.sample.out:
             return self
-        dist_util.setup_dist()
+        dist_util.connect()
         with dist_util.together():
             self.sample.check_given()
             out = self.out
@@ -218,7 +218,7 @@ class SamplingRun:
         """
         if self.sample.dtype != AUTO:
             return self
-        dist_util.setup_dist()
+        dist_util.connect()
         store = dist_util.store("dtype")
         with dist_util.together():
             if dist_util.is_main():
@@ -242,7 +242,7 @@ class SamplingRun:
         if self.sample.dtype == AUTO:
             return self.decided().run()
         began = time.time()
-        dist_util.setup_dist()
+        dist_util.connect()
         say_unrecorded(self.sampler, *self.active)
         with ExitStack() as stack:
             with dist_util.together():

@@ -65,7 +65,7 @@ class UpsamplingRun(SamplingRun):
 
     def run(self) -> Path | None:
         """As `SamplingRun.run`, of all images of `--base_samples` where no number is given."""
-        dist_util.setup_dist()
+        dist_util.connect()
         with dist_util.together():
             count = len(self.base_images())
         wanted = self.sample.num_samples or count

@@ -269,7 +269,7 @@ from evaluations.extractors.inception import InceptionExtractor
 from evaluations.features import extract, feature_folder
 from guided_diffusion.npz import BatchFile
 from guided_diffusion import dist_util
-dist_util.setup_dist()
+dist_util.connect()
 with feature_folder(sys.argv[3]) as folder:
     network = Stub()
     extract(BatchFile(sys.argv[2]), network, folder, 4)

@@ -162,7 +162,7 @@ def test_each_rank_of_a_node_has_a_gpu_of_its_own(rank, local, index, monkeypatc
 
 
 def test_one_process_needs_no_group():
-    dist_util.setup_dist()
+    dist_util.connect()
     dist_util.barrier()
     tensor = torch.ones(2)
     dist_util.sync_params([tensor])
@@ -174,11 +174,38 @@ def test_one_process_needs_no_group():
     dist_util.shutdown()
 
 
+ALONE = """
+import torch, torch.distributed as dist
+from guided_diffusion import dist_util
+dist_util.setup_dist()
+dist_util.setup_dist()
+pieces = [torch.zeros(2) for _ in range(dist.get_world_size())]
+dist.all_gather(pieces, torch.ones(2))
+with dist_util.together():
+    dist_util.barrier()
+print(dist.get_rank(), [piece.tolist() for piece in pieces], dist_util.gathered(torch.ones(1))[0].tolist(),
+      dist_util.told_by_main("word"))
+dist_util.shutdown()
+print(dist.is_initialized())
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)       # the caller's own stays
+own = dist.group.WORLD
+dist_util.setup_dist()
+print(dist.group.WORLD is own)
+"""
+
+
+def test_an_official_script_of_one_process_has_a_group(python, tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    ended = execute(python, tmp_path / "alone.py")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "0 [[1.0, 1.0]] [1.0] word\nFalse\nTrue\n"
+
+
 PROGRAM = """
 import json, os, sys, torch
 from guided_diffusion import dist_util
 before = dict(os.environ)
-dist_util.setup_dist()
+dist_util.connect()
 dist_util.setup_dist()
 rank, result = dist_util.rank(), {}
 result["environment"] = dict(os.environ) == before

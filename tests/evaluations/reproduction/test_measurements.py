@@ -17,7 +17,7 @@ from evaluations.reproduction.measurements import _shared_out
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 
-dist_util.setup_dist()
+dist_util.connect()
 dist_util._meeting.set_timeout(timedelta(seconds=2))        # 30 minutes elsewhere
 rows = [SimpleNamespace(name=name, evaluation=SimpleNamespace(words=["fid"])) for name in ("quick", "slow")]
 outcomes, updates = [], []

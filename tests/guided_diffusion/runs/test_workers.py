@@ -18,7 +18,7 @@ from guided_diffusion.runs import workers
 case, out, rank = sys.argv[1], sys.argv[2], dist_util.rank()
 # a busy machine may keep a living rank silent for seconds
 workers.BEAT, workers.SILENCE, workers.LAST_WORDS = 0.1, 50 if "killed" in case else 6000, 0.2
-dist_util.setup_dist()
+dist_util.connect()
 result = {"indices": [], "outcome": "fine"}
 queue = workers.WorkQueue()
 with dist_util.together():
