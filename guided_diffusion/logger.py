@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,31 @@ def totals_of_tensors(tensors: Mapping[str, Tensor]) -> Totals:
 
 
 def configure(dir: str | Path | None = None) -> None:
-    """What official scripts call first: `log` writes from then on, also into log.txt in the folder `dir`, if any.
+    """What official scripts call first: `log` writes from then on, also into log.txt in the folder `dir`.
 
-    dir: None for the one that the variable OPENAI_LOGDIR names, if any. Raises UserError where that cannot be written.
+    dir: None for the one that the variable OPENAI_LOGDIR names, else a new one in the folder of temporary files, which
+    a line says; there, as in the official code, each rank has its own. Raises UserError where none can be written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dir = dir or os.environ.get(LOGDIR)
-    _folder[:] = [] if not dir else [check_folder("dir", dir)]
+    _folder[:] = [check_folder("dir", dir or _temporary())]
+    if not dir:
+        log(f"{LOGDIR} is not set: the folder is {_folder[0]}")
 
 
-def get_dir() -> str | None:
-    """The folder of `configure`."""
-    return str(_folder[0]) if _folder else None
+def _temporary() -> str:
+    try:
+        return tempfile.mkdtemp(prefix="openai-")
+    except OSError as error:
+        raise UserError(f"{LOGDIR}: is not set, and no folder for temporary files can be written ({reason(error)}): "
+                        "name a folder with it") from None
+
+
+def get_dir() -> str:
+    """The folder of `configure`, which is called with its defaults where it was not yet."""
+    if not _folder:
+        configure()
+    return str(_folder[0])
 
 
 def log(*words: object) -> None:

@@ -4,6 +4,8 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,5 +401,21 @@ def test_the_beginning_of_an_official_script(tmp_path, caplog, monkeypatch):
     logger.warn("few", 1)
     logger.info("images")
     assert (tmp_path / "log" / "log.txt").read_text() == "sampling... 3\nfew 1\nimages\n"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    caplog.clear()
     logger.configure()
-    assert logger.get_dir() is None and str2bool("yes") is True
+    folder = Path(logger.get_dir())
+    assert folder.parent == tmp_path and folder.name.startswith("openai-") and folder.is_dir()
+    assert caplog.messages == [f"OPENAI_LOGDIR is not set: the folder is {folder}"]
+    logger.configure()
+    assert logger.get_dir() != str(folder)              # of another script
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="OPENAI_LOGDIR: is not set, and no folder for temporary files can be written"):
+        logger.configure()
+    assert str2bool("yes") is True
+
+
+def test_the_folder_of_a_script_that_configures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(logger, "_folder", [])
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "said"))
+    assert logger.get_dir() == str(tmp_path / "said")
