@@ -20,7 +20,7 @@ class ExtractorOptions(Options):
     backend: str = option("torch", "the network: " + "; ".join(f"{kind.name}, {kind.title}"
                                                               for kind in EXTRACTORS.values()))
     inception: str = option("", "the official classify_image_graph_def.pb, or its conversion; unset: from the cache of "
-                            "this library, else downloaded")
+                            "this library, else the one in the current folder, else downloaded")
     device: str = option("", "device of the network, like cpu or cuda:1; unset: a GPU for each rank, else the CPU")
     dtype: str = option("float32", "type in which the torch Inception computes; bfloat16 moves FID in its first "
                        "decimal and is for quick looks", choices=("float32", "bfloat16"))

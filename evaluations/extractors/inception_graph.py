@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from guided_diffusion.dist_util import say
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, default_cache
 from guided_diffusion.late import Tensor, torch
@@ -42,22 +43,34 @@ class Weights(NamedTuple):
 
 
 def find_graph(path: str | os.PathLike | None = None, cache: str | os.PathLike | None = None) -> Path:
-    """Finds the .pb: the path given, else the one in the cache folder, downloaded where it is not there yet.
+    """Finds the .pb: the path given, else the one in the cache folder, else the official one in the current folder.
 
-    Raises UserError where the path given is no file, the one in the cache has another size than the official file, or
-    the download fails.
+    The last is where the official evaluator leaves it; a line says so. Where there is none, it is downloaded to the
+    cache folder. Raises UserError where the path given is no file, the one in the cache has another size than the
+    official file, or the download fails.
     """
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"--inception {path}: no such file")
         return Path(path)
-    target = (Path(cache) if cache is not None else default_cache()) / FILE_NAME
-    return Download(URL, target, SIZE, otherwise=", or name it with --inception PATH").run()
+    target, otherwise = (Path(cache) if cache is not None else default_cache()) / FILE_NAME, ""
+    if not target.exists() and (here := Path(FILE_NAME)).is_file():
+        if _is_official(here):
+            say(f"--inception is not given: {here.absolute()} is read")
+            return here
+        otherwise = f"{here.absolute()} has {here.stat().st_size:,} bytes instead of {SIZE:,} and is not read"
+        say(otherwise)
+        otherwise = f"; {otherwise}"
+    return Download(URL, target, SIZE, otherwise=f", or name it with --inception PATH{otherwise}").run()
 
 
 def is_here(path: str | os.PathLike | None = None) -> bool:
     """Whether `find_graph` finds the .pb without a download."""
-    return Path(path or default_cache() / FILE_NAME).is_file()
+    return Path(path or default_cache() / FILE_NAME).is_file() or (not path and _is_official(Path(FILE_NAME)))
+
+
+def _is_official(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size == SIZE
 
 
 def size_caveat(size: int) -> str:

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 
@@ -15,7 +16,7 @@ from synthetic_inception import constants, graph, write_weights
 
 from evaluations.extractors import inception_graph
 from evaluations.extractors.inception import InceptionExtractor, check_finite, resize
-from evaluations.extractors.inception_graph import FILE_NAME, find_graph, fold, load_weights, parse_graph
+from evaluations.extractors.inception_graph import FILE_NAME, find_graph, fold, is_here, load_weights, parse_graph
 from evaluations.features import Features
 from guided_diffusion.errors import UserError
 
@@ -383,6 +384,7 @@ def no_proxy(monkeypatch):
 
 
 def test_downloaded_once(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(inception_graph, "URL", f"{server}/whole")
     monkeypatch.setattr(inception_graph, "SIZE", len(CONTENT))
     path = find_graph(cache=tmp_path / "new" / "cache")
@@ -397,6 +399,7 @@ def test_downloaded_once(server, tmp_path, monkeypatch, capsys):
 
 
 def test_no_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         free = listening.getsockname()[1]
@@ -405,6 +408,31 @@ def test_no_network(tmp_path, monkeypatch):
         InceptionExtractor(cache=tmp_path)
     assert f"put it at {tmp_path / FILE_NAME}, or name it with --inception PATH" in str(error.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_the_file_that_the_official_evaluator_left_in_the_current_folder(server, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    cache, here = tmp_path / "cache", tmp_path / "here" / FILE_NAME
+    monkeypatch.setattr(inception_graph, "URL", f"{server}/none")
+    monkeypatch.setattr(inception_graph, "SIZE", len(CONTENT))
+    monkeypatch.setattr(inception_graph, "default_cache", lambda: cache)
+    here.parent.mkdir()
+    monkeypatch.chdir(here.parent)
+    assert not is_here()
+    here.write_bytes(CONTENT)
+    assert is_here() and not is_here("elsewhere.pb")
+    assert find_graph().read_bytes() == CONTENT
+    assert caplog.messages == [f"--inception is not given: {here} is read"] and not cache.exists()
+    caplog.clear()
+    here.write_bytes(CONTENT[:-1])                      # of another network, or part of it
+    assert not is_here()
+    skipped = f"{here} has {len(CONTENT) - 1:,} bytes instead of {len(CONTENT):,} and is not read"
+    with pytest.raises(UserError, match=f"or name it with --inception PATH; {re.escape(skipped)}$"):
+        find_graph()
+    assert caplog.messages == [skipped]
+    (cache / FILE_NAME).write_bytes(CONTENT)
+    caplog.clear()
+    assert find_graph() == cache / FILE_NAME and not caplog.messages
 
 
 def test_incomplete_file_in_the_cache(tmp_path):
