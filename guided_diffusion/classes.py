@@ -155,11 +155,19 @@ class ClassNames:
     def check(self, num_classes: int, data_dir: object, trained: bool = False) -> None:
         """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from.
 
-        trained: the network is, so that its number of classes is given.
+        trained: the network is, so that its number of classes is given. It may be more: official networks always have
+        1,000 labels, of which the first are those of the images.
         """
-        if num_classes != len(self):
-            raise UserError(f"--data_dir {data_dir}: has {self}, and the network knows {num_classes}" if trained else
-                            f"--num_classes {num_classes}: {data_dir} has {self}; pass --num_classes {len(self)}")
+        if trained and num_classes < len(self):
+            raise UserError(f"--data_dir {data_dir}: has {self}, and the network knows {num_classes}")
+        if trained and num_classes > len(self):
+            order = ("" if list(self.names) == sorted(self.names) else
+                     "; digits in them count as numbers, and the official code sorts them as text")
+            say(f"{data_dir}: has {len(self)} class{'es' * (len(self) > 1)}, and the network knows {num_classes}: they "
+                "are taken for its first ones, as if it was trained on them; it never sees the others and should not "
+                f"be asked for them{order}")
+        elif num_classes != len(self):
+            raise UserError(f"--num_classes {num_classes}: {data_dir} has {self}; pass --num_classes {len(self)}")
 
 
 # How the names of files tell classes

@@ -155,7 +155,7 @@ class TrainingImages:
     def check_classes(self, num_classes: int, trained: bool = False) -> None:
         """Raises UserError unless a network of so many classes fits; says what classes there are.
 
-        trained: the network is, so that the images have to fit it.
+        trained: the network is, so that the images have to fit it; see `ClassNames.check`.
         """
         if self.class_names is not None:
             self.class_names.check(num_classes, self.data_dir, trained)

@@ -27,7 +27,7 @@ from .errors import UserError
 from .fetch import without_secrets
 from .files import lies_in
 from .image_datasets import BatchPlan, FolderImages, TrainingImages, find_data, given_as, holds_idx, open_images
-from .late import F, Tensor, torch
+from .late import F, Tensor, nn, torch
 from .log_sinks import check_sinks
 from .resample import UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
@@ -67,7 +67,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
     images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
-        images.check_classes(model_options.num_classes)
+        images.check_classes(model_options.num_classes, _is_given(model, model_options.num_classes, options, images))
         say(images.without_images())
     names = _class_names(options, images, model_options.num_classes)
     data = _numbered_data(options, images)
@@ -170,7 +170,8 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         diffusion = build_diffusion(diffusion_options)
     images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
-        images.check_classes(classifier_options.num_classes)
+        number = classifier_options.num_classes
+        images.check_classes(number, _is_given(classifier, number, options, images))
         say(images.without_images())
     if options.val_data_dir:
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=images.class_names,
@@ -212,6 +213,26 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
             "acc@1": hits[:, 0].float(), "acc@5": hits.any(dim=1).float()}
 
 
+def _is_given(network: nn.Module, num_classes: int, options: LoopOptions, images: TrainingImages) -> bool:
+    """Whether a network of more classes than the images have names is that of weights that the training goes on with.
+
+    They are those in the folder, else of --resume_checkpoint.
+    """
+    if images.class_names is None or len(images.class_names) >= num_classes:
+        return False
+    state = Path(options.out) / FILE
+    if state.exists():
+        before = Record.read(state.parent) or Record.stated_by(state)
+        return before is not None and before.model.get("num_classes") == num_classes
+    if not options.resume_checkpoint:
+        return False
+    with contextlib.suppress(UserError):              # of a file that cannot be read, which says so when it is loaded
+        weights = checkpoint.load_state_dict(options.resume_checkpoint, entry=options.checkpoint_entry)
+        return all(name in weights and weights[name].shape == value.shape
+                   for name, value in network.state_dict().items())
+    return False
+
+
 def _known_names(options: LoopOptions) -> ClassNames | None:
     """The classes, where the run that goes on here or the weights that it starts from have them."""
     return names_of_run(Path(options.out)) or _names_at_start(options)
@@ -227,11 +248,12 @@ def _names_at_start(options: LoopOptions) -> ClassNames | None:
 def _class_names(options: LoopOptions, images: TrainingImages, num_classes: int) -> ClassNames | None:
     """The names of the classes of a training: of its images, or those that their numbers are taken for.
 
-    Numbers are taken for the names of the weights of --resume_checkpoint, which is said, and of a run that goes on with
-    the same images.
+    None where they do not name each class of the network. Numbers are taken for the names of the weights of
+    --resume_checkpoint, which is said, and of a run that goes on with the same images.
     """
     if images.class_names is not None or images.labels is None:
-        return images.class_names
+        named = images.class_names is not None and len(images.class_names) == num_classes
+        return images.class_names if named else None
     out = Path(options.out)
     if (out / FILE).exists():
         names, same = names_of_run(out), False

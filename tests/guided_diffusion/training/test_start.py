@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call
+from PIL import Image
 from tiny_training import largest_difference, log_of, train, train_tiny_classifier, weights
 
 from guided_diffusion import checkpoint
@@ -61,6 +62,40 @@ def test_an_official_run_goes_on_where_it_was(data_dir, own, tmp_path, caplog, f
     assert log_of(tmp_path / "out", "step") == [4, 5, 6]
     assert log_of(tmp_path / "out", "lr") == pytest.approx([1e-3 * (1 - step / 6) for step in (3, 4, 5)], rel=1e-5)
     assert weights(tmp_path / "out", "state")["optimizer/step/out.2.bias"] == 6
+
+
+def test_it_goes_on_with_fewer_classes_than_its_network_has(data_dir, tmp_path, caplog):
+    """As class-conditional official networks, which have 1,000 whatever the images are."""
+    caplog.set_level("INFO")
+    network, named = {"num_classes": 5, "ema_rate": "0.9"}, tmp_path / "images"
+    numbered = train(data_dir, tmp_path / "own", **network)
+    path = tmp_path / "model000003.pt"
+    torch.save(weights(numbered), path)
+    named.mkdir()
+    for number in range(4):
+        Image.new("L", (8, 8), 60 * number).save(named / f"{'cat' if number < 2 else 'dog'}_{number}.png")
+    said = "has 2 classes, and the network knows 5: they are taken for its first ones"
+    out = tmp_path / "out"
+    for steps in (4, 5):                                        # the second time the folder alone tells the network
+        caplog.clear()
+        start = {"resume_checkpoint": str(path)} if steps == 4 else {}
+        train(named, out, lr_anneal_steps=steps, **network, **start)
+        assert said in caplog.text
+        assert names_of_run(out) is None                        # as they would name two of the five
+    assert log_of(out, "step") == [4, 5] and weights(out)["label_emb.weight"].shape[0] == 5
+    moved = (weights(out)["label_emb.weight"] - weights(numbered)["label_emb.weight"]).abs().amax(dim=1)
+    assert moved[:2].min() > 0 and moved[2:].max() == 0
+    with pytest.raises(UserError, match=r"--num_classes 5: .* pass --num_classes 2"):
+        train(named, tmp_path / "anew", **network)
+    with pytest.raises(UserError, match=r"--num_classes 7: .* pass --num_classes 2"):
+        train(named, tmp_path / "other", **{**network, "num_classes": 7}, resume_checkpoint=str(path))
+
+    classifier = {"num_classes": 5, "val_data_dir": ""}
+    trained = train_tiny_classifier(data_dir, tmp_path / "classifier", **classifier)
+    torch.save(weights(trained), tmp_path / "classifier" / "model000003.pt")
+    train_tiny_classifier(named, tmp_path / "further", **classifier, iterations=4, batch_size=4,
+                          resume_checkpoint=str(tmp_path / "classifier" / "model000003.pt"))
+    assert caplog.text.count(said) == 2
 
 
 def test_it_goes_on_as_the_run_itself(data_dir, own, tmp_path):
