@@ -152,14 +152,16 @@ class ClassNames:
                           if name not in self._number_of)
         raise UserError(f"{path}: is of the class {name}, which is none of the {self}{self._of_source}")
 
-    def check(self, num_classes: int, data_dir: object, trained: bool = False) -> None:
+    def check(self, num_classes: int, data_dir: object, trained: bool = False, resumed: bool = False) -> None:
         """Raises UserError unless a network of `num_classes` fits them; data_dir: where they are from.
 
-        trained: the network is, so that its number of classes is given. It may be more: official networks always have
-        1,000 labels, of which the first are those of the images.
+        trained: the network is, so that its number of classes is given. resumed: its training goes on, and its classes
+        may be more: official networks always have 1,000 labels, of which the first are those of the images.
         """
-        if trained and num_classes < len(self):
-            raise UserError(f"--data_dir {data_dir}: has {self}, and the network knows {num_classes}")
+        if trained and (num_classes < len(self) or (num_classes > len(self) and not resumed)):
+            which = ("" if num_classes < len(self) else
+                     "; an .npz file whose labels, arr_1, are its numbers says which of them these are")
+            raise UserError(f"--data_dir {data_dir}: has {self}, and the network knows {num_classes}{which}")
         if trained and num_classes > len(self):
             order = ("" if list(self.names) == sorted(self.names) else
                      "; digits in them count as numbers, and the official code sorts them as text")

@@ -152,13 +152,13 @@ class TrainingImages:
         """The names of their classes; None where only numbers are known, or nothing."""
         return None
 
-    def check_classes(self, num_classes: int, trained: bool = False) -> None:
+    def check_classes(self, num_classes: int, trained: bool = False, resumed: bool = False) -> None:
         """Raises UserError unless a network of so many classes fits; says what classes there are.
 
-        trained: the network is, so that the images have to fit it; see `ClassNames.check`.
+        trained: the network is, so that the images have to fit it. resumed: see `ClassNames.check`.
         """
         if self.class_names is not None:
-            self.class_names.check(num_classes, self.data_dir, trained)
+            self.class_names.check(num_classes, self.data_dir, trained, resumed)
             say(f"{self.class_names}{f' (--classes {self.class_names.rule})' if self.class_names.rule else ''}")
         if self.labels is None:
             return

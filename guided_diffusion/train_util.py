@@ -67,7 +67,9 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
     images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
-        images.check_classes(model_options.num_classes, _is_given(model, model_options.num_classes, options, images))
+        number = model_options.num_classes
+        given = _is_given(model, number, options, images)
+        images.check_classes(number, trained=given, resumed=given)
         say(images.without_images())
     names = _class_names(options, images, model_options.num_classes)
     data = _numbered_data(options, images)
@@ -171,7 +173,8 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
     images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
         number = classifier_options.num_classes
-        images.check_classes(number, _is_given(classifier, number, options, images))
+        given = _is_given(classifier, number, options, images)
+        images.check_classes(number, trained=given, resumed=given)
         say(images.without_images())
     if options.val_data_dir:
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=images.class_names,

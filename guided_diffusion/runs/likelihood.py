@@ -251,12 +251,7 @@ class LikelihoodRun:
         frame = self.model.in_channels, self.model.image_size, self.model.image_size
         images = open_images(self.options.data_dir, frame, split=self.options.split, class_cond=self.model.class_cond,
                              classes=self.options.classes, known=known, skip_damaged=None)
-        names, count = images.class_names, self.model.num_classes
-        if names is not None and len(names) < count:       # some of its classes, who knows which
-            raise UserError(f"--data_dir {without_secrets(self.options.data_dir)}: has {names}, and the network knows "
-                            f"{count} without names; give images of all of them, or an .npz file whose labels, arr_1, "
-                            "are its numbers")
-        images.check_classes(count, trained=True)
+        images.check_classes(self.model.num_classes, trained=True)
         return images
 
     def _meter(self) -> LikelihoodMeter:

@@ -465,12 +465,14 @@ def test_a_network_must_have_the_classes_of_the_images(image_folder, caplog):
         opened(image_folder, class_cond=True).check_classes(1000)
     with pytest.raises(UserError, match=r"--data_dir .*: has 2 classes: 0 cat, 1 dog, and the network knows 1"):
         opened(image_folder, class_cond=True).check_classes(1, trained=True)
-    with caplog.at_level("INFO"):
+    with pytest.raises(UserError, match=r"the network knows 3; an \.npz file whose labels, arr_1, are its numbers"):
         opened(image_folder, class_cond=True).check_classes(3, trained=True)
+    with caplog.at_level("INFO"):
+        opened(image_folder, class_cond=True).check_classes(3, trained=True, resumed=True)
     assert f"{image_folder}: has 2 classes, and the network knows 3: they are taken for its first ones, as if it was " \
            "trained on them; it never sees the others and should not be asked for them" in caplog.messages
     with caplog.at_level("INFO"):
-        ClassNames(("kind2", "kind10")).check(1000, "images", trained=True)
+        ClassNames(("kind2", "kind10")).check(1000, "images", trained=True, resumed=True)
     assert caplog.messages[-1].endswith("digits in them count as numbers, and the official code sorts them as text")
     with caplog.at_level("INFO"):
         opened(image_folder, class_cond=True).check_classes(2)

@@ -248,4 +248,4 @@ def test_fewer_classes_than_the_network_has_are_refused_as_they_may_be_any_of_th
     (tmp_path / "few").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "few" / "dog_0.png")
     assert call("image_nll", *line(data_dir=tmp_path / "few")) == 2
-    assert "has 1 class: 0 dog, and the network knows 2 without names; give images of all" in capsys.readouterr().err
+    assert "has 1 class: 0 dog, and the network knows 2; an .npz file" in capsys.readouterr().err
