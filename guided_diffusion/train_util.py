@@ -238,7 +238,8 @@ def _is_given(network: nn.Module, num_classes: int, options: LoopOptions, images
 
 def _known_names(options: LoopOptions) -> ClassNames | None:
     """The classes, where the run that goes on here or the weights that it starts from have them."""
-    return names_of_run(Path(options.out)) or _names_at_start(options)
+    out = Path(options.out)
+    return (names_of_run(out) if (out / FILE).exists() else None) or _names_at_start(options)
 
 
 def _names_at_start(options: LoopOptions) -> ClassNames | None:

@@ -81,6 +81,15 @@ def test_a_run_does_not_go_on_with_another_class(trained, tmp_path, capsys):
     assert "kind1_0.png: is of the class kind1, which is none of the 3 classes" in capsys.readouterr().err
 
 
+def test_a_start_that_saved_nothing_decides_no_classes(tmp_path, capsys):
+    data, out = folder(tmp_path / "data", "kind0", "kind2"), tmp_path / "run"
+    assert train(data, out, "--lr", 1e30, "--lr_anneal_steps", 9, num_classes=2) == 2
+    assert (out / "config.json").exists() and not (out / "state.safetensors").exists()
+    folder(data, "kind1")
+    assert train(data, out) == 0, capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["class_names"] == ["kind0", "kind1", "kind2"]
+
+
 def test_validation_has_the_numbers_of_the_training(trained, tmp_path, capsys):
     data, _ = trained
     held_out = folder(tmp_path / "val", "kind10", "kind2")
