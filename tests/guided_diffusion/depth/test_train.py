@@ -1,13 +1,15 @@
 """Training of depth predictors: it learns, a kill does not harm it, and what does not fit together is refused."""
 
 import json
+import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from commands import call, flags
+from commands import REPOSITORY, call, flags
 from crashes import content_of, restore, states_of, timeless
 from depth_world import MODEL, parts, world_flags, write_world
 from depth_world import train_world as train
@@ -251,6 +253,16 @@ def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
         train(world, out, steps=2)
     train(world, out, steps=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, "p_log"]
+
+
+@pytest.mark.slow
+def test_several_ranks_are_refused_in_one_sentence(launcher, world, tmp_path):
+    given = flags(world_flags(world, tmp_path / "p.safetensors"))
+    ended = subprocess.run([str(word) for word in (*launcher, REPOSITORY / "scripts" / "depth_train.py", *given)],
+                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert ended.returncode and ended.stderr.count("error: ") == 1 and "another job" not in ended.stderr
+    assert "error: 2 ranks were started, and predictors are trained by one process" in ended.stderr
+    assert not list(tmp_path.glob("p*"))
 
 
 def test_a_network_that_is_replaced_while_it_is_read_is_refused(world, tmp_path, monkeypatch):
