@@ -139,8 +139,8 @@ def test_a_killed_training_ends_like_one_that_was_not(world, tmp_path, monkeypat
     assert killed.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("at", ["write", "save_predictors"])
-def test_what_belongs_to_the_step_of_an_error_is_done_by_the_next_start(world, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at, step", [("write", 6), ("save_predictors", 12)])
+def test_what_belongs_to_the_step_of_an_error_is_done_by_the_next_start(world, tmp_path, monkeypatch, at, step):
     def ends(*arguments, **values):
         raise KeyboardInterrupt
 
@@ -153,11 +153,10 @@ def test_what_belongs_to_the_step_of_an_error_is_done_by_the_next_start(world, t
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, at, ends)
         train(world, tmp_path / "ended.safetensors", log_interval=6, save_interval=100)
-    assert read_metadata(tmp_path / "ended.state.safetensors")["step"] == "12"
+    assert read_metadata(tmp_path / "ended.state.safetensors")["step"] == f"{step}"
     train(world, tmp_path / "ended.safetensors", log_interval=6, save_interval=100)
     assert equal(weights(tmp_path / "whole.safetensors"), weights(tmp_path / "ended.safetensors"))
     assert rows("whole") == rows("ended") and rows("whole")
-    assert (tmp_path / "ended_log" / "loss.png").is_file()
 
 
 def test_weights_that_diverge_are_not_saved(world, tmp_path):
