@@ -60,7 +60,7 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 def sag_defaults() -> dict[str, Any]:
     """Flags of self-attention guidance and their defaults, and the one that the official function has beside them."""
-    return {**asdict(SagOptions()), "classifier_guidance": ClassifierGuidanceOptions().classifier_guidance}
+    return {**asdict(SagOptions()), **dict.fromkeys(ClassifierGuidanceOptions.switched_on, False)}
 
 
 # What the official functions take by position, in their order.

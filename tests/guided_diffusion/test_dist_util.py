@@ -19,7 +19,7 @@ from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import LostRankError, UserError
 
 RUN = {**TINY, "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1,
-       "labels": "balanced"}
+       "blur_sigma": 3, "labels": "balanced"}
 
 
 @pytest.fixture(autouse=True)

@@ -38,8 +38,8 @@ def line(tiny_checkpoints):
     """The command line of a run of 6 chunks, long enough to be killed, into a folder; `changes` are flags."""
     def words(out, **changes):
         return flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 5,
-                      "num_samples": COUNT, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1, "out": out,
-                      **changes})
+                      "num_samples": COUNT, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1, "blur_sigma": 3,
+                      "out": out, **changes})
     return words
 
 
