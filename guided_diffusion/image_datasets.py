@@ -152,6 +152,11 @@ class TrainingImages:
         """The names of their classes; None where only numbers are known, or nothing."""
         return None
 
+    def shared_with(self, others: TrainingImages) -> int:
+        """How many of these images are among the others, too, as the same file, or in the same one."""
+        here, there = os.path.realpath(self.data_dir), os.path.realpath(others.data_dir)
+        return self.count if here == there and os.path.isfile(here) else 0
+
     def check_classes(self, num_classes: int, trained: bool = False, resumed: bool = False) -> None:
         """Raises UserError unless a network of so many classes fits; says what classes there are.
 
@@ -259,6 +264,14 @@ class FolderImages(TrainingImages):
     def count(self) -> int:
         """The number of images."""
         return len(self.files)
+
+    def shared_with(self, others: TrainingImages) -> int:
+        """How many of these images are among the others, too: folders are searched at any depth."""
+        here, there = (Path(os.path.realpath(images.data_dir)) for images in (self, others))
+        if not isinstance(others, FolderImages) or not (here.is_relative_to(there) or there.is_relative_to(here)):
+            return 0
+        known = set(map(os.path.realpath, others.files))
+        return sum(os.path.realpath(file) in known for file in self.files)
 
     @property
     def class_names(self) -> ClassNames | None:

@@ -180,7 +180,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=images.class_names,
                            held_out=True)
         with dist_util.together():
-            _check_validation(options, held_out, images.class_names, classifier_options.num_classes)
+            _check_validation(options, held_out, images, classifier_options.num_classes)
         validation = _numbered_data(replace(options, random_flip=False, random_crop=False), held_out)
     names = _class_names(options, images, classifier_options.num_classes)
     data = _numbered_data(options, images)
@@ -315,9 +315,16 @@ def _without_effect(options: LoopOptions, images: TrainingImages, class_cond: bo
         yield f"--skip_damaged True: has no effect on {images.data_dir}, whose images are not in files of their own"
 
 
-def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, names: ClassNames | None,
+def _check_validation(options: ClassifierTrainOptions, images: TrainingImages, learnt: TrainingImages,
                       num_classes: int) -> None:
-    """Raises UserError where the validation images have other classes, or numbers of other kind."""
+    """Raises UserError where the validation images have other classes, or numbers of other kind.
+
+    Those that are trained on as well, so that they test nothing, are counted and said.
+    """
+    names = learnt.class_names
+    if shared := images.shared_with(learnt):
+        say(f"--val_data_dir {options.val_data_dir}: {shared} of its {images.count} images lie in --data_dir "
+            f"{options.data_dir} as well, so that they are trained on and test nothing")
     if (images.class_names is None) != (names is None):
         named, numbered = (options.data_dir, options.val_data_dir) if names else (options.val_data_dir,
                                                                                   options.data_dir)

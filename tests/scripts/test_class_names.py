@@ -106,6 +106,21 @@ def test_validation_has_the_numbers_of_the_training(trained, tmp_path, capsys):
     assert f"error: --val_data_dir {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
 
 
+def test_validation_by_images_that_are_trained_on_is_said(tmp_path, caplog):
+    """A folder is searched at any depth, so that --data_dir imagenet trains on imagenet/val, too."""
+    data = folder(tmp_path / "data", "kind0", "kind1")
+    inner = folder(data / "val", "kind0")
+    flags = (*CLASSIFIER, "--num_classes", 2, "--data_dir", data, "--iterations", 1, "--eval_interval", 1)
+    count = len(list(inner.iterdir()))
+    for place, said in ((inner, f"{count} of its {count} images lie in --data_dir {data} as well"),
+                        (folder(tmp_path / "apart", "kind0"), "")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            out = tmp_path / f"{place.name}_run"
+            assert call("classifier_train", *flags, "--val_data_dir", place, "--out", out) == 0
+        assert ("as well, so that they are trained on" in caplog.text) == bool(said) and said in caplog.text
+
+
 def test_a_probe_asks_for_the_classes_of_the_network(trained, tmp_path, capsys):
     _, run = trained
     flags = ("probe", "--model", run, "--num_images", 2, "--levels", 1, "--methods", "PAG", "--out", tmp_path / "out")
