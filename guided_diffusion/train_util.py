@@ -67,9 +67,7 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         sampler = create_named_schedule_sampler(options.schedule_sampler, diffusion)
     images = _images(options, model_options, options.data_dir, model_options.class_cond, known=_known_names(options))
     with dist_util.together():
-        number = model_options.num_classes
-        given = _is_given(model, number, options, images)
-        images.check_classes(number, trained=given, resumed=given)
+        _check_classes(model, model_options.num_classes, options, images)
         say(images.without_images())
     names = _class_names(options, images, model_options.num_classes)
     data = _numbered_data(options, images)
@@ -172,9 +170,7 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         diffusion = build_diffusion(diffusion_options)
     images = _images(options, classifier_options, options.data_dir, True, known=_known_names(options))
     with dist_util.together():
-        number = classifier_options.num_classes
-        given = _is_given(classifier, number, options, images)
-        images.check_classes(number, trained=given, resumed=given)
+        _check_classes(classifier, classifier_options.num_classes, options, images)
         say(images.without_images())
     if options.val_data_dir:
         held_out = _images(options, classifier_options, options.val_data_dir, True, known=images.class_names,
@@ -214,6 +210,12 @@ def classification_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return {"loss": F.cross_entropy(logits, labels, reduction="none"),
             "acc@1": hits[:, 0].float(), "acc@5": hits.any(dim=1).float()}
+
+
+def _check_classes(network: nn.Module, num_classes: int, options: LoopOptions, images: TrainingImages) -> None:
+    """Raises UserError unless the network has the classes of the images; more, where its training goes on with them."""
+    given = _is_given(network, num_classes, options, images)
+    images.check_classes(num_classes, trained=given, resumed=given)
 
 
 def _is_given(network: nn.Module, num_classes: int, options: LoopOptions, images: TrainingImages) -> bool:
