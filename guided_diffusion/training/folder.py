@@ -17,8 +17,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import checkpoint, dist_util
 from ..build import kind_of
@@ -27,7 +30,9 @@ from ..errors import UserError
 from ..fetch import public_values, without_secrets
 from ..files import check_folder, locked, remove_leftovers, write_json
 from ..foreign import reading
+from ..functions import code_digest
 from ..options import WATCHED
+from ..version import __version__
 
 SAME, ROUNDED = "the result is the same", "the result is the same up to rounding"
 HARMLESS = {"out": "", "change": "", "log_interval": SAME, "save_interval": SAME, "eval_interval": SAME,
@@ -61,6 +66,14 @@ def shown(value: Any) -> Any:
     return (without_secrets(value) or "''") if isinstance(value, str) else value
 
 
+@cache
+def code_of_this_library() -> Mapping[str, str]:
+    """Its version, that of torch, and the SHA-256 of all its files of code."""
+    root = Path(__file__).parents[1]
+    return {"guided_diffusion": __version__, "torch": torch.__version__,
+            "sha256": code_digest({str(file.relative_to(root)): file for file in root.rglob("*.py")})}
+
+
 @dataclass(frozen=True)
 class Record:
     """What config.json says of a training.
@@ -68,6 +81,7 @@ class Record:
     model: the options of the network and the process by flag name. training: those of the training. ranks: processes.
     data: what `data_digest` says of --data_dir. classes: the names of the classes in the order of their numbers.
     watched: options of what looks at the training and does not change it, which may differ from start to start.
+    code: versions of this library and torch, and the SHA-256 of this library's files.
     """
 
     model: Mapping[str, Any]
@@ -76,6 +90,7 @@ class Record:
     data: str | None = None
     classes: Sequence[str] | None = None
     watched: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=lambda: dict(code_of_this_library()))
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
@@ -84,6 +99,7 @@ class Record:
         content |= {WATCHED: public_values(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
+        content |= {"code": dict(self.code)}
         write_json(out / "config.json", content, sync=True)
 
     @classmethod
@@ -96,7 +112,8 @@ class Record:
             saved = json.loads(path.read_text(encoding="utf-8"))
             ranks, names = saved.get("ranks"), saved.get(KEY)
             return cls(dict(saved["model"]), dict(saved["training"]), None if ranks is None else int(ranks),
-                       saved.get("data"), None if names is None else [str(name) for name in names])
+                       saved.get("data"), None if names is None else [str(name) for name in names],
+                       code=dict(saved.get("code", {})))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"--out {out}: its config.json is not one of a training, name another") from None
 
@@ -111,7 +128,8 @@ class Record:
         metadata = checkpoint.read_metadata(state)
         with reading(state, "is not the state of a training"):
             names = json.loads(metadata.get(KEY, "null"))
-            return cls(dict(json.loads(metadata.get("config", "{}"))), {}, classes=names and [str(n) for n in names])
+            return cls(dict(json.loads(metadata.get("config", "{}"))), {}, classes=names and [str(n) for n in names],
+                       code={})
 
     @property
     def options(self) -> dict[str, Any]:
@@ -139,7 +157,18 @@ class Record:
                 raise UserError(self._refusal(name, before, out))
             if why:
                 lines.append(f"--{name} {shown(now)}: was {shown(then)} so far; {why}")
-        return lines
+        return lines + self._other_code(before)
+
+    def _other_code(self, before: Record) -> list[str]:
+        """What to say of code that is another than in `before`; older records say nothing of theirs."""
+        if not before.code:
+            return []
+        changed = [name for name, now in self.code.items() if before.code.get(name) != now]
+        said = [f"{name} was {before.code.get(name)} so far and is {self.code[name]}" for name in changed
+                if name != "sha256"]
+        if "sha256" in changed and "guided_diffusion" not in changed:
+            said += [f"guided_diffusion {self.code['guided_diffusion']} was changed"]
+        return [f"the code is another: {', '.join(said)}; from here on it may compute something else"] if said else []
 
     def _check_classes(self, before: Record, out: Path) -> None:
         """Raises UserError where the numbers of the classes have other names than in `before`, or only one has names.

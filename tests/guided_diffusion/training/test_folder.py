@@ -1,6 +1,7 @@
 """The folder of a training: one job, options that may change and others, states and records that are something else."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -234,6 +235,25 @@ def test_a_state_knows_its_network_where_config_json_is_gone(data_dir, run):
     with pytest.raises(UserError, match=r"--predict_v True: the run in .* has False"):
         train(data_dir, run, lr_anneal_steps=4, predict_v=True)
     train(data_dir, run, lr_anneal_steps=4)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({}, []),
+    ({"sha256": "0" * 64}, ["the code is another: guided_diffusion .* was changed; from here on it may"]),
+    ({"torch": "1.13.1", "sha256": "0" * 64}, ["the code is another: torch was 1.13.1 so far and is .*, guided_diffusion .* was changed; from"]),
+])
+def test_code_that_is_another_is_said(tmp_path, changed, said):
+    now = Record({}, {})
+    now.write(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert set(record["code"]) == {"guided_diffusion", "torch", "sha256"}
+    record["code"] |= changed
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    lines = now.continues(Record.read(tmp_path), tmp_path)
+    assert len(lines) == len(said) and all(re.match(one, line) for one, line in zip(said, lines, strict=True))
+    del record["code"]                                  # as an older version wrote it
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert now.continues(Record.read(tmp_path), tmp_path) == []
 
 
 def test_other_numbers_of_classes_are_refused(tmp_path):
