@@ -164,6 +164,9 @@ def check_weights(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 def check_no_state(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raises UserError where tensors of the file `path` are the state of a training, which holds more than weights."""
+    if any(name.startswith("predictors/") for name in state):        # of scripts/depth_train.py
+        weights = Path(path).name.replace(".state.safetensors", ".safetensors")
+        raise UserError(f"{path}: is the state of a training of depth predictors; {weights} is written at its end")
     if "loop/step" in state:
         beside = sorted(file.name for file in Path(path).parent.glob("*.safetensors") if file.name != Path(path).name)
         named = " or ".join(beside) or "model.safetensors or ema_RATE.safetensors"

@@ -154,6 +154,12 @@ def test_the_state_of_a_training_is_named(tmp_path):
         load_into(model, tmp_path / "state.safetensors", TINY)
 
 
+def test_the_state_of_predictors_is_named(tmp_path):
+    save_state(path := tmp_path / "room.state.safetensors", {"predictors/a": torch.ones(1)})
+    with pytest.raises(UserError, match=r"a training of depth predictors; room.safetensors is written at its end"):
+        load_into(create_model(**TINY), path, TINY)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_the_same_weights_and_metadata_are_the_same_bytes(tmp_path, suffix):
     metadata = {name: "é\n\"\x01" for name in "defghijk"} if suffix == "safetensors" else None

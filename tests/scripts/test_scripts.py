@@ -688,6 +688,9 @@ def test_a_checkpoint_in_half_precision_is_half_as_large_and_loads(command, tmp_
     save_state(state, {"model/a": torch.ones(1), "loop/step": torch.tensor(3)})
     assert call(*command, state, "--out", none) == 2 and not none.exists()
     assert f"{state}: is the state of a training; name half.safetensors or whole.sa" in capsys.readouterr().err
+    save_state(state, {"predictors/a": torch.ones(1)})
+    assert call(*command, state, "--out", none) == 2 and not none.exists()
+    assert "is the state of a training of depth predictors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("changes", "out", "said", "stated"), [
