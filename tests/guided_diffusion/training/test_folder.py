@@ -240,7 +240,8 @@ def test_a_state_knows_its_network_where_config_json_is_gone(data_dir, run):
 @pytest.mark.parametrize("changed, said", [
     ({}, []),
     ({"sha256": "0" * 64}, ["the code is another: guided_diffusion .* was changed; from here on it may"]),
-    ({"torch": "1.13.1", "sha256": "0" * 64}, ["the code is another: torch was 1.13.1 so far and is .*, guided_diffusion .* was changed; from"]),
+    ({"torch": "1.13.1", "sha256": "0" * 64}, ["the code is another: torch was 1.13.1 so far and is .*, guided_"
+                                               "diffusion .* was changed; from here on it may compute something else"]),
 ])
 def test_code_that_is_another_is_said(tmp_path, changed, said):
     now = Record({}, {})
