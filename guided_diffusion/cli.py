@@ -50,6 +50,7 @@ def run_script(main: Callable[[], None]) -> None:
     first. The line says so where the same command goes on (`errors.resumable`). Where nobody reads stdout any more, as
     behind `| head`, it ends with 141, as other programs do.
     """
+    _replace_closed_streams()
     _print_any_name()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # else its C++ adds warnings where a connection breaks
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")              # else torch's profiler writes lines of its own
@@ -84,6 +85,15 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"memory is not enough ({reason(error)[:200]}): ask for less at a time, such as a smaller --batch_size")
 
 
+def _replace_closed_streams() -> None:
+    """Opens nowhere in place of standard streams that are closed: else a file of data gets their number, and lines."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")       # noqa: SIM115  # until the end of the process
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 def _print_any_name() -> None:
     """Makes stdout escape what its encoding cannot show, as stderr does: a name of a file may hold anything."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -94,8 +104,7 @@ def _run_and_print(main: Callable[[], None]) -> None:
     """Runs `main` and writes all that it has printed; raises UserError where a full disk does not take it."""
     try:
         main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise

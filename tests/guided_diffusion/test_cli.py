@@ -141,6 +141,17 @@ def test_a_stdout_that_takes_no_more_is_no_bug(number, code, said, capsys, monke
         assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_files_take_no_place_of_a_closed_stream(closed, tmp_path):
+    script = ("import sys; from pathlib import Path; from guided_diffusion import cli\n"
+              "def main():\n    with open('data', 'w') as file:\n        cli.tell('picture: a.png')\n"
+              "        print('a line', file=sys.stderr)\n        file.write(str(file.fileno()))\n"
+              "cli.run_script(main)")
+    done = execute("sh", "-c", f'cd "$2"; exec "$0" -c "$1" {closed}', sys.executable, script, str(tmp_path))
+    assert done.returncode == 0 and int((tmp_path / "data").read_text()) > 2
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_torch_that_is_ended_while_it_is_loaded_says_nothing():
     script = ("import atexit, logging, signal; from guided_diffusion import cli\n"
               "def main():\n    cli.log_to_stderr()\n"
