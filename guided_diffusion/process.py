@@ -130,13 +130,13 @@ class Denoiser:
             return dynamically_thresholded(x, self.dynamic_threshold)
         return x.clamp(-1, 1) if self.clip_denoised else x
 
-    def with_eps(self, pred: Prediction, x_t: Tensor, t: Tensor, eps: Tensor) -> Prediction:
-        """`pred` with another eps; the variance stays."""
+    def guided(self, pred: Prediction, x_t: Tensor, t: Tensor, delta: Tensor) -> Prediction:
+        """`pred` with an eps that is changed by `delta` (N, C, H, W); the variance stays."""
+        eps = pred.eps + delta
         if self.diffusion.model_mean_type is ModelMeanType.EPSILON:
             xstart = self.diffusion.predict_xstart_from_eps(x_t, t, eps)
         else:           # from its own x0: that of eps has the rounding of eps, up to 1 / sqrt(abar) times
-            change = self.diffusion.predict_xstart_from_eps(torch.zeros_like(x_t), t, eps - pred.eps)
-            xstart = pred.xstart + change
+            xstart = pred.xstart + self.diffusion.predict_xstart_from_eps(torch.zeros_like(delta), t, delta)
         pred_xstart = self.process_xstart(xstart)
         mean = self.diffusion.posterior_mean(pred_xstart, x_t, t)
         return replace(pred, eps=eps, xstart=xstart, pred_xstart=pred_xstart, mean=mean)
@@ -278,28 +278,36 @@ class DiffusionProcess:
 
     # The network's output
 
-    def output_at(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What a network of this process says where the noise in x_t is eps: eps itself, x0 or the velocity.
+    def output_of(self, pred: Prediction, t: Tensor) -> Tensor:
+        """What a network of this process said for a prediction at steps t: eps, x0 or the velocity, (N, C, H, W).
 
-        For networks that predict x_{t-1} it is eps. All are (N, C, H, W).
+        For networks that predict x_{t-1} it is eps.
         """
         match self.model_mean_type:
             case ModelMeanType.START_X:
-                return self.predict_xstart_from_eps(x_t, t, eps)
+                return pred.xstart
             case ModelMeanType.VELOCITY:
-                return self.velocity(self.predict_xstart_from_eps(x_t, t, eps), t, eps)
+                return self.velocity(pred.xstart, t, pred.eps)
             case _:
-                return eps
+                return pred.eps
 
-    def eps_of_output(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """The noise in x_t that an output says, which `output_at` gives; (N, C, H, W) each."""
+    def eps_per_output(self, t: Tensor, like: Tensor) -> Tensor:
+        """By how much eps changes with what `output_of` gives, at the same x_t; shaped to broadcast with `like`."""
         match self.model_mean_type:
             case ModelMeanType.START_X:
-                return self.predict_eps_from_xstart(x_t, t, output)
+                return gather(-1 / self.sqrt_recipm1_alphas_cumprod, t, like)
             case ModelMeanType.VELOCITY:
-                return self.predict_eps_from_velocity(x_t, t, output)
+                return gather(self.sqrt_alphas_cumprod, t, like)
             case _:
-                return output
+                return torch.ones_like(gather(self.betas, t, like))
+
+    def eps_between(self, pred: Prediction, other: Prediction, t: Tensor) -> Tensor:
+        """What the network said for one prediction minus what it said for another, as a change of eps, (N, C, H, W).
+
+        At the same x_t this is the difference of the two eps, with the digits that an eps made of x0 has lost where
+        abar is near 0.
+        """
+        return (self.output_of(pred, t) - self.output_of(other, t)) * self.eps_per_output(t, pred.eps)
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor,
                   process_xstart: Callable[[Tensor], Tensor] = lambda x: x) -> Prediction:

@@ -42,6 +42,8 @@ __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", 
 # gradients would be 0, and large ones infinite. In float32 the factor changes no bit.
 LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
 
+FARTHEST = 1000.0               # an absolute value that no x_t comes near by itself
+
 KINDS = (ContrastGuidance, GradientGuidance, LossGuidance, TransformGuidance)
 
 Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
@@ -61,6 +63,7 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     on the device of x_t, another shape, or a wider type of numbers than x_t or the network's output has.
     """
     guidance = listed_terms(guidance)
+    x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))         # the tables of the process are float32
     if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
         raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
                         "of a chain the same dict as memory")
@@ -80,7 +83,7 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     deltas = [_within(window, _checked(g, "delta", g.delta(ctx, unguided), like)) for g, window in contrasts]
     if deltas:
         delta = _transformed(ctx, unguided, _sum(deltas), active, like)
-        pred = denoise.with_eps(unguided, x_t, t, unguided.eps + delta)
+        pred = denoise.guided(unguided, x_t, t, delta)
     gradients = [_within(window, _checked(g, "gradient", g.gradient(ctx, unguided), like))
                  for g, window in active if isinstance(g, GradientGuidance)]
     sample, pred_xstart = _stepped(step(ctx, pred, _sum(gradients) if gradients else None, noise), step, like)
@@ -261,10 +264,19 @@ def sample_chain(step: Step, denoise: Denoiser, x_T: Tensor, noise_at: Callable[
         out = sample_step(step, denoise, x_t, t, functools.partial(noise_at, index), guidance, image_ids, memory)
         # Clipping hides an infinite eps from the sample.
         if bad := not_finite(image_ids, out["sample"], out["eps"]):
-            who = "guidance" if guidance and denoise(x_t, t).eps.isfinite().all() else "the network"
-            raise NonFiniteError(f"step {index}: {who} returned NaN or infinity for image {bad}")
+            raise NonFiniteError(f"step {index}: {_who(denoise, x_t, t, guidance)} returned NaN or infinity for image "
+                                 f"{bad}")
         x_t = out["sample"]
         yield out
+
+
+def _who(denoise: Denoiser, x_t: Tensor, t: Tensor, guidance: Sequence[Guidance]) -> str:
+    """What returned NaN or infinity: the network at an x_t that it can know, or else guidance."""
+    if not guidance:
+        return "the network"
+    if (largest := x_t.abs().max()) > FARTHEST:
+        return f"the network, at images that guidance has made as large as {largest:.2g},"
+    return "guidance" if denoise(x_t, t).eps.isfinite().all() else "the network"
 
 
 def not_finite(image_ids: Tensor, *values: Tensor) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from .errors import UserError
 from .grids import CHAIN, GRIDS, GridProcess, log_snr
-from .late import Tensor
+from .late import Tensor, torch
 from .options import option
 from .process import DiffusionProcess, Prediction
 from .steps import Noise, SamplerOptions, Step, ddim_step
@@ -354,8 +354,8 @@ def _with_gradient(ctx: StepContext, pred: Prediction, grad: Tensor | None) -> P
     """The prediction of eps - sqrt(1 - abar) grad."""
     if grad is None:
         return pred
-    eps = ctx.denoise.diffusion.eps_with_gradient(pred.eps, ctx.t, grad)
-    return ctx.denoise.with_eps(pred, ctx.x_t, ctx.t, eps)
+    delta = ctx.denoise.diffusion.eps_with_gradient(torch.zeros_like(pred.eps), ctx.t, grad)
+    return ctx.denoise.guided(pred, ctx.x_t, ctx.t, delta)
 
 
 def _plus(x: Tensor, factors: np.ndarray, data: Sequence[Tensor]) -> Tensor:

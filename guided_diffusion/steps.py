@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .late import Tensor, torch
 from .options import Options, check_stated, option
 from .process import DiffusionProcess, Prediction
@@ -41,13 +43,12 @@ def ddim_step(ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: No
     if grad is not None:
         eps = diffusion.eps_with_gradient(eps, t, grad)
         pred_xstart = diffusion.predict_xstart_from_eps(x_t, t, eps)
-    abar = gather(diffusion.alphas_cumprod, t, x_t)
-    abar_prev = gather(diffusion.alphas_cumprod_prev, t, x_t)
-    sigma = eta * torch.sqrt((1 - abar_prev) / (1 - abar)) * torch.sqrt(1 - abar / abar_prev)
-    rest = (1 - abar_prev - sigma**2).clamp(min=0)          # with eta 1 it may be less than 0 by a rounding
-    sample = pred_xstart * torch.sqrt(abar_prev) + torch.sqrt(rest) * eps
+    abar, abar_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev               # float64
+    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar)) * np.sqrt(1 - abar / abar_prev)
+    rest = (1 - abar_prev - sigma**2).clip(min=0)           # with eta 1 it may be less than 0 by a rounding
+    sample = pred_xstart * gather(np.sqrt(abar_prev), t, x_t) + gather(np.sqrt(rest), t, x_t) * eps
     if eta:
-        sample = sample + (t != 0).float().reshape(-1, 1, 1, 1) * sigma * noise()
+        sample = sample + (t != 0).float().reshape(-1, 1, 1, 1) * gather(sigma, t, x_t) * noise()
     return sample, pred_xstart
 
 

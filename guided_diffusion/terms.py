@@ -337,7 +337,9 @@ class ContrastGuidance(Guidance):
         inputs = self.inputs(ctx, pred)
         if inputs is None:
             raise NotImplementedError
-        return self.scale * (pred.eps - ctx.evaluate(inputs.x, inputs.t, **inputs.changes).eps)
+        weaker = ctx.evaluate(inputs.x, inputs.t, **inputs.changes)
+        same = inputs.x is ctx.x_t and inputs.t is ctx.t
+        return self.scale * (ctx.denoise.diffusion.eps_between(pred, weaker, ctx.t) if same else pred.eps - weaker.eps)
 
     def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """What `weaker` gives at this step, where it is asked once."""

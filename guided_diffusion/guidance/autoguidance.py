@@ -44,7 +44,8 @@ class AutoGuidance(ContrastGuidance):
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast, (N, C, H, W)."""
-        return self.scale * (pred.eps - replace(ctx.denoise, model=self.weak)(ctx.x_t, ctx.t).eps)
+        weaker = replace(ctx.denoise, model=self.weak)(ctx.x_t, ctx.t)
+        return self.scale * ctx.denoise.diffusion.eps_between(pred, weaker, ctx.t)
 
 
 KINDS: dict[str, type[ModelOptions] | type[UpsamplerOptions]] = {"diffusion": ModelOptions,

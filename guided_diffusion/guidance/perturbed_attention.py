@@ -63,11 +63,11 @@ class AttentionContrast(ContrastGuidance):
 
         with (override_grid_attention(self.model, self.blocks, attend),
               resume_from(self.model, ctx.observed.get(self, ()))):
-            eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
+            perturbed = ctx.denoise(ctx.x_t, ctx.t)
         if not reached:
             raise UserError(f"{self.name} changed no evaluation of {', '.join(self.blocks)}: it must "
                             "be given the network that is sampled")
-        return self.scale * (pred.eps - eps_perturbed)
+        return self.scale * ctx.denoise.diffusion.eps_between(pred, perturbed, ctx.t)
 
 
 class PerturbedAttentionGuidance(AttentionContrast):

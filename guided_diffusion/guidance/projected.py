@@ -46,7 +46,6 @@ class ProjectedGuidance(TransformGuidance):
     def transform(self, ctx: StepContext, pred: Prediction, delta: Tensor) -> Tensor:
         """The change of eps, (N, C, H, W)."""
         process = ctx.denoise.diffusion
-        x0 = process.predict_xstart_from_eps(ctx.x_t, ctx.t, pred.eps)
         change = process.predict_xstart_from_eps(torch.zeros_like(delta), ctx.t, delta)
         if self.momentum:
             before = ctx.memory.get(self)
@@ -54,7 +53,7 @@ class ProjectedGuidance(TransformGuidance):
             ctx.memory[self] = change
         if self.norm_threshold is not None:
             change = change * (self.norm_threshold / _norm(change)).clamp(max=1)
-        direction = x0 / _norm(x0)
+        direction = pred.xstart / _norm(pred.xstart)
         parallel = (change * direction).flatten(1).sum(dim=1).reshape(-1, 1, 1, 1) * direction
         change = change - (1 - self.eta) * parallel
         return process.predict_eps_from_xstart(torch.zeros_like(change), ctx.t, change)

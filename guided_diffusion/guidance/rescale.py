@@ -35,9 +35,10 @@ class Rescale(TransformGuidance):
     def transform(self, ctx: StepContext, pred: Prediction, delta: Tensor) -> Tensor:
         """The change of eps, (N, C, H, W)."""
         process = ctx.denoise.diffusion
-        plain, guided = (process.output_at(ctx.x_t, ctx.t, eps) for eps in (pred.eps, pred.eps + delta))
+        plain, rate = process.output_of(pred, ctx.t), process.eps_per_output(ctx.t, delta)
+        guided = plain + delta / rate
         rescaled = guided * (1 + self.phi * (_std(plain) / _std(guided) - 1))
-        return process.eps_of_output(ctx.x_t, ctx.t, rescaled) - pred.eps
+        return (rescaled - plain) * rate
 
 
 def _std(x: Tensor) -> Tensor:

@@ -89,12 +89,10 @@ class SelfAttentionGuidance(ContrastGuidance):
 
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The change of eps, (N, C, H, W)."""
-        inputs, process = self.inputs(ctx, pred), ctx.denoise.diffusion
+        inputs = self.inputs(ctx, pred)
         if inputs is None or not self.of_output:
             return super().delta(ctx, pred)
-        output = process.output_at(ctx.x_t, ctx.t, pred.eps)
-        weaker = process.output_at(inputs.x, ctx.t, ctx.evaluate(inputs.x, ctx.t).eps)
-        return process.eps_of_output(ctx.x_t, ctx.t, output + self.scale * (output - weaker)) - pred.eps
+        return self.scale * ctx.denoise.diffusion.eps_between(pred, ctx.evaluate(inputs.x, ctx.t), ctx.t)
 
     def degraded(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """x_bar (N, C, H, W): x0, blurred under the mask, with the same noise as x_t."""

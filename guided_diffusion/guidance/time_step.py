@@ -60,10 +60,10 @@ class TimestepGuidance(ContrastGuidance):
     def delta(self, ctx: StepContext, pred: Prediction) -> Tensor:
         """The contrast, (N, C, H, W)."""
         with perturb_embedding(self.model, self.blocks, lambda emb: emb + self.perturbation(ctx, emb)) as seen:
-            eps_perturbed = ctx.denoise(ctx.x_t, ctx.t).eps
+            perturbed = ctx.denoise(ctx.x_t, ctx.t)
         if not seen:
             raise UserError("time step guidance changed no evaluation: it must be given the network that is sampled")
-        return self.scale * (pred.eps - eps_perturbed)
+        return self.scale * ctx.denoise.diffusion.eps_between(pred, perturbed, ctx.t)
 
     def perturbation(self, ctx: StepContext, emb: Tensor) -> Tensor:
         """The noise in the embedding, (N, E) as emb."""

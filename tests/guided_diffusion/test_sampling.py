@@ -11,7 +11,13 @@ from networks import normal, with_random_weights
 from guided_diffusion import sampling
 from guided_diffusion.errors import NonFiniteError, UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
-from guided_diffusion.guidance import ClassifierGuidance, SelfAttentionGuidance
+from guided_diffusion.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    ProjectedGuidance,
+    Rescale,
+    SelfAttentionGuidance,
+)
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_labels, image_noise
 from guided_diffusion.sampling import sample_chain, sample_step
@@ -50,11 +56,13 @@ def test_ddpm_step_by_hand(step):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_step_by_hand(eta):
-    diffusion = create_gaussian_diffusion(timestep_respacing="10")
+@pytest.mark.parametrize(("schedule", "steps"), [("linear", "10"), ("cosine", "7")])    # of which it is the noisiest
+def test_ddim_step_by_hand(schedule, steps, eta):
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=steps)
     x, noise, t = normal(0), normal(1), torch.full((2,), 6)
     out = diffusion.ddim_sample(half, x, t, noise=noise, eta=eta)
     abar, before = diffusion.alphas_cumprod[6], diffusion.alphas_cumprod[5]
+    x = x.double()
     x0 = ((x - math.sqrt(1 - abar) * x / 2) / math.sqrt(abar)).clamp(-1, 1)
     eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
     sigma = eta * math.sqrt((1 - before) / (1 - abar) * (1 - abar / before))
@@ -135,6 +143,49 @@ def test_a_contrast_of_zero_changes_no_bit_at_the_noisiest_step(flags):
                      for guidance in ([], [Zero(1.0)]))
     assert torch.equal(guided["pred_xstart"], plain["pred_xstart"])
     assert torch.equal(guided["sample"], plain["sample"])
+
+
+@pytest.mark.parametrize("transforms", [[], [Rescale(0.7)], [ProjectedGuidance(0.0, 0.5)]], ids=["", "rescale", "APG"])
+@pytest.mark.parametrize("flag", ["predict_xstart", "predict_v"])
+def test_guidance_of_networks_that_predict_no_eps_keeps_the_digits_of_x0(flag, transforms):
+    """At the noisiest step of the cosine schedule an eps made of x0 has lost them: abar is 2.4e-9 there."""
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", **{flag: True})
+    abar, x, t = float(diffusion.alphas_cumprod[-1]), normal(0).double(), torch.full((2,), 999)
+    said = {label: normal(1 + label).double() / 10 for label in (0, 1)}         # x0 of each label
+
+    def output(x0):
+        return x0 if flag == "predict_xstart" else (math.sqrt(abar) * x - x0) / math.sqrt(1 - abar)
+
+    def network(x_t, t, y):
+        return output(said[int(y[0])]).float()
+
+    denoise = Denoiser(diffusion, network, model_kwargs={"y": torch.tensor([0, 0])})
+    found = sample_step(sampling.ddpm_step, denoise, x.float(), t, lambda: normal(3),
+                        [ClassifierFreeGuidance(3.0, 1), *transforms])
+    change = 3 * (said[0] - said[1])
+    if transforms and isinstance(transforms[0], ProjectedGuidance):
+        norms = [value.flatten(1).norm(dim=1).reshape(2, 1, 1, 1) for value in (change, said[0])]
+        change, direction = change * 0.5 / norms[0], said[0] / norms[1]
+        change = change - (change * direction).sum((1, 2, 3), keepdim=True) * direction
+    expected = output(said[0] + change)
+    if transforms and isinstance(transforms[0], Rescale):
+        deviations = [value.flatten(1).std(dim=1).reshape(2, 1, 1, 1) for value in (output(said[0]), expected)]
+        expected = expected * (0.3 + 0.7 * deviations[0] / deviations[1])
+    x0 = expected if flag == "predict_xstart" else math.sqrt(abar) * x - math.sqrt(1 - abar) * expected
+    np.testing.assert_allclose(found["pred_xstart"], x0.clamp(-1, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", ["p_sample_loop", "ddim_sample_loop", "solver_sample_loop"])
+def test_a_start_in_half_precision_goes_on_in_float32(sampler, dtype):
+    diffusion = create_gaussian_diffusion(timestep_respacing="5")
+    start = normal(0).to(dtype)
+    found, expected = (getattr(diffusion, sampler)(half, None, noise=x, guidance=[zero_contrast()])
+                       for x in (start, start.float()))
+    if sampler == "p_sample_loop":                      # which draws noise of its own
+        assert found.dtype == torch.float32
+    else:
+        assert torch.equal(found, expected)
 
 
 def test_conditioning_by_hand_is_what_samplers_do(network):
@@ -333,10 +384,10 @@ def zero_contrast():
     return term
 
 
-def sampled(guidance, **options):
+def sampled(guidance, model=half, **options):
     process = GaussianDiffusion(betas=get_named_beta_schedule("linear", 30), model_mean_type=ModelMeanType.EPSILON,
                                 model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE)
-    return process.p_sample_loop(lambda x, t: x / 2, (3, 2, 4, 4), guidance=guidance, **options)
+    return process.p_sample_loop(model, (3, 2, 4, 4), guidance=guidance, **options)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1, 4, 4), (3, 2, 4, 4)])
@@ -357,6 +408,10 @@ def test_who_returned_nan_is_told():
     term.value = lambda x: x * float("nan")
     with pytest.raises(NonFiniteError, match="step 29: guidance returned NaN or infinity for image 0, 1, 2"):
         sampled([term])
+    term.value = lambda x: x * 1e30
+    with pytest.raises(NonFiniteError, match=r"the network, at images that guidance has made as large as .*e\+30, "
+                                             "returned NaN or infinity"):
+        sampled([term], model=lambda x, t: (x * 1e20) / 1e20)
 
 
 def test_what_is_no_term_is_told():
