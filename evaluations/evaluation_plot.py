@@ -63,18 +63,18 @@ def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_di
 
     reference_distances: (M,), from each reference feature to its nearest other one.
     """
-    figure = new_figure(11, 4.4 + 1.7 * len(files))
-    figure.suptitle(title, fontsize=10)
-    grid = figure.add_gridspec(1 + len(files), 2, height_ratios=[4.4] + [1.7] * len(files))
-    _plot_precision_recall(figure.add_subplot(grid[0, 0]), files)
-    _plot_distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
-    for row, file in enumerate(files, start=1):
-        for column, (images, word) in enumerate(((file.best, "most"), (file.worst, "least"))):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(_side_by_side(images))
-            axes.set_axis_off()
-            axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
-    save_figure(figure, path)
+    with new_figure(11, 4.4 + 1.7 * len(files)) as figure:
+        figure.suptitle(title, fontsize=10)
+        grid = figure.add_gridspec(1 + len(files), 2, height_ratios=[4.4] + [1.7] * len(files))
+        _plot_precision_recall(figure.add_subplot(grid[0, 0]), files)
+        _plot_distances(figure.add_subplot(grid[0, 1]), files, reference_distances)
+        for row, file in enumerate(files, start=1):
+            for column, (images, word) in enumerate(((file.best, "most"), (file.worst, "least"))):
+                axes = figure.add_subplot(grid[row, column])
+                axes.imshow(_side_by_side(images))
+                axes.set_axis_off()
+                axes.set_title(f"{file.name}: the {len(images)} {word} realistic", fontsize=9, loc="left")
+        save_figure(figure, path)
 
 
 def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:

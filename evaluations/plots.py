@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,19 +27,39 @@ def require_matplotlib(what: str) -> None:
         raise UserError(f"{what} matplotlib: pip install 'guided-pixels[eval]'") from None
 
 
+@contextmanager
 def new_figure(width: float, height: float, dpi: float | None = None,
-               layout: Literal["constrained"] | None = "constrained") -> Any:
-    """Returns an empty matplotlib Figure of `width` x `height` inches that needs no display.
+               layout: Literal["constrained"] | None = "constrained") -> Iterator[Any]:
+    """Gives an empty matplotlib Figure of `width` x `height` inches that needs no display.
+
+    It must be drawn and saved inside the context, where all texts are shown as they are: a name with a $ in it would
+    else be read as a formula. Logarithmic axes need `plain_numbers` for that.
 
     dpi: dots per inch, None for the default of matplotlib. layout: "constrained" keeps axes and labels apart, None
     leaves them where they are put.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def plain_numbers(axis: Any) -> None:
+    """Writes plain numbers beside a logarithmic axis, where matplotlib would write formulas of powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):
+        """Chooses which ticks have a number as its base does."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(PlainNumbers())
+    axis.set_minor_formatter(PlainNumbers())
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

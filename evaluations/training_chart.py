@@ -12,7 +12,7 @@ from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.logger import read_log
 from guided_diffusion.options import Options, comma_separated, option, required
 
-from .plots import SUFFIXES, new_figure, require_matplotlib, save_figure
+from .plots import SUFFIXES, new_figure, plain_numbers, require_matplotlib, save_figure
 
 SAMPLES = "samples"         # the column of images seen
 
@@ -64,14 +64,16 @@ def draw_trainings(paths: Sequence[str], options: TrainingChartOptions) -> str:
     require_matplotlib("the chart needs")
     columns = list(comma_separated(options.values))
     curves = [curve for path in paths for curve in read_curves(path, columns)]
-    figure = new_figure(8, 4.5)
-    axes = figure.add_subplot()
-    for curve in curves:
-        axes.plot(curve.samples, curve.values, label=curve.name, linewidth=1.3)
-    axes.set(xlabel="images seen", ylabel=", ".join(columns), xscale="log")
-    if options.log_y:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=9)
-    save_figure(figure, options.out)
+    with new_figure(8, 4.5) as figure:
+        axes = figure.add_subplot()
+        for curve in curves:
+            axes.plot(curve.samples, curve.values, label=curve.name, linewidth=1.3)
+        axes.set(xlabel="images seen", ylabel=", ".join(columns), xscale="log")
+        plain_numbers(axes.xaxis)
+        if options.log_y:
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=9)
+        save_figure(figure, options.out)
     return f"chart: {options.out}"

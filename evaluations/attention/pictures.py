@@ -14,7 +14,7 @@ from guided_diffusion.files import write
 from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pictures import save
 
-from ..plots import new_figure
+from ..plots import new_figure, plain_numbers
 from .measures import EVERY_STEP, AttentionRow
 
 CELL = 96               # pixels that a small image is enlarged to, or a little less
@@ -83,23 +83,25 @@ def draw_overlays(folder: Path, image_id: int, steps: Sequence[int], x0: np.ndar
     height, width = canvas.shape[:2]
     left, top, bottom = 96, 24, 62          # pixels
     total = left + width + 10, top + height + bottom
-    figure = new_figure(total[0] / DPI, total[1] / DPI, DPI, layout=None)
-    axes = figure.add_axes([left / total[0], bottom / total[1], width / total[0], height / total[1]])
-    axes.imshow(canvas, interpolation="none", aspect="auto", extent=(0, width, height, 0))
-    axes.xaxis.tick_top()
-    cell_height, cell_width = rows[0].shape[1] + GAP, rows[0].shape[2] + GAP
-    axes.set_xticks([GAP / 2 + (i + 0.5) * cell_width for i in range(len(steps))], [f"t = {t}" for t in steps])
-    names = [r"predicted $x_0$", *(f"{name}\n{shape[0]}x{shape[1]}" for name, (_, shape) in received.items())]
-    axes.set_yticks([GAP / 2 + (i + 0.5) * cell_height for i in range(len(rows))], names)
-    axes.tick_params(length=0, labelsize=9)
-    axes.spines[:].set_visible(False)
-    bar = figure.add_axes([left / total[0], 36 / total[1], width / total[0], 10 / total[1]])
-    colours = ScalarMappable(Normalize(-OCTAVES, OCTAVES), colormaps[COLOURS].resampled(2 * PER_OCTAVE * OCTAVES + 1))
-    ticks = range(-OCTAVES, OCTAVES + 1)
-    figure.colorbar(colours, cax=bar, orientation="horizontal", ticks=list(ticks))
-    bar.set_xticklabels([f"{2.0**tick:g}" for tick in ticks], fontsize=8)
-    bar.set_xlabel(f"received attention / average; green outline: mask, above {threshold:g}", fontsize=8, labelpad=1)
-    _save(figure, folder / f"overlay_{image_id}", colours=None)
+    with new_figure(total[0] / DPI, total[1] / DPI, DPI, layout=None) as figure:
+        axes = figure.add_axes([left / total[0], bottom / total[1], width / total[0], height / total[1]])
+        axes.imshow(canvas, interpolation="none", aspect="auto", extent=(0, width, height, 0))
+        axes.xaxis.tick_top()
+        cell_height, cell_width = rows[0].shape[1] + GAP, rows[0].shape[2] + GAP
+        axes.set_xticks([GAP / 2 + (i + 0.5) * cell_width for i in range(len(steps))], [f"t = {t}" for t in steps])
+        names = ["predicted x0", *(f"{name}\n{shape[0]}x{shape[1]}" for name, (_, shape) in received.items())]
+        axes.set_yticks([GAP / 2 + (i + 0.5) * cell_height for i in range(len(rows))], names)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        bar = figure.add_axes([left / total[0], 36 / total[1], width / total[0], 10 / total[1]])
+        shades = colormaps[COLOURS].resampled(2 * PER_OCTAVE * OCTAVES + 1)
+        colours = ScalarMappable(Normalize(-OCTAVES, OCTAVES), shades)
+        ticks = range(-OCTAVES, OCTAVES + 1)
+        figure.colorbar(colours, cax=bar, orientation="horizontal", ticks=list(ticks))
+        bar.set_xticklabels([f"{2.0**tick:g}" for tick in ticks], fontsize=8)
+        bar.set_xlabel(f"received attention / average; green outline: mask, above {threshold:g}", fontsize=8,
+                       labelpad=1)
+        _save(figure, folder / f"overlay_{image_id}", colours=None)
 
 
 def draw_frequencies(folder: Path, rows: Sequence[AttentionRow]) -> None:
@@ -109,29 +111,31 @@ def draw_frequencies(folder: Path, rows: Sequence[AttentionRow]) -> None:
     """
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     steps = list(dict.fromkeys(row["t"] for row in rows if row["t"] != EVERY_STEP))
-    figure = new_figure(1.8 + 3 * len(blocks), 5.6, DPI)
-    panels = figure.subplots(2, len(blocks), squeeze=False, sharex=True, sharey="row")
-    for block, (above, below) in zip(blocks, panels.T, strict=True):
-        of_block = [row for row in rows if row["block"] == block]
-        for index, t in enumerate((*steps, EVERY_STEP)):
-            chosen = [row for row in of_block if row["t"] == t]
-            frequency = [row["frequency"] for row in chosen]
-            if t == EVERY_STEP:
-                for kind, style in (("masked", {"color": "tab:red"}), ("all", {"color": "0.4", "ls": "--"})):
-                    above.plot(frequency, [row[kind] for row in chosen], marker="o", label=f"{kind} patches", **style)
-            below.plot(frequency, [row["ratio"] for row in chosen], **_step_style(index, len(steps), t))
-        resolution = of_block[0]["resolution"]
-        pixels = round(1 / min(row["frequency"] for row in of_block if row["frequency"]))
-        above.set(title=f"{block}, {resolution}x{resolution}\npatches of {pixels}x{pixels} pixels", yscale="log")
-        below.axhline(1, color="0.4", lw=1, ls="--")
-        below.set(xlabel="frequency, cycles / pixel")
-        for axes in (above, below):
-            axes.grid(alpha=0.3)
-    for axes, label in zip(panels[:, 0], ("mean |FFT| of a patch", "masked / all"), strict=True):
-        axes.set_ylabel(label)
-    handles = [handle for axes in panels[:, 0] for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside right center", fontsize=8)
-    _save(figure, folder / "frequency")
+    with new_figure(1.8 + 3 * len(blocks), 5.6, DPI) as figure:
+        panels = figure.subplots(2, len(blocks), squeeze=False, sharex=True, sharey="row")
+        for block, (above, below) in zip(blocks, panels.T, strict=True):
+            of_block = [row for row in rows if row["block"] == block]
+            for index, t in enumerate((*steps, EVERY_STEP)):
+                chosen = [row for row in of_block if row["t"] == t]
+                frequency = [row["frequency"] for row in chosen]
+                if t == EVERY_STEP:
+                    for kind, style in (("masked", {"color": "tab:red"}), ("all", {"color": "0.4", "ls": "--"})):
+                        above.plot(frequency, [row[kind] for row in chosen], marker="o", label=f"{kind} patches",
+                                   **style)
+                below.plot(frequency, [row["ratio"] for row in chosen], **_step_style(index, len(steps), t))
+            resolution = of_block[0]["resolution"]
+            pixels = round(1 / min(row["frequency"] for row in of_block if row["frequency"]))
+            above.set(title=f"{block}, {resolution}x{resolution}\npatches of {pixels}x{pixels} pixels", yscale="log")
+            plain_numbers(above.yaxis)
+            below.axhline(1, color="0.4", lw=1, ls="--")
+            below.set(xlabel="frequency, cycles / pixel")
+            for axes in (above, below):
+                axes.grid(alpha=0.3)
+        for axes, label in zip(panels[:, 0], ("mean |FFT| of a patch", "masked / all"), strict=True):
+            axes.set_ylabel(label)
+        handles = [handle for axes in panels[:, 0] for handle in axes.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, loc="outside right center", fontsize=8)
+        _save(figure, folder / "frequency")
 
 
 def draw_overlaps(folder: Path, rows: Sequence[AttentionRow]) -> None:
@@ -143,29 +147,29 @@ def draw_overlaps(folder: Path, rows: Sequence[AttentionRow]) -> None:
     steps = list(dict.fromkeys(row["t"] for row in rows if row["t"] != EVERY_STEP))
     lines = math.ceil(len(blocks) / 5)
     columns = math.ceil(len(blocks) / lines)
-    figure = new_figure(1 + 2.4 * columns, 0.8 + 2.3 * lines, DPI)
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
-    for axes, block in zip(panels, blocks, strict=False):
-        for index, t in enumerate((*steps, EVERY_STEP)):
-            chosen = [row for row in rows if row["block"] == block and row["t"] == t]
-            psi, iou = ([row[name] for row in chosen] for name in ("psi", "iou"))
-            axes.plot(psi, iou, **_step_style(index, len(steps), t))
-            if t == EVERY_STEP:
-                random = [row["random"] for row in chosen]
-                axes.plot(psi, random, color="k", ls="--", lw=1.5, label="random masks")
-                other = [row["other"] for row in chosen]
-                axes.plot(psi, other, color="tab:red", ls=":", lw=1.5, label="with another\nimage's objects")
-                low, high = ([row["random"] + row[name] for row in chosen] for name in ("low", "high"))
-                axes.fill_between(psi, low, high, color="k", alpha=0.15, lw=0, label="95 % of the difference")
-        axes.set_title(block, fontsize=10)
-        axes.tick_params(labelbottom=True)
-        axes.grid(alpha=0.3)
-    for axes in list(figure.axes)[len(blocks):]:
-        axes.set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.supxlabel("threshold psi", fontsize=10)
-    figure.supylabel("IoU with the objects", fontsize=10)
-    _save(figure, folder / "semantic")
+    with new_figure(1 + 2.4 * columns, 0.8 + 2.3 * lines, DPI) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
+        for axes, block in zip(panels, blocks, strict=False):
+            for index, t in enumerate((*steps, EVERY_STEP)):
+                chosen = [row for row in rows if row["block"] == block and row["t"] == t]
+                psi, iou = ([row[name] for row in chosen] for name in ("psi", "iou"))
+                axes.plot(psi, iou, **_step_style(index, len(steps), t))
+                if t == EVERY_STEP:
+                    random = [row["random"] for row in chosen]
+                    axes.plot(psi, random, color="k", ls="--", lw=1.5, label="random masks")
+                    other = [row["other"] for row in chosen]
+                    axes.plot(psi, other, color="tab:red", ls=":", lw=1.5, label="with another\nimage's objects")
+                    low, high = ([row["random"] + row[name] for row in chosen] for name in ("low", "high"))
+                    axes.fill_between(psi, low, high, color="k", alpha=0.15, lw=0, label="95 % of the difference")
+            axes.set_title(block, fontsize=10)
+            axes.tick_params(labelbottom=True)
+            axes.grid(alpha=0.3)
+        for axes in list(figure.axes)[len(blocks):]:
+            axes.set_axis_off()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+        figure.supxlabel("threshold psi", fontsize=10)
+        figure.supylabel("IoU with the objects", fontsize=10)
+        _save(figure, folder / "semantic")
 
 
 def _step_style(index: int, count: int, t: int | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plots import new_figure, save_figure
+from ..plots import new_figure, plain_numbers, save_figure
 
 MEAN_DEPTH = "mean depth"       # the branch that knows no image
 CLOSE = 1.1                     # L1 with few labels against L1 with many, up to which it counts as close
@@ -72,26 +72,28 @@ def draw_accuracy(folder: Path, blocks: Sequence[AccuracyRow], timesteps: Sequen
 
     blocks, timesteps, labels: the rows of the CSV files of these names.
     """
-    figure = new_figure(13, 4)
-    by_block, by_step, by_count = figure.subplots(1, 3)
-    alone = [row for row in blocks if row["branch"].startswith("output.")]
-    by_block.bar(range(len(alone)), [row["l1"] for row in alone], yerr=[2 * row["l1_error"] for row in alone],
-                 tick_label=[row["branch"].removeprefix("output.") for row in alone], color="tab:blue")
-    styles = {"strong": ("tab:green", "-"), "weak": ("tab:orange", "-"), MEAN_DEPTH: ("0.5", ":")}
-    for name, (colour, style) in styles.items():
-        l1 = next(row["l1"] for row in blocks if row["branch"] == name)
-        by_block.axhline(l1, color=colour, linestyle=style if style == ":" else "--", label=name)
-        for axes, rows, key in ((by_step, timesteps, "t"), (by_count, labels, "labels")):
-            chosen = [row for row in rows if row["branch"] == name]
-            axes.errorbar([row[key] for row in chosen], [row["l1"] for row in chosen], color=colour, linestyle=style,
-                          yerr=[2 * row["l1_error"] for row in chosen], marker="." if style == "-" else "", label=name)
-    by_block.set(xlabel="decoder block alone", title="By block")
-    by_step.set(xlabel="t", title="By step")
-    by_count.set(xlabel="labelled images", title="By number of labels", xscale="log")
-    for axes in (by_block, by_step, by_count):
-        axes.set_ylabel("L1 of depth in [-1, 1], held out")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    save_figure(figure, folder / "accuracy.png")
-    save_figure(figure, folder / "accuracy.svg")
+    with new_figure(13, 4) as figure:
+        by_block, by_step, by_count = figure.subplots(1, 3)
+        alone = [row for row in blocks if row["branch"].startswith("output.")]
+        by_block.bar(range(len(alone)), [row["l1"] for row in alone], yerr=[2 * row["l1_error"] for row in alone],
+                     tick_label=[row["branch"].removeprefix("output.") for row in alone], color="tab:blue")
+        styles = {"strong": ("tab:green", "-"), "weak": ("tab:orange", "-"), MEAN_DEPTH: ("0.5", ":")}
+        for name, (colour, style) in styles.items():
+            l1 = next(row["l1"] for row in blocks if row["branch"] == name)
+            by_block.axhline(l1, color=colour, linestyle=style if style == ":" else "--", label=name)
+            for axes, rows, key in ((by_step, timesteps, "t"), (by_count, labels, "labels")):
+                chosen = [row for row in rows if row["branch"] == name]
+                axes.errorbar([row[key] for row in chosen], [row["l1"] for row in chosen], color=colour,
+                              yerr=[2 * row["l1_error"] for row in chosen], linestyle=style,
+                              marker="." if style == "-" else "", label=name)
+        by_block.set(xlabel="decoder block alone", title="By block")
+        by_step.set(xlabel="t", title="By step")
+        by_count.set(xlabel="labelled images", title="By number of labels", xscale="log")
+        plain_numbers(by_count.xaxis)
+        for axes in (by_block, by_step, by_count):
+            axes.set_ylabel("L1 of depth in [-1, 1], held out")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        save_figure(figure, folder / "accuracy.png")
+        save_figure(figure, folder / "accuracy.svg")

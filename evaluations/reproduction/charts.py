@@ -31,7 +31,7 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "axes.labelweight": "bold", "axes.titlesize": 12,
     "axes.titleweight": "bold", "axes.titlecolor": _INK, "xtick.color": _GRID, "ytick.color": _GRID,
     "xtick.labelcolor": _SOFT_INK, "ytick.labelcolor": _SOFT_INK, "grid.color": _GRID, "text.color": _SOFT_INK,
-    "axes.formatter.useoffset": False, "axes.xmargin": 0.07, "axes.ymargin": 0.07, "text.parse_math": False,
+    "axes.formatter.useoffset": False, "axes.xmargin": 0.07, "axes.ymargin": 0.07,
     "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.08,
 }
 
@@ -120,8 +120,9 @@ def styled_figure(width: float, height: float, description: str) -> Iterator[Any
     """
     import matplotlib
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}):
-        yield new_figure(width / PT, height / PT, dpi=PT)
+    with (matplotlib.rc_context({**_STYLE, "svg.hashsalt": description}),
+          new_figure(width / PT, height / PT, dpi=PT) as figure):
+        yield figure
 
 
 def inline_svg(figure: Any, description: str) -> Markup:

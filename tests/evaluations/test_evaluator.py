@@ -377,7 +377,9 @@ def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_picture(save, evaluate, tmp_path, suffix):
     pytest.importorskip("matplotlib")
-    files = save("reference", clothes(30)), save("sample", clothes(20, 1)), save("other", clothes(25, 2))
+    (tmp_path / r"a $\frac$ b").mkdir()
+    files = save(r"a $\frac$ b/reference", clothes(30)), save(r"a $\frac$ b/sample", clothes(20, 1)), save(
+        "other", clothes(25, 2))
     picture = tmp_path / f"picture.{suffix}"
     evaluate(*files, "--plot", picture, "--bootstrap", 5)
     if suffix == "png":

@@ -26,6 +26,12 @@ def test_a_log_is_drawn(log, tmp_path):
         assert image.width > 500
 
 
+def test_a_folder_whose_name_reads_like_a_formula(log, tmp_path):
+    folder = log.parent.rename(tmp_path / r"a $\frac$ b")
+    assert call("training_chart", folder / log.name, "--out", tmp_path / "chart.png") == 0
+    assert (tmp_path / "chart.png").is_file()
+
+
 def test_what_is_no_log_is_refused(log, tmp_path, capsys):
     other = tmp_path / "other.csv"
     for content, message in (("step,b\n1,2\n", "no value in such columns; it has step, b"),
