@@ -28,7 +28,7 @@ from .evaluation_checks import (
     kinds_read,
     stored_widths,
 )
-from .evaluation_plot import plot_evaluation, plotted_file
+from .evaluation_plot import plot_evaluation, plotted_file, shown_names
 from .evaluation_results import described_extractor, protocol, versions
 from .evaluation_warnings import evaluation_warnings
 from .evaluator_options import EvaluatorOptions
@@ -212,8 +212,8 @@ class Evaluation:
                     write_json(self.options.json, results)
                 if self.options.plot:
                     title = f"{self.extractor.name}, reference {self.reference.path.name}"
-                    plot_evaluation(self.options.plot, list(map(plotted_file, samples, comparisons, results)),
-                                    comparisons[0].neighbourhoods.reference_distance, title)
+                    files = list(map(plotted_file, shown_names(samples), samples, comparisons, results))
+                    plot_evaluation(self.options.plot, files, comparisons[0].neighbourhoods.reference_distance, title)
                 if self.options.nearest:
                     draw_nearest(self.options.nearest, reference, samples)
         return results

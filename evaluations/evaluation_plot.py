@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion.files import check_ending
+from guided_diffusion.pictures import distinct_names
 
 from .metrics import METRICS, Comparison, FileFeatures
-from .plots import SUFFIXES, new_figure, require_matplotlib, save_figure
+from .plots import SUFFIXES, add_legend, new_figure, require_matplotlib, save_figure
 
 PRECISION, RECALL = METRICS["precision"], METRICS["recall"]         # the axes
 SHOWN = 10                      # images of the highest, and as many of the lowest realism
@@ -45,16 +46,24 @@ class PlottedFile:
     worst: np.ndarray
 
 
-def plotted_file(sample: FileFeatures, comparison: Comparison, result: Mapping[str, Any]) -> PlottedFile:
-    """Looks up what the picture shows of a sample file; result: its result, for the intervals that were resampled."""
+def shown_names(samples: Sequence[FileFeatures]) -> list[str]:
+    """What pictures call sample files: folder and file, or the whole path where two of them are called the same."""
+    return distinct_names(("/".join(sample.file.path.parts[-2:]), str(sample.file.path)) for sample in samples)
+
+
+def plotted_file(name: str, sample: FileFeatures, comparison: Comparison, result: Mapping[str, Any]) -> PlottedFile:
+    """Looks up what the picture shows of a sample file.
+
+    name: what it is called there. result: its result, for the intervals that were resampled.
+    """
     ranked = np.argsort(-comparison.neighbourhoods.realism, kind="stable").tolist()
     images = sample.file.pick(ranked[:SHOWN] + ranked[:-SHOWN - 1:-1])
     best, worst = np.split(images, 2)
     bounds = result.get("intervals95", {})
     both = {PRECISION.word, RECALL.word} <= bounds.keys()
     intervals = (bounds[PRECISION.word], bounds[RECALL.word]) if both else None
-    return PlottedFile("/".join(sample.file.path.parts[-2:]), PRECISION.value(comparison), RECALL.value(comparison),
-                       intervals, comparison.neighbourhoods.sample_distance, best, worst)
+    return PlottedFile(name, PRECISION.value(comparison), RECALL.value(comparison), intervals,
+                       comparison.neighbourhoods.sample_distance, best, worst)
 
 
 def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_distances: np.ndarray, title: str,
@@ -78,27 +87,27 @@ def plot_evaluation(path: str | Path, files: Sequence[PlottedFile], reference_di
 
 
 def _plot_precision_recall(axes: Any, files: Sequence[PlottedFile]) -> None:
+    drawn = []
     for file in files:
         bars = {}
         if file.intervals is not None:
             (low_p, high_p), (low_r, high_r) = file.intervals
             bars = {"xerr": [[max(0, file.recall - low_r)], [max(0, high_r - file.recall)]],
                     "yerr": [[max(0, file.precision - low_p)], [max(0, high_p - file.precision)]]}
-        axes.errorbar([file.recall], [file.precision], fmt="o", capsize=3, label=file.name, **bars)
+        drawn.append(axes.errorbar([file.recall], [file.precision], fmt="o", capsize=3, **bars))
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel=RECALL.label, ylabel=PRECISION.label,
              title=f"{PRECISION.title} against {RECALL.label}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+    add_legend(axes, drawn, [file.name for file in files], fontsize=8, loc="lower left")
 
 
 def _plot_distances(axes: Any, files: Sequence[PlottedFile], reference: np.ndarray) -> None:
-    longest = np.quantile(np.concatenate([reference, *(file.distances for file in files)]), 0.995)
+    longest = max(np.quantile(one, 0.995) for one in (reference, *(file.distances for file in files)))
     bins = np.linspace(0, max(longest, 1e-12), 60)
-    axes.hist(reference, bins, density=True, color="0.8", label="reference to reference")
-    for file in files:
-        axes.hist(file.distances, bins, density=True, histtype="step", label=file.name)
+    drawn = [axes.hist(reference, bins, density=True, color="0.8")[2][0]]
+    drawn += [axes.hist(file.distances, bins, density=True, histtype="step")[2][0] for file in files]
     axes.set(xlabel="distance to the nearest reference feature", ylabel="density", title="Nearest neighbours")
-    axes.legend(fontsize=8)
+    add_legend(axes, drawn, ["reference to reference", *(file.name for file in files)], fontsize=8)
 
 
 def _side_by_side(images: np.ndarray, gap: int = 1) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from guided_diffusion.pictures import save_comparison
 
+from .evaluation_plot import shown_names
 from .metrics import FileFeatures
 from .metrics.arrays import slices
 from .metrics.comparison import Feature
@@ -45,9 +46,8 @@ def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray, shown: int 
 def draw_nearest(path: str, reference: FileFeatures, samples: Sequence[FileFeatures]) -> None:
     """Draws for each file the samples that lie nearest to the reference, above the images that they are nearest to."""
     rows = {}
-    for sample in samples:
+    for name, sample in zip(shown_names(samples), samples, strict=True):
         found = nearest_neighbours_of(reference[Feature.POOLED], sample[Feature.POOLED])
-        name = "/".join(sample.file.path.parts[-2:])
         rows[f"{name}: the images that lie nearest to {reference.file.path.name}"] = sample.file.pick(
             found.samples.tolist())
         for number, column in enumerate(found.reference.T, 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,16 @@ def new_figure(width: float, height: float, dpi: float | None = None,
         figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
         FigureCanvasAgg(figure)
         yield figure
+
+
+def add_legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **style: Any) -> None:
+    """Adds a legend to axes or a figure with all of these names.
+
+    They are set afterwards: matplotlib leaves out those that begin with _. handles: what was drawn under each name.
+    """
+    legend = owner.legend(handles, ["-"] * len(handles), **style)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
 
 
 def plain_numbers(axis: Any) -> None:

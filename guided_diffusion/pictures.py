@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,17 @@ def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) 
     images = images[..., :3] if images.shape[3] >= 3 else images[..., :1].repeat(3, axis=3)
     columns = columns or max(1, round(len(images) ** 0.5))
     save(_enlarged(grid(images, columns), images.shape[1]), Path(path))
+
+
+def distinct_names(names: Iterable[tuple[str, str]]) -> list[str]:
+    """What is shown under short names, each given with its long one, which has the path: all different.
+
+    The long one stands where a short one is there twice, and a number after it where that is there twice as well.
+    """
+    short, long = zip(*names, strict=True)
+    chosen = [name if short.count(name) == 1 else path for name, path in zip(short, long, strict=True)]
+    before = [chosen[:place].count(name) for place, name in enumerate(chosen)]
+    return [f"{name} (again {again + 1})" if again else name for name, again in zip(chosen, before, strict=True)]
 
 
 def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: int = 10, zoom: int | None = None,

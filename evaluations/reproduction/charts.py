@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..plots import new_figure
+from ..plots import add_legend, new_figure
 
 WIDTH, HEIGHT = 340, 270            # px, without the legend
 LEGEND_LINE, LEGEND_LETTERS = 20, 44
@@ -98,9 +98,8 @@ def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str,
 
     with styled_figure(WIDTH, HEIGHT + LEGEND_LINE * len(lines), description) as figure:
         axes = figure.add_subplot()
-        for place, (name, points) in enumerate(lines.items()):
-            axes.plot(*zip(*points, strict=True), "-" if len(points) > 1 else "o", color=COLOURS[place % len(COLOURS)],
-                      linewidth=1.5, label=name)
+        drawn = [axes.plot(*zip(*points, strict=True), "-" if len(points) > 1 else "o", linewidth=1.5,
+                           color=COLOURS[place % len(COLOURS)])[0] for place, points in enumerate(lines.values())]
         values = [y for points in lines.values() for _, y in points]
         if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
@@ -108,7 +107,7 @@ def line_chart(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str,
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.locator_params(axis="x", nbins=5)
         style_axes(axes, x_label, y_label)
-        figure.legend(loc="outside lower left", frameon=False, borderpad=0)
+        add_legend(figure, drawn, list(lines), loc="outside lower left", frameon=False, borderpad=0)
         return inline_svg(figure, description)
 
 

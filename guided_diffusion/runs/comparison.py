@@ -18,7 +18,7 @@ from ..fetch import sha256_of
 from ..files import check_ending
 from ..foreign import read_json
 from ..options import Options, image_numbers, option, required
-from ..pictures import save_comparison
+from ..pictures import distinct_names, save_comparison
 from ..places import find_bundled
 from .pairing import ComparedRun, differences, false_pairs, read_run
 from .record import num_steps
@@ -191,15 +191,9 @@ def _runs_in(folder: Path) -> Iterator[Path]:
 
 
 def _names(runs: Sequence[ComparedRun]) -> tuple[str, ...]:
-    """Folder and title of each run; with the whole path, and then a number, where there are two of the same name."""
-    names: list[str] = []
-    for run in runs:
-        name = f"{run.folder.resolve().name}: {run.title}"
-        if name in names:
-            name = f"{run.folder}: {run.title}"
-        again = 1 + sum(name == other.split(" (again", 1)[0] for other in names)
-        names.append(name if again == 1 else f"{name} (again {again})")
-    return tuple(names)
+    """Folder and title of each run, all different."""
+    return tuple(distinct_names((f"{run.folder.resolve().name}: {run.title}", f"{run.folder}: {run.title}")
+                                for run in runs))
 
 
 def _image_ids(runs: Sequence[ComparedRun], options: ComparisonOptions) -> list[int]:

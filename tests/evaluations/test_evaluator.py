@@ -13,6 +13,7 @@ from PIL import Image
 from synthetic_inception import write_weights
 
 from evaluations.evaluation import Evaluation
+from evaluations.evaluation_plot import PlottedFile, plot_evaluation
 from evaluations.extractors.fashion_mnist import FashionMnistClassifier
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
@@ -377,16 +378,40 @@ def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_picture(save, evaluate, tmp_path, suffix):
     pytest.importorskip("matplotlib")
-    (tmp_path / r"a $\frac$ b").mkdir()
-    files = save(r"a $\frac$ b/reference", clothes(30)), save(r"a $\frac$ b/sample", clothes(20, 1)), save(
-        "other", clothes(25, 2))
+    for folder in (r"a $\frac$ b", "_b", "more/_b"):
+        (tmp_path / folder).mkdir(parents=True)
+    sets = {r"a $\frac$ b/sample": clothes(20, 1), "_b/s": clothes(25, 2), "more/_b/s": clothes(25, 3)}
+    files = save(r"a $\frac$ b/reference", clothes(30)), *(save(name, images) for name, images in sets.items())
     picture = tmp_path / f"picture.{suffix}"
     evaluate(*files, "--plot", picture, "--bootstrap", 5)
     if suffix == "png":
         with Image.open(picture) as image:
             assert image.width > 800 and np.asarray(image).std() > 10
     else:
-        assert "<svg" in picture.read_text()
+        for file in (r"a $\frac$ b/sample.npz", *files[2:]):
+            assert picture.read_text().count(f"<!-- {file} -->") == 2          # in both legends
+
+
+def test_a_file_far_away_is_within_the_histogram(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    shown = []
+    monkeypatch.setattr("evaluations.evaluation_plot.save_figure",
+                        lambda figure, path: shown.append(figure.axes[1].get_xlim()[1]))
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    file = PlottedFile("_far", 0, 0, None, np.linspace(8, 9, 5), images, images)
+    plot_evaluation(tmp_path / "x.png", [file], np.linspace(0, 1, 2000), "")
+    assert shown[0] > 8.5
+
+
+def test_pictures_of_nearest_images_of_two_files_of_one_name(save, evaluate, tmp_path):
+    reference, heights = save("reference", clothes(30)), []
+    for folder in ("a/s", "b/a/s"):
+        (tmp_path / folder).mkdir(parents=True)
+    for files in ([save("a/s/x", clothes(20, 1))], [save("a/s/x", clothes(20, 1)), save("b/a/s/x", clothes(20, 2))]):
+        evaluate(reference, *files, "--metrics", "saturation", "--nearest", tmp_path / "nearest.png")
+        with Image.open(tmp_path / "nearest.png") as image:
+            heights.append(image.height)
+    assert heights[1] > 1.9 * heights[0]
 
 
 def test_the_picture_of_nearest_images_shows_copies_first(save, evaluate, refused, tmp_path):
