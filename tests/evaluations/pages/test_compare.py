@@ -13,7 +13,8 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.runs.comparison import Comparison
 
 COMMAND = "python scripts/compare.py 'a & b' --out </script>"
-NAMES = ("plain: no guidance", "sag: SAG <s> = 0.5", "cg: CG & scale 2, a title that is longer than a phone is wide")
+NAMES = ("plain: no guidance", "sag: SAG <s> = 0.5",
+         f"cg{8 * '_without_a_space'}: CG & scale 2, a title that is longer than a phone is wide")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,8 @@ def test_what_a_reader_sees(chromium, comparison, tmp_path, size, scheme):
     moved(chromium, before=1, order="change")
     now = seen(chromium)
     assert now["order"] == ["9", "8", "5", "3"] and now["changes"][:4] == ["4.0", "3.0", "2.0", "1.0"]
+    assert not chromium.execute_script(
+        "return [...document.querySelectorAll('.label')].filter(one => one.scrollWidth > one.clientWidth).length")
     assert now["changes"][4:8] == ["\N{EN DASH}"] * 4
     assert_readable(chromium, size, scheme, "3 runs, 4 images of each")
 
