@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .files import write
 
+LOG = logging.getLogger(__name__)
+
 MARGIN = 12
 CAPTION = 16            # pixels that a line below an image takes
+LETTERS = 10            # without a shape, that are named
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
@@ -53,8 +59,14 @@ def save_comparison(rows: Mapping[str, np.ndarray], path: str | Path, columns: i
     """Writes blocks of images under their titles, one below the other, to a PNG file.
 
     rows: title -> (N, H, W, 3) uint8, the same N for all; image i has the same place in every block. zoom: times that a
-    pixel is enlarged; None: small images are. captions: N texts, which stand below the images as far as they fit.
+    pixel is enlarged; None: small images are. captions: N texts, which stand below the images as far as they fit. Logs
+    where they do not, and where the font lacks letters.
     """
+    _tell_unreadable(path, [*rows, *(captions or ())])
+    longest, (height, width) = _longest(captions or ()), next(iter(rows.values())).shape[1:3]
+    if longest > width * _factor(height, zoom):
+        LOG.warning("%s: texts below the images are cut where they end in …; --zoom %d shows them whole", path,
+                    math.ceil(longest / width))
     font = ImageFont.load_default(size=18)
     blocks = [(title, _block(images, columns, zoom, captions)) for title, images in rows.items()]
     width = max(max(block.width, math.ceil(font.getlength(title)) + 4) for title, block in blocks) + 2 * MARGIN
@@ -78,20 +90,51 @@ def _block(images: np.ndarray, columns: int, zoom: int | None, captions: Sequenc
             for start in range(0, len(images), columns)]
     height = rows[0].height + CAPTION
     block = Image.new("RGB", (rows[0].width, height * len(rows)), "white")
-    draw, font = ImageDraw.Draw(block), ImageFont.load_default(size=CAPTION - 4)
-    factor = rows[0].width // (columns * cell + 2)
+    draw, font, factor = ImageDraw.Draw(block), _caption_font(), _factor(size, zoom)
     for i, row in enumerate(rows):
         block.paste(row, (0, i * height))
         for column, caption in enumerate(captions[i * columns:(i + 1) * columns]):
-            while draw.textlength(caption, font=font) > factor * images.shape[2]:
-                caption = caption[:-1]
             place = factor * (column * cell + 2), i * height + row.height - 2 * factor
-            draw.text(place, caption, fill="black", font=font)
+            draw.text(place, _cut(caption, factor * images.shape[2]), fill="black", font=font)
     return block
 
 
+def _cut(caption: str, width: int) -> str:
+    """The caption as far as `width` pixels hold it, with a mark where it was cut."""
+    if _longest([caption]) <= width:
+        return caption
+    while caption and _longest([f"{caption}…"]) > width:
+        caption = caption[:-1]
+    return f"{caption}…"
+
+
+def _longest(captions: Sequence[str]) -> float:
+    """How many pixels the longest caption takes."""
+    return max(map(_caption_font().getlength, captions), default=0)
+
+
+@functools.cache
+def _caption_font() -> Any:
+    return ImageFont.load_default(size=CAPTION - 4)
+
+
+def _tell_unreadable(path: str | Path, texts: Iterable[str]) -> None:
+    """Logs which letters of the texts the font has no shape for."""
+    font = _caption_font()
+    box = bytes(font.getmask("\uffff"))         # which is no letter of any font
+    letters = [letter for letter in dict.fromkeys("".join(texts)) if bytes(font.getmask(letter)) == box]
+    if letters:
+        LOG.warning("%s: boxes stand for letters that the font of pictures lacks: %s", path,
+                    " ".join(letters[:LETTERS]) + " …" * (len(letters) > LETTERS))
+
+
+def _factor(image_size: int, zoom: int | None) -> int:
+    """How many times a pixel is enlarged."""
+    return zoom or max(1, 64 // image_size)
+
+
 def _enlarged(canvas: np.ndarray, image_size: int, zoom: int | None = None) -> Image.Image:
-    factor = zoom or max(1, 64 // image_size)
+    factor = _factor(image_size, zoom)
     picture = Image.fromarray(canvas)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 

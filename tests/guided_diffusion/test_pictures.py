@@ -1,11 +1,13 @@
 """Pictures of samples."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.pictures import grid, save_comparison, save_grid
+from guided_diffusion.pictures import CAPTION, MARGIN, grid, save_comparison, save_grid
 
 
 @pytest.fixture
@@ -56,6 +58,36 @@ def test_comparison_has_a_titled_block_for_each_setting(tmp_path):
     assert tops == sorted(tops)
     assert (pixels[:tops[0]] < 128).any()                         # a title stands above
     assert pixels[-1].min() == 255
+
+
+def captioned(tmp_path, captions, zoom=None, title="title"):
+    """The pixels below the images of a comparison, for each of its captions."""
+    save_comparison({title: np.zeros((len(captions), 32, 32, 3), np.uint8)}, tmp_path / "x.png", len(captions), zoom,
+                    captions)
+    factor = zoom or 2
+    with Image.open(tmp_path / "x.png") as picture:
+        pixels = np.asarray(picture)
+    bottom = MARGIN + 24 + 36 * factor
+    return [pixels[bottom - factor:bottom + CAPTION, MARGIN + factor * (34 * place + 1):][:, :32 * factor]
+            for place in range(len(captions))]
+
+
+def test_a_caption_that_is_cut_has_a_mark_and_a_zoom(tmp_path, caplog):
+    name = "0: smileys-twemoji"
+    long, *marked = captioned(tmp_path, [name, *(f"{name[:count]}…" for count in range(11))])
+    assert any(np.array_equal(long, other) for other in marked)
+    zoom = int(re.search(r"x\.png: .* cut where they end in …; --zoom (\d+) shows", caplog.text)[1])
+    for factor in (zoom - 1, zoom):
+        caplog.clear()
+        captioned(tmp_path, [name], factor)
+        assert ("cut" in caplog.text) == (factor < zoom)
+
+
+def test_letters_that_the_font_lacks_are_told(tmp_path, caplog):
+    captioned(tmp_path, ["dogs…", "a_b-(c)"])
+    assert not caplog.text
+    captioned(tmp_path, ["собаки"], zoom=9, title="犬")
+    assert "x.png: boxes stand for letters that the font of pictures lacks: " + " ".join("犬собаки") in caplog.text
 
 
 def test_picture_that_cannot_be_written(images, tmp_path):
