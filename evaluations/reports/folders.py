@@ -26,7 +26,7 @@ from guided_diffusion.guidance import GuidanceOptions
 from guided_diffusion.jobs import JobState, read_state
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, option_fields
-from guided_diffusion.progress import clock, in_bytes
+from guided_diffusion.progress import clock, in_bytes, plural
 from guided_diffusion.runs.comparison import class_words
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.previews import GRIDS
@@ -88,7 +88,7 @@ def _sampler(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "diffusion_steps" in configuration:
         yield "sampler", sampler_title(configuration)
     elif "steps" in configuration:
-        yield "sampler", f"{configuration.get('sampler')}, {configuration['steps']} steps"
+        yield "sampler", f"{configuration.get('sampler')}, {_counted(configuration['steps'], 'step')}"
 
 
 def _model(configuration: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -188,8 +188,8 @@ def of_training(folder: Path) -> Content:
     facts = [("data", without_secrets(str(record.training.get("data_dir", "unknown")))), *_ended(job)]
     if rows:
         last = rows[-1]
-        facts += [("trained", f"{last.get('step', '?')} steps, {last.get('samples', '?')} images of which the last at "
-                   f"{last.get('images_per_second', '?')} images/s"), *_losses(last)]
+        facts += [("trained", f"{_counted(last.get('step'), 'step')}, {_counted(last.get('samples'), 'image')}, at "
+                   f"last {_counted(last.get('images_per_second'), 'image')}/s"), *_losses(last)]
     facts += [("classes", f"{len(record.classes)}")] if record.classes else []
     facts += [("ranks", str(record.ranks))] if record.ranks else []
     charts = [*_chart_of(log, rows, "step", lambda name: name in LOSSES, "loss"),
@@ -243,7 +243,7 @@ def _paragraphs(path: Path) -> Iterator[str | ShownTable]:
         elif kind:
             yield "\n".join(row.lstrip("# ") for row in rows)
     if len(lines) > MOST_LINES:
-        yield f"... and {len(lines) - MOST_LINES} more lines"
+        yield f"... and {_counted(len(lines) - MOST_LINES, 'more line')}"
 
 
 def _table(path: Path, rows: Sequence[Mapping[str, str]]) -> ShownTable:
@@ -294,6 +294,14 @@ def shown(value: Any) -> str:
 def _files(folder: Path) -> list[tuple[str, str]]:
     return [(path.name, in_bytes(path.stat().st_size)) for path in sorted(folder.iterdir())
             if path.is_file() and not path.name.startswith(".") and path.name != PAGE]
+
+
+def _counted(value: Any, unit: str) -> str:
+    """So many units, like "1 step"; "? steps" where the value is no number."""
+    with suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+        return f"{written_count(number)} {unit if number == 1 else plural(unit)}"
+    return f"? {plural(unit)}"
 
 
 def _number(value: Any) -> str:

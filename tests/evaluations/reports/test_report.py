@@ -95,8 +95,14 @@ def test_the_page_of_a_training(tmp_path, monkeypatch):
     assert '<code id="command">python scripts/image_train.py --out training</code>' in text
     assert re.findall(r'alt="Samples at step (\d+)"', text) == ["1", "37", "64", "100"]
     assert "metric by step: fid_of_500_images" in text
-    assert "100 steps, 800 images" in text and "loss by step: loss" in text and "<svg" in text
+    assert "100 steps, 800 images, at last 2.5 images/s" in text and "loss by step: loss" in text and "<svg" in text
     assert '<th scope="row">num_channels</th>' in text
+    for columns, said in (({"step": 1, "samples": 4, "images_per_second": 9.21648},
+                           "1 step, 4 images, at last 9.22 images/s"),
+                          ({"step": 1e6, "samples": 1, "loss": 1}, "1,000,000 steps, 1 image, at last ? images/s")):
+        write_csv(folder / "progress.csv", [columns])
+        written(folder)
+        assert said in (folder / "report.html").read_text()
 
 
 def test_the_page_of_a_study_and_of_likelihoods(tmp_path):
