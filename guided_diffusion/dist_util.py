@@ -26,9 +26,9 @@ from .files import reason
 from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
-__all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "dev", "gathered", "has_last_word",
-           "is_main", "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store", "sync_params", "together",
-           "told_by_main", "world_size"]
+__all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "dev", "device_name", "gathered",
+           "has_last_word", "is_main", "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store",
+           "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
@@ -249,6 +249,15 @@ def dev() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", launched().local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def device_name() -> str:
+    """The device of this rank in words: the name of the GPU, or like "2 CPU cores, 1 thread a rank"."""
+    device = dev()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    return f"{cores} CPU core{'s' * (cores > 1)}, {threads} thread{'s' * (threads > 1)} a rank"
 
 
 def load_state_dict(path: str | Path, map_location: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from ..metrics import METRICS
 from ..plots import require_matplotlib
 from ..reproduction.charts import line_chart
 from ..reproduction.reproduce import PAGE
-from ..reproduction.wording import decimals, written, written_count, written_interval
+from ..reproduction.wording import UNKNOWN, decimals, machine, written, written_count, written_interval
 from .content import Content, Drawing, ShownChart, ShownTable, ShownText
 
 SNAPSHOTS = 4                   # pictures of samples while a network was trained
@@ -108,9 +108,8 @@ def _made(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         images = sum(chunk["images"] for chunk in chunks)
         speed = f", {written_count(images / seconds)} images/s of a rank" if seconds else ""
         yield "time", f"{clock(timing['seconds'])} from the last start to the end{speed}"
-    ranks = record.get("ranks")
     yield "made by", (f"version {record.get('versions', {}).get('guided_diffusion', 'unknown')} on "
-                      f"{record.get('device', 'an unknown device')}, {ranks} rank{'s' * (ranks != 1)}")
+                      f"{machine(record) or UNKNOWN}")
 
 
 def _command(record: Mapping[str, Any]) -> str:

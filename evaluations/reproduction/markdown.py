@@ -9,7 +9,7 @@ from .sections import SectionRow, ShownSection, shown_sections
 from .table_chart import chart_drawing
 from .tables import CHART_FILE, COSTS, TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, facts, reading, written_count
+from .wording import DOES_NOT_APPLY, facts, reading, timed_where, written_count
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -64,11 +64,12 @@ def _compared_cell(row: SectionRow, word: str) -> str:
 
 
 def _timing_lines(results: Mapping[str, Any]) -> list[str]:
-    lines = [[row["title"], f"{row['images']:,}",
+    sentence, where = timed_where(results)
+    lines = [[row["title"], *([where.get(name, DOES_NOT_APPLY)] if where else []), f"{row['images']:,}",
               *(NOT_RUN if row[word] is None else written_count(row[word])
-                for word in (*TIMED, "images_per_second"))] for row in results["rows"].values()]
-    return _table_lines(["row", "images", *(COSTS[word] for word in TIMED), "images/s of a rank"], lines,
-                        numbers=2 + len(TIMED))
+                for word in (*TIMED, "images_per_second"))] for name, row in results["rows"].items()]
+    head = ["row", *["device"] * bool(where), "images", *(COSTS[word] for word in TIMED), "images/s of a rank"]
+    return [sentence, "", *_table_lines(head, lines, numbers=2 + len(TIMED))]
 
 
 def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> list[str]:

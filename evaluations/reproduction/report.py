@@ -21,7 +21,7 @@ from .sections import shown_sections
 from .table_chart import chart_figure
 from .tables import TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, written_count
+from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, timed_where, written_count
 
 _TIMED = (*TIMED, "images_per_second")
 
@@ -36,10 +36,11 @@ class _Bar:
 
 @dataclass(frozen=True)
 class _TimedRow:
-    """What an image of a row costs; None where it is not known."""
+    """What an image of a row costs, None where it is not known; device: "" where it is the same of all rows."""
 
     title: str
     bars: list[_Bar | None]
+    device: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def page(results: Mapping[str, Any], pictures: Pictures) -> str:
         titles=[*known, *others, *["Attention overlays"] * bool(pictures.overlays), "Timing"], chart=chart,
         sections=sections, figures=[figures(section) for section in sections], grids=grids, other_grids=others,
         overlays=[shown_overlay(*overlay) for overlay in pictures.overlays],
-        timing=_timing(results), files=_sample_files(results))
+        timing=timed_where(results)[0], timed_rows=_timed_rows(results), files=_sample_files(results))
 
 
 def _verdict_counts(results: Mapping[str, Any]) -> dict[str, int]:
@@ -85,11 +86,12 @@ def _verdict_counts(results: Mapping[str, Any]) -> dict[str, int]:
     return {word: counts[word] for word in VERDICTS if counts[word]}
 
 
-def _timing(results: Mapping[str, Any]) -> list[_TimedRow]:
+def _timed_rows(results: Mapping[str, Any]) -> list[_TimedRow]:
     """Returns what an image of each row costs."""
-    rows = results["rows"].values()
-    longest = {word: max([row[word] or 0 for row in rows], default=0) for word in _TIMED}
-    return [_TimedRow(row["title"], [_bar(row[word], longest[word]) for word in _TIMED]) for row in rows]
+    rows, (_, where) = results["rows"], timed_where(results)
+    longest = {word: max([row[word] or 0 for row in rows.values()], default=0) for word in _TIMED}
+    return [_TimedRow(row["title"], [_bar(row[word], longest[word]) for word in _TIMED],
+                      where.get(name, DOES_NOT_APPLY) if where else "") for name, row in rows.items()]
 
 
 def _bar(value: float | None, longest: float) -> _Bar | None:

@@ -19,7 +19,6 @@ from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.files import check_folder, write_json, write_text
 from guided_diffusion.jobs import command_line, job
-from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, batch_option, option
 from guided_diffusion.presets import MODELS
@@ -270,16 +269,8 @@ def prepared(folder: Path) -> Iterator[None]:
 
 def made_here() -> dict[str, Any]:
     """Returns what results say of this job: its command, version, device and number of ranks."""
-    return {"command": command_line(), "version": __version__, "device": _device(), "ranks": dist_util.world_size()}
-
-
-def _device() -> str:
-    """Returns the device of this rank in words."""
-    device = dist_util.dev()
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{os.cpu_count()} CPU cores, {threads} thread{'s' * (threads > 1)} a rank"
+    return {"command": command_line(), "version": __version__, "device": dist_util.device_name(),
+            "ranks": dist_util.world_size()}
 
 
 def launch(options: WorkOptions) -> int | None:

@@ -75,7 +75,8 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
                  "network_sha256": None, "heads": heads(row.run), "dtype": row.run.configuration()["dtype"],
                  "evaluations": round(count.forward, 2), "gradients": count.backward + sum(count.others.values()),
                  "work": round(equivalent_evaluations(row.run), 2), "flags": guidance_flags(row.run),
-                 "seconds": None, "images_per_second": None, "published_source": row.evaluation.source,
+                 "seconds": None, "images_per_second": None, "device": None, "ranks": None,
+                 "published_source": row.evaluation.source,
                  "note": row.evaluation.note}
     if why:
         return described
@@ -85,7 +86,8 @@ def _row(row: Row, title: str, why: str) -> dict[str, Any]:
     speed = sum(chunk["images"] for chunk in chunks) / seconds if seconds else None
     return {**described, "samples": f"{row.name}/{row.run.samples.name}", "sha256": record["sha256"]["samples"],
             "network_sha256": record["sha256"].get("model"), "seconds": round(seconds, 1),
-            "images_per_second": speed and round(speed, 3)}
+            "images_per_second": speed and round(speed, 3), "device": record.get("device"),
+            "ranks": record.get("ranks")}
 
 
 def _section(section: Section, evaluated: _Evaluated) -> dict[str, Any]:

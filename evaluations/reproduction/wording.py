@@ -15,6 +15,7 @@ from .verdicts import DIFFERS, NO_WORD, NOT_COMPARABLE, NOT_RUN, REPRODUCED
 
 DOES_NOT_APPLY = "-"
 REFERENCE = "real images"       # the title of the reference's own values
+UNKNOWN = "an unknown device"
 OFFICIAL = "in the half precision of the official evaluator, as the published ones"
 VERDICTS = {
     REPRODUCED: "the published number lies within the 95 % interval of the measured one, widened by the square root "
@@ -71,10 +72,31 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("precision and recall", OFFICIAL if results.get("precision_recall") == "official" else ""),
         ("reference", "; ".join(map(_reference, _of_rows(results, "reference"))) or NOT_RUN),
         ("intervals", _intervals(results)),
-        ("made by", f"version {results['version']} on {results['device']}, "
-                    f"{results['ranks']} rank{'s' * (results['ranks'] != 1)}"),
+        ("made by", f"version {results['version']} on {machine(results)}"),
         *(("warning", text) for text in results.get("warnings", ())),
     ) if text]
+
+
+def machine(made: Mapping[str, Any]) -> str:
+    """Returns the device and the ranks that a record or a table says it was made by, "" where it says neither."""
+    ranks = made.get("ranks")
+    return ", ".join(filter(None, (made.get("device"), ranks and f"{ranks} rank{'s' * (ranks != 1)}")))
+
+
+def timed_where(results: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Returns a sentence on the table of timing, and the machine of each row by its name, where rows differ in it.
+
+    It is the machine that sampled a row, which tables of before do not say.
+    """
+    where = {name: machine(row) or UNKNOWN for name, row in results["rows"].items()
+             if row["state"] == "measured"}
+    machines, here = set(where.values()), machine(results)
+    text = "What an image costs, and how many a rank made in a second"
+    if machines:
+        text += f" on {'the device beside it' if len(machines) > 1 else min(machines)}"
+    if machines - {here}:
+        text += f"; the metrics were computed on {here}"
+    return f"{text}.", where if len(machines) > 1 else {}
 
 
 def _images(counts: Sequence[int], seeds: Collection[int | None]) -> str:

@@ -148,7 +148,7 @@ def made_by() -> dict[str, Any]:
                      "python": platform.python_version()},
         "command": [without_secrets(word) for word in sys.argv],
         "ranks": dist_util.world_size(),
-        "device": str(dist_util.dev()),
+        "device": dist_util.device_name(),
     }
 
 

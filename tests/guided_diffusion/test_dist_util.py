@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import sys
 from datetime import timedelta
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from guided_diffusion import dist_util, launchers
 from guided_diffusion.checkpoint import save_state
 from guided_diffusion.errors import LostRankError, UserError
+from guided_diffusion.runs.record import made_by
 
 RUN = {**TINY, "timestep_respacing": "3", "num_samples": 5, "batch_size": 2, "guide_scale": 1.2, "sel_attn_depth": 1,
        "blur_sigma": 3, "labels": "balanced"}
@@ -159,6 +161,17 @@ def test_each_rank_of_a_node_has_a_gpu_of_its_own(rank, local, index, monkeypatc
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
     assert dist_util.dev() == torch.device("cuda", index)
+
+
+def test_records_name_the_device(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert made_by()["device"] == f"3 CPU cores, {threads} thread{'s' * (threads > 1)} a rank"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert made_by()["device"] == "card 0"
 
 
 def test_one_process_needs_no_group():

@@ -209,6 +209,30 @@ def test_small_numbers_keep_two_digits_of_their_interval(small):
     assert "0.643 (0.628 to 0.659), worse | - |" in text
 
 
+TIMING = "What an image costs, and how many a rank made in a second"
+
+
+@pytest.mark.parametrize(("machines", "sentence", "devices"), [
+    ([("2 CPU cores", 2)] * 6, f"{TIMING} on 2 CPU cores, 2 ranks.", []),
+    ([("one GPU", 1)] * 6, f"{TIMING} on one GPU, 1 rank; the metrics were computed on 2 CPU cores, 2 ranks.", []),
+    ([("one GPU", 1)] * 2 + [("2 CPU cores", 2)] * 4,
+     f"{TIMING} on the device beside it; the metrics were computed on 2 CPU cores, 2 ranks.",
+     ["one GPU, 1 rank"] * 2 + ["2 CPU cores, 2 ranks"] * 4 + ["-"]),
+    ([(None, None)] * 6, f"{TIMING} on an unknown device; the metrics were computed on 2 CPU cores, 2 ranks.", []),
+])
+def test_speeds_are_those_of_the_device_that_sampled(small, machines, sentence, devices):
+    """The last row was not run here."""
+    rows = {name: {**one, "device": device, "ranks": ranks}
+            for (name, one), (device, ranks) in zip(small["rows"].items(), [*machines, (None, None)], strict=True)}
+    text, shown = markdown({**small, "rows": rows}), page({**small, "rows": rows}, Pictures())
+    timing, seen = text.partition("## Timing")[2], shown.partition("<h2>Timing</h2>")[2].partition("</table>")[0]
+    assert sentence in timing and f"<p class=\"soft\">{sentence}</p>" in seen
+    assert ("| row | device | images |" in timing) is (">device</th>" in seen) is bool(devices)
+    if devices:
+        cells = [line.split(" | ")[1] for line in timing.strip().splitlines()[4:]]
+        assert cells == re.findall(r'<td class="words path">(.*?)</td>', seen) == devices
+
+
 # The page
 
 

@@ -1,5 +1,6 @@
 """Verdicts: what a measured number says of a published one, and of another row."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +182,19 @@ def test_published_measured_difference_and_verdict_stand_together(table):
                                                   "interval95": pytest.approx([-1, -1])}
     assert first["metrics"]["recall"]["verdict"] == "not run here"          # published, and not measured
     assert said["rows"]["unguided"]["images_per_second"] == 2.0
+
+
+def test_rows_keep_the_device_that_sampled_them(table):
+    """Another one may evaluate them later."""
+    written(table)
+    first, second = list(table.rows.values())[:2]
+    record = json.loads((first.run.out / "run.json").read_text())
+    (first.run.out / "run.json").write_text(json.dumps({**record, "device": "one GPU", "ranks": 2}))
+    (second.run.out / "run.json").write_text(json.dumps({**record, "device": "cuda", "ranks": 1}))     # as before
+    why = dict.fromkeys(list(table.rows)[3:], "not today")
+    rows = results(table, Measurements({}, {}), why, how())["rows"]
+    assert [(row["device"], row["ranks"]) for row in rows.values()][:4] == [("one GPU", 2), ("cuda", 1), (None, None),
+                                                                          (None, None)]
 
 
 def test_numbers_of_another_file_than_the_official_inception_are_not_comparable(table):
