@@ -9,7 +9,7 @@ from .sections import SectionRow, ShownSection, shown_sections
 from .table_chart import chart_drawing
 from .tables import CHART_FILE, COSTS, TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, facts, reading, timed_where, written_count
+from .wording import DOES_NOT_APPLY, facts, reading, row_titles, timed_where, written_count
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -64,8 +64,8 @@ def _compared_cell(row: SectionRow, word: str) -> str:
 
 
 def _timing_lines(results: Mapping[str, Any]) -> list[str]:
-    sentence, where = timed_where(results)
-    lines = [[row["title"], *([where.get(name, DOES_NOT_APPLY)] if where else []), f"{row['images']:,}",
+    (sentence, where), titles = timed_where(results), row_titles(results)
+    lines = [[titles[name], *([where.get(name, DOES_NOT_APPLY)] if where else []), f"{row['images']:,}",
               *(NOT_RUN if row[word] is None else written_count(row[word])
                 for word in (*TIMED, "images_per_second"))] for name, row in results["rows"].items()]
     head = ["row", *["device"] * bool(where), "images", *(COSTS[word] for word in TIMED), "images/s of a rank"]

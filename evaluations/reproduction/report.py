@@ -21,7 +21,7 @@ from .sections import shown_sections
 from .table_chart import chart_figure
 from .tables import TIMED
 from .verdicts import NOT_RUN
-from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, timed_where, written_count
+from .wording import DOES_NOT_APPLY, VERDICTS, facts, reading, row_titles, timed_where, written_count
 
 _TIMED = (*TIMED, "images_per_second")
 
@@ -88,9 +88,9 @@ def _verdict_counts(results: Mapping[str, Any]) -> dict[str, int]:
 
 def _timed_rows(results: Mapping[str, Any]) -> list[_TimedRow]:
     """Returns what an image of each row costs."""
-    rows, (_, where) = results["rows"], timed_where(results)
+    rows, (_, where), titles = results["rows"], timed_where(results), row_titles(results)
     longest = {word: max([row[word] or 0 for row in rows.values()], default=0) for word in _TIMED}
-    return [_TimedRow(row["title"], [_bar(row[word], longest[word]) for word in _TIMED],
+    return [_TimedRow(titles[name], [_bar(row[word], longest[word]) for word in _TIMED],
                       where.get(name, DOES_NOT_APPLY) if where else "") for name, row in rows.items()]
 
 

@@ -6,6 +6,7 @@ Numbers that could not be had are written `not run here`. A metric that a row do
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,12 @@ def facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("made by", f"version {results['version']} on {machine(results)}"),
         *(("warning", text) for text in results.get("warnings", ())),
     ) if text]
+
+
+def row_titles(results: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the titles of all rows by their names, with the name where several have the same title."""
+    counts = Counter(row["title"] for row in results["rows"].values())
+    return {name: row["title"] + f" ({name})" * (counts[row["title"]] > 1) for name, row in results["rows"].items()}
 
 
 def machine(made: Mapping[str, Any]) -> str:

@@ -233,6 +233,16 @@ def test_speeds_are_those_of_the_device_that_sampled(small, machines, sentence, 
         assert cells == re.findall(r'<td class="words path">(.*?)</td>', seen) == devices
 
 
+def test_rows_of_one_title_are_told_apart_in_the_table_of_timing(small):
+    """Their sections tell them apart elsewhere."""
+    rows = {**small["rows"], "cg": {**small["rows"]["cg"], "title": "SAG s = 0.1"}}
+    shown = page({**small, "rows": rows}, Pictures()).partition("<h2>Timing</h2>")[2].partition("</table>")[0]
+    timing = markdown({**small, "rows": rows}).partition("## Timing")[2]
+    named = ["no guidance", "SAG s = 0.1 (sag)", "SAG s = 0.1 (cg)"]
+    assert re.findall(r'<th scope="row">(.*?)</th>', shown)[:3] == named
+    assert [line.split(" | ")[0] for line in timing.strip().splitlines()[4:7]] == [f"| {title}" for title in named]
+
+
 # The page
 
 
