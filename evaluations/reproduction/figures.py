@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from .charts import Point, chart
 from .sections import ShownSection
+from .titles import symbol
 from .verdicts import NOT_RUN
 
 
@@ -49,17 +50,18 @@ def _precision_recall(section: ShownSection) -> Iterator[Figure]:
 
 def _against(section: ShownSection, word: str) -> Iterator[Figure]:
     """Yields the chart of a metric against the section's option, where that has two values."""
-    points = []
+    points, (option, zero) = [], symbol(section.data["against"])
     for row in section.data["rows"]:
         number, value = row["metrics"].get(word), row["against"]
         if number is None or value is None:
             continue
+        value -= zero
         if number["published"] is not None:
             points.append(Point(value, number["published"], hollow=True))
         if number["value"] is not None:
             points.append(Point(value, number["value"], y_interval=number["interval95"]))
     if len({point.x for point in points}) >= 2:
-        metric, option = section.metric(word), section.data["against"]
+        metric = section.metric(word)
         said = ", ".join(f"{point.y:.{section.places(word)}f} at {point.x:g}" for point in points if not point.hollow)
         reading = f" ({metric.direction.reading})" if metric.direction.reading else ""
         yield Figure(f"{metric.label} against {option}", chart(

@@ -15,6 +15,7 @@ from guided_diffusion.options import comma_separated
 
 from ..metrics import METRICS, Metric
 from .charts import COLOURS, LEGEND_LINE, Drawing, style_axes
+from .titles import symbol
 
 WIDTH, PANEL_HEIGHT, COLUMNS = 720, 260, 3      # px
 LABEL_LETTERS = 24
@@ -25,8 +26,8 @@ BASE_COLOUR = "#444444"
 class Mark:
     """A row in a panel.
 
-    label: what sets it apart. x: the value of the section's option, None where it has none. difference, interval: from
-    the row that the section compares with, paired; 0 and None for that one.
+    label: what sets it apart. x: the value of the section's option as titles say it, None where it has none.
+    difference, interval: from the row that the section compares with, paired; 0 and None for that one.
     """
 
     label: str
@@ -42,7 +43,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Panel:
-    """A section of which a metric is drawn. option: what it is drawn against, "" where the rows stand side by side."""
+    """A section of which a metric is drawn.
+
+    option: what it is drawn against, as titles call it, "" where the rows stand side by side.
+    """
 
     title: str
     metric: Metric
@@ -65,7 +69,8 @@ def panels(results: Mapping[str, Any]) -> list[Panel]:
                 metric = METRICS[word].by(results.get("features_of", ""))
                 base = results["rows"][section["against_row"]]["title"]
                 other = f", against {base}" if found and base != found[0].base else ""
-                found.append(Panel(section["title"] + other, metric, base, section["against"], marks))
+                option, _ = symbol(section["against"])
+                found.append(Panel(section["title"] + other, metric, base, option, marks))
     return found
 
 
@@ -73,6 +78,7 @@ def _marks(section: Mapping[str, Any], word: str, results: Mapping[str, Any]) ->
     """Yields the rows of a section that have the metric, without its base where only options tell rows apart."""
     labels = _labels([results["rows"][row["row"]]["title"] for row in section["rows"]
                       if row["row"] != section["against_row"]])
+    _, zero = symbol(section["against"])
     for row in section["rows"]:
         number, is_base = row["metrics"].get(word), row["row"] == section["against_row"]
         if number is None or (section["against"] and row["against"] is None) or (is_base and not section["against"]):
@@ -80,7 +86,8 @@ def _marks(section: Mapping[str, Any], word: str, results: Mapping[str, Any]) ->
         versus = number["versus"] or {}
         if is_base or versus:
             title = results["rows"][row["row"]]["title"]
-            yield Mark(labels.get(title, title), row["against"], versus.get("difference", 0.0),
+            x = None if row["against"] is None else row["against"] - zero
+            yield Mark(labels.get(title, title), x, versus.get("difference", 0.0),
                        versus.get("interval95"))
 
 

@@ -31,6 +31,11 @@ def titles(table: Table) -> dict[str, str]:
     return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
 
 
+def symbol(flag: str) -> tuple[str, float]:
+    """Returns what titles call an option, with the value at which that is 0; another option is called by its flag."""
+    return next((method.symbols[flag] for method in GUIDANCE if flag in method.symbols), (flag, 0.0))
+
+
 def usual(table: Table) -> str:
     """Returns what holds where a row's title says nothing else."""
     parts = [*filter(None, [_usual_sampler(table)]), f"seed {_usual_seed(table)}"]

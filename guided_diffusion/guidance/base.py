@@ -161,7 +161,9 @@ class GuidanceOptions(Options):
     settings among which a bench looks for the best one, from weak to strong, as flags by value (see `each`); none
     leaves the method out of benches. search_scale: the flag among them that a bench may also set beyond its first or
     last value, and its value that is off; None where there is none. for_pipelines: its terms also guide networks of
-    diffusers, so that the command that samples pipelines has it. kind: which of the kinds in `terms` its terms are of.
+    diffusers, so that the command that samples pipelines has it. symbols: by flag, what titles and charts call an
+    option, like s in "s = 0.1", and the value of the option at which that is 0. kind: which of the kinds in `terms` its
+    terms are of.
     """
 
     short: ClassVar[str]
@@ -174,6 +176,7 @@ class GuidanceOptions(Options):
     search: ClassVar[Sequence[Mapping[str, Any]]] = ()
     search_scale: ClassVar[tuple[str, float] | None] = None
     for_pipelines: ClassVar[bool] = False
+    symbols: ClassVar[Mapping[str, tuple[str, float]]] = {}
     kind: ClassVar[type[Guidance]] = ContrastGuidance
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ class GuidanceOptions(Options):
         super().check_class(beside)
         check_stated(cls, GuidanceOptions, "short", "switched_on", "active", "headline", "build", "schedule")
         names = [field.name for field in option_fields(cls)]
-        for what, settings in (("switched_on", [cls.switched_on]), ("search", cls.search)):
+        for what, settings in (("switched_on", [cls.switched_on]), ("search", cls.search), ("symbols", [cls.symbols])):
             for flags in settings:
                 if not isinstance(flags, Mapping):
                     raise UserError(f"{cls.__name__}.{what}: has {flags!r} where flags by value are expected")
@@ -407,8 +410,11 @@ class ScaledOptions(GuidanceOptions):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.kind = getattr(cls, "term", cls.kind)
+        scale = f"{cls.sigma_flags}_scale"
         if "search_scale" not in vars(cls):
-            cls.search_scale = (f"{cls.sigma_flags}_scale", 0.0)
+            cls.search_scale = (scale, 0.0)
+        if hasattr(cls, scale) and cls.headline is ScaledOptions.headline:
+            cls.symbols = {scale: ("s", 0.0), **cls.symbols}
 
     @classmethod
     def check_class(cls, beside: Sequence[type]) -> None:

@@ -125,6 +125,9 @@ class CleanClassifierOptions(ScaledOptions):
     """Clean-classifier guidance."""
 
     short = "clean CG"
+    symbols: ClassVar = {"clean_classifier_temperature": ("tau_1", 0.0),
+                         "clean_classifier_margin_temperature": ("tau_2", 0.0),
+                         "clean_classifier_gamma": ("gamma", 0.0)}
     term = CleanClassifierGuidance
     switched_on: ClassVar = {"clean_classifier_scale": 1.0}
     search: ClassVar = each("clean_classifier_scale", 0.5, 1.0, 2.0, 4.0)

@@ -208,6 +208,7 @@ class DagOptions(GuidanceOptions):
     switched_on: ClassVar = {"dcg_scale": 40.0, "dpg_scale": 40.0}
     search: ClassVar = each("dcg_scale", 3.0, 10.0, 40.0)
     search_scale = ("dcg_scale", 0.0)
+    symbols: ClassVar = {"depth_tau": ("tau", 0.0)}
     kind = LossGuidance
     remedies: ClassVar = {"depth_predictor": "scripts/depth_train.py trains one (docs/dag.md)",
                           "depth_prior": "scripts/image_train.py trains one on depth images (docs/dag.md)"}

@@ -69,6 +69,7 @@ class ApgOptions(GuidanceOptions):
     """Projected guidance, of the sum of all contrasts."""
 
     short = "APG"
+    symbols: ClassVar = {"apg_eta": ("eta", 0.0)}
     switched_on: ClassVar = {"apg": True}
     search: ClassVar = each("apg_momentum", 0.0, -0.5, apg=True)
     kind = TransformGuidance

@@ -51,6 +51,7 @@ class RescaleOptions(GuidanceOptions):
     """Rescaled guidance, of the sum of all contrasts."""
 
     short = "rescale"
+    symbols: ClassVar = {"rescale_phi": ("phi", 0.0)}
     switched_on: ClassVar = {"rescale_phi": 0.7}
     search: ClassVar = each("rescale_phi", 0.3, 0.7)
     kind = TransformGuidance

@@ -139,6 +139,7 @@ class SagOptions(GuidanceOptions):
     switched_on: ClassVar = {"guide_scale": 1.1}
     search: ClassVar = each("guide_scale", 1.1, 1.25, 1.5, 2.0)
     search_scale = ("guide_scale", 1.0)
+    symbols: ClassVar = {"guide_scale": ("s", 1.0), "blur_sigma": ("sigma", 0.0), "threshold": ("psi", 0.0)}
     sigma_flags = "sag"
     can_batch = True
 

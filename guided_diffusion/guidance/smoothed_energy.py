@@ -70,6 +70,7 @@ class SegOptions(AttentionOptions):
     """Smoothed energy guidance."""
 
     short = "SEG"
+    symbols: ClassVar = {"seg_blur_sigma": ("sigma", 0.0)}
     term = SmoothedEnergyGuidance
     switched_on: ClassVar = {"seg_scale": 1.0}
     search: ClassVar = each("seg_scale", 0.5, 1.0, 2.0, 3.0)

@@ -8,12 +8,14 @@ from PIL import Image
 
 from evaluations.metrics import Replicates
 from evaluations.reproduction.cost_chart import CostLine, CostPoint, cost_lines
+from evaluations.reproduction.figures import figures
 from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.measurements import EvaluationSettings, Measurements, section_images
 from evaluations.reproduction.panels import panels
 from evaluations.reproduction.pictures import Pictures
 from evaluations.reproduction.reproduce import write_all
 from evaluations.reproduction.results import results
+from evaluations.reproduction.sections import ShownSection
 from evaluations.reproduction.table_chart import chart_drawing
 from evaluations.reproduction.tables import ChartSpec, Section, Table, in_folder, read_row
 
@@ -102,10 +104,23 @@ def test_a_panel_for_each_section(described, tmp_path):
         ("no guidance", None, pytest.approx(FID["few"] - FID["base"]))]         # not the row that it compares with
     assert [(mark.x, mark.difference) for mark in numeric.marks] == [(1.0, 0.0)]        # sag has no such value
     assert numeric.marks[0].interval == pytest.approx([0, 0]) and numeric.base == "no guidance, DDPM, 250 steps"
+    assert numeric.option == "sigma"
     write_all(tmp_path, study, Pictures)
     with Image.open(tmp_path / "chart.png") as image:
         assert image.width == 1440
     assert "FID: differences from no guidance, DDPM, 250 steps" in (tmp_path / "table.md").read_text()
+
+
+def test_an_axis_has_the_number_that_titles_say(described):
+    """The official option of SAG's scale s is 1 + s."""
+    _, second = described["sections"]
+    values = {"ddim": 1.0, "sag": 1.5, "base": None}
+    section = {**second, "against": "guide_scale",
+               "rows": [{**row, "against": values[row["row"]]} for row in second["rows"]]}
+    panel, = panels({**described, "chart": {"x": "sections", "y": "fid", "sections": ()}, "sections": [section]})
+    assert panel.option == "s" and [mark.x for mark in panel.marks] == [0.0, 0.5]
+    figure = figures(ShownSection(section, described))[-1]
+    assert "against s" in figure.caption and "1.50 at 0, 3.00 at 0.5" in figure.svg and "guide" not in figure.svg
 
 
 def test_published_numbers_stand_where_none_was_measured(described):

@@ -157,6 +157,7 @@ class Undecorated(scaled()):
     (scaled(sigma_flags="gray"), 'Grey: has no option gray_scale, as sigma_flags = "gray" says'),
     (scaled(term=TowardsGrey(1.0)), "Grey.term: is <"), (scaled(search=({"gray_scale": 1.0},)),
      "Grey.search: gray_scale is none of its options (did you mean grey_scale?)"),
+    (scaled(symbols={"gray_scale": ("s", 0.0)}), "Grey.symbols: gray_scale is none of its options"),
     (scaled(search={"grey_scale": 1.0}), "Grey.search: has 'grey_scale' where flags by value are expected"),
     (scaled(switched_on={"grey_scal": 1.0}),
      "Grey.switched_on: grey_scal is none of its options (did you mean grey_scale?)"),

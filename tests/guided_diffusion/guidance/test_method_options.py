@@ -173,6 +173,17 @@ def test_a_title_names_nothing_of_the_attention_where_none_is_read():
     assert replace(method, mask="global", blur_sigma=2.0).title() == "SAG s = 0.5, mask global, sigma = 2"
 
 
+@pytest.mark.parametrize("kind, flag", [(kind, flag) for kind in GUIDANCE for flag in kind.symbols])
+def test_titles_call_an_option_as_charts_do(kind, flag):
+    symbol, zero = kind.symbols[flag]
+    method = kind(**{**kind.switched_on, flag: zero + 0.25})
+    assert f"{symbol} = 0.25" in re.split(" (?=s = )|, | (?=phi|eta)", method.title({}))
+
+
+def test_the_symbol_of_a_method_with_one_scale_is_that_of_its_title():
+    assert PagOptions.symbols == {"pag_scale": ("s", 0.0)} and SagOptions.symbols["guide_scale"] == ("s", 1.0)
+
+
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.short)
 def test_windows_of_the_plan_are_those_of_the_terms(kind, files, model):
     on, process, t = placed(files, CASES[kind][0]), create_gaussian_diffusion(timestep_respacing="10"), torch.arange(10)
