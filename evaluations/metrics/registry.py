@@ -122,6 +122,11 @@ class Metric:
         return replace(self, title=self.by_network.format(network)) if network and self.by_network else self
 
     @property
+    def range(self) -> tuple[float, float]:
+        """Its smallest and its largest possible value."""
+        return self.least, self.most
+
+    @property
     def smallest_count(self) -> int:
         """The smallest number of images of each file."""
         return max(self.fewest, 1 + self.neighbours)

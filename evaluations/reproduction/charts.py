@@ -6,6 +6,7 @@ The same points give the same bytes, and nothing is loaded from elsewhere.
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ from ..plots import add_legend, new_figure
 
 WIDTH, HEIGHT = 340, 270            # px, without the legend
 LEGEND_LINE, LEGEND_LETTERS = 20, 44
+
+Range = tuple[float, float]
+ANY: Range = (-math.inf, math.inf)
 
 # Okabe and Ito's colours, darkened where they would be faint on white; every one goes with a shape.
 COLOURS = ("#0072b2", "#c44e00", "#007a5a", "#a8447f", "#6b5900", "#2b8cbe", "#444444", "#b0202a")
@@ -68,16 +72,20 @@ class Drawing:
     draw: Callable[[Any], None]
 
 
-def chart(points: Sequence[Point], x_label: str, y_label: str, description: str, joined: bool = False) -> Markup:
+def chart(points: Sequence[Point], x_label: str, y_label: str, description: str, joined: bool = False,
+          x_range: Range = ANY, y_range: Range = ANY) -> Markup:
     """Returns the points on axes that just hold them, as an SVG element.
 
     description: what those read who do not see it. joined: a line goes through the measured points, from left to right.
+    x_range, y_range: the least and the largest number that there can be.
     """
     labels = ["\n".join(textwrap.wrap(point.label, LEGEND_LETTERS)) for point in points if point.label]
     legend = LEGEND_LINE * sum(1 + label.count("\n") for label in labels) + 4 * bool(labels)
     with styled_figure(WIDTH, HEIGHT + legend, description) as figure:
         axes = figure.add_subplot()
         _plot_points(axes, points, joined)
+        end_axis(axes, "x", x_range)
+        end_axis(axes, "y", y_range)
         axes.locator_params(axis="x", nbins=5)
         axes.locator_params(axis="y", nbins=6)
         style_axes(axes, x_label, y_label)
@@ -151,8 +159,15 @@ def _marker(axes: Any, point: Point) -> Any:
     """Plots the mark of a point."""
     colour = COLOURS[point.style % len(COLOURS)]
     line, = axes.plot([point.x], [point.y], SHAPES[point.style % len(SHAPES)], color=colour, markersize=9,
-                      markerfacecolor="#ffffff" if point.hollow else colour, markeredgewidth=1.5, zorder=3)
+                      markerfacecolor="#ffffff" if point.hollow else colour,
+                      markeredgewidth=1.5, zorder=3, clip_on=False)
     return line
+
+
+def end_axis(axes: Any, name: str, possible: Range) -> None:
+    """Ends the axis of that name where no number can be: its margin would show shares below 0, say."""
+    low, high = getattr(axes, f"get_{name}lim")()
+    getattr(axes, f"set_{name}lim")(max(low, possible[0]), min(high, possible[1]))
 
 
 def style_axes(axes: Any, x_label: str, y_label: str) -> None:

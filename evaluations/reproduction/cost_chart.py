@@ -12,8 +12,8 @@ from typing import Any
 
 from guided_diffusion.options import comma_separated
 
-from ..metrics import METRICS
-from .charts import COLOURS, LEGEND_LINE, SHAPES, Drawing, style_axes
+from ..metrics import METRICS, Metric
+from .charts import COLOURS, LEGEND_LINE, SHAPES, Drawing, end_axis, style_axes
 from .tables import COSTS, FURTHER_AXES, IMAGES_SEEN
 
 WIDTH, HEIGHT = 720, 400            # px, without the legend
@@ -82,13 +82,13 @@ def _shown(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def cost_drawing(results: Mapping[str, Any]) -> Drawing | None:
     """Returns the chart that results ask for, a panel for each metric; None where they hold no such number."""
     axis = {**COSTS, **FURTHER_AXES}[results["chart"]["x"]]
-    panels = {METRICS[word].by(results.get("features_of", "")).label: lines
+    panels = {METRICS[word].by(results.get("features_of", "")): lines
               for word in comma_separated(results["chart"]["y"]) if (lines := cost_lines(results, word))}
     if not panels:
         return None
     every = [line for lines in panels.values() for line in lines]
     points = [point for line in every for point in line.points]
-    title = f"{' and '.join(panels)} against {axis}"
+    title = f"{' and '.join(metric.label for metric in panels)} against {axis}"
     caption = f"{title}, {_shown(results)[0]['images']:,} images of each row"
     caption += "; bars: 95 % intervals" * any(point.interval for point in points)
     caption += "; hollow: published" * any(point.published for point in points)
@@ -113,10 +113,10 @@ def _columns(samplers: Sequence[str]) -> int:
     return 1 + (len(samplers) > LONGEST_COLUMN)
 
 
-def _draw(figure: Any, panels: Mapping[str, Sequence[CostLine]], axis: str) -> None:
+def _draw(figure: Any, panels: Mapping[Metric, Sequence[CostLine]], axis: str) -> None:
     """Draws the lines of each metric, with their legends: colours are samplers, shapes are guidance."""
     samplers, guidance = _entries([line for lines in panels.values() for line in lines])
-    for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (metric, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for line in lines:
             colour = _colour(samplers.index(line.sampler) if len(samplers) > 1 else guidance.index(line.guidance))
             _draw_line(axes, line, colour, guidance.index(line.guidance))
@@ -129,7 +129,8 @@ def _draw(figure: Any, panels: Mapping[str, Sequence[CostLine]], axis: str) -> N
         if _wide([point.y for point in points]):
             axes.set_yscale("log")
             _plain_numbers(axes.yaxis)
-        style_axes(axes, axis, label)
+        end_axis(axes, "y", metric.range)
+        style_axes(axes, axis, metric.label)
     _legends(figure, samplers, guidance)
 
 
@@ -141,7 +142,7 @@ def _draw_line(axes: Any, line: CostLine, colour: str, place: int) -> None:
         if point.interval:
             axes.plot([point.x] * 2, point.interval, color=colour, alpha=0.4, linewidth=1)
         axes.plot([point.x], [point.y], SHAPES[place % len(SHAPES)], color=colour, markersize=7, markeredgewidth=1.5,
-                  zorder=3, markerfacecolor="#ffffff" if point.published else colour)
+                  zorder=3, clip_on=False, markerfacecolor="#ffffff" if point.published else colour)
 
 
 def _colour(place: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from ..metrics import METRICS
 from .charts import Point, chart
 from .sections import ShownSection
 from .titles import symbol
@@ -27,7 +28,7 @@ def figures(section: ShownSection) -> list[Figure]:
 
 
 def _precision_recall(section: ShownSection) -> Iterator[Figure]:
-    """Yields the chart of precision against recall, where there are two points for it."""
+    """Yields the chart of precision against recall, where there are two different points for it."""
     points, said = [], []
     for style, row in enumerate(section.data["rows"]):
         recall, precision = (row["metrics"].get(word) for word in ("recall", "precision"))
@@ -42,10 +43,11 @@ def _precision_recall(section: ShownSection) -> Iterator[Figure]:
             points.append(Point(recall["value"], precision["value"], style, recall["interval95"],
                                 precision["interval95"], label=title))
             said.append(f"{title} {precision['value']:.3f} against {recall['value']:.3f}")
-    if len(points) >= 2:
+    if len({(point.x, point.y) for point in points}) >= 2:
         hollow = "; hollow: published" if section.published else ""
         yield Figure(f"Precision against recall; bars: 95 % intervals{hollow}", chart(
-            points, "recall", "precision", f"Precision against recall: {', '.join(said) or 'published alone'}"))
+            points, "recall", "precision", f"Precision against recall: {', '.join(said) or 'published alone'}",
+            x_range=METRICS["recall"].range, y_range=METRICS["precision"].range))
 
 
 def _against(section: ShownSection, word: str) -> Iterator[Figure]:
@@ -65,4 +67,5 @@ def _against(section: ShownSection, word: str) -> Iterator[Figure]:
         said = ", ".join(f"{point.y:.{section.places(word)}f} at {point.x:g}" for point in points if not point.hollow)
         reading = f" ({metric.direction.reading})" if metric.direction.reading else ""
         yield Figure(f"{metric.label} against {option}", chart(
-            points, option, metric.label + reading, f"{metric.label} against {option}: {said}", joined=True))
+            points, option, metric.label + reading, f"{metric.label} against {option}: {said}", joined=True,
+            y_range=metric.range))

@@ -11,9 +11,11 @@ from browser import SIZES, TEXTS, contrast, opened
 
 from evaluations.metrics import METRICS
 from evaluations.reproduction.charts import Point, chart
+from evaluations.reproduction.figures import figures
 from evaluations.reproduction.markdown import markdown
 from evaluations.reproduction.pictures import Pictures
 from evaluations.reproduction.report import page, write_report
+from evaluations.reproduction.sections import ShownSection
 from guided_diffusion.errors import UserError
 
 SHA256 = "3b7f9a0c" * 8
@@ -325,6 +327,29 @@ def test_charts_are_the_same_each_time_and_load_nothing(pages):
 def test_a_chart_of_one_point():
     text = chart([Point(1.0, 0.0)], "x", "<y>", "one & all")
     assert "&lt;y&gt;" in text and "one &amp; all" in text and "nan" not in text
+
+
+def charts_of_shares(small, *shares):
+    """The charts of a section whose rows have these (recall, precision)."""
+    rows = [shown(name, {"recall": number(recall), "precision": number(precision)}, against=1.0 + place)
+            for place, (name, (recall, precision)) in enumerate(zip(small["rows"], shares, strict=False))]
+    section = {**small["sections"][1], "rows": rows}
+    return {figure.caption.partition(";")[0]: figure.svg for figure in figures(ShownSection(section, small))}
+
+
+def test_axes_end_where_no_share_can_be(small):
+    """The margins of axes go beyond the numbers, and shares do not."""
+    for shares, beyond in ((((0.0, 0.0), (0.004, 0.0)), "\N{MINUS SIGN}"),
+                           (((1.0, 1.0), (0.99, 1.0)), "1.0[0-9]*[1-9]")):
+        drawn = charts_of_shares(small, *shares)
+        assert set(drawn) == {"Precision against recall", "recall against s", "precision against s"}
+        for svg in drawn.values():
+            labels = re.findall(r">([^<>]*[0-9][^<>]*)</text>", svg)
+            assert labels and not [label for label in labels if re.search(beyond, label)]
+
+
+def test_points_that_are_all_the_same_make_no_chart(small):
+    assert "Precision against recall" not in charts_of_shares(small, (0.0, 0.0), (0.0, 0.0))
 
 
 # What a reader sees
