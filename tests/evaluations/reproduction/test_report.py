@@ -352,6 +352,13 @@ def test_points_that_are_all_the_same_make_no_chart(small):
     assert "Precision against recall" not in charts_of_shares(small, (0.0, 0.0), (0.0, 0.0))
 
 
+def test_a_difference_without_an_interval_stands_alone(small):
+    one = copy.deepcopy(small)
+    one["sections"][0]["rows"][1]["metrics"]["recall"]["versus"] = {"difference": 0.25, "interval95": None,
+                                                                   "verdict": "no word"}
+    assert re.search(r"no word</em> \+0\.2500</small></td>", page(one, Pictures()))
+
+
 # What a reader sees
 
 TABLES = """
@@ -392,11 +399,15 @@ def numbers_in(text):
     return re.findall(r"[-+]?\d+(?:\.\d+)?", text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
 
 
+def half_unit(word):
+    """Half a unit of the last digit of a number."""
+    return 0.501 * 10.0**-len(word.partition(".")[2])
+
+
 def assert_shown(value, text):
     """`value` stands in the text, rounded to the digits written there."""
     def close(word):
-        half_unit = 0.501 * 10.0**-len(word.partition(".")[2])
-        return abs(float(word) - value) <= min(half_unit, 0.05 * abs(value))
+        return abs(float(word) - value) <= min(half_unit(word), 0.05 * abs(value))
 
     assert any(map(close, numbers_in(text))), (value, text)
 
@@ -451,9 +462,17 @@ def assert_compared(metrics, cells):
         assert cells[1:] == ["not run here"]
         return
     for metric, cell in zip(metrics.values(), cells[1:], strict=True):
-        for value in (metric["value"], *metric["interval95"]):
-            assert_shown(value, cell)
-        assert not metric["versus"] or cell.endswith(metric["versus"]["verdict"])
+        number, interval, *against = cell.split("\n")
+        assert_shown(metric["value"], number)
+        for value in metric["interval95"]:
+            assert_shown(value, interval)
+        assert len(against) == 2 * bool(metric["versus"])
+        if against:
+            assert against[0].startswith(metric["versus"]["verdict"])
+            for value, text in zip((metric["versus"]["difference"], *metric["versus"]["interval95"]),
+                                   (against[0], *against[1].split(" to ")), strict=True):
+                word, = numbers_in(text)
+                assert float(word) == pytest.approx(value, abs=half_unit(word))
 
 
 def assert_timing(results, timing):
