@@ -19,15 +19,16 @@ def titles(table: Table) -> dict[str, str]:
     """Returns the title of each row: its guidance, sampler and seed, without what `usual` says.
 
     Like "SAG s = 0.25, psi = 1.3". Where the rows of one of its sections have different labels, those of a row
-    are said, and where an earlier row there has the same title, its name.
+    are said, and where an earlier row there has the same title, its name; the row that it compares with is one.
     """
     details = {method: _usual_details(table, method) for method in GUIDANCE}
     common, seed = _usual_sampler(table), _usual_seed(table)
     labelled = _labelled_apart(table)
     words = {name: _words(row.run, details, common) + f", seed {row.run.sample.seed}" * (row.run.sample.seed != seed)
              + (f", labels {labelled[name]}" if name in labelled else "") for name, row in table.rows.items()}
-    twice = {name for section in table.sections for place, name in enumerate(section.rows)
-             if words[name] in [words[other] for other in section.rows[:place]]}
+    together = [list(dict.fromkeys((*section.rows, section.base))) for section in table.sections]
+    twice = {name for rows in together for place, name in enumerate(rows)
+             if words[name] in [words[other] for other in rows[:place]]}
     return {name: f"{text} ({name})" if name in twice else text for name, text in words.items()}
 
 

@@ -243,6 +243,14 @@ def test_one_seed_is_said_of_all_rows_and_others_of_their_own(tmp_path):
         assert ("image number i of every row is drawn from the same seed" in text) is (len(set(seeds)) == 1)
 
 
+def test_a_row_that_a_section_compares_with_is_told_apart_from_its_own():
+    rows = {name: read_row(name, {"model": "fmnist32", "guide_scale": 1.5 if name == "c" else 1.0}, Path("t.yaml"))
+            for name in "abc"}
+    sections = (Section("One", ("a",)), Section("Two", ("b", "c"), against_row="a"))
+    assert titles_of(Table("mini", "Mini", "", "", rows, sections)) == {
+        "a": "no guidance (a)", "b": "no guidance", "c": "SAG s = 0.5"}
+
+
 def test_labels_are_said_where_rows_that_are_compared_differ_in_them():
     """The difference on the same image numbers is then that of other classes, too."""
     labels = {"a": "random", "b": "balanced", "c": "balanced", "d": "folder/mine.npy"}
