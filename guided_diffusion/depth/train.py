@@ -391,13 +391,15 @@ class PredictorTraining:
     # Files
 
     def _check_out(self) -> None:
+        from .predictor import KIND
+
         if self.out.suffix != ".safetensors":
             raise UserError(f"--out {self.out}: the name must end in .safetensors")
         if not self.out.exists():
             check_writable("--out", self.out, parents=True)
-        for path in (self.out, self.state):
+        for path, kind in ((self.out, KIND), (self.state, STATE_KIND)):
             if path.exists():
-                self._check_same(path)
+                self._check_same(path, kind)
 
     def _check_space(self) -> None:
         """Raises UserError where the disk cannot hold the state twice, as it lies there while it is replaced."""
@@ -406,13 +408,15 @@ class PredictorTraining:
         check_space(self.out.parent, 6 * weights - there, f"--out {self.out}: cannot hold what a save writes",
                     "for weights and moments, twice while they are replaced")
 
-    def _check_same(self, path: Path) -> None:
-        """Raises UserError where a file is not of this training."""
+    def _check_same(self, path: Path, kind: str) -> None:
+        """Raises UserError where a file is not of this training, or of another kind, as a converted state is."""
         try:
-            before = json.loads(checkpoint.read_metadata(path)["training"])
-        except (UserError, KeyError, ValueError, RecursionError):
+            metadata = checkpoint.read_metadata(path)
+            if metadata["kind"] != kind:
+                raise ValueError(metadata["kind"])
+            before = {**LATER, **json.loads(metadata["training"])}
+        except (UserError, KeyError, TypeError, ValueError, RecursionError):
             raise UserError(f"--out {self.out}: {path} is something else, name another --out") from None
-        before = {**LATER, **before}
         for name, value in {**LATER, **self.config}.items():
             if before.get(name) != value:
                 raise UserError(f"--out {self.out}: is of a training with {name} {before.get(name)}, not {value}; give "

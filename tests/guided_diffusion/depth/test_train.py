@@ -227,11 +227,31 @@ def test_another_training_in_the_same_file_is_refused(world, tmp_path):
                              ({"diffusion_steps": 50}, "diffusion_steps 100, not 50")):
         with pytest.raises(UserError, match=message):
             train(world, out, **changes)
-    (tmp_path / "q.state.safetensors").write_bytes(out.read_bytes())
+    save_state(tmp_path / "q.state.safetensors", weights(out), {**read_metadata(out), "kind": depth_train.STATE_KIND})
     with pytest.raises(UserError, match="steps 12, not 13"):
         train(world, tmp_path / "q.safetensors", steps=13)
     with pytest.raises(UserError, match=r"model\.safetensors is something else, name another --out"):
         train(world, world / "model.safetensors")
+
+
+def test_a_state_in_place_of_the_file_is_refused_and_kept(world, tmp_path, monkeypatch):
+    """As a converter writes it: all tensors, and all that its metadata say."""
+    out, state = tmp_path / "p.safetensors", tmp_path / "p.state.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(depth_train.PredictorTraining, "_draw", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(world, out)
+    save_state(out, checkpoint.load_state_dict(state), read_metadata(state))
+    before = state.read_bytes()
+    with pytest.raises(UserError, match=r"p\.safetensors is something else, name another --out"):
+        train(world, out)
+    assert state.read_bytes() == before
+    out.unlink()
+    train(world, out)
+    assert not state.exists()
+    shutil.copy(out, state)                 # nor are finished predictors a state
+    out.unlink()
+    with pytest.raises(UserError, match=r"p\.state\.safetensors is something else, name another --out"):
+        train(world, out)
 
 
 def test_a_network_is_chosen_of_a_file_that_wraps_several(world, tmp_path):
