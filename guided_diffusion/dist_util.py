@@ -27,7 +27,7 @@ from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "dev", "device_name", "gathered",
-           "has_last_word", "is_main", "load_state_dict", "rank", "say", "setup_dist", "shutdown", "store",
+           "has_last_word", "is_main", "load_state_dict", "one_process", "rank", "say", "setup_dist", "shutdown", "store",
            "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
@@ -301,6 +301,18 @@ def together() -> Iterator[None]:
         raise failure
     if first < world_size():
         raise PeerError(f"rank {first} failed") from failure
+
+
+def one_process(remedy: str = "") -> None:
+    """Raises UserError, on one of the ranks, where a launcher started several for what one process is to do.
+
+    The others raise PeerError. remedy: what else one can do, as the end of the sentence.
+    """
+    if (ranks := world_size()) > 1:
+        connect()
+        with together():
+            raise UserError(f"{ranks} ranks were started, and this is the work of one process: start the command "
+                            f"without mpiexec, torchrun or srun{remedy}")
 
 
 def sync_params(tensors: Iterable[Tensor]) -> None:

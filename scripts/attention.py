@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from evaluations.attention.study import AttentionOptions, study_attention
 from evaluations.reports import with_page
+from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import parse_options
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     show, *options = parse_options(argv, ShowOptions, AttentionOptions, ModelOptions, DiffusionOptions,
                                    description=__doc__, preset=preset_values)
+    dist_util.one_process()
     text = study_attention(*options)
     tell(with_page(text, options[0].out, show), show)
 

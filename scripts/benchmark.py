@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from evaluations.benchmarks.against import AgainstOptions, benchmark_against
 from evaluations.benchmarks.speed import BenchmarkOptions, benchmark
 from evaluations.benchmarks.training import benchmark_training
+from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.guidance import GUIDANCE
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, against, model, diffusion, *methods = parse_options(
         argv, BenchmarkOptions, AgainstOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=lambda given: preset_values({"model": "fmnist32", **given}))
+    dist_util.one_process()
     if against.against:
         print((benchmark_training if against.training else benchmark_against)(against, options.rounds))
         return

@@ -11,6 +11,7 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.benchmarks.evaluator import EvaluatorBenchmarkOptions, benchmark_evaluator
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, EvaluatorBenchmarkOptions, description=__doc__)
+    dist_util.one_process()
     for line in benchmark_evaluator(options):
         print(line, flush=True)
 

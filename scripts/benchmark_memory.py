@@ -10,6 +10,7 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.benchmarks.memory import MemoryOptions, benchmark_memory
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, MemoryOptions, description=__doc__)
+    dist_util.one_process()
     print(benchmark_memory(options))
 
 

@@ -12,6 +12,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.class_accuracy import ClassAccuracyOptions, class_accuracy
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import Words, parse_words
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     samples, (options,) = parse_words(argv, Words("SAMPLES.npz", "sample files with labels", needed=True),
                                       ClassAccuracyOptions, description=__doc__)
+    dist_util.one_process()
     print(class_accuracy(samples, options))
 
 

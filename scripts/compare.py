@@ -13,6 +13,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.pages.compare import compare
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import Words, parse_words
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders, (options, show) = parse_words(
         argv, Words("FOLDER", "output folders of sampling runs, or of tables", needed=True), ComparisonOptions,
         ShowOptions, description=__doc__)
+    dist_util.one_process()
     tell(compare(folders, options, command_line("scripts/compare.py", argv)), show)
 
 

@@ -52,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{len(files)} checkpoints given: name one")
     import torch  # here, as help needs none of it
 
+    from guided_diffusion import dist_util
     from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
     from guided_diffusion.entries import check_no_state
     from guided_diffusion.unet2d.files import read_network
 
+    dist_util.one_process()
     path, dtype = files[0], getattr(torch, options.dtype)
     check_writable("--out", options.out, read=[path])
     if not Path(path).is_dir():

@@ -8,6 +8,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.depth.images import DepthImageOptions, write_depth_images
 from guided_diffusion.options import parse_options
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, DepthImageOptions, description=__doc__)
+    dist_util.one_process()
     write_depth_images(options)
     tell(f"depth images: {options.out}")
 

@@ -22,6 +22,7 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.depth.metrics import DepthMetricsOptions, measure_depth
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     words, (options,) = parse_words(argv, Words("FILE", "the reference, then the sample files"), DepthMetricsOptions,
                                     description=__doc__)
+    dist_util.one_process()
     if len(words) < 2:
         raise UserError(f"{len(words)} files given: the reference and one or more sample files are needed")
     print(measure_depth(words[0], words[1:], options))

@@ -12,6 +12,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.depth.pictures import DepthPicturesOptions, draw_geometry
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     folders, (options, show) = parse_words(argv, Words("FOLDER", "the --out of sampling runs", needed=True),
                                            DepthPicturesOptions, ShowOptions, description=__doc__)
+    dist_util.one_process()
     tell(draw_geometry(folders, options), show)
 
 

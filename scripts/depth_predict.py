@@ -7,6 +7,7 @@ Example:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.depth.reading import DepthReadingOptions, write_read_depth
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     options = parse_options(argv, DepthReadingOptions, ModelOptions, DiffusionOptions, description=__doc__,
                             preset=preset_values)
+    dist_util.one_process()
     clamped = write_read_depth(*options)
     tell(f"depth images: {options[0].out} ({100 * clamped:.2g} % of the pixels were beyond the range and clamped)")
 

@@ -9,6 +9,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.depth.doom import DoomOptions, render_doom
 from guided_diffusion.options import parse_options
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, show = parse_options(argv, DoomOptions, ShowOptions, description=__doc__)
+    dist_util.one_process()
     counts = render_doom(options)
     parts = ", ".join(f"{count or 'no map'} to {split}" for split, count in counts.items())
     tell(f"rooms: {options.out} ({parts})\nsheet: {options.out}/sheet.png", show)

@@ -9,6 +9,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     folders, (options,) = parse_words(argv, Words("FOLDER", "the folder of the training", needed=True),
                                       ReconstructionOptions, description=__doc__)
+    dist_util.one_process()
     if len(folders) > 1:
         raise UserError(f"{len(folders)} folders given: name one")
     for path in reconstruct(folders[0], options):

@@ -11,6 +11,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.explorer.explore import ExploreOptions, explore
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import option_fields, options_parser
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options_parser(argv, ExploreOptions, ShowOptions, *SamplingRun.classes(), description=__doc__,
                             defaults={"out": "explore"})
     _, (own, show, *options) = parser.read(argv, SamplingRun.preset_values)
+    dist_util.one_process()
     run = SamplingRun.of(options)
     others = {field.name for kind in (ExploreOptions, ShowOptions) for field in option_fields(kind)}
     say_without_effect(run, [name for name in parser.given if name not in others])

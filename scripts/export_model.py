@@ -9,6 +9,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.exports import ExportOptions, export_model
 from guided_diffusion.options import parse_options
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, ExportOptions, description=__doc__)
+    dist_util.one_process()
     tell(f"model: {export_model(options)}")
 
 

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     names, (options,) = parse_words(argv, Words("NAME", "released checkpoints, as --list names them"), FetchOptions,
                                     description=__doc__)
+    from guided_diffusion import dist_util
     from guided_diffusion.presets import description, fetch_released, find_released  # here, as help needs none of it
     from guided_diffusion.zoo import commands_of, zoo_page
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     presets = find_released(names, every=options.all or options.list)
     if options.sha256 and len(presets) > 1:
         raise UserError(f"--sha256 {options.sha256}: is that of one file, name one checkpoint")
+    if not options.list:
+        dist_util.one_process()
     for preset in presets:
         print(f"{description(preset, ask=not options.list)}\n    runs in: {', '.join(commands_of(preset))}", flush=True)
     for preset in presets if not options.list else []:

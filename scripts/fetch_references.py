@@ -10,6 +10,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.references import ReferencesOptions, fetch_references
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import Words, parse_words
 
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     names, (options,) = parse_words(argv, Words("NAME", "reference batches, as --list names them"), ReferencesOptions,
                                     description=__doc__)
+    if not options.list:
+        dist_util.one_process()
     for line in fetch_references(names, options):
         print(line, flush=True)
 

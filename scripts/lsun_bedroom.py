@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = [word.replace("--image-size", "--image_size", 1) if word.startswith("--") else word for word in given]
     paths = Words("PATH", "the lmdb database, then the folder to write", needed=True)
     words, (options,) = parse_words(arguments, paths, LsunOptions, description=__doc__)
+    dist_util.one_process()
     if len(words) != 2:
         raise UserError(f"{len(words)} names given: the lmdb database and the folder to write are needed")
     prepare(words[0], PrepareOptions(out=words[1], image_size=options.image_size, crop="box", labels="none",

@@ -8,6 +8,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script, tell
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Words, parse_words
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     words, (options,) = parse_words(argv, Words("DATA", "folder, .zip or .tar file, or lmdb database", needed=True),
                                     PrepareOptions, description=__doc__)
+    dist_util.one_process()
     if len(words) > 1:
         raise UserError(f"{words[1]}: one folder, file or database at a time")
     prepare(words[0], options, print)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from evaluations.bench.probe import ProbeOptions, run_probe
 from evaluations.bench.probe_report import check_table, write_probe
 from evaluations.reports import with_page
+from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.guidance import GUIDANCE
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show, options, model, diffusion, *methods = parse_options(
         argv, ShowOptions, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
         preset=preset_values)
+    dist_util.one_process()
     if options.table:
         check_table(options.table, options.metric, options.model_path)
     text = run_probe(options, model, diffusion, methods, write_probe)

@@ -10,6 +10,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.benchmarks.reliability import ReliabilityOptions, kills_table, npz_writing_trial, reliability
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, ReliabilityOptions, description=__doc__)
+    dist_util.one_process()
     if options.pack_images:
         print(npz_writing_trial(options))
         return

@@ -12,6 +12,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.reports.report import ReportOptions, write_pages
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders, (options, show) = parse_words(
         argv, Words("RUN_OR_TABLE", "folders of runs, tables, trainings or studies, or names of tables and benches",
                     needed=True), ReportOptions, ShowOptions, description=__doc__)
+    dist_util.one_process()
     tell(write_pages(folders, options), show)
 
 

@@ -7,6 +7,7 @@ Examples:
 
 from collections.abc import Sequence
 
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.depth.scenes.files import SceneOptions, write_scenes
 from guided_diffusion.options import parse_options
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, show = parse_options(argv, SceneOptions, ShowOptions, description=__doc__)
+    dist_util.one_process()
     write_scenes(options)
     tell(f"scenes: {options.out}" + (f"\nsheet: {options.sheet}" if options.sheet else ""), show)
 

@@ -10,6 +10,7 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.extractors.train_fashion_mnist import FashionMnistTrainingOptions, train
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, FashionMnistTrainingOptions, description=__doc__)
+    dist_util.one_process()
     model = train(options, command_line("scripts/train_fashion_mnist.py", argv))
     print(f"{options.out}: test accuracy {model.test_accuracy:.2%}")
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from evaluations.extractors import EXTRACTORS
 from evaluations.extractors.train_icons import IconsTrainingOptions, train
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, IconsTrainingOptions, description=__doc__)
+    dist_util.one_process()
     layer = train(options, command_line("scripts/train_icons.py", argv), EXTRACTORS["photo"].load(device="cpu"))
     print(f"{options.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in layer.accuracy.items()))
 

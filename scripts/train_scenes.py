@@ -14,6 +14,7 @@ Examples:
 from collections.abc import Sequence
 
 from evaluations.extractors.train_scenes import ScenesTrainingOptions, accuracy_in_words, train
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.jobs import command_line
 from guided_diffusion.options import parse_options
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, ScenesTrainingOptions, description=__doc__)
+    dist_util.one_process()
     extractor = train(options, command_line("scripts/train_scenes.py", argv))
     print(f"{options.out}: held out, {accuracy_in_words(extractor.accuracy)}")
 

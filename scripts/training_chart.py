@@ -7,6 +7,7 @@ Example:
 from collections.abc import Sequence
 
 from evaluations.training_chart import TrainingChartOptions, draw_trainings
+from guided_diffusion import dist_util
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.options import Words, parse_words
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to_stderr()
     logs, (options, show) = parse_words(argv, Words("LOG.csv", "logs of trainings", needed=True), TrainingChartOptions,
                                         ShowOptions, description=__doc__)
+    dist_util.one_process()
     tell(draw_trainings(logs, options), show)
 
 

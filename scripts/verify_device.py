@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from evaluations.benchmarks.device import DeviceOptions
 from evaluations.benchmarks.device_report import verify_device
+from guided_diffusion import dist_util
 from guided_diffusion.cli import log_to_stderr, run_script
 from guided_diffusion.options import parse_options
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
     options, = parse_options(argv, DeviceOptions, description=__doc__)
+    dist_util.one_process()
     print(verify_device(options))
 
 

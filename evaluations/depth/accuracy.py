@@ -90,8 +90,10 @@ def measure_accuracy(options: DepthAccuracyOptions, model_options: ModelOptions,
                      ) -> str:
     """Runs the whole study and returns the verdict.
 
-    Raises UserError for whatever is wrong with the options, before anything is trained.
+    Raises UserError for whatever is wrong with the options, and where there are several ranks, before anything is
+    trained.
     """
+    dist_util.one_process()
     require_matplotlib("the figure needs")
     network = load_network(options, model_options, diffusion_options)
     held_out = options.held_out or (SCENES if options.data == SCENES else "")

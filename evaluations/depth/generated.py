@@ -129,8 +129,10 @@ def read_study(name: str) -> Study:
 def measure_generated(study: Study, given: GeneratedOptions) -> str:
     """Samples, labels, trains and tests what is not done yet; returns the table in Markdown.
 
-    Raises UserError, before anything is sampled, for whatever is wrong with study, options and files.
+    Raises UserError, before anything is sampled, for whatever is wrong with study, options and files, and where there
+    are several ranks.
     """
+    dist_util.one_process("; several can sample its rows first, by image_sample.py")
     return GeneratedTraining(study, given).run()
 
 
@@ -242,8 +244,7 @@ class GeneratedTraining:
 
     def _samples(self, run: SamplingRun) -> np.ndarray:
         file = run.run()
-        if file is None:
-            raise UserError("this command runs in one process; sample the rows under mpiexec by image_sample.py first")
+        assert file is not None             # there is one rank
         return next(BatchFile(file).images([range(self.options.num_samples)]))
 
     @no_grad

@@ -466,11 +466,7 @@ class PredictorTraining:
 def train_predictors(options: DepthTrainOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
                      ) -> DepthPredictors:
     """Trains a strong and a weak branch and writes their file; raises UserError where there are several ranks."""
-    dist_util.connect()
-    with dist_util.together():
-        if (ranks := dist_util.world_size()) > 1:
-            raise UserError(f"{ranks} ranks were started, and predictors are trained by one process: start the command "
-                            "without mpiexec, torchrun or srun")
+    dist_util.one_process()
     check_sinks(options.log)
     network = load_network(options, model_options, diffusion_options)
     branches = {name: parse_blocks(text, network.model, f"{name}_blocks")

@@ -11,6 +11,7 @@ from commands import REPOSITORY, call, finish, flags, samples_in
 
 from evaluations.reproduction.missing import missing_files
 from evaluations.reproduction.tables import load_table
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.options import Options, Words, option, parse_words, required, switch
 from guided_diffusion.places import configurations, find_configuration
@@ -110,6 +111,31 @@ for path in sorted(Path("scripts").glob("[a-z]*.py")):
 def test_no_command_loads_torch_before_its_options_are_read():
     ended = finish([sys.executable, "-c", LATE], cwd=REPOSITORY)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# Commands whose work ranks share, and the one that asks from anywhere how a job is. Every other command is one process.
+SHARED = {"bench", "cascade", "classifier_sample", "classifier_train", "dag_sample", "depth_fid", "evaluate",
+          "image_nll", "image_sample", "image_train", "latent_sample", "make_reference", "reproduce",
+          "super_res_sample", "super_res_train"}
+ASKS = {"run_status"}
+WORDS = {"class_accuracy": "a.npz", "compare": "a --out a.png", "depth_metrics": "a b", "gallery": "a --out b",
+         "convert_checkpoint": "a.pt --dtype float16 --out b.safetensors", "dag_depth_training": "scenes32",
+         "ema_reconstruct": "a --sigma_rel 0.1", "export_model": "--model fmnist32 --out a",
+         "depth_pictures": "a --out a.png", "fetch_models": "128x128_diffusion", "lsun_bedroom": "a b", "report": "a",
+         "prepare_images": "a --out b", "probe": "--data_dir a", "training_chart": "a.csv --out a.png"}
+
+
+@pytest.mark.parametrize("name", sorted(files() - OLD_FILES - SHARED - ASKS))
+def test_a_command_that_no_rank_shares_is_refused_under_a_launcher(name, tmp_path, monkeypatch):
+    """Else each rank does and writes all of it, and they meet in one folder."""
+    main = runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist_util, "connect", lambda: None)         # there is no other rank
+    with pytest.raises(UserError, match="2 ranks were started, and this is the work of one process"):
+        main(WORDS.get(name, "").split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_command_is_told_the_nearest_one(guided_pixels, capsys):

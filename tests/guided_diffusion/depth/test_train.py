@@ -280,7 +280,7 @@ def test_several_ranks_are_refused_in_one_sentence(launcher, world, tmp_path):
     ended = subprocess.run([str(word) for word in (*launcher, REPOSITORY / "scripts" / "depth_train.py", *given)],
                            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert ended.returncode and ended.stderr.count("error: ") == 1 and "another job" not in ended.stderr
-    assert "error: 2 ranks were started, and predictors are trained by one process" in ended.stderr
+    assert "error: 2 ranks were started, and this is the work of one process" in ended.stderr
     assert not list(tmp_path.glob("p*"))
 
 
