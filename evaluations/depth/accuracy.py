@@ -2,7 +2,8 @@
 
 It is measured on held-out pairs, at steps spread evenly over the chain; each image is noised anew at each step:
     l1          mean |d - d*| of depths in [-1, 1]
-    abs_rel     mean |d - d*| / d*, in the units of --depth_range NEAR,FAR; none where each map has its own range
+    abs_rel     mean |d - d*| / d*, in the units of --depth_range NEAR,FAR; none where each map has its own range, or
+                NEAR is not above 0
     delta       share of pixels with max(d / d*, d* / d) < 1.25, likewise
 l1_error is the standard error of l1 over the held-out images. The branch "mean depth" is the mean of the labelled maps,
 which tells what is known without an image.
@@ -27,6 +28,7 @@ from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
 from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, checked_depth_range
 from guided_diffusion.depth.ranges import parse_depth_range
+from guided_diffusion.depth.scenes import DEPTH_RANGE
 from guided_diffusion.depth.train import (
     EVALUATED_AT_ONCE,
     Network,
@@ -95,15 +97,23 @@ def measure_accuracy(options: DepthAccuracyOptions, model_options: ModelOptions,
     """
     dist_util.one_process()
     require_matplotlib("the figure needs")
-    network = load_network(options, model_options, diffusion_options)
     held_out = options.held_out or (SCENES if options.data == SCENES else "")
     if not held_out:
         raise UserError("--held_out is not given: name pairs that are not in --data")
+    # What is measured on has the range of what is learnt on, also where only one of the two is scenes.
+    options = replace(options, depth_range=checked_depth_range(options.data, options.depth_range))
+    if options.data and held_out == SCENES and options.depth_range != DEPTH_RANGE:
+        raise UserError(f"--held_out {SCENES}: their depth has --depth_range {DEPTH_RANGE}, and --data {options.data} "
+                        f"is read with {options.depth_range}; give --depth_range {DEPTH_RANGE} where its depth is in "
+                        "metres as well, or other pairs to measure on")
+    network = load_network(options, model_options, diffusion_options)
+    limits = parse_depth_range(options.depth_range)
+    if limits is None or limits[0] <= 0:
+        dist_util.say(f"--depth_range {options.depth_range}: abs_rel and delta are not measured, which need NEAR,FAR, "
+                      "both above 0")
     if options.num_timesteps > network.diffusion.num_timesteps:
         raise UserError(f"--num_timesteps {options.num_timesteps}: must be at most {network.diffusion.num_timesteps}, "
                         "the length of the chain")
-    # What is measured on has the range of what is learnt on, also where only one of the two is scenes.
-    options = replace(options, depth_range=checked_depth_range(options.data, options.depth_range))
     labelled = read_labelled(options, network, options.data, max(options.counts), "label_counts")
     held = read_labelled(options, network, held_out, options.num_held_out, "num_held_out", seed=HELD_OUT_SEED)
     check_apart(labelled, held, f"--held_out {held_out}")

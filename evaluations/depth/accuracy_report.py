@@ -10,6 +10,7 @@ from typing import Any
 from ..plots import new_figure, plain_numbers, save_figure
 
 MEAN_DEPTH = "mean depth"       # the branch that knows no image
+NOT_BETTER = "better than depth that is the same for every image, by more than two standard errors"
 CLOSE = 1.1                     # L1 with few labels against L1 with many, up to which it counts as close
 
 AccuracyRow = dict[str, Any]    # a row of a CSV file, by its columns
@@ -18,6 +19,8 @@ AccuracyRow = dict[str, Any]    # a row of a CSV file, by its columns
 def accuracy_verdict(blocks: Sequence[AccuracyRow], labels: Sequence[AccuracyRow], num_labels: int) -> str:
     """Says in words whether the tables confirm the paper's two findings: middle blocks are best, few labels suffice.
 
+    What is not better than the mean of the labels reads no depth, and says nothing of either.
+
     blocks, labels: the rows of blocks.csv and labels.csv. num_labels: of the predictors in blocks.csv.
     """
     alone = [row for row in blocks if row["branch"].startswith("output.")]
@@ -25,25 +28,28 @@ def accuracy_verdict(blocks: Sequence[AccuracyRow], labels: Sequence[AccuracyRow
     place = min(range(len(alone)), key=lambda index: alone[index]["l1"])
     best, first, last = alone[place], alone[0], alone[-1]
     middle = range(len(alone) // 4, len(alone) - len(alone) // 4)
-    is_middle = place in middle and all(end["l1"] - best["l1"] > 2 * math.hypot(best["l1_error"], end["l1_error"])
-                                        for end in (first, last))
+    if _is_better(best, others[MEAN_DEPTH]):
+        word = "confirmed" if place in middle and all(_is_better(best, end) for end in (first, last)) else \
+            "not confirmed"
+    else:
+        word = f"not tested, as no block alone is {NOT_BETTER}"
     lines = [
         f"Held-out L1 of depths in [-1, 1], {num_labels} labels, over all steps (standard error in brackets):",
         *(f"  {row['branch']:10} {_l1_words(row)}" for row in blocks),
         "",
-        f"Middle blocks are best: {'confirmed' if is_middle else 'not confirmed'}.",
+        f"Middle blocks are best: {word}.",
         f"  The best block alone is {best['branch']} of {first['branch']} to {last['branch']}. Confirmed means: it is "
         f"one of {alone[middle[0]]['branch']} to {alone[middle[-1]]['branch']}, and better than the first and the last "
         "by more than two standard errors.",
         "",
-        *_label_lines(labels, num_labels),
+        *_label_lines(labels, num_labels, others[MEAN_DEPTH]),
         f"Depth that is the same for every image (the mean of the labels) has L1 {_l1_words(others[MEAN_DEPTH])}; the "
         f"strong branch is {_better_words(others['strong'], others['weak'])} than the weak one.",
         ""]
     return "\n".join(lines)
 
 
-def _label_lines(labels: Sequence[AccuracyRow], num_labels: int) -> list[str]:
+def _label_lines(labels: Sequence[AccuracyRow], num_labels: int, mean: AccuracyRow) -> list[str]:
     lines = []
     most = max(row["labels"] for row in labels)
     if most == num_labels:
@@ -52,14 +58,22 @@ def _label_lines(labels: Sequence[AccuracyRow], num_labels: int) -> list[str]:
         rows = {row["labels"]: row for row in labels if row["branch"] == branch}
         ratio = rows[num_labels]["l1"] / rows[most]["l1"]
         word = "confirmed" if ratio <= CLOSE else "not confirmed"
+        if not _is_better(rows[most], mean):
+            word = f"not tested, as {most} give nothing {NOT_BETTER}"
         lines += [f"{num_labels} labels are close to {most}, {branch} branch: {word}.",
                   f"  L1 by number of labels: {', '.join(f'{n}: {_l1_words(row)}' for n, row in rows.items())}; "
                   f"{num_labels} against {most}: {ratio:.2f} times. Confirmed means: at most {CLOSE:g} times.", ""]
     return lines
 
 
+def _is_better(row: AccuracyRow, other: AccuracyRow) -> bool:
+    """Whether L1 is smaller by more than two standard errors."""
+    return bool(other["l1"] - row["l1"] > 2 * math.hypot(row["l1_error"], other["l1_error"]))
+
+
 def _better_words(row: AccuracyRow, other: AccuracyRow) -> str:
-    return f"{100 * (1 - row['l1'] / other['l1']):.0f} % better"
+    gain = 1 - row["l1"] / other["l1"]
+    return f"{100 * abs(gain):.0f} % {'better' if gain >= 0 else 'worse'}"
 
 
 def _l1_words(row: AccuracyRow) -> str:

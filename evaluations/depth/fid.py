@@ -43,7 +43,7 @@ class DepthFidOptions(Options):
     depth_range: str = option(OWN_RANGE, "depths that become -1 and 1: image (each map's own), or NEAR,FAR in the "
                               "units of the files")
     map_size: int | None = option(None, "height and width of the images, to which maps are resized; unset: the smaller "
-                                  "side of the maps of each file", minimum=2)
+                                  "side of the maps, which all files must have in common", minimum=2)
     num_images: int | None = option(None, "only the first so many maps of each sample file; unset: all", minimum=2)
     bootstrap: int = option(0, "resamplings for 95 % intervals; 0: none", minimum=0, maximum=MOST_RESAMPLINGS)
     seed: int = seed_option("seed of the resamplings")
@@ -66,8 +66,9 @@ class DepthFile:
         if self.member not in self.file.members:
             raise UserError(f"{path}: has no depth, which must be (N, H, W) numbers")
         self.shape, dtype = self.file.header(self.member)
-        grey = len(self.shape) == 4 and self.member == "arr_0" and self.shape[3] in (1, 3)
-        if not (grey or len(self.shape) == 3) or min(self.shape) < 1 or dtype.kind not in "fiu":
+        channels = (1, 3) if self.member == "arr_0" else (1,)
+        maps = len(self.shape) == 3 or (len(self.shape) == 4 and self.shape[3] in channels)
+        if not maps or min(self.shape) < 1 or dtype.kind not in "fiu":
             raise UserError(f"{path}: {self.member} is {self.shape} {dtype}, must be (N, H, W) numbers"
                             f"{', or grey images (N, H, W, 3)' * (self.member == 'arr_0')}")
         if self.shape[0] < 2:
@@ -83,7 +84,7 @@ class DepthFile:
         maps, first = DepthReader(self.size, limits), 0
         for depth in self.file.pieces(self.member, PIECE):
             if depth.ndim == 4:
-                if (depth != depth[..., :1]).any():
+                if depth.shape[3] > 1 and (depth != depth[..., :1]).any():
                     raise UserError(f"{self.file.path}: has no depth, which must be (N, H, W) numbers, and arr_0 holds "
                                     "colour images, not grey ones of depth maps")
                 depth = depth[..., 0]
@@ -158,13 +159,21 @@ class _Translation:
         self._pattern = re.compile("|".join(map(re.escape, self._words)))
 
     def __call__(self, sentence: str) -> str:
-        return self._pattern.sub(lambda found: self._words[found[0]], sentence)
+        translated = self._pattern.sub(lambda found: self._words[found[0]], sentence)
+        return f"{translated}; --map_size sets the size of the maps" if "images of shape" in translated else translated
 
 
 def _checked_files(reference: str, samples: Sequence[str], options: DepthFidOptions) -> list[DepthFile]:
-    """The files, the reference first; raises UserError where one is none, or has fewer maps than --num_images."""
-    files = [DepthFile(path, options.map_size) for path in (reference, *samples)]
-    for file in files[1:]:
+    """The files, the reference first; raises UserError where one is none, or has too few maps.
+
+    So it does for maps of another size than those of the reference, unless all are resized.
+    """
+    first, *others = files = [DepthFile(path, options.map_size) for path in (reference, *samples)]
+    for file in others:
+        if file.size != first.size:
+            raise UserError(f"--map_size is not given, and the maps of {file.file.path} would be images of "
+                            f"{file.size}x{file.size} pixels, those of {first.file.path} of {first.size}x{first.size}: "
+                            "give a size for both")
         if options.num_images and options.num_images > file.shape[0]:
             raise UserError(f"--num_images {options.num_images}: {file.file.path} holds {file.shape[0]}")
     return files

@@ -32,6 +32,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, read_pairs
 from guided_diffusion.depth.ranges import parse_depth_range
 from guided_diffusion.depth.reading import DepthReadingOptions, reading_networks
+from guided_diffusion.depth.scenes import DEPTH_RANGE
 from guided_diffusion.depth.train import digest, features_at
 from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.fetch import sha256_of
@@ -154,6 +155,10 @@ class GeneratedTraining:
             raise UserError(f"--label_step {options.label_step}: must be below {self.network.diffusion.num_timesteps}, "
                             "the length of the chain")
         self.depth_range = _range_of(path)
+        for flag, data in (("test", options.test), ("real", options.real)):
+            if data == SCENES and self.depth_range != DEPTH_RANGE:
+                raise UserError(f"--{flag} {SCENES}: their depth has --depth_range {DEPTH_RANGE}, and that of the "
+                                f"predictors in {path} is {self.depth_range}; name other pairs")
         self.size = self.network.model.image_size
         self.test = self._pairs(options.test, options.num_test, "num_test", TEST_SEED)
         self._check_study(sha256_of(path))

@@ -1,5 +1,9 @@
-"""Every code block of the README and the documentation: run where it can run here, else its options are read."""
+"""Every code block of the README and the documentation: run where it can run here, else its options are read.
 
+So are the examples in the help of the commands.
+"""
+
+import ast
 import glob
 import os
 import re
@@ -7,11 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from code_blocks import DOCUMENTS, blocks_in, commands_in, in_language
+import torch
+from code_blocks import DOCUMENTS, Block, blocks_in, commands_in, in_language
 from commands import REPOSITORY, call, finish
 
 from evaluations.reproduction import tables
 from guided_diffusion import execution
+from guided_diffusion.build import ClassifierOptions, ModelOptions, UpsamplerOptions, build_classifier, build_model
 from guided_diffusion.options import OptionParser
 
 BLOCKS = [block for path in DOCUMENTS for block in blocks_in(path)]
@@ -134,3 +140,41 @@ def test_options_of_blocks_that_cannot_run_are_those_of_the_commands(block, monk
     for words in commands_in(block):
         with pytest.raises(Read):
             call(script_of(words), *words[1:])
+
+
+def examples_in(path):
+    """The indented lines of a command's docstring below `Example:` or `Examples:`, as a block that cannot run here."""
+    _, _, text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\nExample")
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    return Block(f"scripts/{path.name}", 1, "sh", "\n".join(lines), "an example of help")
+
+
+EXAMPLES = [block for path in sorted((REPOSITORY / "scripts").glob("[a-z]*.py")) if (block := examples_in(path)).text]
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: Path(block.document).stem)
+def test_examples_of_help_name_options_and_networks_that_there_are(block, monkeypatch, capsys):
+    real, given = OptionParser.read, []
+
+    def read(*arguments, **named):
+        given[:] = real(*arguments, **named)[1]
+        raise Read
+
+    monkeypatch.setattr(OptionParser, "read", read)
+    monkeypatch.chdir(REPOSITORY)
+    for words in commands_in(block):
+        try:
+            call(*(words[1:] if words[0] == "guided-pixels" else [script_of(words), *words[1:]]))
+        except Read:
+            with torch.device("meta"):
+                for options in given:
+                    if isinstance(options, ModelOptions | UpsamplerOptions):
+                        build_model(options)
+                    elif type(options) is ClassifierOptions:         # and no guidance by one
+                        build_classifier(options)
+        else:       # the model of a line before it, or of another command
+            assert capsys.readouterr().err.endswith(": there is no such folder or file\n")
+
+
+def test_most_commands_have_an_example():
+    assert len(EXAMPLES) > 40
