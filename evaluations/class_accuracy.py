@@ -24,7 +24,7 @@ from guided_diffusion.runs.comparison import names_of_samples, say_once
 
 from .extractors import EXTRACTORS
 from .extractors.base import IMAGE_SIZE
-from .image_sets import open_images
+from .image_sets import check_named_once, open_images
 
 AT_A_TIME = 1000        # images that are read together
 
@@ -177,8 +177,10 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
 def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
     """Measures sample files; returns their table, and how good the classifier is on real images.
 
-    Raises UserError for a file that is no sample file with labels, and where --json cannot be written.
+    Raises UserError for a file that is no sample file with labels or is named twice, and where --json cannot be
+    written.
     """
+    check_named_once(samples)
     check_writable("--json", options.json, read=samples)
     classifier = CLASSIFIERS[options.classifier]()
     results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name, classifier.class_names))

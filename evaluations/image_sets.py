@@ -73,6 +73,13 @@ def open_images(word: str | Path) -> BatchFile:
     return BatchFile(path)
 
 
+def check_named_once(words: Sequence[str]) -> None:
+    """Raises UserError where a word stands for two rows, which would be one."""
+    twice = next((word for word in words if words.count(word) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice}: is named more than once, and each row is called by its file")
+
+
 def _beginning(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(len(NUMPY))

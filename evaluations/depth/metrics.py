@@ -18,7 +18,7 @@ from guided_diffusion.files import check_writable, write_json
 from guided_diffusion.options import Options, option, seed_option
 
 from ..extractors.depth import DepthExtractor, check_scenes
-from ..image_sets import open_images
+from ..image_sets import check_named_once, open_images
 from ..metrics import (
     METRICS,
     Comparison,
@@ -155,8 +155,9 @@ def header(extractor: DepthExtractor, reference: DepthReference) -> str:
 def measure_depth(reference: str, samples: Sequence[str], options: DepthMetricsOptions) -> str:
     """Returns the tables of these sample files against the reference, and what they were made with.
 
-    Raises UserError for files that do not hold scenes, and where `--json` cannot be written.
+    Raises UserError for files that do not hold scenes or are named twice, and where `--json` cannot be written.
     """
+    check_named_once(samples)
     check_writable("--json", options.json, read=[reference, *samples])
     files = {name: open_images(name) for name in samples}
     for file in files.values():

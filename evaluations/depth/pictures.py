@@ -19,7 +19,7 @@ from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, comma_separated, option, required
 from guided_diffusion.pictures import save_comparison
-from guided_diffusion.runs.record import run_samples
+from guided_diffusion.runs.record import first_images, run_samples
 
 from ..extractors import find_extractor
 from ..extractors.depth import DepthEstimator, check_scenes, metres
@@ -168,7 +168,7 @@ def _blocks(folders: Sequence[str], options: DepthPicturesOptions) -> dict[str, 
     if options.frames:
         file = BatchFile(options.frames)
         check_scenes(file, 1, any_size=True)
-        blocks.append((file.path.stem, file.first(options.num_images)))
+        blocks.append((file.path.stem, first_images(file.path, options.num_images)))
     blocks += [(Path(folder).resolve().name, run_samples(Path(folder), options.num_images)[0]) for folder in folders]
     titles = comma_separated(options.titles) or [name for name, _ in blocks]
     if len(titles) != len(blocks):

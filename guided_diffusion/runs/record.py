@@ -192,11 +192,19 @@ def recorded_dtype(folder: Path) -> str | None:
     return None
 
 
+def first_images(path: Path, count: int) -> np.ndarray:
+    """The first images (N, H, W, 3) of a file, as many as --num_images says; a line says so where there are fewer."""
+    file = BatchFile(path)
+    if len(file) < count:
+        dist_util.say(f"{path}: has {len(file)} images, and all are shown, as --num_images is {count}")
+    return file.first(count)
+
+
 def run_samples(folder: Path, count: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """The first images (N, H, W, 3) of a finished run and its configuration; UserError where there is none."""
+    """`first_images` of a finished run, and its configuration; UserError where there is none."""
     try:
         file, configuration = _finished(folder)
-        return BatchFile(file).first(count), configuration
+        return first_images(file, count), configuration
     except READ_ERRORS as error:
         raise _unfinished(folder, error) from None
 

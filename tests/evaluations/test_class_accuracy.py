@@ -128,6 +128,8 @@ def test_wrong_sample_files(samples, tmp_path):
     with pytest.raises(ValueError, match=r"--json .*: cannot be written"):
         class_accuracy.class_accuracy(
             [str(samples)], class_accuracy.ClassAccuracyOptions(json=f"{tmp_path}/nowhere/x.json"))
+    with pytest.raises(ValueError, match=r"samples\.npz: is named more than once"):
+        class_accuracy.class_accuracy([str(samples)] * 2, class_accuracy.ClassAccuracyOptions())
 
 
 def test_the_evaluator_measures_it_too(samples, tmp_path):

@@ -264,6 +264,7 @@ def test_what_the_command_refuses(save, scenes, refused, tmp_path):
             (("scenes32", tmp_path / "labels.npz"), "has no images"), (("scenes32", single), "has 1 images"),
             ((large, good), "its images are 64x64"), (("scenes31", good), "scenes31: there is no such file"),
             (("scenes32", good, "--num_images", 9), "has 4 images, 9 are needed"),
+            (("scenes32", good, large, good), f"{good}: is named more than once"),
             (("scenes32", good, save("five", scenes.rgb[:5])), "has 5 images"),
             (("fmnist32", good), "has no images"), (("scenes32", good, "--bootstrap", 1), "--bootstrap 1"),
             (("scenes32", good, "--json", "/nowhere/x.json"), "--json /nowhere/x.json: cannot be written")):

@@ -104,6 +104,21 @@ def test_the_command_draws_both_pictures(folders, tmp_path, capsys):
         assert picture.height > 6 * 64          # images, depth and normals of both
 
 
+def test_fewer_images_than_asked_for_are_said(folders, rendered, tmp_path, caplog):
+    caplog.set_level("INFO")
+    frames = tmp_path / "frames.npz"
+    np.savez(frames, arr_0=rendered.rgb[:7])
+    for count, short in ((40, ["frames.npz: has 7", "samples_6x32x32x3.npz: has 6"]),
+                         (7, ["samples_6x32x32x3.npz: has 6"]), (6, [])):
+        caplog.clear()
+        assert call("depth_pictures", folders[0], "--frames", frames, "--num_images", count, "--out",
+                    tmp_path / "a.png") == 0
+        said = [line for line in caplog.messages if "--num_images" in line]
+        assert len(said) == len(short)
+        assert all(f"{words} images, and all are shown, as --num_images is {count}" in line
+                   for words, line in zip(short, said, strict=True))
+
+
 def test_frames_and_a_depth_network_of_the_users(folders, rendered, tmp_path, capsys):
     """Each block has its images above their depth, which is black from --far on."""
     network, frames = tmp_path / "own.safetensors", tmp_path / "frames.npz"
