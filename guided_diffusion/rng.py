@@ -3,8 +3,9 @@
 Random numbers are functions of keys, never of what was drawn before: image i of a run depends on (seed, i) alone, not
 on batch, rank or restarts, and step s of a training on (seed, s). There are two kinds of streams.
 
-Images (`IMAGE_STREAMS`), by the counter-based Philox: the key is (seed, image), the counter (0, 0, step, word). The
-words differ, so no two uses share a number.
+Images (`IMAGE_STREAMS`), by the counter-based Philox: the key is (seed, image), the counter (0, stage, step, word). The
+words differ, so no two uses share a number. The stage is 0 but in upsampling: there it is how often the images had been
+upsampled before, so that no two upsamplers in a row share one. Drawing counts in the first place, which never is full.
 
 Trainings and evaluations (`STREAMS`), by NumPy's SeedSequence of (seed, word, *indices), which takes missing indices
 for zeros. Uses of one program and one word share keys, like the order of epoch e and the timesteps of step e of a
@@ -75,13 +76,15 @@ STREAMS = {
 }
 
 
-def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "noise") -> np.random.Generator:
+def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "noise", stage: int = 0,
+                    ) -> np.random.Generator:
     """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS.
 
-    Raises UserError for what `checked_seed` refuses: it would give the numbers of another seed.
+    stage: how often the image was upsampled before, where it is upsampled. Raises UserError for what `checked_seed`
+    refuses: it would give the numbers of another seed.
     """
     key = np.array([checked_seed(seed), image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
-    counter = np.array([0, 0, step, IMAGE_STREAMS[stream]], np.uint64)
+    counter = np.array([0, stage, step, IMAGE_STREAMS[stream]], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -103,10 +106,14 @@ def image_numbers(what: str, numbers: Sequence[int] | Tensor) -> list[int]:
     raise UserError(f"{what} {shortened(given)}: must be whole numbers from 0 up, the places of the images in the run")
 
 
-def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise") -> Tensor:
-    """Standard normal noise for one use in IMAGE_STREAMS, (len(image_ids), *shape) float32 on the CPU."""
+def image_noise(seed: int, image_ids: Sequence[int], step: int, shape: Sequence[int], stream: str = "noise",
+                stage: int = 0) -> Tensor:
+    """Standard normal noise for one use in IMAGE_STREAMS, (len(image_ids), *shape) float32 on the CPU.
+
+    stage: as in `image_generator`.
+    """
     return torch.from_numpy(np.stack([
-        image_generator(seed, int(image_id), step, stream).standard_normal(tuple(shape), dtype=np.float32)
+        image_generator(seed, int(image_id), step, stream, stage).standard_normal(tuple(shape), dtype=np.float32)
         for image_id in image_ids]))
 
 

@@ -20,6 +20,7 @@ from .labels import Labels
 from .record import samples_of
 
 OF_BASE = "base"        # as --labels: the classes of these images
+DIGESTS = "base"        # the array in a file of samples that tells what they were upsampled from
 DIGEST = 16             # bytes that tell an image from all others
 AT_A_TIME = 64          # images that are read together
 
@@ -29,6 +30,8 @@ class BaseImages:
 
     path: a file of samples (.npz, images in arr_0, classes in arr_1), or the output folder of a finished run. size: the
     height and width that they must have. channels: 3, or 1 for grey. Raises UserError for anything else.
+
+    stage: how often they were upsampled themselves, as the digests say that an upsampling run leaves with its images.
     """
 
     def __init__(self, path: str, size: int, channels: int) -> None:
@@ -40,6 +43,7 @@ class BaseImages:
                             "folder of a sampling run")
         try:
             self.file = BatchFile(samples_of(Path(path)) if Path(path).is_dir() else path)
+            self.stage = _times_upsampled(self.file)
         except UserError as error:
             raise UserError(f"--base_samples {error}") from None
         if not len(self.file):
@@ -66,14 +70,18 @@ class BaseImages:
             raise UserError(f"--base_samples {error}") from None
 
     def digests(self, image_ids: Sequence[int]) -> np.ndarray:
-        """What tells each of these images from others, (N, DIGEST) uint8."""
+        """What tells each of these images from others: (N, DIGEST) uint8, one more where `stage` is not 0, which it is.
+
+        So the same images, upsampled with the noise of another stage, are others.
+        """
         return self._digests[np.asarray(image_ids) % len(self)]
 
     @cached_property
     def _digests(self) -> np.ndarray:
-        found = [hashlib.blake2b(image.tobytes(), digest_size=DIGEST).digest()
+        stage = bytes([self.stage]) if self.stage else b""
+        found = [hashlib.blake2b(image.tobytes(), digest_size=DIGEST).digest() + stage
                  for _, images in self.file.batches(AT_A_TIME) for image in images]
-        return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST)
+        return np.frombuffer(b"".join(found), np.uint8).reshape(len(self), -1)
 
     def labels(self, num_classes: int, known: ClassNames | None = None) -> Labels:
         """The classes of the images.
@@ -91,6 +99,16 @@ class BaseImages:
         made_with = names_of_samples(self.file.path) if names is None and known is not None else None
         found = torch.from_numpy(taken_labels(labels, num_classes, made_with, known, where))
         return lambda image_ids: found[[image_id % len(self) for image_id in image_ids]]
+
+
+def _times_upsampled(file: BatchFile) -> int:
+    """How often the images of a file were upsampled, 0 where no upsampling run left it."""
+    if DIGESTS not in file.members:
+        return 0
+    shape, dtype = file.header(DIGESTS)
+    if dtype != np.uint8 or shape not in ((len(file), DIGEST), (len(file), DIGEST + 1)):
+        return 0                        # something else by that name
+    return 1 + int(file.read(DIGESTS)[:, DIGEST:].max(initial=0))
 
 
 def taken_labels(labels: np.ndarray, num_classes: int, made_with: ClassNames | None, known: ClassNames | None,

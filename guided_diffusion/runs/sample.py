@@ -255,7 +255,8 @@ class SamplingRun:
                     stack.enter_context(shards.locked(self.out))
             with dist_util.together():
                 before = checkpoint.stamps(self.files())
-                sampler = ImageSampler(self.sample, self.sampler, self.build(), None if base is None else base.low_res)
+                of_base = () if base is None else (base.low_res, base.stage)
+                sampler = ImageSampler(self.sample, self.sampler, self.build(), *of_base)
                 names = self._class_names()
             if self.sample.overwrite:
                 self._compile(sampler.model)            # which may be refused, before anything is removed

@@ -45,15 +45,16 @@ class ImageSampler:
     All chunks are evaluated at one batch size, filled up where they are smaller, so that not a bit of an image depends
     on how many there are.
 
-    low_res: where the network upsamples, the images that it upsamples, (N, C, h, w) in [-1, 1] by their numbers.
+    low_res: where the network upsamples, the images that it upsamples, (N, C, h, w) in [-1, 1] by their numbers. stage:
+    how often these were upsampled before.
     """
 
     def __init__(self, options: SampleOptions, sampler: SamplerOptions, built: BuiltRun,
-                 low_res: Callable[[Sequence[int]], Tensor] | None = None) -> None:
+                 low_res: Callable[[Sequence[int]], Tensor] | None = None, stage: int = 0) -> None:
         self.options = options
         self.sampler = sampler
         self.model, self.network, self.diffusion, self.guidance = built
-        self.low_res = low_res
+        self.low_res, self.stage = low_res, stage
         self.size = options.batch_size
         self._check_memory()
 
@@ -111,7 +112,7 @@ class ImageSampler:
         stream, start = ("noise", "start") if self.low_res is None else ("upsampling", "upsampling start")
 
         def noise(step: int, stream: str = stream) -> Tensor:
-            return image_noise(self.options.seed, image_ids, step, shape, stream).to(device)
+            return image_noise(self.options.seed, image_ids, step, shape, stream, self.stage).to(device)
 
         kwargs = {} if labels is None else {"y": labels.to(device)}
         if self.low_res is not None:

@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..fetch import sha256_of
 from ..npz import BatchFile, Chunk, prepare_samples
 from ..pixels import file_channels
+from .base_images import DIGEST, DIGESTS
 from .chunk_files import REMEDY, ChunkFiles, DamagedError
 from .chunks import Indices
 from .record import READ_ERRORS, checked_record, difference, identity, read_record
@@ -101,7 +102,7 @@ class Shards(ChunkFiles):
     def write(self, index: int, arrays: Mapping[str, Any], rank: int = 0, seconds: float = 0.0) -> None:
         """As `ChunkFiles.write`, with what tells the images that they were upsampled from."""
         image_ids = self.chunks[index][:len(arrays["images"])]
-        beside = {} if self.base is None else {"base": self.base(image_ids)}
+        beside = {} if self.base is None else {DIGESTS: self.base(image_ids)}
         super().write(index, {**arrays, **beside}, rank, seconds)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
@@ -110,13 +111,21 @@ class Shards(ChunkFiles):
         path, image_ids = self.path(index), self.chunks[index][:len(arrays["numbers"])]
         if self.labels is not None and not _equal(self.labels(image_ids), arrays.get("labels")):
             raise UserError(f"{path}: has other labels than --labels {self.configuration['labels']} gives; {REMEDY}")
-        if self.base is not None and not _equal(self.base(image_ids), arrays.get("base")):
-            raise self._other_base(path)
+        self._check_base(path, image_ids, arrays.get(DIGESTS))
         return arrays
 
-    def _other_base(self, path: Path) -> UserError:
-        return UserError(f"{path}: was upsampled from other images than those of --base_samples "
-                         f"{self.configuration['base_samples']}; {REMEDY}")
+    def _check_base(self, path: Path, image_ids: Sequence[int], found: np.ndarray | None) -> None:
+        """Raises UserError where images were upsampled from others than now, or with other noise; found: their digests.
+
+        The digests of images that had been upsampled as often have as many bytes.
+        """
+        if self.base is None or _equal(expected := self.base(image_ids), found):
+            return
+        samples = f"--base_samples {self.configuration['base_samples']}"
+        if found is not None and found.ndim == 2 and _equal(expected[:, :DIGEST], found[:, :DIGEST]):
+            raise UserError(f"{path}: was upsampled with other noise, as that follows from how often the images of "
+                            f"{samples} were upsampled before; {REMEDY}")
+        raise UserError(f"{path}: was upsampled from other images than those of {samples}; {REMEDY}")
 
     # All of them
 
@@ -206,10 +215,8 @@ class Shards(ChunkFiles):
     def _check_labels(self, earlier: Shards) -> None:
         both = range(min(earlier.num_samples, self.num_samples))
         samples = BatchFile(earlier.samples, self.shape[3])
-        if self.base is not None:
-            before = samples.read("base") if "base" in samples.members else None
-            if not _equal(self.base(both), _cut(before, both)):
-                raise self._other_base(earlier.samples)
+        base = samples.read(DIGESTS) if DIGESTS in samples.members else None
+        self._check_base(earlier.samples, both, _cut(base, both))
         if self.labels is None or _equal(self.labels(both), _cut(samples.labels, both)):
             return
         raise UserError(f"{earlier.samples}: has other labels than --labels {self.configuration['labels']} gives; "
@@ -239,7 +246,7 @@ class Shards(ChunkFiles):
                 timing.append({"first": image_ids.start, "images": len(image_ids), "rank": int(chunk["rank"]),
                                "seconds": round(float(chunk["seconds"]), 3)})
                 yield chunk["images"], chunk.get("labels")
-        beside = {} if self.base is None else {"base": self.base(range(self.num_samples))}
+        beside = {} if self.base is None else {DIGESTS: self.base(range(self.num_samples))}
         if self.class_names is not None:
             beside[KEY] = np.array(self.class_names.to_json())
         return prepare_samples(arrays(), self.shape, self.samples, beside), timing

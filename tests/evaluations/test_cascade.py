@@ -1,5 +1,6 @@
 """Cascades: base images, larger ones made of them and their evaluation in one command, stopped anywhere."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from networks import TINY, with_random_weights
 
 from guided_diffusion.checkpoint import load_state_dict, read_metadata, save_state
 from guided_diffusion.npz import write_batch
+from guided_diffusion.runs import sampler
 from guided_diffusion.runs.record import read_record, title
 from guided_diffusion.runs.sampler import ImageSampler
 from guided_diffusion.script_util import sr_create_model_and_diffusion
@@ -55,6 +57,26 @@ def test_a_cascade_is_its_commands_one_after_the_other(line, tmp_path, capsys):
     assert call("evaluate", "fmnist32", out / "upsampler", *EVALUATION[2:], "--json", tmp_path / "alone.json") == 0
     values = [json.loads(path.read_text()) for path in (out / "evaluation.json", tmp_path / "alone.json")]
     assert values[0] == values[1]
+
+
+def test_no_two_parts_of_a_cascade_draw_the_same_noise(line, tmp_path, monkeypatch):
+    larger = {**UPSAMPLER, "large_size": 64, "small_size": 32, "attention_resolutions": "32"}
+    model, _ = sr_create_model_and_diffusion(**larger)
+    save_state(tmp_path / "larger.safetensors", with_random_weights(model).state_dict(), {"config": json.dumps(larger)})
+    drawn, image_noise = {}, sampler.image_noise
+
+    def recorded(seed, image_ids, step, shape, *use):
+        noise = image_noise(seed, image_ids, step, shape, *use)
+        drawn.setdefault(shape[-1], set()).update(map(tuple, noise.flatten(1)[:, :9].tolist()))
+        return noise
+
+    monkeypatch.setattr(sampler, "image_noise", recorded)
+    more = ["upsampler", *flags({"model_path": tmp_path / "larger.safetensors", **SHORT})]
+    assert call("cascade", *line(num_samples=2), *more) == 0
+    assert samples_in(tmp_path / "out" / "upsampler2")[0].shape == (2, 64, 64, 3)
+    assert list(drawn) == [16, 32, 64]
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert one and not one & other
 
 
 @pytest.mark.parametrize("chunks", [1, 3], ids=["in the base", "in the upsampler"])

@@ -59,7 +59,9 @@ def test_labels_are_uniform():
 
 
 def test_streams_of_images_are_independent():
-    draws = [image_generator(0, 5, 2, stream).standard_normal(4096) for stream in IMAGE_STREAMS]
+    keys = [(stream, 0) for stream in IMAGE_STREAMS]
+    keys += itertools.product(["upsampling", "upsampling start"], [1, 2])
+    draws = [image_generator(0, 5, 2, *key).standard_normal(4096) for key in keys]
     correlations = np.corrcoef(draws) - np.eye(len(draws))
     assert abs(correlations).max() < 0.08
 

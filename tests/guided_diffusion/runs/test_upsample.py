@@ -39,7 +39,7 @@ def test_steps_of_a_run_are_those_of_the_official_code(path, monkeypatch):
     low_res = noise((2, 3, run.model.small_size, run.model.small_size), seed + 1).clamp(-1, 1)
     first = process.num_timesteps
 
-    def recorded(run_seed, image_ids, step, image_shape, stream):
+    def recorded(run_seed, image_ids, step, image_shape, stream, stage):
         assert image_shape == shape[1:]
         return noise(shape, seed if step == first else seed * 100 + first - step)
 
@@ -104,6 +104,28 @@ def test_image_i_is_made_of_image_i_with_its_class(upsampled, files, tmp_path):
     again, classes = upsampled(num_samples=8, batch_size=3)        # they begin again after the last one
     assert abs(again[:6].astype(int) - images).max() <= 1 and classes.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     assert (again[6] != again[0]).any()
+
+
+def test_noise_follows_from_how_often_the_images_were_upsampled_before(upsampled, line, files, tmp_path, capsys):
+    arrays = dict(np.load(files / "base.npz"))
+
+    def after(name, digests):
+        np.savez(tmp_path / f"{name}.npz", **arrays, base=digests)
+        images, _ = upsampled(base_samples=tmp_path / f"{name}.npz")
+        return images, np.load(*tmp_path.glob(f"run{next(runs)}/samples_*.npz"))["base"]
+
+    runs = iter(range(1, 10))
+    once, _ = upsampled()
+    digests = np.load(*tmp_path.glob("run0/samples_*.npz"))["base"]
+    twice, of_twice = after("twice", digests)
+    thrice, _ = after("thrice", of_twice)
+    assert (after("else", np.arange(3))[0] == once).all(), "an array of something else by that name"
+    for one, other in itertools.combinations((once, twice, thrice), 2):
+        assert (one != other).any(axis=(1, 2, 3)).all()
+    capsys.readouterr()
+    longer = line(out=tmp_path / "run0", base_samples=tmp_path / "twice.npz", num_samples=8)
+    assert call("super_res_sample", *longer) == 2
+    assert "was upsampled with other noise, as that follows from how often" in capsys.readouterr().err
 
 
 def test_autoguidance_by_a_weaker_upsampler(upsampled, line, files, tmp_path, capsys):
