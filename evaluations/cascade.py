@@ -26,6 +26,7 @@ from guided_diffusion.jobs import job
 from guided_diffusion.options import Options, option, seed_option
 from guided_diffusion.runs.base_images import OF_BASE, taken_labels
 from guided_diffusion.runs.comparison import class_names_of
+from guided_diffusion.runs.labels import Labels
 from guided_diffusion.runs.options import MOST_IMAGES
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.upsample import UpsamplingRun
@@ -100,11 +101,15 @@ class Cascade:
             if run.model.image_size != upsampler.model.small_size:
                 raise UserError(f"{after} --small_size {upsampler.model.small_size}: the images of {name} have "
                                 f"{run.model.image_size} pixels")
+        labels: dict[str, Labels | None] = {}
+        for name, run in runs:          # so that a file that does not fit shows now, and not after the part before
+            with _about(name):
+                run.build()
+                of_base = isinstance(run, UpsamplingRun) and run.sample.labels == OF_BASE
+                labels[name] = None if of_base else run.labels()
         for (name, run), (after, upsampler) in pairwise(runs):
             if upsampler.labelled and upsampler.sample.labels == OF_BASE:
-                self._check_classes(after, upsampler, name, run)
-        for _, run in runs:
-            run.build()                 # so that a file that does not fit shows now, and not after the part before
+                self._check_classes(after, upsampler, name, run, labels[name])
         if self.evaluation is not None:
             self._check_evaluation(self.evaluation)
         if dist_util.is_main():
@@ -112,9 +117,12 @@ class Cascade:
                 with _about(name):
                     run.check_kept()
 
-    def _check_classes(self, after: str, upsampler: UpsamplingRun, name: str, run: SamplingRun) -> None:
-        """Raises UserError where the images of a part have no classes, or some that the upsampler after it has not."""
-        labels = None if run.sample.labels == OF_BASE else run.labels()     # those of a base are checked before it
+    def _check_classes(self, after: str, upsampler: UpsamplingRun, name: str, run: SamplingRun,
+                       labels: Labels | None) -> None:
+        """Raises UserError where the images of a part have no classes, or some that the upsampler after it has not.
+
+        labels: of the part; None where it has none, or those of its base, which are checked with it.
+        """
         if not run.labelled:
             raise UserError(f"{after} --labels base: the images of {name} have no classes; pass others, like "
                             "--labels random")
