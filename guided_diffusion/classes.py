@@ -31,7 +31,7 @@ from .dist_util import say
 from .errors import UserError
 from .fetch import without_secrets
 from .functions import is_function
-from .options import nearest
+from .options import cut, nearest
 
 CLASS_RULES = ("folders", "prefix")
 MANIFEST = "manifest.json"      # of scripts/prepare_images.py, in the folder of its images
@@ -278,24 +278,22 @@ def stored_names(path: str | Path) -> ClassNames | None:
     return ClassNames.from_json(value, str(path))
 
 
-def label_number(text: str, files: Iterable[str]) -> str:
+def label_number(text: str, files: Iterable[str], words: Sequence[str]) -> str:
     """`--labels` with the number of a class in place of its name.
 
     text: a name, or a number: of the class that has it, unless there is none and a class is called so. files: the
-    checkpoints, of which the first that states names counts. Raises UserError for a name where none does, and for
-    another name.
+    checkpoints, of which the first that states names counts. words: what else may be given, beside a file. Raises
+    UserError for a name where none does, and for another name.
     """
     is_number = text.isascii() and text.isdigit()
     names = first_names(files) if is_number else first_names(files, stored_names)
     if is_number:
         return text if names is None or text not in names.names else _meant(text, names)
-    if names is None:
-        raise UserError(f"--labels {text}: must be random, balanced, none, a class or a .npy file; the names of "
-                        "classes are not known, as the checkpoint states none")
-    if text not in names.names:
-        raise UserError(f"--labels {text}: must be random, balanced, none, a .npy file, or one of the {names}"
-                        f"{nearest(text, names.names)}")
-    return str(names.number(text))
+    if names is not None and text in names.names:
+        return str(names.number(text))
+    classes = "a class by its number, as the checkpoint states no names" if names is None else f"one of the {names}"
+    near = nearest(text, [*words, *(() if names is None else names.names)])
+    raise UserError(f"--labels {cut(text)}: must be {', '.join(words)}, a .npy file, or {classes}{near}")
 
 
 def _meant(text: str, names: ClassNames) -> str:

@@ -12,8 +12,6 @@ from ..late import Tensor, torch
 from ..options import option_fields
 from ..process import DiffusionProcess
 from ..sampling import SAMPLERS
-from .base_images import OF_BASE
-from .labels import ANY_LABELS
 from .sample import SamplingRun
 
 
@@ -30,7 +28,7 @@ def without_effect(run: SamplingRun, given: Collection[str]) -> str:
     idle = {flag: why for flag, why in _switched_off(run).items() if flag not in shared}      # why, by flag
     idle |= useless_in_network(run.model)
     idle |= idle_methods(run.active, run.process()) if run.active else {}
-    if not run.labelled and run.sample.labels in (*ANY_LABELS, OF_BASE):       # others are refused
+    if not run.labelled and run.sample.labels in run.LABELS:       # others are refused
         idle["labels"] = "nothing takes classes"
     if run.sample.dtype:
         idle |= dict.fromkeys(dtype_flags(run.sample.dtype), f"--dtype {run.sample.dtype} counts")

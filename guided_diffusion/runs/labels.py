@@ -35,8 +35,6 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int, nul
     if is_file(text):
         labels = _read(text, num_classes, num_samples)
         return lambda image_ids: labels[list(image_ids)]
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"--labels {cut(text)}: must be random, balanced, none, a class or a .npy file")
     label = whole_number(text)
     if label is None or label >= num_classes:
         raise UserError(f"--labels {cut(text)}: must be a class from 0 to {num_classes - 1}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -90,6 +90,8 @@ class SamplingRun:
     samplers: the options of every sampler, of which --sampler chooses one. guidance: those of every method, in the
     order of GUIDANCE.
     """
+
+    LABELS: ClassVar[tuple[str, ...]] = ANY_LABELS       # words of --labels that every network takes
 
     sample: SampleOptions
     model: ModelOptions
@@ -336,7 +338,7 @@ class SamplingRun:
         Says on the first rank where a word of `--labels` is the name of a class as well.
         """
         if not self.labelled:
-            if self.sample.labels not in (*ANY_LABELS, *([] if base is None else [OF_BASE])):
+            if self.sample.labels not in self.LABELS:
                 raise UserError(f"--labels {self.sample.labels}: the network has no classes, as --class_cond is False")
             return None
         text, files = self.sample.labels, self.checkpoints().values()
@@ -357,7 +359,8 @@ class SamplingRun:
             raise UserError(f"--labels {text}: {unlabelled[0].short} guides by classes; choose some, like "
                             "--labels random")
         if is_class(text):
-            text = label_number(text, self.checkpoints().values())
+            words = [*self.LABELS, *([NONE] if self.model.null_class and not unlabelled else [])]
+            text = label_number(text, self.checkpoints().values(), words)
         return make_labels(text, seed=self.sample.seed, num_classes=self.model.num_classes,
                            num_samples=self.sample.num_samples, null_class=self.model.null_class)
 

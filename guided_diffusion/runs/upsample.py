@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .. import dist_util
 from ..build import UpsamplerOptions
 from ..errors import UserError
 from ..options import Options, option
 from .base_images import OF_BASE, BaseImages
+from .labels import ANY_LABELS
 from .options import MOST_IMAGES, SampleOptions, command_values, option_classes
 from .sample import SamplingRun
 
@@ -27,13 +28,15 @@ class UpsampleOptions(SampleOptions):
                                "or the output folder of a sampling run")
     num_samples: int = option(0, "number of images; 0: as many as --base_samples holds", minimum=0, maximum=MOST_IMAGES)
     labels: str = option(OF_BASE, "classes of conditional samples: base (those of --base_samples), random, balanced "
-                                  "(number modulo classes), one class by its number or name, or a .npy file of one for "
-                                  "each image")
+                                  "(number modulo classes), none (of a network with a null class), one class by its "
+                                  "number or name, or a .npy file of one for each image")
 
 
 @dataclass(frozen=True)
 class UpsamplingRun(SamplingRun):
     """All options of an upsampling run; `run()` makes image i of image i of `--base_samples`."""
+
+    LABELS: ClassVar[tuple[str, ...]] = (OF_BASE, *ANY_LABELS)
 
     sample: UpsampleOptions
     model: UpsamplerOptions         # type: ignore[assignment]   # what sampling reads of both has the same names

@@ -120,7 +120,7 @@ def test_names_that_are_stored(tmp_path):
     checkpoint.save_state(path, {"x": torch.zeros(1)}, {"class_names": json.dumps(names.to_json())})
     checkpoint.save_state(other, {"x": torch.zeros(1)})
     assert stored_names(path) == names and stored_names(other) is None
-    assert label_number("bee", ["", str(other), str(path)]) == "1"
+    assert label_number("bee", ["", str(other), str(path)], ["random"]) == "1"
     (tmp_path / "gone").mkdir()
     checkpoint.save_state(tmp_path / "gone" / "state.safetensors", {"x": torch.zeros(1)},
                           {"class_names": json.dumps(names.to_json())})
@@ -130,10 +130,12 @@ def test_names_that_are_stored(tmp_path):
     (tmp_path / "gone" / "config.json").write_text('{"class_names": ["bee", "ant"]}')
     with pytest.raises(UserError, match=r"config.json: has 2 classes: 0 bee, .* was trained on 2 classes: 0 ant"):
         names_of_run(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"--labels bea: .* 2 classes: 0 ant, 1 bee \(did you mean bee\?\)"):
-        label_number("bea", [str(path)])
-    with pytest.raises(UserError, match=r"--labels bee: must be random, .* the checkpoint states none"):
-        label_number("bee", [str(other)])
+    for word, meant in (("bea", "bee"), ("bse", "base")):
+        with pytest.raises(UserError, match=rf"--labels {word}: must be base, random, a .npy file, or one of the 2 "
+                                            rf"classes: 0 ant, 1 bee \(did you mean {meant}\?\)"):
+            label_number(word, [str(path)], ["base", "random"])
+    with pytest.raises(UserError, match=r"--labels bee: must be random, a .npy file, .* checkpoint states no names"):
+        label_number("bee", [str(other)], ["random"])
 
 
 @pytest.mark.parametrize(("word", "number", "said"), [
@@ -143,7 +145,7 @@ def test_a_number_that_is_a_name_is_said(tmp_path, caplog, word, number, said):
     caplog.set_level("INFO")
     path = str(tmp_path / "x.safetensors")
     checkpoint.save_state(path, {"x": torch.zeros(1)}, {"class_names": '["1", "2", "7"]'})
-    assert label_number(word, [path]) == number and said in caplog.text and bool(said) == bool(caplog.text)
+    assert label_number(word, [path], []) == number and said in caplog.text and bool(said) == bool(caplog.text)
 
 
 def test_a_classifier_of_other_classes_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from guided_diffusion.rng import image_labels
 from guided_diffusion.runs.labels import make_labels
 from guided_diffusion.runs.options import SampleOptions, option_classes, preset_values
 from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.upsample import UpsamplingRun
 
 
 def labels(text, numbers, seed=3, num_classes=10, num_samples=100):
@@ -76,6 +77,15 @@ def test_guidance_by_classes_needs_some(method):
     given = {"class_cond": True, "null_class": True, f"{method}_scale": 1.0, "labels": "none"}
     with pytest.raises(UserError, match=f"--labels none: {method.upper()} guides by classes"):
         SamplingRun.of(fill(given, [SampleOptions, *option_classes()], preset_values, "here")).labels()
+
+
+@pytest.mark.parametrize(("run", "given", "words"), [
+    (SamplingRun, {}, "random, balanced"), (SamplingRun, {"null_class": True}, "random, balanced, none"),
+    (SamplingRun, {"null_class": True, "cfg_scale": 1.0}, "random, balanced"),
+    (UpsamplingRun, {"null_class": True}, "base, random, balanced, none")])
+def test_the_words_that_a_network_takes_are_named(run, given, words):
+    with pytest.raises(UserError, match=f"--labels bird: must be {words}, a .npy file, or a class by its number, as"):
+        run.of(fill({"class_cond": True, "labels": "bird", **given}, run.classes(), run.preset_values, "here")).labels()
 
 
 @pytest.mark.parametrize("word, number, said", [
