@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..classes import ClassNames
+from ..dist_util import say
 from ..errors import UserError
 from ..image_datasets import grey, named_labels
 from ..late import Tensor, torch
@@ -56,6 +57,11 @@ class BaseImages:
     def __len__(self) -> int:
         """Number of images in the file."""
         return len(self.file)
+
+    def say_repeated(self, count: int) -> None:
+        """Says on the first rank where a run makes more images than there are here."""
+        if count > len(self):
+            say(f"--num_samples {count}: --base_samples holds {len(self)} images, which begin again after the last")
 
     def low_res(self, image_ids: Sequence[int]) -> Tensor:
         """The images of these numbers as the network sees them, (N, C, h, w) float32 in [-1, 1]."""

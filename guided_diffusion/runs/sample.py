@@ -273,6 +273,8 @@ class SamplingRun:
                     queue.put("sha256", named)
                     todo = self._chunks(named, labels, base, names).prepare(self.sample.overwrite)
                     queue.put("todo", None if todo is None else todo.spans)
+            if base is not None:
+                base.say_repeated(self.sample.num_samples)
             return self._sample(sampler, self._chunks(queue.get("sha256"), labels, base, names), queue, began)
 
     def _chunks(self, sha256: dict[str, str], labels: Labels | None, base: BaseImages | None,

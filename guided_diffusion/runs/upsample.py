@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from .base_images import OF_BASE, BaseImages
 from .labels import ANY_LABELS
 from .options import MOST_IMAGES, SampleOptions, command_values, option_classes
 from .sample import SamplingRun
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,4 @@ class UpsamplingRun(SamplingRun):
         dist_util.connect()
         with dist_util.together():
             count = len(self.base_images())
-        wanted = self.sample.num_samples or count
-        if wanted > count and dist_util.is_main():
-            _log.info("--num_samples %d: --base_samples holds %d images, which begin again after the last", wanted,
-                      count)
-        return super(UpsamplingRun, self.changed(num_samples=wanted).placed()).run()
+        return super(UpsamplingRun, self.changed(num_samples=self.sample.num_samples or count).placed()).run()

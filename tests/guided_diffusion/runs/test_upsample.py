@@ -238,6 +238,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(line, files, tmp_path, capsy
         assert not (tmp_path / "out").exists()
 
 
+def test_images_that_begin_again_are_said_once_the_run_is_checked(line, tmp_path, caplog):
+    caplog.set_level("INFO")
+    said = "--num_samples 8: --base_samples holds 6 images, which begin again after the last"
+    assert call("super_res_sample", *line(num_samples=8, labels=files_labels(tmp_path))) == 2
+    assert said not in caplog.messages
+    assert call("super_res_sample", *line(num_samples=8)) == 0
+    assert said in caplog.messages
+
+
 def test_released_upsamplers_are_known_by_name():
     for name, sizes in (("64_256_upsampler", (64, 256)), ("128_512_upsampler", (128, 512))):
         run, _ = read_run(["--model", name, "--model_path", "x.pt"], UpsamplingRun)
