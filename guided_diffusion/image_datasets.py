@@ -561,12 +561,12 @@ def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: boo
         found = "is missing" if images is None else f"is {images.shape} {images.dtype}"
         raise UserError(f"{where}: arr_0 {found}, must be (N, {', '.join(map(str, expected))}) uint8")
     if labelled:
-        labels = _checked_classes(where, labels, len(images))
+        labels = checked_classes(where, labels, len(images))
     check_brightness(where, images)
     return images, labels
 
 
-def _checked_classes(where: str, labels: np.ndarray | None, count: int) -> np.ndarray:
+def checked_classes(where: str, labels: np.ndarray | None, count: int) -> np.ndarray:
     """The labels (N,) int64; raises UserError where they are not `count` classes."""
     if labels is None or labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(f"{where}: arr_1 must be the classes of the {count} images, as whole numbers")

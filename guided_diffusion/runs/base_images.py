@@ -12,7 +12,7 @@ import numpy as np
 from ..classes import ClassNames
 from ..dist_util import say
 from ..errors import UserError
-from ..image_datasets import grey, named_labels
+from ..image_datasets import checked_classes, grey, named_labels
 from ..late import Tensor, torch
 from ..npz import BatchFile
 from ..pixels import from_uint8
@@ -99,9 +99,7 @@ class BaseImages:
         labels, where = self.file.labels, f"--labels base: {self.file.path}"
         if labels is None:
             raise UserError(f"{where} holds no classes (arr_1); pass others, like --labels random")
-        if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
-            raise UserError(f"{where}: its classes (arr_1) must be a whole number for each of {len(self)} images")
-        labels, names = named_labels(self.file.path, labels.astype(np.int64), known, where)
+        labels, names = named_labels(self.file.path, checked_classes(where, labels, len(self)), known, where)
         made_with = names_of_samples(self.file.path) if names is None and known is not None else None
         found = torch.from_numpy(taken_labels(labels, num_classes, made_with, known, where))
         return lambda image_ids: found[[image_id % len(self) for image_id in image_ids]]

@@ -219,6 +219,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(line, files, tmp_path, capsy
     np.savez(tmp_path / "large.npz", np.zeros((2, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "unlabelled.npz", np.full((2, 8, 8, 3), 9, np.uint8))
     np.savez(tmp_path / "third.npz", np.full((2, 8, 8, 3), 9, np.uint8), np.array([0, 2]))
+    np.savez(tmp_path / "wraps.npz", np.full((2, 8, 8, 3), 9, np.uint8), np.array([0, 2**63], np.uint64))
     np.savez(tmp_path / "ones.npz", np.ones((2, 8, 8, 3), np.uint8))
     for changes, words in (
             ({"base_samples": ""}, "--base_samples is not given"),
@@ -228,6 +229,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(line, files, tmp_path, capsy
                                                        "--small_size 8"),
             ({"base_samples": tmp_path / "unlabelled.npz"}, "holds no classes (arr_1); pass others"),
             ({"base_samples": tmp_path / "third.npz"}, "class 2 of image 1 must be from 0 to 1"),
+            ({"base_samples": tmp_path / "wraps.npz"}, f"wraps.npz: arr_1 has the class {2**63}, classes are from"),
             ({"base_samples": tmp_path / "ones.npz", "labels": "random"}, "ones.npz: its 2 images hold nothing"),
             ({"image_size": 64}, "--image_size 64: an upsampler makes images of --large_size, which is 16"),
             ({"small_size": 4}, "states small_size 8 of itself"),
