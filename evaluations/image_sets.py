@@ -63,10 +63,11 @@ def open_images(word: str | Path) -> BatchFile:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is neither a file nor a folder")
         start = _beginning(path) if path.is_file() else b""
-    named_array = path.suffix == ".npy" and path.exists() and not start.startswith(ZIP)
-    if named_array or (start.startswith(NUMPY) and path.suffix != ".npz"):
+    suffix = path.suffix.lower()
+    named_array = suffix == ".npy" and path.exists() and not start.startswith(ZIP)
+    if named_array or (start.startswith(NUMPY) and suffix != ".npz"):
         return SingleArray(path)
-    if start.startswith(ZIP) and path.suffix != ".npz":
+    if start.startswith(ZIP) and suffix != ".npz":
         with reading(path, "is not a .zip of pictures"), zipfile.ZipFile(path) as archive:
             arrays = any(name.endswith(".npy") for name in archive.namelist())
         return BatchFile(path) if arrays else Pictures(path, _packed_pictures(path))

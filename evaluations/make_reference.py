@@ -14,6 +14,7 @@ from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_writable
 from guided_diffusion.image_datasets import (
+    FASHION_MNIST,
     crop_square,
     find_data,
     given_as,
@@ -41,7 +42,6 @@ from .stored_statistics import settings_text
 
 LABELS, CLASS_NAMES = "arr_1", "class_names"        # arrays of a reference batch
 MOST_MOVED = 0.01           # by float16, as a share of how far features lie from their mean; Inception's move by 0.0003
-READ_AS_THEY_ARE = (".npz", ".npy", ".zip")         # suffixes of files that hold images of one size
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def make_reference(source: str, out: str, options: ReferenceOptions, given: Coll
     without effect are said. Returns a line that says what was made, "" on ranks other than the first. Raises UserError
     for images and labels that cannot be read, and where `out` cannot be written.
     """
-    as_it_is = Path(source).suffix in READ_AS_THEY_ARE and not Path(source).is_dir()
+    as_it_is = source not in ("", FASHION_MNIST) and not Path(source).is_dir()     # a file of images of one size
     if not options.statistics and options.keep != "images":
         raise UserError(f"--keep {options.keep}: must be images with --statistics False")
     with given_as(""):

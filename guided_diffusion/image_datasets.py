@@ -542,7 +542,7 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
 
 def is_npz(path: str | os.PathLike) -> bool:
     """Whether the name says that a file holds NumPy arrays."""
-    return Path(path).suffix == ".npz"
+    return Path(path).suffix.lower() == ".npz"
 
 
 def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: bool,

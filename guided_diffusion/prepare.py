@@ -43,7 +43,7 @@ from .files import (
     write_text,
 )
 from .foreign import read_json, reading
-from .image_datasets import crop_square, resize_smaller_side
+from .image_datasets import crop_square, is_npz, resize_smaller_side
 from .image_files import MAX_PACKED, FoundPictures, NamedBytes, find_pictures, is_litter, read_image, zip_members
 from .npz import write_batch
 from .options import Options, option, required
@@ -255,7 +255,7 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
     if "/" in options.name or options.name.startswith("."):
         raise UserError(f"--name {options.name}: must be the beginning of a file's name, without / and with no . at "
                         "first, which hides files")
-    as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    as_npz, out = is_npz(options.out), Path(options.out)
     if not as_npz and lies_in(out, path) and Path(path).is_dir():
         raise UserError(f"--out {out}: lies in {path}, so that its images would be among those that are prepared when "
                         "the command goes on; name another folder")
@@ -293,7 +293,7 @@ def _check_manifest(path: Path) -> None:
 def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], settings: Mapping[str, Any],
            say: Callable[[str], object]) -> None:
     """Writes the images and their manifest; lines: of --labels_file. settings: what the manifest says of them."""
-    as_npz, out = options.out.endswith(".npz"), Path(options.out)
+    as_npz, out = is_npz(options.out), Path(options.out)
     kept = {} if as_npz else _begin(out, settings)
     labels = _labels(path, options, lines, say)
     if not as_npz and not options.skip_damaged:         # else two may share a name, of which one is left out

@@ -43,7 +43,7 @@ def make_labels(text: str, *, seed: int, num_classes: int, num_samples: int, nul
 
 def is_file(text: str) -> bool:
     """Whether `--labels` names a file of labels."""
-    return text.endswith(".npy")
+    return text.lower().endswith(".npy")
 
 
 def is_class(text: str) -> bool:

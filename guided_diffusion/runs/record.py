@@ -27,6 +27,7 @@ from ..places import command_file
 from ..respace import space_timesteps
 from ..sampling import SAMPLERS, SamplerOptions
 from ..version import __version__
+from .labels import is_file
 from .options import DEFAULT_SAMPLER, MOST_IMAGES, SampleOptions, option_classes
 
 # Options that no image depends on. Paths of checkpoints and labels give way to what the files hold.
@@ -68,7 +69,7 @@ def identity(configuration: Mapping[str, Any], sha256: Mapping[str, str]) -> dic
     values |= sampler.settled(values.get("timestep_respacing") or "")
     values |= {"sampler": sample.sampler_name, **{name: sha256.get(name, sha256.get(_older(name))) for name in beside},
                **{flag: _content(sha256.get(name_of(flag)), configuration.get(flag)) for flag in files}}
-    if str(values.get("labels")).endswith(".npy"):
+    if is_file(str(values.get("labels"))):
         values["labels"] = ".npy"               # the labels are compared image by image
     return json.loads(json.dumps(values))
 

@@ -584,7 +584,7 @@ def test_options_of_pictures_in_a_folder_are_refused_for_others(save, tmp_path, 
     assert BatchFile(tmp_path / "made.npz").resolution == "8x8"
 
 
-@pytest.mark.parametrize("suffix", ["zip", "npy"])
+@pytest.mark.parametrize("suffix", ["zip", "ZIP", "npy"])
 def test_reference_of_an_archive_or_an_array(save, tmp_path, suffix):
     images, source = clothes(5), tmp_path / f"images.{suffix}"
     if suffix == "npy":

@@ -606,7 +606,8 @@ def test_missing_npz_file(tmp_path):
 def test_an_npz_file_tells_the_names_of_its_classes(tmp_path):
     arrays = {"arr_0": np.full((3, 4, 4, 3), 9, np.uint8), "arr_1": np.array([0, 1, 1])}
     np.savez(tmp_path / "named.npz", **arrays, class_names=np.array(["ant", "bee"]))
-    images = open_images(tmp_path / "named.npz", (3, 4, 4), class_cond=True)
+    (tmp_path / "named.NPZ").write_bytes((tmp_path / "named.npz").read_bytes())
+    images = open_images(tmp_path / "named.NPZ", (3, 4, 4), class_cond=True)
     assert images.class_names.to_json() == ["ant", "bee"]
     images.check_classes(2)
     with pytest.raises(UserError, match="--num_classes 5"):

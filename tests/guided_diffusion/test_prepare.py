@@ -294,8 +294,8 @@ def test_the_order_of_classes_without_names_is_said_where_there_are_two(data, ca
 def test_classes_in_a_file_may_have_blanks_in_their_names(data):
     (data / "labels.txt").write_text('folder/a.png,polar bear\n"b.png","polar fox"\nc.png,polar bear\n')
     assert call("prepare_images", data / "folder", "--labels_file", data / "labels.txt", "--image_size", 8, "--out",
-                data / "out.npz") == 0
-    with np.load(data / "out.npz") as file:
+                data / "out.NPZ") == 0
+    with np.load(data / "out.NPZ") as file:
         assert file["class_names"].tolist() == ["polar bear", "polar fox"] and file["arr_1"].tolist() == [0, 1, 0]
 
 

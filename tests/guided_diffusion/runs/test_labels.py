@@ -40,7 +40,8 @@ def test_one_class():
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16])
 def test_file_of_labels(dtype, tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(120, dtype=dtype) % 10)
-    assert labels(tmp_path / "labels.npy", [0, 99, 42]) == [0, 9, 2]
+    (tmp_path / "labels.npy").rename(tmp_path / "labels.NPY")
+    assert labels(tmp_path / "labels.NPY", [0, 99, 42]) == [0, 9, 2]
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "1.5", "even", "", "Balanced", "²", "labels.npz"])
