@@ -25,7 +25,7 @@ from guided_diffusion.image_datasets import (
     pad_to_frame,
     resize_smaller_side,
 )
-from guided_diffusion.image_files import read_image
+from guided_diffusion.image_files import Resized, read_image
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.options import option
 from guided_diffusion.pixels import to_rounded_uint8
@@ -194,27 +194,31 @@ def write_images(source: str, path: Path, options: ReferenceOptions) -> None:
         return
     every = list_images(folder)
     files = every[:options.num_images]
-    first = _pixels(files[0], options.image_size)
+    resized = None if options.image_size is None else Resized(options.image_size)
+    first = _pixels(files[0], resized)
     labels: dict[str, np.ndarray] = {}
     if options.classes:
         names = ClassNames.from_images(folder, every, options.classes)      # the first files may be of one class only
         labels = {LABELS: names.numbers(folder, files), CLASS_NAMES: np.array(names.to_json())}
-    write_batch(path, labels, _pictures(files, first.shape, options.image_size), (len(files), *first.shape))
+    write_batch(path, labels, _pictures(files, first.shape, resized), (len(files), *first.shape))
+    if resized is not None:
+        dist_util.say(resized.line(source))
 
 
-def _pictures(files: list[Path], shape: tuple[int, ...], size: int | None) -> Iterator[np.ndarray]:
+def _pictures(files: list[Path], shape: tuple[int, ...], resized: Resized | None) -> Iterator[np.ndarray]:
     for file in files:
-        pixels = _pixels(file, size)
+        pixels = _pixels(file, resized)
         if pixels.shape != shape:
             raise UserError(f"{file} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the first picture {shape[1]}x"
                             f"{shape[0]}: pass --image_size to crop all to one size")
         yield pixels
 
 
-def _pixels(file: Path, size: int | None) -> np.ndarray:
+def _pixels(file: Path, resized: Resized | None) -> np.ndarray:
     image = read_image(file, 3)
-    if size is not None:
-        image = crop_square(resize_smaller_side(image, size), size)
+    if resized is not None:
+        resized.look(file, image)
+        image = crop_square(resize_smaller_side(image, resized.size), resized.size)
     return np.asarray(image)
 
 

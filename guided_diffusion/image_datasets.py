@@ -31,6 +31,7 @@ from .image_files import (
     BackgroundCheck,
     FoundPictures,
     OtherColours,
+    Resized,
     count_decoded,
     damaged_error,
     damaged_pictures,
@@ -279,22 +280,37 @@ class FolderImages(TrainingImages):
         return self.names
 
     def damaged(self) -> dict[int, str]:
-        """The pictures whose damage shows quickly: what is wrong, by index. Says how many have other colour profiles.
+        """The pictures whose damage shows quickly: what is wrong, by index.
 
-        Raises UserError where those that are decoded for that hold ones, and nothing brighter.
+        Says how many have other colour profiles, and how many are enlarged. Raises UserError where those that are
+        decoded for that hold ones, and nothing brighter.
         """
-        colours = OtherColours()
-        found = damaged_pictures(self.files, self.decoded, colours.look)
-        say(colours.line(self.data_dir))
+        found = self._damaged_among(self.files, self.decoded)
         self._check_brightness([path for index, path in enumerate(self.files[:self.decoded]) if index not in found])
         return found
 
     def check_first(self, count: int) -> None:
-        """Raises UserError where one of the first pictures is damaged, or all are too dark; decodes each of them."""
+        """Raises UserError where one of the first pictures is damaged, or all are too dark; decodes each of them.
+
+        Says how many have other colour profiles, and how many are enlarged or reduced.
+        """
         files = self.files[:count]
-        if found := damaged_pictures(files, len(files)):
+        if found := self._damaged_among(files, len(files), reduced=True):
             raise self._damaged(found.values())
         self._check_brightness(files)
+
+    def _damaged_among(self, files: Sequence[Path], decoded: int, reduced: bool = False) -> dict[int, str]:
+        """As `damaged_pictures`; says what is done to the colours and sizes of others. reduced: as in `Resized`."""
+        colours, resized = OtherColours(), Resized(self.frame[1])
+
+        def look(path: Path, image: Image.Image) -> None:
+            colours.look(path, image)
+            resized.look(path, image)
+
+        found = damaged_pictures(files, decoded, look)
+        say(colours.line(self.data_dir))
+        say(resized.line(self.data_dir, reduced))
+        return found
 
     def _check_brightness(self, files: Sequence[Path]) -> None:
         """Raises UserError where these pictures, which are whole, hold ones and nothing brighter.

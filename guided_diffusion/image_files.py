@@ -375,6 +375,28 @@ class OtherColours:
                 f"(first {min(self._files).name})")
 
 
+class Resized:
+    """Which pictures are enlarged, and which are reduced, so that their smaller side has `size` pixels."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._smaller: set[PurePath] = set()
+        self._larger: set[PurePath] = set()
+
+    def look(self, path: PurePath, image: Image.Image) -> None:
+        """Notes a picture of which the header is read, where it is one of those; from any thread."""
+        side = min(image.size)
+        if side != self.size:
+            (self._smaller if side < self.size else self._larger).add(path)
+
+    def line(self, where: object, reduced: bool = False) -> str:
+        """How many are enlarged there, as a line of a log, and with `reduced` also of those; "" where there is none."""
+        kinds = [("enlarged", self._smaller), *([("reduced", self._larger)] if reduced else [])]
+        said = [f"{len(names)} image(s) are {done} to {self.size} pixels (first {min(names).name})"
+                for done, names in kinds if names]
+        return f"{where}: {', '.join(said)}" if said else ""
+
+
 @functools.lru_cache(maxsize=64)
 def _changes_colours(profile: bytes, mode: str) -> bool:
     """Whether a profile shows colours of a mode otherwise than sRGB does, by more than LEVELS_APART.

@@ -44,7 +44,16 @@ from .files import (
 )
 from .foreign import read_json, reading
 from .image_datasets import crop_square, is_npz, resize_smaller_side
-from .image_files import MAX_PACKED, FoundPictures, NamedBytes, find_pictures, is_litter, read_image, zip_members
+from .image_files import (
+    MAX_PACKED,
+    FoundPictures,
+    NamedBytes,
+    Resized,
+    find_pictures,
+    is_litter,
+    read_image,
+    zip_members,
+)
 from .npz import write_batch
 from .options import Options, option, required
 from .pictures import save
@@ -301,7 +310,8 @@ def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], s
     label_of = labels()
     damaged: list[str] = []
     found = FoundPictures()
-    images = _prepared(path, options, label_of, damaged, found)
+    resized = Resized(options.image_size)
+    images = _prepared(path, options, label_of, damaged, found, resized)
     rows = _write_npz(images, out, options.image_size) if as_npz else _write_folder(images, out, options.name, kept)
     if not rows:
         raise _no_pictures(path, damaged, found)
@@ -312,6 +322,8 @@ def _write(path: str, options: PrepareOptions, lines: Sequence[Sequence[str]], s
         (out / RECORD).unlink(missing_ok=True)
     if found.left_out:
         say(f"left out: {found}")
+    if enlarged := resized.line(path):
+        say(enlarged)
     if damaged:
         say(f"left out {len(damaged)} damaged image(s), the first is {damaged[0]}")
     say(f"{len(rows)} images of {options.image_size}x{options.image_size}"
@@ -375,11 +387,13 @@ def _note(record: Path, row: dict[str, Any]) -> None:
 
 
 def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str], str | None],
-              damaged: list[str], left_out: FoundPictures) -> Iterator[Prepared]:
+              damaged: list[str], left_out: FoundPictures, resized: Resized) -> Iterator[Prepared]:
     """The images, decoded by several threads, in the order of their sources."""
     def decode(source: Source) -> np.ndarray | UserError:
         try:
-            return np.asarray(cropped(read_image(source.content(), 3), options.image_size, options.crop))
+            image = read_image(source.content(), 3)
+            resized.look(PurePosixPath(source.name), image)
+            return np.asarray(cropped(image, options.image_size, options.crop))
         except UserError as error:
             return error
 

@@ -486,7 +486,8 @@ def test_ranks_find_what_one_finds(python, save, evaluate, tmp_path):
 # Making references
 
 
-def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
+def test_reference_of_a_folder_of_pictures(tmp_path, capsys, caplog, refused):
+    caplog.set_level("INFO")
     folder = tmp_path / "pictures" / "inner"
     folder.mkdir(parents=True)
     images = clothes(6)
@@ -501,7 +502,9 @@ def test_reference_of_a_folder_of_pictures(tmp_path, capsys, refused):
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(folder / "z.png")
     assert "z.png has 50x40 pixels" in refused(tmp_path / "pictures", made, script="make_reference")
     assert call("make_reference", tmp_path / "pictures", made, *FASHION_MNIST, "--image_size", 32) == 0
-    assert len(BatchFile(made)) == 7
+    assert len(BatchFile(made)) == 7 and "enlarged" not in caplog.text
+    assert call("make_reference", tmp_path / "pictures", made, "--statistics", False, "--image_size", 36) == 0
+    assert f"{tmp_path / 'pictures'}: 6 image(s) are enlarged to 36 pixels (first 0.png)" in caplog.messages
 
 
 def test_reference_of_images_alone_with_their_classes(tmp_path, refused):

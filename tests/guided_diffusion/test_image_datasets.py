@@ -332,6 +332,19 @@ def test_colours_are_those_of_the_file_and_other_profiles_are_said(tmp_path, cap
     assert np.allclose(images.at([0])[0][0, :, 0, 0], plain / 127.5 - 1)
 
 
+def test_pictures_that_are_enlarged_are_said_and_where_they_are_measured_reduced_ones(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name, size in {"d": (8, 30), "c": (9, 20), "b": (30, 7), "a": (8, 8), "e": (1, 1)}.items():
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / f"{name}.png")
+    images = open_images(tmp_path, (3, 8, 8))
+    assert images.damaged() == {}
+    images.check_first(4)
+    assert caplog.messages == [
+        f"{tmp_path}: 2 image(s) are enlarged to 8 pixels (first b.png)",
+        f"{tmp_path}: 1 image(s) are enlarged to 8 pixels (first b.png), 1 image(s) are reduced to 8 pixels "
+        "(first c.png)"]
+
+
 CHESS = np.indices((8, 8)).sum(0) % 2           # zeros and ones
 
 
@@ -371,7 +384,7 @@ def test_what_is_left_out_is_said(image_folder, caplog):
     (image_folder / "._dog_04.png").write_bytes(b"Mac OS X")
     with caplog.at_level("INFO"):
         take(1, data_dir=image_folder)
-    assert caplog.messages == [f"{image_folder}: 12 images; left out: 1 hidden or system file(s) (._dog_04.png)"]
+    assert caplog.messages[:1] == [f"{image_folder}: 12 images; left out: 1 hidden or system file(s) (._dog_04.png)"]
 
 
 def opened(folder, **options):

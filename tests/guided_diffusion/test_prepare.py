@@ -103,6 +103,16 @@ def test_links_in_an_archive_are_counted(tmp_path, capsys):
     assert "left out: 2 link(s) or devices (first b.png)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["folder", "data.tar"])
+def test_pictures_that_are_enlarged_are_said(source, data, capsys):
+    small = min(picture(0).size)
+    for size, said in ((small + 1, f"{data / source}: 3 image(s) are enlarged to {small + 1} pixels (first a.png)\n"),
+                       (small, ""), (small - 1, "")):
+        assert call("prepare_images", data / source, "--image_size", size, "--out", data / f"{size}.npz") == 0
+        found = capsys.readouterr().out
+        assert said in found and ("enlarged" in found) == bool(said)
+
+
 def test_an_image_folder_is_what_trainings_read_and_goes_on(data, capsys):
     line = [data / "folder", "--labels", "folders", "--image_size", 8, "--out", data / "out"]
     assert call("prepare_images", *line) == 0
