@@ -81,7 +81,7 @@ class DepthFile:
         limits: NEAR and FAR, or None: each map has its own. Raises UserError as `DepthReader` does, and for images that
         are not grey.
         """
-        maps, first = DepthReader(self.size, limits), 0
+        maps, first = DepthReader(self.size, limits, grey=self.member == "arr_0"), 0
         for depth in self.file.pieces(self.member, PIECE):
             if depth.ndim == 4:
                 if depth.shape[3] > 1 and (depth != depth[..., :1]).any():
@@ -91,7 +91,7 @@ class DepthFile:
             piece = _DepthPiece(depth, f"{self.file.path}: depth map", first)
             yield depth_images(np.stack([maps.read(piece, index) for index in range(len(depth))]))
             first += len(depth)
-        dist_util.say(maps.clamped(self.file.path))
+        maps.report(self.file.path)
 
     def write_images(self, path: Path, limits: tuple[float, float] | None) -> None:
         """Writes the depth maps as images; limits as in `images`."""

@@ -17,7 +17,6 @@ from guided_diffusion.depth.pairs import SCENES, DepthReader, checked_depth_rang
 from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range, to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import MOST_SCENES, render_scenes
-from guided_diffusion.dist_util import say
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import check_ending, check_writable
 from guided_diffusion.late import Tensor, nn, torch
@@ -136,7 +135,7 @@ def _as_scenes(data: str, count: int, flag: str, limits: tuple[float, float]) ->
         raise UserError(f"{data}: has images of {wrong[1]}x{wrong[0]} pixels, must be {IMAGE_SIZE}x{IMAGE_SIZE}")
     maps = DepthReader(IMAGE_SIZE, limits)
     depth = np.stack([maps.read(source, index) for index in range(count)])
-    say(maps.clamped(data))
+    maps.report(data)
     return Scenes(np.stack(images), from_unit_range(depth, *limits), np.zeros(depth.shape, np.uint8),
                   np.zeros(count, np.int64))
 

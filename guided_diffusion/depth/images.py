@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dist_util import say
 from ..npz import write_batch
 from ..options import Options, option, seed_option
 from ..pixels import to_rounded_uint8
@@ -41,7 +40,7 @@ def grey_images(options: DepthImageOptions) -> np.ndarray:
         for index in range(count):
             images[index] = depth_images(maps.read(source, index))
             progress.update()
-    say(maps.clamped(options.data))
+    maps.report(options.data)
     return images
 
 

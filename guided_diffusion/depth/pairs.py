@@ -12,7 +12,9 @@ Images of another size are resized and cut as `image_datasets` does it without r
 way, except that the last step is bilinear, since bicubic resizing overshoots at edges.
 
 A depth range says what becomes -1 and 1: "image" each map's own least and greatest depth, or "NEAR,FAR" two depths in
-the units of the files, beyond which is clamped; how much of a data set was, is said in a line.
+the units of the files, beyond which is clamped; how much of a data set was, is said in a line. NaN is refused. 0 means
+in most files that nothing was measured, and is a depth in others: whole numbers of 0 are refused where NEAR is above 0;
+else a line says how many there are, and that they are taken as depth.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def read_pairs(data: str, *, size: int, depth_range: str = "", count: int | None
     indices = range(len(source) if count is None else count)
     maps = DepthReader(size, limits)
     depth = np.stack([maps.read(source, index) for index in indices])[:, None]
-    say(maps.clamped(data))
+    maps.report(data)
     images = np.stack([read_pixels(source, index, size, channels) for index in indices])
     check_brightest(data, f"first {len(images)}", int(to_rounded_uint8(images.max())))
     return Pairs(torch.from_numpy(images), torch.from_numpy(depth),
@@ -167,17 +169,18 @@ def checked_depth_range(data: str, text: str) -> str:
 
 
 class DepthReader:
-    """Reads depth maps as (size, size) float32 in [-1, 1], and counts the pixels that are clamped to that.
+    """Reads depth maps as (size, size) float32 in [-1, 1], and counts pixels that are clamped to that, and those of 0.
 
-    limits: what becomes -1 and 1; None: the extremes of each map, beyond which nothing is.
+    limits: what becomes -1 and 1; None: the extremes of each map, beyond which nothing is. grey: the maps are images of
+    depth, in which 0 is black and nothing else. What is counted are the pixels of the files in the square that is used.
     """
 
-    def __init__(self, size: int, limits: tuple[float, float] | None) -> None:
-        self.size, self.limits = size, limits
-        self._pixels = self._beyond = 0
+    def __init__(self, size: int, limits: tuple[float, float] | None, *, grey: bool = False) -> None:
+        self.size, self.limits, self.grey = size, limits, grey
+        self._pixels = self._beyond = self._zeros = self._maps = self._maps_with_zeros = 0
 
     def read(self, source: DepthMaps, index: int) -> np.ndarray:
-        """One depth map; raises UserError where it is not finite, is constant or lies outside the limits."""
+        """One depth map; raises UserError where it is not finite, is constant, has holes or is beyond the limits."""
         values, name = source.depth(index), source.name(index)
         depth = values.astype(np.float32)
         if not np.isfinite(depth).all():
@@ -185,26 +188,49 @@ class DepthReader:
                             "infinite)")
         if depth.min() == depth.max():
             raise UserError(f"{name}: is constant, every pixel has depth {depth.flat[0]:g}")
-        picture = resize_smaller_side(Image.fromarray(depth), self.size, Image.Resampling.BILINEAR)
+        whole = Image.fromarray(depth)
+        used = np.asarray(crop_square(whole, min(whole.size)))
+        self._count_zeros(used, name, values.dtype.kind in "iu")
+        picture = resize_smaller_side(whole, self.size, Image.Resampling.BILINEAR)
         resized = np.asarray(crop_square(picture, self.size))
-        near, far = self.limits or (float(resized.min()), float(resized.max()))
-        if near == far:
+        if resized.min() == resized.max():
             raise UserError(f"{name}: is constant in the part of the image that is used")
+        near, far = self.limits or (float(resized.min()), float(resized.max()))
         unit = to_unit_range(resized, near, far)
         if unit.min() == unit.max():
-            raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {depth.min():g} to "
-                            f"{depth.max():g}")
-        self._pixels += resized.size
-        self._beyond += int(((resized < near) | (resized > far)).sum())
+            raise UserError(f"{name}: lies outside --depth_range {near:g},{far:g}, its depths are {used.min():g} to "
+                            f"{used.max():g}")
+        self._pixels += used.size
+        self._beyond += int(((used < near) | (used > far)).sum()) if self.limits else 0
         return unit.astype(np.float32)
 
-    def clamped(self, data: object) -> str:
-        """How much of the maps of `data` was clamped so far, as a line of a log; "" where nothing was."""
-        if self.limits is None or not self._beyond:
-            return ""
-        near, far = self.limits
-        return (f"{data}: {100 * self._beyond / self._pixels:.2g} % of the pixels of its depth maps were beyond "
-                f"--depth_range {near:g},{far:g} and clamped")
+    def _count_zeros(self, depth: np.ndarray, name: str, whole_numbers: bool) -> None:
+        """Counts pixels of 0, and raises UserError where they are no depths; beside negative depths 0 is one."""
+        self._maps += 1
+        zeros = 0 if self.grey or depth.min() < 0 else int((depth == 0).sum())
+        if not zeros:
+            return
+        if whole_numbers and self.limits and self.limits[0] > 0:
+            near, far = self.limits
+            raise UserError(f"{name}: has {zeros} pixels of depth 0, below --depth_range {near:g},{far:g}; in files of "
+                            "whole numbers 0 says that nothing was measured: fill them, or give NEAR as 0 where it is "
+                            "a depth")
+        self._zeros += zeros
+        self._maps_with_zeros += 1
+
+    def report(self, data: object) -> None:
+        """Says how much of the maps of `data` was clamped so far, and how many pixels are 0, where there are any."""
+        if self._beyond and self.limits:
+            near, far = self.limits
+            say(f"{data}: {self._share(self._beyond)} of the pixels of its depth maps were beyond --depth_range "
+                f"{near:g},{far:g} and clamped")
+        if self._zeros:
+            say(f"{data}: {self._share(self._zeros)} of the pixels of its depth maps, in {self._maps_with_zeros} of "
+                f"{self._maps}, are 0, which is taken as a depth; where it means that nothing was measured, fill them "
+                "first")
+
+    def _share(self, count: int) -> str:
+        return f"{100 * count / self._pixels:.2g} %"
 
 
 def read_pixels(source: Source, index: int, size: int, channels: int) -> np.ndarray:

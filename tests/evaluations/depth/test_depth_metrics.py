@@ -319,6 +319,19 @@ def test_grey_images_of_depth_count_as_depth_maps_and_may_be_resized(scenes, sav
     assert of_images["protocol"]["map_size"] == 32
 
 
+def test_maps_with_pixels_of_0_are_said_and_black_images_are_none(scenes, save_depth, save, command, caplog):
+    caplog.set_level("INFO")
+    holed = scenes.depth[:80].copy()
+    holed[:8, :4, :4] = 0
+    grey = depth_images((holed - NEAR) / (FAR - NEAR) * 2 - 1)
+    for sample, said in ((save_depth("holed", holed), True), (save("grey", grey), False)):
+        caplog.clear()
+        command("depth_fid", save_depth("real", scenes.depth[80:]), sample, *FASHION_MNIST)
+        line = f"{sample}: 0.16 % of the pixels of its depth maps, in 8 of 80, are 0, which is taken as a depth"
+        assert any(message.startswith(line) for message in caplog.messages) is said
+        assert said or "are 0" not in caplog.text
+
+
 def test_range_of_each_map_makes_dfid_blind_to_scale(scenes, save_depth, command):
     scaled = scenes.depth * np.linspace(0.5, 0.9, len(scenes.depth))[:, None, None]
     files = save_depth("real", scenes.depth), save_depth("scaled", scaled), save_depth("shuffled", scenes.depth[::-1])

@@ -85,6 +85,50 @@ def test_clamped_depth_is_said_once(tmp_path, caplog):
     assert ended.returncode == 0 and ended.stderr.splitlines().count(line) == 1
 
 
+def test_pixels_are_counted_as_they_stand_in_the_files(tmp_path, caplog):
+    """Before maps are resized, which mixes pixels with those beside them, and in the square that is used alone."""
+    caplog.set_level("INFO")
+    depth = np.linspace(5, 6, 2 * 16 * 24, dtype=np.float32).reshape(2, 16, 24)
+    depth[0, 3, 9], depth[1, 8, 2] = 8.5, 9             # of which one is in the square
+    read_pairs(npz(tmp_path, arr_0=arrays(2, 16, 24)["arr_0"], depth=depth, arr_1=None), size=4, depth_range="1,8")
+    assert "pairs.npz: 0.2 % of the pixels of its depth maps were beyond --depth_range 1,8 and clamped" in caplog.text
+
+
+def with_holes(dtype, scale=1000):
+    depth = (arrays()["depth"] * scale).astype(dtype)
+    depth[1, :4, :4] = depth[2, 5, 5] = 0
+    return depth
+
+
+@pytest.mark.parametrize("depth, depth_range", [
+    (with_holes(np.uint16), "image"), (with_holes(np.uint16), "0,9000"), (with_holes(np.float32, 1), "image"),
+    (with_holes(np.float32, 1), "1,9")])
+def test_pixels_without_a_measurement_are_said_once(tmp_path, caplog, depth, depth_range):
+    caplog.set_level("INFO")
+    read_pairs(npz(tmp_path, depth=depth), size=8, depth_range=depth_range)
+    line = (f"{tmp_path / 'pairs.npz'}: 1.7 % of the pixels of its depth maps, in 2 of 4, are 0, which is taken as a "
+            "depth; where it means that nothing was measured, fill them first")
+    assert [message for message in caplog.messages if "measured" in message] == [line]
+
+
+def test_whole_numbers_without_a_measurement_are_refused_where_the_range_excludes_them(tmp_path):
+    message = r"depth map 1: has 16 pixels of depth 0, below --depth_range 1000,9000; in files of whole numbers 0 says"
+    with pytest.raises(UserError, match=message):
+        read_pairs(npz(tmp_path, depth=with_holes(np.uint16)), size=8, depth_range="1000,9000")
+    values = arrays(1)
+    data = folder_of(tmp_path / "folder", {"a.png": values["arr_0"][0]}, {"a.png": with_holes(np.uint16)[2]})
+    with pytest.raises(UserError, match=r"depth/a\.png: has 1 pixels of depth 0, below --depth_range 500,9000; in"):
+        read_pairs(data, size=16, depth_range="500,9000")
+
+
+def test_0_beside_negative_depths_is_a_depth(tmp_path, caplog):
+    caplog.set_level("INFO")
+    depth = np.tile(np.int16([-3, 0, 2, 4]), (4, 16, 4))
+    read_pairs(npz(tmp_path, depth=depth), size=8)
+    read_pairs("scenes", size=16, count=3)
+    assert not [message for message in caplog.messages if "measured" in message]
+
+
 def test_whole_numbers_as_depth(tmp_path):
     millimetres = (arrays()["depth"] * 1000).astype(np.uint16)
     pairs = read_pairs(npz(tmp_path, depth=millimetres), size=16, depth_range="1000,9000")
@@ -233,6 +277,11 @@ def test_arguments_that_are_wrong(tmp_path):
             read_pairs(npz(tmp_path), size=16, depth_range=text)
     with pytest.raises(UserError, match="lies outside --depth_range 100,200, its depths are"):
         read_pairs(npz(tmp_path), size=16, depth_range="100,200")
+    constant = np.tile(arrays()["depth"], (1, 1, 2))
+    constant[2, :, 8:24] = 3
+    for depth_range in ("image", "0,10"):
+        with pytest.raises(UserError, match="depth map 2: is constant in the part of the image that is used"):
+            read_pairs(npz(tmp_path, arr_0=arrays(width=32)["arr_0"], depth=constant), size=16, depth_range=depth_range)
     with pytest.raises(UserError, match="--data is not given"):
         read_pairs("", size=16)
     with pytest.raises(UserError, match="there is no such file or folder"):
