@@ -312,7 +312,7 @@ def test_grey_images_of_depth_count_as_depth_maps_and_may_be_resized(scenes, sav
     grey = depth_images(((scenes.depth - NEAR) / (FAR - NEAR) * 2 - 1).reshape(-1, 16, 2, 16, 2).mean(axis=(2, 4)))
     size, grey_range = ("--map_size", 32), ("--depth_range", "0,255")
     images = save("real", grey[:80]), save("other", grey[80:])
-    maps = save_depth("maps", grey[:80, :, :, 0]), save_depth("other_maps", grey[80:, :, :, 0])
+    maps = save_depth("maps", grey[:80, :, :, 0]), save_depth("other_maps", grey[80:, :, :, :1])
     (of_images,), _ = command("depth_fid", *images, *size, *grey_range, *FASHION_MNIST)
     (of_maps,), _ = command("depth_fid", *maps, *size, *grey_range, *FASHION_MNIST)
     assert of_images["metrics"]["dfid"] == of_maps["metrics"]["dfid"] > 0
@@ -384,7 +384,7 @@ def test_two_commands_in_one_cache_do_not_read_each_others_maps(scenes, save_dep
 def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
     good, holed, flat = scenes.depth[:70].copy(), scenes.depth[:70].copy(), scenes.depth[:70].copy()
     holed[66, 3, 4], flat[2] = np.nan, 3
-    good = save_depth("good", good)
+    good, large = save_depth("good", good), save_depth("large", scenes.depth[:4].repeat(2, 1).repeat(2, 2))
     np.savez(tmp_path / "images.npz", arr_0=scenes.rgb[:4])
     for words, message in (
             ((good, save_depth("holed", holed)), "holed.npz: depth map 66: has 1 pixels without a finite depth"),
@@ -394,6 +394,10 @@ def test_depth_files_that_are_refused(scenes, save_depth, refused, tmp_path):
             ((good, save_depth("one", scenes.depth[:1])), "has 1 depth map"),
             ((good, good, "--depth_range", "5,2"), "--depth_range 5,2"),
             ((good, good, "--depth_range", "20,30"), "lies outside --depth_range"),
+            ((good, good, large), f"--map_size is not given, and the maps of {large} would be images of 64x64 pixels, "
+                                  f"those of {good} of 32x32: give a size for both"),
+            ((large, large), f"{large}: images of shape (1, 64, 64, 3): uint8 images must be (N, 32, 32, 3 or 1); "
+                             "--map_size sets the size of the maps"),
             ((good, good, "--num_images", 71), "--num_images 71"), ((good,), "1 files given"),
             ((good, good, "--json", "/nowhere/x.json"), "cannot be written")):
         assert message in refused("depth_fid", *words, *FASHION_MNIST), words
