@@ -112,6 +112,25 @@ def test_verdict_on_blocks(by_block, confirmed):
     assert f"Middle blocks are best: {'confirmed' if confirmed else 'not confirmed'}." in text
 
 
+def test_verdict_on_what_reads_no_depth():
+    """Blocks and branches that are no better than a depth that knows no image are no evidence of which is best."""
+    text = verdict_of([0.6, 0.5, 0.42, 0.42, 0.5, 0.6], {100: 0.46, 1000: 0.45})
+    same = "better than depth that is the same for every image, by more than two standard errors."
+    assert f"Middle blocks are best: not tested, as no block alone is {same}" in text
+    assert f"100 labels are close to 1000, weak branch: not tested, as 1000 give nothing {same}" in text
+    assert " confirmed." not in text
+    text = verdict_of([0.6, 0.5, 0.399, 0.39, 0.5, 0.6], {100: 0.4, 1000: 0.399})
+    assert "Middle blocks are best: confirmed." in text and "close to 1000, strong branch: not tested" in text
+
+
+def test_verdict_on_the_branches():
+    blocks, _, labels = tables([0.1] * 4, {100: 0.1})
+    assert "the strong branch is 50 % better than the weak one." in accuracy_verdict(blocks, labels, 100)
+    branches = {row["branch"]: row for row in blocks}
+    branches["strong"]["l1"] = 0.22
+    assert "the strong branch is 10 % worse than the weak one." in accuracy_verdict(blocks, labels, 100)
+
+
 @pytest.mark.parametrize("by_count, words", [
     ({10: 0.3, 100: 0.21, 1000: 0.2}, "100 labels are close to 1000, weak branch: confirmed."),
     ({10: 0.3, 100: 0.25, 1000: 0.2}, "100 labels are close to 1000, weak branch: not confirmed."),
