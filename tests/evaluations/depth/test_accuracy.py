@@ -25,10 +25,12 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_accuracy_study(world, tmp_path, capsys, monkeypatch):
+def test_accuracy_study(world, tmp_path, capsys, caplog, monkeypatch):
+    caplog.set_level("INFO")
     out = tmp_path / "study"
     given = flags(world_flags(world, out, held_out=world / "held.npz", **ACCURACY, depth_range="0,2"))
     assert call("depth_accuracy", *given) == 0
+    assert "--depth_range 0,2: abs_rel and delta are not measured, which need NEAR,FAR, both above 0" in caplog.messages
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png", "accuracy.svg", "blocks.csv", "config.json", "labels.csv", "labels_12.safetensors",
         "labels_20.safetensors", "labels_3.safetensors", "status.json", "timesteps.csv", "verdict.txt"]
@@ -79,7 +81,10 @@ def test_accuracy_study_refuses(world, tmp_path, capsys):
                              ({"label_counts": "10,30"}, "--label_counts 30: must be at most 20"),
                              ({"num_timesteps": 10**10}, "--num_timesteps 10000000000: must be at most"),
                              ({"held_out": world / "pairs.npz"}, "10 of its 10 images, the first is number 0"),
-                             ({"held_out": "scenes"}, "--depth_range 0,1: is always 1,9 for scenes"),
+                             ({"held_out": "scenes"}, "is read with 0,1; give --depth_range 1,9 where its depth is in"),
+                             ({"held_out": "scenes", "depth_range": ""},
+                              f"--held_out scenes: their depth has --depth_range 1,9, and --data {world / 'pairs.npz'} "
+                              "is read with image; give --depth_range 1,9 where"),
                              ({"num_held_out": 50}, "--num_held_out 50: must be at most 20")):
         given = world_flags(world, tmp_path / "study", **{"held_out": world / "held.npz"} | ACCURACY | changes)
         assert call("depth_accuracy", *flags(given)) == 2

@@ -18,6 +18,7 @@ from evaluations.depth.generated import (
     train_depth_network,
 )
 from evaluations.depth.generated_report import results_of, table_of
+from guided_diffusion.depth.predictor import load_predictors, save_predictors
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.errors import UserError
 
@@ -82,6 +83,16 @@ def test_what_is_wrong_shows_before_anything_is_sampled(words, said, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert call("dag_depth_training", *words, "--out", tmp_path / "out") == 2
     assert said in capsys.readouterr().err and not list(tmp_path.glob("out/*/*"))
+
+
+def test_scenes_beside_predictors_of_another_range(tmp_path, capsys):
+    predictors = load_predictors(REPOSITORY / "guided_diffusion" / "models" / "depth" / "scenes32.safetensors")
+    predictors.depth_range = "2,5"
+    save_predictors(tmp_path / "other.safetensors", predictors)
+    assert call("dag_depth_training", "scenes32", "--depth_predictor", tmp_path / "other.safetensors", "--out",
+                tmp_path / "out") == 2
+    assert ("--test scenes: their depth has --depth_range 1,9, and that of the predictors in "
+            f"{tmp_path / 'other.safetensors'} is 2,5; name other pairs") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "said"), [
