@@ -32,6 +32,7 @@ SMALL = 2**30                   # members up to this many bytes may be compresse
 BLOCK = 2**22                   # bytes read at a time where nothing else says how many
 ENCRYPTED = 1                   # bit of a member's flags
 LISTED = 10                     # arrays that a sentence names
+RANGE_KEY = "depth_range"       # in files of depth images, and in metadata of what was trained on them
 
 # A damaged .npz file makes zipfile, zlib, tokenize and NumPy raise nearly anything.
 READ_ERRORS: tuple[type[Exception], ...] = (Exception,)
@@ -305,6 +306,13 @@ def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[
         return [file.read(name) if name in file.members else None for name in names]
     except UserError as error:
         raise UserError(f"{otherwise} ({str(error).removeprefix(f'{path}: ')})") from None
+
+
+def stored_range(data: str) -> str:
+    """The range that a file of depth images states, in the words of `--depth_range`; "" for any other data."""
+    if Path(data).suffix.lower() != ".npz" or not Path(data).is_file():
+        return ""
+    return ArrayFile(data).value(RANGE_KEY, str) or ""
 
 
 def read_npy(path: str | Path, otherwise: str = "is no .npy file that can be used", *, flag: str = "") -> np.ndarray:

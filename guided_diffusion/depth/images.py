@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..npz import write_batch
+from ..npz import RANGE_KEY, write_batch
 from ..options import Options, option, seed_option
 from ..pixels import to_rounded_uint8
 from ..progress import progress_bar
@@ -25,7 +25,8 @@ class DepthImageOptions(Options):
     image_size: int = option(32, "height and width of the depth images in pixels", minimum=1)
     num_images: int | None = option(None, "number of images; unset: all that there are", minimum=1)
     seed: int = seed_option("seed of the scenes")
-    out: str = option("depth.npz", "file for the images: arr_0 (N, S, S, 3) uint8, the grey in every channel")
+    out: str = option("depth.npz", "file for the images: arr_0 (N, S, S, 3) uint8, the grey in every channel, and "
+                      "depth_range")
 
 
 def grey_images(options: DepthImageOptions) -> np.ndarray:
@@ -52,4 +53,5 @@ def depth_images(depth: np.ndarray) -> np.ndarray:
 def write_depth_images(options: DepthImageOptions) -> None:
     """Writes the file, whole or not at all. Raises UserError for data that is wrong, and where it can't be written."""
     out = checked_npz(options.out, options.data)
-    write_batch(out, {"arr_0": grey_images(options)})
+    depth_range = checked_depth_range(options.data, options.depth_range)
+    write_batch(out, {"arr_0": grey_images(options), RANGE_KEY: np.array(depth_range)})

@@ -16,7 +16,7 @@ from .. import checkpoint, dist_util
 from ..build import DiffusionOptions, ModelOptions
 from ..errors import UserError
 from ..late import Tensor, torch
-from ..npz import write_batch
+from ..npz import RANGE_KEY, write_batch
 from ..options import Options, entry_option, option, seed_option
 from ..progress import progress_bar
 from ..rng import stream_generator
@@ -49,7 +49,8 @@ class DepthReadingOptions(Options):
     below_step: int | None = option(None, "noised only at steps of the whole chain below this one; unset: at any",
                                     minimum=1)
     seed: int = seed_option("seed of the steps and of the noise, and of the scenes")
-    out: str = option("depth.npz", "file for the images: arr_0 (N, S, S, 3) uint8, the grey in every channel")
+    out: str = option("depth.npz", "file for the images: arr_0 (N, S, S, 3) uint8, the grey in every channel, and "
+                      "depth_range")
 
 
 def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, diffusion_options: DiffusionOptions,
@@ -74,7 +75,8 @@ def write_read_depth(options: DepthReadingOptions, model_options: ModelOptions, 
             beyond += int((abs(depth) > 1).sum())
             images[start:stop] = depth_images(depth.clip(-1, 1))
             progress.update(stop - start)
-    write_batch(out, {"arr_0": images})
+    depth_range = checkpoint.read_metadata(options.depth_predictor)[RANGE_KEY]
+    write_batch(out, {"arr_0": images, RANGE_KEY: np.array(depth_range)})
     return beyond / (count * size * size)
 
 

@@ -32,9 +32,12 @@ from ..build import build_model
 from ..capture import capture_features, end_graph, find_blocks
 from ..checkpoint import locate, read_metadata
 from ..depth.prior import DepthPrior, as_prior_sees, load_prior, prior_options
+from ..depth.ranges import parse_depth_range
+from ..dist_util import say
 from ..errors import UserError
 from ..late import Tensor, nn, torch
 from ..losses import mean_flat
+from ..npz import RANGE_KEY
 from ..options import option
 from ..process import Prediction
 from ..rng import image_generator
@@ -277,9 +280,21 @@ class DagOptions(GuidanceOptions):
             terms.append(DepthConsistencyGuidance(nets.model, predictors, self.dcg_scale, **common))
         if self.dpg_scale:
             prior = load_prior(locate(self.depth_prior), nets.device)
+            self._check_range(predictors.depth_range)
             terms.append(DepthPriorGuidance(nets.model, predictors, prior, self.dpg_scale, tau=self.depth_tau,
                                             seed=nets.seed, gradient=self.dpg_gradient, **common))
         return terms
+
+    def _check_range(self, of_predictors: str) -> None:
+        """Raises UserError where the prior learnt depth of another range; says where that is not known."""
+        of_prior = read_metadata(self.depth_prior).get(RANGE_KEY)
+        if of_prior is None:
+            say(f"--depth_prior {self.depth_prior}: does not say of which --depth_range its depth images were; it "
+                f"must be {of_predictors}, that of --depth_predictor")
+        elif parse_depth_range(of_prior) != parse_depth_range(of_predictors):
+            raise UserError(f"--depth_prior {self.depth_prior}: was trained on depth images of --depth_range "
+                            f"{of_prior}, and the predictors of --depth_predictor on {of_predictors}; the two must be "
+                            "the same")
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
         """The prior, where it is used and its file is there."""

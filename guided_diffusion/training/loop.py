@@ -45,6 +45,7 @@ from ..files import reason
 from ..jobs import job, mark_finished
 from ..late import Tensor, dist, no_grad, torch
 from ..logger import MetricLogger, open_log
+from ..npz import RANGE_KEY, stored_range
 from ..progress import progress_bar
 from ..resample import ScheduleSampler
 from ..rng import seeded_torch, stream_generator
@@ -99,6 +100,7 @@ class TrainLoop:
         self.out = Path(options.out)
         with dist_util.together():
             self._check_memory(model)
+            self.depth_range = stored_range(options.data_dir)       # of depth images
         self.model = model.to(dist_util.dev()).channels_last().train()
         with dist_util.collective():
             dist_util.sync_params(list(model.parameters()))
@@ -298,6 +300,8 @@ class TrainLoop:
         """What the files of the weights state of themselves."""
         facts = {name: value for name, value in self.config.items() if name not in EXECUTION}
         metadata = {"config": json.dumps(facts), "step": str(self.step)}
+        if self.depth_range:
+            metadata[RANGE_KEY] = self.depth_range
         return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
 
     def _rescue(self, error: BaseException) -> None:

@@ -100,6 +100,31 @@ def test_another_prior_in_a_folder_of_samples_is_refused(files, tmp_path, capsys
     assert "depth_prior" in capsys.readouterr().err
 
 
+def test_a_prior_of_another_depth_range_is_refused(files, tmp_path, capsys, caplog):
+    """By what depth_images, image_train and convert_checkpoint write; the predictors learnt each map's own range."""
+    caplog.set_level("INFO")
+    line = {**TINY, **files, "timestep_respacing": "1", "num_samples": 1}
+    for depth_range, code in (("1,9", 2), ("image", 0)):
+        data, out, prior = (tmp_path / f"{depth_range}{end}" for end in (".npz", "", ".safetensors"))
+        depth = np.random.default_rng(0).uniform(1, 9, (4, 8, 8))
+        np.savez(tmp_path / "pairs.npz", arr_0=np.full((4, 8, 8, 3), 9, np.uint8), depth=depth)
+        assert call("depth_images", "--data", tmp_path / "pairs.npz", "--depth_range", depth_range, "--image_size", 8,
+                    "--out", data) == 0
+        trained = {**PRIOR, "data_dir": data, "batch_size": 2, "lr_anneal_steps": 1, "ema_rate": "0.9", "out": out}
+        assert call("image_train", *flags(trained)) == 0
+        assert call("convert_checkpoint", out / "ema_0.9.safetensors", "--out", prior) == 0
+        caplog.clear()
+        sampled = {**line, "depth_prior": prior, "out": tmp_path / f"{depth_range}_out"}
+        assert call("dag_sample", *flags(sampled)) == code
+        assert "must be image, that of --depth_predictor" not in caplog.text
+    assert (f"--depth_prior {tmp_path / '1,9.safetensors'}: was trained on depth images of --depth_range 1,9, and the "
+            "predictors of --depth_predictor on image; the two must be the same") in capsys.readouterr().err
+    assert call("dag_sample", *flags({**line, "out": tmp_path / "unknown"})) == 0
+    assert [message for message in caplog.messages if "must be" in message] == [
+        f"--depth_prior {files['depth_prior']}: does not say of which --depth_range its depth images were; it must be "
+        "image, that of --depth_predictor"]
+
+
 def refusals(files, folder):
     model, sha256 = create_model(**TINY), sha256_of(files["model_path"])
     three_channels = {**PRIOR, "in_channels": 3}

@@ -15,6 +15,7 @@ from guided_diffusion.depth.features import decoder_features
 from guided_diffusion.depth.predictor import load_predictors, save_predictors
 from guided_diffusion.depth.train import DepthTrainOptions, load_network
 from guided_diffusion.fetch import sha256_of
+from guided_diffusion.npz import stored_range
 from guided_diffusion.options import fill
 from guided_diffusion.pixels import from_uint8
 from guided_diffusion.rng import stream_generator
@@ -41,6 +42,7 @@ def read(world, out, **changes):
 
 def test_what_the_strong_predictor_reads_at_a_random_step(world, tmp_path, capsys):
     images = read(world, tmp_path / "read.npz", num_images=6, seed=3)
+    assert stored_range(str(tmp_path / "read.npz")) == "0,1"
     assert images.shape == (6, 4, 4, 3) and images.dtype == np.uint8
     network = load_network(*fill(world_flags(world, tmp_path / "none.safetensors"),
                                  [DepthTrainOptions, ModelOptions, DiffusionOptions], None, source="here"))
