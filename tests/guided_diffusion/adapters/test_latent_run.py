@@ -201,7 +201,7 @@ def test_images_depend_on_the_code_of_methods_from_outside(command, tmp_path, mo
         assert command(num_samples=3, fainter_scale=scale) == (2 if refused else 0)
     finally:
         GUIDANCE.remove(method)
-    assert ("(the code of FainterOptions differs)" in capsys.readouterr().err) == refused
+    assert (f"(the code of {name}:FainterOptions differs)" in capsys.readouterr().err) == refused
 
 
 @pytest.mark.parametrize("file, content", [("text_encoder/model.safetensors", b"\xff" * 64), ("tokenizer", None),
