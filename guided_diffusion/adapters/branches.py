@@ -21,8 +21,8 @@ SAME_PROMPT = 1e-2          # of the largest value of an embedding: what two enc
 class PromptGuidance(ContrastGuidance):
     """Classifier-free guidance (Ho & Salimans, 2207.12598, eq. 6) whose conditions are not labels.
 
-    scale: s, 0 is off; the guidance scale of diffusers is 1 + s. null: the conditions that stand for none, (N, ...)
-    each.
+    scale: s, 0 is off; above 0 the guidance scale of diffusers is 1 + s. null: the conditions that stand for none,
+    (N, ...) each.
     """
 
     def __init__(self, scale: float, null: Mapping[str, Tensor]) -> None:

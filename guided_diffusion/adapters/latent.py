@@ -182,10 +182,11 @@ class LatentDiffusion:
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
         Where cfg_scale is 1 negative ones have no effect, which is said in one line. Arrays of NumPy become tensors.
         labels: (N,) int64, of a network or a classifier with classes. latents: (N, C, h, w), the first noise, in place
-        of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels in a
-        way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or its options.
-        cfg_scale: diffusers' guidance scale, 1 is off; networks without prompts have none. guidance: terms that were
-        given `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the others on that with it.
+        of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels
+        in a way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or
+        its options. cfg_scale: diffusers' guidance scale, at least 1, which is off; networks without prompts have none.
+        guidance: terms that were given `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the
+        others on that with it.
         numbers: the images' places in the run (0, 1 ... by default): an image depends on seed, number and prompt alone.
         height, width: pixels. output_type: "pil"; "np", (N, H, W, 3) in [0, 1]; or "latent", a tensor (N, C, h, w).
         batch_contrasts: evaluations that do not need each other, as those with and without the prompt, are one batch:
@@ -274,6 +275,8 @@ class LatentDiffusion:
 
     def _check(self, cfg_scale: float, output_type: str, batch_contrasts: bool, on_step: object) -> None:
         check_number("LatentDiffusion cfg_scale", cfg_scale)
+        if cfg_scale < 1:               # off in diffusers, while the formula goes towards no prompt
+            raise UserError(f"LatentDiffusion cfg_scale {cfg_scale}: must be at least 1, which is off")
         if not isinstance(batch_contrasts, bool):
             raise UserError(f"batch_contrasts {shortened(batch_contrasts)}: must be True or False")
         if not callable(on_step):

@@ -69,7 +69,7 @@ class LatentOptions(Options):
     negative_prompt: str = option("", "what stands for no prompt in classifier-free guidance")
     sampler: str = option("ddim", f"the sampler: {', '.join(SAMPLERS)}", choices=SAMPLERS)
     steps: int = option(50, "steps, at the places of the pipeline's own scheduler", minimum=1)
-    prompt_scale: float = option(7.5, "classifier-free guidance as diffusers counts it; 1: off")
+    prompt_scale: float = option(7.5, "classifier-free guidance as diffusers counts it, at least 1; 1: off", minimum=1)
     sag_scale: float = option(0.0, "scale s of self-attention guidance; 0: off")
     sag_block: str = option("middle", "its attention block, like middle or up.1.0")
     icg_prompts: str = option("", "text file of prompts, a line each, among which --icg_scale draws; unset: the first "

@@ -415,7 +415,9 @@ def test_what_does_not_fit_is_a_sentence(latent):
             ({"prompt_embeds": PROMPTS[0], "cfg_scale": 1.0}, r"prompt_embeds \(5, 16\): must be \(N, T, E\)"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "numbers": [0, -1]}, r"numbers \[0, -1\]: must be whole"),
             ({"prompt_embeds": PROMPTS, "cfg_scale": 1.0, "height": 16.0}, "multiple of 2"),
-            ({"cfg_scale": float("nan")}, "finite number")]:
+            ({"cfg_scale": float("nan")}, "finite number"),
+            ({"cfg_scale": 0.0}, "^LatentDiffusion cfg_scale 0.0: must be at least 1, which is off"),
+            ({"cfg_scale": 0.99}, "^LatentDiffusion cfg_scale 0.99: must be at least 1")]:
         with pytest.raises(UserError, match=words):
             latent.sample(**options)
     classes = LatentDiffusion.from_pipeline(diffusers.DDPMPipeline(pixel_unet(num_class_embeds=3), scheduler()))

@@ -254,6 +254,7 @@ def test_what_cannot_work_is_a_sentence(command, capsys, tmp_path):
                            ({"steps": 2000, "out": tmp_path / "b"}, "--steps 2000: must be"),
                            ({"steps": 1, "sampler": "unipc", "out": tmp_path / "b"},
                             "--steps 1: the scheduler makes 1 of them, and unipc needs 2 or more"),
-                           ({"height": 17, "out": tmp_path / "b"}, "--height 17: must be a multiple")]:
+                           ({"height": 17, "out": tmp_path / "b"}, "--height 17: must be a multiple"),
+                           ({"prompt_scale": 0, "out": tmp_path / "b"}, "--prompt_scale 0.0: must be at least 1")]:
         assert command(**options) == 2
         assert words in capsys.readouterr().err
