@@ -182,8 +182,8 @@ class LatentDiffusion:
         prompt: one for all images, or one for each; prompt_embeds: (N, T, E) in its place, with pooled ones for SDXL.
         Where cfg_scale is 1 negative ones have no effect, which is said in one line. Arrays of NumPy become tensors.
         labels: (N,) int64, of a network or a classifier with classes. latents: (N, C, h, w), the first noise, in place
-        of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels
-        in a way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or
+        of that of the seed. steps: see `process_of`; where fewer are made, or the scheduler spaces noise levels or ends
+        its steps in a way that is not followed, that is said in one line. sampler: a name in `sampling.SAMPLERS`, or
         its options. cfg_scale: diffusers' guidance scale, at least 1, which is off; networks without prompts have none.
         guidance: terms that were given `self.unet`; with cfg_scale on, SAG acts on the evaluation without a prompt, the
         others on that with it.
@@ -242,7 +242,7 @@ class LatentDiffusion:
             raise UserError(f"steps {steps}: the scheduler makes {process.num_timesteps} of them, and "
                             f"{sampler} needs {options.fewest_steps} or more")
         walked = options.process(process)
-        if walked is process and (line := departures(self.pipe.scheduler, steps, process.num_timesteps)):
+        if walked is process and (line := departures(self.pipe.scheduler, steps, process)):
             self._say(line)
         return options, walked
 

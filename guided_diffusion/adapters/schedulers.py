@@ -17,6 +17,7 @@ MEAN_TYPES = {"epsilon": ModelMeanType.EPSILON, "v_prediction": ModelMeanType.VE
 VARIANCE_TYPES = {"fixed_large": ModelVarType.FIXED_LARGE, "fixed_large_log": ModelVarType.FIXED_LARGE,
                   "learned_range": ModelVarType.LEARNED_RANGE}
 PLACES = ("timestep_spacing", "steps_offset")       # what the places of steps follow from
+DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 INVERSE = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
 SPACINGS = {"use_karras_sigmas": "Karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
@@ -84,12 +85,19 @@ def process_of(scheduler: Any, steps: int | None = None) -> DiffusionProcess:
     return ScheduledProcess(abar, used, last, MEAN_TYPES[prediction], variance)
 
 
-def departures(scheduler: Any, asked: int, made: int) -> str:
+def departures(scheduler: Any, asked: int, process: DiffusionProcess) -> str:
     """In words how the steps that are made differ from those asked for, and from the scheduler's; "" where they do not.
 
-    Steps of a spacing of noise levels are rounded to those of the training, where some may coincide.
+    process: `process_of` the scheduler and the steps asked for. Steps of a spacing of noise levels are rounded to those
+    of the training, where some may coincide. Those of a `DDIMScheduler` end as many original steps lower as there are
+    for each, which is where the next begins only where its places are as far apart.
     """
+    made, lower = process.num_timesteps, len(scheduler.betas) // asked
     words = [f"makes {made} of {asked} steps"] if made != asked else []
+    ends = process.timestep_map - lower
+    own = np.where(ends < 0, process.alphas_cumprod_prev[0], process.original_alphas_cumprod[ends.clip(0)])
+    if type(scheduler).__name__ in DDIM and not np.allclose(own, process.alphas_cumprod_prev, rtol=1e-6, atol=0):
+        words.append(f"each step ends where the next begins, its own end {lower} lower")
     words += [f"its {spacing} spacing is not followed" for flag, spacing in SPACINGS.items()
               if getattr(scheduler.config, flag, False)]
     return f"{type(scheduler).__name__}: {'; '.join(words)}" if words else ""

@@ -51,6 +51,22 @@ def test_images_are_those_of_stable_diffusion(cfg_scale, prediction):
     assert relative_error(ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=cfg_scale), expected) < SAME
 
 
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDIMParallelScheduler"])
+@pytest.mark.parametrize("options, steps, lower", [
+    ({"timestep_spacing": "leading"}, 7, None), ({"timestep_spacing": "leading", "steps_offset": 0}, 4, None),
+    ({"timestep_spacing": "trailing"}, 4, None), ({"timestep_spacing": "trailing"}, 7, 142),
+    ({"timestep_spacing": "linspace"}, 4, 250)])
+def test_steps_that_the_scheduler_ends_elsewhere_are_said(kind, options, steps, lower, caplog):
+    pipe = prompted_pipeline()
+    pipe.scheduler = scheduler(kind, **{"clip_sample": False, "set_alpha_to_one": False, **options})
+    expected = images(pipe, guidance_scale=1.0, num_inference_steps=steps)
+    found = ours(LatentDiffusion.from_pipeline(pipe), cfg_scale=1.0, steps=steps, negative_prompt_embeds=None)
+    error = relative_error(found, expected)
+    assert error < SAME if lower is None else error > 50 * SAME
+    sentence = f"each step ends where the next begins, its own end {lower} lower"
+    assert [line.endswith(sentence) for line in caplog.messages if "each step" in line] == [True] * (lower is not None)
+
+
 @pytest.mark.parametrize("clipped_noise, sampler", [(False, "ddim"), (True, DdimOptions())])
 def test_pixels_are_those_of_the_ddim_pipeline(clipped_noise, sampler):
     steps = diffusers.DDIMScheduler(clip_sample=True)
