@@ -27,8 +27,8 @@ from .late import Tensor, dist, torch
 from .launchers import is_main, launched, rank, world_size
 
 __all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "dev", "device_name", "gathered",
-           "has_last_word", "is_main", "load_state_dict", "one_process", "rank", "say", "setup_dist", "shutdown", "store",
-           "sync_params", "together", "told_by_main", "world_size"]
+           "has_last_word", "is_main", "load_state_dict", "one_process", "rank", "say", "setup_dist", "shutdown",
+           "store", "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started

@@ -21,8 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import checkpoint, dist_util
 from ..build import kind_of
 from ..classes import KEY
@@ -31,6 +29,7 @@ from ..fetch import public_values, without_secrets
 from ..files import check_folder, locked, remove_leftovers, write_json
 from ..foreign import reading
 from ..functions import code_digest
+from ..late import torch
 from ..options import WATCHED
 from ..version import __version__
 
