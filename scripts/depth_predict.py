@@ -2,7 +2,8 @@ r"""Write the depth that predictors read from noised images as grey images, to t
 
 Example:
     python scripts/depth_predict.py --model scenes32 --data scenes --num_images 500 --map_size 16 --out data/read16.npz
-    python scripts/image_train.py --data_dir data/read16.npz --in_channels 1 --image_size 16 --out runs/prior
+    python scripts/image_train.py --data_dir data/read16.npz --in_channels 1 --image_size 16 --channel_mult 1,2,2 \
+        --out runs/prior
 """
 
 from collections.abc import Sequence

@@ -334,7 +334,7 @@ def test_a_command_refuses_before_it_samples(exported, sample, tmp_path):
     code, said = sample(exported(Tiny(classes=5).eval()))
     assert code == 2 and "net.pt: has 5 classes, and the network that is sampled 2" in said
     assert not list((tmp_path / "out").glob("*.npz"))
-    assert sample(exported(), labels="cat")[1].count("names of classes are not known") == 1
+    assert sample(exported(), labels="cat")[1].count("as the checkpoint states no names") == 1
 
 
 def test_without_classes_of_its_own_a_network_has_labels_of_as_many_as_the_classifier(exported, sample, tmp_path):
