@@ -154,7 +154,8 @@ class Cascade:
             if dist_util.is_main():
                 _log.info("%s: %d images of %dx%d, %s", name, self.options.num_samples, *[run.model.image_size] * 2,
                           run.title())
-            samples = run.run()
+            with _about(name):
+                samples = run.run()
         lines = [] if samples is None else [f"samples: {samples}", f"picture: {samples.parent / 'grid.png'}"]
         if self.evaluation is not None:
             lines.append(self._evaluate(self.evaluation, extractor))

@@ -31,6 +31,7 @@ __all__ = ["LostRankError", "PeerError", "barrier", "collective", "connect", "de
            "store", "sync_params", "together", "told_by_main", "world_size"]
 
 PATIENCE = timedelta(days=2)            # of a collective: one rank may compute for hours while the others wait for it
+LAST_TO_SPEAK = 3.0                     # seconds that other ranks wait with a sentence that the first one says
 ASSEMBLY = timedelta(minutes=10)        # within which all ranks must have started
 REMINDER = timedelta(seconds=30)        # after which, again and again, rank 0 says who is missing
 ANSWER = timedelta(minutes=30)          # within which a value is put into the store that a rank asks for
@@ -304,15 +305,16 @@ def together() -> Iterator[None]:
 
 
 def one_process(remedy: str = "") -> None:
-    """Raises UserError, on one of the ranks, where a launcher started several for what one process is to do.
+    """Raises UserError where a launcher started several ranks for what one process is to do.
 
-    The others raise PeerError. remedy: what else one can do, as the end of the sentence.
+    The ranks do not connect, as in a shell that has a launcher's variables there is but one. All others than the first
+    wait with the sentence, so that a launcher that ends them then spares it. remedy: what else one can do, as its end.
     """
     if (ranks := world_size()) > 1:
-        connect()
-        with together():
-            raise UserError(f"{ranks} ranks were started, and this is the work of one process: start the command "
-                            f"without mpiexec, torchrun or srun{remedy}")
+        if not is_main():
+            time.sleep(LAST_TO_SPEAK)
+        raise UserError(f"{ranks} ranks were started, and this is the work of one process: start the command without "
+                        f"mpiexec, torchrun or srun, and without their variables, like WORLD_SIZE{remedy}")
 
 
 def sync_params(tensors: Iterable[Tensor]) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ BLOCK = 2**22                   # bytes read at a time where nothing else says h
 ENCRYPTED = 1                   # bit of a member's flags
 LISTED = 10                     # arrays that a sentence names
 RANGE_KEY = "depth_range"       # in files of depth images, and in metadata of what was trained on them
+_RANGE = re.compile(r"image|[-+.\deE]+,[-+.\deE]+")
 
 # A damaged .npz file makes zipfile, zlib, tokenize and NumPy raise nearly anything.
 READ_ERRORS: tuple[type[Exception], ...] = (Exception,)
@@ -309,10 +311,16 @@ def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[
 
 
 def stored_range(data: str) -> str:
-    """The range that a file of depth images states, in the words of `--depth_range`; "" for any other data."""
+    """The range that a file of depth images states, in the words of `--depth_range`; "" for any other data.
+
+    An array of that name which is something else is that of other data, too.
+    """
     if Path(data).suffix.lower() != ".npz" or not Path(data).is_file():
         return ""
-    return ArrayFile(data).value(RANGE_KEY, str) or ""
+    with suppress(UserError):
+        if _RANGE.fullmatch(stated := ArrayFile(data).value(RANGE_KEY, str) or ""):
+            return stated
+    return ""
 
 
 def read_npy(path: str | Path, otherwise: str = "is no .npy file that can be used", *, flag: str = "") -> np.ndarray:

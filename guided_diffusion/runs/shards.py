@@ -123,7 +123,8 @@ class Shards(ChunkFiles):
             return
         samples = f"--base_samples {self.configuration['base_samples']}"
         if found is not None and found.ndim == 2 and _equal(expected[:, :DIGEST], found[:, :DIGEST]):
-            raise UserError(f"{path}: was upsampled with other noise, as that follows from how often the images of "
+            before = ", as by versions that gave upsamplers in a row the same" * (found.shape[1] == DIGEST)
+            raise UserError(f"{path}: was upsampled with other noise{before}: it follows from how often the images of "
                             f"{samples} were upsampled before; {REMEDY}")
         raise UserError(f"{path}: was upsampled from other images than those of {samples}; {REMEDY}")
 

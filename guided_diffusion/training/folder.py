@@ -159,9 +159,9 @@ class Record:
         return lines + self._other_code(before)
 
     def _other_code(self, before: Record) -> list[str]:
-        """What to say of code that is another than in `before`; older records say nothing of theirs."""
+        """What to say of code that is another than in `before`, or may be: older records say nothing of theirs."""
         if not before.code:
-            return []
+            return ["which code the training had so far is not recorded; from here on it may compute something else"]
         changed = [name for name, now in self.code.items() if before.code.get(name) != now]
         said = [f"{name} was {before.code.get(name)} so far and is {self.code[name]}" for name in changed
                 if name != "sha256"]

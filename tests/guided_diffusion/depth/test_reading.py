@@ -43,6 +43,9 @@ def read(world, out, **changes):
 def test_what_the_strong_predictor_reads_at_a_random_step(world, tmp_path, capsys):
     images = read(world, tmp_path / "read.npz", num_images=6, seed=3)
     assert stored_range(str(tmp_path / "read.npz")) == "0,1"
+    for other in (np.array([0.5, 10.0]), "whatever", 3):
+        np.savez(tmp_path / "other.npz", arr_0=np.zeros((1, 4, 4, 3), np.uint8), depth_range=other)
+        assert stored_range(str(tmp_path / "other.npz")) == ""
     assert images.shape == (6, 4, 4, 3) and images.dtype == np.uint8
     network = load_network(*fill(world_flags(world, tmp_path / "none.safetensors"),
                                  [DepthTrainOptions, ModelOptions, DiffusionOptions], None, source="here"))

