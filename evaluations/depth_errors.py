@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from guided_diffusion.depth.ranges import from_unit_range
+from guided_diffusion.depth.ranges import from_unit_range, has_ratios
 from guided_diffusion.late import Tensor, torch
 
 THRESHOLD = 1.25            # of the ratio of two depths, up to which delta counts them as equal
@@ -21,7 +21,7 @@ def depth_errors(predicted: Tensor, depth: Tensor, limits: tuple[float, float] |
     """
     predicted = predicted.clamp(-1, 1).expand_as(depth)
     l1 = (predicted - depth).abs().mean(dim=(1, 2, 3))
-    if limits is None or limits[0] <= 0:
+    if not has_ratios(limits):
         return np.stack([l1.cpu().numpy(), *np.full((2, len(depth)), np.nan)], axis=1)
     in_units, true = (from_unit_range(maps.clamp(-1, 1), *limits) for maps in (predicted, depth))
     relative = ((in_units - true).abs() / true).mean(dim=(1, 2, 3))

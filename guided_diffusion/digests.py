@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .errors import UserError
 from .fetch import sha256_of
-from .image_datasets import find_data, holds_idx, is_npz
+from .image_datasets import find_data, holds_idx
 from .image_files import find_pictures
+from .npz import is_npz
 
 MEASURED = 1000         # files of a folder whose sizes tell its images from others of the same names
 UNPACKED = frozenset((".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"))

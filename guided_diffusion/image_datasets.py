@@ -40,7 +40,7 @@ from .image_files import (
 )
 from .late import Tensor, torch
 from .launchers import launched
-from .npz import BLOCK, MAX_RATIO, SMALL, check_brightest, check_brightness, read_arrays
+from .npz import BLOCK, MAX_RATIO, SMALL, check_brightest, check_brightness, is_npz, read_arrays
 from .pixels import file_channels, from_uint8
 from .rng import stream_generator
 
@@ -554,11 +554,6 @@ def pad_to_frame(images: np.ndarray, frame: tuple[int, int, int]) -> Tensor:
 
 
 # Files of samples
-
-
-def is_npz(path: str | os.PathLike) -> bool:
-    """Whether the name says that a file holds NumPy arrays."""
-    return Path(path).suffix.lower() == ".npz"
 
 
 def load_npz(path: str | os.PathLike, frame: tuple[int, int, int], labelled: bool,

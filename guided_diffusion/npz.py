@@ -310,12 +310,17 @@ def read_arrays(path: str | Path, names: Sequence[str], otherwise: str) -> list[
         raise UserError(f"{otherwise} ({str(error).removeprefix(f'{path}: ')})") from None
 
 
+def is_npz(path: str | os.PathLike) -> bool:
+    """Whether the name says that a file holds NumPy arrays."""
+    return Path(path).suffix.lower() == ".npz"
+
+
 def stored_range(data: str) -> str:
     """The range that a file of depth images states, in the words of `--depth_range`; "" for any other data.
 
     An array of that name which is something else is that of other data, too.
     """
-    if Path(data).suffix.lower() != ".npz" or not Path(data).is_file():
+    if not is_npz(data) or not Path(data).is_file():
         return ""
     with suppress(UserError):
         if _RANGE.fullmatch(stated := ArrayFile(data).value(RANGE_KEY, str) or ""):

@@ -43,7 +43,7 @@ from .files import (
     write_text,
 )
 from .foreign import read_json, reading
-from .image_datasets import crop_square, is_npz, resize_smaller_side
+from .image_datasets import crop_square, resize_smaller_side
 from .image_files import (
     MAX_PACKED,
     FoundPictures,
@@ -54,7 +54,7 @@ from .image_files import (
     read_image,
     zip_members,
 )
-from .npz import write_batch
+from .npz import is_npz, write_batch
 from .options import Options, option, required
 from .pictures import save
 from .progress import progress_bar

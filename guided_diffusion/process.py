@@ -291,15 +291,15 @@ class DiffusionProcess:
             case _:
                 return pred.eps
 
-    def eps_per_output(self, t: Tensor, like: Tensor) -> Tensor:
-        """By how much eps changes with what `output_of` gives, at the same x_t; shaped to broadcast with `like`."""
+    def eps_per_output(self, t: Tensor, like: Tensor) -> Tensor | float:
+        """By how much eps changes with what `output_of` gives, at the same x_t; broadcasts with `like` (N, ...)."""
         match self.model_mean_type:
             case ModelMeanType.START_X:
                 return gather(-1 / self.sqrt_recipm1_alphas_cumprod, t, like)
             case ModelMeanType.VELOCITY:
                 return gather(self.sqrt_alphas_cumprod, t, like)
             case _:
-                return torch.ones_like(gather(self.betas, t, like))
+                return 1.0
 
     def eps_between(self, pred: Prediction, other: Prediction, t: Tensor) -> Tensor:
         """What the network said for one prediction minus what it said for another, as a change of eps, (N, C, H, W).

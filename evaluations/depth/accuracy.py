@@ -27,7 +27,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.depth.features import decoder_blocks, parse_blocks
 from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, checked_depth_range
-from guided_diffusion.depth.ranges import parse_depth_range
+from guided_diffusion.depth.ranges import has_ratios, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE
 from guided_diffusion.depth.train import (
     EVALUATED_AT_ONCE,
@@ -107,8 +107,7 @@ def measure_accuracy(options: DepthAccuracyOptions, model_options: ModelOptions,
                         f"is read with {options.depth_range}; give --depth_range {DEPTH_RANGE} where its depth is in "
                         "metres as well, or other pairs to measure on")
     network = load_network(options, model_options, diffusion_options)
-    limits = parse_depth_range(options.depth_range)
-    if limits is None or limits[0] <= 0:
+    if not has_ratios(parse_depth_range(options.depth_range)):
         dist_util.say(f"--depth_range {options.depth_range}: abs_rel and delta are not measured, which need NEAR,FAR, "
                       "both above 0")
     if options.num_timesteps > network.diffusion.num_timesteps:

@@ -30,7 +30,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, read_pairs
-from guided_diffusion.depth.ranges import parse_depth_range
+from guided_diffusion.depth.ranges import has_ratios, parse_depth_range
 from guided_diffusion.depth.reading import DepthReadingOptions, reading_networks
 from guided_diffusion.depth.scenes import DEPTH_RANGE
 from guided_diffusion.depth.train import digest, features_at
@@ -248,9 +248,8 @@ class GeneratedTraining:
         return images, torch.from_numpy(_read(path, "depth", (len(images), 1, self.size, self.size)))
 
     def _samples(self, run: SamplingRun) -> np.ndarray:
-        file = run.run()
-        assert file is not None             # there is one rank
-        return next(BatchFile(file).images([range(self.options.num_samples)]))
+        run.run()
+        return next(BatchFile(run.samples).images([range(self.options.num_samples)]))
 
     @no_grad
     def _read_depth(self, images: Tensor) -> np.ndarray:
@@ -278,8 +277,7 @@ def _range_of(path: str) -> str:
     from guided_diffusion.depth.predictor import load_predictors
 
     depth_range = load_predictors(path).depth_range
-    limits = parse_depth_range(depth_range)
-    if limits is None or limits[0] <= 0:
+    if not has_ratios(parse_depth_range(depth_range)):
         raise UserError(f"{path}: its predictors learnt depth with --depth_range {depth_range}; delta and AbsRel need "
                         "NEAR,FAR, both above 0")
     return depth_range

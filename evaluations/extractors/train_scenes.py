@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from guided_diffusion.depth.pairs import SCENES, DepthReader, checked_depth_range, open_pairs
-from guided_diffusion.depth.ranges import from_unit_range, parse_depth_range, to_unit_range
+from guided_diffusion.depth.ranges import from_unit_range, has_ratios, parse_depth_range, to_unit_range
 from guided_diffusion.depth.scenes import FAR, NEAR, Scenes
 from guided_diffusion.depth.scenes.files import MOST_SCENES, render_scenes
 from guided_diffusion.errors import UserError
@@ -116,7 +116,7 @@ def training_scenes(options: ScenesTrainingOptions) -> tuple[Scenes, Scenes, tup
                             ((SEED, options.num_images), (HELD_OUT_SEED, options.num_held_out)))
         return scenes, held_out, (NEAR, FAR)
     limits = parse_depth_range(checked_depth_range(options.data, options.depth_range))
-    if limits is None or limits[0] <= 0:
+    if not has_ratios(limits):
         raise UserError(f"--depth_range {options.depth_range or 'image'}: must be NEAR,FAR, both above 0, where --data "
                         "are pairs")
     if options.held_out in ("", SCENES):

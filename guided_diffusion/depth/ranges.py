@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,11 @@ def parse_depth_range(text: str) -> tuple[float, float] | None:
         raise UserError(f"--depth_range {text}: must be {OWN_RANGE}, or NEAR,FAR, two numbers of which the first is "
                         "the smaller one")
     return near, far
+
+
+def has_ratios(limits: tuple[float, float] | None) -> TypeGuard[tuple[float, float]]:
+    """Whether depths of a range have ratios, as relative errors need: it has units, and NEAR is above 0."""
+    return limits is not None and limits[0] > 0
 
 
 def to_fraction(depth: np.ndarray, near: float, far: float) -> np.ndarray:

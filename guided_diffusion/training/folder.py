@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ def shown(value: Any) -> Any:
     return (without_secrets(value) or "''") if isinstance(value, str) else value
 
 
-@cache
-def code_of_this_library() -> Mapping[str, str]:
+def code_of_this_library() -> dict[str, str]:
     """Its version, that of torch, and the SHA-256 of all its files of code."""
     root = Path(__file__).parents[1]
     return {"guided_diffusion": __version__, "torch": torch.__version__,
@@ -89,7 +87,7 @@ class Record:
     data: str | None = None
     classes: Sequence[str] | None = None
     watched: Mapping[str, Any] = field(default_factory=dict)
-    code: Mapping[str, str] = field(default_factory=lambda: dict(code_of_this_library()))
+    code: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
         """Writes config.json, in which no address has a secret."""
@@ -98,7 +96,7 @@ class Record:
         content |= {WATCHED: public_values(self.watched)} if self.watched else {}
         content |= {"data": self.data} if self.data else {}
         content |= {KEY: list(self.classes)} if self.classes else {}
-        content |= {"code": dict(self.code)}
+        content |= {"code": dict(self.code)} if self.code else {}
         write_json(out / "config.json", content, sync=True)
 
     @classmethod
@@ -127,8 +125,7 @@ class Record:
         metadata = checkpoint.read_metadata(state)
         with reading(state, "is not the state of a training"):
             names = json.loads(metadata.get(KEY, "null"))
-            return cls(dict(json.loads(metadata.get("config", "{}"))), {}, classes=names and [str(n) for n in names],
-                       code={})
+            return cls(dict(json.loads(metadata.get("config", "{}"))), {}, classes=names and [str(n) for n in names])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -160,7 +157,7 @@ class Record:
 
     def _other_code(self, before: Record) -> list[str]:
         """What to say of code that is another than in `before`, or may be: older records say nothing of theirs."""
-        if not before.code:
+        if self.code and not before.code:
             return ["which code the training had so far is not recorded; from here on it may compute something else"]
         changed = [name for name, now in self.code.items() if before.code.get(name) != now]
         said = [f"{name} was {before.code.get(name)} so far and is {self.code[name]}" for name in changed

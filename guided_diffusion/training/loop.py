@@ -51,7 +51,7 @@ from ..resample import ScheduleSampler
 from ..rng import seeded_torch, stream_generator
 from ..stated import statement_of
 from .batch import Data, DropLabels, Losses, Network, TrainingBatch
-from .folder import Record
+from .folder import Record, code_of_this_library
 from .loss_curve import draw_loss_curve
 from .options import LoopOptions
 from .start import Start, from_checkpoint, from_weights, weight_shapes
@@ -360,7 +360,8 @@ class TrainLoop:
         self.record = Record(self.config, asdict(self.options), dist_util.world_size(),
                              data_digest(self.options.data_dir) if dist_util.is_main() else None,
                              None if self.class_names is None else self.class_names.to_json(),
-                             {name: value for one in self.watchers for name, value in one.settings.items()})
+                             {name: value for one in self.watchers for name, value in one.settings.items()},
+                             code_of_this_library() if dist_util.is_main() else {})
         if path.exists():
             said = self.record.continues(before, self.out) if before and dist_util.is_main() else []
             self.state.load(self.out)

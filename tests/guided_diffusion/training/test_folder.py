@@ -13,7 +13,7 @@ from tiny_training import log_of, train, train_tiny_classifier
 from guided_diffusion import checkpoint, files, train_util
 from guided_diffusion.digests import data_digest
 from guided_diffusion.errors import UserError
-from guided_diffusion.training.folder import Record, locked_folder
+from guided_diffusion.training.folder import Record, code_of_this_library, locked_folder
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_a_state_knows_its_network_where_config_json_is_gone(data_dir, run):
                                                "diffusion .* was changed; from here on it may compute something else"]),
 ])
 def test_code_that_is_another_is_said(tmp_path, changed, said):
-    now = Record({}, {})
+    now = Record({}, {}, code=code_of_this_library())
     now.write(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
     assert set(record["code"]) == {"guided_diffusion", "torch", "sha256"}
