@@ -169,7 +169,7 @@ def checked_depth_range(data: str, text: str) -> str:
 
 
 class DepthReader:
-    """Reads depth maps as (size, size) float32 in [-1, 1], and counts pixels that are clamped to that, and those of 0.
+    """Reads depth maps as (size, size) float32 in [-1, 1], and counts what `report` says of them.
 
     limits: what becomes -1 and 1; None: the extremes of each map, beyond which nothing is. grey: the maps are images of
     depth, in which 0 is black and nothing else. What is counted are the pixels of the files in the square that is used.
@@ -177,7 +177,7 @@ class DepthReader:
 
     def __init__(self, size: int, limits: tuple[float, float] | None, *, grey: bool = False) -> None:
         self.size, self.limits, self.grey = size, limits, grey
-        self._pixels = self._beyond = self._zeros = self._maps = self._maps_with_zeros = 0
+        self._pixels = self._beyond = self._zeros = self._maps = self._maps_with_zeros = self._enlarged = 0
 
     def read(self, source: DepthMaps, index: int) -> np.ndarray:
         """One depth map; raises UserError where it is not finite, is constant, has holes or is beyond the limits."""
@@ -190,6 +190,7 @@ class DepthReader:
             raise UserError(f"{name}: is constant, every pixel has depth {depth.flat[0]:g}")
         whole = Image.fromarray(depth)
         used = np.asarray(crop_square(whole, min(whole.size)))
+        self._enlarged += len(used) < self.size
         self._count_zeros(used, name, values.dtype.kind in "iu")
         picture = resize_smaller_side(whole, self.size, Image.Resampling.BILINEAR)
         resized = np.asarray(crop_square(picture, self.size))
@@ -219,7 +220,9 @@ class DepthReader:
         self._maps_with_zeros += 1
 
     def report(self, data: object) -> None:
-        """Says how much of the maps of `data` was clamped so far, and how many pixels are 0, where there are any."""
+        """Says how much of the maps of `data` was enlarged and clamped so far, and how much is 0, where any is."""
+        if self._enlarged:
+            say(f"{data}: {self._enlarged} of {self._maps} depth maps are enlarged to {self.size} pixels")
         if self._beyond and self.limits:
             near, far = self.limits
             say(f"{data}: {self._share(self._beyond)} of the pixels of its depth maps were beyond --depth_range "

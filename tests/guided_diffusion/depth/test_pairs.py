@@ -85,6 +85,15 @@ def test_clamped_depth_is_said_once(tmp_path, caplog):
     assert ended.returncode == 0 and ended.stderr.splitlines().count(line) == 1
 
 
+def test_maps_that_are_enlarged_are_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data = npz(tmp_path, arr_0=arrays(3, 16, 24)["arr_0"], depth=arrays(3, 16, 24)["depth"], arr_1=None)
+    for size, lines in ((8, []), (16, []), (20, [f"{data}: 3 of 3 depth maps are enlarged to 20 pixels"])):
+        caplog.clear()
+        read_pairs(data, size=size)
+        assert [message for message in caplog.messages if "enlarged" in message] == lines
+
+
 def test_pixels_are_counted_as_they_stand_in_the_files(tmp_path, caplog):
     """Before maps are resized, which mixes pixels with those beside them, and in the square that is used alone."""
     caplog.set_level("INFO")
