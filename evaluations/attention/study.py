@@ -43,10 +43,10 @@ from guided_diffusion.pictures import grid as image_grid
 from guided_diffusion.pixels import from_uint8, to_uint8
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
-from guided_diffusion.rng import image_noise
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
-from guided_diffusion.sampling import SAMPLERS, sample_chain
+from guided_diffusion.runs.sampler import ImageSampler
+from guided_diffusion.sampling import SAMPLERS
 
 from ..metrics.bootstrap import MOST_RESAMPLINGS
 from ..plots import require_matplotlib
@@ -170,19 +170,10 @@ class ObservedNetwork:
             raise UserError(f"{run.title()}: the network has {run.model.in_channels} channels, and pictures are drawn "
                             "of 1 or 3")
         self.run, self.heads = run, heads
-        self.model, self.network, self.diffusion, self.guidance = run.build()
+        built = run.build()
+        self.model, self.diffusion, self.guidance = built.model, built.diffusion, built.guidance
+        self.sampler = ImageSampler(run.sample, run.sampler, built)
         self.labels = run.labels()
-
-    def noise(self, image_ids: Sequence[int], step: int) -> Tensor:
-        """The noise (N, C, H, W) of these images at a step, as sampling draws it."""
-        shape = (self.run.model.in_channels, self.run.model.image_size, self.run.model.image_size)
-        return image_noise(self.run.sample.seed, image_ids, step, shape).to(dist_util.dev())
-
-    def denoiser(self, labels: Tensor | None) -> Denoiser:
-        """The network as samplers call it, on images of these classes (N,); None where it has no classes."""
-        kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
-        return Denoiser(self.diffusion, self.network, self.run.sample.clip_denoised, model_kwargs=kwargs,
-                        dynamic_threshold=self.run.sampler.threshold_quantile)
 
     @no_grad
     def observe(self, denoise: Denoiser, x_t: Tensor, t: int, blocks: Sequence[str]) -> Observation:
@@ -199,10 +190,10 @@ class ObservedNetwork:
         Each is evaluated once more than the chain does it, as guidance evaluates the network on degraded images too,
         and attention that nobody reads need not be captured.
         """
-        denoise = self.denoiser(None if self.labels is None else self.labels(image_ids))
-        x_t = self.noise(image_ids, self.diffusion.num_timesteps)
-        chain = sample_chain(self.run.sampler.step(), denoise, x_t, lambda t: self.noise(image_ids, t),
-                             self.guidance, torch.tensor(image_ids))
+        labels = None if self.labels is None else self.labels(image_ids)
+        denoise = self.sampler.denoiser(image_ids, labels)
+        x_t = self.sampler.noise(image_ids, self.diffusion.num_timesteps)
+        chain = self.sampler.chain(image_ids, labels)
         for t in reversed(range(min(steps), self.diffusion.num_timesteps)):
             if t in steps:
                 yield self.observe(denoise, x_t, t, blocks)
@@ -223,7 +214,8 @@ def overlay_strip(run: SamplingRun, image_ids: Sequence[int], steps: int = NUM_S
     method = attention_method(run)
     if method is None or method.attention_block is None:
         raise UserError(f"{run.title()}: no guidance method of this run reads the attention of a block")
-    network, block = ObservedNetwork(run, method.heads or "exact"), method.attention_block
+    network = ObservedNetwork(run.changed(batch_size=len(image_ids)), method.heads or "exact")
+    block = method.attention_block
     chosen = evenly_spaced(network.diffusion.num_timesteps, steps)
     pairs: list[np.ndarray] = []
     for observation in network.observe_chain(image_ids, chosen, [block]):
@@ -391,10 +383,10 @@ class AttentionStudy:
         labels = None if objects.labels is None else torch.from_numpy(objects.labels[piece])
         if labels is None and self.network.labels is not None:
             labels = self.network.labels(piece)
-        denoise = self.network.denoiser(labels)
+        denoise = self.network.sampler.denoiser(piece, labels)
         for t in self.object_steps:
             steps = torch.full((len(piece),), t, device=dist_util.dev())
-            x_t = self.network.diffusion.q_sample(x0.to(steps.device), steps, self.network.noise(piece, t))
+            x_t = self.network.diffusion.q_sample(x0.to(steps.device), steps, self.network.sampler.noise(piece, t))
             yield self.network.observe(denoise, x_t, t, self.blocks)
 
     def _summary(self, patches: PatchStatistics, overlap: Sequence[AttentionRow]) -> str:

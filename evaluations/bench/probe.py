@@ -170,11 +170,10 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     run = SamplingRun.of([sample, model, diffusion, *(kind() for kind in SAMPLERS.values()), *off])
     if options.labels == "none" and not model.null_class:
         raise UserError("--labels none: the network has no null class, as training with --label_dropout makes it")
+    label = model.num_classes if options.labels == "none" else None
     images = _held_out(options, run.sample.model_path, model)
     chosen, why = _methods(options, replace(run, guidance=tuple(methods)))
     built = run.build()
-    if options.labels == "none":
-        built = built._replace(network=unlabelled(built.network, model.num_classes))
     nets = run.networks(built.model)
     terms: list[ContrastGuidance] = []
     named: list[tuple[GuidanceOptions, str]] = []
@@ -185,7 +184,7 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
     with job("probe", job_folder("probe", options.out)):
-        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options), steps, options.seed)
+        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options, label), steps, options.seed)
         sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
         return write(ProbeResult(options, steps, sigmas, [
             Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why))
@@ -198,14 +197,6 @@ def _check_windows(methods: Sequence[GuidanceOptions]) -> None:
             if (value := getattr(method, flag)) is not None:
                 raise UserError(f"--{flag} {value:g}: the probe has no windows, leave it out; its table and its chart "
                                 "show each noise level by itself")
-
-
-def unlabelled(network: Callable[..., Tensor], null_class: int) -> Callable[..., Tensor]:
-    """The network with the null class in place of every class that it is called with."""
-    def evaluate(x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
-        return network(x, t, y=torch.full_like(y, null_class), **kwargs)
-
-    return evaluate
 
 
 def _files_of(method: GuidanceOptions) -> dict[str, Any]:
@@ -267,8 +258,12 @@ def _held_out(options: ProbeOptions, model_path: str, model: ModelOptions) -> Tr
     return images
 
 
-def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
-    """Yields images drawn at random, each once, with numbers of their own and conditions, without augmentation."""
+def _batches(images: TrainingImages, options: ProbeOptions, label: int | None,
+             ) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+    """Yields images drawn at random, each once, with numbers of their own and conditions, without augmentation.
+
+    label: in place of the label of each image.
+    """
     plan = BatchPlan(images.count, options.batch_size, options.seed, shuffle=True, flip=False, crop=False, rank=0,
                      world_size=1)
     batches = images.batches(plan, 0)
@@ -276,6 +271,8 @@ def _batches(images: TrainingImages, options: ProbeOptions) -> Iterator[tuple[li
         for start in range(0, options.num_images, options.batch_size):
             count = min(options.batch_size, options.num_images - start)
             x0, conditions = next(batches)
+            if label is not None:
+                conditions["y"] = torch.full_like(conditions["y"], label)
             yield (list(range(start, start + count)), x0[:count],
                    {name: value[:count] for name, value in conditions.items()})
             progress.update(count)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..execution import check_memory, is_out_of_memory
 from ..late import Tensor, torch
 from ..pixels import to_uint8
-from ..process import DiffusionProcess
+from ..process import Denoiser, DiffusionProcess
 from ..rng import image_noise
 from ..sampling import SamplerOptions
 from ..terms import Guidance
@@ -105,20 +105,25 @@ class ImageSampler:
         """Images (N, C, H, W) in [-1, 1], on the CPU."""
         return sampling.last(self.chain(image_ids, labels), on_step)["sample"].cpu()
 
-    def chain(self, image_ids: Sequence[int], labels: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
-        """The steps of these images, as `sampling.sample_chain` gives them; labels: (N,) int64."""
-        device = dist_util.dev()
+    def noise(self, image_ids: Sequence[int], step: int) -> Tensor:
+        """The noise (N, C, H, W) of these images at a step; that of `num_timesteps` is what they begin with."""
         shape = (self.model.image_channels, self.model.image_size, self.model.image_size)
         stream, start = ("noise", "start") if self.low_res is None else ("upsampling", "upsampling start")
+        if step == self.diffusion.num_timesteps and self.options.shared_start:
+            step, stream = 0, start
+        return image_noise(self.options.seed, image_ids, step, shape, stream, self.stage).to(dist_util.dev())
 
-        def noise(step: int, stream: str = stream) -> Tensor:
-            return image_noise(self.options.seed, image_ids, step, shape, stream, self.stage).to(device)
-
-        kwargs = {} if labels is None else {"y": labels.to(device)}
+    def denoiser(self, image_ids: Sequence[int], labels: Tensor | None = None) -> Denoiser:
+        """The network as samplers call it on these images; labels: (N,) int64."""
+        kwargs = {} if labels is None else {"y": labels.to(dist_util.dev())}
         if self.low_res is not None:
-            kwargs["low_res"] = self.low_res(image_ids).to(device)
+            kwargs["low_res"] = self.low_res(image_ids).to(dist_util.dev())
         denoise = self.diffusion.denoiser(self.network, self.options.clip_denoised, model_kwargs=kwargs,
                                           dynamic_threshold=self.sampler.threshold_quantile)
-        denoise = replace(denoise, batch_contrasts=self.options.batch_contrasts)
-        x_T = noise(0, start) if self.options.shared_start else noise(self.diffusion.num_timesteps)
-        return sampling.sample_chain(self.sampler.step(), denoise, x_T, noise, self.guidance, torch.tensor(image_ids))
+        return replace(denoise, batch_contrasts=self.options.batch_contrasts)
+
+    def chain(self, image_ids: Sequence[int], labels: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """The steps of these images, as `sampling.sample_chain` gives them; labels: (N,) int64."""
+        return sampling.sample_chain(
+            self.sampler.step(), self.denoiser(image_ids, labels), self.noise(image_ids, self.diffusion.num_timesteps),
+            lambda step: self.noise(image_ids, step), self.guidance, torch.tensor(image_ids))

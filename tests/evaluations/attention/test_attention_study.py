@@ -213,16 +213,16 @@ def tiny_run(tiny_flags, tiny_checkpoints):
     return SamplingRun.of(values)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-def test_what_is_seen_is_the_first_evaluation_of_each_step_of_the_run(tiny_run, scale, tmp_path):
-    run = tiny_run.changed(guide_scale=scale, num_samples=3, out=str(tmp_path))
+@pytest.mark.parametrize(("scale", "shared_start"), [(1.0, False), (1.0, True), (1.5, False)])
+def test_what_is_seen_is_the_first_evaluation_of_each_step_of_the_run(tiny_run, scale, shared_start, tmp_path):
+    run = tiny_run.changed(guide_scale=scale, shared_start=shared_start, num_samples=3, out=str(tmp_path))
     seen = list(ObservedNetwork(run, "exact").observe_chain([0, 1, 2], [4, 0], ["output.1"]))
     assert [one.t for one in seen] == [4, 0]
     if scale == 1:                  # the last x0 is the sample: DDPM adds no noise there
         with np.load(run.run()) as file:
             np.testing.assert_allclose(to_uint8(seen[1].x0).astype(int), file["arr_0"], atol=1)
     assert torch.allclose(seen[1].received["output.1"].received.mean(dim=1), torch.ones(3))
-    first = next(ObservedNetwork(tiny_run, "exact").observe_chain([0, 1, 2], [4], ["output.1"]))
+    first = next(ObservedNetwork(tiny_run.changed(shared_start=shared_start), "exact").observe_chain([0, 1, 2], [4], ["output.1"]))
     assert torch.equal(first.x0, seen[0].x0) == (scale == 1)            # guidance of the step before
 
 
