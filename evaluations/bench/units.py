@@ -51,16 +51,6 @@ class Unit:
         """Like "SAG at 20 evaluations"."""
         return f"{self.title} at {self.evaluations} evaluations"
 
-    def key(self, bench: Bench) -> str:
-        """Returns what tells it from all other pieces, also from the same one with other numbers of images.
-
-        A search by another metric than the default one is another piece, too, as it may choose another setting.
-        """
-        searched = f"{bench.spec.search_images} in the search, " * self.searched
-        if bench.spec.metric != BenchSpec().metric and self.settings != [{}]:
-            searched += f"by {bench.spec.metric}, "         # of the default nothing is said, as in older folders
-        return f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images"
-
     def images(self, bench: Bench) -> int:
         """Returns the number of images that it samples."""
         return self.searched * len(self.settings) * bench.spec.search_images + bench.spec.images

@@ -31,9 +31,9 @@ def few_settings(monkeypatch):
 
 @pytest.fixture
 def line(tmp_path):
-    """The command line of bench.py; `changes` are flags."""
-    def words(**changes):
-        content = {"title": "A small bench", "shared": SHARED, "bench": {
+    """The command line of bench.py; `shared` is changed in the configuration, and `changes` are flags."""
+    def words(shared=None, **changes):
+        content = {"title": "A small bench", "shared": {**SHARED, **(shared or {})}, "bench": {
             "evaluations": 4, "other_evaluations": "2", "search_images": 4, "images": 6}}
         (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content))
         options = {"out": tmp_path / "out", "bootstrap": 10, "evaluation_seconds": 0.01, "same_steps": False, **changes}
@@ -69,6 +69,33 @@ def test_the_plan_goes_no_further_with_a_method_that_does_not_fit_and_knows_what
     text = capsys.readouterr().out
     assert "2 hours were used by earlier starts" in text and "0.1 s for an evaluation of one image" in text
     assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in text and "do not fit into 2.001 hours: CG at 4" in text
+
+
+def test_a_changed_configuration_takes_its_hours_anew(line, tmp_path, capsys):
+    """The images of the same piece with other settings are not there."""
+    few = {"methods": "SAG", "other_evaluations": "", "pairs": False}
+    assert call("bench", *line(**few)) == 0
+    used = json.loads((tmp_path / "out" / "mini" / "hours.json").read_text())
+    changed = {**few, "shared": {"blur_sigma": 3.0}, "hours": used["seconds"] / 3600 + 1e-9}
+    capsys.readouterr()
+    assert call("bench", *line(**changed, plan=True)) == 0
+    assert "1 pieces do not fit into" in capsys.readouterr().out
+    assert call("bench", *line(**changed)) == 0
+    said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+    assert "Left out for lack of time: SAG at 4 evaluations" in said["note"]
+    assert json.loads((tmp_path / "out" / "mini" / "hours.json").read_text())["evaluations"] == used["evaluations"]
+
+
+def test_another_metric_that_chooses_another_setting_needs_its_time(line, tmp_path, monkeypatch):
+    few = {"methods": "SAG", "other_evaluations": "", "pairs": False}
+    assert call("bench", *line(**few)) == 0
+    scale = BenchRun._searched
+    monkeypatch.setattr(BenchRun, "_searched", lambda self, *given: -scale(self, *given))
+    used = json.loads((tmp_path / "out" / "mini" / "hours.json").read_text())
+    for more, rows in ((1e-9, ["no guidance"]), (1.0, ["no guidance", "SAG"])):
+        assert call("bench", *line(**few, hours=used["seconds"] / 3600 + more)) == 0
+        said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
+        assert [row["guidance"] for row in said["rows"].values()] == rows
 
 
 def test_from_nothing_to_both_tables_and_once_more(line, tmp_path, capsys, caplog):
@@ -144,7 +171,8 @@ def test_a_picture_that_fails_loses_no_numbers(line, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_into_the_hours_is_left_out_and_said(line, tmp_path, monkeypatch):
     expected = Hours.expected
-    monkeypatch.setattr(Hours, "expected", lambda self, evaluations: 1e9 if len(self.done) > 1 else expected(
+    made = 6 * 4 + 2 * 4 * 4 + 6 * 4                # of no guidance, and of the search and the row of SAG
+    monkeypatch.setattr(Hours, "expected", lambda self, evaluations: 1e9 if self.evaluations >= made else expected(
         self, evaluations))
     assert call("bench", *line(methods="SAG,CG", hours=9)) == 0
     said = json.loads((tmp_path / "out" / "mini" / "report" / "table.json").read_text())
