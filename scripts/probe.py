@@ -16,20 +16,20 @@ from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.cli import ShowOptions, log_to_stderr, run_script, tell
 from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.options import parse_options
+from guided_diffusion.options import options_parser
 from guided_diffusion.runs.options import preset_values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     log_to_stderr()
-    show, options, model, diffusion, *methods = parse_options(
-        argv, ShowOptions, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE, description=__doc__,
-        preset=preset_values)
+    parser = options_parser(argv, ShowOptions, ProbeOptions, ModelOptions, DiffusionOptions, *GUIDANCE,
+                            description=__doc__)
+    _, (show, options, model, diffusion, *methods) = parser.read(argv, preset_values)
     dist_util.one_process()
     if options.table:
         check_table(options.table, options.metric, options.model_path)
-    text = run_probe(options, model, diffusion, methods, write_probe)
+    text = run_probe(options, model, diffusion, methods, write_probe, parser.given)
     tell(with_page(text, options.out, show), show)
 
 

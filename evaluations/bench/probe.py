@@ -13,7 +13,7 @@ noise, which the network was trained on. Nothing is sampled.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +29,21 @@ from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, StepCon
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.late import Tensor, no_grad, torch
-from guided_diffusion.options import Options, batch_option, comma_separated, entry_option, option, required, seed_option
+from guided_diffusion.options import (
+    Options,
+    batch_option,
+    comma_separated,
+    entry_option,
+    option,
+    option_fields,
+    required,
+    seed_option,
+)
 from guided_diffusion.process import Denoiser
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.rng import image_noise
+from guided_diffusion.runs.command import say_note
+from guided_diffusion.runs.effects import in_words
 from guided_diffusion.runs.options import SampleOptions
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
@@ -158,10 +169,12 @@ class ProbeResult:
 
 
 def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOptions,
-              methods: Sequence[GuidanceOptions], write: Callable[[ProbeResult], str]) -> str:
+              methods: Sequence[GuidanceOptions], write: Callable[[ProbeResult], str],
+              given: Collection[str] = ()) -> str:
     """Probes all methods at all blocks; returns what `write` does, which writes the files and ends the job.
 
-    Raises UserError for what is wrong with the options, before any evaluation.
+    given: flags that the user gave; those without effect are said. Raises UserError for what is wrong with the options,
+    before any evaluation.
     """
     _check_windows(methods)
     sample = SampleOptions(model=options.model, model_path=options.model_path, batch_size=options.batch_size,
@@ -181,10 +194,12 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
         for block, there in method.at_blocks(built.model).items():
             terms += [term for term in there.build(nets) if isinstance(term, ContrastGuidance)]
             named.append((there, block))
+    say_note(in_words(_idle(methods, [method for method, _ in named]), given))
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
     with job("probe", job_folder("probe", options.out)):
-        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options, label), steps, options.seed)
+        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options, label), steps,
+                              options.seed)
         sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
         return write(ProbeResult(options, steps, sigmas, [
             Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why))
@@ -197,6 +212,21 @@ def _check_windows(methods: Sequence[GuidanceOptions]) -> None:
             if (value := getattr(method, flag)) is not None:
                 raise UserError(f"--{flag} {value:g}: the probe has no windows, leave it out; its table and its chart "
                                 "show each noise level by itself")
+
+
+def _idle(methods: Sequence[GuidanceOptions], probed: Sequence[GuidanceOptions]) -> dict[str, str]:
+    """Returns the flags of guidance that nothing here depends on, and why; probed: the methods at each block."""
+    of_probed = {field.name for one in probed for field in option_fields(type(one))}
+    idle: dict[str, str] = {}
+    for method in methods:
+        flags = {field.name for field in option_fields(type(method))}
+        if tried := [one for one in probed if one.short == method.short]:
+            idle |= {flag: "each block is probed" for flag in flags
+                     if any(getattr(one, flag) != getattr(method, flag) for one in tried)}
+            idle |= dict.fromkeys(method.switched_on, "the probe proposes scales")
+        else:
+            idle |= dict.fromkeys(flags - of_probed, f"{method.short} is not probed")
+    return idle
 
 
 def _files_of(method: GuidanceOptions) -> dict[str, Any]:

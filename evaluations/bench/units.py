@@ -19,7 +19,7 @@ from guided_diffusion.runs.status import run_status
 from ..reproduction.costs import equivalent_evaluations
 from ..reproduction.tables import Row
 from .candidates import Candidate, Flags, pair_settings, pairs
-from .settings import Bench, BenchSpec
+from .settings import Bench
 
 NO_GUIDANCE = "no guidance"
 

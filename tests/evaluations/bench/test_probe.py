@@ -16,7 +16,6 @@ from evaluations.bench.probe import (
     levels,
     probe_terms,
     rank_correlation,
-    unlabelled,
 )
 from evaluations.bench.probe_report import agreement
 from guided_diffusion.capture import override_attention
@@ -113,11 +112,6 @@ def test_a_contrast_that_changes_nothing_has_no_ratio():
     assert found.scale_interval() == (0, 0)
 
 
-def test_without_labels_the_network_sees_the_null_class():
-    network = unlabelled(lambda x, t, y, scale: scale * y, null_class=7)
-    assert network(None, None, y=torch.tensor([1, 2]), scale=2).tolist() == [14, 14]
-
-
 @pytest.mark.parametrize(("toward", "least", "most"), [(0.0, 0, 0.1), (0.5, 0.9, 1), (-0.5, 0, 0.02)])
 def test_what_is_proposed_points_at_the_truth_beyond_chance(toward, least, most):
     """The best of ten blocks that know nothing of the error is seldom proposed; one that does is."""
@@ -166,6 +160,26 @@ def test_a_contrast_that_needs_the_step_before_is_not_probed(line, monkeypatch, 
     monkeypatch.setattr(IndependentConditionGuidance, "remembers", True)
     assert call("probe", *line(methods="ICG")) == 2
     assert "ICG cannot be probed: it goes on from what it left at the step before" in capsys.readouterr().err
+
+
+def test_without_labels_no_contrast_sees_those_of_the_images(line, tmp_path, monkeypatch):
+    """Autoguidance, whose weak network is another one, and ICG, which has labels of its own."""
+    found = []
+    for labels in ([0, 9, 3, 4, 4], [5, 5, 1, 2, 0]):
+        with np.load(tmp_path / "held_out.npz") as file:
+            np.savez(tmp_path / "held_out.npz", arr_0=file["arr_0"], arr_1=np.array(labels))
+        assert call("probe", *line(model="icons32", methods="autoguidance,ICG,CFG", labels="none", levels=1)) == 0
+        said = json.loads((tmp_path / "out" / "probe.json").read_text())
+        found.append({one["method"]: one["best_scale"] for one in said["contrasts"]})
+    assert found[0] == found[1] and found[0]["CFG"] == 0 not in (found[0]["ICG"], found[0]["autoguidance"])
+
+
+def test_options_that_change_nothing_are_said(line, caplog):
+    flags = {"guide_scale": 2, "pag_scale": 3, "pag_blocks": "middle", "cfg_scale": 2, "blur_sigma": 3,
+             "seg_blur_sigma": 9}
+    assert call("probe", *line(methods="PAG,SAG", levels=1, **flags)) == 0
+    assert ("without effect: --guide_scale, --pag_scale (the probe proposes scales); --pag_blocks (each block is "
+            "probed); --cfg_scale (CFG is not probed); --seg_blur_sigma (SEG is not probed)") in caplog.messages
 
 
 def measured(path, **flags):
