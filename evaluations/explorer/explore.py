@@ -18,6 +18,7 @@ from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.options import Options, comma_separated, image_numbers, nearest, option, option_fields
 from guided_diffusion.progress import progress_bar
 from guided_diffusion.runs.command import say_without_effect
+from guided_diffusion.runs.record import identity
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.sampling import SAMPLERS
 
@@ -64,8 +65,9 @@ class ExploreOptions(Options):
         for word in _words(self.against):
             name, equals, value = word.removeprefix("--").partition("=")
             if not equals or name not in known:
+                near = "" if name in known else nearest(name, known)
                 raise UserError(f"--against {word}: must be NAME=VALUE, with an option of guidance or samplers"
-                                f"{nearest(name, known)}, or {PLAIN}")
+                                f"{near}, or {PLAIN}")
             values[name] = value
         second = run.changed(**values)
         say_without_effect(second, list(values))
@@ -98,6 +100,8 @@ def explore(run: SamplingRun, options: ExploreOptions, command: str, given: Coll
         if second.num_steps != run.num_steps:
             raise UserError(f"--against {options.against}: makes {second.num_steps} steps, and the run {run.num_steps}"
                             ", which must be the same")
+        if identity(second.configuration(), {}) == identity(run.configuration(), {}):
+            LOG.warning("--against %s: changes nothing, so that the two recordings are the same", options.against)
         runs["against"] = second
     blocks = comma_separated(options.blocks)
     recorders = [Recorder(one, image_ids, blocks, options.apart_interval) for one in runs.values()]

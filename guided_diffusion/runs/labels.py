@@ -56,7 +56,7 @@ def _read(path: str, num_classes: int, num_samples: int) -> Tensor:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(f"--labels {path}: must hold whole numbers, one for each image")
     if len(labels) < num_samples:
-        raise UserError(f"--labels {path}: holds {len(labels)} labels, and --num_samples is {num_samples}")
+        raise UserError(f"--labels {path}: holds {len(labels)} labels, and image {num_samples - 1} needs one")
     labels = labels[:num_samples]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):

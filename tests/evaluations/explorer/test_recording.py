@@ -171,9 +171,11 @@ def test_the_second_setting(run):
                             ("guide_scale=x", "must be a number"), ("'a", "quotation")):
         with pytest.raises(UserError, match=expected):
             ExploreOptions(against=words).second(first)
+    with pytest.raises(UserError, match=r"NAME=VALUE, with an option of guidance or samplers, or none$"):
+        ExploreOptions(against="guide_scale").second(first)
 
 
-def test_the_command(tiny_checkpoints, tmp_path, capsys):
+def test_the_command(tiny_checkpoints, tmp_path, capsys, caplog):
     line = flags({**TINY, "model_path": tiny_checkpoints / "model.safetensors", "timestep_respacing": 2, **SAG,
                   "images": "0,3", "out": tmp_path / "out", "against": "none"})
     assert call("explore", *line, "--blocks", "nowhere") == 2
@@ -189,6 +191,9 @@ def test_the_command(tiny_checkpoints, tmp_path, capsys):
         assert first["active"].shape == (1, 2) and second["active"].shape == (0, 2)
         assert np.array_equal(first["x_t"][:, 0], second["x_t"][:, 0])
     assert "scripts/explore.py" in (tmp_path / "out" / "explore.html").read_text()
+    assert "changes nothing" not in caplog.text
+    assert call("explore", *line, "--against", f"guide_scale={SAG['guide_scale']}") == 0
+    assert f"--against guide_scale={SAG['guide_scale']}: changes nothing, so that the two" in caplog.text
     assert call("explore", *line, "--against", "") == 0
     assert not (tmp_path / "out" / "against.npz").exists()          # else that of another recording would stand there
 

@@ -150,6 +150,8 @@ def test_classes_are_the_same_by_name(tmp_path):
         save_state(network, {"a": torch.zeros(1)}, {"class_names": json.dumps(names)})
         folders.append(write_run(tmp_path / f"run{len(folders)}", IMAGES, labels, model_path=str(network)))
     assert read(*folders[:2]).labels == ("bee",) * 6
+    null = write_run(tmp_path / "null", IMAGES, [2] * 6, model_path=str(network))       # as --labels none gives
+    assert read(null, null).labels == ("no class",) * 6
     with pytest.raises(UserError, match=r"image 0 is of class cow in .*run2 and of class bee in .*run0"):
         read(folders[0], folders[2])
 

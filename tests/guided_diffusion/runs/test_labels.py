@@ -51,7 +51,7 @@ def test_other_words_are_refused(text):
 
 
 @pytest.mark.parametrize("array, words", [
-    (np.zeros(99, int), "holds 99 labels, and --num_samples is 100"),
+    (np.zeros(99, int), "holds 99 labels, and image 99 needs one"),
     (np.full(100, 10), "label 10 of image 0 .* from 0 to 9"),
     (np.r_[np.zeros(98, int), -1, 3], "label -1 of image 98"),
     (np.zeros((100, 1), int), "must hold whole numbers"),
