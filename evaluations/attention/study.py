@@ -31,7 +31,7 @@ from guided_diffusion.classes import first_names
 from guided_diffusion.depth.scenes import render
 from guided_diffusion.dtypes import dtype_option
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import write_csv, write_text
+from guided_diffusion.files import stamp, write_csv, write_text
 from guided_diffusion.guidance import GUIDANCE, GuidanceOptions
 from guided_diffusion.guidance.base import naming
 from guided_diffusion.image_datasets import named_labels
@@ -64,6 +64,7 @@ from .pictures import draw_frequencies, draw_overlaps, draw_overlays, enlarged, 
 
 SCENES = "scenes"
 BUNDLED_SCENES = "scenes32"     # the bundled model whose real images are rendered, with their masks
+FILES = re.compile(r"overlay_\d+\.(png|svg)|(frequency|semantic)\.(png|svg|csv)|summary\.md")        # of a study
 NUM_STEPS, MOST_IMAGES = 6, 10**5          # all numbers of the images are in memory
 
 
@@ -290,6 +291,13 @@ def _check_labels(flag: str, labels: np.ndarray, count: int, num_classes: int) -
 # The study
 
 
+class DrawnImage(NamedTuple):
+    """What is drawn of a sampled image."""
+
+    x0: np.ndarray                                                  # (steps, H, W, 3) uint8
+    received: dict[str, tuple[np.ndarray, tuple[int, int]]]         # by block, (steps, T) and its grid
+
+
 class AttentionStudy:
     """The whole study of a run, into the folder --out. Raises UserError as it is made, for whatever is wrong."""
 
@@ -307,57 +315,61 @@ class AttentionStudy:
             self.blocks = list(find_blocks(blocks, names or blocks, "attention block"))
 
     def run(self) -> str:
-        """Writes all files and returns the summary."""
+        """Writes all files and returns the summary.
+
+        Those of an earlier study in the folder stay until all is measured, and then go.
+        """
         with job("attention study", self.out):
             return self._run()
 
     def _run(self) -> str:
-        self._remove_files()
-        patches = self._sample()
-        frequencies = patches.rows()
+        patches, drawn = self._sample()
+        overlap = [] if self.objects is None else self._compare_with_objects(self.objects)
+        text = self._summary(patches, overlap)
+        earlier = {path: stamp(path) for path in self.out.iterdir() if FILES.fullmatch(path.name)}
+        self._write(patches.rows(), overlap, drawn)
+        write_text(self.out / "summary.md", text)
+        for path, before in earlier.items():        # of another study, which had other images, or objects
+            if stamp(path) == before:
+                path.unlink(missing_ok=True)
+        return text
+
+    def _write(self, frequencies: Sequence[AttentionRow], overlap: Sequence[AttentionRow],
+               drawn: dict[int, DrawnImage]) -> None:
+        """Writes the tables and the figures."""
+        for image_id, image in drawn.items():
+            draw_overlays(self.out, image_id, self.steps, *image, self.options.threshold)
         if frequencies:
             write_csv(self.out / "frequency.csv", frequencies)
             last = {row["resolution"]: row["block"] for row in frequencies}
             draw_frequencies(self.out, [row for row in frequencies if row["block"] in last.values()])
-        overlap = [] if self.objects is None else self._compare_with_objects(self.objects)
         if overlap:
             write_csv(self.out / "semantic.csv", overlap)
             draw_overlaps(self.out, overlap)
-        text = self._summary(patches, overlap)
-        write_text(self.out / "summary.md", text)
-        return text
 
-    def _remove_files(self) -> None:
-        """Removes what an earlier study wrote here, as this one may have other images, and no objects."""
-        for path in self.out.iterdir():
-            if re.fullmatch(r"overlay_\d+\.(png|svg)|(frequency|semantic)\.(png|svg|csv)|summary\.md", path.name):
-                path.unlink()
-
-    def _sample(self) -> PatchStatistics:
-        """Samples, draws the chosen images, and sums up the first --num_images."""
+    def _sample(self) -> tuple[PatchStatistics, dict[int, DrawnImage]]:
+        """Samples; returns the sums over the first --num_images, and what is drawn of the chosen images, by number."""
         options = self.options
-        patches = PatchStatistics(options.threshold)
+        patches, drawn = PatchStatistics(options.threshold), {}
         image_ids = sorted({*range(options.num_images), *options.image_ids})
         with progress_bar(len(image_ids) * len(self.steps), "sampled images", "image") as progress:
             for piece in _pieces(image_ids, options.batch_size):
-                drawn: dict[int, list[Observation]] = {one: [] for one in piece if one in options.image_ids}
+                chosen: dict[int, list[Observation]] = {one: [] for one in piece if one in options.image_ids}
                 counted = sum(image_id < options.num_images for image_id in piece)
                 for observation in self.network.observe_chain(piece, self.steps, self.blocks):
                     if counted:
                         patches.add(observation.select(slice(counted)))
-                    for image_id, of_image in drawn.items():
+                    for image_id, of_image in chosen.items():
                         index = piece.index(image_id)
                         of_image.append(observation.select(slice(index, index + 1)))
                     progress.update(len(piece))
-                for image_id, of_image in drawn.items():
-                    self._draw_image(image_id, of_image)
-        return patches
+                drawn |= {image_id: self._drawn(of_image) for image_id, of_image in chosen.items()}
+        return patches, drawn
 
-    def _draw_image(self, image_id: int, observations: Sequence[Observation]) -> None:
+    def _drawn(self, observations: Sequence[Observation]) -> DrawnImage:
         received = {block: (np.concatenate([one.received[block].received.numpy() for one in observations]),
                             observations[0].received[block].grid) for block in self.blocks}
-        draw_overlays(self.out, image_id, self.steps, to_uint8(torch.cat([one.x0 for one in observations])), received,
-                      self.options.threshold)
+        return DrawnImage(to_uint8(torch.cat([one.x0 for one in observations])), received)
 
     def _compare_with_objects(self, objects: ObjectImages) -> list[AttentionRow]:
         """Compares masks with objects; returns the rows of semantic.csv."""

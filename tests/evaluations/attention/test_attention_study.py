@@ -326,6 +326,23 @@ def test_nothing_of_an_earlier_study_stays_in_its_folder(tiny, tmp_path, no_figu
         "frequency.csv", "notes.md", "overlay_mine.png", "status.json", "summary.md"]
 
 
+@pytest.mark.parametrize("where", ["evaluations.attention.study.overlap_rows", "evaluations.attention.pictures._save"])
+def test_an_earlier_study_stays_whole_until_another_can_take_its_place(where, tiny, object_file, tmp_path, monkeypatch):
+    left = {name: name for name in ("summary.md", "semantic.csv", "frequency.csv", "overlay_1.png", "overlay_12.svg")}
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    before = sorted(tmp_path.iterdir())
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    assert call("attention", *flags({**tiny, "objects": object_file, "out": tmp_path, "blocks": "middle",
+                                     "images": "1"})) == 130
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "status.json"])
+    assert {name: (tmp_path / name).read_text() for name in left} == left
+
+
 def test_the_bundled_scenes_have_their_objects(tmp_path, no_figures):
     no_figures()
     assert call("attention", "--model", "scenes32", "--timestep_respacing", "2", "--num_images", "4", "--images", "0",
