@@ -80,13 +80,23 @@ def read_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple
 
     Raises UserError where it holds anything else, and as `read_labels_by_name`.
     """
+    file, labels = _open_labelled_samples(path, class_names)
+    return _all_images(file), labels
+
+
+def _open_labelled_samples(path: str | Path, class_names: Sequence[str]) -> tuple[BatchFile, np.ndarray]:
+    """As `read_labelled_samples`, the images unread."""
     file = open_images(path)
     if len(file) == 0:
         raise UserError(file.without_images)
     labels = read_labels_by_name(file, class_names)
     if file.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise UserError(f"{path}: arr_0 is {file.shape}, must be (N, 32, 32, 3) uint8")
-    return np.concatenate([images for _, images in file.batches(AT_A_TIME)]), labels
+    return file, labels
+
+
+def _all_images(file: BatchFile) -> np.ndarray:
+    return np.concatenate([images for _, images in file.batches(AT_A_TIME)])
 
 
 def read_labels_by_name(file: BatchFile, class_names: Sequence[str], num_images: int | None = None) -> np.ndarray:
@@ -177,14 +187,15 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
 def class_accuracy(samples: Sequence[str], options: ClassAccuracyOptions) -> str:
     """Measures sample files; returns their table, and how good the classifier is on real images.
 
-    Raises UserError for a file that is no sample file with labels or is named twice, and where --json cannot be
-    written.
+    Raises UserError, before the first image is classified, for a file that is no sample file with labels or is named
+    twice, and where --json cannot be written.
     """
     check_named_once(samples)
     check_writable("--json", options.json, read=samples)
     classifier = CLASSIFIERS[options.classifier]()
-    results = {name: measure_class_accuracy(classifier, *read_labelled_samples(name, classifier.class_names))
-               for name in samples}
+    opened = {name: _open_labelled_samples(name, classifier.class_names) for name in samples}
+    results = {name: measure_class_accuracy(classifier, _all_images(file), labels)
+               for name, (file, labels) in opened.items()}
     if options.json:
         write_json(options.json, {"classifier": options.classifier, "test_accuracy": classifier.test_accuracy,
                                   "files": results})

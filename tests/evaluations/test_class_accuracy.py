@@ -132,6 +132,19 @@ def test_wrong_sample_files(samples, tmp_path):
         class_accuracy.class_accuracy([str(samples)] * 2, class_accuracy.ClassAccuracyOptions())
 
 
+@pytest.mark.parametrize("second", [{"arr_0": np.zeros((2, 64, 64, 3), np.uint8), "arr_1": np.zeros(2, int)},
+                                    {"arr_0": np.zeros((2, 32, 32, 3), np.uint8)}])
+def test_no_image_is_classified_before_all_files_are_checked(samples, tmp_path, monkeypatch, capsys, second):
+    class Unused(AlwaysTrousers):
+        def predict(self, images):
+            pytest.fail("classified")
+
+    monkeypatch.setitem(class_accuracy.CLASSIFIERS, "fashion_mnist", Unused)
+    np.savez(tmp_path / "second.npz", **second)
+    assert call("class_accuracy", samples, tmp_path / "second.npz") == 2
+    assert "second.npz: " in capsys.readouterr().err
+
+
 def test_the_evaluator_measures_it_too(samples, tmp_path):
     images, labels = class_accuracy.read_labelled_samples(samples, CLASS_NAMES)
     labels = np.where(np.arange(5) < 3, load_fashion_mnist().predict(images), (labels + 1) % 10)
