@@ -12,7 +12,7 @@ from urllib.parse import quote
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import check_folder, write_text
-from ..foreign import read_json
+from ..foreign import read_json, reading
 from ..options import Options, option, required
 from ..pictures import save_grid
 from .record import finished_run, recorded_command, run_samples
@@ -38,24 +38,45 @@ class GalleryOptions(Options):
 def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Sequence[str]) -> str:
     """Writes the page and the pictures; returns where the page is. command: the words of the command line, to show.
 
-    A run is called after its folder. Raises UserError for a folder without a finished run, for two of one name, and
-    where nothing can be written.
+    A run is called after its folder. Raises UserError, before anything is written, for a folder without a finished
+    run, for two of one name, and where nothing can be written or a file that no gallery made would be replaced.
     """
     names = [Path(folder).resolve().name for folder in folders]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UserError(f"{twice}: is the name of several folders, and a gallery calls a run after its folder")
     out = check_folder("--out", options.out)
+    _check_replaced(out, names)
     lines = [f"# {options.heading}", "", INTRODUCTION, "", *_shell(command)]
+    pictures = {}
     for name, folder in zip(names, map(Path, folders), strict=True):
         images, configuration = run_samples(folder, options.num_images)
-        save_grid(images, out / f"{name}.png", options.columns)
+        pictures[out / f"{name}.png"] = images
         words = finished_run(folder).title
         made = recorded_command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
         lines += ["", f"## {_model(configuration)}: {words}", "",
-                  f"![{len(images)} images: {words}]({quote(name)}.png)", "", *_shell(made)]
-    write_text(out / PAGE, "\n".join(lines) + "\n")
+                  f"![{len(images)} images: {words}]{_link(name)}", "", *_shell(made)]
+    write_text(out / PAGE, "\n".join(lines) + "\n")            # first: by it the next gallery knows its pictures
+    for path, images in pictures.items():
+        save_grid(images, path, options.columns)
     return f"gallery: {out / PAGE}"
+
+
+def _check_replaced(out: Path, names: Sequence[str]) -> None:
+    """Raises UserError where the page, or a picture of these names, would replace a file that is of no gallery."""
+    page = ""
+    if (out / PAGE).exists():
+        with reading(out / PAGE, "cannot be read"):
+            page = (out / PAGE).read_text(encoding="utf-8", errors="replace")
+    others = [PAGE] * ((out / PAGE).exists() and INTRODUCTION not in page)
+    others += [f"{name}.png" for name in names if (out / f"{name}.png").exists() and _link(name) not in page]
+    if others:
+        raise UserError(f"--out {out}: holds {', '.join(others)}, which no gallery made and this one would replace; "
+                        "name another folder")
+
+
+def _link(name: str) -> str:
+    return f"({quote(name)}.png)"
 
 
 def _model(configuration: Mapping[str, Any]) -> str:

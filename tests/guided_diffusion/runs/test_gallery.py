@@ -39,6 +39,39 @@ def test_a_page_shows_the_images_of_runs_and_their_commands(tmp_path, capsys):
     assert "holds no finished sampling run" in capsys.readouterr().err
 
 
+def test_a_gallery_replaces_nothing_but_a_gallery(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, np.zeros((2, 8, 8, 3), np.uint8), model="m") for name in ("a b", "c")]
+    out = tmp_path / "out"
+
+    def contents():
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refused(*folders):
+        before = contents()
+        assert call("gallery", *folders, "--out", out) == 2 and contents() == before
+        return capsys.readouterr().err
+
+    out.mkdir()
+    assert "holds no finished sampling run" in refused(runs[0], tmp_path) and not contents()
+    (out / "index.md").write_text("# My pages\n")
+    (out / "a b.png").write_bytes(b"mine")
+    assert f"--out {out}: holds index.md, a b.png, which no gallery made" in refused(*runs)
+    (out / "index.md").unlink()
+    assert "holds a b.png, which no gallery made" in refused(*runs)
+    (out / "a b.png").unlink()
+    for _ in range(2):
+        assert call("gallery", runs[0], "--out", out) == 0
+    (out / "c.png").write_bytes(b"mine")
+    assert "holds c.png, which no gallery made" in refused(*runs)
+    (out / "c.png").unlink()
+    assert call("gallery", *runs, "--out", out) == 0 and set(contents()) == {"index.md", "a b.png", "c.png"}
+    (out / "index.md").unlink()
+    (out / "index.md").mkdir()
+    capsys.readouterr()
+    assert call("gallery", *runs, "--out", out) == 2
+    assert "index.md: cannot be read (Is a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("configuration", "model"), [
     ({"pipeline": "hub/stable-2.1"}, "stable-2.1"), ({"pipeline": "/a/pipe/", "steps": 3}, "pipe"),
     ({"model_path": "/a/dogs.pt"}, "dogs"), ({"model_path": "/a/dogs.pt", "model": "cats"}, "cats")])
