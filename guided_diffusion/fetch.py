@@ -81,9 +81,15 @@ def local(path: str | Path, cache: str | Path | None = None,
     if fragment and not fragment.startswith("sha256="):
         raise UserError(f"{without_secrets(url)}: only #sha256= and the SHA-256 of the file can follow an address")
     folder = Path(cache) if cache is not None else default_cache() / "checkpoints"
-    name = Path(urllib.parse.unquote(url.partition("?")[0])).name[-100:]
-    return Download(url, folder / _digest(url)[:16] / name, sha256=fragment.removeprefix("sha256=") or None,
+    return Download(url, folder / _digest(url)[:16] / _name_in(url), sha256=fragment.removeprefix("sha256=") or None,
                     check=check, otherwise=", or give its path in place of the address").run()
+
+
+def _name_in(url: str) -> str:
+    """The file name at the end of an address, as any file system takes it."""
+    last = Path(urllib.parse.unquote(url.partition("?")[0])).name.lstrip(".")
+    name = "".join(char if char.isprintable() else "_" for char in last)
+    return name.encode()[-100:].decode(errors="ignore") or "file"
 
 
 def size_of(url: str) -> int | None:
@@ -438,4 +444,4 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

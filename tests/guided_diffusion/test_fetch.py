@@ -77,6 +77,19 @@ def test_an_address_is_fetched_once(server, tmp_path, monkeypatch, capsys):
     assert os.listdir(path.parent) == ["x y.pt"]
 
 
+@pytest.mark.parametrize(("last", "name"), [
+    ("a%00b.pt", "a_b.pt"), ("a%0A%1B[31m.pt", "a__[31m.pt"), ("..", "file"), ("x%2F..", "file"), ("%2E%2E", "file"),
+    (".a.pt", "a.pt"), ("%F0%9F%98%80" * 100 + ".pt", 24 * "\N{GRINNING FACE}" + ".pt")])
+def test_any_name_in_an_address_becomes_one_of_a_file(server, tmp_path, last, name):
+    path = local(server.add(f"/{last}", CONTENT), tmp_path)
+    assert path.name == name and path.parent.parent == tmp_path and path.read_bytes() == CONTENT
+
+
+def test_an_address_with_bytes_that_are_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no address to fetch from"):
+        local("http://127.0.0.1:1/\udcff.pt", tmp_path)
+
+
 def test_addresses_do_not_share_files(server, tmp_path):
     urls = [server.add("/a/model.pt", b"one"), server.add("/b/model.pt", b"two"), f"{server.url}/a/model.pt?v=2"]
     assert [local(url, tmp_path).read_bytes() for url in urls] == [b"one", b"two", b"one"]
