@@ -12,6 +12,7 @@ from pathlib import Path
 from guided_diffusion.cli import run_renamed
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import Download, sha256_of, size_of
+from guided_diffusion.files import check_folder
 from guided_diffusion.foreign import reading
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.options import Options, nearest, option, switch
@@ -108,13 +109,15 @@ class ReferencesOptions(Options):
 def fetch_references(names: Sequence[str], options: ReferencesOptions) -> Iterator[str]:
     """Fetches the reference batches of these names, and yields what to say of each, before and after.
 
-    Raises UserError, before the first is fetched, for no name and for an unknown one.
+    Raises UserError, before a server is asked, for no name, for an unknown one, and where --out cannot be written.
     """
     names = list(dict.fromkeys(names)) or (reference_names() if options.list else [])
     if not names:
         raise UserError(f"no NAME is given: name a reference batch, there are {', '.join(FOLDERS)}")
     for name in names:
         reference_url(name)
+    if not options.list:
+        check_folder("--out", options.out)
     for name in names:
         yield _description(name, ask=not options.list)
     for name in names if not options.list else []:

@@ -104,6 +104,12 @@ def size_of(url: str) -> int | None:
         return None
 
 
+def check_sha256(what: str, digits: str) -> None:
+    """Raises UserError, which begins with `what`, where these are not the digits of a SHA-256."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", digits):
+        raise UserError(f"{what} {digits}: must be 64 hexadecimal digits")
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
@@ -138,8 +144,8 @@ class Download:
     otherwise: str = ""              # ends the advice of what to do by hand
 
     def __post_init__(self) -> None:
-        if self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
-            raise UserError(f"SHA-256 {self.sha256}: must be 64 hexadecimal digits")
+        if self.sha256 is not None:
+            check_sha256("SHA-256", self.sha256)
 
     def run(self) -> Path:
         """The target, whole and checked; shows progress on stderr.

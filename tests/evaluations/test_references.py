@@ -116,6 +116,13 @@ def test_unknown_names_are_refused_before_anything_is_fetched(server, run, capsy
     assert server.requests == []
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_a_server_is_asked(server, run, tmp_path, capsys):
+    server.add(f"/lsun/cat/{CAT}.npz", batch())
+    (tmp_path / "file").touch()
+    assert run(CAT, "--out", tmp_path / "file") == 2
+    assert f"--out {tmp_path / 'file'}: cannot be written" in capsys.readouterr().err and server.requests == []
+
+
 def test_the_command_runs_as_a_module_does(capsys):
     assert call("fetch_references", "--list", CAT) == 0
     assert capsys.readouterr().out == f"{CAT}\n    address: {OFFICIAL}lsun/cat/{CAT}.npz\n"

@@ -114,10 +114,17 @@ def test_the_page_of_the_model_zoo_is_what_the_command_prints(capsys, tmp_path):
     (["ours"], "ours: is bundled, there is nothing to fetch: pass --model ours"),
     ([], "no NAME is given: name a checkpoint, there are tiny, other"),
     (["--all", "--sha256", "0" * 64], "is that of one file"),
-    (["tiny", "--sha256", "12"], "must be 64 hexadecimal digits")])
+    (["tiny", "--sha256", "12"], "--sha256 12: must be 64 hexadecimal digits"),
+    (["tiny", "--all"], "tiny: no NAME can be given with --all"),
+    (["--list", "--all"], "--all: cannot be given with --list"),
+    (["--list", "--table"], "--list: cannot be given with --table"),
+    (["--all", "--table"], "--all: cannot be given with --table"),
+    (["tiny", "--list", "--sha256", "0" * 64], "cannot be given with --list, which fetches nothing"),
+    (["--table", "--sha256", "0" * 64], "cannot be given with --table, which fetches nothing"),
+    (["tiny", "--out", "known/presets.yaml"], "--out known/presets.yaml: cannot be written")])
 def test_what_cannot_be_fetched(server, tmp_path, capsys, arguments, said):
     assert said in refused(capsys, *arguments)
-    assert "GET" not in [method for method, *_ in server.requests] and not (tmp_path / "models").exists()
+    assert server.requests == [] and not (tmp_path / "models").exists()
 
 
 def test_a_server_that_breaks_off_and_is_slow(server, tmp_path, content):
