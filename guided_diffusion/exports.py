@@ -3,7 +3,7 @@
     FOLDER/model.safetensors        the weights, whose metadata state the flags
     FOLDER/classifier.safetensors   those of the classifier that guides the model, where there is one
     FOLDER/config.json              kind, flags, and flags of guidance that suit the model
-    FOLDER/README.md                the model card
+    FOLDER/README.md                the model card, kept by the next export where it was edited
 
 The weights state all that the network needs; the other files are for readers, and for guidance. The layout "diffusers"
 is that of a pipeline of diffusers in place of it, see `unet2d.files`.
@@ -11,6 +11,7 @@ is that of a pipeline of diffusers in place of it, see `unet2d.files`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -93,7 +94,10 @@ from diffusers import UNet2DModel
 network = UNet2DModel.from_pretrained({folder!r}, subfolder="unet")
 prediction = network(torch.randn(1, {channels}, {size}, {size}), 500, class_labels=torch.tensor([0])).sample
 ```"""
+SIGNED = "\n<!-- SHA-256 of the lines above, as they were written: "
+README = "README.md"
 OWN_WEIGHTS, OWN_CLASSIFIER = "model.safetensors", "classifier.safetensors"
+OWN_FILES = (CONFIG, OWN_WEIGHTS, OWN_CLASSIFIER)
 
 
 @dataclass(frozen=True)
@@ -156,20 +160,22 @@ def export_model(options: ExportOptions) -> Path:
     out = job_folder("export", options.out)
     if (out / CONFIG).exists() and not _is_export(out / CONFIG):
         raise UserError(f"--out {out}: is the folder of a training, name another")
-    _check_left_over(out, options.layout == "diffusers", classifier is not None)
-    if options.layout == "diffusers":
+    layered = options.layout == "diffusers"
+    _check_left_over(out, layered, classifier is not None)
+    _check_replaced(out, layered)
+    if layered:
         return _export_pipeline(preset, source, options, out, classifier is not None)
+    guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
+    write_json(out / CONFIG, {"library_name": "guided_diffusion", "kind": source.kind, "model": dict(source.options),
+                              GUIDANCE_KEY: guidance})          # first: by it the next export knows this one
     source.write(out / OWN_WEIGHTS)
     if found and classifier:
         classifier.write(out / OWN_CLASSIFIER)
         _log.info("%s: is exported with the classifier %s", preset.name, without_secrets(found[1]))
-    guidance = {flag: value for flag, value in preset.guidance.items() if not Path(str(value)).is_absolute()}
     left = [f"--{flag}" for flag in preset.guidance if flag not in guidance]
     if left:
         _log.info("%s: its files of %s are not exported", preset.name, " and ".join(left))
-    write_text(out / "README.md", _card(preset, source, options, classifier))
-    write_json(out / CONFIG, {"library_name": "guided_diffusion", "kind": source.kind, "model": dict(source.options),
-                              GUIDANCE_KEY: guidance})
+    _write_card(out, _card(preset, source, options, classifier))
     return out
 
 
@@ -187,18 +193,44 @@ def _export_pipeline(preset: Preset, source: Source, options: ExportOptions, out
                   preset.name)
     if guided:
         _log.info("%s: its classifier is not exported, as diffusers has none", preset.name)
-    write_text(out / "README.md", _card(preset, source, options))
+    _write_card(out, _card(preset, source, options))
     return out
 
 
 def _check_left_over(out: Path, layered: bool, classifier: bool) -> None:
     """Raises UserError where a folder holds what readers would take for a part of the model, and is of another one."""
-    own = (CONFIG, OWN_WEIGHTS, OWN_CLASSIFIER)
-    written = PIPELINE_FILES if layered else own if classifier else own[:2]
-    found = [name for name in (*own, *PIPELINE_FILES) if name not in written and (out / name).exists()]
+    written = PIPELINE_FILES if layered else OWN_FILES if classifier else OWN_FILES[:2]
+    found = [name for name in (*OWN_FILES, *PIPELINE_FILES) if name not in written and (out / name).exists()]
     if found:
         raise UserError(f"--out {out}: holds {', '.join(found)} of another export, which this one does not write and "
                         "which would stand beside its model; remove that, or name another folder")
+
+
+def _check_replaced(out: Path, layered: bool) -> None:
+    """Raises UserError where a folder without an export holds files of the names that one has."""
+    weights = out / "unet" / WEIGHTS
+    exported = (weights.exists() and "config" in read_metadata(weights)) if layered else (out / CONFIG).exists()
+    found = [name for name in (*(PIPELINE_FILES if layered else OWN_FILES), README) if (out / name).exists()]
+    if found and not exported:
+        raise UserError(f"--out {out}: holds {', '.join(found)}, which no export made and this one would replace; name "
+                        "another folder")
+
+
+def _write_card(out: Path, text: str) -> None:
+    """Writes the model card, which ends in the checksum of its text, by which one that was edited is known and kept."""
+    path = out / README
+    if path.exists():
+        with reading(path, "cannot be read"):
+            before = path.read_text(encoding="utf-8", errors="replace")
+        if before != _signed(before.rpartition(SIGNED)[0]):
+            _log.warning("%s: is kept, as it is not as an export writes it, and may describe what was here before; "
+                         "remove it to have a new one", path)
+            return
+    write_text(path, _signed(text))
+
+
+def _signed(text: str) -> str:
+    return f"{text}{SIGNED}{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()} -->\n"
 
 
 def _is_export(config: Path) -> bool:

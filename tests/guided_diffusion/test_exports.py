@@ -138,6 +138,58 @@ def test_an_export_does_not_mix_with_an_earlier_one_of_other_files(exported, tmp
     assert export("fmnist32", alone)[0] == 0 and find_preset(str(alone)).classifier
 
 
+@pytest.mark.parametrize(("layout", "weights"), [
+    ("hub", "model.safetensors"), ("diffusers", "unet/diffusion_pytorch_model.safetensors")])
+def test_files_that_no_export_made_are_not_replaced(layout, weights, tmp_path, capsys):
+    foreign = tmp_path / weights
+    foreign.parent.mkdir(exist_ok=True)
+    save_state(foreign, {"x": torch.zeros(1)}, {"format": "pt"})            # as other tools write it
+    (tmp_path / "README.md").write_text("# Mine\n")
+    words = ("export_model", "--model", "icons32", "--layout", layout, "--out", tmp_path)
+    before = foreign.read_bytes()
+    assert call(*words) == 2
+    assert f"--out {tmp_path}: holds {weights}, README.md, which no export made" in capsys.readouterr().err
+    assert foreign.read_bytes() == before
+    foreign.unlink()
+    assert call(*words) == 2
+    assert f"--out {tmp_path}: holds README.md, which no export made" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not foreign.exists()
+
+
+@pytest.mark.parametrize("layout", ["hub", "diffusers"])
+def test_a_card_that_was_edited_is_kept_and_any_other_is_written_anew(layout, tmp_path, caplog):
+    out, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    save_state(tmp_path / "m.safetensors", create_model(**TINY).state_dict(), {"config": json.dumps(TINY)})
+
+    def export(licence):
+        caplog.clear()
+        assert call("export_model", "--model", tmp_path / "m.safetensors", "--licence", licence, "--layout", layout,
+                    "--out", out) == 0
+        return "README.md: is kept, as it is not as an export writes it" in caplog.text
+
+    assert not export("CC0-1.0") and "licence: CC0-1.0\n" in card.read_text()
+    assert not export("of Zo\xe9 \udce9") and "licence: of Zo\xe9 \\udce9\n" in card.read_text()
+    assert not export("Apache-2.0") and "licence: Apache-2.0\n" in card.read_text()
+    edited = card.read_text().replace("## Limits", "It is for Tuesdays.\n\n## Limits")
+    card.write_text(edited)
+    assert export("CC0-1.0") and card.read_text() == edited
+    card.unlink()
+    assert not export("CC0-1.0") and "licence: CC0-1.0\n" in card.read_text()
+
+
+@pytest.mark.parametrize(("layout", "last"), [
+    ("hub", "exports.checkpoint.save_state"), ("diffusers", "unet2d.files.write_json")])
+def test_an_export_that_was_interrupted_can_be_made_again(layout, last, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    words = ("export_model", "--model", "icons32", "--layout", layout, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"guided_diffusion.{last}", interrupted)
+        assert call(*words) == 130 and len(list(tmp_path.rglob("*.*"))) == 1
+    assert call(*words) == 0 and (tmp_path / "README.md").is_file()
+
+
 def test_damaged_guidance_in_a_folder_is_refused(exported, tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text('{"guidance": {"blur_sigma": [1]}}')
