@@ -350,7 +350,8 @@ class AttentionStudy:
     def _sample(self) -> tuple[PatchStatistics, dict[int, DrawnImage]]:
         """Samples; returns the sums over the first --num_images, and what is drawn of the chosen images, by number."""
         options = self.options
-        patches, drawn = PatchStatistics(options.threshold), {}
+        patches = PatchStatistics(options.threshold)
+        drawn: dict[int, DrawnImage] = {}
         image_ids = sorted({*range(options.num_images), *options.image_ids})
         with progress_bar(len(image_ids) * len(self.steps), "sampled images", "image") as progress:
             for piece in _pieces(image_ids, options.batch_size):
