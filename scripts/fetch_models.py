@@ -32,8 +32,8 @@ class FetchOptions(Options):
 def check(names: Sequence[str], options: FetchOptions) -> None:
     """Raises UserError for what would have no effect beside another option, and for what is no SHA-256."""
     chosen = [name for name in ("all", "list", "table") if getattr(options, name)]
-    if len(chosen) > 1:
-        raise UserError(f"--{chosen[0]}: cannot be given with --{chosen[1]}")
+    if len(chosen) > 1 and options.table:
+        raise UserError(f"--{chosen[0]}: cannot be given with --table")
     if names and (options.all or options.table):
         raise UserError(f"{names[0]}: no NAME can be given with --{chosen[0]}, which is of every released checkpoint")
     if options.sha256 and (options.list or options.table):

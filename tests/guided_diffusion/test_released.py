@@ -116,7 +116,6 @@ def test_the_page_of_the_model_zoo_is_what_the_command_prints(capsys, tmp_path):
     (["--all", "--sha256", "0" * 64], "is that of one file"),
     (["tiny", "--sha256", "12"], "--sha256 12: must be 64 hexadecimal digits"),
     (["tiny", "--all"], "tiny: no NAME can be given with --all"),
-    (["--list", "--all"], "--all: cannot be given with --list"),
     (["--list", "--table"], "--list: cannot be given with --table"),
     (["--all", "--table"], "--all: cannot be given with --table"),
     (["tiny", "--list", "--sha256", "0" * 64], "cannot be given with --list, which fetches nothing"),
