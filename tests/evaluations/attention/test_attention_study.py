@@ -222,7 +222,8 @@ def test_what_is_seen_is_the_first_evaluation_of_each_step_of_the_run(tiny_run, 
         with np.load(run.run()) as file:
             np.testing.assert_allclose(to_uint8(seen[1].x0).astype(int), file["arr_0"], atol=1)
     assert torch.allclose(seen[1].received["output.1"].received.mean(dim=1), torch.ones(3))
-    first = next(ObservedNetwork(tiny_run.changed(shared_start=shared_start), "exact").observe_chain([0, 1, 2], [4], ["output.1"]))
+    unguided = ObservedNetwork(run.changed(guide_scale=1.0), "exact")
+    first = next(unguided.observe_chain([0, 1, 2], [4], ["output.1"]))
     assert torch.equal(first.x0, seen[0].x0) == (scale == 1)            # guidance of the step before
 
 
