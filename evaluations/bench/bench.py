@@ -195,11 +195,11 @@ class BenchRun:
     def _do(self, unit: Unit, progress: Progress) -> None:
         """Searches and samples a piece of work, where it can be had and there is time for it."""
         try:
-            cost = unit.cost(self.bench)
+            key, cost = unit.key(self.bench), unit.cost(self.bench)
         except UserError as error:
             self.impossible.append(f"{unit.what} ({error})")
             return
-        if not self._fits(unit.what, cost, len(unit.settings) * unit.searched):
+        if not self._fits(unit.what, 0.0 if key in self.hours.done else cost, len(unit.settings) * unit.searched):
             return
         progress.note(unit.what)
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
@@ -212,7 +212,7 @@ class BenchRun:
         title = FEWER if unit.steps_of else _section_title(unit.evaluations, unit.pair)
         self.reports.setdefault(title, []).append(row)
         self.hours.reserve += self._report_seconds
-        self.count()
+        self.count(key)
         progress.update()
 
     def _fits(self, what: str, cost: float, searched: int) -> bool:
@@ -255,10 +255,10 @@ class BenchRun:
         except UserError:
             return None
 
-    def count(self, evaluations: float = 0.0) -> None:
+    def count(self, key: str = "", evaluations: float = 0.0) -> None:
         """Counts the time since the last call, on rank 0; see `Hours.count`."""
         if dist_util.is_main():
-            self.hours.count(evaluations)
+            self.hours.count(key, evaluations)
 
     def _search(self, rows: Sequence[Row]) -> None:
         """Samples the rows of a search."""
@@ -275,7 +275,7 @@ class BenchRun:
             cost = missing_cost(row)
             _log.info("%s: %s, %d images", row.name, row.run.title(), row.images)
         row.sample()
-        self.count(cost)
+        self.count(evaluations=cost)
 
     def _best_of(self, rows: Sequence[Row]) -> tuple[int, float]:
         """Returns the place of the best row, and its value, by the metric of the bench alone."""

@@ -12,7 +12,7 @@ from guided_diffusion.foreign import read_json
 from guided_diffusion.jobs import State, read_state
 
 FILE = "hours.json"
-NOTHING: dict[str, Any] = {"seconds": 0.0, "sampling": 0.0, "evaluations": 0.0}
+NOTHING: dict[str, Any] = {"seconds": 0.0, "sampling": 0.0, "evaluations": 0.0, "done": []}
 
 
 def count_killed(folder: Path) -> None:
@@ -49,6 +49,7 @@ class Hours:
         self.seconds: float = known["seconds"]              # of everything
         self.sampling: float = known["sampling"]            # of rows alone, which made these evaluations
         self.evaluations: float = known["evaluations"]
+        self.done: list[str] = list(known["done"])
         self.evaluating: dict[str, list[float]] = dict(known.get("evaluating", {}))     # not in older folders
         self.reserve = 0.0
         self._began = time.monotonic()
@@ -69,12 +70,17 @@ class Hours:
         """Returns the seconds that so many evaluations will take."""
         return evaluations * self.rate
 
-    def count(self, evaluations: float = 0.0) -> None:
-        """Counts the time since the last call, that of sampling where it made evaluations."""
+    def count(self, key: str = "", evaluations: float = 0.0) -> None:
+        """Counts the time since the last call, that of sampling where it made evaluations.
+
+        key: of a piece of work that is finished with it.
+        """
         passed, self._began = time.monotonic() - self._began, time.monotonic()
         self.seconds += passed
         if evaluations:
             self.sampling += passed
             self.evaluations += evaluations
+        if key and key not in self.done:
+            self.done.append(key)
         write_json(self.path, {"seconds": self.seconds, "sampling": self.sampling, "evaluations": self.evaluations,
-                               "evaluating": self.evaluating, "counted": time.time()})
+                               "done": self.done, "evaluating": self.evaluating, "counted": time.time()})

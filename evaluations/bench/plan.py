@@ -28,21 +28,21 @@ def plan(bench: Bench, found: Sequence[Candidate], why: Mapping[str, str], refer
              "|---|---|---|---|---|---|"]
     total, beyond, left_out = 0.0, [], dict(why)
     gone = set[str]()                   # what is not searched: the bench goes no further with it
-    planned = set[str]()                # a row may be one of fewer steps and one of other evaluations, too
+    done = set(known.done)
     for unit in all_units(bench, found):
         if gone & set(unit.title.split(" + ")) or (unit.steps_of and gone >= set(unit.steps_of)):
             if unit.searched:
                 gone.add(unit.title)
             continue
-        reason, one = "", 0.0
+        reason, one, key = "", 0.0, ""
         try:
-            cost = unit.cost(bench)
-            one = 0.0 if unit.what in planned else known.expected(cost) / 3600
+            key, cost = unit.key(bench), unit.cost(bench)
+            one = 0.0 if key in done else known.expected(cost) / 3600
         except UserError as error:
             reason = str(error)
         if not reason and (not one or 3600 * (total + one) <= there):
             total += one
-            planned.add(unit.what)
+            done.add(key)               # a row may be one of fewer steps and one of other evaluations, too
             lines.append(f"| {unit.title} | {len(unit.settings) if unit.searched else '-'} | {unit.evaluations} | "
                          f"{unit.images(bench):,} | {one:.3g} | {total:.3g} |")
             continue

@@ -8,11 +8,14 @@ of steps. A piece is a search and the row that is reported of it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs.record import identity
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.status import run_status
 
@@ -50,6 +53,23 @@ class Unit:
     def what(self) -> str:
         """Like "SAG at 20 evaluations"."""
         return f"{self.title} at {self.evaluations} evaluations"
+
+    def key(self, bench: Bench) -> str:
+        """Returns what tells it from all other pieces, also from the same one with other numbers of images or options.
+
+        The settings that are tried are no part of it, as those of a pair follow from other searches, and a search may
+        go on beyond them. A search by another metric than the default one is another piece, as it may choose another
+        setting. Raises UserError where it cannot be had at so many evaluations.
+        """
+        flags = self.settings[-1]
+        rows = [bench.reported(flags, self.evaluations), *self.rows(bench)[-1:]]
+        searched = f"{bench.spec.search_images} in the search, " * self.searched
+        if flags:
+            searched += f"chosen by {bench.spec.metric}, "
+        options = [{name: value for name, value in identity(row.run.configuration(), {}).items() if name not in flags}
+                   for row in rows]
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images, options {digest}"
 
     def images(self, bench: Bench) -> int:
         """Returns the number of images that it samples."""

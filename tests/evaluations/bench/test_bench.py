@@ -228,7 +228,7 @@ def test_a_later_start_keeps_back_as_much_for_the_evaluation_as_the_first(line, 
 @pytest.mark.parametrize(("best", "tried"), [
     (0.03, [0.025, 0.05, 0.1, 0.25]), (0.04, [0.025, 0.05, 0.1, 0.25]), (0.12, [0.05, 0.1, 0.25]),
     (0.24, [0.1, 0.25, 0.5]), (9, [0.1, 0.25, 0.5, 1.0])])
-def test_a_search_goes_on_where_its_end_is_best(best, tried, line, tmp_path, monkeypatch):
+def test_a_search_goes_on_where_its_end_is_best(best, tried, line, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evaluations.bench.bench.FURTHER", 2)
     monkeypatch.setattr(BenchRun, "_searched", lambda self, _, row: abs(row.run.guidance[0].guide_scale - 1 - best))
     assert call("bench", *line(methods="SAG", other_evaluations="")) == 0
@@ -237,6 +237,9 @@ def test_a_search_goes_on_where_its_end_is_best(best, tried, line, tmp_path, mon
     assert [row["title"].split(",")[0] for row in search.values()] == [f"SAG s = {s:g}" for s in tried]
     assert [row["title"].split(",")[0] for row in report.values()] == [
         "no guidance", f"SAG s = {min(tried, key=lambda s: abs(s - best)):g}"]
+    capsys.readouterr()
+    assert call("bench", *line(methods="SAG", other_evaluations="", plan=True)) == 0
+    assert "| SAG | 2 | 4 | 14 | 0 | 0 |" in capsys.readouterr().out        # also of what lies beyond the settings
 
 
 def test_what_was_stopped_is_counted_once_and_what_cannot_be_compared_is_said(line, tmp_path, monkeypatch, caplog):

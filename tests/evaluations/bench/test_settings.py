@@ -200,6 +200,12 @@ def test_pairs_of_the_best_methods_come_first():
     assert titles[0] == "TSG + CG" and titles[-1] == "SAG + SEG" and not any("DAG" in title for title in titles)
 
 
+def test_a_search_by_another_metric_is_another_piece():
+    by_fid, by_mind = bench("scenes32", other_evaluations="8"), bench("scenes32", other_evaluations="8", metric="mind")
+    for unit in all_units(by_fid, found("scenes32")[0]):
+        assert (unit.key(by_fid) == unit.key(by_mind)) == (unit.title == "no guidance")
+
+
 def test_names_of_folders_tell_settings_apart():
     loaded = bench("scenes32", evaluations=12, other_evaluations="8")
     names = [row.name for unit in all_units(loaded, found("scenes32")[0]) for row in unit.rows(loaded)]
@@ -292,21 +298,21 @@ def test_hours_are_counted_over_all_starts(tmp_path, monkeypatch):
     hours = Hours(tmp_path, 1.0, 0.5)
     assert hours.rate == 0.5 and hours.left == 3600
     now[0] += 600
-    hours.count(1000)
+    hours.count("first", 1000)
     assert hours.rate == 0.6 and hours.expected(100) == 60 and hours.left == 3000
     hours.reserve += 100
     now[0] += 50
     assert hours.left == 2850
     hours.count()                                   # no piece of work: no part of the rate
     again = Hours(tmp_path, 2.0, 0.5)
-    assert again.rate == 0.6 and again.left == 7200 - 650
+    assert again.done == ["first"] and again.rate == 0.6 and again.left == 7200 - 650
     assert Hours(tmp_path, None, 0.5).left == float("inf")
 
 
 @pytest.mark.parametrize(("state", "added"), [(State.RUNNING, 250.0), (State.FINISHED, 0.0)])
 def test_a_start_that_was_killed_is_counted_until_its_last_word(state, added, tmp_path, monkeypatch):
     hours = Hours(tmp_path, 1.0, 0.5)
-    hours.count(1000)
+    hours.count("first", 1000)
     counted = json.loads((tmp_path / "hours.json").read_text())
     told = JobState("bench", "", "", state, "elsewhere", 1, 0, 1, counted["counted"] - 900, counted["counted"] + 250)
     (tmp_path / STATE).write_text(json.dumps(told.as_dict()))
@@ -314,12 +320,12 @@ def test_a_start_that_was_killed_is_counted_until_its_last_word(state, added, tm
     for _ in range(2):                              # and once only
         count_killed(tmp_path)
         again = Hours(tmp_path, 1.0, 0.5)
-        assert again.seconds == pytest.approx(counted["seconds"] + added)
+        assert again.seconds == pytest.approx(counted["seconds"] + added) and again.done == ["first"]
 
 
 def test_hours_of_before_are_counted_from_when_their_file_was_written(tmp_path):
     path = tmp_path / "hours.json"
-    path.write_text('{"seconds": 7000.0, "sampling": 0.0, "evaluations": 0.0}')
+    path.write_text('{"seconds": 7000.0, "sampling": 0.0, "evaluations": 0.0, "done": []}')
     os.utime(path, (8000, 8000))
     told = JobState("bench", "", "", State.RUNNING, "elsewhere", 1, 0, 1, 1000.0, 8100.0)
     (tmp_path / STATE).write_text(json.dumps(told.as_dict()))
