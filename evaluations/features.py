@@ -5,8 +5,6 @@ Memory holds one batch only: the features of 50,000 images take 1 GB on the disk
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import secrets
 import shutil
@@ -20,7 +18,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, resumable
-from guided_diffusion.files import check_folder, reason
+from guided_diffusion.files import check_folder, json_digest, reason
 from guided_diffusion.late import torch
 from guided_diffusion.npz import BatchFile
 from guided_diffusion.progress import progress_bar
@@ -136,8 +134,7 @@ def first_features(images: BatchFile, extractor: FeatureExtractor, folder: Path,
 
 def _place(images: BatchFile, folder: Path, made_of: Mapping[str, Any]) -> Path:
     """The folder of features that were made of this and with this."""
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return folder / f"{images.sha256[:32]}-{key[:32]}-{made_of['num_images']}"
+    return folder / f"{images.sha256[:32]}-{json_digest(made_of)[:32]}-{made_of['num_images']}"
 
 
 def _made_of(images: BatchFile, extractor: FeatureExtractor, total: int) -> dict[str, Any]:

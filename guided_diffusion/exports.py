@@ -29,7 +29,7 @@ from .errors import UserError
 from .facts import check_options
 from .fetch import sha256_of, without_secrets
 from .files import write_json, write_text
-from .foreign import reading
+from .foreign import read_text, reading
 from .jobs import job_folder
 from .late import Tensor
 from .model_folders import CONFIG, GUIDANCE_KEY, is_own
@@ -220,8 +220,7 @@ def _write_card(out: Path, text: str) -> None:
     """Writes the model card, which ends in the checksum of its text, by which one that was edited is known and kept."""
     path = out / README
     if path.exists():
-        with reading(path, "cannot be read"):
-            before = path.read_text(encoding="utf-8", errors="replace")
+        before = read_text(path)
         if before != _signed(before.rpartition(SIGNED)[0]):
             _log.warning("%s: is kept, as it is not as an export writes it, and may describe what was here before; "
                          "remove it to have a new one", path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -230,6 +231,11 @@ def write_text(path: str | Path, text: str, *, sync: bool = False, ending: str =
 def write_json(path: str | Path, content: Any, *, sync: bool = False, ending: str = "") -> None:
     """Writes a JSON file, whole or not at all; arguments and errors as `prepare`."""
     write_text(path, json.dumps(content, indent=2) + "\n", sync=sync, ending=ending)
+
+
+def json_digest(content: Any) -> str:
+    """The SHA-256, hexadecimal, of what a JSON file can hold, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -45,6 +45,12 @@ def short_reason(error: BaseException) -> str:
     return "".join(char if char.isprintable() else "?" for char in said[:MAX_DETAIL])
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file, with a mark in place of bytes that are no UTF-8; raises UserError where it cannot be read."""
+    with reading(path, "cannot be read"):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
 def read_json(path: str | Path, kind: Callable[[Any], bool] = lambda content: True,
               otherwise: str = "is no JSON file that can be used", *, flag: str = "") -> Any:
     """The content of a JSON file.

@@ -203,11 +203,9 @@ class BenchRun:
             return
         progress.note(unit.what)
         flags = self._searched_best(unit) if unit.searched else unit.settings[-1]
-        row = self.bench.reported(flags, unit.evaluations)
-        if unit.searched and not self._fits(unit.what, missing_cost(row), 0):      # as another setting has its images
-            for known in (self.best, self.values, self.tried):
-                known.pop(unit.title, None)
+        if flags is None:
             return
+        row = self.bench.reported(flags, unit.evaluations)
         self._sample(row)
         title = FEWER if unit.steps_of else _section_title(unit.evaluations, unit.pair)
         self.reports.setdefault(title, []).append(row)
@@ -228,8 +226,11 @@ class BenchRun:
                              "left)")
         return False
 
-    def _searched_best(self, unit: Unit) -> Flags:
-        """Searches the settings of a piece of work, and beyond them where an end is best; returns the best one."""
+    def _searched_best(self, unit: Unit) -> Flags | None:
+        """Searches the settings of a piece of work, and beyond them where an end is best; returns the best one.
+
+        None where there is no time to report that one, as where the images that are there are of another setting.
+        """
         settings, rows = unit.settings, unit.rows(self.bench)
         self._search(rows)
         place, value = self._best_of(rows)
@@ -244,6 +245,8 @@ class BenchRun:
             place, value = self._best_of(rows)
         self.searches[unit.title] = rows
         self.hours.reserve += len(rows) * self._search_seconds
+        if not self._fits(unit.what, missing_cost(self.bench.reported(settings[place], unit.evaluations)), 0):
+            return None
         if not unit.pair:
             self.best[unit.title], self.values[unit.title], self.tried[unit.title] = settings[place], value, settings
         return settings[place]

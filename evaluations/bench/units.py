@@ -8,13 +8,12 @@ of steps. A piece is a search and the row that is reported of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.files import json_digest
 from guided_diffusion.runs.record import identity
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.status import run_status
@@ -68,8 +67,8 @@ class Unit:
             searched += f"chosen by {bench.spec.metric}, "
         options = [{name: value for name, value in identity(row.run.configuration(), {}).items() if name not in flags}
                    for row in rows]
-        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
-        return f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images, options {digest}"
+        return (f"{self.title}, {self.evaluations} evaluations, {searched}{bench.spec.images} images, "
+                f"options {json_digest(options)[:16]}")
 
     def images(self, bench: Bench) -> int:
         """Returns the number of images that it samples."""

@@ -9,7 +9,6 @@ other array has a row an image. So a shorter run takes the first rows of a chunk
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -87,7 +86,7 @@ class ChunkFiles:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the identity, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return files.json_digest(self.identity)
 
     def path(self, index: int) -> Path:
         """The file of a chunk, whether it is finished or not."""

@@ -149,8 +149,8 @@ def say_once(line: str, level: int = logging.WARNING) -> None:
 def class_words(configuration: Mapping[str, Any], labels: Iterable[int]) -> tuple[str, ...]:
     """The labels of images of a recorded run in words: by name where its network is still there and has names."""
     names = class_names_of(configuration)
-    known = {} if names is None else dict(enumerate((*names.names, "no class")))        # the last is the null class
-    return tuple(known.get(label, f"class {label}") for label in labels)
+    known = (*names.names, "no class") if names else ()         # the last is the null class
+    return tuple(known[label] if label < len(known) else f"class {label}" for label in labels)
 
 
 def read_comparison(folders: Sequence[str], options: ComparisonOptions) -> Comparison:

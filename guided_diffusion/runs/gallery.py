@@ -12,7 +12,7 @@ from urllib.parse import quote
 from ..errors import UserError
 from ..fetch import without_secrets
 from ..files import check_folder, write_text
-from ..foreign import read_json, reading
+from ..foreign import read_json, read_text
 from ..options import Options, option, required
 from ..pictures import save_grid
 from .record import finished_run, recorded_command, run_samples
@@ -64,11 +64,9 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
 
 def _check_replaced(out: Path, names: Sequence[str]) -> None:
     """Raises UserError where the page, or a picture of these names, would replace a file that is of no gallery."""
-    page = ""
-    if (out / PAGE).exists():
-        with reading(out / PAGE, "cannot be read"):
-            page = (out / PAGE).read_text(encoding="utf-8", errors="replace")
-    others = [PAGE] * ((out / PAGE).exists() and INTRODUCTION not in page)
+    there = (out / PAGE).exists()
+    page = read_text(out / PAGE) if there else ""
+    others = [PAGE] if there and INTRODUCTION not in page else []
     others += [f"{name}.png" for name in names if (out / f"{name}.png").exists() and _link(name) not in page]
     if others:
         raise UserError(f"--out {out}: holds {', '.join(others)}, which no gallery made and this one would replace; "

@@ -89,8 +89,8 @@ def test_a_changed_configuration_takes_its_hours_anew(line, tmp_path, capsys):
 def test_another_metric_that_chooses_another_setting_needs_its_time(line, tmp_path, monkeypatch):
     few = {"methods": "SAG", "other_evaluations": "", "pairs": False}
     assert call("bench", *line(**few)) == 0
-    scale = BenchRun._searched
-    monkeypatch.setattr(BenchRun, "_searched", lambda self, *given: -scale(self, *given))
+    searched = BenchRun._searched
+    monkeypatch.setattr(BenchRun, "_searched", lambda self, *given: -searched(self, *given))
     used = json.loads((tmp_path / "out" / "mini" / "hours.json").read_text())
     for more, rows in ((1e-9, ["no guidance"]), (1.0, ["no guidance", "SAG"])):
         assert call("bench", *line(**few, hours=used["seconds"] / 3600 + more)) == 0

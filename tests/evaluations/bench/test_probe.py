@@ -162,7 +162,7 @@ def test_a_contrast_that_needs_the_step_before_is_not_probed(line, monkeypatch, 
     assert "ICG cannot be probed: it goes on from what it left at the step before" in capsys.readouterr().err
 
 
-def test_without_labels_no_contrast_sees_those_of_the_images(line, tmp_path, monkeypatch):
+def test_without_labels_no_contrast_sees_those_of_the_images(line, tmp_path):
     """Autoguidance, whose weak network is another one, and ICG, which has labels of its own."""
     found = []
     for labels in ([0, 9, 3, 4, 4], [5, 5, 1, 2, 0]):
