@@ -271,6 +271,8 @@ def _first_noise(model: nn.Module, shape: Sequence[int], noise: Tensor | None,
                  device: torch.device | str | None) -> Tensor:
     if noise is not None and shape is not None:         # official scripts may leave a shape out that noise tells
         _check_noise(noise, shape)
+    if noise is not None and not noise.is_floating_point():
+        raise UserError(f"noise: is of {noise.dtype}, must be of a floating type".replace("torch.", ""))
     if device is None:          # a model may be any function
         device = next((weight.device for weight in model.parameters()), None) if isinstance(model, nn.Module) else None
         device = device or (torch.device("cpu") if noise is None else noise.device)

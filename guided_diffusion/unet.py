@@ -256,7 +256,10 @@ class Encoder(nn.Module):
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
 
     def _first_map(self, x: Tensor) -> Tensor:
-        """The images in the type and order of the torso. Raises UserError where the levels do not divide their size."""
+        """The images in the type and order of the torso. Raises UserError where it cannot take their shape."""
+        channels = self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise UserError(f"an input of the shape {tuple(x.shape)}: must be (N, {channels}, H, W) for this network")
         factor = 2 ** (self.num_levels - 1)
         if x.shape[2] % factor or x.shape[3] % factor:
             raise UserError(f"image size {x.shape[2]}x{x.shape[3]}: height and width must be multiples of {factor}, "
@@ -426,12 +429,14 @@ class UNetModel(Encoder):
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x_t (N, in_channels, H, W), timesteps (N,), labels y (N,) int64 -> the prediction, in the type of x_t.
 
-        Returns (N, out_channels, H, W). Raises UserError where labels are missing or not wanted, and where the levels
-        do not divide H or W.
+        Returns (N, out_channels, H, W). Raises UserError where labels are missing or not wanted, where they are not
+        one an image, for another number of channels, and where the levels do not divide H or W.
         """
         if (y is None) != (self.num_classes is None):
             raise UserError("the network is class-conditional: labels y are needed" if y is None
                             else "the network is not class-conditional: it takes no labels y")
+        if y is not None and y.shape != (len(x),):      # one label would be that of all images
+            raise UserError(f"y: labels of the shape {tuple(y.shape)}, must be ({len(x)},), one an image")
         known = next(filter(None, (prefix.beginning_of(x, timesteps, y) for prefix in self.prefixes)), None)
         if known is not None:
             return self.resume(known)
@@ -484,10 +489,14 @@ class SuperResModel(UNetModel):
                 y: Tensor | None = None) -> Tensor:
         """As `UNetModel.forward`; low_res: (N, C, h, w) in [-1, 1], of any size.
 
-        Its place among the arguments is that of guided-diffusion. Raises UserError also where low_res is missing.
+        Its place among the arguments is that of guided-diffusion. Raises UserError also where low_res is missing, and
+        for another number of images or channels.
         """
         if low_res is None:
             raise UserError("an upsampling network needs the low-resolution images low_res")
+        if low_res.ndim != 4 or low_res.shape[:2] != (len(x), self.image_channels):
+            raise UserError(f"low_res: has the shape {tuple(low_res.shape)}, must be ({len(x)}, {self.image_channels}, "
+                            "h, w)")
         upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
         return super().forward(torch.cat([x, upsampled], dim=1), timesteps, y)
 

@@ -443,12 +443,14 @@ def test_whether_steps_are_those_of_the_chain_is_not_asked_of_a_device():
     _check_steps(torch.empty(2, dtype=torch.int64, device="meta"), 3)       # whose numbers nobody could read
 
 
-def test_noise_of_another_shape_is_refused():
+def test_noise_of_another_shape_or_type_is_refused():
     noise = torch.randn(1, 3, 4, 4)
     sentence = r"^noise: has the shape \(1, 3, 4, 4\), and the images have \(2, 3, 4, 4\)$"
     for loop in ("p_sample_loop", "ddim_sample_loop", "solver_sample_loop"):
         with pytest.raises(UserError, match=sentence):
             getattr(small(), loop)(halved, [2, 3, 4, 4], noise=noise)
+        with pytest.raises(UserError, match=r"^noise: is of int32, must be of a floating type$"):
+            getattr(small(), loop)(halved, [1, 3, 4, 4], noise=noise.int())
     for step in ("p_sample", "ddim_sample"):
         with pytest.raises(UserError, match=sentence):
             getattr(small(), step)(halved, torch.randn(2, 3, 4, 4), torch.tensor([1, 1]), noise=noise)

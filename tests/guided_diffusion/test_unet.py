@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -152,6 +153,22 @@ def test_sizes_that_the_levels_do_not_divide_are_refused(tiny_flags, tiny_classi
             model(*example(model, size=size))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 16, 16)])
+def test_inputs_of_another_shape_are_refused(tiny_flags, tiny_classifier_flags, shape):
+    for model in (create_model(**tiny_flags), create_classifier(**tiny_classifier_flags)):
+        _, t, *labels = example(model)
+        with pytest.raises(UserError, match=rf"^an input of the shape {re.escape(str(shape))}: must be \(N, 1, H, W\)"):
+            model(torch.zeros(shape), t, *labels)
+
+
+@pytest.mark.parametrize("labels", [[1], [1, 1, 1], [[1], [1]]])
+def test_labels_are_one_an_image(tiny_flags, labels):
+    model = create_model(**tiny_flags)
+    x, t, _ = example(model)
+    with pytest.raises(UserError, match=r"^y: labels of the shape .*, must be \(2,\), one an image$"):
+        model(x, t, torch.tensor(labels))
+
+
 def test_labels_are_needed_just_where_the_network_is_class_conditional(tiny_flags):
     model = create_model(**tiny_flags)
     x, t, y = example(model)
@@ -201,6 +218,9 @@ def test_the_upsampler_uses_the_low_resolution_image(tiny_flags):
         # An image of one value is that value at any size.
         flat = [model(x, t, low_res=torch.full((2, 1, size, size), 0.5), y=y) for size in (8, 4)]
     torch.testing.assert_close(*flat)
+    for shape in ((1, 1, 8, 8), (2, 3, 8, 8), (1, 8, 8)):
+        with pytest.raises(UserError, match=r"^low_res: has the shape .*, must be \(2, 1, h, w\)$"):
+            model(x, t, torch.zeros(shape), y)
     with pytest.raises(UserError, match="needs the low-resolution images low_res"):
         model(x, t, y=y)
 
