@@ -61,8 +61,9 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
     """The weights of the classifier that belongs to the model of a training's folder.
 
     It lies in that folder, in a folder in it, or in one beside it, and was trained for images of the same size and
-    noise, and for classes of the same names as far as both state these. Where several fit, the one named like the
-    folder (runs/x, runs/x_classifier) is meant, or the one that lies within, and None where that leaves it open.
+    noise, and for classes of the same names as far as both state these; one that states clean images is left out. Where
+    several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies within, and
+    None where that leaves it open.
     """
     folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
@@ -103,7 +104,7 @@ def _names(name: str) -> list[str]:
 
 def _fits(model: Statement, path: Path) -> bool:
     classifier = statement_of(path, "classifier")
-    if classifier is None:
+    if classifier is None or classifier.noised is False:
         return False
     shared = ["image_size", "in_channels", *PROCESS, *(["num_classes"] if model.facts.get("class_cond") else [])]
     names = [read_metadata(one).get(NAMES) for one in (model.path, path)]

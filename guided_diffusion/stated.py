@@ -41,6 +41,7 @@ PREDICTIONS = ("predict_xstart", "predict_v")
 # How weights are read; their shapes do not show it.
 UNSEEN = ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order",
           "classifier_num_head_channels")
+NOISED = "noised"                   # in the metadata of a classifier, beside its options, as it is none of the network
 NETWORKS: dict[str, type[Options]] = {"diffusion": ModelOptions, "upsampler": UpsamplerOptions,
                                       "classifier": ClassifierOptions}
 
@@ -51,11 +52,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Statement:
-    """What the file `path` states. facts: the options by flag name, without those that may differ."""
+    """What the file `path` states. facts: the options by flag name, without those that may differ.
+
+    noised: whether a classifier was trained on noised images; None where that is not stated, as in older files.
+    """
 
     path: str
     kind: str
     facts: dict[str, Any]
+    noised: bool | None = None
 
     def options(self, kind: type[AnyOptions]) -> AnyOptions:
         """The options of a class as the file states them, and defaults for the others."""
@@ -109,7 +114,8 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
     if not path or (is_address(path) and not str(path).partition("#")[0].partition("?")[0].endswith(".safetensors")):
         return None
     try:
-        config = json.loads(read_metadata(locate(path))["config"])
+        metadata = read_metadata(locate(path))
+        config = json.loads(metadata["config"])
     except (UserError, KeyError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict) or kind_of(config) != kind:
@@ -123,7 +129,8 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
                  if name in config and name not in FREE}
     except UserError as error:
         raise UserError(f"{shown}: states options that are not allowed ({error})") from None
-    return Statement(shown, kind, _effective(facts)) if facts else None
+    noised = {"true": True, "false": False}.get(metadata.get(NOISED, ""))
+    return Statement(shown, kind, _effective(facts), noised) if facts else None
 
 
 def starting_flag(given: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ from ..npz import RANGE_KEY, stored_range
 from ..progress import progress_bar
 from ..resample import ScheduleSampler
 from ..rng import seeded_torch, stream_generator
-from ..stated import statement_of
+from ..stated import NOISED, statement_of
 from .batch import Data, DropLabels, Losses, Network, TrainingBatch
 from .folder import Record, code_of_this_library
 from .loss_curve import draw_loss_curve
@@ -302,6 +302,8 @@ class TrainLoop:
         metadata = {"config": json.dumps(facts), "step": str(self.step)}
         if self.depth_range:
             metadata[RANGE_KEY] = self.depth_range
+        if kind_of(self.config) == "classifier":
+            metadata[NOISED] = json.dumps(self.options.noises)
         return metadata if self.class_names is None else {**metadata, KEY: json.dumps(self.class_names.to_json())}
 
     def _rescue(self, error: BaseException) -> None:

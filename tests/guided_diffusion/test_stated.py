@@ -36,6 +36,16 @@ def save(tmp_path):
     return write
 
 
+@pytest.fixture
+def save_classifier(tmp_path, save):
+    """Writes the file of a classifier that states whether it was trained on noised images."""
+    def write(name, noised):
+        path = save(name)
+        save_state(path, {"x": torch.zeros(1)}, {"config": json.dumps(CLASSIFIER), "noised": json.dumps(noised)})
+        return path
+    return write
+
+
 def refusal(**given):
     with pytest.raises(UserError) as caught:
         preset_values(given)
@@ -195,6 +205,14 @@ def test_the_classifier_of_other_classes_does_not_fit(save, tmp_path):
                    {"config": json.dumps(config), "class_names": json.dumps(classes)})
     found = preset_values({"model": str(tmp_path / "x")})["classifier_path"]
     assert found == str(tmp_path / "two" / "model.safetensors")
+
+
+def test_a_classifier_of_clean_images_does_not_fit(save_classifier, save, tmp_path):
+    save("x/model.safetensors")
+    save_classifier("x_clean/model.safetensors", False)
+    assert "classifier_path" not in preset_values({"model": str(tmp_path / "x")})
+    noised = save_classifier("noised/model.safetensors", True)
+    assert preset_values({"model": str(tmp_path / "x")})["classifier_path"] == noised
 
 
 def test_folders_that_are_no_training_are_refused(save, tmp_path):

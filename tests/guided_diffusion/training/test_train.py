@@ -36,6 +36,7 @@ from guided_diffusion import checkpoint, execution, train_util
 from guided_diffusion.errors import LostRankError, PeerError, UserError
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
+from guided_diffusion.stated import statement_of
 from guided_diffusion.train_util import classification_losses
 from guided_diffusion.training.averages import update_ema
 from guided_diffusion.training.options import ClassifierTrainOptions, TrainOptions
@@ -580,6 +581,13 @@ def test_clean_classifier_sees_no_noise(data_dir, tmp_path):
     train_tiny_classifier(data_dir, tmp_path, noised=False, iterations=25, lr=1e-2)
     assert log_of(tmp_path, "val_acc@1")[-1] == 1
     assert not [name for name in rows_of(tmp_path)[0] if "_q" in name]
+
+
+@pytest.mark.parametrize("noised", [True, False])
+def test_the_files_of_a_classifier_state_whether_it_saw_noise(data_dir, tmp_path, noised):
+    train_tiny_classifier(data_dir, tmp_path, noised=noised, iterations=1)
+    for name in ("model", "state"):
+        assert statement_of(tmp_path / f"{name}.safetensors", "classifier").noised is noised
 
 
 def test_classification_losses():
