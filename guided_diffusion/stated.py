@@ -94,8 +94,12 @@ class Statement:
     def check_beside(self, values: Mapping[str, Any]) -> None:
         """Raises UserError where a classifier was trained for other images or noise than the network that it guides.
 
+        One of clean images guides by another option, which the error names.
         values: the options of that network and its process by flag name; defaults may be missing.
         """
+        if self.noised is False:
+            raise UserError(f"--classifier_path {self.path}: must be a classifier of noised images, and states that it "
+                            "was trained on clean ones (noised False); --clean_classifier_path takes it")
         defaults = {field.name: field.default for cls in (ModelOptions, DiffusionOptions)
                     for field in option_fields(cls)}
         for name in ("image_size", "in_channels", *PROCESS, *(["num_classes"] if values.get("class_cond") else [])):

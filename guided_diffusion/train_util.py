@@ -151,7 +151,7 @@ def in_small(images: Tensor, size: int) -> Tensor:
 
 def train_classifier(classifier_options: ClassifierOptions, diffusion_options: DiffusionOptions,
                      options: ClassifierTrainOptions) -> None:
-    """Trains a noise-aware classifier (Dhariwal & Nichol, section 4)."""
+    """Trains a noise-aware classifier (Dhariwal & Nichol, section 4), or one of clean images (`noised` False)."""
     dist_util.connect()
     with dist_util.together():
         check_sinks(options.log)
@@ -184,7 +184,9 @@ def train_classifier(classifier_options: ClassifierOptions, diffusion_options: D
         TrainLoop(classifier, losses, UniformSampler(diffusion.num_timesteps), data, options, config, validation,
                   names).run()
     weights = shlex.quote(str(Path(options.out) / "model.safetensors"))
-    _say_files(options.out, ["model"], f"classifier_sample.py --model DIFFUSION_RUN --classifier_path {weights}")
+    command = ("classifier_sample.py --model DIFFUSION_RUN --classifier_path" if options.noised else
+               "image_sample.py --model DIFFUSION_RUN --clean_classifier_scale 1 --clean_classifier_path")
+    _say_files(options.out, ["model"], f"{command} {weights}")
 
 
 def _say_files(out: str, names: Sequence[str], command: str) -> None:

@@ -153,6 +153,17 @@ def test_a_classifier_of_other_noise_images_or_classes_than_the_network_is_refus
         f"{name} {CONFIG[name]}")
 
 
+def test_a_classifier_of_clean_images_is_refused_as_a_noise_aware_one(save, save_classifier):
+    model, clean = save("x.safetensors"), save_classifier("clean.safetensors", False)
+    assert refusal(model_path=model, classifier_path=clean) == (
+        f"--classifier_path {clean}: must be a classifier of noised images, and states that it was trained on clean "
+        "ones (noised False); --clean_classifier_path takes it")
+    preset_values({"model_path": model, "classifier_path": save_classifier("noised.safetensors", True)})
+    for name, noised in (("clean", False), ("noised", True)):
+        path = save_classifier(f"{name}.safetensors", noised)
+        preset_values({"model_path": model, "clean_classifier_path": path, "clean_classifier_scale": 1.0})
+
+
 def test_a_network_without_classes_takes_those_of_its_classifier(save):
     values = preset_values({"model_path": save("x.safetensors", {**CONFIG, "class_cond": False, "num_classes": 1000}),
                             "classifier_path": save("c.safetensors", CLASSIFIER)})

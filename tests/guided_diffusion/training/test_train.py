@@ -590,6 +590,19 @@ def test_the_files_of_a_classifier_state_whether_it_saw_noise(data_dir, tmp_path
         assert statement_of(tmp_path / f"{name}.safetensors", "classifier").noised is noised
 
 
+@pytest.mark.parametrize("noised", [True, False])
+def test_the_end_names_a_command_that_guides_by_the_classifier(data_dir, tmp_path, caplog, noised):
+    caplog.set_level(logging.INFO)
+    train_tiny_classifier(data_dir, tmp_path / "classifier", noised=noised, iterations=1)
+    line = next(line for line in caplog.messages if line.startswith("to sample: python scripts/"))
+    run = str(train(data_dir, tmp_path / "run", lr_anneal_steps=1))
+    script, *arguments = shlex.split(line.removeprefix("to sample: python scripts/").replace("DIFFUSION_RUN", run))
+    assert call(Path(script).stem, *arguments, "--timestep_respacing", 2, "--num_samples", 2, "--batch_size", 2,
+                "--out", tmp_path / "out") == 0
+    title = json.loads((tmp_path / "out" / "run.json").read_text())["title"]
+    assert ("clean CG" in title) is not noised and "CG" in title
+
+
 def test_classification_losses():
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6], [0.0, 0, 0, 9, 0, 0]])
     result = classification_losses(logits, torch.tensor([0, 0, 3]))
