@@ -250,6 +250,8 @@ def _classifier(preset: Preset, options: ExportOptions) -> tuple[Preset, str] | 
     if preset.classifier is None:
         if given:
             raise UserError(f"--classifier_path {without_secrets(given)}: no classifier is known for {preset.name}")
+        if preset.open_choice:
+            _log.info("%s: %s", preset.name, preset.open_choice)
         return None
     found = find_preset(preset.classifier)
     if found.path and not preset.known and preset.path and not is_own(found.path, preset.path.parent):

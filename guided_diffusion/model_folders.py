@@ -57,13 +57,13 @@ def guidance_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def classifier_beside(model: Statement, folder: Path) -> Path | None:
-    """The weights of the classifier that belongs to the model of a training's folder.
+def classifiers_beside(model: Statement, folder: Path) -> list[Path]:
+    """The weights of the classifier that belongs to the model of a training's folder: one file, or none.
 
     It lies in that folder, in a folder in it, or in one beside it, and was trained for images of the same size and
     noise, and for classes of the same names as far as both state these; one that states clean images is left out. Where
-    several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies within, and
-    None where that leaves it open.
+    several fit, the one named like the folder (runs/x, runs/x_classifier) is meant, or the one that lies within. Where
+    that leaves it open, all of these are returned.
     """
     folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
     inside = [*_files(folder), *(path for inner in _folders(folder) for path in _files(inner))]
@@ -72,14 +72,14 @@ def classifier_beside(model: Statement, folder: Path) -> Path | None:
     for found in (inside, named, beside):
         fitting = [path for path in found if _fits(model, path)]
         if fitting:
-            return fitting[0] if len(fitting) == 1 else None
-    return None
+            return fitting
+    return []
 
 
 def is_own(classifier: Path, folder: Path) -> bool:
     """Whether a classifier lies in the folder of a training, at any depth, or in one beside it that is named like it.
 
-    Any other that `classifier_beside` finds may be of another training, of images and classes of its own.
+    Any other that `classifiers_beside` finds may be of another training, of images and classes of its own.
     """
     inner, outer = Path(os.path.abspath(classifier)), Path(os.path.abspath(folder))
     return inner.is_relative_to(outer) or (inner.parent.parent == outer.parent

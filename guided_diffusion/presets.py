@@ -17,7 +17,7 @@ from .checkpoint import read_metadata
 from .errors import UserError
 from .fetch import Download, sha256_of, size_of, without_secrets
 from .launchers import is_main
-from .model_folders import SUFFIX, best_weights, classifier_beside, guidance_in
+from .model_folders import SUFFIX, best_weights, classifiers_beside, guidance_in
 from .options import nearest, option_fields
 from .progress import in_bytes
 from .stated import NETWORKS, statement_of
@@ -44,6 +44,7 @@ class Preset:
     implied: bool = False           # the name of a released checkpoint's file stands for its flags
     about: dict[str, str] = field(default_factory=dict)     # of a bundled model: page, limits, attribution
     sampling: dict[str, Any] = field(default_factory=dict)      # flags of the sampler that suits it, if any
+    open_choice: str = ""           # why a training's folder brings no classifier, where several fit
 
     @property
     def known(self) -> bool:
@@ -147,9 +148,11 @@ def _trained(place: Path) -> Preset:
                         "the file as --model_path, and its options as flags")
     kind = kind_of(_config_of(path))
     stated = statement_of(path, kind)
-    beside = classifier_beside(stated, path.parent) if stated and kind == "diffusion" else None
-    classifier, guidance = None if beside is None else str(beside), guidance_in(place) if place.is_dir() else {}
-    return Preset(str(place), kind, stated.facts if stated else {}, guidance, path, classifier)
+    beside = [str(found) for found in classifiers_beside(stated, path.parent)] if stated and kind == "diffusion" else []
+    open_choice = (f"several classifiers fit, {', '.join(beside)}; none is taken, --classifier_path names one"
+                   if len(beside) > 1 else "")
+    return Preset(str(place), kind, stated.facts if stated else {}, guidance_in(place) if place.is_dir() else {}, path,
+                  beside[0] if len(beside) == 1 else None, open_choice=open_choice)
 
 
 def _beside(place: Path) -> list[str]:

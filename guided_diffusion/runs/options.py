@@ -11,7 +11,7 @@ from ..dtypes import dtype_option
 from ..errors import UserError
 from ..guidance import GUIDANCE
 from ..options import Options, batch_option, entry_option, option, option_fields, seed_option
-from ..presets import find_preset, implied_values, is_bundled
+from ..presets import Preset, find_preset, implied_values, is_bundled
 from ..sampling import SAMPLERS
 from ..stated import statement_of
 
@@ -110,7 +110,7 @@ def preset_values(given: dict[str, Any], kind: str = "diffusion") -> dict[str, A
         if preset.path is not None:
             values["model_path"] = str(preset.path)
         if not preset.known and not given.get("model_path"):
-            _say_files(preset.name, {**values, **given})
+            _say_files(preset, {**values, **given})
     else:
         values |= implied_values("model_path", given, kind)
     known = {**values, **given}
@@ -153,10 +153,12 @@ def _check_sampler(name: str, given: dict[str, Any]) -> None:
                             f"{name}")
 
 
-def _say_files(name: str, values: dict[str, Any]) -> None:
-    """Logs which files of the folder of a training were taken."""
+def _say_files(preset: Preset, values: dict[str, Any]) -> None:
+    """Logs which files of the folder of a training were taken, and which were not as several would do."""
     others = [f"{path} as --{flag}" for flag, path in values.items() if flag.endswith("_path") and flag != "model_path"]
-    _log.info("--model %s: takes %s", name, ", and ".join([values["model_path"], *others]))
+    _log.info("--model %s: takes %s", preset.name, ", and ".join([values["model_path"], *others]))
+    if preset.open_choice and not values.get("classifier_path"):
+        _log.info("--model %s: %s", preset.name, preset.open_choice)
 
 
 def _stated_values(values: dict[str, Any], given: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -209,6 +209,18 @@ def test_the_classifier_beside_it_is_the_one_that_fits(save, tmp_path, classifie
     assert found == (None if expected is None else str(tmp_path / expected / "model.safetensors"))
 
 
+def test_several_classifiers_that_fit_are_named(save, tmp_path, caplog):
+    save("x/model.safetensors")
+    both = [save(f"{name}/model.safetensors", CLASSIFIER) for name in ("one", "two")]
+    caplog.set_level("INFO")
+    line = (f"--model {tmp_path / 'x'}: several classifiers fit, {', '.join(both)}; none is taken, --classifier_path "
+            "names one")
+    preset_values({"model": str(tmp_path / "x"), "classifier_path": both[1]})
+    assert line not in caplog.messages
+    preset_values({"model": str(tmp_path / "x")})
+    assert line in caplog.messages
+
+
 def test_the_classifier_of_other_classes_does_not_fit(save, tmp_path):
     for name, config, classes in (("x", CONFIG, ["ant", "bee"]), ("one", CLASSIFIER, ["bee", "ant"]),
                                   ("two", CLASSIFIER, ["ant", "bee"])):
