@@ -192,6 +192,14 @@ def test_learning_rate():
     assert ClassifierTrainOptions(lr=1.0, iterations=4, anneal_lr=True).learning_rate(3) == 0.25
 
 
+@pytest.mark.parametrize("kind, flag", [(TrainOptions, "lr_anneal_steps"), (ClassifierTrainOptions, "iterations")])
+def test_a_warm_up_is_shorter_than_the_training(kind, flag):
+    kind(lr_warmup_steps=9, **{flag: 10})
+    TrainOptions(lr_warmup_steps=10)                # which has no end
+    with pytest.raises(UserError, match=f"^--lr_warmup_steps 10: must be at most 9, as --{flag} is 10$"):
+        kind(lr_warmup_steps=10, **{flag: 10})
+
+
 def test_moving_average():
     average = [torch.tensor([1.0, 2.0]), torch.tensor(0.0)]
     update_ema(average, [nn.Parameter(torch.tensor([3.0, 2.0])), nn.Parameter(torch.tensor(10.0))], rate=0.75)
