@@ -137,6 +137,12 @@ def statement_of(path: str | Path, kind: str) -> Statement | None:
     return Statement(shown, kind, _effective(facts), noised) if facts else None
 
 
+def network_statement(path: str | Path) -> Statement | None:
+    """What the file of a diffusion network or an upsampler states, of whichever kind it is; see `statement_of`."""
+    return next((stated for kind in ("diffusion", "upsampler") if (stated := statement_of(path, kind)) is not None),
+                None)
+
+
 def starting_flag(given: Mapping[str, Any]) -> str:
     """The option that names the file a training starts from, of those that the user gave, by flag name."""
     return "init_from" if given.get("init_from") else "resume_checkpoint"

@@ -18,7 +18,6 @@ from .build import (
     build_classifier,
     build_diffusion,
     build_model,
-    kind_of,
 )
 from .classes import ClassNames, names_of_run, stored_names
 from .digests import data_digest
@@ -31,12 +30,12 @@ from .late import F, Tensor, nn, torch
 from .log_sinks import check_sinks
 from .resample import UniformSampler, create_named_schedule_sampler
 from .rng import seeded_torch, stream_generator
-from .stated import statement_of
 from .training.averages import sampled
 from .training.batch import Data, DropLabels, Network, TrainingBatch
 from .training.folder import Record, locked_folder
 from .training.loop import TrainLoop
 from .training.options import ClassifierTrainOptions, LoopOptions, TrainOptions
+from .training.start import LABELS, other_classes
 from .training.state import FILE
 from .training.watch import Watched, Watcher
 
@@ -123,18 +122,16 @@ def _with_null_class(network: ModelOptions | UpsamplerOptions, options: TrainOpt
 
 
 def _starts_with_null_class(network: ModelOptions | UpsamplerOptions, options: TrainOptions) -> bool:
-    """Whether the weights that a training starts from have the null class: as they state, else by their shapes."""
+    """Whether the weights that a training starts from have its null class: by their shapes, and as they state."""
     path = options.init_from or options.resume_checkpoint
     if not path:
         return False
-    stated = statement_of(path, kind_of(asdict(network)))
-    if stated is not None and "null_class" in stated.facts:
-        return bool(stated.facts["null_class"])
     try:
-        labels = checkpoint.load_state_dict(path, entry=options.checkpoint_entry).get("label_emb.weight")
+        labels = checkpoint.load_state_dict(path, entry=options.checkpoint_entry).get(LABELS)
     except UserError:           # of a file that cannot be read, which says so when it is loaded
         return True
-    return labels is not None and len(labels) == network.num_classes + 1
+    return (labels is not None and len(labels) == network.num_classes + 1
+            and not other_classes(path, asdict(network)))
 
 
 def _check_whole_chain(options: DiffusionOptions) -> None:

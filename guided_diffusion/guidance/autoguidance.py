@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..late import Tensor, torch
 from ..options import option, option_fields
 from ..process import Prediction
-from ..stated import CHOICES, Statement, statement_of
+from ..stated import CHOICES, network_statement
 from ..terms import ContrastGuidance, Guidance, Passes, SigmaRange, StepContext
 from .base import Networks, ScaledOptions, each, sigma_max_option, sigma_min_option, start_option, without_labels
 
@@ -52,11 +52,6 @@ KINDS: dict[str, type[ModelOptions] | type[UpsamplerOptions]] = {"diffusion": Mo
                                                                  "upsampler": UpsamplerOptions}
 
 
-def _statement(path: str) -> Statement | None:
-    """What the file of a weaker network states, of whichever kind it is."""
-    return next((stated for kind in KINDS if (stated := statement_of(path, kind)) is not None), None)
-
-
 @dataclass(frozen=True)
 class AutoguidanceOptions(ScaledOptions):
     """Autoguidance."""
@@ -82,7 +77,7 @@ class AutoguidanceOptions(ScaledOptions):
 
     def _stated(self) -> ModelOptions | UpsamplerOptions | None:
         """The options that the file of the weaker network states; None where it states none."""
-        stated = _statement(self.weak_model_path)
+        stated = network_statement(self.weak_model_path)
         return None if stated is None else stated.options(KINDS[stated.kind])
 
     def networks(self) -> dict[str, Callable[[], nn.Module]]:
@@ -124,7 +119,7 @@ class AutoguidanceOptions(ScaledOptions):
     @classmethod
     def stated_values(cls, values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing; raises UserError where the weaker network was trained on another process than the model."""
-        weak = _statement(values.get("weak_model_path", ""))
+        weak = network_statement(values.get("weak_model_path", ""))
         if weak is not None and values.get("autoguidance_scale"):
             defaults = {field.name: field.default for field in option_fields(DiffusionOptions)}
             for name in sorted((weak.facts.keys() & defaults.keys()).difference(CHOICES)):

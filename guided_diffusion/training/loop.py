@@ -392,9 +392,10 @@ class TrainLoop:
     def _take_start(self) -> Start:
         shapes, options = weight_shapes(self.model.state_dict()), self.options
         if options.init_from:
-            start = from_weights(options.init_from, shapes, options.checkpoint_entry)
+            start = from_weights(options.init_from, shapes, self.config, options.checkpoint_entry)
         elif options.resume_checkpoint:
-            start = from_checkpoint(options.resume_checkpoint, shapes, options.ema_rates, options.checkpoint_entry)
+            start = from_checkpoint(options.resume_checkpoint, shapes, self.config, options.ema_rates,
+                                    options.checkpoint_entry)
         else:
             return Start({})
         if options.total_steps is not None and start.step >= options.total_steps:

@@ -22,12 +22,14 @@ from ..entries import check_weights
 from ..errors import UserError
 from ..fetch import is_address, without_secrets
 from ..late import Tensor, torch
+from ..stated import network_statement
 
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, Sequence[int]]
 
 # What another number of classes or channels changes: label embedding, first convolution, last layer.
 ENDS = re.compile(r"label_emb\.weight|input_blocks\.0\.0\.(weight|bias)|out\..+")
+LABELS = "label_emb.weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -57,15 +59,44 @@ def official_step(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def from_weights(path: str, shapes: Shapes, entry: str = "") -> Start:
+def other_classes(path: str, options: Mapping[str, Any]) -> str:
+    """The classes of the network and of a file in words, where the file states another number; "" else.
+
+    options: of the network by flag name. The label embedding may have as many rows all the same, as the null class has
+    one, too.
+    """
+    stated = network_statement(path)
+    there = stated.facts if stated is not None else {}
+    if there.get("num_classes", options.get("num_classes")) == options.get("num_classes"):
+        return ""
+    return f"{_classes(options)}, {_classes(there)} in the file"
+
+
+def _classes(options: Mapping[str, Any]) -> str:
+    return f"{options['num_classes']} classes{' and a null class' if options.get('null_class') else ''}"
+
+
+def _assumed(where: str, path: str, weights: Weights, options: Mapping[str, Any]) -> list[str]:
+    """What to tell of a null class that is taken from a file which does not state its classes."""
+    stated = network_statement(path)
+    if LABELS not in weights or not options.get("null_class") or (stated is not None and "num_classes" in stated.facts):
+        return []
+    return [f"{where}: does not state its classes; its last of {len(weights[LABELS])} labels is taken for the null "
+            "class"]
+
+
+def from_weights(path: str, shapes: Shapes, options: Mapping[str, Any], entry: str = "") -> Start:
     """`--init_from`: the weights of a file that fit a network of these shapes; training starts at step 0.
 
-    entry: of a file that holds several networks. Raises UserError where the file cannot be read, or where a weight does
-    not fit that another number of classes or channels would not change.
+    options: of the network by flag name. entry: of a file that holds several networks. Raises UserError where the file
+    cannot be read, or where a weight does not fit that another number of classes or channels would not change.
     """
     where = f"--init_from {without_secrets(path)}"
     state = _read(where, path, entry)
     taken = {name: state[name] for name in shapes if name in state and tuple(state[name].shape) == tuple(shapes[name])}
+    others = other_classes(path, options) if LABELS in taken else ""
+    if others:
+        del taken[LABELS]
     anew = [name for name in shapes if name not in taken]
     unused = [name for name in state if name not in shapes]
     wrong = [name for name in [*anew, *unused] if not ENDS.fullmatch(name)]
@@ -74,11 +105,12 @@ def from_weights(path: str, shapes: Shapes, entry: str = "") -> Start:
                         f"beside the label embedding and the first and last layer ({(wrong or anew)[0]} first)")
     said = [f"{where}: {len(taken)} of {len(shapes)} weights are loaded, training starts at step 0"]
     if anew:
-        named = ", ".join(f"{name} ({_difference(name, state, shapes)})" for name in anew)
+        named = ", ".join(f"{name} ({others if others and name == LABELS else _difference(name, state, shapes)})"
+                          for name in anew)
         said[0] += f"; these start anew: {named}"
     if unused:
         said[0] += f"; not used: {', '.join(unused)}"
-    return Start(taken, said=said)
+    return Start(taken, said=[*said, *_assumed(where, path, taken, options)])
 
 
 def _difference(name: str, state: Weights, shapes: Shapes) -> str:
@@ -90,22 +122,28 @@ def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a number"
 
 
-def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float], entry: str = "") -> Start:
+def from_checkpoint(path: str, shapes: Shapes, options: Mapping[str, Any], rates: Sequence[float],
+                    entry: str = "") -> Start:
     """`--resume_checkpoint`: an official run where the file has the name of one, else the weights of a file alone.
 
-    shapes: of the network's weights by name. rates: of the moving averages. entry: of a file that holds several
-    networks. Raises UserError where a file cannot be read or does not fit the network.
+    shapes: of the network's weights by name. options: of the network by flag name. rates: of the moving averages.
+    entry: of a file that holds several networks. Raises UserError where a file cannot be read or does not fit the
+    network.
     """
     where = f"--resume_checkpoint {without_secrets(path)}"
     weights = _fitting(where, path, shapes, entry)
+    if LABELS in weights and (others := other_classes(path, options)):
+        raise UserError(f"{where}: does not fit the network, {LABELS} is of other classes ({others}); --init_from "
+                        "takes the other weights")
+    assumed = _assumed(where, path, weights, options)
     step = official_step(path)
     if step is None:
         return Start(weights, said=[f"{where}: only the weights are used, training starts at step 0, since this is not "
-                                    "the name of an official run's file (modelNNNNNN.pt)"])
+                                    "the name of an official run's file (modelNNNNNN.pt)", *assumed])
     if is_address(path):
         return Start(weights, step, official=True, said=[
             f"{where}: goes on from step {step} with the weights only; for its averages and optimiser, fetch "
-            f"opt{step:06d}.pt and the ema files beside it into a folder, and name the file there"])
+            f"opt{step:06d}.pt and the ema files beside it into a folder, and name the file there", *assumed])
     folder, taken, missing = Path(path).parent, [], []
     averages = {}
     for rate in rates:
@@ -127,7 +165,7 @@ def from_checkpoint(path: str, shapes: Shapes, rates: Sequence[float], entry: st
     else:
         missing.append(f"{optimizer.name} is missing, so that AdamW starts anew")
     said = f"{where}: goes on from step {step} of an official run" + (f", with {', '.join(taken)}" if taken else "")
-    return Start(weights, step, averages, moments, True, recipe, ["; ".join([said, *missing])])
+    return Start(weights, step, averages, moments, True, recipe, ["; ".join([said, *missing]), *assumed])
 
 
 def _read(where: str, path: str, entry: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Training without labels now and then, what it leaves, and sampling with what it leaves."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -57,6 +58,40 @@ def test_a_null_class_that_would_stay_random_is_refused(run, data_dir, tmp_path)
     also = train(data_dir, tmp_path / "silent", null_class=True, resume_checkpoint=str(tmp_path / "silent.pt"))
     for out in (tuned, also):
         assert torch.equal(weights(out)["label_emb.weight"][2], weights(run)["label_emb.weight"][2])
+
+
+def test_the_null_class_of_a_file_that_does_not_state_its_classes_is_said(run, data_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(data_dir, tmp_path / "stated", null_class=True, init_from=run / "model.safetensors", lr_anneal_steps=1)
+    assert "does not state" not in caplog.text
+    path = tmp_path / "silent.pt"
+    torch.save(weights(run), path)
+    for flag in ("init_from", "resume_checkpoint"):
+        train(data_dir, tmp_path / flag, null_class=True, lr_anneal_steps=1, **{flag: path})
+        assert (f"--{flag} {path}: does not state its classes; its last of 3 labels is taken for the null class"
+                ) in caplog.messages
+        caplog.clear()
+        train(data_dir, tmp_path / f"{flag} 3", num_classes=3, lr_anneal_steps=1, **{flag: path})
+        assert "does not state" not in caplog.text
+
+
+def test_classes_and_the_null_class_are_not_taken_for_each_other(run, data_dir, tmp_path, caplog):
+    """Two classes and a null class have as many labels as three classes."""
+    caplog.set_level("INFO")
+    three = train(data_dir, tmp_path / "three", num_classes=3, lr_anneal_steps=1)
+    for begun, changes, said in (
+            (run, {"num_classes": 3}, "3 classes, 2 classes and a null class in the file"),
+            (three, {"label_dropout": 0.1}, "2 classes and a null class, 3 classes in the file")):
+        path, values = begun / "model.safetensors", {"seed": 5, "lr": 1e-12, "lr_anneal_steps": 1, **changes}
+        out = train(data_dir, tmp_path / f"from {begun.name}", init_from=path, **values)
+        assert f"these start anew: label_emb.weight ({said})" in caplog.text
+        labels = (weights(one)["label_emb.weight"] for one in (out, begun))
+        assert (next(labels) - next(labels)).abs().amax(dim=1).min() > 0.01
+        with pytest.raises(UserError, match=re.escape(f"label_emb.weight is of other classes ({said}); --init_from")):
+            train(data_dir, tmp_path / "new", resume_checkpoint=path, **values)
+    for flag in ("init_from", "resume_checkpoint"):
+        with pytest.raises(UserError, match="--null_class True: is never trained"):
+            train(data_dir, tmp_path / "new", null_class=True, **{flag: three / "model.safetensors"})
 
 
 def test_a_training_goes_on_without_dropped_labels(data_dir, tmp_path, caplog):
