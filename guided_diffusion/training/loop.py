@@ -371,6 +371,10 @@ class TrainLoop:
         else:
             said = self._left_over(before) if dist_util.is_main() else []
             said = [*self._take_start().said, *said]
+        options = self.options
+        if options.total_steps is not None and options.lr_warmup_steps >= options.total_steps:
+            said.append(f"--lr_warmup_steps {options.lr_warmup_steps}: the rate rises until the end and does not stay at "
+                        f"--lr, as --{options.ends_by} is {options.total_steps}")
         for line in said:
             say(line)
 

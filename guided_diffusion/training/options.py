@@ -75,9 +75,6 @@ class LoopOptions(DescentOptions):
             raise UserError(f"--init_from {without_secrets(self.init_from)}: cannot be given with --resume_checkpoint, "
                             "which starts the training as well")
         _ = self.snapshots
-        if self.total_steps is not None and self.lr_warmup_steps >= self.total_steps:
-            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps}: must be at most {self.total_steps - 1}, as "
-                            f"--{self.ends_by} is {self.total_steps}")
         free = {field.name for field in option_fields(type(self))} - {*FIXED, "out", "change"}
         for name in filter(None, self.change.split(",")):
             if name not in free:
