@@ -50,7 +50,7 @@ class Agreement:
         """The rank correlation: 1 where the probe orders the rows as the metric does, from the best to the worst."""
         if len(self.rows) < FEWEST_ROWS:
             return None
-        sign = 1 if METRICS[self.metric].direction.reading.startswith("lower") else -1
+        sign = 1 if METRICS[self.metric].direction.lower_is_better else -1
         return rank_correlation(self.predicted, [sign * value for value in self.measured])
 
 

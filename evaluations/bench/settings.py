@@ -85,7 +85,7 @@ class BenchSpec(Options):
 
     def better(self, one: float, other: float) -> bool:
         """Whether the first number of the metric is better than the second."""
-        return one < other if METRICS[self.metric].direction.reading.startswith("lower") else one > other
+        return one < other if METRICS[self.metric].direction.lower_is_better else one > other
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ class Direction:
     below: str
     reading: str = ""
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller number is better; False where a larger one is, and where neither way is better."""
+        return self.below == BETTER
+
     def verdict(self, low: float, high: float) -> str:
         """Returns what the interval [low, high] of a difference says: that it is above 0, below 0, or neither."""
         if low > 0:

@@ -14,7 +14,9 @@ import yaml
 from evaluations.bench import candidates, settings
 from evaluations.bench.candidates import beyond, pair_settings, pairs
 from evaluations.bench.hours import Hours, count_killed
+from evaluations.bench.probe_report import Agreement
 from evaluations.bench.units import all_units, in_pairs
+from evaluations.metrics import BETTER, METRICS, WORSE, Direction
 from evaluations.reproduction.costs import equivalent_evaluations, flops, steps_within
 from evaluations.reproduction.reproduce import WorkOptions
 from guided_diffusion.build import build_model
@@ -49,6 +51,15 @@ def test_benches_that_come_with_the_library_are_loadable(name):
     assert {"SAG", "PAG", "SEG", "TSG", "APG", "rescale"} <= {one.short for one in methods}
     assert ("ICG" in why) == ("ICG" not in {one.short for one in methods}) == (loaded.base.run.model.num_classes is None
                                                                             or not loaded.base.run.model.class_cond)
+
+
+@pytest.mark.parametrize(("direction", "lower"), [(Direction(WORSE, BETTER, "the smaller, the better"), True),
+                                                  (Direction(BETTER, WORSE, "lower numbers are worse"), False)])
+def test_which_way_a_metric_is_better_does_not_hang_on_the_words_for_it(direction, lower, monkeypatch):
+    monkeypatch.setitem(METRICS, "fid", dataclasses.replace(METRICS["fid"], direction=direction))
+    assert settings.BenchSpec(metric="fid").better(0, 1) is lower
+    ordered = Agreement("fid", ["a", "b", "c"], predicted=[1, 2, 3], measured=[1, 2, 3])
+    assert ordered.correlation == pytest.approx(1 if lower else -1)
 
 
 def test_settings_switch_methods_on_from_weak_to_strong():
