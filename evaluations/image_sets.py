@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from guided_diffusion import dist_util
+from guided_diffusion.cores import reading_threads
 from guided_diffusion.errors import UserError
 from guided_diffusion.fetch import is_address, sha256_of
 from guided_diffusion.foreign import reading
@@ -39,7 +38,6 @@ from guided_diffusion.runs.status import unfinished_images
 
 SAMPLES = "samples_*.npz"           # the file of a sampling run in its folder
 NUMPY, ZIP = b"\x93NUMPY", b"PK"    # how such files begin
-THREADS = 8                         # that decode pictures
 
 _log = logging.getLogger(__name__)
 
@@ -237,7 +235,7 @@ class Pictures(BatchFile):
 
     def images(self, ranges: Iterable[range]) -> Iterator[np.ndarray]:
         """The images (n, H, W, 3) of each range of indices."""
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        with reading_threads() as pool:
             for indices in ranges:
                 yield np.stack(list(pool.map(self._pixels, indices)))
 

@@ -1,4 +1,4 @@
-"""Work on all cores: a function of one piece after another, each in one of several processes."""
+"""Work on all cores that this process may use: in several processes, or in threads that read files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -15,9 +15,22 @@ from .errors import LostRankError
 from .progress import progress_bar
 
 GLANCE = 1.0                    # seconds between looks of a worker at the process that it works for
+MOST_READING = 8                # threads; more of them only wait for the disk
 
 Piece = TypeVar("Piece", bound=Sized)
 Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use: fewer than there are where a scheduler or launcher says so."""
+    if hasattr(os, "sched_getaffinity"):            # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """Threads that read and decode files, one for each core that this process may use, at most MOST_READING."""
+    return ThreadPoolExecutor(min(MOST_READING, usable_cores()))
 
 
 def on_all_cores(function: Callable[[Piece], Result], pieces: Sequence[Piece], what: str, unit: str) -> list[Result]:
@@ -28,7 +41,7 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Sequence[Piece], w
     of them: a worker that died of one would leave this process waiting. They end with it, however it ends. Raises
     LostRankError where one is killed.
     """
-    results, count = [], min(len(pieces), os.cpu_count() or 1)
+    results, count = [], min(len(pieces), usable_cores())
     with (ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(),)) as pool,
           progress_bar(sum(map(len, pieces)), what, unit) as progress):
         try:

@@ -17,13 +17,14 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from .classes import SHOWN, ClassNames
+from .cores import reading_threads
 from .dist_util import say
 from .errors import UserError
 from .files import reason
@@ -344,7 +345,7 @@ class FolderImages(TrainingImages):
     def batches(self, plan: BatchPlan, start_batch: int) -> Iterator[ImageBatch]:
         """Endless batches, from `start_batch` on; files that were not decoded before are, in the background."""
         check = BackgroundCheck([] if self.skip_damaged else self.files[self.decoded:][plan.rank::plan.world_size])
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, check:
+        with reading_threads() as pool, check:
 
             def begin(batch: int) -> list[Future]:
                 return [pool.submit(self._decode, index, plan, draw)

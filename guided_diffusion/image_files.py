@@ -21,7 +21,6 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import IO, Any, Self
@@ -29,6 +28,7 @@ from typing import IO, Any, Self
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .cores import reading_threads
 from .errors import UserError
 from .files import reason
 from .progress import progress_bar
@@ -339,7 +339,7 @@ def damaged_pictures(files: Sequence[Path], decoded: int, look: Look | None = No
     """
     found: dict[int, str] = {}
     pieces = [range(start, min(start + AT_ONCE, len(files))) for start in range(0, len(files), AT_ONCE)]
-    with (ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    with (reading_threads() as pool,
           progress_bar(len(files), "checking images", "image", enabled=len(pieces) > 1) as progress):
         for piece, damages in zip(pieces, pool.map(
                 lambda piece: [damage(files[index], index < decoded, look) for index in piece], pieces), strict=True):

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from .classes import MANIFEST, natural_order
+from .cores import reading_threads
 from .errors import UserError, resumable
 from .fetch import sha256_of
 from .files import (
@@ -400,7 +401,7 @@ def _prepared(path: str, options: PrepareOptions, label_of: Callable[[int, str],
     found = itertools.islice(sources(Path(path), left_out), options.num_images or None)
     waiting: deque[tuple[int, Source, Future[np.ndarray | UserError]]] = deque()
     with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+        pool = stack.enter_context(reading_threads())
         bar = stack.enter_context(progress_bar(None, "preparing", "image"))
         for number in itertools.count():
             source = next(found, None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion import __version__, dist_util
+from guided_diffusion.cores import usable_cores
 from guided_diffusion.dtypes import AUTO, DTYPES
 from guided_diffusion.errors import UserError, resumable
 from guided_diffusion.files import check_folder, write_json, write_text
@@ -285,7 +286,7 @@ def launch(options: WorkOptions) -> int | None:
         raise UserError(f"--ranks {ranks}: the launcher has started {here}")
     by_mpi = shutil.which("mpiexec") and importlib.util.find_spec("mpi4py")
     launcher = ["mpiexec", "-n"] if by_mpi else [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, usable_cores() // ranks))
     python = [sys.executable] if by_mpi else []
     with resumable():
         return subprocess.call([*launcher, str(ranks), *python, *sys.argv],

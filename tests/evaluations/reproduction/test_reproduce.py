@@ -1,8 +1,10 @@
 """Reproducing a table, as users do: a small one of the bundled model, from its plan to its report."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -392,6 +394,14 @@ def test_ranks_must_agree_with_the_launcher(monkeypatch):
         reproduction.launch(reproduction.ReproduceOptions(ranks=3))
     assert reproduction.launch(reproduction.ReproduceOptions(ranks=2)) is None
     assert reproduction.launch(reproduction.ReproduceOptions()) is None
+
+
+def test_ranks_share_the_cores_that_the_job_may_use(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
+    monkeypatch.setattr(subprocess, "call", lambda command, env: int(env["OMP_NUM_THREADS"]))
+    assert [reproduction.launch(reproduction.ReproduceOptions(ranks=ranks)) for ranks in (2, 3, 8)] == [2, 1, 1]
 
 
 def test_the_embedded_tables_have_the_rows_of_the_papers(tmp_path):
