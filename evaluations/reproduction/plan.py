@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import ModelOptions, build_model
 from guided_diffusion.checkpoint import ready
+from guided_diffusion.execution import timed
 from guided_diffusion.late import torch
 from guided_diffusion.progress import progress_bar
 
@@ -21,6 +23,7 @@ from .costs import RowCost, cost, network_flops
 from .tables import Row, Table
 
 PROBE_SECONDS = 5.0
+MOST_CALLS = 20                 # in these seconds
 SMALL = 64                      # pixels: larger images are not evaluated on a CPU
 
 _Network = tuple[ModelOptions, int]     # a network, and the images that it evaluates at a time
@@ -67,19 +70,13 @@ def probe(row: Row) -> Probe:
     if run.model.class_cond:
         inputs.append(torch.zeros(batch, dtype=torch.long, device=device))
 
-    def evaluate() -> None:
-        model(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
+    evaluate = partial(model, *inputs)
     with torch.no_grad():
         memory = peak_memory(evaluate)
-        times: list[float] = []
-        began = time.perf_counter()
-        while not times or (time.perf_counter() - began < PROBE_SECONDS and len(times) < 20):
-            start = time.perf_counter()
-            evaluate()
-            times.append(time.perf_counter() - start)
+        until = time.monotonic() + PROBE_SECONDS
+        times = [timed(evaluate)]
+        while time.monotonic() < until and len(times) < MOST_CALLS:
+            times.append(timed(evaluate))
     whole, seen = (network_flops(run.model, pixels)[0] for pixels in (run.model.image_size, size))
     return Probe(str(device), min(times) / batch * whole / seen,
                  memory * 2**20 / batch * (run.model.image_size / size)**2)
