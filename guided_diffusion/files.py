@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from .errors import UserError
 
+LOCK = ".lock"                 # of a folder in which a job works
 TRIES, PAUSE = 5, 0.2          # of taking a lock that is not waited for, and the seconds between them
 
 MAX_HOLDER = 300               # characters that are read of who holds a lock
@@ -324,6 +325,16 @@ def locked(path: Path, busy: Callable[[str | None], Exception] | None = None) ->
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             stream.close()
+
+
+def only_job(out: Path, lock: Path | None = None) -> contextlib.AbstractContextManager[None]:
+    """Holds what --out names for one job; raises UserError where another works there. The lock ends with its process.
+
+    lock: the lock file of a file `out`; None: `out` is a folder, in which it lies.
+    """
+    what = "folder" if lock is None else "file"
+    return locked(lock or out / LOCK, lambda who: UserError(
+        f"--out {out}: another job is working there ({who}); wait for it, or name another {what}"))
 
 
 def lock_holder(path: Path) -> str | None:

@@ -33,10 +33,11 @@ from .cores import reading_threads
 from .errors import UserError, resumable
 from .fetch import sha256_of
 from .files import (
+    LOCK,
     check_folder,
     check_writable,
     lies_in,
-    locked,
+    only_job,
     open_own,
     reason,
     remove_leftovers,
@@ -63,7 +64,6 @@ from .progress import progress_bar
 CROPS = ("adm", "box")
 LABELS = ("folders", "prefix", "none")
 AHEAD = 64              # pictures that are read before they are needed
-LOCK = ".lock"
 RECORD = "sources.jsonl"        # rows of the manifest, each written before its image, until the manifest has them all
 SETTINGS = ("image_size", "crop", "labels", "labels_file", "name")      # what the files of an image folder depend on
 DEEPEST = 3             # archives within archives: ImageNet's training images are a .tar of .tar files
@@ -280,9 +280,7 @@ def prepare(path: str, options: PrepareOptions, say: Callable[[str], object]) ->
         _check_manifest(out.with_suffix(".json"))
         _write(path, options, lines, settings, say)
         return
-    with locked(check_folder("--out", out) / LOCK, lambda who: UserError(
-            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")), \
-            resumable():
+    with only_job(check_folder("--out", out)), resumable():
         _write(path, options, lines, settings, say)
 
 

@@ -26,7 +26,7 @@ from ..build import DiffusionOptions, ModelOptions, build_diffusion, build_model
 from ..classes import ClassNames, stored_names
 from ..errors import NonFiniteError, UserError
 from ..fetch import sha256_of
-from ..files import check_folder, check_space, check_writable, locked, reason
+from ..files import check_folder, check_space, check_writable, only_job, reason
 from ..fp16_util import MixedPrecisionTrainer
 from ..gaussian_diffusion import GaussianDiffusion
 from ..jobs import job, mark_finished, state_file
@@ -271,8 +271,7 @@ class PredictorTraining:
         lock = self.out.with_name(f".{self.out.name}.lock")
         finished = self.out.exists()
         if not finished or any(left.exists() for left in (lock, self.state, state_file(self.out))):
-            with locked(lock, lambda who: UserError(
-                    f"--out {self.out}: another job is working there ({who}); wait for it, or name another file")):
+            with only_job(self.out, lock):
                 if not finished:
                     with job("training", self.out, resumes=True):
                         return self._train()

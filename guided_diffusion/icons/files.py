@@ -17,7 +17,7 @@ from PIL import Image
 from ..classes import natural_order
 from ..cores import on_all_cores
 from ..errors import UserError
-from ..files import check_folder, locked, remove_leftovers, write_json
+from ..files import LOCK, check_folder, only_job, remove_leftovers, write_json
 from ..foreign import read_json
 from ..npz import write_batch
 from ..options import Options, option
@@ -34,7 +34,6 @@ SHEET_COLUMNS = 16
 MADE_OF = ("image_size", "label", "format")          # options that the files depend on
 MANIFEST = "manifest.json"
 SHEET = "sheet.png"
-LOCK = ".lock"                  # of the folder that is being written
 UNFINISHED = ".unfinished.json"     # in it until all is written: what the files are made of
 
 
@@ -67,8 +66,7 @@ def write_icons(options: IconOptions, say: Callable[[str], object]) -> None:
     the same icons, or it cannot be written.
     """
     out = check_folder("--out", options.out)
-    with locked(out / LOCK, lambda who: UserError(
-            f"--out {out}: another command is writing there ({who}); wait for it, or name another folder")):
+    with only_job(out):
         if _is_finished(out, options):
             say(f"{out} has these icons already: there is nothing to do")
             return

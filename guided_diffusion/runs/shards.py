@@ -311,13 +311,12 @@ class Shards(ChunkFiles):
 
 def locked(out: Path) -> AbstractContextManager[None]:
     """Holds the folder of a run for one job; UserError where another works there. The lock ends with its process."""
-    return files.locked(out / ".lock", lambda who: UserError(
-        f"--out {out}: another job is working there ({who}); wait for it, or name another folder"))
+    return files.only_job(out)
 
 
 def holder(out: Path) -> str | None:
     """Who holds the folder, in words; None where no one does."""
-    return files.lock_holder(out / ".lock")
+    return files.lock_holder(out / files.LOCK)
 
 
 def _cut(array: np.ndarray | None, indices: range) -> np.ndarray | None:

@@ -25,7 +25,7 @@ from ..build import kind_of
 from ..classes import KEY
 from ..errors import UserError
 from ..fetch import public_values, without_secrets
-from ..files import check_folder, locked, remove_leftovers, write_json
+from ..files import check_folder, only_job, remove_leftovers, write_json
 from ..foreign import reading
 from ..functions import code_digest
 from ..late import torch
@@ -53,8 +53,7 @@ def locked_folder(out: str | Path) -> Iterator[None]:
             checkpoint.check_name(path, "--out")
             check_folder("--out", path)
             if dist_util.is_main():
-                stack.enter_context(locked(path / ".lock", lambda who: UserError(
-                    f"--out {out}: another job is working there ({who}); wait for it, or name another folder")))
+                stack.enter_context(only_job(path))
                 remove_leftovers(path)
         yield
 

@@ -16,6 +16,7 @@ from guided_diffusion.files import (
     check_writable,
     lock_holder,
     locked,
+    only_job,
     open_own,
     prepare,
     remove_leftovers,
@@ -213,6 +214,15 @@ def test_a_lock_is_refused_to_others_by_the_name_of_its_holder(held):
     with locked(path, lambda who: UserError(f"busy: {who}")):
         assert str(os.getpid()) in lock_holder(path)
     assert not path.exists() and lock_holder(path) is None
+
+
+def test_a_second_job_is_told_what_to_do(held, tmp_path):
+    lock, process = held
+    for given, what in (([tmp_path], "folder"), ([tmp_path / "a.npz", lock], "file")):
+        with pytest.raises(UserError) as error, only_job(*given):
+            pass
+        assert str(error.value).startswith(f"--out {given[0]}: another job is working there (process {process.pid} on ")
+        assert str(error.value).endswith(f"); wait for it, or name another {what}")
 
 
 def test_a_lock_is_waited_for(held):

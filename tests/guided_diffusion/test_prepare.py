@@ -11,7 +11,7 @@ from commands import call
 from PIL import Image
 
 from guided_diffusion import prepare
-from guided_diffusion.files import locked
+from guided_diffusion.files import only_job
 from guided_diffusion.image_datasets import open_images
 from guided_diffusion.prepare import cropped
 
@@ -181,9 +181,9 @@ def test_images_whose_pixels_changed_under_the_same_name_are_refused(recorded, s
 
 def test_two_commands_in_one_folder_are_refused(data, capsys):
     (data / "out").mkdir()
-    with locked(data / "out" / prepare.LOCK):
+    with only_job(data / "out"):
         assert call("prepare_images", data / "folder", "--image_size", 8, "--out", data / "out") == 2
-        assert "another command is writing there (process" in capsys.readouterr().err
+        assert "another job is working there (process" in capsys.readouterr().err
     assert not content_of(data / "out")
 
 
