@@ -113,7 +113,7 @@ def write(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fals
           parents: bool = False) -> None:
     """Calls `save(temporary)`, then renames the temporary file to `path`.
 
-    Arguments and errors are those of `prepare`.
+    parents: make the folder of `path` first. Other arguments and errors are those of `prepare`.
     """
     with contextlib.ExitStack() as held:
         temporary = _prepare(Path(path), save, held, sync, ending, parents)
@@ -124,8 +124,7 @@ def write(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fals
             raise _unwritable(path, error, ending) from None
 
 
-def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "",
-            parents: bool = False) -> Path:
+def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = False, ending: str = "") -> Path:
     """Calls `save(temporary)` and returns the temporary file, which a rename then turns into `path`.
 
     The temporary file lies beside `path`, under a name that no other process uses, and is made anew: no link that
@@ -136,16 +135,15 @@ def prepare(path: str | Path, save: Callable[[Path], object], *, sync: bool = Fa
 
     sync: have the data on the disk before the rename, so that a power cut leaves the old file or the new one.
     ending: what comforts the user, at the end of the sentence, like "finished chunks are kept".
-    parents: make the folder of `path` first.
 
     Raises UserError where the operating system refuses. Whatever `save` raises, no temporary file is left.
     """
     with contextlib.ExitStack() as held:
-        return _prepare(Path(path), save, held, sync, ending, parents)
+        return _prepare(Path(path), save, held, sync, ending)
 
 
 def _prepare(path: Path, save: Callable[[Path], object], held: contextlib.ExitStack, sync: bool, ending: str,
-             parents: bool) -> Path:
+             parents: bool = False) -> Path:
     """As `prepare`; held: at its end, others may take the file for one that a killed process left."""
     temporary: Path | None = None
     try:
