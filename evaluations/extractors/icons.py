@@ -45,8 +45,6 @@ class IconsClassifier:
     `class_names` are the classes in order, `test_accuracy` the share of the test split that it names rightly.
     """
 
-    image_shape = (32, 32, 3)
-
     def __init__(self, layer: Layer, extractor: FeatureExtractor) -> None:
         _check_features(layer, extractor)
         self.layer, self.extractor = layer, extractor
