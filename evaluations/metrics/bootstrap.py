@@ -40,14 +40,19 @@ def bootstrap(statistic: Statistic, sizes: int | Sequence[int], replicates: int,
     return bootstrap_interval(statistic(counts), estimate, level)
 
 
+def check_replicates(replicates: int) -> None:
+    """Raises UserError for too few replicates to tell how far a number moves."""
+    if replicates < 2:
+        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+
+
 def resamplings(sizes: int | Sequence[int], replicates: int, seed: int = 0) -> np.ndarray:
     """Returns counts (replicates, N) of how often each image is drawn; `sizes` as for `bootstrap`, N their sum.
 
     Statistics of several files of the same image indices are paired where they get the same counts, so that
     `bootstrap_interval` holds for their differences too. Raises UserError for replicates below 2.
     """
-    if replicates < 2:
-        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+    check_replicates(replicates)
     sizes = [int(sizes)] if isinstance(sizes, int | np.integer) else list(sizes)
     counts = np.empty((replicates, sum(sizes)), np.uint16)
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ import numpy as np
 from guided_diffusion.errors import UserError
 
 from .arrays import checked_features, slices
-from .bootstrap import Replicates, Statistic, known_replicates
+from .bootstrap import Replicates, Statistic, check_replicates, known_replicates
 from .frechet import FrechetSums, ProjectedFeatures, RunningStatistics, frechet_distance
 
 SIZES = 15
@@ -83,8 +83,7 @@ def order_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate:
     They depend on the seed and the number of images alone, so that differences of files of equally many images are
     paired. Where the values are all alike they are unknown. Raises UserError for replicates below 2.
     """
-    if replicates < 2:
-        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+    check_replicates(replicates)
     size, random = int(np.sum(sizes)), np.random.default_rng(seed)
     values = [statistic(random.integers(size, size=(1, size))) for _ in range(replicates)]
     return known_replicates(estimate, np.concatenate(values))

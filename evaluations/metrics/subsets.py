@@ -14,10 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from guided_diffusion.errors import UserError
-
 from .arrays import checked_pair
-from .bootstrap import Replicates, Statistic, known_replicates, unknown_replicates
+from .bootstrap import Replicates, Statistic, check_replicates, known_replicates, unknown_replicates
 from .distances import Balls, Points, centred_points, comparison_margin, squared_distances
 
 NEIGHBOURS = 64         # of which a quarter of the samples has fewer than 3 in 3 of a million cases
@@ -88,8 +86,7 @@ def subset_replicates(statistic: Statistic, sizes: int | Sequence[int], estimate
     all are alike.
     Raises UserError for replicates below 2.
     """
-    if replicates < 2:
-        raise UserError(f"{replicates} bootstrap replicates: must be at least 2")
+    check_replicates(replicates)
     size = int(np.sum(sizes))
     if not FEWEST <= estimate * reference_images <= reference_images - FEWEST or size // 4 <= FEWEST:
         return unknown_replicates(estimate, replicates, "it is nearly 0 or 1, or there are too few images, so that "
