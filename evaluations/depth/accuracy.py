@@ -25,7 +25,7 @@ import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
-from guided_diffusion.depth.features import decoder_blocks, parse_blocks
+from guided_diffusion.depth.features import decoder_blocks
 from guided_diffusion.depth.pairs import SCENES, Pairs, check_apart, checked_depth_range
 from guided_diffusion.depth.ranges import has_ratios, parse_depth_range
 from guided_diffusion.depth.scenes import DEPTH_RANGE
@@ -129,8 +129,7 @@ class AccuracyStudy:
         self.network, self.held, self.options = network, held, options
         self.depth_range = options.depth_range
         self.blocks = decoder_blocks(network.model)
-        self.guiding = {name: parse_blocks(text, network.model, f"{name}_blocks")
-                        for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
+        self.guiding = options.branches(network.model)
         self.out = job_folder("depth accuracy", options.out)
         self._check_config()
         self.labels = {count: _first_pairs(labelled, count) for count in options.counts}

@@ -79,6 +79,11 @@ class PredictorOptions(Options):
     save_interval: int = option(500, "steps between two saves; a kill loses at most these", minimum=1)
     log_interval: int = option(50, "steps between two losses shown", minimum=1)
 
+    def branches(self, model: UNetModel) -> dict[str, tuple[str, ...]]:
+        """The decoder blocks that the strong and the weak branch read; UserError where the network lacks one."""
+        return {name: parse_blocks(text, model, f"{name}_blocks")
+                for name, text in (("strong", self.strong_blocks), ("weak", self.weak_blocks))}
+
 
 @dataclass(frozen=True)
 class DepthTrainOptions(PredictorOptions, DescentOptions):
@@ -468,8 +473,7 @@ def train_predictors(options: DepthTrainOptions, model_options: ModelOptions, di
     dist_util.one_process()
     check_sinks(options.log)
     network = load_network(options, model_options, diffusion_options)
-    branches = {name: parse_blocks(text, network.model, f"{name}_blocks")
-                for name, text in (("strong", options.strong_blocks), ("weak", options.weak_blocks))}
+    branches = options.branches(network.model)
     pairs = read_labelled(options, network, options.data, options.num_labels, "num_labels")
     depth_range = checked_depth_range(options.data, options.depth_range)
     return PredictorTraining(branches, network, pairs, depth_range, options, options.out, options).run()
