@@ -9,10 +9,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.foreign import reading
 from guided_diffusion.tensor_files import save_tensors
 
 from ..features import Features
@@ -117,18 +118,9 @@ def load_bundled(path: str | Path, kind: str, build: Callable[[Mapping[str, str]
     kind: its name in messages. build: makes, from the metadata, a network with weights of the same shapes. Raises
     UserError where the file is missing, damaged, or of another kind.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        model = build(metadata)
-        model.load_state_dict(weights)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
-        raise UserError(f"{path}: does not hold {kind}, or is damaged") from None
+    with reading(path, f"cannot be read as {kind}"), safe_open(path, framework="pt") as file:
+        model = build(file.metadata() or {})
+        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
     return channels_last(model.eval())
 
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.foreign import reading
 from guided_diffusion.tensor_files import save_tensors
 
 from ..features import FeatureExtractor, Features
@@ -85,17 +86,10 @@ def _named(pooled: np.ndarray, layer: Layer) -> np.ndarray:
 
 def load_layer(path: str | Path = WEIGHTS) -> Layer:
     """Reads a file of `save_layer`. Raises UserError where it is missing, damaged, or of another kind."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            layer = Layer(file.get_tensor("weight"), file.get_tensor("bias"), json.loads(metadata["class_names"]),
-                          json.loads(metadata["accuracy"]), metadata["features_sha256"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (SafetensorError, KeyError, ValueError, TypeError):
-        raise UserError(f"{path}: does not hold a classifier of icons, or is damaged") from None
+    with reading(path, "cannot be read as a classifier of icons"), safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        layer = Layer(file.get_tensor("weight"), file.get_tensor("bias"), json.loads(metadata["class_names"]),
+                      json.loads(metadata["accuracy"]), metadata["features_sha256"])
     if layer.weight.shape != (POOLED, len(layer.class_names)):
         raise UserError(f"{path}: does not hold a classifier of icons, its weight is {layer.weight.shape}")
     return layer

@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="trained on features of other weights"):
         evaluation.features(tmp_path)
     out.write_bytes(out.read_bytes()[:100])
-    for path, message in ((out, "damaged"), (tmp_path / "no.safetensors", "no such file")):
+    for path, message in ((out, "cannot be read as a classifier"), (tmp_path / "no.safetensors", "No such file")):
         with pytest.raises(UserError, match=message):
             load_layer(path)
     for given, message in (({"weight_decay": "0"}, "must be numbers above 0"), ({"out": "no/where"}, "--out no/where")):
