@@ -51,12 +51,13 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def read_json(path: str | Path, kind: Callable[[Any], bool] = lambda content: True,
+def read_json(path: str | Path, kind: Callable[[Any], bool] = lambda content: isinstance(content, dict),
               otherwise: str = "is no JSON file that can be used", *, flag: str = "") -> Any:
     """The content of a JSON file.
 
-    kind: says whether the content is what it should be; it may raise anything. Raises UserError, as `reading` words it,
-    where the file is missing, too large, damaged, nested too deeply or of another kind.
+    kind: says whether the content is what it should be, names with values unless told otherwise; it may raise anything.
+    Raises UserError, as `reading` words it, where the file is missing, too large, damaged, nested too deeply or of
+    another kind.
     """
     with reading(path, otherwise, flag=flag):
         size = Path(path).stat().st_size

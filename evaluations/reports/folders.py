@@ -136,10 +136,10 @@ def _measured(folder: Path, record: Mapping[str, Any]) -> Iterator[ShownTable]:
     digest = record.get("sha256", {}).get("samples")
     for path in sorted([*folder.glob("*.json"), *folder.resolve().parent.glob("*.json")]):
         with suppress(UserError, *READ_ERRORS):         # of files that are something else
-            found = read_json(path)
+            found = read_json(path, lambda content: isinstance(content, list | dict))
             if isinstance(found, list):
                 yield from _evaluated(path, found, digest)
-            elif isinstance(found, dict) and "sections" in found:
+            elif "sections" in found:
                 yield from _in_table(path, found, digest)
 
 
@@ -258,8 +258,7 @@ def _drawing(path: Path) -> Drawing:
 
 def _config(folder: Path) -> list[tuple[str, str]]:
     with suppress(UserError):
-        found = read_json(folder / "config.json", lambda found: isinstance(found, dict))
-        return _options(found)
+        return _options(read_json(folder / "config.json"))
     return []
 
 

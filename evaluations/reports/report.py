@@ -144,5 +144,5 @@ def _kind(folder: Path) -> Callable[[Path], Content] | None:
 
 def _json(path: Path) -> Mapping[str, Any]:
     """What such a file says; nothing where there is none. Raises UserError where it is damaged."""
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path, lambda content: True) if path.is_file() else {}
     return found if isinstance(found, dict) else {}

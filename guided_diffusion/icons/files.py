@@ -80,7 +80,7 @@ def _is_finished(out: Path, options: IconOptions) -> bool:
     manifest = out / MANIFEST
     if (out / UNFINISHED).exists() or not manifest.exists():
         return False
-    made_of = read_json(manifest, lambda content: isinstance(content, dict))
+    made_of = read_json(manifest)
     batches = [f"{split}.npz" for split in SPLITS]
     if ((made_of.get("image_size"), made_of.get("label")) != (options.image_size, options.label)
             or any((out / name).exists() for name in batches) != (options.format == "npz")):

@@ -53,7 +53,7 @@ def make_gallery(folders: Sequence[str], options: GalleryOptions, command: Seque
         images, configuration = run_samples(folder, options.num_images)
         pictures[out / f"{name}.png"] = images
         words = finished_run(folder).title
-        made = recorded_command(read_json(folder / "run.json", lambda record: isinstance(record, dict)))
+        made = recorded_command(read_json(folder / "run.json"))
         lines += ["", f"## {_model(configuration)}: {words}", "",
                   f"![{len(images)} images: {words}]{_link(name)}", "", *_shell(made)]
     write_text(out / PAGE, "\n".join(lines) + "\n")            # first: by it the next gallery knows its pictures

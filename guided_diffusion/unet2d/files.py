@@ -70,7 +70,7 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_pixels(folder)
     place = folder / "unet" if (folder / "unet" / CONFIG).exists() else folder
     path = place / CONFIG
-    config = read_json(path, lambda content: isinstance(content, dict)) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     kind = config.get("_class_name")
     if not kind:
         raise UserError(f"{place}: is no network of diffusers{checkpoint.checkpoints_in(place)}")
@@ -94,7 +94,7 @@ def read_network(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_index(folder: Path) -> dict[str, Any]:
     """What the index of a pipeline's folder says of its parts; {} for a folder, or a name, without one."""
     path = folder / INDEX
-    return read_json(path, lambda content: isinstance(content, dict)) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_pixels(folder: Path) -> None:
@@ -118,7 +118,7 @@ def _process(folder: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
         _log.info("%s: has no scheduler, so that the options of the process are not stated; the defaults are linear "
                   "betas of 1000 steps and a network that predicts the noise", folder)
         return {}
-    scheduler = read_json(path, lambda content: isinstance(content, dict))
+    scheduler = read_json(path)
     try:
         found = process_flags_of(scheduler, flags["learn_sigma"])
     except UserError as error:

@@ -143,6 +143,10 @@ def test_json_of_another_kind_is_a_sentence(tmp_path):
         path.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match=r"^--config .*x\.json: is no JSON file that can be used \(."):
             read_json(path, lambda record: record["a"] > 0, flag="--config")
+    for content in ("[1]", "null", "1"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="its content is of another kind"):
+            read_json(path)
     path.write_text('{"a": 1}')
     assert read_json(path, lambda record: record["a"] > 0) == {"a": 1}
 
