@@ -235,7 +235,7 @@ class LatentRun:
             chunks = self._chunks(queue.get("sha256"))
             spans = queue.get("todo")
             say_note(begins_late(prepared.process) if spans else "")
-            todo = Indices(tuple((first, end) for first, end in spans))
+            todo = Indices.of(spans)
             with job("sampling by diffusers", self.out, resumes=True), queue:
                 self._work(prepared, chunks, todo, queue)
                 return self._finish(chunks, began, prepared.steps) if dist_util.is_main() else None

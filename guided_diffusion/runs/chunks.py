@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -42,6 +42,11 @@ class Indices:
     """Increasing whole numbers, held as spans (first, one after the last)."""
 
     spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, spans: Iterable[Sequence[int]]) -> Self:
+        """Those of spans that another rank told, as JSON holds them: lists in place of pairs."""
+        return cls(tuple((first, end) for first, end in spans))
 
     @classmethod
     def without(cls, count: int, others: Iterable[int]) -> Self:

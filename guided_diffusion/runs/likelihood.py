@@ -231,7 +231,7 @@ class LikelihoodRun:
                     chunks = self._chunks(images, queue.get("sha256"))
                     queue.put("todo", chunks.made_ready(self.options.overwrite).spans)
             chunks = self._chunks(images, queue.get("sha256"))
-            todo = Indices(tuple((first, end) for first, end in queue.get("todo")))
+            todo = Indices.of(queue.get("todo"))
             with job("likelihood", self.out, resumes=True), queue:
                 self._work(meter, images, chunks, todo, queue)
                 return self._finish(chunks, images, began) if dist_util.is_main() else ""

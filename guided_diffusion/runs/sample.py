@@ -409,7 +409,7 @@ class SamplingRun:
             with queue:
                 if spans is not None:
                     with job("sampling", self.out, self.title(), resumes=True):
-                        self._work(sampler, chunks, queue, Indices(tuple((first, end) for first, end in spans)))
+                        self._work(sampler, chunks, queue, Indices.of(spans))
                         if dist_util.is_main():
                             self._finish(chunks, began)
                             chunks.settle(self.sample.keep_shards)

@@ -23,7 +23,7 @@ def test_indices_are_those_that_are_left(others):
     indices = Indices.without(4, others)
     assert list(indices) == wanted == [indices[place] for place in range(len(indices))]
     assert [number in indices for number in range(-1, 5)] == [number in wanted for number in range(-1, 5)]
-    assert Indices(tuple(indices.spans)) == indices
+    assert Indices.of([list(span) for span in indices.spans]) == indices
     with pytest.raises(IndexError):
         indices[len(wanted)]
 
