@@ -110,7 +110,7 @@ def _plot_distances(axes: Any, files: Sequence[PlottedFile], reference: np.ndarr
     add_legend(axes, drawn, ["reference to reference", *(file.name for file in files)], fontsize=8)
 
 
-def _side_by_side(images: np.ndarray, gap: int = 1) -> np.ndarray:
+def _side_by_side(images: np.ndarray) -> np.ndarray:
     """(n, H, W, 3) side by side on white."""
-    padded = np.pad(images, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     return np.concatenate(list(padded), axis=1)

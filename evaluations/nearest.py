@@ -23,23 +23,22 @@ class Neighbours(NamedTuple):
     """Samples, the nearest first, each with the reference images that are most like it."""
 
     samples: np.ndarray         # (n,) their places in the file
-    reference: np.ndarray       # (n, k) places in the reference, the nearest first
+    reference: np.ndarray       # (n, NEIGHBOURS) places in the reference, the nearest first
 
 
-def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray, shown: int = SHOWN, k: int = NEIGHBOURS,
-                          ) -> Neighbours:
-    """Finds the samples whose features lie nearest to those of a reference image, with their k nearest ones.
+def nearest_neighbours_of(reference: np.ndarray, sample: np.ndarray) -> Neighbours:
+    """Finds the SHOWN samples whose features lie nearest to those of a reference image, with their NEIGHBOURS nearest.
 
     Distances are those of float64: single precision tells nothing apart beside an image that lies millions of times as
-    far. reference: (N, D), sample: (M, D). Of fewer than `shown` samples or k reference images all are taken.
+    far. reference: (N, D), sample: (M, D). Of fewer samples or reference images all are taken.
     """
     real, generated = centred_points(reference, sample)
-    found, least = np.empty((len(sample), min(k, len(reference))), np.intp), np.empty(len(sample))
+    found, least = np.empty((len(sample), min(NEIGHBOURS, len(reference))), np.intp), np.empty(len(sample))
     for rows in slices(len(sample), AT_ONCE):
         squared = precise_squared_distances(generated.take(rows), real)
         order = np.argsort(squared, axis=1, kind="stable")
         found[rows], least[rows] = order[:, :found.shape[1]], squared.min(axis=1)
-    chosen = np.argsort(least, kind="stable")[:shown]
+    chosen = np.argsort(least, kind="stable")[:SHOWN]
     return Neighbours(chosen, found[chosen])
 
 

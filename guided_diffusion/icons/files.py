@@ -234,7 +234,7 @@ def _summary(icons: Icons, duplicates: Duplicates) -> list[str]:
     ]
 
 
-def contact_sheet(rgb: np.ndarray, count: int = SHEET_COLUMNS**2) -> Image.Image:
-    """A picture of `count` icons, evenly spread over all."""
-    index = np.linspace(0, len(rgb) - 1, min(count, len(rgb))).round().astype(int)
+def contact_sheet(rgb: np.ndarray) -> Image.Image:
+    """A square of icons, evenly spread over all."""
+    index = np.linspace(0, len(rgb) - 1, min(SHEET_COLUMNS**2, len(rgb))).round().astype(int)
     return Image.fromarray(grid(rgb[index], SHEET_COLUMNS))

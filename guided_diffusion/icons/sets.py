@@ -81,7 +81,7 @@ class Drawing:
     category: str
 
 
-def fetch_packages(sets: Sequence[IconSet] = SETS) -> dict[str, dict[str, Any]]:
+def fetch_packages() -> dict[str, dict[str, Any]]:
     """The files of all packages by style, from the npm client: {"noto": {"icons.json": ..., "metadata.json": ...}}.
 
     Raises UserError without the client, where it fails, and where a package is not the pinned one.
@@ -92,7 +92,7 @@ def fetch_packages(sets: Sequence[IconSet] = SETS) -> dict[str, dict[str, Any]]:
                         "unpack them and pass --packages FOLDER")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for icons in sets:
+        for icons in SETS:
             wanted = f"{icons.package}@{icons.version}"
             done = subprocess.run([npm, "pack", wanted, "--pack-destination", folder, "--silent"],
                                   capture_output=True, text=True)

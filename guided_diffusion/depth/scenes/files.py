@@ -20,6 +20,7 @@ from .renderer import FAR, NEAR, Scenes, render
 
 CHUNK = 128
 MOST_SCENES, LARGEST = 10**6, 1024       # all are in memory
+SHEET_COLUMNS, SHEET_ROWS = 16, 3
 _MASK_COLOURS = np.array([[40, 40, 40], [240, 200, 60], [90, 160, 230], [120, 200, 120], [220, 120, 160]], np.uint8)
 
 
@@ -71,14 +72,15 @@ def checked_npz(out: str, data: str = "") -> Path:
     return path
 
 
-def contact_sheet(scenes: Scenes, columns: int = 16, rows: int = 3) -> Image.Image:
+def contact_sheet(scenes: Scenes) -> Image.Image:
     """The first scenes, in each row of the sheet their images, depth maps (near is bright) and masks."""
     blocks = []
-    for row in range(min(rows, -(-len(scenes.rgb) // columns))):
-        part = slice(row * columns, (row + 1) * columns)
+    for row in range(min(SHEET_ROWS, -(-len(scenes.rgb) // SHEET_COLUMNS))):
+        part = slice(row * SHEET_COLUMNS, (row + 1) * SHEET_COLUMNS)
         near = 1 - to_fraction(scenes.depth[part], NEAR, FAR)
         depth = np.repeat((near * 255).astype(np.uint8)[..., None], 3, axis=3)
-        blocks += [grid(pictures, columns) for pictures in (scenes.rgb[part], depth, _MASK_COLOURS[scenes.mask[part]])]
+        masks = _MASK_COLOURS[scenes.mask[part]]
+        blocks += [grid(pictures, SHEET_COLUMNS) for pictures in (scenes.rgb[part], depth, masks)]
     sheet = Image.fromarray(np.concatenate(blocks))
     factor = max(1, 64 // scenes.rgb.shape[1])
     return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
