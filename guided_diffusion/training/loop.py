@@ -373,8 +373,8 @@ class TrainLoop:
             said = [*self._take_start().said, *said]
         options = self.options
         if options.total_steps is not None and options.lr_warmup_steps >= options.total_steps:
-            said.append(f"--lr_warmup_steps {options.lr_warmup_steps}: the rate rises until the end and does not stay at "
-                        f"--lr, as --{options.ends_by} is {options.total_steps}")
+            said.append(f"--lr_warmup_steps {options.lr_warmup_steps}: the rate rises until the end and does not stay "
+                        f"at --lr, as --{options.ends_by} is {options.total_steps}")
         for line in said:
             say(line)
 
