@@ -70,11 +70,13 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
         say(images.without_images())
     names = _class_names(options, images, model_options.num_classes)
     data = _numbered_data(options, images)
+    low_res = (functools.partial(in_small, size=model_options.small_size)
+               if isinstance(model_options, UpsamplerOptions) else None)
 
     def losses(network: Network, batch: TrainingBatch) -> dict[str, Tensor]:
         cond = dict(batch.cond)
-        if isinstance(model_options, UpsamplerOptions):
-            cond["low_res"] = in_small(batch.images, model_options.small_size)
+        if low_res:
+            cond["low_res"] = low_res(batch.images)
         return diffusion.training_losses(network, batch.images, batch.t, model_kwargs=cond, noise=batch.noise)
 
     with locked_folder(options.out):
@@ -85,16 +87,13 @@ def train_diffusion(model_options: ModelOptions | UpsamplerOptions, diffusion_op
                          drop_labels=drop, watchers=watchers)
         if not loop.finished:
             profile = sampled(options.profiles)
-            low_res = (functools.partial(in_small, size=model_options.small_size)
-                       if isinstance(model_options, UpsamplerOptions) else None)
             watched = Watched(model, profile.name if profile else "model", model_options, diffusion_options, loop.out,
                               options.seed, images.count, images.at, names, low_res)
             for watcher in watchers:
                 watcher.prepare(watched)
         loop.run()
     averages = sorted(profile.name for profile in options.profiles)
-    upsamples = isinstance(model_options, UpsamplerOptions)
-    command = "super_res_sample.py --base_samples FILE" if upsamples else "image_sample.py"
+    command = "super_res_sample.py --base_samples FILE" if low_res else "image_sample.py"
     _say_files(options.out, ["model", *averages], f"{command} --model {shlex.quote(str(Path(options.out)))}")
 
 
