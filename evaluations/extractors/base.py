@@ -18,13 +18,13 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.late import torch
+from guided_diffusion.late import Tensor, torch
 
 from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
@@ -33,6 +33,7 @@ FLOAT32_BYTES = 4
 IMAGE_SIZE = 32                 # pixels of what the bundled extractors see
 Classify = Callable[[Features], np.ndarray]         # features of N images -> the class that is named of each, (N,)
 PARTS = frozenset({Feature.POOLED, Feature.SPATIAL, Feature.PROBABILITIES})
+Values = TypeVar("Values", np.ndarray, "Tensor")
 
 
 class Loader(Protocol):
@@ -109,6 +110,11 @@ class ExtractorKind:
     def feature_bytes(self) -> int:
         """Bytes of the stored features of one image, as far as the widths are known."""
         return FLOAT32_BYTES * (self.pooled + self.spatial + self.probabilities)
+
+
+def averaged(pooled: Values) -> Values:
+    """Pooled features as they are, (N, D), or of a map (N, C, H, W) its means over the places, (N, C)."""
+    return pooled.mean((2, 3)) if pooled.ndim == 4 else pooled
 
 
 def chosen_device(word: str) -> torch.device:

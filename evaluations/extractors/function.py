@@ -18,7 +18,7 @@ from guided_diffusion.options import shortened
 
 from ..features import FeatureExtractor, Features
 from ..metrics.comparison import Feature
-from .base import IMAGE_SIZE, ExtractorKind
+from .base import IMAGE_SIZE, ExtractorKind, averaged
 from .depth import DepthEstimator
 from .tried import TriedExtractor
 
@@ -36,7 +36,7 @@ class OwnExtractor(TriedExtractor):
         self.settings = {"function": word, "code": code, **dict(getattr(made, "settings", {}))}
 
     def features(self, images: np.ndarray) -> Features:
-        """Returns the features of images (N, H, W, 3) uint8; an array alone is the pooled ones.
+        """Returns the features of images (N, H, W, 3) uint8; an array alone is the pooled ones, or a map of them.
 
         Raises UserError where they are not features of so many images, and at the first images where they are unsteady.
         """
@@ -64,7 +64,8 @@ class OwnExtractor(TriedExtractor):
             shapes = ", ".join(f"{part.shape} {part.dtype}" for part in parts)
             raise UserError(f"--backend {self.word}: gives {shapes} for {len(images)} images, it must give floating-"
                             "point arrays (N, D)")
-        return Features(*(part.astype(np.float32, copy=False) for part in parts))
+        pooled, *others = (part.astype(np.float32, copy=False) for part in parts)
+        return Features(averaged(pooled), *others)
 
 
 class OwnDepthExtractor(OwnExtractor):

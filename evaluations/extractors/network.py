@@ -15,7 +15,7 @@ from guided_diffusion.network_inputs import Outputs, Preparation, chosen_output
 
 from ..features import Features
 from ..metrics.comparison import Feature
-from .base import IMAGE_SIZE
+from .base import IMAGE_SIZE, averaged
 from .tried import TriedExtractor
 
 Network = Callable[[Tensor], Outputs]       # images as it reads them to outputs by name or number
@@ -81,9 +81,7 @@ class DepthNetworkExtractor(NetworkExtractor):
 
 
 def _as_features(outputs: Mapping[str, Tensor]) -> Features:
-    pooled = outputs["pooled"]
-    if pooled.ndim == 4:                    # a map: the mean over its places
-        pooled = pooled.mean(dim=(2, 3))
+    pooled = averaged(outputs["pooled"])
     none = pooled.new_empty(len(pooled), 0)
     probabilities = outputs["logits"].softmax(dim=1) if "logits" in outputs else outputs.get("probabilities", none)
     parts = (pooled, outputs.get("spatial", none), probabilities)

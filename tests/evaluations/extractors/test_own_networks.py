@@ -223,6 +223,13 @@ def load(device=""):
 
 load.outputs = ("pooled",)
 
+class Maps(Means):
+    def features(self, images):
+        return np.moveaxis(images.astype(np.float16), 3, 1)
+
+def maps(device=""):
+    return Maps()
+
 class Depths(Means):
     def features_and_depth(self, images):
         return self.features(images), images[:, ::2, ::2, 0] / 127.5 - 1
@@ -258,6 +265,12 @@ def test_a_function_makes_an_extractor(module, images, tmp_path):
     assert extractor.settings == {"function": "own_means:load", "code": sha256_of(tmp_path / "own_means.py")}
     features = extractor.features(images)
     assert features.pooled == pytest.approx(images.mean(axis=(1, 2)), rel=1e-6) and features.spatial.shape == (30, 0)
+
+
+def test_a_map_of_a_function_is_averaged_over_its_places(module, images):
+    features = find_extractor(f"{module}:maps").load().features(images)
+    assert features.pooled.dtype == np.float32
+    assert features.pooled == pytest.approx(images.mean(axis=(1, 2)), rel=1e-6)
 
 
 def test_a_function_may_estimate_depth(module):
