@@ -195,6 +195,7 @@ def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch
                         feature_files.create(folder, features, total)
             with dist_util.together():
                 if features is not None:
+                    _check_widths(features, feature_files.mapped(folder), extractor, images, start)
                     feature_files.write_rows(folder, features, start, total)
             progress.update(min(ranks * batch_size, total - first))
 
@@ -211,6 +212,16 @@ def _checked_features(extractor: FeatureExtractor, batch: np.ndarray, images: Ba
         if not good.all():
             raise UserError(f"{images.path}: the {name} features of image {start + int(good.argmin())} are not finite")
     return flat
+
+
+def _check_widths(features: Features, made: Features, extractor: FeatureExtractor, images: BatchFile, start: int,
+                  ) -> None:
+    """Raises UserError where a batch has other widths than the first one, by which the files were made."""
+    for name, values, rows in zip(Features._fields, features, made, strict=True):
+        if values.shape[1] != rows.shape[1]:
+            raise UserError(f"{images.path}: {extractor.name} gives {values.shape[1]} {name} features of image "
+                            f"{start} and {rows.shape[1]} of image 0: there must be equally many of each, whatever "
+                            "images it sees together")
 
 
 def _shared_token() -> str:

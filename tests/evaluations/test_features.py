@@ -85,6 +85,23 @@ def test_failure_leaves_no_features(file, tmp_path):
     assert not list((tmp_path / "cache").glob("*")) and not list((tmp_path / "cache").glob(".*"))
 
 
+@pytest.mark.parametrize("part", Features._fields)
+def test_features_of_changing_width_are_a_sentence(file, tmp_path, part):
+    """Rows of one width would be written over those of another."""
+    network, plain = Stub(), Stub()
+
+    def features(images):
+        found = plain.features(images)
+        return found._replace(**{part: getattr(found, part)[..., :2 if len(images) > 3 else 1]})
+
+    network.features = features
+    with pytest.raises(UserError, match=rf"samples\.npz: stub gives \d+ {part} features of image 20 and \d+ of"):
+        extract(file, network, tmp_path / "cache", 5)
+    assert not list((tmp_path / "cache").iterdir())
+    network.features = plain.features
+    assert len(extract(file, network, tmp_path / "cache", 5).pooled) == 23
+
+
 def test_features_of_another_kind_are_not_taken_for_these(file, tmp_path, monkeypatch):
     """Weights alone do not say what made features: type, backend, resizing and versions take part."""
     seen = 0
