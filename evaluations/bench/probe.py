@@ -13,11 +13,11 @@ noise, which the network was trained on. Nothing is sampled.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from guided_diffusion import checkpoint, dist_util
 from guided_diffusion.build import DiffusionOptions, ModelOptions
 from guided_diffusion.classes import stored_names
 from guided_diffusion.errors import UserError
-from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, StepContext
+from guided_diffusion.guidance import ContrastGuidance, GuidanceOptions, Networks, StepContext
 from guided_diffusion.image_datasets import BatchPlan, TrainingImages, find_data, holds_idx, open_images
 from guided_diffusion.jobs import job, job_folder
 from guided_diffusion.late import Tensor, no_grad, torch
@@ -51,6 +51,9 @@ from guided_diffusion.sampling import SAMPLERS
 from ..metrics import METRICS
 from ..reproduction.tables import EvaluationSpec, Row
 from .candidates import candidates
+
+if TYPE_CHECKING:
+    from guided_diffusion.unet import UNetModel
 
 RESAMPLINGS = 2000
 
@@ -188,21 +191,25 @@ def run_probe(options: ProbeOptions, model: ModelOptions, diffusion: DiffusionOp
     chosen, why = _methods(options, replace(run, guidance=tuple(methods)))
     built = run.build()
     nets = run.networks(built.model)
-    terms: list[ContrastGuidance] = []
-    named: list[tuple[GuidanceOptions, str]] = []
+    found: list[tuple[GuidanceOptions, str, ContrastGuidance]] = []
     for method in chosen:
-        for block, there in method.at_blocks(built.model).items():
-            terms += [term for term in there.build(nets) if isinstance(term, ContrastGuidance)]
-            named.append((there, block))
-    say_note(in_words(_idle(methods, [method for method, _ in named]), given))
+        there = _contrasts(method, built.model, nets)
+        if isinstance(there, str):
+            why[method.short] = there
+            _check_named(options, method.short, why)
+        else:
+            found += there
+    if not found:
+        raise UserError(f"no method can be probed: {'; '.join(f'{short}: {text}' for short, text in why.items())}")
+    say_note(in_words(_idle(methods, [method for method, _, _ in found]), given))
     process = built.diffusion
     steps = levels(process.num_timesteps, options.levels)
     with job("probe", job_folder("probe", options.out)):
-        moments = probe_terms(process.denoiser(built.network), terms, _batches(images, options, label), steps,
-                              options.seed)
+        moments = probe_terms(process.denoiser(built.network), [term for _, _, term in found],
+                              _batches(images, options, label), steps, options.seed)
         sigmas = [float(np.sqrt(1 / process.alphas_cumprod[t] - 1)) for t in steps]
         return write(ProbeResult(options, steps, sigmas, [
-            Probed(method, block, one) for (method, block), one in zip(named, moments, strict=True)], why))
+            Probed(method, block, one) for (method, block, _), one in zip(found, moments, strict=True)], why))
 
 
 def _check_windows(methods: Sequence[GuidanceOptions]) -> None:
@@ -227,6 +234,18 @@ def _idle(methods: Sequence[GuidanceOptions], probed: Sequence[GuidanceOptions])
         else:
             idle |= dict.fromkeys(flags - of_probed, f"{method.short} is not probed")
     return idle
+
+
+def _contrasts(method: GuidanceOptions, model: UNetModel, nets: Networks,
+               ) -> list[tuple[GuidanceOptions, str, ContrastGuidance]] | str:
+    """Returns the method at each block, the block and its one contrast there, or why it has none such, in words."""
+    found = []
+    for block, there in method.at_blocks(model).items():
+        terms = [term for term in there.build(nets) if isinstance(term, ContrastGuidance)]
+        if len(terms) != 1:
+            return f"it builds {f'{len(terms)} contrasts' if terms else 'no contrast'}"
+        found.append((there, block, terms[0]))
+    return found or "it knows no block of this network"
 
 
 def _files_of(method: GuidanceOptions) -> dict[str, Any]:
@@ -261,11 +280,16 @@ def _methods(options: ProbeOptions, run: SamplingRun) -> tuple[list[GuidanceOpti
     for word in words:
         if word not in named:
             raise UserError(f"--methods {options.methods}: there is no {word!r}, there are {', '.join(named.values())}")
-        if named[word] not in known:
-            raise UserError(f"--methods {options.methods}: {named[word]} cannot be probed: {why[named[word]]}")
+        _check_named(options, named[word], why)
     chosen = [replace(method, **method.switched_on) for method in off.run.guidance
               if method.short in known and (not words or method.short.lower() in words)]
     return chosen, {} if words else why
+
+
+def _check_named(options: ProbeOptions, short: str, why: Mapping[str, str]) -> None:
+    """Raises UserError where --methods names methods, this one among them, and there is a reason against it."""
+    if options.methods and short in why:
+        raise UserError(f"--methods {options.methods}: {short} cannot be probed: {why[short]}")
 
 
 def _switched_off(method: GuidanceOptions) -> dict[str, Any]:

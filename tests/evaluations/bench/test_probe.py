@@ -1,12 +1,15 @@
 """How far contrasts point at the truth: against a few lines, and as users probe."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from commands import REPOSITORY, call
 from networks import TINY, in_float64, with_random_weights
+from own_method import TowardsGrey
 
 from evaluations.bench.probe import (
     Moments,
@@ -23,11 +26,16 @@ from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.fetch import sha256_of
 from guided_diffusion.guidance import (
     ContrastGuidance,
+    Guidance,
+    GuidanceOptions,
+    IcgOptions,
     IndependentConditionGuidance,
+    Inputs,
     PagOptions,
     PerturbedAttentionGuidance,
     SagOptions,
 )
+from guided_diffusion.options import option
 from guided_diffusion.presets import find_preset
 from guided_diffusion.process import Denoiser
 from guided_diffusion.rng import image_noise
@@ -160,6 +168,62 @@ def test_a_contrast_that_needs_the_step_before_is_not_probed(line, monkeypatch, 
     monkeypatch.setattr(IndependentConditionGuidance, "remembers", True)
     assert call("probe", *line(methods="ICG")) == 2
     assert "ICG cannot be probed: it goes on from what it left at the step before" in capsys.readouterr().err
+
+
+class Dimmed(ContrastGuidance):
+    def weaker(self, ctx, pred):
+        return Inputs(0.9 * ctx.x_t, ctx.t)
+
+
+def with_terms(*kinds):
+    """A method that builds these terms, of which what it says does not tell how many contrasts they are."""
+    @dataclass(frozen=True)
+    class OwnOptions(GuidanceOptions):
+        """Terms."""
+
+        short = "own"
+        switched_on: ClassVar = {"own_scale": 0.1}
+        search: ClassVar = [{"own_scale": 0.1}]
+        own_scale: float = option(0.0, "scale")
+
+        @property
+        def active(self):
+            return self.own_scale != 0
+
+        def headline(self):
+            return f"own {self.own_scale:g}"
+
+        def build(self, nets):
+            return [kind(self.own_scale) for kind in kinds]
+
+        def schedule(self):
+            return [(Guidance(self.own_scale), kind.passes) for kind in kinds]
+
+    return OwnOptions
+
+
+@pytest.mark.parametrize(("kinds", "reason"), [
+    ([Dimmed, Dimmed], "it builds 2 contrasts"), ([TowardsGrey], "it builds no contrast")])
+def test_a_method_without_exactly_one_contrast_is_left_out_before_the_work(line, monkeypatch, capsys, tmp_path, kinds,
+                                                                           reason):
+    own = with_terms(*kinds)
+    monkeypatch.setattr("guided_diffusion.guidance.GUIDANCE", [IcgOptions, own])
+    assert call("probe", *line()) == 0
+    said = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert said["not_probed"] == {"own": reason} and {one["method"] for one in said["contrasts"]} == {"ICG"}
+    monkeypatch.setattr("evaluations.bench.probe.probe_terms", None)
+    assert call("probe", *line(methods="ICG,own")) == 2
+    assert f"--methods ICG,own: own cannot be probed: {reason}" in capsys.readouterr().err
+    monkeypatch.setattr("guided_diffusion.guidance.GUIDANCE", [own])
+    assert call("probe", *line()) == 2
+    assert f"no method can be probed: own: {reason}" in capsys.readouterr().err
+
+
+def test_one_contrast_beside_a_gradient_is_probed(line, monkeypatch, tmp_path):
+    monkeypatch.setattr("guided_diffusion.guidance.GUIDANCE", [with_terms(TowardsGrey, Dimmed)])
+    assert call("probe", *line(methods="own")) == 0
+    (one,) = json.loads((tmp_path / "out" / "probe.json").read_text())["contrasts"]
+    assert one["method"] == "own"
 
 
 def test_without_labels_no_contrast_sees_those_of_the_images(line, tmp_path):
