@@ -230,18 +230,18 @@ class Evaluation:
         intervals: dict[str, Interval] = {}
         kind = self.extractor_options.kind
         for metric in self.options.wanted:
+            named = metric.by(kind.network)
             with _about(reference.file, sample.file):
-                value = metric.value(comparison)
+                value = metric.measured(comparison)
             values[metric.word] = value
             if np.isnan(value):
-                self.warn(f"{sample.file.path}: {metric.if_nan}")
+                self.warn(f"{sample.file.path}: {named.label}: {metric.if_nan}")
                 values[metric.word] = None          # JSON has no NaN
             if self.options.bootstrap:
                 with _about(reference.file, sample.file):
                     number = metric.replicates(comparison, self.options.bootstrap)
                 bounds = metric.bounds(number)
                 if bounds is None:
-                    named = metric.by(kind.network)
                     self.warn(f"{sample.file.path}: no 95 % interval of {named.label}: "
                               f"{named.no_interval(number)}")
                 else:

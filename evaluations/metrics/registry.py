@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from itertools import combinations
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.options import nearest
+from guided_diffusion.options import nearest, shortened
 
 from .authenticity import share_replicates
 from .bootstrap import (
@@ -117,6 +119,10 @@ class Metric:
         """The name within a sentence or a table: the title, in small letters where it is not an abbreviation."""
         return self.title.lower() if self.title[1:].islower() else self.title
 
+    def is_called(self, other: Metric) -> bool:
+        """Whether another metric has the same title, by the Inception or by another network."""
+        return any(self.by(network).title == other.by(network).title for network in ("", "another network"))
+
     def by(self, network: str) -> Metric:
         """Returns the metric with the name that it has by features of that network; "" leaves its name."""
         return replace(self, title=self.by_network.format(network)) if network and self.by_network else self
@@ -140,6 +146,13 @@ class Metric:
     def needs_network(self) -> bool:
         """Whether the extractor must compute its features of images."""
         return self.feature not in OF_DEPTH | OF_PIXELS
+
+    def measured(self, comparison: Comparison) -> float:
+        """Returns the value, NaN in place of infinity too. Raises UserError where it is no number."""
+        value = self.value(comparison)
+        if not isinstance(value, Real):
+            raise UserError(f"{self.word}: its value is {' '.join(shortened(value).split())}, it must be a number")
+        return float(value) if math.isfinite(value) else math.nan
 
     def interval(self, comparison: Comparison, replicates: int) -> Interval | None:
         """Returns the 95 % interval by so many resamplings, None where there is none that keeps its promise.
@@ -171,7 +184,7 @@ class Metric:
         Raises UserError for fewer than 2.
         """
         statistic, sizes, replicates = self.resampled(comparison)
-        return replicates(statistic, sizes, self.value(comparison), count, comparison.settings.seed)
+        return replicates(statistic, sizes, self.measured(comparison), count, comparison.settings.seed)
 
 
 def _frechet(word: str, title: str, feature: Feature, official: bool, by_network: str = "") -> Metric:
@@ -343,9 +356,18 @@ METRICS: dict[str, Metric] = {metric.word: metric for metric in (
 
 
 def metric_words(text: str) -> list[str]:
-    """Returns the words that --metrics names, with commas. Raises UserError for one that is no metric's."""
+    """Returns the words that --metrics names, with commas.
+
+    Raises UserError for one that is no metric's, and for a metric that results could not tell from another one.
+    """
     words = text.replace(" ", "").lower().split(",")
     for word in words:
         if word not in METRICS:
             raise UserError(f"--metrics {text}: {word!r} is none of {', '.join(METRICS)}{nearest(word, METRICS)}")
+        if (own := METRICS[word].word) != word:
+            raise UserError(f"--metrics {text}: METRICS[{word!r}] has the word {own!r}, it must be the same")
+    for one, other in combinations(map(METRICS.__getitem__, dict.fromkeys(words)), 2):
+        if one.is_called(other):
+            raise UserError(f"--metrics {text}: {one.word} and {other.word} are both called {one.title!r}, so that "
+                            "results would not tell them apart")
     return words

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from synthetic_inception import write_weights
 from evaluations.evaluation import Evaluation
 from evaluations.evaluation_plot import PlottedFile, plot_evaluation
 from evaluations.extractors.fashion_mnist import FashionMnistClassifier
+from evaluations.metrics import METRICS
 from guided_diffusion.image_datasets import DEBIAN_FASHION_MNIST, load_arrays
 from guided_diffusion.npz import BatchFile, write_batch
 from guided_diffusion.pictures import MARGIN
@@ -365,7 +367,23 @@ def test_probability_zero_is_told(save, evaluate, monkeypatch):
         probabilities=np.eye(10, dtype=np.float32)[np.arange(len(images)) % 10]))
     results, printed = evaluate(save("reference", clothes(20)), save("sample", clothes(20, 1)))
     assert results[0]["metrics"]["is"] is None
-    assert "Inception Score: nan" in printed.out and "probability 0" in printed.err
+    assert "Inception Score: nan" in printed.out
+    assert "sample.npz: Inception Score: a class has probability 0" in printed.err
+
+
+def test_an_own_metric_may_give_any_number_and_is_named_where_it_gives_none(save, evaluate, refused, monkeypatch):
+    def give(value):
+        monkeypatch.setitem(METRICS, "own", replace(METRICS["fid"], word="own", title="Own distance",
+                                                    value=lambda comparison: value, by_network=""))
+
+    files = save("reference", clothes(20)), save("sample", clothes(20, 1))
+    give(np.float32(0.5))
+    assert values(evaluate(*files, "--metrics", "fid,own", "--bootstrap", 5)[0])[0]["own"] == 0.5
+    give(np.float32(np.nan))
+    results, printed = evaluate(*files, "--metrics", "own")
+    assert values(results) == [{"own": None}] and "sample.npz: own distance: it is not a number" in printed.err
+    give(np.ones(2))
+    assert "own: its value is array([1., 1.]), it must be a number" in refused(*files, "--metrics", "own")
 
 
 def test_cached_features_spare_the_network(save, evaluate, tmp_path, monkeypatch):

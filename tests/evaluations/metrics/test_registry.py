@@ -1,6 +1,7 @@
 """The list of metrics: what its records say, and that a new metric is one entry."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from evaluations.metrics import (
     FromReference,
     Replicates,
 )
+from guided_diffusion.errors import UserError
 from guided_diffusion.npz import write_batch
 
 # A user's file: a metric of one entry, then the evaluator as its path starts it.
@@ -86,6 +88,37 @@ def test_every_record_is_whole(word, comparison):
     assert metric.neighbours == 0 or metric.needs is FromReference.FEATURES
     other = Comparison(comparison.reference, comparison.sample, ComparisonSettings(seed=1))
     assert metric.by_seed or metric.value(other) == metric.value(comparison)
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (np.float32(0.5), 0.5), (np.int64(2), 2.0), (1, 1.0), (np.inf, np.nan), (np.float32(np.nan), np.nan)])
+def test_a_value_is_a_plain_number(comparison, value, found):
+    """Whatever kind of number an own metric gives, so that JSON has it."""
+    metric = replace(METRICS["saturation"], value=lambda comparison: value)
+    measured = metric.measured(comparison)
+    assert type(measured) is float and measured == pytest.approx(found, nan_ok=True)
+    number = metric.replicates(comparison, 20)
+    assert type(number.estimate) is float and (metric.bounds(number) is None) == np.isnan(found)
+    assert np.isfinite(found) or metric.no_interval(number) == "it is not a number"
+
+
+@pytest.mark.parametrize("value", [None, np.ones((3, 3)), np.ones(1), "0.5", 1j])
+def test_a_value_that_is_no_number_is_a_sentence(comparison, value):
+    metric = replace(METRICS["saturation"], word="own", value=lambda comparison: value)
+    for compute in (metric.measured, lambda comparison: metric.replicates(comparison, 20)):
+        with pytest.raises(UserError, match=r"^own: its value is .*, it must be a number"):
+            compute(comparison)
+
+
+def test_metrics_that_results_would_not_tell_apart_are_refused(monkeypatch):
+    monkeypatch.setitem(METRICS, "mine", METRICS["saturation"])
+    with pytest.raises(UserError, match=r"--metrics fid,mine: METRICS\['mine'\] has the word 'saturation', it must be"):
+        EvaluatorOptions(metrics="fid,mine")
+    for changes in ({"title": "FID"}, {"title": "Mine", "by_network": METRICS["fid"].by_network}):
+        monkeypatch.setitem(METRICS, "mine", replace(METRICS["saturation"], word="mine", **changes))
+        with pytest.raises(UserError, match="--metrics kid,mine,fid: mine and fid are both called"):
+            EvaluatorOptions(metrics="kid,mine,fid")
+        assert len(EvaluatorOptions(metrics="kid,mine").wanted) == len(EvaluatorOptions(metrics="fid,fid,kid").wanted)
 
 
 def test_names_and_numbers_of_images():
