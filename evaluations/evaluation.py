@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, said_otherwise
 from guided_diffusion.files import write_json
 from guided_diffusion.jobs import job
 from guided_diffusion.npz import BatchFile
@@ -20,6 +20,7 @@ from guided_diffusion.progress import Progress, progress_bar
 from .class_accuracy import read_labels_by_name
 from .evaluation_checks import (
     check_count,
+    check_first_features,
     check_options,
     check_same_widths,
     check_trained_on,
@@ -143,9 +144,15 @@ class Evaluation:
                               statistics if file is self.reference else stored)
 
     def _given_widths(self, file: BatchFile, folder: Path) -> dict[Feature, int]:
-        """Returns how many numbers of an image the extractor gives, by kind; UserError where it refuses the image."""
+        """Returns how many numbers of an image the extractor gives, by kind.
+
+        Raises UserError where it refuses the image, or gives none of the features of a sample that metrics read.
+        """
         count = len(file) if file is self.reference else self._count(file)
         first = first_features(file, self.extractor, folder, count)
+        if file in self.samples:
+            with said_otherwise(lambda text: f"{file.path}: {text}"):
+                check_first_features(first, self.extractor_options.kind, self.options)
         return {Feature(kind): values.shape[1] for kind, values in first._asdict().items()}
 
     def _foreign(self, file: BatchFile) -> dict[Feature, str]:

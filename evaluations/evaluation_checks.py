@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from guided_diffusion.npz import BatchFile
 from .evaluation_plot import check_plot
 from .evaluator_options import EvaluatorOptions
 from .extractors import EXTRACTORS, ExtractorKind
-from .features import FeatureExtractor
+from .features import FeatureExtractor, Features
 from .metrics import FromReference, Metric
 from .metrics.comparison import DENSITY_K, SUFFIXES, Feature
 from .metrics.frechet import check_covariance
+from .metrics.inception_score import checked_probabilities
 from .stored_statistics import check_extractor_of
 
 ROWS = 4096                     # of stored features, that are looked at together
@@ -76,6 +78,16 @@ def check_outputs(metrics: Sequence[Metric], kind: ExtractorKind, within: str = 
         raise UserError(f"{start} gives {', '.join(sorted(kind.outputs))}, but no "
                         f"{' and no '.join(dict.fromkeys(lacking.values()))}, which {', '.join(lacking)} would need: "
                         "leave them out of --metrics")
+
+
+def check_first_features(found: Features, kind: ExtractorKind, options: EvaluatorOptions) -> None:
+    """Raises UserError where the features of one image are none for the metrics: empty ones, or no probabilities."""
+    empty = {Feature(name) for name, values in found._asdict().items() if not values.size}
+    check_outputs(options.wanted, replace(kind, outputs=kind.outputs - empty))
+    if any(metric.feature is Feature.PROBABILITIES for metric in options.wanted):
+        logits = "; of logits give the softmax, or call the output logits in a YAML file" if kind.is_own else ""
+        with said_otherwise(lambda text: f"--backend {kind.name}: {text}{logits}"):
+            checked_probabilities(found.probabilities.reshape(1, -1))
 
 
 def check_reference(reference: BatchFile, options: EvaluatorOptions, kind: ExtractorKind) -> None:
@@ -142,16 +154,18 @@ def check_extractor(reference: BatchFile, extractor: FeatureExtractor, kind: Ext
                     size: int) -> None:
     """Raises UserError where an extractor cannot compare images of `size` pixels with a reference.
 
-    That is where it refuses such images, where what the reference stores was made by another one, has other widths or
-    is no covariance, and where the classifier of class accuracy was trained on another one's features.
+    That is where it refuses such images or gives none of the features that metrics read, where what the reference
+    stores was made by another one, has other widths or is no covariance, and where the classifier of class accuracy was
+    trained on another one's features.
     """
     check_trained_on(reference, extractor, kind, options)
-    features, statistics = kinds_read(options)
-    if not features | statistics:
+    if not options.is_drawn and not any(metric.needs_network for metric in options.wanted):
         return
     noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)     # some take no constant image
     with said_otherwise(lambda text: f"--backend {kind.name}: {text}"):
         found = extractor.features(noise)
+    check_first_features(found, kind, options)
+    statistics = kinds_read(options)[1]
     widths = {Feature(name): values.size for name, values in found._asdict().items()}
     stored = {name: width for name, width in stored_widths(reference, options).items() if name in widths}
     check_same_widths(reference, extractor.name, widths, stored, statistics & widths.keys())

@@ -23,15 +23,21 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     return float(statistic(np.ones((1, len(probabilities))))[0]) if np.all(probabilities) else float("nan")
 
 
-def resampled_inception_score(probabilities: np.ndarray, split_size: int = 5000) -> Statistic:
-    """Returns the statistic of `inception_score` of (N, classes); resample each of its splits on its own."""
-    if split_size < 1:
-        raise UserError(f"split_size {split_size}: must be at least 1")
+def checked_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """Returns probabilities (N, classes) as an array; raises UserError for rows that are none."""
     probabilities = checked_features(probabilities, "probabilities")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     wrong = np.flatnonzero((abs(sums - 1) > 1e-3) | (probabilities < 0).any(axis=1))
     if len(wrong):
         raise UserError(f"probabilities of image {wrong[0]}: must not be negative and must have the sum 1")
+    return probabilities
+
+
+def resampled_inception_score(probabilities: np.ndarray, split_size: int = 5000) -> Statistic:
+    """Returns the statistic of `inception_score` of (N, classes); resample each of its splits on its own."""
+    if split_size < 1:
+        raise UserError(f"split_size {split_size}: must be at least 1")
+    probabilities = checked_probabilities(probabilities)
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         scores = []

@@ -207,6 +207,15 @@ def test_metrics_that_its_outputs_do_not_serve_are_refused(torchscript, images, 
     assert "gives pooled, but no probabilities and no spatial, which is, sfid would need: leave them out" in said
 
 
+def test_outputs_that_are_no_probabilities_are_told_by_the_first_image(torchscript, images, save, capsys, tmp_path):
+    sample, word = save("sample.npz", images), torchscript(SETTINGS + "outputs: {pooled: 0, probabilities: 2}\n")
+    assert call("evaluations/evaluator", sample, sample, "--backend", word, "--metrics", "fid,is", "--cache",
+                tmp_path / "cache") == 2
+    assert (f"--backend {word}: probabilities of image 0: must not be negative and must have the sum 1; of logits give "
+            "the softmax, or call the output logits in a YAML file") in capsys.readouterr().err
+    assert not list((tmp_path / "cache").iterdir())          # no features were made
+
+
 # Functions
 
 MODULE = """
@@ -271,6 +280,17 @@ def test_a_map_of_a_function_is_averaged_over_its_places(module, images):
     features = find_extractor(f"{module}:maps").load().features(images)
     assert features.pooled.dtype == np.float32
     assert features.pooled == pytest.approx(images.mean(axis=(1, 2)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("word", "lacking"), [("is", "probabilities"), ("sfid", "spatial")])
+def test_what_a_function_does_not_say_that_it_lacks_is_told_by_the_first_image(module, images, save, tmp_path, capsys,
+                                                                              word, lacking):
+    sample = save("sample.npz", images)
+    assert call("evaluations/evaluator", sample, sample, "--backend", f"{module}:maps", "--metrics", f"fid,{word}",
+                "--cache", tmp_path / "cache") == 2
+    assert (f"--backend own_means:maps: gives pooled, but no {lacking}, which {word} would need: leave them out"
+            in capsys.readouterr().err)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_function_may_estimate_depth(module):
