@@ -33,6 +33,7 @@ from .terms import (
     Shared,
     StepContext,
     TransformGuidance,
+    left_alone,
 )
 
 __all__ = ["SAMPLERS", "DdimOptions", "DdpmOptions", "Noise", "SamplerOptions", "Step", "ddim_step", "ddpm_step",
@@ -80,13 +81,13 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     if denoise.batch_contrasts:
         ctx.evaluate_together([inputs for g, _ in contrasts if (inputs := g.inputs(ctx, unguided)) is not None])
     like = x_t.to(torch.promote_types(x_t.dtype, unguided.eps.dtype))
-    deltas = [_within(window, _checked(g, "delta", g.delta(ctx, unguided), like)) for g, window in contrasts]
+    deltas = [_within(window, _asked(g, "delta", like, ctx, unguided)) for g, window in contrasts]
     if deltas:
         delta = _transformed(ctx, unguided, _sum(deltas), active, like)
         pred = denoise.guided(unguided, x_t, t, delta)
-    gradients = [_within(window, _checked(g, "gradient", g.gradient(ctx, unguided), like))
+    gradients = [_within(window, _asked(g, "gradient", like, ctx, unguided))
                  for g, window in active if isinstance(g, GradientGuidance)]
-    sample, pred_xstart = _stepped(step(ctx, pred, _sum(gradients) if gradients else None, noise), step, like)
+    sample, pred_xstart = _stepped(step, ctx, pred, _sum(gradients) if gradients else None, noise, like)
     out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
     if loss_gradient is None:
         return {"sample": sample, **out}
@@ -111,21 +112,31 @@ def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Acti
     """The sum of the contrasts after all transforms, in the order of the list."""
     for term, window in active:
         if isinstance(term, TransformGuidance):
-            changed = _checked(term, "transform", term.transform(ctx, pred, delta), like)
+            changed = _asked(term, "transform", like, ctx, pred, delta=delta)
             delta = torch.where(window.reshape(-1, 1, 1, 1), changed, delta)
     return delta
 
 
-def _checked(term: Guidance, what: str, value: Tensor, like: Tensor) -> Tensor:
-    """What a term returned; raises UserError where it has not a value of its own for each image, see `_check_like`."""
-    _check_like("cond_fn" if isinstance(term, FunctionGuidance) else f"{type(term).__name__}.{what}", value, like)
+def _asked(term: Guidance, method: str, like: Tensor, ctx: StepContext, pred: Prediction, **further: Tensor) -> Tensor:
+    """What a method of a term returns.
+
+    Raises UserError where that has not a value of its own for each image, see `_check_like`, or the term has written in
+    place what it was given.
+    """
+    who = "cond_fn" if isinstance(term, FunctionGuidance) else f"{type(term).__name__}.{method}"
+    with left_alone(who, ctx, pred, **further):
+        value: Tensor = getattr(term, method)(ctx, pred, *further.values())
+    _check_like(who, value, like)
     return value
 
 
-def _stepped(returned: tuple[Tensor, Tensor], step: Step, like: Tensor) -> tuple[Tensor, Tensor]:
-    """x_{t-1} and x0, as a sampler's step returned them; raises UserError where they are not that."""
+def _stepped(step: Step, ctx: StepContext, pred: Prediction, grad: Tensor | None, noise: Noise, like: Tensor,
+             ) -> tuple[Tensor, Tensor]:
+    """x_{t-1} and x0, from a sampler's step; raises UserError where they are not that, or x_t was written in place."""
     function = getattr(step, "func", step)                          # of functools.partial
     who = f"the sampler's step {getattr(function, '__name__', type(function).__name__)}"
+    with left_alone(who, ctx, pred):
+        returned = step(ctx, pred, grad, noise)
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise UserError(f"{who}: gave a {type(returned).__name__}, must give a pair of tensors, x_(t-1) and x0")
     for name, value in zip(("x_(t-1)", "x0"), returned, strict=True):
@@ -191,8 +202,14 @@ def _beforehand(ctx: StepContext, active: Active) -> dict[Guidance, Inputs]:
     """The evaluations that can be made together with the step's own, by their terms; none unless that is asked for."""
     if not ctx.denoise.batch_contrasts:
         return {}
-    return {term: inputs for term, _ in active
-            if isinstance(term, ContrastGuidance) and (inputs := term.beforehand(ctx)) is not None}
+    found: dict[Guidance, Inputs] = {}
+    for term, _ in active:
+        if isinstance(term, ContrastGuidance):
+            with left_alone(f"{type(term).__name__}.beforehand", ctx):
+                inputs = term.beforehand(ctx)
+            if inputs is not None:
+                found[term] = inputs
+    return found
 
 
 def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContext, Prediction, Tensor]:
@@ -209,7 +226,7 @@ def _evaluated_with_losses(ctx: StepContext, active: Active) -> tuple[StepContex
             for end in ends if len(ends) == len(losses) else []:
                 stack.enter_context(end)
             pred = _evaluated(with_graph, active)
-        loss = _sum([_within(window, _checked(term, "loss", term.loss(with_graph, pred), window)).sum()
+        loss = _sum([_within(window, _asked(term, "loss", window, with_graph, pred)).sum()
                      for term, window in losses])
     if not loss.requires_grad:
         raise UserError(f"{', '.join(type(term).__name__ for term, _ in losses)}: the loss does not depend on x_t "

@@ -11,8 +11,8 @@ nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, ClassVar, TypedDict, TypeVar
@@ -51,12 +51,21 @@ def _same(one: Any, other: Any) -> bool:
     return tensors and one.dtype == other.dtype and torch.equal(one, other)
 
 
+Lent = Sequence[tuple[str, Tensor, int]]            # tensors that terms see, with their names and versions
+
+
 @dataclass
 class Shared:
-    """What the terms of one step share: values by key, and evaluations by their inputs."""
+    """What the terms of one step share: values by key, and evaluations by their inputs. lent: the latter's tensors."""
 
     values: dict[Hashable, Any] = field(default_factory=dict)
     evaluations: list[tuple[Inputs, Prediction]] = field(default_factory=list)
+    lent: list[tuple[str, Tensor, int]] = field(default_factory=list)
+
+    def add(self, inputs: Inputs, pred: Prediction) -> None:
+        """Takes an evaluation in."""
+        self.evaluations.append((inputs, pred))
+        self.lent += _lent({f"the {name} of an evaluation": value for name, value in vars(pred).items()})
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class StepContext:
             if inputs.same(known):
                 return pred
         pred = self._bound(changes)(x, t)
-        self.shared.evaluations.append((inputs, pred))
+        self.shared.add(inputs, pred)
         return pred
 
     def evaluate_together(self, wanted: Sequence[Inputs]) -> list[int]:
@@ -137,13 +146,36 @@ class StepContext:
         pred = replace(self.denoise, model_kwargs=batch)(x, t)
         parts = [dict(zip(vars(pred), values, strict=True))
                  for values in zip(*[value.chunk(len(different)) for value in vars(pred).values()], strict=True)]
-        self.shared.evaluations += [(inputs, Prediction(**part)) for inputs, part in
-                                    zip(different, parts, strict=True)]
+        for inputs, part in zip(different, parts, strict=True):
+            self.shared.add(inputs, Prediction(**part))
         return places
 
     def _bound(self, changes: Mapping[str, Any]) -> Denoiser:
         """The network with changed conditions."""
         return replace(self.denoise, model_kwargs={**self.model_kwargs, **changes}) if changes else self.denoise
+
+
+@contextmanager
+def left_alone(who: str, ctx: StepContext, pred: Prediction | None = None, **given: Tensor | None) -> Iterator[None]:
+    """Raises UserError, beginning with `who`, where the block writes in place what it was given for a step.
+
+    That is what the sampler and other terms go on with: x_t, t, image_ids, the conditions, `pred`, further evaluations,
+    and `given`, by name. Tensors that were made in inference mode do not tell.
+    """
+    conditions = dict(ctx.model_kwargs)
+    lent = _lent({"x_t": ctx.x_t, "t": ctx.t, "image_ids": ctx.image_ids, **conditions,
+                  **({} if pred is None else {f"pred.{name}": value for name, value in vars(pred).items()}), **given})
+    yield
+    changed = [name for name, value, version in [*lent, *ctx.shared.lent] if value._version != version]
+    now = ctx.model_kwargs
+    changed += [name for name in {**conditions, **now} if now.get(name) is not conditions.get(name)]
+    if changed:
+        raise UserError(f"{who}: changed {changed[0]} in place, must work on a copy (like x.clone())")
+
+
+def _lent(values: Mapping[str, Any]) -> Lent:
+    return [(name, value, value._version) for name, value in values.items()
+            if isinstance(value, Tensor) and not value.is_inference()]
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -343,7 +375,11 @@ class ContrastGuidance(Guidance):
 
     def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """What `weaker` gives at this step, where it is asked once."""
-        found = ctx.once((self, "weaker"), lambda: self.weaker(ctx, pred))
+        def weaker() -> Inputs | None:
+            with left_alone(f"{type(self).__name__}.weaker", ctx, pred):
+                return self.weaker(ctx, pred)
+
+        found = ctx.once((self, "weaker"), weaker)
         if not isinstance(found, Inputs | None):
             raise UserError(f"{type(self).__name__}.weaker: gave a {type(found).__name__}, must be Inputs, what the "
                             "network is given (or None, where delta is the term's own)")

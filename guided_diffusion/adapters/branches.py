@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..process import Prediction
 from ..rng import image_generator
-from ..terms import ContrastGuidance, Inputs, Shared, SigmaRange, StepContext
+from ..terms import ContrastGuidance, Inputs, Shared, SigmaRange, StepContext, left_alone
 
 SAME_PROMPT = 1e-2          # of the largest value of an embedding: what two encodings of one prompt differ at most
 
@@ -123,5 +123,7 @@ class UnconditionalBranch(ContrastGuidance):
                                      if (inputs := term.inputs(inner, unconditional)) is not None])
         total = torch.zeros_like(pred.eps)
         for term, window in windows.items():
-            total = total + torch.where(window.reshape(-1, 1, 1, 1), term.delta(inner, unconditional), 0)
+            with left_alone(f"{type(term).__name__}.delta", inner, unconditional):
+                delta = term.delta(inner, unconditional)
+            total = total + torch.where(window.reshape(-1, 1, 1, 1), delta, 0)
         return total

@@ -28,6 +28,7 @@ from guided_diffusion.terms import (
     FunctionGuidance,
     GradientGuidance,
     Guidance,
+    Inputs,
     LossGuidance,
     TransformGuidance,
 )
@@ -441,3 +442,69 @@ def test_terms_may_come_from_anything_that_is_walked_through_once():
         torch.manual_seed(0)
         found.append(sampled(guidance, noise=noise))
     assert torch.equal(*found)
+
+
+# What a method of a term is asked for, and which of the things that it is given it may write in by mistake.
+METHODS = {
+    "gradient": (GradientGuidance, lambda ctx: torch.zeros_like(ctx.x_t)),
+    "loss": (LossGuidance, lambda ctx: ctx.x_t.mean(dim=(1, 2, 3))),
+    "delta": (ContrastGuidance, lambda ctx: torch.zeros_like(ctx.x_t)),
+    "weaker": (ContrastGuidance, lambda ctx: Inputs(ctx.x_t / 2, ctx.t)),
+    "transform": (TransformGuidance, lambda ctx: torch.zeros_like(ctx.x_t))}
+WRITTEN = {
+    "x_t": lambda ctx, pred, delta: ctx.x_t.detach(),
+    "t": lambda ctx, pred, delta: ctx.t,
+    "y": lambda ctx, pred, delta: ctx.model_kwargs["y"][:1],
+    "pred.pred_xstart": lambda ctx, pred, delta: pred.pred_xstart.detach(),
+    "the eps of an evaluation": lambda ctx, pred, delta: ctx.evaluate(ctx.x_t, ctx.t, y=None).eps.detach(),
+    "delta": lambda ctx, pred, delta: delta}
+
+
+def writing(method, write):
+    kind, given = METHODS[method]
+
+    def function(self, ctx, pred, delta=None):
+        write(ctx, pred, delta)
+        return given(ctx)
+    return type("Own", (kind,), {method: function})(1.0)
+
+
+@pytest.mark.parametrize(("method", "name"), [
+    (method, name) for method in METHODS for name in WRITTEN if name != "delta" or method == "transform"])
+def test_a_term_that_writes_in_place_in_what_it_is_given_is_told(method, name):
+    terms = [*([zero_contrast()] if method == "transform" else []),
+             writing(method, lambda *given: WRITTEN[name](*given).add_(1))]
+    with pytest.raises(UserError, match=f"^Own.{method}: changed {name} in place, must work on a copy"):
+        sampled(terms, model_kwargs={"y": torch.zeros(3, dtype=torch.int64)})
+    sampled([*terms[:-1], writing(method, lambda *given: WRITTEN[name](*given).clone().add_(1))],
+            model_kwargs={"y": torch.zeros(3, dtype=torch.int64)})
+
+
+def test_a_condition_that_a_term_puts_another_in_place_of_is_told():
+    term = writing("gradient", lambda ctx, pred, delta: ctx.model_kwargs.update(y=torch.ones(3)))
+    with pytest.raises(UserError, match=r"^Own.gradient: changed y in place"):
+        sampled([term], model_kwargs={"y": torch.zeros(3)})
+
+
+def test_what_is_evaluated_beforehand_and_the_step_of_a_sampler_are_asked_too():
+    class Own(ContrastGuidance):
+        def beforehand(self, ctx):
+            return Inputs(ctx.x_t.mul_(0.9), ctx.t)
+
+    def own_step(ctx, pred, grad, noise):
+        return ctx.x_t.mul_(0.9), pred.pred_xstart
+
+    denoise = Denoiser(create_gaussian_diffusion(timestep_respacing="10"), half, batch_contrasts=True)
+    for terms, step, who in [([Own(1.0)], sampling.ddpm_step, r"Own\.beforehand"),
+                             ([], own_step, "the sampler's step own_step")]:
+        with pytest.raises(UserError, match=f"^{who}: changed x_t in place, must work on a copy"):
+            sample_step(step, denoise, torch.ones(3, 2, 4, 4), torch.full((3,), 9), lambda: torch.zeros(1), terms)
+
+
+def test_terms_guide_under_inference_mode_as_elsewhere():
+    noise, term = torch.ones(3, 2, 4, 4), writing("gradient", lambda ctx, pred, delta: None)
+    torch.manual_seed(0)
+    usual = sampled([term], noise=noise)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        assert torch.equal(sampled([term], noise=noise), usual)
