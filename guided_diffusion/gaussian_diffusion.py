@@ -13,7 +13,6 @@ from typing import Any
 from . import sampling
 from .errors import NonFiniteError, UserError
 from .late import Tensor, nn, no_grad, torch
-from .options import shortened
 from .process import (
     Denoiser,
     DiffusionProcess,
@@ -58,7 +57,7 @@ class GaussianDiffusion(DiffusionProcess):
                  noise: Tensor | None = None, memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDPM step: {"sample", "pred_xstart", "pred_xstart_unguided", "eps"}, (N, C, H, W) each."""
         self._check_own()
-        _check_steps(t, self.num_timesteps)
+        self.check_steps(t)
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         return sampling.sample_step(sampling.ddpm_step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
                                     _numbers(image_ids, len(x)), memory)
@@ -70,7 +69,7 @@ class GaussianDiffusion(DiffusionProcess):
                     memory: Memory | None = None, image_ids: Ids | None = None) -> Images:
         """One DDIM step, as `p_sample`; eta in [0, 1]: its share of fresh noise."""
         self._check_own()
-        _check_steps(t, self.num_timesteps)
+        self.check_steps(t)
         denoise = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)
         step = sampling.DdimOptions(eta=eta).step()
         return sampling.sample_step(step, denoise, x, t, _drawn(noise, x), _terms(guidance, cond_fn),
@@ -213,7 +212,7 @@ class GaussianDiffusion(DiffusionProcess):
         """x_{t+1} from x_t along the deterministic DDIM path (2010.02502, eq. 14): {"sample", "pred_xstart"}."""
         if eta != 0:
             raise UserError(f"eta {eta}: reversed DDIM is deterministic, eta must be 0")
-        _check_steps(t, self.num_timesteps)
+        self.check_steps(t)
         pred = self.denoiser(model, clip_denoised, denoised_fn, model_kwargs)(x, t)
         eps = self.predict_eps_from_xstart(x, t, pred.pred_xstart)
         abar_next = gather(self.alphas_cumprod_next, t, x)
@@ -233,14 +232,6 @@ class GaussianDiffusion(DiffusionProcess):
 NOT_CALLED = ("p_mean_variance", "q_posterior_mean_variance", "condition_mean", "condition_score",
               "_predict_xstart_from_eps", "_predict_eps_from_xstart", "_predict_xstart_from_xprev")
 METHODS = {name: getattr(GaussianDiffusion, name) for name in (*NOT_CALLED, "p_sample", "ddim_sample")}
-
-
-def _check_steps(t: Tensor, count: int) -> None:
-    """Raises UserError for steps that are none of the chain, as far as it shows without waiting for a device."""
-    seen = t.device.type == "cpu"
-    if t.dtype not in (torch.int64, torch.int32) or (seen and not ((t >= 0) & (t < count)).all()):
-        shown = t.tolist() if seen else t.dtype
-        raise UserError(f"t {shortened(shown)}: must be whole numbers from 0 to {count - 1}, the steps of the chain")
 
 
 def _check_noise(noise: Tensor, shape: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from .errors import UserError
 from .late import Tensor, nn, no_grad, torch
 from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .options import shortened
 from .schedules import gather
 
 Images = dict[str, Tensor]
@@ -109,15 +110,18 @@ class Denoiser:
         count: int | None = getattr(self.model, "label_count", None)
         return count
 
-    def check_labels(self) -> None:
-        """Raises UserError for labels y that a network which says how many it knows does not have."""
+    def check_labels(self, wait: bool = True) -> None:
+        """Raises UserError for labels y that a network which says how many it knows does not have.
+
+        wait: else they are looked at as far as it shows without waiting for a device.
+        """
         count, y = self.label_count, self.model_kwargs.get("y")
         if count is None or y is None:
             return
         if not _are_numbers(y) or y.ndim != 1:
             what = f"is {tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
             raise UserError(f"y: {what}, must be a tensor (N,) of whole numbers (int64), the labels of the images")
-        low, high = self.label_range or (0, 0)
+        low, high = self.label_range or (0, 0) if wait or y.device.type == "cpu" else (0, 0)
         if low < 0 or high >= count:
             raise UserError(f"y: has the label {low if low < 0 else high}, must be labels from 0 to {count - 1}, which "
                             "the network knows")
@@ -203,6 +207,14 @@ class DiffusionProcess:
         self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
 
     # The process
+
+    def check_steps(self, t: Tensor) -> None:
+        """Raises UserError for steps that are none of the chain, as far as it shows without waiting for a device."""
+        seen, count = t.device.type == "cpu", self.num_timesteps
+        if t.dtype not in (torch.int64, torch.int32) or (seen and not ((t >= 0) & (t < count)).all()):
+            shown = t.tolist() if seen else t.dtype
+            raise UserError(f"t {shortened(shown)}: must be whole numbers from 0 to {count - 1}, the steps of the "
+                            "chain")
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """The step that the network sees at index t of this chain: an original index, rescaled if so asked.

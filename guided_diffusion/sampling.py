@@ -207,8 +207,9 @@ def _beforehand(ctx: StepContext, active: Active) -> dict[Guidance, Inputs]:
         if isinstance(term, ContrastGuidance):
             with left_alone(f"{type(term).__name__}.beforehand", ctx):
                 inputs = term.beforehand(ctx)
-            if inputs is not None:
-                found[term] = inputs
+                if inputs is not None:
+                    ctx.check(inputs)
+                    found[term] = inputs
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, said_otherwise
 from .late import Tensor, torch
 from .process import Denoiser, DiffusionProcess, Prediction
 
@@ -56,11 +56,15 @@ Lent = Sequence[tuple[str, Tensor, int]]            # tensors that terms see, wi
 
 @dataclass
 class Shared:
-    """What the terms of one step share: values by key, and evaluations by their inputs. lent: the latter's tensors."""
+    """What the terms of one step share: values by key, and evaluations by their inputs.
+
+    lent: the tensors of these. asked: the methods of terms that are at work, the innermost last.
+    """
 
     values: dict[Hashable, Any] = field(default_factory=dict)
     evaluations: list[tuple[Inputs, Prediction]] = field(default_factory=list)
     lent: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
 
     def add(self, inputs: Inputs, pred: Prediction) -> None:
         """Takes an evaluation in."""
@@ -112,12 +116,13 @@ class StepContext:
         """A further evaluation of the network at x (N, C, H, W), at steps t (N,), with some conditions changed.
 
         Terms that ask for the same evaluation share one. It must be that of the network as it is: a term that overrides
-        anything inside it calls `denoise` itself.
+        anything inside it calls `denoise` itself. Raises UserError for inputs that are not of the step's images.
         """
         inputs = Inputs(x, t, changes)
         for known, pred in self.shared.evaluations:
             if inputs.same(known):
                 return pred
+        self.check(inputs)
         pred = self._bound(changes)(x, t)
         self.shared.add(inputs, pred)
         return pred
@@ -126,11 +131,12 @@ class StepContext:
         """Makes several evaluations as one batch, from which `evaluate` then takes them: the same to rounding.
 
         Those that the step has made already are left out, and a single one is left to `evaluate`. Returns the place of
-        each in the batch.
+        each in the batch. Raises UserError as `evaluate`.
         """
         different: list[Inputs] = []
         places = []
         for inputs in wanted:
+            self.check(inputs)
             if any(inputs.same(known) for known, _ in self.shared.evaluations):
                 continue
             place = next((i for i, other in enumerate(different) if inputs.same(other)), len(different))
@@ -150,6 +156,26 @@ class StepContext:
             self.shared.add(inputs, Prediction(**part))
         return places
 
+    def check(self, inputs: Inputs) -> None:
+        """Raises UserError where an evaluation is not one of the step's images, (N, ...) each, at steps of the chain.
+
+        Steps and labels are looked at as far as it shows without waiting for a device.
+        """
+        who = self.shared.asked[-1] if self.shared.asked else "evaluate"
+        count = len(self.x_t)
+        if not isinstance(inputs.x, Tensor) or inputs.x.shape != self.x_t.shape:
+            raise UserError(f"{who}: asks for x {_in_words(inputs.x)}, must be {tuple(self.x_t.shape)} as x_t")
+        if not isinstance(inputs.t, Tensor) or inputs.t.shape != (count,):
+            raise UserError(f"{who}: asks for t {_in_words(inputs.t)}, must be ({count},), a step for each image")
+        for name, value in inputs.changes.items():
+            if isinstance(value, Tensor) and value.shape[:1] != (count,):
+                raise UserError(f"{who}: asks for {name} {_in_words(value)}, must have {count} rows, one an image")
+        with said_otherwise(lambda text: f"{who}: asks for {text}"):
+            if inputs.t is not self.t:
+                self.denoise.diffusion.check_steps(inputs.t)
+            if "y" in inputs.changes:
+                self._bound(inputs.changes).check_labels(wait=False)
+
     def _bound(self, changes: Mapping[str, Any]) -> Denoiser:
         """The network with changed conditions."""
         return replace(self.denoise, model_kwargs={**self.model_kwargs, **changes}) if changes else self.denoise
@@ -165,7 +191,11 @@ def left_alone(who: str, ctx: StepContext, pred: Prediction | None = None, **giv
     conditions = dict(ctx.model_kwargs)
     lent = _lent({"x_t": ctx.x_t, "t": ctx.t, "image_ids": ctx.image_ids, **conditions,
                   **({} if pred is None else {f"pred.{name}": value for name, value in vars(pred).items()}), **given})
-    yield
+    ctx.shared.asked.append(who)
+    try:
+        yield
+    finally:
+        ctx.shared.asked.pop()
     changed = [name for name, value, version in [*lent, *ctx.shared.lent] if value._version != version]
     now = ctx.model_kwargs
     changed += [name for name in {**conditions, **now} if now.get(name) is not conditions.get(name)]
@@ -176,6 +206,10 @@ def left_alone(who: str, ctx: StepContext, pred: Prediction | None = None, **giv
 def _lent(values: Mapping[str, Any]) -> Lent:
     return [(name, value, value._version) for name, value in values.items()
             if isinstance(value, Tensor) and not value.is_inference()]
+
+
+def _in_words(value: object) -> str:
+    return f"of {tuple(value.shape)}" if isinstance(value, Tensor) else f"that is a {type(value).__name__}"
 
 
 def _stacked(values: Sequence[Any]) -> Any:
@@ -377,13 +411,15 @@ class ContrastGuidance(Guidance):
         """What `weaker` gives at this step, where it is asked once."""
         def weaker() -> Inputs | None:
             with left_alone(f"{type(self).__name__}.weaker", ctx, pred):
-                return self.weaker(ctx, pred)
+                found = self.weaker(ctx, pred)
+                if not isinstance(found, Inputs | None):
+                    raise UserError(f"{type(self).__name__}.weaker: gave a {type(found).__name__}, must be Inputs, what "
+                                    "the network is given (or None, where delta is the term's own)")
+                if found is not None:
+                    ctx.check(found)
+                return found
 
-        found = ctx.once((self, "weaker"), weaker)
-        if not isinstance(found, Inputs | None):
-            raise UserError(f"{type(self).__name__}.weaker: gave a {type(found).__name__}, must be Inputs, what the "
-                            "network is given (or None, where delta is the term's own)")
-        return found
+        return ctx.once((self, "weaker"), weaker)
 
 
 class TransformGuidance(Guidance):

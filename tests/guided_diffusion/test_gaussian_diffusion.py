@@ -11,7 +11,6 @@ from guided_diffusion.gaussian_diffusion import (
     LossType,
     ModelMeanType,
     ModelVarType,
-    _check_steps,
 )
 from guided_diffusion.guidance import LossGuidance
 from guided_diffusion.respace import SpacedDiffusion
@@ -439,8 +438,8 @@ def test_steps_that_the_chain_does_not_have_are_refused(step, steps, shown):
 
 def test_whether_steps_are_those_of_the_chain_is_not_asked_of_a_device():
     with pytest.raises(UserError, match=r"^t torch\.float32: must be whole numbers"):
-        _check_steps(torch.empty(2, device="meta"), 3)
-    _check_steps(torch.empty(2, dtype=torch.int64, device="meta"), 3)       # whose numbers nobody could read
+        small().check_steps(torch.empty(2, device="meta"))
+    small().check_steps(torch.empty(2, dtype=torch.int64, device="meta"))       # whose numbers nobody could read
 
 
 def test_noise_of_another_shape_or_type_is_refused():

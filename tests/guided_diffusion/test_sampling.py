@@ -1,6 +1,7 @@
 import functools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from guided_diffusion.terms import (
     Guidance,
     Inputs,
     LossGuidance,
+    StepContext,
     TransformGuidance,
 )
 
@@ -508,3 +510,57 @@ def test_terms_guide_under_inference_mode_as_elsewhere():
     with torch.inference_mode():
         torch.manual_seed(0)
         assert torch.equal(sampled([term], noise=noise), usual)
+
+
+@pytest.mark.parametrize(("inputs", "said"), [
+    (lambda x, t, y: Inputs(x[:1], t[:1], {"y": y[:1]}), "x of (1, 2, 4, 4), must be (3, 2, 4, 4) as x_t"),
+    (lambda x, t, y: Inputs(x.numpy(), t), "x that is a ndarray, must be (3, 2, 4, 4) as x_t"),
+    (lambda x, t, y: Inputs(x, t[:1]), "t of (1,), must be (3,), a step for each image"),
+    (lambda x, t, y: Inputs(x, 3), "t that is a int, must be (3,), a step for each image"),
+    (lambda x, t, y: Inputs(x, t, {"y": y[:1]}), "y of (1,), must have 3 rows, one an image"),
+    (lambda x, t, y: Inputs(x, t - 30), "t [-1, -1, -1]: must be whole numbers from 0 to 29, the steps of the chain"),
+    (lambda x, t, y: Inputs(x, t + 1), "t [30, 30, 30]: must be whole numbers from 0 to 29, the steps of the chain"),
+    (lambda x, t, y: Inputs(x, t / 2), "t [14.5, 14.5, 14.5]: must be whole numbers from 0 to 29, the steps of the "
+                                       "chain"),
+    (lambda x, t, y: Inputs(x, t, {"y": y + 7}), "y: has the label 7, must be labels from 0 to 4, which the network "
+                                                 "knows")])
+def test_inputs_that_are_not_of_the_step_are_told(inputs, said):
+    def network(x, t, y=None):
+        return x / 2
+
+    class Weaker(ContrastGuidance):
+        def weaker(self, ctx, pred):
+            return inputs(ctx.x_t, ctx.t, ctx.model_kwargs["y"])
+
+    class Asks(ContrastGuidance):
+        def delta(self, ctx, pred):
+            asked = inputs(ctx.x_t, ctx.t, ctx.model_kwargs["y"])
+            return pred.eps - ctx.evaluate(asked.x, asked.t, **asked.changes).eps
+
+    class Together(Asks):
+        def delta(self, ctx, pred):
+            ctx.evaluate_together([Inputs(ctx.x_t / 2, ctx.t), inputs(ctx.x_t, ctx.t, ctx.model_kwargs["y"])])
+
+    class Before(ContrastGuidance):
+        def beforehand(self, ctx):
+            return inputs(ctx.x_t, ctx.t, ctx.model_kwargs["y"])
+
+    network.label_count = 5
+    denoise = Denoiser(create_gaussian_diffusion(timestep_respacing="30"), network,
+                       model_kwargs={"y": torch.zeros(3, dtype=torch.int64)})
+    for kind, method, together in [(Weaker, "weaker", False), (Weaker, "weaker", True), (Asks, "delta", False),
+                                   (Together, "delta", False), (Before, "beforehand", True)]:
+        with pytest.raises(UserError, match=re.escape(f"{kind.__name__}.{method}: asks for {said}") + "$"):
+            sample_step(sampling.ddpm_step, replace(denoise, batch_contrasts=together), torch.ones(3, 2, 4, 4),
+                        torch.full((3,), 29), lambda: torch.zeros(1), [kind(1.0)])
+
+
+def test_whether_inputs_are_of_the_step_is_not_asked_of_a_device():
+    def network(x, t, y=None):
+        return x / 2
+
+    network.label_count = 5
+    x, t = torch.ones(3, 2, 4, 4), torch.full((3,), 29)
+    ctx = StepContext(Denoiser(create_gaussian_diffusion(timestep_respacing="30"), network), x, t, torch.arange(3))
+    nobody_reads = torch.empty(3, dtype=torch.int64, device="meta")
+    ctx.check(Inputs(x, nobody_reads, {"y": nobody_reads}))
