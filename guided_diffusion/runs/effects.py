@@ -50,9 +50,11 @@ def in_words(idle: Mapping[str, str], given: Collection[str]) -> str:
 def idle_batches(active: Sequence[GuidanceOptions]) -> dict[str, str]:
     """--batch_contrasts, and why, where no two evaluations of a step can be one batch; active: the methods that are on.
 
-    Those can be that two methods make, or the step's own and one beside it.
+    Those can be that two terms make, or the step's own and one beside it.
     """
-    if sum(method.can_batch for method in active) > 1 or any(method.beside_the_step for method in active):
+    evaluations = [passes for method in active if method.can_batch for term, passes in method.schedule()
+                   if term.scale and passes.forward]
+    if len(evaluations) > 1 or any(method.beside_the_step for method in active):
         return {}
     return {"batch_contrasts": "nothing makes two evaluations that differ in their inputs alone"}
 

@@ -1,6 +1,8 @@
 """Flags without effect are named, once and in one line."""
 
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from commands import REPOSITORY, call, flags
@@ -8,14 +10,15 @@ from networks import TINY
 
 from guided_diffusion.adapters.run import LatentRun
 from guided_diffusion.build import DiffusionOptions, ModelOptions, build_diffusion
-from guided_diffusion.guidance import GUIDANCE
-from guided_diffusion.options import option_fields, options_from
-from guided_diffusion.runs.effects import without_effect
+from guided_diffusion.guidance import GUIDANCE, ContrastGuidance, Guidance, ScaledOptions
+from guided_diffusion.options import option, option_fields, options_from
+from guided_diffusion.runs.effects import idle_batches, without_effect
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.previews import PreviewOptions
 from guided_diffusion.runs.sample import SamplingRun
 from guided_diffusion.runs.training_effects import idle_in_diffusion
 from guided_diffusion.sampling import SAMPLERS
+from guided_diffusion.terms import Passes
 from guided_diffusion.training.options import TrainOptions
 
 
@@ -107,6 +110,24 @@ def test_flags_of_runs_of_pipelines_without_effect_are_named_too(given, said):
     process = build_diffusion(DiffusionOptions(timestep_respacing="10"))
     assert LatentRun(options, tuple(methods)).without_effect(given, process) == (
         f"without effect: {said}" if said else "")
+
+
+def test_a_method_of_two_contrasts_has_something_to_batch():
+    @dataclass(frozen=True)
+    class Two(ScaledOptions):
+        short, sigma_flags, can_batch, term = "two", "two", True, ContrastGuidance
+        switched_on: ClassVar = {"two_scale": 1.0}
+
+        two_scale: float = option(1.0, "scale of the first")
+        two_second: float = option(1.0, "scale of the second")
+
+        def schedule(self):
+            return [(Guidance(self.two_scale), Passes(forward=1)), (Guidance(self.two_second), Passes(forward=1)),
+                    (Guidance(1.0), Passes())]
+
+    assert idle_batches([Two()]) == {}
+    assert list(idle_batches([Two(two_second=0.0)])) == ["batch_contrasts"]
+    assert idle_batches([Two(two_second=0.0), Two(two_second=0.0)]) == {}
 
 
 @pytest.mark.parametrize("kind", [*GUIDANCE, *SAMPLERS.values()], ids=lambda kind: kind.__name__)
