@@ -38,6 +38,7 @@ IMAGE_STREAMS = {
     "likelihood": 8,    # noise of the image at each step, whose likelihood is bounded
     "start": 9,         # of x_T where it is not to depend on the number of steps
     "upsampling start": 10,     # the same where images are upsampled
+    "own": 11,          # of methods of guidance that are not of this library
 }
 
 
@@ -81,8 +82,10 @@ def image_generator(seed: int, image_id: int, step: int = 0, stream: str = "nois
     """The generator of one image (its index in the run, >= 0) at one step, for one use in IMAGE_STREAMS.
 
     stage: how often the image was upsampled before, where it is upsampled. Raises UserError for what `checked_seed`
-    refuses: it would give the numbers of another seed.
+    refuses: it would give the numbers of another seed; and for a use that is none of these.
     """
+    if stream not in IMAGE_STREAMS:
+        raise UserError(f"stream {shortened(stream)}: must be one of {', '.join(IMAGE_STREAMS)}")
     key = np.array([checked_seed(seed), image_id], np.uint64)         # of a list, NumPy would make float64 from 2^63 on
     counter = np.array([0, stage, step, IMAGE_STREAMS[stream]], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

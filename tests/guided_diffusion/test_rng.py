@@ -142,3 +142,12 @@ def test_seeded_torch_leaves_the_global_numbers_alone():
         assert torch.equal(torch.rand(3), inside)
     with pytest.raises(ValueError, match="has the indices"), seeded_torch("dropout", 0, 3):
         pass
+
+
+def test_methods_of_others_have_numbers_of_their_own_and_unknown_uses_are_told():
+    def numbers(stream):
+        return image_generator(3, 5, 7, stream).integers(2**63, size=2).tolist()
+
+    assert numbers("own") not in [numbers(stream) for stream in IMAGE_STREAMS if stream != "own"]
+    with pytest.raises(UserError, match=r"^stream 'mine': must be one of noise, label, .*, own$"):
+        image_generator(0, 0, 0, "mine")
