@@ -12,7 +12,7 @@ A sampler is a step and its options (`steps`, `solvers`); SAMPLERS lists them by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
@@ -60,14 +60,14 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
     t: (N,) int64, respaced. image_ids: the images' places in the run, 0 to N - 1 by default. memory: what terms keep
     from step to step, empty at the first one; all steps of a chain are given the same. eps is that of the guided
     prediction. Where a loss guides, "loss_gradient" is what was taken from the sample, (N, C, H, W). Raises UserError
-    where a term remembers and there is no memory, for what is no term, and for a term or a step that returns no tensor
-    on the device of x_t, another shape, or a wider type of numbers than x_t or the network's output has.
+    where a term remembers, or has used it, and there is no memory, for what is no term, and for a term or a step that
+    returns no tensor on the device of x_t, another shape, or a wider type of numbers than x_t or the network's output
+    has.
     """
     guidance = listed_terms(guidance)
     x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))         # the tables of the process are float32
-    if memory is None and (forgetful := next((term for term in guidance if term.remembers), None)):
-        raise UserError(f"{type(forgetful).__name__}: goes on from what it left at the step before: give all steps "
-                        "of a chain the same dict as memory")
+    if memory is None:
+        _check_forgets([term for term in guidance if term.remembers])
     ctx = StepContext(denoise, x_t, t, torch.arange(len(x_t)) if image_ids is None else image_ids,
                       memory={} if memory is None else memory)
     active = [(term, window) for term in guidance if (window := term.window(t, denoise.diffusion)).any()]
@@ -87,11 +87,21 @@ def sample_step(step: Step, denoise: Denoiser, x_t: Tensor, t: Tensor, noise: No
         pred = denoise.guided(unguided, x_t, t, delta)
     gradients = [_within(window, _asked(g, "gradient", like, ctx, unguided))
                  for g, window in active if isinstance(g, GradientGuidance)]
+    if memory is None:
+        _check_forgets(ctx.memory)
     sample, pred_xstart = _stepped(step, ctx, pred, _sum(gradients) if gradients else None, noise, like)
     out = {"pred_xstart": pred_xstart, "pred_xstart_unguided": unguided.pred_xstart, "eps": pred.eps}
     if loss_gradient is None:
         return {"sample": sample, **out}
     return {"sample": sample - loss_gradient, **out, "loss_gradient": loss_gradient}
+
+
+def _check_forgets(keepers: Iterable[Hashable]) -> None:
+    """Raises UserError for the first of what keeps something from step to step, where there is no memory."""
+    for keeper in keepers:
+        who = type(keeper).__name__ if isinstance(keeper, Guidance) else f"memory of {shortened(keeper)}"
+        raise UserError(f"{who}: goes on from what it left at the step before: give all steps of a chain the same dict "
+                        "as memory")
 
 
 def listed_terms(guidance: Iterable[Guidance]) -> list[Guidance]:

@@ -321,10 +321,11 @@ def check_number(what: str, value: object) -> None:
 class Guidance:
     """A term with a scale and a window of steps; terms of a method extend one of the four kinds below.
 
-    scale: finite; 0 is off. start, stop, sigma_min, sigma_max: guided only where stop <= t < start and
-    sigma_min < sigma <= sigma_max, see `Window`; None leaves that side open. `start` is `--guide_start`. passes: what a
-    guided step costs beside the evaluation that every step makes. remembers: whether it goes on from what it left in
-    the context's memory at the step before. Raises UserError for anything else.
+    scale: finite; 0 is off. start, stop, sigma_min, sigma_max: guided only where stop <= t < start and sigma_min <
+    sigma <= sigma_max, see `Window`; None leaves that side open. `start` is `--guide_start`. passes: what a guided step
+    costs beside the evaluation that every step makes. remembers: whether it goes on from what it left in the context's
+    memory at the step before: single steps without a memory are then refused at once. Raises UserError for anything
+    else.
     """
 
     passes: Passes = Passes()
@@ -410,11 +411,12 @@ class ContrastGuidance(Guidance):
     def inputs(self, ctx: StepContext, pred: Prediction) -> Inputs | None:
         """What `weaker` gives at this step, where it is asked once."""
         def weaker() -> Inputs | None:
-            with left_alone(f"{type(self).__name__}.weaker", ctx, pred):
+            who = f"{type(self).__name__}.weaker"
+            with left_alone(who, ctx, pred):
                 found = self.weaker(ctx, pred)
                 if not isinstance(found, Inputs | None):
-                    raise UserError(f"{type(self).__name__}.weaker: gave a {type(found).__name__}, must be Inputs, what "
-                                    "the network is given (or None, where delta is the term's own)")
+                    raise UserError(f"{who}: gave a {type(found).__name__}, must be Inputs, what the network is given "
+                                    "(or None, where delta is the term's own)")
                 if found is not None:
                     ctx.check(found)
                 return found

@@ -47,6 +47,7 @@ class IndependentPromptGuidance(ContrastGuidance):
         super().__init__(scale, start, stop, **sigma)
         self.pool = pool
         self.seed = seed
+        self._compared: tuple[Tensor, Tensor] | None = None         # the prompts of a batch, and what they are not
 
     def beforehand(self, ctx: StepContext) -> Inputs:
         """The same image with another prompt. Raises UserError where there is none for an image."""
@@ -62,14 +63,14 @@ class IndependentPromptGuidance(ContrastGuidance):
         return others[int(generator.integers(len(others)))]
 
     def _others(self, ctx: StepContext) -> Tensor:
-        """Which prompts of the pool are not the images' own, (N, L) bool; compared once in a chain."""
-        if self not in ctx.memory:
-            own, pool = ctx.model_kwargs["encoder_hidden_states"], self.pool["encoder_hidden_states"]
-            if own.shape[1:] != pool.shape[1:]:
-                return torch.ones(len(own), len(pool), dtype=torch.bool)
-            ctx.memory[self] = torch.stack([
+        """Which prompts of the pool are not the images' own, (N, L) bool; compared once for the same tensor."""
+        own, pool = ctx.model_kwargs["encoder_hidden_states"], self.pool["encoder_hidden_states"]
+        if own.shape[1:] != pool.shape[1:]:
+            return torch.ones(len(own), len(pool), dtype=torch.bool)
+        if self._compared is None or self._compared[0] is not own:
+            self._compared = own, torch.stack([
                 (pool - prompt).abs().amax(dim=(1, 2)) > SAME_PROMPT * prompt.abs().amax() for prompt in own])
-        return ctx.memory[self]
+        return self._compared[1]
 
 
 class UnconditionalBranch(ContrastGuidance):

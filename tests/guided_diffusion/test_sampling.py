@@ -564,3 +564,20 @@ def test_whether_inputs_are_of_the_step_is_not_asked_of_a_device():
     ctx = StepContext(Denoiser(create_gaussian_diffusion(timestep_respacing="30"), network), x, t, torch.arange(3))
     nobody_reads = torch.empty(3, dtype=torch.int64, device="meta")
     ctx.check(Inputs(x, nobody_reads, {"y": nobody_reads}))
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_what_a_term_leaves_for_the_next_step_is_not_forgotten_in_silence(remembers):
+    class Running(TransformGuidance):
+        def transform(self, ctx, pred, delta):
+            ctx.memory[self] = delta + ctx.memory.get(self, 0)
+            return ctx.memory[self]
+
+    Running.remembers = remembers
+    diffusion, x, t = create_gaussian_diffusion(timestep_respacing="3"), torch.ones(3, 2, 4, 4), torch.full((3,), 2)
+    with pytest.raises(UserError, match=r"^Running: goes on from what it left at the step before: give all steps of a "
+                                        r"chain the same dict as memory$"):
+        diffusion.p_sample(half, x, t, guidance=[zero_contrast(), Running(1.0)])
+    memory = {}
+    diffusion.p_sample(half, x, t, guidance=[zero_contrast(), Running(1.0)], memory=memory)
+    assert len(memory) == 1
