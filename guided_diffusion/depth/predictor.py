@@ -100,14 +100,9 @@ class DepthPredictors(nn.Module):
         self.network_sha256 = network_sha256
 
     @property
-    def channels(self) -> dict[str, int]:
-        """Channels of every block that any branch reads."""
-        return {name: count for branch in self.branches.values() for name, count in branch.channels.items()}
-
-    @property
     def blocks(self) -> tuple[str, ...]:
         """Names of all blocks that any branch reads."""
-        return tuple(self.channels)
+        return tuple(dict.fromkeys(name for branch in self.branches.values() for name in branch.blocks))
 
     def standardise(self, maps: Mapping[str, Tensor]) -> None:
         """Standardises every branch by these maps (`DepthPredictor.standardise`)."""
@@ -191,7 +186,8 @@ def check_fits(predictors: DepthPredictors, model: UNetModel, network_sha256: st
         raise UserError(f"the depth predictors are for images of {predictors.size} pixels, and the network's have "
                         f"{model.image_size}")
     own = feature_channels(model, predictors.blocks)
-    for name, count in predictors.channels.items():
+    counts = [one for branch in predictors.branches.values() for one in branch.channels.items()]
+    for name, count in counts:                                      # branches may differ
         if own[name] != count:
             raise UserError(f"the depth predictors read {count} channels from block {name!r}, which has {own[name]} "
                             "in this network")

@@ -207,6 +207,13 @@ def test_predictors_fit_one_network_only(model, tiny_flags):
         check_fits(predictors, create_model(**tiny_flags | {"channel_mult": "1", "attention_resolutions": "16"}), None)
 
 
+def test_each_branch_must_fit_the_network(model):
+    channels = feature_channels(model, BLOCKS)
+    wrong = {"strong": {BLOCKS[0]: 7}, "weak": channels}             # of the same block
+    with pytest.raises(UserError, match=rf"read 7 channels from block '{BLOCKS[0]}', which has {channels[BLOCKS[0]]}"):
+        check_fits(DepthPredictors(wrong, model.image_size, "1,9", "ab" * 32), model, None)
+
+
 # The prior
 
 
