@@ -45,7 +45,10 @@ LOSS_SCALES = tuple(2.0**exponent for exponent in (16, 12, 8, 4, 0, -4, -8))
 
 FARTHEST = 1000.0               # an absolute value that no x_t comes near by itself
 
-KINDS = (ContrastGuidance, GradientGuidance, LossGuidance, TransformGuidance)
+# The kinds of terms, and the methods one of which a term must give.
+KINDS: dict[type[Guidance], Sequence[str]] = {
+    ContrastGuidance: ("weaker", "beforehand", "delta"), GradientGuidance: ("gradient",), LossGuidance: ("loss",),
+    TransformGuidance: ("transform",)}
 
 Active = Sequence[tuple[Guidance, Tensor]]         # terms with the images (N,) that they guide at this step
 
@@ -105,17 +108,38 @@ def _check_forgets(keepers: Iterable[Hashable]) -> None:
 
 
 def listed_terms(guidance: Iterable[Guidance]) -> list[Guidance]:
-    """Terms as a list, also of what can be walked through once. Raises UserError for anything else."""
+    """Terms as a list, also of what can be walked through once.
+
+    Raises UserError for anything else, and for terms that are not whole.
+    """
     if isinstance(guidance, Guidance):
         raise UserError(f"guidance: must be a list of terms, and {type(guidance).__name__} is one of them: [term]")
     if not isinstance(guidance, Iterable):
         raise UserError(f"guidance {shortened(guidance)}: must be a list of terms; leave it out for none")
     terms = list(guidance)
     for term in terms:
-        if not isinstance(term, KINDS):
+        if not isinstance(term, tuple(KINDS)):
             raise UserError(f"guidance: {shortened(term)} is no term, which is an object of a class below "
                             f"{', '.join(kind.__name__ for kind in KINDS)}")
+        _check_whole(term)
     return terms
+
+
+def _check_whole(term: Guidance) -> None:
+    """Raises UserError for a term that lacks what its kind asks of it, or what all terms have."""
+    who = type(term).__name__
+    for kind, methods in KINDS.items():
+        if isinstance(term, kind) and not any(
+                name in vars(term) or getattr(type(term), name) is not getattr(kind, name) for name in methods):
+            raise UserError(f"{who}: has no method {' or '.join(methods)}, which a {kind.__name__} must give")
+    if not (hasattr(term, "scale") and hasattr(term, "steps")):
+        raise UserError(f"{who}: has no scale or no window of steps; its __init__ must call super().__init__(scale, "
+                        "...)")
+    try:
+        hash(term)
+    except TypeError:
+        raise UserError(f"{who}: has no hash, by which terms are told apart; a dataclass needs @dataclass(eq=False)",
+                        ) from None
 
 
 def _transformed(ctx: StepContext, pred: Prediction, delta: Tensor, active: Active, like: Tensor) -> Tensor:

@@ -403,7 +403,7 @@ class ContrastGuidance(Guidance):
         """The change of eps, (N, C, H, W): by default `scale (eps - eps of the weaker evaluation)`."""
         inputs = self.inputs(ctx, pred)
         if inputs is None:
-            raise NotImplementedError
+            raise UserError(f"{type(self).__name__}.weaker: gave None, and the term has no delta of its own")
         weaker = ctx.evaluate(inputs.x, inputs.t, **inputs.changes)
         same = inputs.x is ctx.x_t and inputs.t is ctx.t
         return self.scale * (ctx.denoise.diffusion.eps_between(pred, weaker, ctx.t) if same else pred.eps - weaker.eps)

@@ -1,7 +1,7 @@
 import functools
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -581,3 +581,34 @@ def test_what_a_term_leaves_for_the_next_step_is_not_forgotten_in_silence(rememb
     memory = {}
     diffusion.p_sample(half, x, t, guidance=[zero_contrast(), Running(1.0)], memory=memory)
     assert len(memory) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_term_that_does_not_give_what_its_kind_asks_is_told(method):
+    kind = METHODS[method][0]
+    misspelt = type("Own", (kind,), {f"{method}s": lambda self, *given: given[0].x_t})(1.0)
+    with pytest.raises(UserError, match=f"^Own: has no method .*{method}.*, which a {kind.__name__} must give$"):
+        sampled([misspelt])
+
+
+def test_terms_that_are_not_whole_are_told():
+    class Empty(Returns):
+        def __init__(self):
+            self.value = torch.zeros_like
+
+    @dataclass
+    class Compared(Returns):
+        factor: float = 1.0
+
+        def __post_init__(self):
+            super().__init__(self.factor)
+
+    class Nothing(ContrastGuidance):
+        def weaker(self, ctx, pred):
+            return None
+
+    for term, said in [(Empty(), r"Empty: has no scale or no window of steps; its __init__ must call super"),
+                       (Compared(), r"Compared: has no hash, .* a dataclass needs @dataclass\(eq=False\)"),
+                       (Nothing(1.0), r"Nothing\.weaker: gave None, and the term has no delta of its own")]:
+        with pytest.raises(UserError, match=f"^{said}"):
+            sampled([term])
