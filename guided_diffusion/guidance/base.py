@@ -9,6 +9,7 @@ that list and know no method by name. For example:
         '''Guidance towards grey.'''
 
         short = "grey"
+        kind = GradientGuidance
         switched_on: ClassVar = {"grey_scale": 0.1}
 
         grey_scale: float = option(0.0, "scale of guidance towards grey; 0: off")
@@ -163,7 +164,7 @@ class GuidanceOptions(Options):
     last value, and its value that is off; None where there is none. for_pipelines: its terms also guide networks of
     diffusers, so that the command that samples pipelines has it. symbols: by flag, what titles and charts call an
     option, like s in "s = 0.1", and the value of the option at which that is 0. kind: which of the kinds in `terms` its
-    terms are of.
+    terms are of, or at least one of them.
     """
 
     short: ClassVar[str]

@@ -26,7 +26,7 @@ from guided_diffusion.guidance import (
 from guided_diffusion.options import option, options_from
 from guided_diffusion.runs.options import SampleOptions, option_classes
 from guided_diffusion.runs.record import identity
-from guided_diffusion.runs.sample import SamplingRun
+from guided_diffusion.runs.sample import SamplingRun, built_terms
 from guided_diffusion.sampling import SAMPLERS, SamplerOptions
 from guided_diffusion.script_util import create_gaussian_diffusion
 
@@ -45,6 +45,7 @@ class GreyOptions(GuidanceOptions):
     """Guidance towards grey."""
 
     short = "grey"
+    kind = GradientGuidance
     switched_on: ClassVar = {"grey_scale": 3.0}
     for_pipelines = True
 
@@ -317,3 +318,19 @@ def test_no_code_outside_guidance_names_a_flag_of_a_method():
             found += [f"{path.relative_to(REPOSITORY)}:{line}: {name}" for name, line in names_in(tree)
                       if name in flags_of_methods - own - {"mask", "threshold"}]
     assert not found
+
+
+def test_a_method_must_build_a_term_of_the_kind_that_it_states():
+    @dataclass(frozen=True)
+    class Grey(GuidanceOptions):
+        def build(self, nets):
+            return [TowardsGrey(0.1)]
+
+        def schedule(self):
+            return [(Guidance(0.1), TowardsGrey.passes)]
+
+    with pytest.raises(UserError, match=r"^Grey: its kind is ContrastGuidance, and it builds none of that kind but "
+                                        r"TowardsGrey; state kind = GradientGuidance$"):
+        built_terms(Grey(), None)
+    Grey.kind = GradientGuidance
+    assert [type(term) for term in built_terms(Grey(), None)] == [TowardsGrey]
