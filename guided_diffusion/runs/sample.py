@@ -73,16 +73,16 @@ def begins_late(process: DiffusionProcess) -> str:
 
 
 def built_terms(method: GuidanceOptions, nets: Networks) -> list[Guidance]:
-    """The terms of a method.
+    """The terms of a method; says where none is of its kind.
 
-    Raises UserError where they guide at other steps than the method says they do, and where none is of its kind.
+    Raises UserError where they guide at other steps than the method says they do.
     """
     terms = method.build(nets)
     kinds = tuple(kind for kind in KINDS if issubclass(method.kind, kind))
     if terms and not any(isinstance(term, kinds) for term in terms):
         found = next((kind.__name__ for kind in KINDS if isinstance(terms[0], kind)), "that of its terms")
-        raise UserError(f"{type(method).__name__}: its kind is {method.kind.__name__}, and it builds none of that kind "
-                        f"but {', '.join(type(term).__name__ for term in terms)}; state kind = {found}")
+        dist_util.say(f"{type(method).__name__}: states the kind {method.kind.__name__}, and builds none of it but "
+                      f"{', '.join(type(term).__name__ for term in terms)}; kind = {found} would be right")
     said = [replace(term.steps, what="") for term, _ in method.schedule()]
     for term in terms:
         if said and replace(term.steps, what="") not in said:
