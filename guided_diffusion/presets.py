@@ -149,7 +149,7 @@ def _trained(place: Path) -> Preset:
     kind = kind_of(_config_of(path))
     stated = statement_of(path, kind)
     beside = [str(found) for found in classifiers_beside(stated, path.parent)] if stated and kind == "diffusion" else []
-    open_choice = (f"several classifiers fit, {', '.join(beside)}; none is taken, --classifier_path names one"
+    open_choice = (f"several classifiers fit, {', '.join(beside)}; none is taken unless --classifier_path names it"
                    if len(beside) > 1 else "")
     return Preset(str(place), kind, stated.facts if stated else {}, guidance_in(place) if place.is_dir() else {}, path,
                   beside[0] if len(beside) == 1 else None, open_choice=open_choice)

@@ -157,7 +157,7 @@ def _say_files(preset: Preset, values: dict[str, Any]) -> None:
     """Logs which files of the folder of a training were taken, and which were not as several would do."""
     others = [f"{path} as --{flag}" for flag, path in values.items() if flag.endswith("_path") and flag != "model_path"]
     _log.info("--model %s: takes %s", preset.name, ", and ".join([values["model_path"], *others]))
-    if preset.open_choice and not values.get("classifier_path"):
+    if preset.open_choice:
         _log.info("--model %s: %s", preset.name, preset.open_choice)
 
 

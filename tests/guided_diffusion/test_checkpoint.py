@@ -578,7 +578,7 @@ def test_bundled_models_are_found_by_their_file(tmp_path, monkeypatch):
     assert dataclasses.asdict(preset) == {
         "name": "tiny", "kind": "diffusion", "options": SMALL, "guidance": {},
         "path": tmp_path / "tiny.safetensors", "classifier": "tiny_classifier", "url": None, "parameters": None,
-        "licence": None, "data": "", "implied": False, "about": {}, "sampling": {}}
+        "open_choice": "", "licence": None, "data": "", "implied": False, "about": {}, "sampling": {}}
     load_into(create_model(**preset.options), preset.path, preset.options)
 
     save_state(tmp_path / "bare.safetensors", tensors())

@@ -218,8 +218,8 @@ def test_the_classifier_of_another_training_is_exported_only_when_it_is_named(tm
     there, (said,) = exported()
     assert not there and beside in said and "--classifier_path" in said
     another = save("plants", create_classifier, TINY_CLASSIFIER)
-    assert exported() == (False, [f"{tmp_path / 'rooms'}: several classifiers fit, {beside}, {another}; none is taken, "
-                                  "--classifier_path names one"])
+    assert exported() == (False, [f"{tmp_path / 'rooms'}: several classifiers fit, {beside}, {another}; none is taken "
+                                  "unless --classifier_path names it"])
     assert exported("--classifier_path", beside) == (
         True, [f"{tmp_path / 'rooms'}: is exported with the classifier {beside}"])
     own = save("rooms_classifier", create_classifier, TINY_CLASSIFIER)
