@@ -9,7 +9,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,6 +184,7 @@ def _publish(partial: Path, done: Path, made_of: Mapping[str, Any]) -> None:
 def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch_size: int, total: int) -> None:
     ranks, rank = dist_util.world_size(), dist_util.rank()
     batches = images.batches(batch_size, slice(rank, None, ranks), total)
+    widths: list[int] = []
     with progress_bar(total, images.path.name, "image") as progress:
         for first in range(0, total, ranks * batch_size):
             features: Features | None = None
@@ -195,7 +196,8 @@ def _compute(images: BatchFile, extractor: FeatureExtractor, folder: Path, batch
                         feature_files.create(folder, features, total)
             with dist_util.together():
                 if features is not None:
-                    _check_widths(features, feature_files.mapped(folder), extractor, images, start)
+                    widths = widths or [values.shape[1] for values in feature_files.mapped(folder)]
+                    _check_widths(features, widths, extractor, images, start)
                     feature_files.write_rows(folder, features, start, total)
             progress.update(min(ranks * batch_size, total - first))
 
@@ -214,13 +216,13 @@ def _checked_features(extractor: FeatureExtractor, batch: np.ndarray, images: Ba
     return flat
 
 
-def _check_widths(features: Features, made: Features, extractor: FeatureExtractor, images: BatchFile, start: int,
-                  ) -> None:
+def _check_widths(features: Features, widths: Sequence[int], extractor: FeatureExtractor, images: BatchFile,
+                  start: int) -> None:
     """Raises UserError where a batch has other widths than the first one, by which the files were made."""
-    for name, values, rows in zip(Features._fields, features, made, strict=True):
-        if values.shape[1] != rows.shape[1]:
+    for name, values, width in zip(Features._fields, features, widths, strict=True):
+        if values.shape[1] != width:
             raise UserError(f"{images.path}: {extractor.name} gives {values.shape[1]} {name} features of image "
-                            f"{start} and {rows.shape[1]} of image 0: there must be equally many of each, whatever "
+                            f"{start} and {width} of image 0: there must be equally many of each, whatever "
                             "images it sees together")
 
 

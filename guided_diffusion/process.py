@@ -121,7 +121,8 @@ class Denoiser:
         if not _are_numbers(y) or y.ndim != 1:
             what = f"is {tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else f"is a {type(y).__name__}"
             raise UserError(f"y: {what}, must be a tensor (N,) of whole numbers (int64), the labels of the images")
-        low, high = self.label_range or (0, 0) if wait or y.device.type == "cpu" else (0, 0)
+        seen = wait or y.device.type == "cpu"
+        low, high = (seen and self.label_range) or (0, 0)
         if low < 0 or high >= count:
             raise UserError(f"y: has the label {low if low < 0 else high}, must be labels from 0 to {count - 1}, which "
                             "the network knows")
